@@ -1,0 +1,56 @@
+# One command per habit; `make help` lists them. Every target sets up what it needs, once, in $(VENV).
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+
+# pip, because it is the one installer that prefers a locally provided CPU build of torch (see constraints.txt).
+PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CODE = src tests examples
+SET_UP_FROM = pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/alisa/kernels/native/*)
+
+.PHONY: help demo test slow-test check format clean distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.ready-core  ## generate with the model inside the package, dense against sparse (about two minutes with set-up)
+	@$(VENV)/bin/python examples/demo.py
+
+test: $(VENV)/.ready-dev  ## the tests, without those that need a GPU or more than a few seconds
+	$(VENV)/bin/python -m pytest -m "not gpu and not slow"
+
+slow-test: $(VENV)/.ready-dev  ## the slow tests
+	$(VENV)/bin/python -m pytest -m "slow and not gpu"
+
+check: $(VENV)/.ready-dev  ## format, lint, types, import direction
+	$(VENV)/bin/ruff format --check $(CODE)
+	$(VENV)/bin/ruff check $(CODE)
+	$(VENV)/bin/pyrefly check
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/.ready-dev  ## rewrite the code in the one format, mend what ruff can mend
+	$(VENV)/bin/ruff format $(CODE)
+	$(VENV)/bin/ruff check --fix $(CODE)
+
+clean:  ## remove what runs leave behind; the environment stays
+	rm -rf build dist out .pytest_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove the environment too
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
+	  || { echo "alisa needs Python 3.11 or 3.12, and $(PYTHON) is not that; say which one to use: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready-core: $(SET_UP_FROM) | $(VENV)/bin/python
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(SET_UP_FROM) | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.ready-core

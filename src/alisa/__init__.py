@@ -1,0 +1,32 @@
+"""Text generation where the KV cache does not fit: sparse window attention, token by token (arXiv 2403.17312).
+
+    from alisa import LLM, SamplingParams
+
+`LLM` is looked up on first use: it brings torch, which `alisa --help` and the planner's arithmetic do without.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from alisa.config import SamplingParams
+    from alisa.llm import LLM
+
+__version__ = "0.1.0"
+
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+_HOMES = {"LLM": "alisa.llm", "SamplingParams": "alisa.config"}
+
+
+def __getattr__(name: str) -> object:
+    """Import the public name `name` from its home module."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'alisa' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
