@@ -1,0 +1,162 @@
+"""The one forward pass of every family: what differs between them is data in `ModelSpec`.
+
+The decoder never knows the cache. It calls `attend(layer, q, k, v)` once per layer and uses what comes back, so dense,
+sparse and tiered attention are functions passed in. It reads positions from its argument only: the caller may pack
+sequences of different lengths as B = 1. A plain class, inference only (no weight asks for a gradient): on a CPU a small
+model's step is mostly Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alisa.model.layer import Builder, Layer, Progress
+from alisa.model.linear import PlainLinear, make_linear
+from alisa.model.rope import Rotation, inverse_frequencies
+from alisa.model.source import WeightSource
+from alisa.spec import ModelSpec
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""layer, q `[B, T, H, D]`, k `[B, T, G, D]`, v `[B, T, G, D]` -> out `[B, T, H, D]`.
+
+q and k are already rotated. v (and k without rotation) is a view into the joint K and V product: its last dimension is
+contiguous, its token stride is `2 * G * D`.
+"""
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+}
+
+
+class Decoder:
+    """A decoder-only transformer, driven by its spec.
+
+    Args:
+        spec: shape and wiring.
+        source: where the weights come from; asked for every tensor exactly once.
+        dtype: what the model computes in.
+        device: where it runs.
+        progress: told after each tensor.
+
+    Raises:
+        ModelError: from the source, when a tensor is missing, damaged or of another shape.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        source: WeightSource,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress | None = None,
+    ) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self.device = device
+        build = Builder(spec, source, dtype=dtype, device=device, progress=progress)
+        self._embed = build.tensor("embed.weight")
+        self._positions = build.tensor("positions.weight") if spec.rope is None else None
+        self._frequencies = None if spec.rope is None else inverse_frequencies(spec.rope, device)
+        projected = spec.token_embed_dim != spec.hidden_size
+        self._project_in = build.linear("project_in") if projected else None
+        self._layers = [build.layer(layer) for layer in range(spec.num_layers)]
+        self._final_norm = build.norm("final_norm") if spec.norm_first else None
+        self._project_out = build.linear("project_out") if projected else None
+        # Tied embeddings: the packed copy on a CPU costs V * C more memory than sharing the table, and is 2 to 5 times
+        # faster to multiply with; a plain linear (CUDA) shares the table and costs nothing.
+        tied = spec.tied_embeddings
+        self._output = make_linear(self._embed, None, device) if tied else build.linear("output")
+        self._shares_table = tied and isinstance(self._output, PlainLinear)
+        self._activation = _ACTIVATIONS[spec.activation]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights; a tied table that is also packed for the logits counts twice, a shared one once."""
+        output = None if self._shares_table else self._output
+        parts = [*self._layers, self._final_norm, self._project_in, self._project_out, output]
+        tables = self._embed.nbytes + (0 if self._positions is None else self._positions.nbytes)
+        return tables + sum(part.nbytes for part in parts if part is not None)
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states `[B, T, E]` after the final norm (and the output projection of OPT-350M), ready for `logits`.
+
+        Args:
+            tokens: Int64[B, T].
+            positions: Int64[B, T], logical positions from 0; packed sequences may repeat or jump.
+            attend: the seam; called once per layer, in order.
+        """
+        spec = self.spec
+        batch, length = tokens.shape
+        x = F.embedding(tokens, self._embed)
+        if self._project_in is not None:
+            x = self._project_in(x)
+        rotate = None if self._frequencies is None else Rotation(positions, self._frequencies)
+        if self._positions is not None:
+            x = x + F.embedding(positions + spec.position_offset, self._positions)
+        q_shape = (batch, length, spec.num_heads, spec.head_dim)
+        kv_shape = (batch, length, 2, spec.num_kv_heads, spec.head_dim)
+        for index, layer in enumerate(self._layers):
+            normed = layer.attn_norm(x) if spec.norm_first else x
+            q = layer.q(normed).view(q_shape)
+            k, v = layer.kv(normed).view(kv_shape).unbind(2)
+            if layer.q_norm is not None:
+                q = layer.q_norm(q)
+            if layer.k_norm is not None:
+                k = layer.k_norm(k)
+            if rotate is not None:
+                q, k = rotate(q), rotate(k)
+            attended = layer.out(attend(index, q, k, v).reshape(batch, length, spec.q_size))
+            if spec.parallel_residual:
+                x = x + attended + self._mlp(layer, layer.mlp_norm(x))
+            elif spec.norm_first:
+                x = x + attended
+                x = x + self._mlp(layer, layer.mlp_norm(x))
+            else:
+                x = layer.attn_norm(x + attended)
+                x = layer.mlp_norm(x + self._mlp(layer, x))
+        if self._final_norm is not None:
+            x = self._final_norm(x)
+        return x if self._project_out is None else self._project_out(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores Float32[N, V] of the next token for the rows `[N, E]` of what `forward` returned."""
+        return self._output(hidden).to(torch.float32)
+
+    def project_kv(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V `[N, G, D]` of tokens whose layer input is known: what `attend` saw for them, rebuilt.
+
+        Args:
+            layer: which layer.
+            hidden: `[N, C]`, exactly what W_K and W_V read: after the layer's norm (or the bare input when the model
+                normalises after the residual sum).
+            positions: Int64[N], the original positions.
+        """
+        weights = self._layers[layer]
+        shape = (hidden.shape[0], 2, self.spec.num_kv_heads, self.spec.head_dim)
+        k, v = weights.kv(hidden).view(shape).unbind(1)
+        if weights.k_norm is not None:
+            k = weights.k_norm(k)
+        if self._frequencies is not None:
+            k = Rotation(positions, self._frequencies)(k)
+        return k, v
+
+    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
+        """The feed-forward part of one layer, `[B, T, C] -> [B, T, C]`."""
+        hidden = layer.up(x)
+        if self.spec.gated_mlp:
+            gate, hidden = hidden.chunk(2, dim=-1)
+            return layer.down(self._activation(gate) * hidden)
+        return layer.down(self._activation(hidden))

@@ -1,0 +1,30 @@
+"""The model families this library runs: one data file each, named as the `model_type` in config.json.
+
+To add one, write its file (`to_spec` and the weight names) and enter it in `FAMILIES`; there is no forward pass in it.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from alisa.errors import ModelError
+from alisa.model.families import gpt2, gpt_neox, llama, mistral, opt, qwen2, qwen3
+from alisa.model.families.family import Family
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY, mistral.FAMILY, opt.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+}
+
+
+def find_family(model_type: str) -> Family:
+    """The family of a `model_type`.
+
+    Raises:
+        ModelError: it is not known; the message lists the known ones and the nearest name.
+    """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    near = difflib.get_close_matches(model_type, FAMILIES, n=1)
+    hint = f" The nearest is {near[0]}, whose weights are not interchangeable with it." if near else ""
+    raise ModelError(f"Models of type {model_type!r} are not supported; supported are {', '.join(FAMILIES)}.{hint}")

@@ -1,0 +1,64 @@
+"""What a model family is: a reading of its config and a map of its weight names; data, no forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from alisa.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of one of our tensors: a checkpoint tensor, or some rows of it."""
+
+    name: str
+    """Name in the checkpoint without its prefix; `{layer}` stands for the layer number."""
+    take: Callable[[Tensor, ModelSpec], Tensor] | None = None
+    """Cuts our rows `[out, in]` (or `[out]`) out of the checkpoint tensor; None: it is used as it is."""
+
+    def of_layer(self, layer: int) -> Part:
+        """The same piece of one particular layer."""
+        return replace(self, name=self.name.format(layer=layer))
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One `model_type` of Hugging Face configs."""
+
+    model_type: str
+    to_spec: Callable[[Mapping[str, Any]], ModelSpec]
+    """Reads a config; raises ModelError with every reason at once."""
+    model_parts: Mapping[str, tuple[Part, ...]]
+    """Our names outside the layers -> pieces, joined along the rows."""
+    layer_parts: Mapping[str, tuple[Part, ...]]
+    """Our names inside a layer -> pieces, joined along the rows."""
+    prefixes: tuple[str, ...]
+    """Prefixes that repositories of different ages put before the names, longest first."""
+    aliases: Mapping[str, str]
+    """Other names of the same tensor -> the name used in the parts."""
+
+    def canonical(self, name: str) -> str:
+        """A checkpoint name without its prefix, in the spelling that the parts use."""
+        for prefix in self.prefixes:
+            if name.startswith(prefix):
+                name = name[len(prefix) :]
+                break
+        return self.aliases.get(name, name)
+
+
+def same(**names: str) -> dict[str, tuple[Part, ...]]:
+    """Parts for linear layers and norms that are stored as they are: weight and bias under one stem."""
+    parts: dict[str, tuple[Part, ...]] = {}
+    for ours, theirs in names.items():
+        parts[f"{ours}.weight"] = (Part(f"{theirs}.weight"),)
+        parts[f"{ours}.bias"] = (Part(f"{theirs}.bias"),)
+    return parts
+
+
+def joined(ours: str, *theirs: str) -> dict[str, tuple[Part, ...]]:
+    """Parts for one of our linear layers that is several in the checkpoint, in row order."""
+    return {f"{ours}.{kind}": tuple(Part(f"{name}.{kind}") for name in theirs) for kind in ("weight", "bias")}

@@ -1,0 +1,22 @@
+"""Mistral: LLaMA with grouped heads and, in the first version, a sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from alisa.model.families.family import Family
+from alisa.model.families.llama_like import LAYER_PARTS, MODEL_PARTS, PREFIXES, Variant, read_spec
+from alisa.model.families.reading import ConfigReader
+from alisa.spec import ModelSpec
+
+
+def to_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """Read a Mistral config; a sliding window limits the longest sequence (see `read_spec`)."""
+    reader = ConfigReader(config, "mistral")
+    # Absent means 4096 in the family's config class, null means no window (v0.2 and later).
+    window = reader.optional_integer("sliding_window") if "sliding_window" in config else 4096
+    return read_spec(reader, Variant("mistral", max_positions=131072, num_kv_heads=8), window=window)
+
+
+FAMILY = Family("mistral", to_spec, MODEL_PARTS, LAYER_PARTS, PREFIXES, aliases={})

@@ -1,0 +1,94 @@
+"""From what a user types after `--model` to a directory on this machine.
+
+A directory is taken as it is; `owner/name` is looked up on the Hugging Face hub, and only what this library reads is
+downloaded: configs, tokenizer, and the weights in one format, not in every format the repository offers.
+"""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+from alisa.errors import ModelError
+
+_TEXT_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json")
+_TEXT_FILES += ("merges.txt", "chat_template.jinja")
+_SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
+_PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+_TIMEOUT_S = 10.0
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def resolve_model(name: str) -> Path:
+    """The directory of a model given as a directory or a hub id, downloaded if need be.
+
+    Raises:
+        ModelError: neither exists, or the hub cannot be reached and the model is not in its local cache.
+    """
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path
+    if path.is_file():
+        raise ModelError(f"{name} is a file; give the directory that holds config.json, the weights and the tokenizer.")
+    if _looks_like_path(name):
+        raise ModelError(
+            f"The model directory {name} does not exist; check the path, or give a hub id such as owner/name."
+        )
+    return _download(name)
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether no hub id can be meant: `./x`, `/x`, `~/x`, `a/b/c`, `x/`, a blank."""
+    return _HUB_ID.fullmatch(name) is None
+
+
+def _download(hub_id: str) -> Path:
+    # Here and not on top: the import costs a noticeable part of a second, and most models are directories.
+    import huggingface_hub
+
+    try:
+        # One request without retries: an offline machine should learn so at once, not after half a minute.
+        files = huggingface_hub.HfApi().model_info(hub_id, timeout=_TIMEOUT_S).siblings or []
+        has_safetensors = any(fnmatch(file.rfilename, _SAFETENSORS[0]) for file in files)
+        weights = _SAFETENSORS if has_safetensors else _PICKLES
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=[*_TEXT_FILES, *weights]))
+    # Whatever goes wrong on the way (network, permission, proxy, disk) ends in the same question: is it in the cache?
+    except Exception as error:
+        cached = _from_cache(hub_id)
+        if cached is not None:
+            return cached
+        raise ModelError(
+            f"{hub_id!r} is not a directory here, and it cannot be downloaded from the Hugging Face hub "
+            f"({_reason(error)}); give the directory of a downloaded model, or check the name and the connection."
+        ) from error
+
+
+def _from_cache(hub_id: str) -> Path | None:
+    """The snapshot of an earlier download, when it holds weights."""
+    import huggingface_hub
+
+    try:
+        path = Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True))
+    except Exception:
+        return None  # the first error tells the user more than "not in the cache"
+    has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    return path if has_weights and (path / "config.json").is_file() else None
+
+
+def _reason(error: Exception) -> str:
+    """An exception of the hub library in a few words."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "access must be granted on its page first, then log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such repository, or it is private"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, OSError) and error.errno is not None:
+        return str(error)
+    if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError"):
+        return "the hub cannot be reached"
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line[:160]

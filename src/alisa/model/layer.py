@@ -1,0 +1,132 @@
+"""The weights of one layer, and how every weight gets from a source to where the decoder reads it.
+
+Loading holds one tensor at a time: read, cast, moved or packed, dropped. Checkpoints, random weights and tests all go
+through the same `Builder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alisa.model.linear import Linear, make_linear
+from alisa.model.names import layer_name, layer_shapes, model_shapes, num_weights
+from alisa.model.source import WeightSource
+from alisa.spec import ModelSpec
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in total) while weights are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Layer norm with a bias, or RMS norm without, over the last dimension; both compute in float32 inside torch."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight and bias."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalised `x [..., C]`, same shape and dtype."""
+        if self.bias is None:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The weights of one transformer layer, packed for the device."""
+
+    attn_norm: Norm
+    q: Linear
+    kv: Linear
+    """K rows then V rows, apart from `q`: `project_kv` needs them alone to rebuild a deleted row."""
+    q_norm: Norm | None
+    k_norm: Norm | None
+    out: Linear
+    mlp_norm: Norm
+    up: Linear
+    """Gate rows then up rows when the MLP is gated."""
+    down: Linear
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        parts = (self.attn_norm, self.q, self.kv, self.q_norm, self.k_norm, self.out, self.mlp_norm, self.up, self.down)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+class Builder:
+    """Turns a source of tensors into norms, linear layers and tables on the device.
+
+    Args:
+        spec: fixes which tensors exist and their shapes.
+        source: read once for each tensor.
+        dtype: what the model computes in.
+        device: where the weights go.
+        progress: told after each tensor; None: nobody asks.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        source: WeightSource,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress | None,
+    ) -> None:
+        self._spec = spec
+        self._source = source
+        self._dtype = dtype
+        self._device = device
+        self._progress = progress
+        self._shapes = model_shapes(spec)
+        for layer in range(spec.num_layers):
+            self._shapes |= {layer_name(layer, part): shape for part, shape in layer_shapes(spec).items()}
+        self._done_bytes = 0
+        self._total_bytes = num_weights(spec) * dtype.itemsize
+
+    def tensor(self, name: str) -> Tensor:
+        """The named tensor in the model's dtype on its device."""
+        tensor = self._source.read(name, self._shapes[name]).to(device=self._device, dtype=self._dtype)
+        self._done_bytes += tensor.nbytes
+        if self._progress is not None:
+            self._progress(self._done_bytes, self._total_bytes)
+        return tensor
+
+    def norm(self, name: str) -> Norm:
+        """The named norm; the spec says its kind, the head norms of q and k never have a bias."""
+        has_bias = f"{name}.bias" in self._shapes
+        weight = self.tensor(f"{name}.weight")
+        return Norm(weight, self.tensor(f"{name}.bias") if has_bias else None, self._spec.norm_eps)
+
+    def linear(self, name: str) -> Linear:
+        """The named linear layer with its bias if the spec gives it one, packed for the device."""
+        has_bias = f"{name}.bias" in self._shapes
+        weight = self.tensor(f"{name}.weight")
+        return make_linear(weight, self.tensor(f"{name}.bias") if has_bias else None, self._device)
+
+    def layer(self, index: int) -> Layer:
+        """All weights of one layer."""
+        qk_norm = self._spec.qk_norm
+        return Layer(
+            attn_norm=self.norm(layer_name(index, "attn_norm")),
+            q=self.linear(layer_name(index, "q")),
+            kv=self.linear(layer_name(index, "kv")),
+            q_norm=self.norm(layer_name(index, "q_norm")) if qk_norm else None,
+            k_norm=self.norm(layer_name(index, "k_norm")) if qk_norm else None,
+            out=self.linear(layer_name(index, "out")),
+            mlp_norm=self.norm(layer_name(index, "mlp_norm")),
+            up=self.linear(layer_name(index, "up")),
+            down=self.linear(layer_name(index, "down")),
+        )

@@ -1,0 +1,68 @@
+"""The weights a decoder is made of: one table of our names and shapes, derived from the spec.
+
+The decoder asks for these names, the family files say where a checkpoint keeps them, the random source fills them, and
+the progress bar adds them up. Linear weights are `[out, in]`; K and V rows are one matrix, and so are gate and up.
+"""
+
+from __future__ import annotations
+
+import math
+
+from alisa.spec import ModelSpec
+
+Shape = tuple[int, ...]
+
+
+def layer_name(layer: int, part: str) -> str:
+    """Full name of a part of one layer: `layer_name(3, "q.weight")` is `layers.3.q.weight`."""
+    return f"layers.{layer}.{part}"
+
+
+def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Part -> shape of every tensor of one layer."""
+    shapes: dict[str, Shape] = {}
+
+    def norm(name: str) -> None:
+        shapes[f"{name}.weight"] = (spec.hidden_size,)
+        if spec.norm == "layernorm":
+            shapes[f"{name}.bias"] = (spec.hidden_size,)
+
+    def linear(name: str, num_out: int, num_in: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (num_out, num_in)
+        if bias:
+            shapes[f"{name}.bias"] = (num_out,)
+
+    norm("attn_norm")
+    linear("q", spec.q_size, spec.hidden_size, spec.qkv_bias)
+    linear("kv", 2 * spec.kv_size, spec.hidden_size, spec.qkv_bias)
+    if spec.qk_norm:
+        shapes["q_norm.weight"] = (spec.head_dim,)
+        shapes["k_norm.weight"] = (spec.head_dim,)
+    linear("out", spec.hidden_size, spec.q_size, spec.out_bias)
+    norm("mlp_norm")
+    linear("up", (2 if spec.gated_mlp else 1) * spec.ffn_size, spec.hidden_size, spec.mlp_bias)
+    linear("down", spec.hidden_size, spec.ffn_size, spec.mlp_bias)
+    return shapes
+
+
+def model_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Name -> shape of every tensor outside the layers; `output.weight` only when it is not the embedding table."""
+    shapes: dict[str, Shape] = {"embed.weight": (spec.vocab_size, spec.token_embed_dim)}
+    if spec.rope is None:
+        shapes["positions.weight"] = (spec.position_table_size, spec.hidden_size)
+    if spec.token_embed_dim != spec.hidden_size:
+        shapes["project_in.weight"] = (spec.hidden_size, spec.token_embed_dim)
+        shapes["project_out.weight"] = (spec.token_embed_dim, spec.hidden_size)
+    if spec.norm_first:
+        shapes["final_norm.weight"] = (spec.hidden_size,)
+        if spec.norm == "layernorm":
+            shapes["final_norm.bias"] = (spec.hidden_size,)
+    if not spec.tied_embeddings:
+        shapes["output.weight"] = (spec.vocab_size, spec.token_embed_dim)
+    return shapes
+
+
+def num_weights(spec: ModelSpec) -> int:
+    """Numbers in all tensors of the two tables; the total that loading reports its progress against."""
+    per_layer = sum(math.prod(shape) for shape in layer_shapes(spec).values())
+    return spec.num_layers * per_layer + sum(math.prod(shape) for shape in model_shapes(spec).values())

@@ -1,0 +1,67 @@
+"""Rotary position embedding (RoFormer, 2104.09864) in the half-split order that Hugging Face checkpoints use.
+
+The table is not stored: the angles of the step's tokens are computed once per forward pass and shared by all layers, in
+float32, whatever the model computes in (bfloat16 cannot tell positions beyond 256 apart).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from alisa.spec import Rope, RopeScaling
+
+
+def inverse_frequencies(rope: Rope, device: torch.device) -> Tensor:
+    """Angle per position of each rotated pair, Float32[rotary_dim / 2]."""
+    exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32, device=device) / rope.rotary_dim
+    frequencies = 1.0 / rope.theta**exponents
+    if rope.scaling is None:
+        return frequencies
+    if rope.scaling.kind == "linear":
+        return frequencies / rope.scaling.factor
+    return _scale_llama3(frequencies, rope.scaling)
+
+
+def _scale_llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """LLaMA 3.1: waves longer than the original context are stretched by `factor`, short ones kept, a ramp between.
+
+    The ramp is linear in waves per original context, from `low_freq_factor` (stretched) to `high_freq_factor` (kept).
+    """
+    waves_in_context = scaling.original_max_positions * frequencies / (2 * math.pi)
+    ramp = (waves_in_context - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = ramp.clamp(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
+class Rotation:
+    """The rotation of one step's tokens: made once, applied to q and k of every layer.
+
+    Args:
+        positions: Int64[...] logical positions of the tokens.
+        frequencies: Float32[rotary_dim / 2] from `inverse_frequencies`.
+    """
+
+    __slots__ = ("_cos", "_half", "_rotary_dim", "_sin")
+
+    def __init__(self, positions: Tensor, frequencies: Tensor) -> None:
+        angles = positions.unsqueeze(-1).to(torch.float32) * frequencies
+        cos, sin = angles.cos(), angles.sin()
+        self._half = frequencies.shape[0]
+        self._rotary_dim = 2 * self._half
+        # [..., 1, rotary_dim]: broadcasts over heads. The sign of rotate-half is in the sine, so that turning a head is
+        # one roll and one multiply-add instead of two slices, a negation and a concatenation.
+        self._cos = torch.cat((cos, cos), dim=-1).unsqueeze(-2)
+        self._sin = torch.cat((-sin, sin), dim=-1).unsqueeze(-2)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x [..., heads, D]` with the first `rotary_dim` values of each head turned; same dtype."""
+        if x.shape[-1] == self._rotary_dim:
+            return self._turn(x)
+        turned = self._turn(x[..., : self._rotary_dim])
+        return torch.cat((turned, x[..., self._rotary_dim :]), dim=-1)
+
+    def _turn(self, x: Tensor) -> Tensor:
+        return torch.addcmul(x * self._cos, x.roll(self._half, -1), self._sin).to(x.dtype)

@@ -1,0 +1,133 @@
+"""The decoder against transformers: same weights, same tokens, same logits, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alisa.model.decoder import Decoder
+from alisa.model.loader import load_decoder, load_spec
+from tests.tiny_models import TINY_MODELS, build, save
+
+CPU = torch.device("cpu")
+NUM_TOKENS = 100
+TOLERANCE = 1e-4
+"""float32: logits reach about 10 and a sum has at most 96 products: 10 * 96 * 2^-24 = 6e-5 at the worst."""
+
+
+def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense causal attention over B sequences of the same length."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def run(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """Logits [B, T, V] of whole sequences."""
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    hidden = decoder.forward(tokens, positions, causal)
+    return decoder.logits(hidden.flatten(0, 1)).view(*tokens.shape, -1)
+
+
+def some_tokens(batch: int = 2) -> Tensor:
+    return torch.randint(0, 120, (batch, NUM_TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_float32_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    decoder = load_decoder(save(model, tmp_path), torch.float32, CPU)
+    tokens = some_tokens()
+    with torch.no_grad():
+        expected = model(tokens).logits
+    actual = run(decoder, tokens)
+    assert actual.dtype == torch.float32
+    assert expected.std() > 0.5, "logits this small would pass any tolerance"
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_bfloat16_errs_no_more_than_transformers_does(name: str, tmp_path: Path) -> None:
+    """Against float32 logits of the same rounded weights, our bfloat16 error is that of transformers up to a third.
+
+    How rounding grows through a network depends on its weights, so the yardstick is the reference's own error.
+    """
+    model = build(name).to(torch.bfloat16)
+    decoder = load_decoder(save(model, tmp_path), torch.bfloat16, CPU)
+    tokens = some_tokens()
+    with torch.no_grad():
+        reference = model(tokens).logits.float()
+        exact = model.float()(tokens).logits
+    reference_error = (reference - exact).pow(2).mean().sqrt()
+    error = (run(decoder, tokens) - exact).pow(2).mean().sqrt()
+    assert 0 < error < 4 / 3 * reference_error
+    assert error < 0.1 * exact.std()
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "qwen3", "opt", "opt-350m", "pythia", "gpt2"])
+def test_a_changed_weight_is_noticed(name: str, tmp_path: Path) -> None:
+    """The comparison can fail: one percent more on one matrix in the middle is far outside the tolerance."""
+    model = build(name)
+    decoder = load_decoder(save(model, tmp_path), torch.float32, CPU)
+    tokens = some_tokens()
+    middle = [p for n, p in model.named_parameters() if ".1." in n and p.dim() == 2][-1]
+    with torch.no_grad():
+        middle *= 1.01
+        expected = model(tokens).logits
+    assert (run(decoder, tokens) - expected).abs().max() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_packed_sequences_follow_their_positions(name: str, tmp_path: Path) -> None:
+    """Two sequences of different lengths as one row of tokens give what each gives alone."""
+    decoder = load_decoder(save(build(name), tmp_path), torch.float32, CPU)
+    first, second = some_tokens()[0, :30], some_tokens()[1, :70]
+
+    def block_causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        halves = [causal(layer, q[:, s], k[:, s], v[:, s]) for s in (slice(0, 30), slice(30, 100))]
+        return torch.cat(halves, dim=1)
+
+    packed = torch.cat((first, second))[None]
+    positions = torch.cat((torch.arange(30), torch.arange(70)))[None]
+    logits = decoder.logits(decoder.forward(packed, positions, block_causal)[0])
+    torch.testing.assert_close(logits[:30], run(decoder, first[None])[0], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(logits[30:], run(decoder, second[None])[0], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_project_kv_rebuilds_what_attend_saw(name: str, tmp_path: Path) -> None:
+    """From the input of W_K and W_V and the original positions, any rows come back."""
+    model = build(name)
+    decoder = load_decoder(save(model, tmp_path), torch.float32, CPU)
+    inputs: dict[int, Tensor] = {}
+    # Which input W_K reads is taken from transformers, so that the test does not repeat the decoder's own wiring.
+    for layer in range(3):
+        _key_projection(model, layer).register_forward_pre_hook(
+            lambda module, args, layer=layer: inputs.update({layer: args[0].detach()})
+        )
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def recording(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen[layer] = (k.clone(), v.clone())
+        return causal(layer, q, k, v)
+
+    tokens = some_tokens(batch=1)
+    decoder.forward(tokens, torch.arange(NUM_TOKENS)[None], recording)
+    with torch.no_grad():
+        model(tokens)
+    rows = torch.tensor([97, 3, 40, 41, 0])
+    for layer in range(3):
+        k, v = decoder.project_kv(layer, inputs[layer][0, rows], rows)
+        spec = load_spec(tmp_path)
+        assert k.shape == v.shape == (5, spec.num_kv_heads, spec.head_dim)
+        torch.testing.assert_close(k, seen[layer][0][0, rows], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(v, seen[layer][1][0, rows], atol=TOLERANCE, rtol=0)
+
+
+def _key_projection(model: torch.nn.Module, layer: int) -> torch.nn.Module:
+    """The module that computes K of one layer, under the name its family gives it."""
+    ends = (f"layers.{layer}.self_attn.k_proj", f"layers.{layer}.attention.query_key_value", f"h.{layer}.attn.c_attn")
+    return next(module for name, module in model.named_modules() if name.endswith(ends))

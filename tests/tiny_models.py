@@ -1,0 +1,88 @@
+"""Tiny random checkpoints of every family, made by transformers: the reference that the decoder must reproduce.
+
+The usual initialisation (std 0.02, norms 1, biases 0) would make logits so small that any tolerance admits zeros and
+any forgotten bias goes unseen, so every parameter is redrawn at a size that matters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A transformers architecture and the fields of its config that make it small."""
+
+    architecture: str
+    """Prefix of the config class: `Llama` for LlamaConfig."""
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+# Epsilons a thousand times the usual, so that a model which forgets to read them is noticed.
+_COMMON: dict[str, Any] = {"vocab_size": 120, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+_GATED: dict[str, Any] = _COMMON | {"intermediate_size": 96, "max_position_embeddings": 128, "rms_norm_eps": 0.01}
+_OPT: dict[str, Any] = _COMMON | {"ffn_dim": 96, "max_position_embeddings": 128}
+_NEOX: dict[str, Any] = _COMMON | {"intermediate_size": 96, "max_position_embeddings": 128, "layer_norm_eps": 0.01}
+_GPT2: dict[str, Any] = {"vocab_size": 120, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}
+_GPT2 |= {"layer_norm_epsilon": 0.01}
+_LLAMA3_SCALING: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    # So short that with 16 values per head some pairs are stretched, some kept and some on the ramp.
+    "original_max_position_embeddings": 32,
+}
+
+TINY_MODELS: dict[str, TinyModel] = {
+    "llama": TinyModel("Llama", _GATED),
+    "llama-gqa-tied": TinyModel("Llama", _GATED | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "llama-biases-head-dim": TinyModel(
+        "Llama", _GATED | {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True, "head_dim": 24}
+    ),
+    "llama3-scaling": TinyModel("Llama", _GATED | {"num_key_value_heads": 2, "rope_parameters": _LLAMA3_SCALING}),
+    "llama-linear-scaling": TinyModel(
+        "Llama", _GATED | {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}
+    ),
+    "mistral": TinyModel("Mistral", _GATED | {"num_key_value_heads": 2, "sliding_window": None}),
+    "qwen2": TinyModel("Qwen2", _GATED | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": TinyModel("Qwen3", _GATED | {"num_key_value_heads": 2, "head_dim": 32}),
+    "opt": TinyModel("OPT", _OPT),
+    "opt-350m": TinyModel("OPT", _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "opt-gelu-no-bias": TinyModel("OPT", _OPT | {"enable_bias": False, "activation_function": "gelu"}),
+    "pythia": TinyModel("GPTNeoX", _NEOX),
+    "pythia-sequential": TinyModel(
+        "GPTNeoX", _NEOX | {"use_parallel_residual": False, "hidden_act": "gelu_fast", "rotary_pct": 1.0}
+    ),
+    "gpt2": TinyModel("GPT2", _GPT2),
+}
+
+
+def config_of(name: str) -> transformers.PreTrainedConfig:
+    """The transformers config of a tiny model."""
+    tiny = TINY_MODELS[name]
+    return getattr(transformers, f"{tiny.architecture}Config")(**tiny.fields)
+
+
+def build(name: str, seed: int = 0) -> transformers.PreTrainedModel:
+    """A tiny model in float32 with every parameter drawn anew, in evaluation mode."""
+    model = transformers.AutoModelForCausalLM.from_config(config_of(name)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm = parameter.dim() == 1 and parameter_name.endswith("weight")
+            parameter.copy_(1.0 + 0.2 * noise if is_norm else 0.15 * noise)
+    return model
+
+
+def save(model: transformers.PreTrainedModel, directory: Path, **options: Any) -> Path:
+    """Write a checkpoint (`save_pretrained` with its options) and return its directory."""
+    model.save_pretrained(directory, **options)
+    return directory

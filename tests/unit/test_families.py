@@ -1,0 +1,166 @@
+"""Config to spec: real configs as published, old and new layouts, and refusals that name every reason."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from alisa.errors import ModelError
+from alisa.model.families import FAMILIES, find_family
+from alisa.model.names import layer_shapes, model_shapes
+from alisa.spec import Rope, RopeScaling
+from tests.tiny_models import TINY_MODELS, config_of
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+OPT_350M = {
+    "model_type": "opt",
+    "activation_function": "relu",
+    "do_layer_norm_before": False,
+    "ffn_dim": 4096,
+    "hidden_size": 1024,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "vocab_size": 50272,
+    "word_embed_proj_dim": 512,
+}
+PYTHIA = {
+    "model_type": "gpt_neox",
+    "hidden_act": "gelu",
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 6,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "tie_word_embeddings": False,
+    "use_parallel_residual": True,
+    "vocab_size": 50304,
+}
+MISTRAL = LLAMA | {"model_type": "mistral", "num_key_value_heads": 8, "max_position_embeddings": 32768}
+QWEN2 = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 8, "max_position_embeddings": 32768}
+
+
+def spec_of(config):
+    return find_family(config["model_type"]).to_spec(config)
+
+
+def test_llama_2():
+    spec = spec_of(LLAMA)
+    assert (spec.num_kv_heads, spec.head_dim, spec.max_positions, spec.tied_embeddings) == (32, 128, 4096, False)
+    assert spec.rope == Rope(10000.0, 128)
+    assert spec.num_parameters == pytest.approx(6.74e9, rel=0.001)
+
+
+@pytest.mark.parametrize("layout", ["old", "new"])
+def test_llama_3_1_in_both_layouts(layout):
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    old = {"rope_theta": 500000.0, "rope_scaling": scaling}
+    new = {"rope_parameters": scaling | {"rope_theta": 500000.0}}
+    spec = spec_of(LLAMA | {"num_key_value_heads": 8} | (old if layout == "old" else new))
+    assert spec.rope == Rope(500000.0, 128, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192))
+    assert spec.num_kv_heads == 8
+
+
+def test_linear_scaling_under_its_oldest_name():
+    spec = spec_of(LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}})
+    assert spec.rope == Rope(10000.0, 128, RopeScaling("linear", 4.0))
+
+
+@pytest.mark.parametrize("layout", ["old", "new"])
+def test_pythia_in_both_layouts(layout):
+    config = dict(PYTHIA)
+    if layout == "new":
+        del config["rotary_pct"], config["rotary_emb_base"]
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    spec = spec_of(config)
+    assert spec.rope == Rope(10000.0, 16)
+    assert spec.parallel_residual
+    assert not spec.tied_embeddings
+
+
+def test_opt_350m_is_the_odd_one():
+    spec = spec_of(OPT_350M)
+    assert (spec.embed_dim, spec.norm_first, spec.position_offset, spec.position_table_size) == (512, False, 2, 2050)
+    shapes = model_shapes(spec)
+    assert shapes["project_in.weight"] == (1024, 512)
+    assert "final_norm.weight" not in shapes
+
+
+@pytest.mark.parametrize(
+    ("config", "max_positions"),
+    [
+        (MISTRAL | {"sliding_window": 4096}, 4096),
+        (MISTRAL | {"sliding_window": None}, 32768),
+        (MISTRAL, 4096),
+        (QWEN2 | {"use_sliding_window": False, "sliding_window": 4096}, 32768),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 16}, 4096),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 32}, 32768),
+    ],
+)
+def test_a_sliding_window_limits_the_length(config, max_positions):
+    assert spec_of(config).max_positions == max_positions
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_defaults_are_those_of_transformers(name):
+    """A config written with only what differs from the defaults means the same as one written in full."""
+    config = config_of(name)
+    assert spec_of(config.to_diff_dict() | {"model_type": config.model_type}) == spec_of(config.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'", "default, linear, llama3"]),
+        (LLAMA | {"hidden_act": "xielu"}, ["'xielu'", "relu, silu"]),
+        (LLAMA | {"hidden_size": None}, ["hidden_size is None"]),
+        (LLAMA | {"num_attention_heads": 30}, ["4096", "30 attention heads"]),
+        (LLAMA | {"num_key_value_heads": 5}, ["num_key_value_heads 5"]),
+        (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, ["quantised (gptq)"]),
+        (LLAMA | {"hidden_act": "xielu", "vocab_size": -1, "rms_norm_eps": "no"}, ["xielu", "vocab_size", "rms_norm"]),
+        (OPT_350M | {"layer_norm_elementwise_affine": False}, ["layer_norm_elementwise_affine is False"]),
+        (PYTHIA | {"rotary_pct": 0.02}, ["0.02 of head dim 64"]),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx is True"]),
+    ],
+)
+def test_every_reason_is_named(config, words):
+    with pytest.raises(ModelError) as caught:
+        spec_of(config)
+    for word in words:
+        assert word in str(caught.value)
+    assert re.fullmatch(r"This \w+ model cannot run here: .*\.", str(caught.value))
+
+
+def test_unknown_families_get_a_list_and_a_near_name():
+    with pytest.raises(ModelError, match=r"'mixtral' are not supported; supported are gpt2, .*nearest is mistral"):
+        find_family("mixtral")
+    with pytest.raises(ModelError, match="'rwkv'"):
+        find_family("rwkv")
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_tensor_has_a_place_in_the_checkpoint(name):
+    config = config_of(name)
+    family = FAMILIES[config.model_type]
+    spec = family.to_spec(config.to_dict())
+    assert layer_shapes(spec).keys() <= family.layer_parts.keys()
+    assert model_shapes(spec).keys() <= family.model_parts.keys()

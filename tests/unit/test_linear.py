@@ -1,0 +1,70 @@
+"""The packed linear layer against the plain one, and both against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alisa.model.linear import PackedLinear, PlainLinear, make_linear
+
+CPU = torch.device("cpu")
+EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+"""Half a unit in the last place of 1."""
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 96), (193, 71), (2048, 33)])
+@pytest.mark.parametrize("shape", [(1,), (16,), (1, 1), (2, 7), (130,)], ids=str)
+@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+def test_packed_and_plain_agree_with_float64(dtype, shape, num_in, num_out, bias):
+    generator = torch.Generator().manual_seed(num_in + len(shape))
+    weight = torch.randn(num_out, num_in, generator=generator).to(dtype)
+    offset = torch.randn(num_out, generator=generator).to(dtype) if bias else None
+    x = torch.randn(*shape, num_in, generator=generator).to(dtype)
+    product = x.double() @ weight.double().T
+    exact = product if offset is None else product + offset.double()
+    # Products of 16-bit numbers are exact in float32, in which both sum: n terms in any order err by at most n halves
+    # of a unit of the sum of their sizes. Then the result is rounded to the dtype, the product before the bias perhaps
+    # too.
+    sizes = x.double().abs() @ weight.double().abs().T + 1
+    bound = num_in * EPSILON[torch.float32] * sizes + 1.1 * EPSILON[dtype] * (exact.abs() + product.abs())
+    packed, plain = PackedLinear(weight, offset), PlainLinear(weight, offset)
+    for layer in (packed, plain):
+        y = layer(x)
+        assert y.shape == (*shape, num_out)
+        assert y.dtype == dtype
+        assert ((y.double() - exact).abs() <= bound).all()
+    assert (bound < 0.2 * exact.abs().mean()).all(), "a bound this wide would admit zeros"
+    assert packed.nbytes == plain.nbytes == (num_out * num_in + bias * num_out) * dtype.itemsize
+
+
+def test_the_device_and_dtype_choose_the_layer():
+    weight = torch.ones(8, 16)
+    assert type(make_linear(weight, None, CPU)) is PackedLinear
+    assert type(make_linear(weight.to(torch.bfloat16), None, CPU)) is PackedLinear
+    half = make_linear(weight.to(torch.float16), None, CPU)
+    assert type(half) is PlainLinear
+    assert half(torch.ones(1, 16, dtype=torch.float16)).tolist() == [[16.0] * 8]
+
+
+def test_without_onednn_the_plain_layer_works(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    weight = torch.ones(8, 16)
+    layer = make_linear(weight, None, CPU)
+    assert type(layer) is PlainLinear
+    assert layer.weight.data_ptr() == weight.data_ptr(), "a plain layer shares the weight"
+
+
+def test_a_packing_that_fails_falls_back(monkeypatch):
+    def refuse(self, weight, bias):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(PackedLinear, "__init__", refuse)
+    assert type(make_linear(torch.ones(8, 16), torch.ones(8), CPU)) is PlainLinear
+
+
+def test_a_packed_layer_does_not_hold_the_weight_it_was_made_from():
+    weight, bias = torch.ones(8, 16), torch.ones(8)
+    layer = make_linear(weight, bias, CPU)
+    weight.zero_()
+    assert layer(torch.ones(1, 16)).tolist() == [[17.0] * 8]
