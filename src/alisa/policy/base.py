@@ -1,0 +1,149 @@
+"""What a selection policy is: frozen parameters, and a state that holds all that changes.
+
+A policy sees lengths and attention mass, never values or slots; keys only as they are appended. For each layer of each
+decode step it says which positions are read. Once a step it is told who is in the batch (`begin`), so that the work
+which does not depend on the layer is done once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from alisa.spec import ModelSpec
+from alisa.types import Selection, StepBatch
+
+
+class PolicyState(Protocol):
+    """Everything that changes while a policy runs; made by `SelectionPolicy.start`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the state: counted in every comparison."""
+        ...
+
+    def open(self, lane: int, num_tokens: int) -> None:
+        """A new sequence of up to `num_tokens` tokens takes this lane; nothing of its former owner remains."""
+        ...
+
+    def seed(self, layer: int, lane: int, first: int, mass: Tensor) -> None:
+        """Take in prompt rows: mass Float32[rows, J, S] of the queries at positions first, first + 1, ..."""
+        ...
+
+    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor) -> None:
+        """New tokens at (lane, position), Int64[N] each, have these keys `[N, G, D]`; comes before `select`."""
+        ...
+
+    def begin(self, batch: StepBatch) -> None:
+        """A decode step of these sequences starts; their new tokens are the last of their lengths."""
+        ...
+
+    def select(self, layer: int, query: Tensor) -> Selection:
+        """Positions that this layer reads, the new token's own among them.
+
+        The query `[B, H, D]` is for policies whose timing is `in_layer`.
+        """
+        ...
+
+    def observe(self, layer: int, selection: Selection, mass: Tensor) -> None:
+        """Take in what the attention over `selection` gave: mass Float32[B, J, K], 0 on padding."""
+        ...
+
+
+class SelectionPolicy(Protocol):
+    """Frozen parameters of a way to choose tokens."""
+
+    @property
+    def name(self) -> str:
+        """The name users type."""
+        ...
+
+    @property
+    def timing(self) -> Literal["ahead", "in_layer"]:
+        """`ahead`: history decides, so the next step's rows are known a step early; `in_layer`: the query does."""
+        ...
+
+    def num_sets(self, spec: ModelSpec) -> int:
+        """J: 1 for one index set per layer, G for one per KV head."""
+        ...
+
+    def seed_rows(self, prompt_len: int) -> int:
+        """How many of the last rows of a prompt `seed` wants; 0 for none."""
+        ...
+
+    def start(
+        self,
+        spec: ModelSpec,
+        num_lanes: int,
+        capacity: int,
+        device: torch.device,
+        kernels: SelectionKernels | None = None,
+    ) -> PolicyState:
+        """A fresh state for up to `num_lanes` sequences of up to `capacity` tokens."""
+        ...
+
+
+class SelectionKernels(Protocol):
+    """Native forms of what a scored policy does for each layer of each step; None: plain torch, their slow twin."""
+
+    def select(
+        self,
+        scores: Tensor,
+        lanes: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+    ) -> Tensor:
+        """Positions Int32[N, num_slots], ascending, 0 behind `counts[i]`.
+
+        Of positions [0, older_ends[i]) the `older_counts[i]` with the largest `scores[lanes[i]]` (the older of two
+        equals), then those from `older_ends[i]` on. Scores are float rows; lanes Int64[N], the others Int32[N].
+        """
+        ...
+
+    def observe(
+        self,
+        sums: Tensor,
+        buckets: Tensor,
+        sum_starts: Tensor,
+        bucket_starts: Tensor,
+        positions: Tensor,
+        counts: Tensor,
+        mass: Tensor,
+    ) -> None:
+        """Add mass Float32[N, K] at positions Int32[N, K] to sums (Float64) and buckets (Float32).
+
+        Row i begins at element `sum_starts[i]` and `bucket_starts[i]` (Int64[N]); `counts[i]` entries are real.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens a step may read: the one place where a sparsity becomes a count.
+
+    With n earlier tokens and r = 1 - sparsity (the paper's caching ratio), k = round(n * r / 2): k recent tokens, k
+    older ones, and the new token itself (Algorithm 1, line 1; docs/algorithm.md). Ties round up, so that sparsity 0 is
+    dense for odd n too, and the ratio is kept as a fraction, so that 0.8 means 4/5 and not the nearest binary float.
+    """
+
+    sparsity: float
+    dense_until: int = 16
+    """Up to this many earlier tokens everything is read: k would be 1 or 2, and there is nothing to save."""
+
+    def recent(self, num_earlier: int) -> int:
+        """K for n earlier tokens; at least 1."""
+        ratio = 1 - Fraction(str(self.sparsity))
+        return max(1, (num_earlier * ratio.numerator + ratio.denominator) // (2 * ratio.denominator))
+
+    def split(self, num_earlier: int) -> tuple[int, int]:
+        """(recent, older) earlier tokens to read; their sum never passes n."""
+        if num_earlier <= self.dense_until:
+            return num_earlier, 0
+        recent = min(self.recent(num_earlier), num_earlier)
+        return recent, min(recent, num_earlier - recent)

@@ -1,0 +1,94 @@
+"""Decode and prefill attention against the definition, written out head by head."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alisa.attention import prefill
+from alisa.attention.decode import decode_attention
+from alisa.attention.prefill import causal_attention, causal_mass
+from alisa.kv.codec import FloatCodec
+from alisa.types import RowFormat
+
+
+def by_definition(q, k, v):
+    """One head: q [D], k and v [N, D] -> (out, weights, log-sum-exp) in float64."""
+    scores = (k.double() @ q.double()) / math.sqrt(len(q))
+    log_sum_exp = scores.logsumexp(0)
+    weights = (scores - log_sum_exp).exp()
+    return weights @ v.double(), weights, log_sum_exp
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_seqs=st.integers(1, 4),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 5, 8]),
+    per_head=st.booleans(),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from([1.0, 30.0]),
+)
+def test_decode_attention_is_the_definition(num_seqs, kv_heads, group, head_dim, per_head, dtype, seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    num_rows, num_sets = 20, kv_heads if per_head else 1
+    codec = FloatCodec(RowFormat(dtype, kv_heads, head_dim))
+    k, v = (torch.randn(num_rows, kv_heads, head_dim, generator=generator) * scale for _ in range(2))
+    rows = codec.encode(k, v)
+    k, v = codec.decode(rows)
+    q = torch.randn(num_seqs, kv_heads * group, head_dim, generator=generator)
+    counts = torch.randint(1, num_rows + 1, (num_seqs,), generator=generator, dtype=torch.int32)
+    slots = torch.zeros(num_seqs, num_sets, int(counts.max()), dtype=torch.int32)
+    for b in range(num_seqs):
+        for j in range(num_sets):
+            slots[b, j, : counts[b]] = torch.randperm(num_rows, generator=generator)[: counts[b]]
+    out, mass, log_sum_exp = decode_attention(q, rows, codec, slots, counts)
+    expected_mass = torch.zeros(mass.shape, dtype=torch.float64)
+    for b in range(num_seqs):
+        for h in range(kv_heads * group):
+            g = h // group
+            chosen = slots[b, g if per_head else 0, : counts[b]].long()
+            expected, weights, total = by_definition(q[b, h], k[chosen, g], v[chosen, g])
+            torch.testing.assert_close(out[b, h].double(), expected, rtol=1e-5, atol=1e-5 * scale)
+            torch.testing.assert_close(log_sum_exp[b, h].double(), total, rtol=1e-5, atol=1e-5)
+            expected_mass[b, g if per_head else 0, : counts[b]] += weights
+    torch.testing.assert_close(mass.double(), expected_mass, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mass.sum(dim=(1, 2)), torch.full((num_seqs,), float(kv_heads * group)))
+
+
+def full_weights(q, k):
+    """Float64[H, T, S] causal weights of the last T of S tokens."""
+    num_new, num_heads, head_dim = q.shape
+    keys = k.double().repeat_interleave(num_heads // k.shape[1], dim=1)
+    scores = torch.einsum("thd,shd->hts", q.double(), keys) / math.sqrt(head_dim)
+    hidden = torch.ones(num_new, len(k), dtype=torch.bool).triu(len(k) - num_new + 1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+@pytest.mark.parametrize(("num_new", "num_past"), [(7, 0), (1, 0), (5, 6), (1, 9)])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_causal_attention_over_cached_tokens(num_new, num_past, kv_heads):
+    generator = torch.Generator().manual_seed(num_new * 10 + num_past)
+    q = torch.randn(num_new, 4, 8, generator=generator)
+    k, v = (torch.randn(num_new + num_past, kv_heads, 8, generator=generator) for _ in range(2))
+    values = v.double().repeat_interleave(4 // kv_heads, dim=1)
+    expected = torch.einsum("hts,shd->thd", full_weights(q, k), values)
+    torch.testing.assert_close(causal_attention(q, k, v).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_sets", [1, 2])
+@pytest.mark.parametrize("block_scores", [1, 100, 1 << 23])
+def test_causal_mass_is_the_weights_summed_over_heads(num_sets, block_scores, monkeypatch):
+    monkeypatch.setattr(prefill, "MASS_BLOCK_SCORES", block_scores)
+    generator = torch.Generator().manual_seed(3)
+    q, k = torch.randn(5, 4, 8, generator=generator), torch.randn(9, 2, 8, generator=generator)
+    weights = full_weights(q, k)  # [H, T, S]
+    grouped = weights.view(2, 2, 5, 9).sum(1) if num_sets == 2 else weights.sum(0, keepdim=True)
+    blocks = list(causal_mass(q, k, num_sets))
+    assert [first for first, _ in blocks] == [4 + sum(len(m) for _, m in blocks[:i]) for i in range(len(blocks))]
+    mass = torch.cat([mass for _, mass in blocks])
+    torch.testing.assert_close(mass.double(), grouped.transpose(0, 1), rtol=1e-5, atol=1e-6)

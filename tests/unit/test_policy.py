@@ -1,0 +1,250 @@
+"""Selection policies without a model: budgets, and the local sum against a plain re-computation."""
+
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alisa.config import PolicyName
+from alisa.kernels import cpu
+from alisa.policy.base import Budget
+from alisa.policy.dense import Dense
+from alisa.policy.h2o import HeavyHitters
+from alisa.policy.pattern import Pattern
+from alisa.policy.sketch import KeySketch, sketch, unsketch
+from alisa.policy.swa import SparseWindow
+from alisa.policy.table import make_policy
+from alisa.types import StepBatch
+from tests.specs import small_spec
+
+CPU = torch.device("cpu")
+
+
+@given(num_earlier=st.integers(0, 5000))
+def test_sparsity_zero_reads_everything(num_earlier):
+    assert sum(Budget(0.0).split(num_earlier)) == num_earlier
+
+
+@given(num_earlier=st.integers(1, 5000), percent=st.integers(0, 99))
+def test_budget_is_the_rounded_ratio(num_earlier, percent):
+    budget = Budget(percent / 100, dense_until=0)
+    recent, older = budget.split(num_earlier)
+    # n * (100 - percent) / 200, ties up, in integers
+    k = max(1, (num_earlier * (100 - percent) + 100) // 200)
+    assert recent == min(k, num_earlier)
+    assert older == min(recent, num_earlier - recent)
+    assert budget.recent(num_earlier + 1) - budget.recent(num_earlier) in (0, 1)
+
+
+def test_budget_takes_the_sparsity_as_written():
+    # 0.8 is stored as 0.8000000000000000444; 5 * (1 - 0.8) / 2 is a tie that must round up all the same
+    assert Budget(0.8, dense_until=0).recent(5 * 5) == 3
+
+
+def make_batch(lengths, lanes=None):
+    lanes = tuple(lanes or range(len(lengths)))
+    return StepBatch(lanes, tuple(lengths), torch.tensor(lanes), torch.tensor(list(lengths), dtype=torch.int32))
+
+
+def test_dense_selects_every_position_of_a_ragged_batch():
+    state = Dense().start(small_spec(), 3, 8, CPU)
+    state.begin(make_batch([3, 5], lanes=[2, 0]))
+    selection = state.select(0, torch.empty(0))
+    assert selection.positions.tolist() == [[[0, 1, 2, 0, 0]], [[0, 1, 2, 3, 4]]]
+    assert selection.counts.tolist() == [3, 5]
+    assert selection.num_tokens == (3, 5)
+
+
+def selection_kernels(native):
+    if native and not cpu.available():
+        pytest.skip(cpu.unavailable_reason())
+    return cpu.CpuKernels() if native else None
+
+
+class Plain:
+    """The definition of a scored policy for one sequence, layer and index set, with every row kept and summed anew."""
+
+    def __init__(self, kind, budget):
+        self.kind = kind
+        self.budget = budget
+        self.rows = {}
+
+    def scores(self, num_earlier):
+        """What each earlier position is ranked by: rows of the window for swa, all rows for h2o."""
+        first = 0 if self.kind == "h2o" else num_earlier - self.budget.recent(num_earlier)
+        rows = [row for i, row in self.rows.items() if i >= first]
+        return [sum(row.get(j, 0.0) for row in rows) for j in range(num_earlier)]
+
+    def check(self, chosen, num_earlier):
+        """The whole window, the right number of others, and none of those left out has a higher score."""
+        recent, older = self.budget.split(num_earlier)
+        window = list(range(num_earlier - recent, num_earlier + 1))
+        assert chosen == sorted(set(chosen))
+        assert chosen[older:] == window
+        scores = self.scores(num_earlier)
+        left_out = set(range(num_earlier - recent)) - set(chosen)
+        if left_out and older:
+            assert min(scores[j] for j in chosen[:older]) >= max(scores[j] for j in left_out) - 1e-9
+
+    def observe(self, chosen, num_earlier, mass):
+        if self.kind == "h2o":  # eviction: what was not read has lost all it had
+            self.rows = {i: {j: w for j, w in row.items() if j in chosen} for i, row in self.rows.items()}
+        self.rows[num_earlier] = dict(zip(chosen, mass, strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("native", [False, True])
+@given(data=st.data(), kind=st.sampled_from(["swa", "swa-head", "h2o"]))
+def test_scored_policies_select_what_their_definition_says(native, data, kind):
+    """Ragged lanes that join at different times, random mass, bucket of one row: equal to the definition at every
+    step."""
+    sparsity = data.draw(st.sampled_from([0.3, 0.5, 0.8, 0.9]))
+    prompts = data.draw(st.lists(st.integers(2, 60), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    budget = Budget(sparsity, dense_until=data.draw(st.integers(0, 20)))
+    policy = HeavyHitters(budget) if kind == "h2o" else SparseWindow(budget, per_head=kind == "swa-head")
+    num_steps, capacity, num_sets = 25, 100, policy.num_sets(small_spec())
+    kernels = selection_kernels(native)
+    state = policy.start(small_spec(), 5, capacity, CPU, kernels)
+    lanes = list(range(len(prompts)))[::-1]
+    plain = [[Plain(kind, budget) for _ in range(num_sets)] for _ in prompts]
+    for lane, prompt, references in zip(lanes, prompts, plain, strict=True):
+        state.open(lane, capacity)
+        num_rows = policy.seed_rows(prompt)
+        rows = torch.rand(num_rows, num_sets, prompt, generator=generator)
+        # two blocks, as a long prompt would give them
+        half = num_rows // 2
+        for first, block in ((prompt - num_rows, rows[:half]), (prompt - num_rows + half, rows[half:])):
+            if len(block):
+                state.seed(1, lane, first, block)
+        for i, row in enumerate(rows):
+            for reference, weights in zip(references, row.tolist(), strict=True):
+                reference.rows[prompt - num_rows + i] = dict(enumerate(weights))
+    for step in range(num_steps):
+        joined = [i for i in range(len(prompts)) if step >= 3 * i]
+        lengths = [prompts[i] + step - 3 * i + 1 for i in joined]
+        state.begin(make_batch(lengths, [lanes[i] for i in joined]))
+        selection = state.select(1, torch.empty(0))
+        assert selection.counts.tolist() == list(selection.num_tokens)
+        mass = torch.rand(selection.positions.shape, generator=generator)
+        for row, (i, length) in enumerate(zip(joined, lengths, strict=True)):
+            count = selection.num_tokens[row]
+            mass[row, :, count:] = 0
+            for j, reference in enumerate(plain[i]):
+                chosen = selection.positions[row, j, :count].tolist()
+                reference.check(chosen, length - 1)
+                reference.observe(chosen, length - 1, mass[row, j, :count].tolist())
+        state.observe(1, selection, mass)
+
+
+@given(
+    num_earlier=st.integers(0, 3000),
+    percent=st.integers(0, 99),
+    name=st.sampled_from(["local", "strided", "streaming"]),
+)
+def test_patterns_read_as_many_tokens_as_swa(num_earlier, percent, name):
+    pattern = Pattern(name, Budget(percent / 100))
+    positions = pattern.earlier(num_earlier)
+    assert len(positions) == sum(pattern.budget.split(num_earlier))
+    assert positions == sorted(set(positions))
+    assert not positions or 0 <= positions[0] <= positions[-1] < num_earlier
+
+
+def test_patterns_look_as_published():
+    budget = Budget(0.6, dense_until=0)  # 20 earlier tokens: 4 recent and 4 older
+    assert Pattern("local", budget).earlier(20) == list(range(12, 20))
+    assert Pattern("strided", budget).earlier(20) == [3, 7, 11, 15, 16, 17, 18, 19]
+    assert Pattern("streaming", budget).earlier(20) == [0, 1, 2, 3, 16, 17, 18, 19]
+
+
+def test_patterns_pad_a_ragged_batch():
+    state = Pattern("local", Budget(0.5, dense_until=0)).start(small_spec(), 2, 20, CPU)
+    state.begin(make_batch([5, 9]))
+    selection = state.select(0, torch.empty(0))
+    assert selection.positions.tolist() == [[[2, 3, 4, 0, 0]], [[4, 5, 6, 7, 8]]]
+    assert selection.counts.tolist() == [3, 5]
+
+
+def test_swa_forgets_the_former_owner_of_a_lane():
+    policy = SparseWindow(Budget(0.5, dense_until=0))
+    used, fresh = (policy.start(small_spec(), 1, 64, CPU) for _ in range(2))
+    used.open(0, 64)
+    used.seed(0, 0, 20, torch.rand(20, 1, 40))
+    for state in (used, fresh):
+        state.open(0, 64)
+        state.seed(0, 0, 8, torch.rand(4, 1, 12, generator=torch.Generator().manual_seed(1)))
+        state.begin(make_batch([13]))
+    expected, actual = (state.select(0, torch.empty(0)).positions for state in (fresh, used))
+    assert torch.equal(expected, actual)
+
+
+def test_swa_state_shrinks_when_rows_share_buckets():
+    exact, coarse = (SparseWindow(Budget(0.8), max_buckets=n).start(small_spec(), 2, 4000, CPU) for n in (1000, 16))
+    assert coarse.nbytes < exact.nbytes / 15
+
+
+@pytest.mark.parametrize("name", get_args(PolicyName))
+def test_every_name_users_can_type_has_a_policy(name):
+    assert make_policy(name, 0.5).name == name
+
+
+@pytest.mark.parametrize("max_buckets", [4, 7])
+def test_buckets_keep_at_least_the_window(max_buckets):
+    """With w rows to a bucket the sum covers the last k rows and at most w - 1 more."""
+    budget = Budget(0.5, dense_until=0)
+    state = SparseWindow(budget, max_buckets=max_buckets).start(small_spec(), 1, 200, CPU)
+    state.open(0, 200)
+    bucket_rows = -(-budget.recent(200) // max_buckets)
+    prompt = 30
+    num_rows = budget.recent(prompt)
+    # every row puts its whole mass on position 0, so the sum there counts the rows
+    rows = torch.zeros(num_rows, 1, prompt)
+    rows[:, :, 0] = 1
+    state.seed(0, 0, prompt - num_rows, rows)
+    for length in range(prompt + 1, 190):
+        state.begin(make_batch([length]))
+        window = budget.recent(length - 1)
+        assert window <= float(state._sums[0, 0, 0]) <= window + bucket_rows - 1
+        selection = state.select(0, torch.empty(0))
+        mass = torch.zeros(selection.positions.shape)
+        assert selection.positions[0, 0, 0] == 0
+        mass[0, 0, 0] = 1
+        state.observe(0, selection, mass)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("head_dim", [1, 7, 16])
+def test_sketched_keys_are_within_half_a_step(bits, head_dim):
+    keys = torch.randn(50, 3, head_dim, generator=torch.Generator().manual_seed(head_dim)) * 5
+    keys[0] = 2.5  # no range at all
+    codes, ranges = sketch(keys, bits)
+    assert codes.shape == (50, 3, -(-head_dim * bits // 8))
+    error = (unsketch(codes, ranges, bits, head_dim) - keys).abs()
+    assert (error <= ranges[..., :1] * 0.5001 + 1e-5).all()
+
+
+def test_the_oracle_reads_the_tokens_with_the_largest_true_weight():
+    """A token that no recent query looked at comes back when the query asks for it."""
+    spec, budget = small_spec(), Budget(0.8, dense_until=0)
+    generator = torch.Generator().manual_seed(5)
+    lengths, capacity = [40, 25], 50
+    keys = torch.randn(2, capacity, spec.num_kv_heads, spec.head_dim, generator=generator)
+    query = torch.randn(2, spec.num_heads, spec.head_dim, generator=generator) * 3
+    states = [KeySketch(budget, bits).start(spec, 2, capacity, CPU) for bits in (None, 8)]
+    for state in states:
+        for lane, length in enumerate(lengths):
+            state.remember(1, torch.full((length,), lane), torch.arange(length), keys[lane, :length])
+        state.begin(make_batch(lengths))
+    exact, sketched = (state.select(1, query) for state in states)
+    for lane, length in enumerate(lengths):
+        repeated = keys[lane, :length].repeat_interleave(spec.num_heads // spec.num_kv_heads, dim=1)
+        weights = (torch.einsum("hd,shd->hs", query[lane], repeated) / spec.head_dim**0.5).softmax(-1).sum(0)
+        recent, older = budget.split(length - 1)
+        best = weights[: length - 1 - recent].topk(older).indices.tolist()
+        expected = sorted([*best, *range(length - 1 - recent, length)])
+        assert exact.positions[lane, 0, : exact.num_tokens[lane]].tolist() == expected
+        chosen = sketched.positions[lane, 0, : sketched.num_tokens[lane]].tolist()
+        assert weights[chosen].sum() > 0.97 * weights[expected].sum()
+    assert states[1].nbytes < states[0].nbytes
