@@ -1,0 +1,75 @@
+"""What native/module.cpp offers; every address comes from `Tensor.data_ptr()`."""
+
+class Threads:
+    def __init__(self, entry: int, count: int) -> None: ...
+
+class RowLayout:
+    def __init__(self, dtype: int, num_kv_heads: int, head_dim: int) -> None: ...
+    @property
+    def row_bytes(self) -> int: ...
+
+class Workspace:
+    def decode(
+        self,
+        *,
+        isa: str,
+        threads: Threads,
+        layout: RowLayout,
+        q: int,
+        q_dtype: int,
+        rows: int,
+        row_stride: int,
+        slots: int,
+        counts: int,
+        num_seqs: int,
+        num_heads: int,
+        num_sets: int,
+        num_slots: int,
+        out: int,
+        mass: int,
+        log_sum_exp: int,
+    ) -> None: ...
+    def encode(
+        self,
+        *,
+        isa: str,
+        threads: Threads,
+        layout: RowLayout,
+        k: int,
+        v: int,
+        dtype: int,
+        k_stride: int,
+        v_stride: int,
+        rows: int,
+        row_stride: int,
+        slots: int,
+        num_tokens: int,
+    ) -> None: ...
+
+def select(
+    *,
+    threads: Threads,
+    scores: int,
+    wide: bool,
+    lane_stride: int,
+    lanes: int,
+    older_ends: int,
+    older_counts: int,
+    counts: int,
+    num_seqs: int,
+    num_slots: int,
+    positions: int,
+) -> None: ...
+def observe(
+    *,
+    sums: int,
+    buckets: int,
+    sum_starts: int,
+    bucket_starts: int,
+    positions: int,
+    counts: int,
+    mass: int,
+    num_seqs: int,
+    num_slots: int,
+) -> None: ...
+def isa_names() -> list[str]: ...

@@ -1,0 +1,293 @@
+"""The native CPU kernels, as functions of tensors.
+
+The library is optional (no compiler, no library) and knows nothing of torch: this file checks dtypes, shapes and
+strides, allocates the results and hands over addresses. It also hands over torch's own OpenMP runtime, so that both
+share one pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from alisa.types import Attended, Codec, RowFormat
+
+if TYPE_CHECKING:
+    from alisa.kernels._native import RowLayout, Threads
+
+try:
+    from alisa.kernels import _native
+except ImportError as error:
+    _native = None
+    _MISSING = f"the native kernels are not installed ({error}); they are built when a C++ compiler is present"
+else:
+    _MISSING = ""
+
+# The numbers of `Dtype` in native/task.h.
+_ROW_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
+_VALUE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def available() -> bool:
+    """Whether the native library can be used."""
+    return _native is not None
+
+
+def unavailable_reason() -> str:
+    """Why not, in one sentence; empty where it can."""
+    return _MISSING
+
+
+def isa_names() -> tuple[str, ...]:
+    """Instruction sets that this build and this CPU have in common, fastest first; empty without the library."""
+    return tuple(_native.isa_names()) if _native is not None else ()
+
+
+@cache
+def openmp_entry() -> int:
+    """Address of `GOMP_parallel` in the OpenMP runtime that torch has loaded; 0 where there is none that has it."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return 0
+    for path in dict.fromkeys(re.findall(r"/\S*lib[gi]?omp\S*\.so\S*", maps)):
+        entry = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+        if entry is not None:
+            return ctypes.cast(entry, ctypes.c_void_p).value or 0
+    return 0
+
+
+def check_slots(rows: Tensor, slots: Tensor, counts: Tensor) -> None:
+    """Raise ValueError if a slot lies outside the arena, stands twice in one index set, or a count cannot be.
+
+    The kernels trust their caller: this takes longer than attention itself and is for tests and debugging.
+    """
+    num_slots = slots.shape[2]
+    if bool(((counts < 1) | (counts > num_slots)).any()):
+        raise ValueError(f"counts {counts.tolist()} must lie between 1 and {num_slots}, the width of the slots")
+    for seq, count in enumerate(counts.tolist()):
+        for chosen in slots[seq, :, :count].tolist():
+            if min(chosen) < 0 or max(chosen) >= len(rows):
+                raise ValueError(
+                    f"sequence {seq} reads slots {min(chosen)} to {max(chosen)} of an arena of {len(rows)} rows"
+                )
+            if len(set(chosen)) < len(chosen):
+                raise ValueError(f"sequence {seq} reads a slot twice: its weight would count twice")
+
+
+class CpuKernels:
+    """The native kernels with their working memory; calling it is decode attention (see `DecodeKernel`).
+
+    Args:
+        isa: one of `isa_names()`; by default the fastest.
+        num_threads: threads to use; by default as many as torch uses at the time of the call.
+        share_threads: run on torch's OpenMP threads where they can be found.
+    """
+
+    def __init__(self, isa: str | None = None, *, num_threads: int | None = None, share_threads: bool = True) -> None:
+        if _native is None:
+            raise RuntimeError(_MISSING)
+        if isa is not None and isa not in isa_names():
+            raise ValueError(f"{isa} kernels cannot run here; there are {', '.join(isa_names())}")
+        self.isa = isa or isa_names()[0]
+        self._num_threads = num_threads
+        self._entry = openmp_entry() if share_threads else 0
+        self._workspace = _native.Workspace()
+        self._layouts: dict[RowFormat, RowLayout] = {}
+
+    def __call__(self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor) -> Attended:
+        """Attend with q `[B, H, D]` to `slots` Int32[B, J, K] of `rows` UInt8[R, row_bytes]; `counts` Int32[B] count.
+
+        Counts are at least 1, slots valid and without duplicates within a set; `check_slots` says whether they are.
+        """
+        row_format = codec.format
+        num_seqs, num_heads, head_dim = q.shape
+        _, num_sets, num_slots = slots.shape
+        _check_rows(rows, row_format)
+        if (
+            head_dim != row_format.head_dim
+            or num_heads % row_format.num_kv_heads
+            or num_sets not in (1, row_format.num_kv_heads)
+            or slots.shape[0] != num_seqs
+            or counts.shape != (num_seqs,)
+        ):
+            raise ValueError(
+                f"q {tuple(q.shape)}, slots {tuple(slots.shape)} and counts {tuple(counts.shape)} do not fit "
+                f"each other or rows of {row_format}"
+            )
+        if slots.dtype != torch.int32 or counts.dtype != torch.int32 or q.dtype not in _VALUE_DTYPES:
+            raise TypeError(
+                f"slots and counts are int32 and q is a float, not {slots.dtype}, {counts.dtype}, {q.dtype}"
+            )
+        q, slots, counts = q.contiguous(), slots.contiguous(), counts.contiguous()
+        out = torch.empty_like(q)
+        mass = torch.empty(num_seqs, num_sets, num_slots)
+        log_sum_exp = torch.empty(num_seqs, num_heads)
+        self._workspace.decode(
+            isa=self.isa,
+            threads=self._threads(),
+            layout=self._layout(row_format),
+            q=q.data_ptr(),
+            q_dtype=_VALUE_DTYPES[q.dtype],
+            rows=rows.data_ptr(),
+            row_stride=rows.stride(0),
+            slots=slots.data_ptr(),
+            counts=counts.data_ptr(),
+            num_seqs=num_seqs,
+            num_heads=num_heads,
+            num_sets=num_sets,
+            num_slots=num_slots,
+            out=out.data_ptr(),
+            mass=mass.data_ptr(),
+            log_sum_exp=log_sum_exp.data_ptr(),
+        )
+        return Attended(out, mass, log_sum_exp)
+
+    def append(self, rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """K and V `[N, G, D]` stand as rows at `slots` Int64[N] of one layer's arena; nothing else is touched."""
+        _check_rows(rows, row_format)
+        shape = (row_format.num_kv_heads, row_format.head_dim)
+        if k.shape != (len(slots), *shape) or v.shape != k.shape:
+            raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} are not {len(slots)} tokens of {row_format}")
+        if slots.dtype != torch.int64 or k.dtype not in _VALUE_DTYPES or v.dtype != k.dtype:
+            raise TypeError(f"slots are int64, k and v the same float, not {slots.dtype}, {k.dtype}, {v.dtype}")
+        k, v, slots = _dense_tokens(k), _dense_tokens(v), slots.contiguous()
+        self._workspace.encode(
+            isa=self.isa,
+            threads=self._threads(),
+            layout=self._layout(row_format),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            dtype=_VALUE_DTYPES[k.dtype],
+            k_stride=k.stride(0) * k.element_size(),
+            v_stride=v.stride(0) * v.element_size(),
+            rows=rows.data_ptr(),
+            row_stride=rows.stride(0),
+            slots=slots.data_ptr(),
+            num_tokens=len(slots),
+        )
+
+    def select(
+        self,
+        scores: Tensor,
+        lanes: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+    ) -> Tensor:
+        """Positions Int32[B, num_slots] that each sequence reads: ascending, 0 behind `counts` Int32[B].
+
+        Of positions [0, older_ends[b]) those `older_counts[b]` with the largest `scores[lanes[b]]` (of equal ones, the
+        older), then the positions from `older_ends[b]` on.
+
+        Args:
+            scores: Float64 or Float32 `[lanes, capacity]`.
+            lanes: Int64[B].
+            older_ends: Int32[B].
+            older_counts: Int32[B], each at most `older_ends`.
+            counts: Int32[B], each at least `older_counts` and at most `num_slots`.
+            num_slots: K.
+        """
+        if scores.dtype not in (torch.float32, torch.float64) or scores.stride(1) != 1:
+            raise TypeError(f"scores are rows of float32 or float64, not {scores.dtype} of strides {scores.stride()}")
+        integers = (older_ends, older_counts, counts)
+        if lanes.dtype != torch.int64 or any(values.dtype != torch.int32 for values in integers):
+            raise TypeError("lanes are int64; older_ends, older_counts and counts are int32")
+        if not all(values.is_contiguous() and values.numel() == len(lanes) for values in (lanes, *integers)):
+            raise ValueError(
+                f"lanes, older_ends, older_counts and counts hold one number for each of {len(lanes)} sequences"
+            )
+        positions = torch.empty(len(lanes), num_slots, dtype=torch.int32)
+        _library().select(
+            threads=self._threads(),
+            scores=scores.data_ptr(),
+            wide=scores.dtype == torch.float64,
+            lane_stride=scores.stride(0),
+            lanes=lanes.data_ptr(),
+            older_ends=older_ends.data_ptr(),
+            older_counts=older_counts.data_ptr(),
+            counts=counts.data_ptr(),
+            num_seqs=len(lanes),
+            num_slots=num_slots,
+            positions=positions.data_ptr(),
+        )
+        return positions
+
+    def observe(
+        self,
+        sums: Tensor,
+        buckets: Tensor,
+        sum_starts: Tensor,
+        bucket_starts: Tensor,
+        positions: Tensor,
+        counts: Tensor,
+        mass: Tensor,
+    ) -> None:
+        """Sums and buckets have grown by the mass of the tokens attended.
+
+        Args:
+            sums: Float64, contiguous; token p of sequence b is its element `sum_starts[b] + p`.
+            buckets: Float32, contiguous, addressed by `bucket_starts` in the same way.
+            sum_starts: Int64[B].
+            bucket_starts: Int64[B].
+            positions: Int32[B, K].
+            counts: Int32[B], the real ones of each row.
+            mass: Float32[B, K].
+        """
+        num_seqs, num_slots = positions.shape
+        tensors = (sums, buckets, sum_starts, bucket_starts, positions, counts, mass)
+        dtypes = (torch.float64, torch.float32, torch.int64, torch.int64, torch.int32, torch.int32, torch.float32)
+        if any(values.dtype != dtype for values, dtype in zip(tensors, dtypes, strict=True)):
+            raise TypeError(f"dtypes are {[values.dtype for values in tensors]}, not {list(dtypes)}")
+        if not all(values.is_contiguous() for values in tensors) or mass.shape != positions.shape:
+            raise ValueError("observe needs contiguous tensors, and a mass for every position")
+        _library().observe(
+            sums=sums.data_ptr(),
+            buckets=buckets.data_ptr(),
+            sum_starts=sum_starts.data_ptr(),
+            bucket_starts=bucket_starts.data_ptr(),
+            positions=positions.data_ptr(),
+            counts=counts.data_ptr(),
+            mass=mass.data_ptr(),
+            num_seqs=num_seqs,
+            num_slots=num_slots,
+        )
+
+    def _threads(self) -> Threads:
+        return _library().Threads(self._entry, self._num_threads or torch.get_num_threads())
+
+    def _layout(self, row_format: RowFormat) -> RowLayout:
+        layout = self._layouts.get(row_format)
+        if layout is None:
+            layout = _library().RowLayout(_ROW_DTYPES[row_format.dtype], row_format.num_kv_heads, row_format.head_dim)
+            assert layout.row_bytes == row_format.row_bytes, "RowFormat and RowLayout count bytes differently"
+            self._layouts[row_format] = layout
+        return layout
+
+
+def _library():  # noqa: ANN202 - the module itself, or an error
+    if _native is None:
+        raise RuntimeError(_MISSING)
+    return _native
+
+
+def _check_rows(rows: Tensor, row_format: RowFormat) -> None:
+    if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != row_format.row_bytes or rows.stride(1) != 1:
+        raise ValueError(
+            f"an arena of {row_format} is UInt8[R, {row_format.row_bytes}] with whole rows, not {rows.dtype} "
+            f"{tuple(rows.shape)} of strides {rows.stride()}"
+        )
+
+
+def _dense_tokens(values: Tensor) -> Tensor:
+    """`[N, G, D]` with each token's values in one run; a copy only where they are not."""
+    num_heads, head_dim = values.shape[1:]
+    dense = values.stride(2) == 1 and (num_heads == 1 or values.stride(1) == head_dim)
+    return values if dense else values.contiguous()

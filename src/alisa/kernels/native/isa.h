@@ -1,0 +1,33 @@
+// What each instruction set provides. The same templates are compiled once for each, with their own compiler flags, and
+// the table to use is chosen when the program runs.
+#pragma once
+
+#include "task.h"
+
+namespace alisa {
+
+struct Isa {
+  const char* name;
+  // Floats of scratch that `attend`, `finish` and `encode` need.
+  size_t (*scratch_floats)(const RowLayout& layout, int num_heads);
+  // One partial result; `scratch` belongs to the calling thread.
+  void (*attend)(const DecodeTask& task, int item, float* scratch);
+  // Merges the partial results of one sequence and writes its output, mass and log-sum-exp.
+  void (*finish)(const DecodeTask& task, int seq, float* scratch);
+  // Tokens [first, last) into their rows.
+  void (*encode)(const EncodeTask& task, int64_t first, int64_t last, float* scratch);
+};
+
+// Null where this build or this CPU lacks it.
+const Isa* find_isa(const char* name);
+// The fastest one this CPU can run.
+const Isa* best_isa();
+
+// Defined by the files compiled for one instruction set each.
+extern const Isa kPortable;
+#ifdef ALISA_X86
+extern const Isa kAvx2;
+extern const Isa kAvx512;
+#endif
+
+}  // namespace alisa

@@ -1,0 +1,17 @@
+// The last lines of every isa_*.cpp: the kernels of this instruction set as a table.
+#pragma once
+
+#include "attend.h"
+#include "encode.h"
+#include "finish.h"
+#include "isa.h"
+
+namespace alisa::ALISA_ISA {
+
+inline size_t scratch_floats(const RowLayout& layout, int num_heads) {
+  const size_t attending = AttendScratch::floats(layout, num_heads);
+  const size_t finishing = FinishScratch::floats(layout, num_heads);
+  return attending > finishing ? attending : finishing;
+}
+
+}  // namespace alisa::ALISA_ISA

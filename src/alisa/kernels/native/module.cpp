@@ -1,0 +1,136 @@
+// The Python module `alisa.kernels._native`: addresses and sizes in, results written where they point. It knows nothing of
+// torch, so one build serves every version of it; alisa/kernels/cpu.py checks dtypes, shapes and strides.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "decode.h"
+#include "isa.h"
+#include "select.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using alisa::Dtype;
+using alisa::RowLayout;
+using alisa::Threads;
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const alisa::Isa& isa_named(const std::string& name) {
+  const alisa::Isa* isa = alisa::find_isa(name.c_str());
+  if (isa == nullptr) throw std::invalid_argument("this CPU or build has no " + name + " kernels");
+  return *isa;
+}
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (const char* name : {"avx512", "avx2", "portable"}) {
+    if (alisa::find_isa(name) != nullptr) names.emplace_back(name);
+  }
+  return names;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  nb::class_<Threads>(m, "Threads")
+      .def(
+          "__init__", [](Threads* self, uintptr_t entry, int count) {
+            new (self) Threads{reinterpret_cast<alisa::ParallelEntry>(entry), count};
+          },
+          "entry"_a, "count"_a, "GOMP_parallel of the OpenMP runtime that torch has loaded (0: none), and how many threads.");
+  nb::class_<RowLayout>(m, "RowLayout")
+      .def(
+          "__init__", [](RowLayout* self, int dtype, int num_kv_heads, int head_dim) {
+            new (self) RowLayout{static_cast<Dtype>(dtype), num_kv_heads, head_dim};
+          },
+          "dtype"_a, "num_kv_heads"_a, "head_dim"_a)
+      .def_prop_ro("row_bytes", [](const RowLayout& self) { return self.row_bytes(); });
+
+  nb::class_<alisa::Workspace>(m, "Workspace")
+      .def(nb::init<>())
+      .def(
+          "decode",
+          [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const RowLayout& layout, uintptr_t q,
+             int q_dtype, uintptr_t rows, size_t row_stride, uintptr_t slots, uintptr_t counts, int num_seqs, int num_heads,
+             int num_sets, int num_slots, uintptr_t out, uintptr_t mass, uintptr_t log_sum_exp) {
+            const alisa::Isa& kernels = isa_named(isa);
+            alisa::DecodeTask task = {};
+            task.q = at<const void>(q);
+            task.q_dtype = static_cast<Dtype>(q_dtype);
+            task.rows = at<const uint8_t>(rows);
+            task.row_stride = row_stride;
+            task.layout = layout;
+            task.slots = at<const int32_t>(slots);
+            task.counts = at<const int32_t>(counts);
+            task.num_seqs = num_seqs;
+            task.num_heads = num_heads;
+            task.num_sets = num_sets;
+            task.num_slots = num_slots;
+            task.out = at<void>(out);
+            task.mass = at<float>(mass);
+            task.log_sum_exp = at<float>(log_sum_exp);
+            const nb::gil_scoped_release unlocked;
+            self.decode(kernels, task, threads);
+          },
+          "isa"_a, "threads"_a, "layout"_a, "q"_a, "q_dtype"_a, "rows"_a, "row_stride"_a, "slots"_a, "counts"_a,
+          "num_seqs"_a, "num_heads"_a, "num_sets"_a, "num_slots"_a, "out"_a, "mass"_a, "log_sum_exp"_a)
+      .def(
+          "encode",
+          [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const RowLayout& layout, uintptr_t k,
+             uintptr_t v, int dtype, size_t k_stride, size_t v_stride, uintptr_t rows, size_t row_stride, uintptr_t slots,
+             int64_t num_tokens) {
+            const alisa::Isa& kernels = isa_named(isa);
+            const alisa::EncodeTask task = {at<const void>(k),  at<const void>(v), static_cast<Dtype>(dtype),
+                                            k_stride,           v_stride,          at<uint8_t>(rows),
+                                            row_stride,         layout,            at<const int64_t>(slots)};
+            const nb::gil_scoped_release unlocked;
+            self.encode(kernels, task, num_tokens, threads);
+          },
+          "isa"_a, "threads"_a, "layout"_a, "k"_a, "v"_a, "dtype"_a, "k_stride"_a, "v_stride"_a, "rows"_a, "row_stride"_a,
+          "slots"_a, "num_tokens"_a);
+
+  m.def(
+      "select",
+      [](const Threads& threads, uintptr_t scores, bool wide, size_t lane_stride, uintptr_t lanes, uintptr_t older_ends,
+         uintptr_t older_counts, uintptr_t counts, int num_seqs, int num_slots, uintptr_t positions) {
+        const nb::gil_scoped_release unlocked;
+        const auto run = [&](auto* typed) {
+          using Score = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+          alisa::select_positions<Score>({typed, lane_stride, at<const int64_t>(lanes), at<const int32_t>(older_ends),
+                                          at<const int32_t>(older_counts), at<const int32_t>(counts), num_seqs, num_slots,
+                                          at<int32_t>(positions)},
+                                         threads);
+        };
+        if (wide) {
+          run(at<const double>(scores));
+        } else {
+          run(at<const float>(scores));
+        }
+      },
+      "threads"_a, "scores"_a, "wide"_a, "lane_stride"_a, "lanes"_a, "older_ends"_a, "older_counts"_a, "counts"_a,
+      "num_seqs"_a, "num_slots"_a, "positions"_a);
+  m.def(
+      "observe",
+      [](uintptr_t sums, uintptr_t buckets, uintptr_t sum_starts, uintptr_t bucket_starts, uintptr_t positions,
+         uintptr_t counts, uintptr_t mass, int num_seqs, int num_slots) {
+        const nb::gil_scoped_release unlocked;
+        alisa::observe_mass({at<double>(sums), at<float>(buckets), at<const int64_t>(sum_starts),
+                             at<const int64_t>(bucket_starts), at<const int32_t>(positions), at<const int32_t>(counts),
+                             at<const float>(mass), num_seqs, num_slots});
+      },
+      "sums"_a, "buckets"_a, "sum_starts"_a, "bucket_starts"_a, "positions"_a, "counts"_a, "mass"_a, "num_seqs"_a,
+      "num_slots"_a);
+  m.def("isa_names", isa_names, "Instruction sets that this CPU can run, fastest first.");
+}

@@ -1,0 +1,145 @@
+// See select.h.
+//
+// The k-th largest score is found by a histogram over the leading bits of the scores (their bit patterns, made
+// monotonic), counted from the top: one pass counts, one collects the few scores that share the decisive bin, one
+// writes the positions in order. Nothing is sorted.
+#include "select.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+namespace alisa {
+namespace {
+
+template <class Score>
+struct Bits;
+template <>
+struct Bits<float> {
+  using Key = uint32_t;
+  static constexpr int kMantissa = 23;
+};
+template <>
+struct Bits<double> {
+  using Key = uint64_t;
+  static constexpr int kMantissa = 52;
+};
+
+// Unsigned integers in the order of the scores; -0 and 0 are the same.
+template <class Score>
+inline typename Bits<Score>::Key key_of(Score score) {
+  using Key = typename Bits<Score>::Key;
+  score += Score(0);
+  Key bits;
+  std::memcpy(&bits, &score, sizeof(bits));
+  constexpr Key kSign = Key(1) << (sizeof(Key) * 8 - 1);
+  return bits & kSign ? ~bits : bits | kSign;
+}
+
+// 64 bins for each power of two, 32 powers of two below the largest score; smaller scores share bin 0.
+constexpr int kBinBits = 6;
+constexpr int kNumBins = 2048;
+
+template <class Score>
+class Selector {
+ public:
+  using Key = typename Bits<Score>::Key;
+
+  // The positions of the `count` largest of `scores[0, end)`, ascending; 0 < count < end.
+  void select(const Score* scores, int end, int count, int32_t* positions) {
+    keys_.resize(static_cast<size_t>(end));
+    Key highest = 0;
+    for (int i = 0; i < end; ++i) {
+      keys_[i] = key_of(scores[i]);
+      highest = std::max(highest, keys_[i]);
+    }
+    std::memset(bins_, 0, sizeof(bins_));
+    const Key top = highest >> kShift;
+    base_ = top >= kNumBins - 1 ? top - (kNumBins - 1) : 0;
+    for (int i = 0; i < end; ++i) ++bins_[bin(keys_[i])];
+
+    int above = 0;
+    int decisive = kNumBins - 1;
+    for (; above + bins_[decisive] < count; --decisive) above += bins_[decisive];
+    candidates_.clear();
+    for (int i = 0; i < end; ++i) {
+      if (bin(keys_[i]) == decisive) candidates_.push_back(keys_[i]);
+    }
+    const int rank = count - above;  // in the decisive bin, from 1
+    std::nth_element(candidates_.begin(), candidates_.begin() + (rank - 1), candidates_.end(), std::greater<Key>());
+    const Key threshold = candidates_[rank - 1];
+    int ties = rank;
+    for (const Key key : candidates_) ties -= key > threshold;
+
+    int written = 0;
+    for (int i = 0; i < end && written < count; ++i) {
+      const bool tie = keys_[i] == threshold && ties > 0;
+      ties -= tie;
+      positions[written] = i;
+      written += keys_[i] > threshold || tie;
+    }
+  }
+
+ private:
+  static constexpr int kShift = Bits<Score>::kMantissa - kBinBits;
+
+  int bin(Key key) const {
+    const Key leading = key >> kShift;
+    return leading > base_ ? static_cast<int>(leading - base_) : 0;
+  }
+
+  std::vector<Key> keys_;
+  std::vector<Key> candidates_;
+  Key base_ = 0;
+  int bins_[kNumBins];
+};
+
+template <class Score>
+void select_row(const SelectTask<Score>& task, int seq, Selector<Score>& selector) {
+  const int older = task.older_counts[seq];
+  const int end = task.older_ends[seq];
+  int32_t* positions = task.positions + static_cast<size_t>(seq) * task.num_slots;
+  if (older >= end) {
+    for (int i = 0; i < older; ++i) positions[i] = i;
+  } else if (older > 0) {
+    selector.select(task.scores + static_cast<size_t>(task.lanes[seq]) * task.lane_stride, end, older, positions);
+  }
+  const int count = task.counts[seq];
+  for (int i = older; i < count; ++i) positions[i] = end + i - older;
+  std::fill(positions + count, positions + task.num_slots, 0);
+}
+
+}  // namespace
+
+template <class Score>
+void select_positions(const SelectTask<Score>& task, const Threads& threads) {
+  std::atomic<int> next{0};
+  const auto work = [&]() {
+    Selector<Score> selector;
+    for (int seq = next.fetch_add(1); seq < task.num_seqs; seq = next.fetch_add(1)) select_row(task, seq, selector);
+  };
+  Threads team = threads;
+  team.count = std::min(team.count, task.num_seqs);
+  parallel(team, work);
+}
+
+template void select_positions<float>(const SelectTask<float>&, const Threads&);
+template void select_positions<double>(const SelectTask<double>&, const Threads&);
+
+void observe_mass(const ObserveTask& task) {
+  for (int seq = 0; seq < task.num_seqs; ++seq) {
+    const size_t row = static_cast<size_t>(seq) * task.num_slots;
+    double* sums = task.sums + task.sum_starts[seq];
+    float* buckets = task.buckets + task.bucket_starts[seq];
+    for (int i = 0; i < task.counts[seq]; ++i) {
+      const int32_t position = task.positions[row + i];
+      const float mass = task.mass[row + i];
+      sums[position] += mass;
+      buckets[position] += mass;
+    }
+  }
+}
+
+}  // namespace alisa

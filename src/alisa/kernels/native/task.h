@@ -1,0 +1,106 @@
+// The plain values that cross the borders inside the native code: what a decode-attention call is asked to do, and how
+// it was cut into pieces. Files compiled for one instruction set include this one and nothing of the standard library
+// that could leave an inline function behind: the linker keeps one copy of those, and it must run on every CPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace alisa {
+
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4 };
+
+// Rows that share one table of weights. Each row is read once, so nothing has to stay in a cache between the passes; 64
+// is where the softmax over a block stops showing in the profile (it is vectorised over the rows of a block).
+constexpr int kBlock = 64;
+
+// Rows that are read side by side. They share each load of the query and of the accumulators, which together are as large
+// as an L1 cache: eight rows were 10 % faster than four, sixteen no faster than eight.
+constexpr int kPanel = 8;
+
+// Every vector length used divides this: one padding for all instruction sets.
+constexpr int kPad = 16;
+
+// Never left behind as a function of its own: a copy compiled for AVX-512 must not serve another file.
+#define ALISA_INLINE __attribute__((always_inline)) inline
+
+ALISA_INLINE constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
+
+// Bytes of the row of one token:
+//
+//   float      [ K: G heads x D values ][ V: G x D ]
+//   int8/int4  [ K: G heads x codes    ][ V: G x codes ][ (scale, minimum) float16 pairs: G of K, then G of V ]
+//
+// int8: D bytes of codes for each head. int4: ceil(D / 2) bytes, byte i holds code i (low) and code i + ceil(D / 2) (high),
+// so that a vector of bytes gives two runs of consecutive values without a shuffle. value = minimum + scale * code.
+struct RowLayout {
+  Dtype dtype;
+  int num_kv_heads;  // G
+  int head_dim;      // D
+
+  ALISA_INLINE constexpr bool coded() const { return dtype == Dtype::kInt8 || dtype == Dtype::kInt4; }
+  ALISA_INLINE constexpr int planes() const { return dtype == Dtype::kInt4 ? 2 : 1; }
+  // Values in one plane of a head, and the same in padded float buffers.
+  ALISA_INLINE constexpr int plane_len() const { return (head_dim + planes() - 1) / planes(); }
+  ALISA_INLINE constexpr int plane_stride() const { return round_up(plane_len(), kPad); }
+  ALISA_INLINE constexpr int head_stride() const { return planes() * plane_stride(); }
+  ALISA_INLINE constexpr size_t head_bytes() const {
+    switch (dtype) {
+      case Dtype::kFloat32: return static_cast<size_t>(head_dim) * 4;
+      case Dtype::kBFloat16:
+      case Dtype::kFloat16: return static_cast<size_t>(head_dim) * 2;
+      default: return static_cast<size_t>(plane_len());
+    }
+  }
+  ALISA_INLINE constexpr size_t half_bytes() const { return head_bytes() * static_cast<size_t>(num_kv_heads); }
+  ALISA_INLINE constexpr size_t row_bytes() const { return 2 * half_bytes() + (coded() ? static_cast<size_t>(num_kv_heads) * 8 : 0); }
+};
+
+// A run of blocks of one sequence, attended by one thread: a partial result.
+struct Item {
+  int seq;
+  int first_block;    // of the sequence
+  int num_blocks;
+  size_t block_base;  // index of `first_block` among the blocks of all sequences
+};
+
+struct DecodeTask {
+  const void* q;  // [B, H, D]
+  Dtype q_dtype;
+  const uint8_t* rows;  // [R, row_stride]
+  size_t row_stride;
+  RowLayout layout;
+  const int32_t* slots;   // [B, J, K]
+  const int32_t* counts;  // [B]
+  int num_seqs;           // B
+  int num_heads;          // H
+  int num_sets;           // J
+  int num_slots;          // K
+  void* out;              // [B, H, D] in q_dtype
+  float* mass;            // [B, J, K]
+  float* log_sum_exp;     // [B, H]
+
+  // The plan and its buffers, see decode.cpp.
+  const Item* items;
+  const int* first_item;  // [B + 1]: items of a sequence are consecutive
+  float* weights;         // [blocks, H, kBlock]: exp(score - block_max)
+  float* block_max;       // [blocks, H]: the running maximum when the block was weighted
+  float* partial_out;     // [items, H, head_stride]
+  float* partial_max;     // [items, H]
+  float* partial_sum;     // [items, H]
+};
+
+// New tokens written as rows.
+struct EncodeTask {
+  const void* k;  // [N, G, D]
+  const void* v;
+  Dtype dtype;
+  size_t k_stride;  // bytes from one token to the next
+  size_t v_stride;
+  uint8_t* rows;
+  size_t row_stride;
+  RowLayout layout;
+  const int64_t* slots;  // [N]
+};
+
+}  // namespace alisa

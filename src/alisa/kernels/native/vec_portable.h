@@ -1,0 +1,117 @@
+// Vectors of 4 floats in the compiler's own vector types (GCC and Clang): SSE2 on x86, NEON on aarch64. The same names as
+// in vec_avx512.h, and one intrinsic (NEON has a fused multiply-add that the language cannot ask for).
+#pragma once
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include "float16.h"
+
+namespace alisa::ALISA_ISA {
+
+using F = float __attribute__((vector_size(16)));
+using I = int32_t __attribute__((vector_size(16)));
+using U = uint32_t __attribute__((vector_size(16)));
+using U16 = uint16_t __attribute__((vector_size(8)));
+using U8 = uint8_t __attribute__((vector_size(4)));
+constexpr int kWidth = 4;
+constexpr int kRegisters = 16;
+
+template <class To, class From>
+inline To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To out;
+  std::memcpy(&out, &x, sizeof(out));
+  return out;
+}
+template <class V>
+inline V read(const void* p) {
+  V out;
+  std::memcpy(&out, p, sizeof(out));
+  return out;
+}
+
+inline F set1(float x) { return F{x, x, x, x}; }
+inline F load(const float* p) { return read<F>(p); }
+inline void store(float* p, F x) { std::memcpy(p, &x, sizeof(x)); }
+#if defined(__aarch64__)
+inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+#else
+// Rounds twice: the oldest x86 has no fused multiply-add.
+inline F fma(F a, F b, F c) { return a * b + c; }
+#endif
+inline F vmax(F a, F b) { return a > b ? a : b; }
+inline F vmin(F a, F b) { return a < b ? a : b; }
+inline float max_of(F x) {
+  float best = x[0];
+  for (int i = 1; i < kWidth; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+inline float min_of(F x) { return -max_of(-x); }
+inline float sum_of(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+// Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no bits behind the point.
+inline F round_even(F x) {
+  const F magic = set1(12582912.0F);
+  return (x + magic) - magic;
+}
+// p * 2^n for integral n in [-126, 127].
+inline F times_pow2(F p, F n) {
+  const I exponent = __builtin_convertvector(n, I) + 127;
+  return p * bits<F>(exponent << 23);
+}
+// value where x >= limit, else 0.
+inline F keep_from(F x, F limit, F value) { return x >= limit ? value : set1(0.0F); }
+
+// The sums of four vectors.
+inline void sum4(F a, F b, F c, F d, float* out) {
+  out[0] = sum_of(a);
+  out[1] = sum_of(b);
+  out[2] = sum_of(c);
+  out[3] = sum_of(d);
+}
+
+inline F load_bf16(const void* p) { return bits<F>(__builtin_convertvector(read<U16>(p), U) << 16); }
+inline F load_f16(const void* p) {
+  // Exponent and mantissa moved into place and the bias mended by a multiplication, which also makes subnormals right.
+  const U half = __builtin_convertvector(read<U16>(p), U);
+  const F magnitude = bits<F>((half & 0x7fffU) << 13) * set1(0x1p112F);
+  const U infinite = bits<U>(bits<I>(half & 0x7fffU) >= 0x7c00) & 0x7f800000U;
+  return bits<F>(bits<U>(magnitude) | infinite | ((half & 0x8000U) << 16));
+}
+inline F load_u8(const void* p) { return __builtin_convertvector(__builtin_convertvector(read<U8>(p), I), F); }
+// 4 bytes: their low and their high halves.
+inline void load_u4(const void* p, F& low, F& high) {
+  const I both = __builtin_convertvector(read<U8>(p), I);
+  low = __builtin_convertvector(both & 15, F);
+  high = __builtin_convertvector(both >> 4, F);
+}
+
+inline void store_bf16(void* p, F x) {
+  const U raw = bits<U>(x);
+  const U rounded = raw + (((raw >> 16) & 1U) + 0x7fffU);
+  const I number = x == x;
+  const U chosen = (rounded & bits<U>(number)) | (~bits<U>(number) & 0x7fc00000U);
+  const U16 words = __builtin_convertvector(chosen >> 16, U16);
+  std::memcpy(p, &words, sizeof(words));
+}
+inline void store_f16(void* p, F x) {
+  uint16_t words[kWidth];
+  for (int i = 0; i < kWidth; ++i) words[i] = float16_bits(x[i]);
+  std::memcpy(p, words, sizeof(words));
+}
+inline void store_bytes(void* p, I x) {
+  const U8 narrow = __builtin_convertvector(x, U8);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+// x in [0, 255], integral.
+inline void store_u8(void* p, F x) { store_bytes(p, __builtin_convertvector(x, I)); }
+inline void store_u4(void* p, F low, F high) {
+  store_bytes(p, __builtin_convertvector(low, I) | (__builtin_convertvector(high, I) << 4));
+}
+
+}  // namespace alisa::ALISA_ISA

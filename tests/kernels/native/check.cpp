@@ -1,0 +1,179 @@
+// The native code without Python, for the sanitizers: every instruction set, row dtype and awkward shape, on buffers of
+// exactly the size that is needed, so that a read or a write one byte beyond is seen. Results are compared with a plain
+// loop in double precision.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "decode.h"
+#include "select.h"
+
+namespace {
+
+using namespace alisa;
+
+int failures = 0;
+
+void expect(bool holds, const char* what, const char* isa, const RowLayout& layout) {
+  if (holds) return;
+  std::fprintf(stderr, "%s: %s, dtype %d, %d heads of %d\n", isa, what, static_cast<int>(layout.dtype), layout.num_kv_heads,
+               layout.head_dim);
+  ++failures;
+}
+
+// Exactly `size` bytes on the heap, so that the sanitizer guards both ends.
+template <class T>
+struct Exact {
+  explicit Exact(size_t count) : data(new T[count]()), size(count) {}
+  std::unique_ptr<T[]> data;
+  size_t size;
+  T* get() { return data.get(); }
+  T& operator[](size_t i) { return data[i]; }
+};
+
+double half_value(const uint8_t* bytes) {
+  const int half = bytes[0] | bytes[1] << 8;
+  const int exponent = half >> 10 & 31;
+  const double mantissa = half & 1023;
+  const double magnitude = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+  return half & 0x8000 ? -magnitude : magnitude;
+}
+
+// Dimension `dim` of head `g` of K (half 0) or V (half 1).
+double value_at(const RowLayout& layout, const uint8_t* row, int half, int g, int dim) {
+  const uint8_t* head = row + half * layout.half_bytes() + g * layout.head_bytes();
+  if (layout.dtype == Dtype::kFloat32) {
+    float value;
+    __builtin_memcpy(&value, head + 4 * dim, 4);
+    return value;
+  }
+  if (layout.dtype == Dtype::kBFloat16) {
+    const uint32_t raw = static_cast<uint32_t>(head[2 * dim] | head[2 * dim + 1] << 8) << 16;
+    float value;
+    __builtin_memcpy(&value, &raw, 4);
+    return value;
+  }
+  if (layout.dtype == Dtype::kFloat16) return half_value(head + 2 * dim);
+  const uint8_t* pair = row + 2 * layout.half_bytes() + 4 * (half * layout.num_kv_heads + g);
+  const int plane = layout.plane_len();
+  int code = layout.dtype == Dtype::kInt8 ? head[dim] : dim < plane ? head[dim] & 15 : head[dim - plane] >> 4;
+  return half_value(pair + 2) + half_value(pair) * code;
+}
+
+void check_decode(const Isa& isa, const RowLayout& layout, int group, bool per_head, std::mt19937& random) {
+  const int num_rows = 150;
+  const int num_seqs = 3;
+  const int num_sets = per_head ? layout.num_kv_heads : 1;
+  const int num_heads = layout.num_kv_heads * group;
+  const int dim = layout.head_dim;
+  std::normal_distribution<float> normal;
+  Exact<float> k(static_cast<size_t>(num_rows) * layout.num_kv_heads * dim), v(k.size);
+  for (size_t i = 0; i < k.size; ++i) k[i] = normal(random), v[i] = normal(random);
+  Exact<uint8_t> rows(num_rows * layout.row_bytes());
+  Exact<int64_t> order(num_rows);
+  for (int i = 0; i < num_rows; ++i) order[i] = i;
+  const size_t token_bytes = static_cast<size_t>(layout.num_kv_heads) * dim * 4;
+  Workspace workspace;
+  const Threads threads{nullptr, 3};
+  workspace.encode(isa, {k.get(), v.get(), Dtype::kFloat32, token_bytes, token_bytes, rows.get(), layout.row_bytes(), layout,
+                         order.get()},
+                   num_rows, threads);
+
+  Exact<int32_t> counts(num_seqs);
+  counts[0] = 1;
+  counts[1] = num_rows;
+  counts[2] = 67;
+  Exact<int32_t> slots(static_cast<size_t>(num_seqs) * num_sets * num_rows);
+  for (size_t set = 0; set < slots.size; set += num_rows) {
+    for (int i = 0; i < num_rows; ++i) slots[set + i] = static_cast<int32_t>((i * 7 + set) % num_rows);
+  }
+  Exact<float> q(static_cast<size_t>(num_seqs) * num_heads * dim), out(q.size), mass(slots.size);
+  Exact<float> log_sum_exp(static_cast<size_t>(num_seqs) * num_heads);
+  for (size_t i = 0; i < q.size; ++i) q[i] = normal(random);
+  DecodeTask task = {};
+  task.q = q.get();
+  task.q_dtype = Dtype::kFloat32;
+  task.rows = rows.get();
+  task.row_stride = layout.row_bytes();
+  task.layout = layout;
+  task.slots = slots.get();
+  task.counts = counts.get();
+  task.num_seqs = num_seqs;
+  task.num_heads = num_heads;
+  task.num_sets = num_sets;
+  task.num_slots = num_rows;
+  task.out = out.get();
+  task.mass = mass.get();
+  task.log_sum_exp = log_sum_exp.get();
+  workspace.decode(isa, task, threads);
+
+  for (int seq = 0; seq < num_seqs; ++seq) {
+    double total_mass = 0;
+    for (int i = 0; i < num_sets * num_rows; ++i) total_mass += mass[static_cast<size_t>(seq) * num_sets * num_rows + i];
+    expect(std::fabs(total_mass - num_heads) < 1e-4 * num_heads, "mass", isa.name, layout);
+    for (int h = 0; h < num_heads; ++h) {
+      const int g = h / group;
+      const int32_t* chosen = slots.get() + (static_cast<size_t>(seq) * num_sets + (per_head ? g : 0)) * num_rows;
+      std::vector<double> expected(dim);
+      double total = 0;
+      for (int i = 0; i < counts[seq]; ++i) {
+        const uint8_t* row = rows.get() + chosen[i] * layout.row_bytes();
+        double score = 0;
+        for (int d = 0; d < dim; ++d) {
+          score += value_at(layout, row, 0, g, d) * q[(static_cast<size_t>(seq) * num_heads + h) * dim + d];
+        }
+        const double weight = std::exp(score / std::sqrt(dim));
+        total += weight;
+        for (int d = 0; d < dim; ++d) expected[d] += weight * value_at(layout, row, 1, g, d);
+      }
+      expect(std::fabs(log_sum_exp[static_cast<size_t>(seq) * num_heads + h] - std::log(total)) < 1e-4, "log-sum-exp",
+             isa.name, layout);
+      for (int d = 0; d < dim; ++d) {
+        const double got = out[(static_cast<size_t>(seq) * num_heads + h) * dim + d];
+        expect(std::fabs(got - expected[d] / total) < 1e-4, "out", isa.name, layout);
+      }
+    }
+  }
+}
+
+void check_select() {
+  const int capacity = 300;
+  Exact<double> scores(2 * capacity);
+  for (int i = 0; i < 2 * capacity; ++i) scores[i] = (i * 37 % 100) / 8;
+  Exact<int64_t> lanes(1);
+  lanes[0] = 1;
+  Exact<int32_t> ends(1), older(1), counts(1), positions(52);
+  ends[0] = capacity - 10;
+  older[0] = 40;
+  counts[0] = 50;
+  select_positions<double>({scores.get(), capacity, lanes.get(), ends.get(), older.get(), counts.get(), 1, 52, positions.get()},
+                           {nullptr, 2});
+  for (int i = 1; i < 50; ++i) expect(positions[i] > positions[i - 1], "ascending", "select", {});
+  expect(positions[50] == 0 && positions[51] == 0, "padding", "select", {});
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(1);
+  for (const char* name : {"avx512", "avx2", "portable"}) {
+    const Isa* isa = find_isa(name);
+    if (isa == nullptr) {
+      std::printf("%s: not on this machine\n", name);
+      continue;
+    }
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt8, Dtype::kInt4}) {
+      for (const int dim : {1, 7, 16, 33, 64, 80}) {
+        for (const int group : {1, 2, 5}) {
+          for (const bool per_head : {false, true}) check_decode(*isa, {dtype, 2, dim}, group, per_head, random);
+        }
+      }
+    }
+    std::printf("%s: checked\n", name);
+  }
+  check_select();
+  return failures ? 1 : 0;
+}

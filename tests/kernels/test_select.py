@@ -1,0 +1,80 @@
+"""Native selection against a stable sort, and against the policy it serves."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alisa.kernels import cpu
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+
+
+def by_sorting(scores, lane, older_end, older, count, num_slots):
+    """Of equal scores the older position comes first: a stable descending sort."""
+    order = scores[lane, :older_end].sort(descending=True, stable=True).indices[:older].sort().values
+    chosen = order.tolist() + list(range(older_end, older_end + count - older))
+    return chosen + [0] * (num_slots - count)
+
+
+@st.composite
+def scores_of_all_kinds(draw, num_lanes, capacity):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    scores = torch.rand(num_lanes, capacity, generator=generator, dtype=torch.float64)
+    kind = draw(st.sampled_from(["even", "steep", "ties", "zeros", "tiny negative", "huge"]))
+    if kind == "steep":
+        scores = scores**40
+    elif kind == "ties":
+        scores = (scores * 4).floor()
+    elif kind == "zeros":
+        scores *= torch.rand(scores.shape, generator=generator) < 0.1
+    elif kind == "tiny negative":
+        scores = torch.where(torch.rand(scores.shape, generator=generator) < 0.5, scores * -1e-17, scores * 1e-17)
+    elif kind == "huge":
+        scores *= 1e30
+    return scores.to(draw(st.sampled_from([torch.float64, torch.float32])))
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_selection_is_a_stable_sort(data):
+    num_lanes, capacity = 5, data.draw(st.sampled_from([8, 70, 600]))
+    scores = data.draw(scores_of_all_kinds(num_lanes, capacity))
+    lanes = data.draw(st.permutations(range(num_lanes)))[: data.draw(st.integers(1, num_lanes))]
+    older_ends = [data.draw(st.integers(0, capacity - 1)) for _ in lanes]
+    older = [data.draw(st.integers(0, end)) for end in older_ends]
+    counts = [o + data.draw(st.integers(1, capacity - end)) for o, end in zip(older, older_ends, strict=True)]
+    num_slots = max(counts) + data.draw(st.integers(0, 2))
+    positions = cpu.CpuKernels().select(
+        scores,
+        torch.tensor(lanes),
+        *(torch.tensor(values, dtype=torch.int32) for values in (older_ends, older, counts)),
+        num_slots,
+    )
+    expected = [by_sorting(scores, *row, num_slots) for row in zip(lanes, older_ends, older, counts, strict=True)]
+    assert positions.tolist() == expected
+
+
+def test_observe_adds_to_sums_and_buckets():
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.rand(4, 50, generator=generator, dtype=torch.float64)
+    buckets = torch.rand(3, 4, 50, generator=generator)
+    lanes, bucket_of, counts = [2, 0], [1, 2], [7, 5]
+    positions = torch.stack([torch.randperm(50, generator=generator)[:7].sort().values for _ in lanes]).int()
+    mass = torch.rand(2, 7, generator=generator)
+    expected_sums, expected_buckets = sums.clone(), buckets.clone()
+    for row, (lane, bucket, count) in enumerate(zip(lanes, bucket_of, counts, strict=True)):
+        chosen = positions[row, :count].long()
+        expected_sums[lane, chosen] += mass[row, :count].double()
+        expected_buckets[bucket, lane, chosen] += mass[row, :count]
+    cpu.CpuKernels().observe(
+        sums,
+        buckets,
+        torch.tensor([lane * 50 for lane in lanes]),
+        torch.tensor([(bucket * 4 + lane) * 50 for bucket, lane in zip(bucket_of, lanes, strict=True)]),
+        positions,
+        torch.tensor(counts, dtype=torch.int32),
+        mass,
+    )
+    assert torch.equal(sums, expected_sums)
+    assert torch.equal(buckets, expected_buckets)
