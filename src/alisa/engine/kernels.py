@@ -1,0 +1,46 @@
+"""Which kernels run: the native ones where they are built, plain torch elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from alisa.attention.decode import DecodeKernel, decode_attention
+from alisa.kernels import cpu
+from alisa.policy.base import SelectionKernels
+
+_LOG = logging.getLogger("alisa")
+
+
+class Kernels(NamedTuple):
+    """What runs on the hot path of a decode step, and what to call it in a report."""
+
+    attend: DecodeKernel
+    selection: SelectionKernels | None
+    name: str
+    """`avx512`, `avx2` or `portable` for the native ones, `torch` for their twins."""
+
+
+TORCH_KERNELS = Kernels(decode_attention, None, "torch")
+
+
+def choose_kernels(device: torch.device) -> Kernels:
+    """The fastest kernels for this device; they own working memory, so that each engine should have its own.
+
+    Where the native kernels could run but are not built, one warning says so.
+    """
+    if device.type != "cpu":
+        return TORCH_KERNELS
+    if not cpu.available():
+        _warn_once(cpu.unavailable_reason())
+        return TORCH_KERNELS
+    native = cpu.CpuKernels()
+    return Kernels(native, native, native.isa)
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    _LOG.warning("sparse attention runs in plain torch, several times slower: %s.", reason)

@@ -1,0 +1,52 @@
+"""Stop strings: nothing of them is shown, nothing before them is lost, however the text is cut into tokens."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alisa.engine.text import TextStream
+
+
+class Pieces:
+    """A detokenizer whose token ids are indices into a list of strings; the last may come only with `flush`."""
+
+    def __init__(self, pieces, rest=""):
+        self.pieces, self.rest = pieces, rest
+
+    def feed(self, token_id):
+        return self.pieces[token_id]
+
+    def flush(self):
+        return self.rest
+
+
+@given(
+    pieces=st.lists(st.text("ab<>", max_size=4), max_size=12),
+    rest=st.text("ab<>", max_size=3),
+    stop=st.lists(st.text("ab<>", min_size=1, max_size=4), max_size=2),
+)
+def test_text_ends_before_the_first_stop_string(pieces, rest, stop):
+    stream = TextStream(Pieces(pieces, rest), tuple(stop))
+    shown = []
+    for i in range(len(pieces)):
+        shown.append(stream.feed(i))
+        if stream.stopped:
+            break
+    shown.append(stream.flush())
+    whole = "".join(pieces) + rest
+    # the earliest moment at which a stop string is complete decides; within it, the earliest place
+    ends = [whole.find(s) + len(s) for s in stop if s in whole]
+    if not ends:
+        assert "".join(shown) == stream.text == whole
+        assert not stream.stopped
+    else:
+        assert stream.stopped
+        assert "".join(shown) == stream.text
+        assert whole.startswith(stream.text)
+        assert not any(s in stream.text for s in stop)
+        assert any(whole[len(stream.text) :].startswith(s) for s in stop)
+
+
+def test_text_is_shown_as_soon_as_it_is_certain():
+    stream = TextStream(Pieces(["one <", "b", "> two <", "br> three"]), ("<br>",))
+    assert [stream.feed(i) for i in range(4)] == ["one ", "", "<b> two ", ""]
+    assert stream.stopped
