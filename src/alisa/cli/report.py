@@ -1,0 +1,119 @@
+"""What a run did, told three ways: lines for a person, a file of records, and one JSON record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from rich.table import Table
+from rich.text import Text
+
+from alisa.config import format_bytes
+from alisa.errors import InputError
+
+if TYPE_CHECKING:
+    from alisa.config import EngineConfig
+    from alisa.engine.score import VerifyReport
+    from alisa.llm import LLM
+    from alisa.outputs import RunSummary
+
+_TIME_PARTS = ("linear", "attention", "selection", "sampling", "other")
+
+
+def summary_lines(
+    name: str, config: EngineConfig, summary: RunSummary, verified: VerifyReport | None
+) -> Iterator[tuple[str, str]]:
+    """Label and value of each line of the closing report."""
+    yield "model", name
+    yield "policy", "dense" if config.policy == "dense" else f"{config.policy}, sparsity {config.sparsity:g}"
+    yield (
+        "prompts",
+        f"{summary.num_requests}: {summary.prompt_tokens} tokens read, {summary.output_tokens} tokens written "
+        f"in {summary.wall_s:.1f} s",
+    )
+    prefill, decode = _rate(summary.prompt_tokens, summary.prefill_s), _rate(summary.decode_tokens, summary.decode_s)
+    yield "speed", f"prefill {prefill}, decode {decode}"
+    shares = [f"{part} {_share(getattr(summary, f'{part}_s'), summary.decode_s)}" for part in _TIME_PARTS]
+    yield "decode", ", ".join(shares)
+    yield "KV memory", f"{format_bytes(summary.kv_peak_bytes)} at the peak, cap {format_bytes(summary.kv_cap_bytes)}"
+    yield "KV read", f"{_share(summary.tokens_attended, summary.tokens_dense)} of what dense attention reads"
+    if verified is not None:
+        yield (
+            "verified",
+            f"{verified.top1_agreement:.1%} of {verified.num_tokens} next tokens as dense attention picks them, "
+            f"mean KL {verified.mean_kl:.2g}, attention mass lost {verified.lost_mass:.1%} "
+            f"({verified.num_requests} prompts)",
+        )
+
+
+def summary_table(lines: Iterator[tuple[str, str]]) -> Table:
+    """The lines, aligned."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for label, value in lines:
+        # Text, not str: a name such as [model] must not be read as markup.
+        table.add_row(label, Text(value))
+    return table
+
+
+class ReportFile:
+    """A file for the records of one run, opened before the work so that a wrong path costs nothing."""
+
+    def __init__(self, path: Path) -> None:
+        """Empty or create the file at `path`.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        self._path = path
+        try:
+            self._file: TextIO = path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror}.") from error
+
+    def write(self, llm: LLM, summary: RunSummary | None) -> None:
+        """Write the run, its steps and its summary, and close the file.
+
+        Args:
+            llm: the model that ran.
+            summary: what it did; None when it was interrupted.
+
+        Raises:
+            InputError: the system refuses, for example because the disk is full.
+        """
+        try:
+            with self._file:
+                for record in self._records(llm, summary):
+                    self._file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"{self._path} cannot be written: {error.strerror}; the results are not affected."
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    @staticmethod
+    def _records(llm: LLM, summary: RunSummary | None) -> Iterator[Mapping[str, object]]:
+        yield {"kind": "run", **llm.describe()}
+        for record in llm.records:
+            yield {"kind": "step", **asdict(record)}
+        yield {"kind": "summary", "complete": summary is not None, **(asdict(summary) if summary else {})}
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / seconds:.1f} tok/s" if seconds > 0 and tokens > 0 else "-"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if whole > 0 else "-"

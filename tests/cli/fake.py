@@ -1,0 +1,132 @@
+"""A model that needs no weights: `python -m tests.cli.fake generate ...` is `alisa generate ...` with it inside."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alisa.cli.generate import Generate, run_generate
+from alisa.cli.main import main
+from alisa.cli.options import EngineOptions
+from alisa.config import SamplingParams
+from alisa.errors import InputError
+from alisa.outputs import RequestOutput, RequestReport, RunSummary, TextDelta
+from alisa.types import Phase, StepRecord
+
+
+@dataclass(frozen=True)
+class FakeVerifyReport:
+    top1_agreement: float
+    mean_kl: float
+    lost_mass: float
+    num_requests: int
+    num_tokens: int
+
+
+class FakeLLM:
+    """Says a few words that depend on the prompt and the seed only; pairs of requests finish in reverse order."""
+
+    def __init__(self, options: EngineOptions, progress: Callable[[int, int], None], word_s: float = 0.0) -> None:
+        if options.model == "missing":
+            raise InputError("There is no model 'missing'; give a directory or a hub id.")
+        progress(1, 2)
+        progress(2, 2)
+        self.name = options.model or "fake"
+        self.config = options.config()
+        self.records: list[StepRecord] = []
+        self.num_verified = 0
+        self._word_s = word_s
+        self._outputs: list[RequestOutput] = []
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return [ord(char) for message in messages for char in f"<{message['role']}>{message['content']}"]
+
+    def describe(self) -> dict[str, Any]:
+        return {"model": self.name, "policy": self.config.policy}
+
+    def stream(
+        self, prompts: Sequence[str | Sequence[int]], params: Sequence[SamplingParams]
+    ) -> Iterator[TextDelta | RequestOutput]:
+        texts = [prompt if isinstance(prompt, str) else "".join(map(chr, prompt)) for prompt in prompts]
+        if too_long := [index for index, text in enumerate(texts) if len(text) > 1000]:
+            raise InputError(f"Prompt {too_long[0]} is too long.")
+        return self._run(texts, params)
+
+    def _run(self, texts: Sequence[str], params: Sequence[SamplingParams]) -> Iterator[TextDelta | RequestOutput]:
+        order = [index for pair in range(0, len(texts), 2) for index in (pair + 1, pair) if index < len(texts)]
+        for index in order:
+            words = [
+                f" {texts[index].upper()}",
+                *(f" w{params[index].seed}" for _ in range(params[index].max_tokens - 1)),
+            ]
+            for word in words:
+                time.sleep(self._word_s)
+                yield TextDelta(index, word)
+            self.records.append(_step(len(self.records)))
+            report = RequestReport(len(texts[index]), len(words), 0.0, 0.1, 0.1, 0.2, 20, 100)
+            output = RequestOutput(
+                index, texts[index], (1, 2), "".join(words), tuple(range(len(words))), "length", report
+            )
+            self._outputs.append(output)
+            yield output
+
+    def summary(self) -> RunSummary:
+        num_output = sum(output.report.output_tokens for output in self._outputs)
+        return RunSummary(
+            num_requests=len(self._outputs),
+            prompt_tokens=sum(output.report.prompt_tokens for output in self._outputs),
+            output_tokens=num_output,
+            wall_s=2.0,
+            prefill_s=0.5,
+            decode_s=1.0,
+            linear_s=0.5,
+            attention_s=0.2,
+            selection_s=0.1,
+            sampling_s=0.1,
+            other_s=0.1,
+            decode_tokens=num_output - len(self._outputs),
+            kv_cap_bytes=2**21,
+            kv_peak_bytes=2**20,
+            policy_state_bytes=100,
+            tokens_attended=20,
+            tokens_dense=100,
+            peak_rss_bytes=10**9,
+        )
+
+    def verify(self, outputs: Sequence[RequestOutput], num_samples: int = 4) -> FakeVerifyReport:
+        self.num_verified = len(outputs)
+        return FakeVerifyReport(0.975, 0.0123, 0.04, min(num_samples, len(outputs)), 40)
+
+
+def _step(step: int) -> StepRecord:
+    return StepRecord(
+        step=step,
+        phase=Phase.DEVICE,
+        prefill=False,
+        num_sequences=1,
+        num_tokens=1,
+        tokens_attended=2,
+        tokens_dense=10,
+        kv_rows=10,
+        kv_bytes=100,
+        linear_s=0.1,
+        attention_s=0.1,
+        selection_s=0.1,
+        sampling_s=0.1,
+        other_s=0.1,
+        wall_s=0.5,
+    )
+
+
+class FakeGenerate(Generate):
+    def run(self) -> int:
+        word_s = float(os.environ.get("FAKE_WORD_S", "0"))
+        return run_generate(self, make_llm=lambda options, progress: FakeLLM(options, progress, word_s))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], {"generate": FakeGenerate}))

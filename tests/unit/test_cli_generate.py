@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from alisa.cli.generate import Generate, run_generate
+from alisa.cli.main import parse
+from alisa.cli.screen import ResultList
+from alisa.errors import InputError
+from tests.cli.fake import FakeLLM
+
+
+def generate(*options: str) -> tuple[int, list[FakeLLM]]:
+    """Exit status of `alisa generate` with these options, and the models it made."""
+    made: list[FakeLLM] = []
+
+    def make_llm(options, progress) -> FakeLLM:
+        made.append(FakeLLM(options, progress))
+        return made[-1]
+
+    args = parse("generate", Generate, options)
+    assert isinstance(args, Generate)
+    return run_generate(args, make_llm), made
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_one_prompt_is_followed_by_its_text(capsys):
+    status, _ = generate("one", "--max-tokens", "3", "--seed", "7")
+    captured = capsys.readouterr()
+    assert status == 0
+    assert captured.out == "one ONE w7 w7\n"
+    assert "swa, sparsity 0.8" in captured.err
+    assert "20% of what dense attention reads" in captured.err
+
+
+def test_many_prompts_are_printed_in_their_order(capsys):
+    generate("a", "b", "c", "--max-tokens", "2", "--quiet")
+    captured = capsys.readouterr()
+    assert captured.out == (
+        "--- prompt 1 of 3: 2 tokens, length\na A w0\n\n"
+        "--- prompt 2 of 3: 2 tokens, length\nb B w1\n\n"
+        "--- prompt 3 of 3: 2 tokens, length\nc C w2\n\n"
+    )
+    assert captured.err == ""
+
+
+def test_chat_frames_the_prompt_and_sets_the_answer_apart(capsys):
+    generate("hi", "--chat", "--max-tokens", "1", "--quiet")
+    assert capsys.readouterr().out == "hi\n\n <USER>HI\n"
+
+
+@pytest.mark.parametrize("prompts", [("one",), ("one", "two")])
+def test_json_is_the_last_line_and_complete(capsys, prompts):
+    generate(*prompts, "--max-tokens", "2", "--json", "--verify")
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["command"] == "generate"
+    assert record["complete"] is True
+    assert record["num_finished"] == record["num_prompts"] == len(prompts)
+    assert [result["prompt"] for result in record["results"]] == list(prompts)
+    assert record["summary"]["output_tokens"] == 2 * len(prompts)
+    assert record["verified"]["top1_agreement"] == 0.975
+
+
+def test_verify_looks_at_the_outputs_and_reports(capsys):
+    _, [llm] = generate("a", "b", "--verify")
+    assert llm.num_verified == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "97.5% of 40 next tokens as dense attention picks them" in error
+    assert "attention mass lost 4.0%" in error
+
+
+def test_results_go_to_the_file_as_records(tmp_path, capsys):
+    path = tmp_path / "out.jsonl"
+    generate("a", "b", "--max-tokens", "2", "--output", str(path), "--json")
+    first, second = lines(path)
+    assert (first["index"], second["index"]) == (1, 0), "in the order of finishing"
+    assert first["text"] == " B w1"
+    assert first["token_ids"] == [0, 1]
+    assert first["finish_reason"] == "length"
+    assert set(first["timings"]) == {"queue_s", "prefill_s", "first_token_s", "decode_s"}
+    assert first["tokens_dense"] == 100
+    [record] = map(json.loads, capsys.readouterr().out.splitlines())
+    assert record["output"] == str(path)
+    assert record["results"] is None
+    assert record["run"] == first["run"]
+
+
+def test_a_continued_run_gives_what_an_uninterrupted_one_gives(tmp_path):
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    options = ("a", "b", "c", "d", "--max-tokens", "3")
+    generate(*options, "--output", str(whole))
+    kept = whole.read_bytes().splitlines(keepends=True)
+    part.write_bytes(kept[0] + kept[1] + kept[2][:30])
+    _, [llm] = generate(*options, "--output", str(part), "--max-batch", "1")
+    assert len(llm.records) == 2, "only the two missing prompts were run"
+
+    def by_index(path: Path) -> list[dict]:
+        return sorted(lines(path), key=lambda record: record["index"])
+
+    assert by_index(part) == by_index(whole)
+
+
+def test_nothing_left_to_do_loads_no_model(tmp_path, capsys):
+    path = tmp_path / "out.jsonl"
+    generate("a", "--output", str(path))
+    capsys.readouterr()
+    status, made = generate("a", "--output", str(path), "--json")
+    captured = capsys.readouterr()
+    assert status == 0
+    assert not made
+    assert f"All 1 prompts are already in {path}" in captured.err
+    assert json.loads(captured.out)["num_finished"] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("--seed", "1"), ("--sparsity", "0.5"), ("--model", "x"), ("--stop", "a"), ("--chat",), ("--dtype", "float32")],
+)
+def test_other_settings_do_not_continue_a_file(tmp_path, change):
+    path = tmp_path / "out.jsonl"
+    generate("a", "--output", str(path))
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="another model, policy or sampling settings"):
+        generate("a", "b", "--output", str(path), *change)
+    assert path.read_bytes() == before
+
+
+def test_settings_that_never_change_a_token_may_differ(tmp_path):
+    path = tmp_path / "out.jsonl"
+    generate("a", "--output", str(path))
+    generate("a", "b", "--output", str(path), "--max-batch", "2", "--kv-device-memory", "1GiB", "--quiet")
+    assert [record["prompt"] for record in lines(path)] == ["a", "b"]
+
+
+def test_report_has_the_run_its_steps_and_the_summary(tmp_path):
+    path = tmp_path / "report.jsonl"
+    generate("a", "b", "--report", str(path))
+    run, *steps, summary = lines(path)
+    assert run == {"kind": "run", "model": "fake", "policy": "swa"}
+    assert [(step["kind"], step["step"]) for step in steps] == [("step", 0), ("step", 1)]
+    assert steps[0]["phase"] == "device"
+    assert summary["kind"] == "summary"
+    assert summary["complete"] is True
+    assert summary["kv_peak_bytes"] == 2**20
+
+
+def test_wrong_paths_are_found_before_a_model_is_loaded(tmp_path):
+    for option in ("--output", "--report"):
+        with pytest.raises(InputError, match=r"none/x\.jsonl cannot be written"):
+            generate("a", "--model", "missing", option, str(tmp_path / "none" / "x.jsonl"))
+
+
+def test_errors_of_the_model_and_of_the_prompts_pass_through(tmp_path):
+    with pytest.raises(InputError, match="no model 'missing'"):
+        generate("a", "--model", "missing")
+    with pytest.raises(InputError, match="Prompt 1 is too long"):
+        generate("a", "b" * 2000)
+
+
+def test_full_disk_is_an_error_that_counts_what_is_kept():
+    with pytest.raises(InputError, match=r"/dev/full cannot be written: No space left on device; 0 of 1 prompts"):
+        generate("a", "--output", "/dev/full")
+    with pytest.raises(InputError, match=r"/dev/full cannot be written: No space left.*results are not affected"):
+        generate("a", "--report", "/dev/full")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_is_drawn_on_a_terminal_and_results_survive_it(monkeypatch, capsys):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    generate("a", "b", "--max-tokens", "2")
+    assert "2/2" in terminal.getvalue()
+    assert "loading" in terminal.getvalue()
+    assert capsys.readouterr().out.count("--- prompt") == 2
+
+
+def test_results_held_back_for_their_order_are_shown_when_interrupted(capsys):
+    screen = ResultList(total=2, already=0, show_bar=False, print_results=True, separator="")
+    args = parse("generate", Generate, ["a", "b"])
+    assert isinstance(args, Generate)
+    llm = FakeLLM(args.engine, lambda done, total: None)
+    with screen:
+        output = next(event for event in llm.stream(["a", "b"], [args.sampling] * 2) if hasattr(event, "report"))
+        screen.finished(output.index, "b", output)
+        assert capsys.readouterr().out == ""
+    assert "prompt 2 of 2" in capsys.readouterr().out

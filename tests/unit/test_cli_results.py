@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from alisa.cli.results import ResultFile, settings_digest
+from alisa.errors import InputError
+
+PROMPTS = ("zero", "one", "two")
+RUN = "0123456789ab"
+
+
+def record(index: int, *, prompt: str | None = None, run: str = RUN) -> dict[str, object]:
+    return {"index": index, "prompt": PROMPTS[index] if prompt is None else prompt, "text": "é\n", "run": run}
+
+
+def line(index: int, *, prompt: str | None = None, run: str = RUN) -> bytes:
+    return json.dumps(record(index, prompt=prompt, run=run)).encode() + b"\n"
+
+
+def test_each_result_is_in_the_file_when_append_returns(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with ResultFile(path, PROMPTS, RUN) as results:
+        assert results.finished == frozenset()
+        results.append(2, record(2))
+        assert json.loads(path.read_text()) == record(2)
+        results.append(0, record(0))
+    assert [json.loads(text)["index"] for text in path.read_text().splitlines()] == [2, 0]
+
+
+def test_a_later_run_knows_what_is_finished(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(line(1) + line(2))
+    with ResultFile(path, PROMPTS, RUN) as results:
+        assert results.finished == {1, 2}
+        results.append(0, record(0))
+    assert path.read_bytes().count(b"\n") == 3
+
+
+@pytest.mark.parametrize("length", [1, 5, 20])
+def test_a_torn_last_line_is_cut_off(tmp_path, length):
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(line(1) + line(2)[:length])
+    with ResultFile(path, PROMPTS, RUN) as results:
+        assert results.finished == {1}
+    assert path.read_bytes() == line(1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (line(0, run="another"), r"line 1: comes from a run with another model, policy or sampling settings"),
+        (line(0) + line(1, prompt="else"), r"line 2: its prompt is not prompt 1 of this run"),
+        (line(0)[:-1].replace(b": 0", b": 3") + b"\n", r"line 1: its prompt is not prompt 3"),
+        (b"my notes\n", r"line 1: not a result of alisa generate"),
+        (b'{"index": 0}\n', r"line 1: not a result"),
+        (b"[1]\n", r"line 1: not a result"),
+        (b"\xff\n", r"line 1: not a result"),
+        (b"my notes, no line end", r"its last line is not a result"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_and_left_as_it_was(tmp_path, content, message):
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        ResultFile(path, PROMPTS, RUN)
+    assert "choose another --output, or delete the file" in str(caught.value)
+    assert path.read_bytes() == content
+
+
+def test_a_path_that_cannot_be_written(tmp_path):
+    with pytest.raises(InputError, match="cannot be written: No such file or directory"):
+        ResultFile(tmp_path / "none" / "out.jsonl", PROMPTS, RUN)
+    with pytest.raises(InputError, match="cannot be written: Is a directory"):
+        ResultFile(tmp_path, PROMPTS, RUN)
+
+
+def test_digest_changes_with_every_setting():
+    settings = {"model": None, "sparsity": 0.8, "sampling": {"seed": 0, "stop": ("a",)}}
+    digest = settings_digest(settings)
+    assert digest == settings_digest(dict(reversed(settings.items())))
+    assert digest != settings_digest(settings | {"sparsity": 0.9})
+    assert digest != settings_digest(settings | {"sampling": {"seed": 1, "stop": ("a",)}})
