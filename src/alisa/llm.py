@@ -6,7 +6,6 @@ import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -308,7 +307,7 @@ class LLM:
 
 def embedded_model() -> Path:
     """Directory of the small trained model inside the package."""
-    return Path(str(resources.files("alisa") / "embedded"))
+    return Path(__file__).with_name("embedded")
 
 
 def _new_text(engine: Engine, sequence: RunningSequence, text: TextStream) -> str:

@@ -6,16 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
+import alisa as alisa_package
 from alisa.cli.main import main
 from tests import tiny_models
 
 ROOT = Path(__file__).parents[2]
-EMBEDDED = Path(str(resources.files("alisa"))) / "embedded" / "model.safetensors"
+EMBEDDED = Path(alisa_package.__file__).with_name("embedded") / "model.safetensors"
 needs_embedded = pytest.mark.skipif(not EMBEDDED.exists(), reason="the model inside the package is not there")
 
 
