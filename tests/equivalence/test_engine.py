@@ -116,14 +116,16 @@ def test_a_batch_gives_what_each_request_gives_alone(policy, tiny_model):
     assert together == alone
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
-def test_native_kernels_give_the_tokens_of_the_torch_twin(kv_dtype, tiny_model, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("policy", "kv_dtype"), [*((name, "float32") for name in get_args(PolicyName)), ("swa", "int8")]
+)
+def test_native_kernels_give_the_tokens_of_the_torch_twin(policy, kv_dtype, tiny_model, monkeypatch):
     if not cpu.available():
         pytest.skip(cpu.unavailable_reason())
     directory = tiny_model("llama-gqa-tied")
-    native = LLM(directory, dtype="float32", kv_dtype=kv_dtype)
+    native = LLM(directory, policy=policy, dtype="float32", kv_dtype=kv_dtype)
     monkeypatch.setattr(cpu, "available", lambda: False)
-    twin = LLM(directory, dtype="float32", kv_dtype=kv_dtype)
+    twin = LLM(directory, policy=policy, dtype="float32", kv_dtype=kv_dtype)
     assert (native.describe()["attention"], twin.describe()["attention"]) == (cpu.isa_names()[0], "torch")
     prompts = make_prompts(native.spec.vocab_size)
     assert greedy(native, prompts) == greedy(twin, prompts)

@@ -101,11 +101,11 @@ class RankedStep:
                 scores, rows, self.older_ends, self.older_counts, self.row_counts, num_slots
             )
         else:
-            positions = self._select(scores, rows)[:, :num_slots]
+            positions = self._select(scores, rows, num_slots)
         return Selection(positions.view(self.num_seqs, self.num_sets, -1), self.counts, self.num_tokens)
 
-    def _select(self, scores: Tensor, rows: Tensor) -> Tensor:
-        """The twin in plain torch: Int32[B*J, at least K]."""
+    def _select(self, scores: Tensor, rows: Tensor, num_slots: int) -> Tensor:
+        """The twin in plain torch: contiguous Int32[B*J, K]."""
         positions = self.recent
         if self.num_older:
             older = scores.index_select(0, rows)[:, : self.width].masked_fill_(self.not_older, -1.0)
@@ -113,4 +113,5 @@ class RankedStep:
             # every batch alike. For 16 rows of 640 it takes 0.5 ms and topk 0.1.
             best = older.sort(dim=1, descending=True, stable=True).indices[:, : self.num_older].to(torch.int32)
             positions = torch.cat((best.masked_fill_(self.beyond, _PADDING), positions), dim=1).sort(dim=1).values
+        positions = positions[:, :num_slots].contiguous()
         return positions.masked_fill(positions == _PADDING, 0)
