@@ -40,9 +40,6 @@ class WaitingLine:
     def __init__(self) -> None:
         self._line: deque[tuple[Request, float]] = deque()
 
-    def __len__(self) -> int:
-        return len(self._line)
-
     def join(self, request: Request, now_s: float) -> None:
         """Queue up at the end."""
         self._line.append((request, now_s))

@@ -97,16 +97,6 @@ class Engine:
             self._leave(sequence)
         sequence.finish_reason = reason
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests that have not started."""
-        return len(self._waiting)
-
-    @property
-    def num_running(self) -> int:
-        """Sequences that hold a lane."""
-        return len(self._running)
-
     def _admit(self) -> None:
         while (request := self._waiting.first()) is not None and self._store.can_open(request.num_rows):
             _, submitted_s = self._waiting.admit()
