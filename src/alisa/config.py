@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from alisa.errors import InputError
@@ -22,18 +23,22 @@ _UNITS |= {f"{unit}b": factor for unit, factor in _UNITS.items() if len(unit) ==
 _UNITS |= {f"{unit}ib": 1024 ** (i + 1) for i, unit in enumerate("kmgt")}
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | int, *, least: int = 1) -> int:
     """Bytes meant by `2GiB`, `512MB`, `1.5g` or a plain number.
 
+    Args:
+        text: the size.
+        least: smallest size that makes sense, 0 where nothing at all is an answer.
+
     Raises:
-        InputError: the text is not a positive size.
+        InputError: the text is not a size, or a smaller one.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     unit = match.group(2).lower() if match else None
     if match is None or unit not in _UNITS:
         raise InputError(f"{text!r} is not a memory size; write for example 2GiB, 512MiB or 800MB.")
     num_bytes = int(float(match.group(1)) * _UNITS[unit])
-    if num_bytes <= 0:
+    if num_bytes < least:
         raise InputError(f"A memory size of {text!r} leaves no room at all; write for example 2GiB or 512MiB.")
     return num_bytes
 
@@ -116,6 +121,12 @@ class EngineConfig:
     device: DeviceName = "auto"
     kv_device_memory: int | None = None
     """Hard cap in bytes of the KV rows on the device; None: half of the free memory."""
+    kv_disk_memory: int | None = None
+    """Hard cap in bytes of the rows on disk; 0: no disk; None: what the work needs, within the free room."""
+    kv_disk_path: Path | None = None
+    """Directory whose disk takes the rows that do not fit; None: the system's directory for temporary files."""
+    schedule: Path | None = None
+    """File that says when rows move (docs/scheduling.md); None: when the memory caps demand it."""
     max_batch: int = 32
     """Sequences decoded together at the most."""
     prefill_chunk: int = 1024
@@ -133,6 +144,7 @@ class EngineConfig:
                 (self.max_batch < 1, f"max_batch is {self.max_batch}, at least 1 is needed"),
                 (self.prefill_chunk < 1, f"prefill_chunk is {self.prefill_chunk}, at least 1 is needed"),
                 (self.kv_device_memory is not None and self.kv_device_memory < 1, "kv_device_memory must be above 0"),
+                (self.kv_disk_memory is not None and self.kv_disk_memory < 0, "kv_disk_memory must not be below 0"),
             )
             if bad
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -21,20 +22,20 @@ from alisa.config import (
     KvDtypeName,
     PolicyName,
     SamplingParams,
-    format_bytes,
     parse_bytes,
 )
 from alisa.engine.engine import Engine
 from alisa.engine.kernels import choose_kernels
+from alisa.engine.memory import Caps, Memory, make_memory
+from alisa.engine.placement import Placement
 from alisa.engine.recorder import Stopwatch
 from alisa.engine.requests import Request
 from alisa.engine.requests import Sequence as RunningSequence
 from alisa.engine.runner import Runner
 from alisa.engine.score import ScoredItem, VerifyReport, verify
 from alisa.engine.text import TextStream
-from alisa.errors import CapacityError, InputError, PromptError
+from alisa.errors import InputError, PromptError
 from alisa.kv.codec import make_codec
-from alisa.kv.store import KVStore
 from alisa.model.hub import resolve_model
 from alisa.model.loader import checkpoint_dtype, load_decoder, load_spec
 from alisa.model.precision import resolve_device, resolve_dtype
@@ -42,7 +43,8 @@ from alisa.model.tokenizer import Tokenizer
 from alisa.outputs import RequestOutput, RequestReport, RunSummary, TextDelta
 from alisa.policy.dense import Dense
 from alisa.policy.table import make_policy
-from alisa.types import RowFormat, StepRecord
+from alisa.schedule.file import load_schedule
+from alisa.types import RowFormat, StepRecord, Traffic
 
 DEFAULT_KV_SHARE = {"cpu": 0.5, "cuda": 0.9}
 """Share of the memory that is free after loading the model which KV rows may take when no cap is given. On a CPU the
@@ -60,6 +62,10 @@ class LLM:
         kv_dtype: of the cached rows, also `int8` or `int4`; `auto` is the dtype of the arithmetic.
         device: `cpu`, `cuda` or `auto`.
         kv_device_memory: hard cap of the KV rows, in bytes or like "2GiB"; None for a share of the free memory.
+        kv_disk_memory: hard cap of the rows that go to disk because the device is full; 0 for none, None for what the
+            work needs within the free room.
+        kv_disk_path: directory whose disk is used; None for the system's directory for temporary files.
+        schedule: file that says when rows move (docs/scheduling.md); None for when the caps demand it.
         max_batch: sequences decoded together at the most.
         prefill_chunk: prompt tokens in one pass at the most.
         progress: called with (bytes read, bytes in all) while weights load.
@@ -83,6 +89,9 @@ class LLM:
         kv_dtype: KvDtypeName = "auto",
         device: DeviceName = "auto",
         kv_device_memory: str | int | None = None,
+        kv_disk_memory: str | int | None = None,
+        kv_disk_path: str | Path | None = None,
+        schedule: str | Path | None = None,
         max_batch: int = 32,
         prefill_chunk: int = 1024,
         progress: Callable[[int, int], None] | None = None,
@@ -94,9 +103,13 @@ class LLM:
             kv_dtype=kv_dtype,
             device=device,
             kv_device_memory=None if kv_device_memory is None else parse_bytes(kv_device_memory),
+            kv_disk_memory=None if kv_disk_memory is None else parse_bytes(kv_disk_memory, least=0),
+            kv_disk_path=None if kv_disk_path is None else Path(kv_disk_path),
+            schedule=None if schedule is None else Path(schedule),
             max_batch=max_batch,
             prefill_chunk=prefill_chunk,
         )
+        self._scheduler = None if schedule is None else load_schedule(Path(schedule))
         directory = embedded_model() if model is None else resolve_model(str(model))
         self.name = "embedded" if model is None else str(model)
         load_spec(directory)  # before anything else is read: a wrong directory or family is refused by its config
@@ -216,15 +229,15 @@ class LLM:
         self, requests: Sequence[Request], prompts: Sequence[str | Sequence[int]]
     ) -> Iterator[TextDelta | RequestOutput]:
         """Submit everything, which may refuse it, and only then hand out the generator that does the work."""
-        engine, store, state_bytes = self._engine(requests)
+        engine, memory, state_bytes = self._engine(requests)
         for request in requests:
             engine.submit(request)
-        return self._events(engine, store, state_bytes, requests, prompts)
+        return self._events(engine, memory, state_bytes, requests, prompts)
 
     def _events(
         self,
         engine: Engine,
-        store: KVStore,
+        memory: Memory,
         state_bytes: int,
         requests: Sequence[Request],
         prompts: Sequence[str | Sequence[int]],
@@ -236,40 +249,46 @@ class LLM:
         try:
             while (result := engine.step()) is not None:
                 self._records.append(result.record)
-                num_output += len(result.advanced)
                 for sequence in result.advanced:
                     index = sequence.request.request_id
-                    new = _new_text(engine, sequence, texts[index])
+                    failed = sequence.finish_reason == "error"
+                    num_output += not failed
+                    new = texts[index].flush() if failed else _new_text(engine, sequence, texts[index])
                     if new:
                         yield TextDelta(index, new)
                     if sequence.finish_reason is not None:
                         yield _output(sequence, prompts[index], texts[index].text)
         finally:  # an interrupted run has totals too
-            self._summary = self._summarise(requests, num_output, store, state_bytes, perf_counter() - started)
+            self._summary = self._summarise(requests, num_output, memory, state_bytes, perf_counter() - started)
+            memory.store.close()
 
-    def _engine(self, requests: Sequence[Request]) -> tuple[Engine, KVStore, int]:
+    def _engine(self, requests: Sequence[Request]) -> tuple[Engine, Memory, int]:
         """An engine with room for this work and no more: rows and state are sized by the largest requests that meet."""
-        sizes = sorted((request.num_rows for request in requests), reverse=True)
+        sizes = [request.num_rows for request in requests]
         num_lanes = min(self.config.max_batch, len(sizes))
-        token_bytes = self.spec.num_layers * self._codec.format.row_bytes
-        num_rows = min(sum(sizes[:num_lanes]), self._kv_cap() // token_bytes)
-        if num_rows == 0:
-            raise CapacityError(
-                f"A KV cap of {format_bytes(self._kv_cap())} holds not even one token of {format_bytes(token_bytes)}; "
-                "raise --kv-device-memory."
-            )
-        store = KVStore(
-            num_layers=self.spec.num_layers,
-            codec=self._codec,
-            num_rows=num_rows,
-            num_lanes=num_lanes,
-            max_length=sizes[0],
-            device=self._decoder.device,
+        memory = make_memory(
+            self._decoder,
+            self._policy,
+            self._codec,
+            self._kernels,
+            sizes,
+            Caps(self._kv_cap(), self.config.kv_disk_memory, self.config.kv_disk_path),
+            self._scheduler,
+            num_lanes,
         )
-        state = self._policy.start(self.spec, num_lanes, sizes[0], self._decoder.device, self._kernels.selection)
-        runner = Runner(self._decoder, self._policy, store, state, self._kernels.attend, Stopwatch())
-        engine = Engine(runner, eos_ids=self.tokenizer.eos_ids, prefill_chunk=self.config.prefill_chunk)
-        return engine, store, state.nbytes
+        state = self._policy.start(self.spec, num_lanes, max(sizes), self._decoder.device, self._kernels.selection)
+        runner = Runner(
+            self._decoder,
+            self._policy,
+            memory.store,
+            state,
+            self._kernels.attend,
+            Stopwatch(),
+            looks_ahead=memory.scheduler.uses_tiers,
+        )
+        placement = Placement(memory.scheduler, memory.limits, memory.store, self._policy)
+        engine = Engine(runner, placement, eos_ids=self.tokenizer.eos_ids, prefill_chunk=self.config.prefill_chunk)
+        return engine, memory, state.nbytes
 
     def _kv_cap(self) -> int:
         if self.config.kv_device_memory is not None:
@@ -279,7 +298,7 @@ class LLM:
         return int(free * DEFAULT_KV_SHARE[device.type])
 
     def _summarise(
-        self, requests: Sequence[Request], num_output: int, store: KVStore, state_bytes: int, wall_s: float
+        self, requests: Sequence[Request], num_output: int, memory: Memory, state_bytes: int, wall_s: float
     ) -> RunSummary:
         prefill = [record for record in self._records if record.prefill]
         decode = [record for record in self._records if not record.prefill]
@@ -293,11 +312,19 @@ class LLM:
             linear_s=sum(record.linear_s for record in decode),
             attention_s=sum(record.attention_s for record in decode),
             selection_s=sum(record.selection_s for record in decode),
+            transfer_s=sum(record.transfer_s for record in decode),
             sampling_s=sum(record.sampling_s for record in decode),
             other_s=sum(record.other_s for record in decode),
             decode_tokens=sum(record.num_tokens for record in decode),
             kv_cap_bytes=self._kv_cap(),
             kv_peak_bytes=max((record.kv_bytes for record in self._records), default=0),
+            host_cap_bytes=0,
+            host_peak_bytes=max((record.host_bytes for record in self._records), default=0),
+            disk_cap_bytes=memory.disk_bytes,
+            disk_peak_bytes=max((record.disk_bytes for record in self._records), default=0),
+            phase_steps=dict(Counter(str(record.phase) for record in decode)),
+            num_preempted=sum(record.num_preempted for record in self._records),
+            traffic=sum((record.traffic for record in self._records), Traffic()),
             policy_state_bytes=state_bytes,
             tokens_attended=sum(record.tokens_attended for record in decode),
             tokens_dense=sum(record.tokens_dense for record in decode),
@@ -340,6 +367,7 @@ def _output(sequence: RunningSequence, prompt: str | Sequence[int], text: str) -
             tokens_attended=sequence.tokens_attended,
             tokens_dense=sequence.tokens_dense,
         ),
+        error=sequence.error,
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["length", "stop", "eos"]
-"""`length`: all tokens asked for, or no position left; `stop`: a stop string or id; `eos`: the model's own end
-token."""
+from alisa.types import Traffic
+
+FinishReason = Literal["length", "stop", "eos", "error"]
+"""`length`: all tokens asked for, or no position left; `stop`: a stop string or id; `eos`: the model's own end token;
+`error`: rows of the KV cache were lost, the output up to there is sound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,8 @@ class RequestOutput:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     report: RequestReport
+    error: str = ""
+    """What went wrong, when that is why it ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +71,23 @@ class RunSummary:
     linear_s: float
     attention_s: float
     selection_s: float
+    transfer_s: float
     sampling_s: float
     other_s: float
     decode_tokens: int
     """Tokens that decode steps gave."""
     kv_cap_bytes: int
     kv_peak_bytes: int
+    """Of the device; `disk_` and `host_` are the lower tiers, remnants included."""
+    host_cap_bytes: int
+    host_peak_bytes: int
+    disk_cap_bytes: int
+    disk_peak_bytes: int
+    phase_steps: dict[str, int]
+    """Decode steps by phase."""
+    num_preempted: int
+    """How often a sequence had to give way."""
+    traffic: Traffic
     policy_state_bytes: int
     """Memory of the selection policy, not part of the cap."""
     tokens_attended: int

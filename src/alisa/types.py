@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -51,13 +52,21 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Rows of positions [start, end) of one lane, all layers, that go from one medium to another (None: deleted)."""
+    """Rows of positions [start, end) of one lane, all layers, that go from one medium to another (None: deleted).
+
+    Moves go down only. One out of DEVICE may name positions that this step computes: they are written below at once.
+    """
 
     lane: int
     start: int
     end: int
     source: Medium
     target: Medium | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that move."""
+        return self.end - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +87,42 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Traffic:
+    """What the KV store moved and looked up in one step; a row is one token of one layer."""
+
+    fetched_rows: int = 0
+    """Read from a lower tier."""
+    stored_rows: int = 0
+    """Written to a lower tier, remnants included."""
+    deleted_rows: int = 0
+    rebuilt_rows: int = 0
+    """Recomputed from their remnants because a layer wanted to read them."""
+    moved_bytes: int = 0
+    """Between the device and lower tiers, both ways, remnants included."""
+    lookups: int = 0
+    """Selected rows that have left the device's own part: each is in the hot cache or must be brought."""
+    hits: int = 0
+    """Those of them that the hot cache held."""
+    wait_s: float = 0.0
+    """Time the model stood still for rows that were on their way."""
+    busy_s: float = 0.0
+    """Time that transfers took in their own threads; what is not waited for is hidden behind the arithmetic."""
+
+    @property
+    def hidden_share(self) -> float:
+        """Share of the transfer time that the model did not wait for; 1 when nothing was moved."""
+        return max(0.0, 1 - self.wait_s / self.busy_s) if self.busy_s > 0 else 1.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the look-ups that the hot cache answered; 1 when there were none."""
+        return self.hits / self.lookups if self.lookups else 1.0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """What one step did, measured. Times are host seconds; the parts add up to `wall_s`."""
 
@@ -91,15 +136,25 @@ class StepRecord:
     tokens_dense: int
     """What dense attention would have read, counted the same way."""
     kv_rows: int
-    """Tokens held in the device arena after the step."""
+    """Tokens that are cached after the step, wherever their rows lie, deleted ones not counted."""
     kv_bytes: int
-    """Their rows over all layers."""
+    """Bytes of the device arena in use after the step, over all layers, the hot cache included."""
+    host_bytes: int
+    disk_bytes: int
+    """Bytes in use in the lower tiers, remnants included."""
+    deleted_tokens: int
+    """Tokens of running sequences whose rows are deleted."""
+    num_preempted: int
+    """Sequences that had to give way before this step."""
+    traffic: Traffic
     linear_s: float
     """The decoder without the attend seam: linear layers, norms, activations, embedding and logits."""
     attention_s: float
     """Writing new rows and attending over rows."""
     selection_s: float
     """Choosing the tokens to read and keeping the scores that choose them."""
+    transfer_s: float
+    """Looking rows up, asking for them, and waiting for those that were not there in time."""
     sampling_s: float
     other_s: float
     wall_s: float
@@ -167,6 +222,10 @@ class StepBatch:
     """Int64[B], the lanes on the device."""
     length_counts: Tensor
     """Int32[B], the lengths on the device."""
+
+
+Rebuild = Callable[[int, "Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
+"""layer, hidden `[N, C]`, positions Int64[N] -> k, v `[N, G, D]`: what a deleted row is made from again."""
 
 
 class Selection(NamedTuple):

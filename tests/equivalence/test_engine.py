@@ -173,7 +173,7 @@ def test_a_tight_cap_makes_requests_wait_and_changes_no_token(tiny_model):
     prompts = make_prompts(free.spec.vocab_size)
     token_bytes = free.describe()["kv_token_bytes"]
     largest = max(PROMPT_LENGTHS) + NEW_TOKENS - 1
-    tight = LLM(directory, dtype="float32", kv_device_memory=largest * token_bytes)
+    tight = LLM(directory, dtype="float32", kv_device_memory=largest * token_bytes, kv_disk_memory=0)
     assert greedy(tight, prompts) == greedy(free, prompts)
     assert max(record.kv_bytes for record in tight.records) <= largest * token_bytes
     assert max(record.num_sequences for record in tight.records) < len(prompts)

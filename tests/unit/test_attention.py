@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from alisa.attention import prefill
 from alisa.attention.decode import decode_attention
-from alisa.attention.prefill import causal_attention, causal_mass
+from alisa.attention.prefill import KeyBlock, attend_after, causal_attention, causal_mass, mass_after
 from alisa.kv.codec import FloatCodec
 from alisa.types import RowFormat
 
@@ -69,15 +69,46 @@ def full_weights(q, k):
     return scores.masked_fill(hidden, -torch.inf).softmax(-1)
 
 
-@pytest.mark.parametrize(("num_new", "num_past"), [(7, 0), (1, 0), (5, 6), (1, 9)])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_causal_attention_over_cached_tokens(num_new, num_past, kv_heads):
+def causal_case(num_new, num_past, kv_heads):
+    """q, k, v, and the attention of the last `num_new` tokens by definition."""
     generator = torch.Generator().manual_seed(num_new * 10 + num_past)
     q = torch.randn(num_new, 4, 8, generator=generator)
     k, v = (torch.randn(num_new + num_past, kv_heads, 8, generator=generator) for _ in range(2))
     values = v.double().repeat_interleave(4 // kv_heads, dim=1)
-    expected = torch.einsum("hts,shd->thd", full_weights(q, k), values)
+    return q, k, v, torch.einsum("hts,shd->thd", full_weights(q, k), values)
+
+
+def blocks_of(k, v, end, size):
+    return [
+        KeyBlock(first, k[first : first + size][: end - first], v[first : first + size][: end - first])
+        for first in range(0, end, size)
+    ]
+
+
+@pytest.mark.parametrize("num_new", [7, 1])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_causal_attention_is_the_definition(num_new, kv_heads):
+    q, k, v, expected = causal_case(num_new, 0, kv_heads)
     torch.testing.assert_close(causal_attention(q, k, v).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_new", "num_past", "size"), [(5, 6, 4), (1, 9, 9), (3, 8, 1), (4, 0, 1)])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("block_scores", [1, 1 << 23])
+def test_attention_after_cached_blocks_is_the_definition(num_new, num_past, size, kv_heads, block_scores, monkeypatch):
+    monkeypatch.setattr(prefill, "MASS_BLOCK_SCORES", block_scores)
+    q, k, v, expected = causal_case(num_new, num_past, kv_heads)
+    own = KeyBlock(num_past, k[num_past:], v[num_past:])
+    past = blocks_of(k, v, num_past, size)
+    out, log_sum_exp = attend_after(q, own, past)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    for num_sets in (1, kv_heads):
+        mass = torch.zeros(num_new, num_sets, num_past + num_new)
+        for row, block, part in mass_after(q, log_sum_exp, num_past, [*past, own], num_sets):
+            rows = slice(row - num_past, row - num_past + len(part))
+            mass[rows, :, block.start : block.start + len(block.k)] += part
+        weights = full_weights(q, k).view(num_sets, -1, num_new, num_past + num_new).sum(1)
+        torch.testing.assert_close(mass.double(), weights.transpose(0, 1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_sets", [1, 2])

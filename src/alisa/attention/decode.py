@@ -48,6 +48,19 @@ def decode_attention(q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, count
     return Attended(out, mass, log_sum_exp.view(num_seqs, num_heads))
 
 
+def head_scores(q: Tensor, rows: Tensor, codec: Codec, slots: Tensor) -> Tensor:
+    """Scaled scores Float32[B, H, K] of every head with the rows at slots Int32[B, 1, K].
+
+    What a policy's mass is made of when a selection comes in pieces: weights need the sum over all of them first.
+    """
+    num_seqs, num_heads, head_dim = q.shape
+    num_slots, num_kv_heads = slots.shape[2], codec.format.num_kv_heads
+    k, _ = codec.decode(rows.index_select(0, slots.reshape(-1)))
+    k = _per_kv_head(k, num_seqs, 1, num_slots, num_kv_heads)
+    grouped = q.float().view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim) * head_dim**-0.5
+    return (grouped @ k.transpose(2, 3)).view(num_seqs, num_heads, num_slots)
+
+
 def _per_kv_head(values: Tensor, num_seqs: int, num_sets: int, num_slots: int, num_kv_heads: int) -> Tensor:
     """Gathered `[B*J*K, G, D]` as float32 `[B, G, K, D]`: with one set per KV head, head g reads its own set only."""
     values = values.view(num_seqs, num_sets, num_slots, num_kv_heads, -1).float()

@@ -1,37 +1,108 @@
 """Attention while a prompt is read: dense and causal, and the few rows that seed a selection policy.
 
 No S x S matrix is ever built: attention goes through torch's fused kernel, and only the last rows of the prompt, the
-ones that the policy asks for, get explicit weights, in blocks of bounded size.
+ones that the policy asks for, get explicit weights, in blocks of bounded size. The later pieces of a long prompt attend
+to what is cached block by block, so that a prompt may be larger than any memory that its rows pass through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from alisa.attention.merge import PartialAttention
+
 MASS_BLOCK_SCORES = 1 << 23
-"""Scores held at once while seeding: 32 MiB in float32, small beside the weights of any model and large enough for a
-GEMM."""
+"""Scores held at once: 32 MiB in float32, small beside the weights of any model and large enough for a GEMM."""
+
+
+class KeyBlock(NamedTuple):
+    """Consecutive cached tokens: k and v `[N, G, D]` of positions start, start + 1, ..."""
+
+    start: int
+    k: Tensor
+    v: Tensor
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of the last T of S tokens: q `[T, H, D]`, k and v `[S, G, D]`, T <= S -> `[T, H, D]`."""
-    num_new, num_total = q.shape[0], k.shape[0]
-    mask = None
-    if num_new != num_total and num_new > 1:
-        mask = torch.ones(num_new, num_total, dtype=torch.bool, device=q.device).tril_(num_total - num_new)
+    """Causal attention among T tokens: q `[T, H, D]`, k and v `[T, G, D]` -> `[T, H, D]`."""
     out = scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
         v.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=num_new == num_total and num_new > 1,
+        is_causal=len(q) > 1,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out[0].transpose(0, 1)
+
+
+def attend_after(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tuple[Tensor, Tensor]:
+    """Causal attention of T tokens among themselves (`own`) and to everything before them, block by block.
+
+    Returns:
+        `[T, H, D]` in the dtype of q `[T, H, D]`, and the log-sum-exp Float32[T, H] of the scaled scores.
+    """
+    merged = PartialAttention(q)
+    for block in past:
+        for rows, scores in _scores(q, block.k):
+            _add(merged, rows, scores, block.v)
+    columns = torch.arange(len(q), device=q.device)
+    for rows, scores in _scores(q, own.k):
+        hidden = columns > columns[rows, None]
+        _add(merged, rows, scores.masked_fill_(hidden, -torch.inf), own.v)
+    return merged.out.to(q.dtype), merged.log_sum_exp
+
+
+def mass_after(
+    q: Tensor, log_sum_exp: Tensor, first: int, blocks: Iterable[KeyBlock], num_sets: int
+) -> Iterator[tuple[int, KeyBlock, Tensor]]:
+    """Attention weights of W consecutive tokens whose log-sum-exp is known, summed over the heads of each index set.
+
+    Args:
+        q: `[W, H, D]`, the queries at positions first, first + 1, ...
+        log_sum_exp: Float32[W, H], over everything they attend to.
+        first: position of the first query.
+        blocks: everything they attend to.
+        num_sets: J, 1 for one index set per layer or G for one per KV head.
+
+    Yields:
+        (row, block, mass): mass Float32[rows, J, N] of the queries at positions row, row + 1, ... on the block.
+    """
+    for block in blocks:
+        positions = block.start + torch.arange(len(block.k), device=q.device)
+        for rows, scores in _scores(q, block.k):
+            queries = first + torch.arange(rows.start, rows.stop, device=q.device)
+            scores = scores.masked_fill_(positions > queries[:, None], -torch.inf)
+            num_kv_heads, group = scores.shape[:2]
+            total = log_sum_exp[rows].view(-1, num_kv_heads, group).permute(1, 2, 0)[..., None]
+            weights = (scores - total).exp_().sum(dim=1)  # [G, rows, N]
+            mass = weights.transpose(0, 1) if num_sets > 1 else weights.sum(dim=0)[:, None]
+            yield first + rows.start, block, mass
+
+
+def _scores(q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Scaled scores Float32[G, H/G, rows, N] of blocks of queries with k `[N, G, D]`, of bounded size."""
+    num_rows, num_heads, head_dim = q.shape
+    num_total, num_kv_heads = k.shape[:2]
+    keys = k.float().permute(1, 2, 0)[:, None]  # [G, 1, D, N]
+    block = max(1, MASS_BLOCK_SCORES // (num_heads * num_total))
+    for start in range(0, num_rows, block):
+        rows = slice(start, min(start + block, num_rows))
+        grouped = (q[rows].float() * head_dim**-0.5).view(-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        yield rows, grouped.permute(1, 2, 0, 3) @ keys
+
+
+def _add(merged: PartialAttention, rows: slice, scores: Tensor, v: Tensor) -> None:
+    """One block of scores `[G, H/G, rows, N]` and the values `[N, G, D]` behind them."""
+    log_sum_exp = scores.logsumexp(dim=-1, keepdim=True)
+    weights = (scores - log_sum_exp).exp_()
+    out = weights @ v.float().transpose(0, 1)[:, None]  # [G, H/G, rows, D]
+    out = out.permute(2, 0, 1, 3).flatten(1, 2)
+    merged.add(out, log_sum_exp[..., 0].permute(2, 0, 1).flatten(1, 2), rows)
 
 
 def causal_mass(q: Tensor, k: Tensor, num_sets: int) -> Iterator[tuple[int, Tensor]]:
@@ -45,17 +116,11 @@ def causal_mass(q: Tensor, k: Tensor, num_sets: int) -> Iterator[tuple[int, Tens
     Yields:
         (first, mass): mass Float32[rows, J, S] of the queries at positions first, first + 1, ...
     """
-    num_rows, num_heads, head_dim = q.shape
-    num_total, num_kv_heads = k.shape[:2]
-    keys = k.float().permute(1, 2, 0)[:, None]  # [G, 1, D, S]
+    num_total = len(k)
     columns = torch.arange(num_total, device=q.device)
-    block = max(1, MASS_BLOCK_SCORES // (num_heads * num_total))
-    for start in range(0, num_rows, block):
-        rows = q[start : start + block].float() * head_dim**-0.5
-        first = num_total - num_rows + start
-        grouped = rows.view(-1, num_kv_heads, num_heads // num_kv_heads, head_dim).permute(1, 2, 0, 3)
-        scores = grouped @ keys  # [G, H/G, rows, S]
-        positions = first + torch.arange(rows.shape[0], device=q.device)
-        scores = scores.masked_fill(columns > positions[:, None], -torch.inf)
+    for rows, scores in _scores(q, k):
+        first = num_total - len(q) + rows.start
+        positions = first + torch.arange(rows.stop - rows.start, device=q.device)
+        scores = scores.masked_fill_(columns > positions[:, None], -torch.inf)
         weights = scores.softmax(dim=-1).sum(dim=1)  # [G, rows, S]
         yield first, weights.transpose(0, 1) if num_sets > 1 else weights.sum(dim=0)[:, None]

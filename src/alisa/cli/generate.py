@@ -83,6 +83,9 @@ def load_llm(options: EngineOptions, progress: Callable[[int, int], None]) -> LL
         kv_dtype=options.kv_dtype,
         device=options.device,
         kv_device_memory=options.kv_device_memory,
+        kv_disk_memory=options.kv_disk_memory,
+        kv_disk_path=options.kv_disk_path,
+        schedule=options.schedule,
         max_batch=options.max_batch,
         progress=progress,
     )

@@ -45,7 +45,17 @@ class EngineOptions:
     kv_device_memory: Annotated[
         str | None, arg(metavar="SIZE", help_behavior_hint="(default: half of what is free)")
     ] = None
-    """Hard cap of the memory for K and V, such as 2GiB or 512MiB."""
+    """Hard cap of the memory for K and V, such as 2GiB or 512MiB. What does not fit goes to disk."""
+    kv_disk_memory: Annotated[
+        str | None, arg(metavar="SIZE", help_behavior_hint="(default: what the work needs, within the free room)")
+    ] = None
+    """Hard cap of the K and V on disk; 0: none, prompts wait for room in memory instead."""
+    kv_disk_path: Annotated[
+        Path | None, arg(metavar="DIR", help_behavior_hint="(default: the directory for temporary files)")
+    ] = None
+    """Directory whose disk is used. The file is private to the run and gone when it ends, however it ends."""
+    schedule: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: as the memory demands)")] = None
+    """When tokens move below the device or are deleted to be recomputed, as JSON (docs/scheduling.md)."""
     max_batch: Annotated[int, arg(metavar="N")] = _DEFAULT.max_batch
     """Prompts worked on together at the most."""
 
@@ -62,6 +72,9 @@ class EngineOptions:
             kv_dtype=self.kv_dtype,
             device=self.device,
             kv_device_memory=memory,
+            kv_disk_memory=None if self.kv_disk_memory is None else parse_bytes(self.kv_disk_memory, least=0),
+            kv_disk_path=self.kv_disk_path,
+            schedule=self.schedule,
             max_batch=self.max_batch,
         )
 

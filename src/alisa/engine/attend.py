@@ -6,17 +6,23 @@ The decoder hands over q, k and v of one layer and gets the attention output bac
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from alisa.attention.decode import DecodeKernel
-from alisa.attention.prefill import causal_attention, causal_mass
+from alisa.attention.decode import DecodeKernel, head_scores
+from alisa.attention.merge import PartialAttention
+from alisa.attention.prefill import KeyBlock, attend_after, causal_attention, causal_mass, mass_after
 from alisa.engine.recorder import Part, Stopwatch
-from alisa.kv.store import KVStore, RowWriter
+from alisa.kv.base import Part as RowPart
+from alisa.kv.base import RowStore
 from alisa.policy.base import PolicyState
-from alisa.types import Segment, StepBatch
+from alisa.types import Attended, Segment, Selection, StepBatch
+
+PAST_BLOCK_TOKENS = 1024
+"""Cached tokens that prefill reads back at once: what it holds of the past does not grow with the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,87 +38,155 @@ class PrefillAttend:
 
     def __init__(
         self,
-        store: KVStore,
+        store: RowStore,
         state: PolicyState,
         num_sets: int,
         pieces: tuple[PrefillSegment, ...],
+        device: torch.device,
         watch: Stopwatch,
     ) -> None:
         self._store = store
-        with watch.measure(Part.ATTENTION):
-            self._writer: RowWriter = store.extend([piece.segment for piece in pieces])
         self._state = state
         self._num_sets = num_sets
         self._pieces = pieces
         self._watch = watch
         segments = [piece.segment for piece in pieces]
         places = [(segment.lane, position) for segment in segments for position in range(segment.start, segment.end)]
-        self._lane_ids, self._positions = torch.tensor(places, device=store.device).unbind(1)
+        self._lane_ids, self._positions = torch.tensor(places, device=device).unbind(1)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """One layer of prefill; k and v `[1, T, G, D]`, returns `[1, T, H, D]`."""
         q, k, v = q[0], k[0], v[0]
         out = torch.empty_like(q)
         with self._watch.measure(Part.ATTENTION):
-            self._writer.append(layer, k, v)
+            self._store.append(layer, k, v, hidden[0])
         with self._watch.measure(Part.SELECTION):
             self._state.remember(layer, self._lane_ids, self._positions, k)
         start = 0
         for piece in self._pieces:
-            segment = piece.segment
-            span = slice(start, start + segment.count)
+            span = slice(start, start + piece.segment.count)
             start = span.stop
-            with self._watch.measure(Part.ATTENTION):
-                keys, values = k[span], v[span]
-                if segment.start:
-                    past_k, past_v = self._store.read(layer, segment.lane, segment.start)
-                    keys = torch.cat((past_k.to(k.dtype), keys))
-                    values = torch.cat((past_v.to(v.dtype), values))
-                out[span] = causal_attention(q[span], keys, values)
-            if piece.seed_from is not None:
-                with self._watch.measure(Part.SELECTION):
-                    rows = q[span][piece.seed_from - segment.start :]
-                    for first, mass in causal_mass(rows, keys, self._num_sets):
-                        self._state.seed(layer, segment.lane, first, mass)
+            out[span] = self._piece(layer, piece, q[span], k[span], v[span])
         return out[None]
+
+    def _piece(self, layer: int, piece: PrefillSegment, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one piece `[t, H, D]`; its last rows seed the policy."""
+        segment = piece.segment
+        rows = None if piece.seed_from is None else slice(piece.seed_from - segment.start, None)
+        if not segment.start:
+            with self._watch.measure(Part.ATTENTION):
+                out = causal_attention(q, k, v)
+            if rows is not None:
+                with self._watch.measure(Part.SELECTION):
+                    for first, mass in causal_mass(q[rows], k, self._num_sets):
+                        self._state.seed(layer, segment.lane, first, 0, mass)
+            return out
+        own = KeyBlock(segment.start, k, v)
+        with self._watch.measure(Part.ATTENTION):
+            out, log_sum_exp = attend_after(q, own, self._past(layer, segment))
+        if rows is not None:
+            with self._watch.measure(Part.SELECTION):
+                blocks = (block for blocks in (self._past(layer, segment), (own,)) for block in blocks)
+                first = segment.end - len(q[rows])
+                for row, block, mass in mass_after(q[rows], log_sum_exp[rows], first, blocks, self._num_sets):
+                    self._state.seed(layer, segment.lane, row, block.start, mass)
+        return out
+
+    def _past(self, layer: int, segment: Segment) -> Iterator[KeyBlock]:
+        """K and V of the tokens before the piece, from wherever their rows lie."""
+        for first in range(0, segment.start, PAST_BLOCK_TOKENS):
+            k, v = self._store.read(layer, segment.lane, first, min(first + PAST_BLOCK_TOKENS, segment.start))
+            yield KeyBlock(first, k, v)
 
 
 class DecodeAttend:
-    """One new token per sequence: write its row, choose what to read, read it in place, remember what it showed."""
+    """One new token per sequence: write its row, choose what to read, read it in place, remember what it showed.
+
+    Args:
+        store: the rows, already told about this step.
+        state: what the policy knows, already told about this step.
+        batch: the sequences.
+        kernel: attention over rows by slot.
+        watch: where the time goes.
+        chosen: selections of all layers that are known already; None: the state is asked in every layer.
+        keeps_mass: whether the policy wants to see the attention mass.
+    """
 
     def __init__(
-        self, store: KVStore, state: PolicyState, batch: StepBatch, kernel: DecodeKernel, watch: Stopwatch
+        self,
+        store: RowStore,
+        state: PolicyState,
+        batch: StepBatch,
+        kernel: DecodeKernel,
+        watch: Stopwatch,
+        *,
+        chosen: Sequence[Selection] | None,
+        keeps_mass: bool,
     ) -> None:
         self._store = store
-        with watch.measure(Part.ATTENTION):
-            self._writer: RowWriter = store.extend(
-                [Segment(lane, length - 1, 1) for lane, length in zip(batch.lanes, batch.lengths, strict=True)]
-            )
-            self._table = store.slot_table(batch.lane_ids, max(batch.lengths))
         self._state = state
         self._kernel = kernel
         self._watch = watch
+        self._chosen = chosen
+        self._keeps_mass = keeps_mass
         self.tokens_attended = [0] * len(batch.lanes)
         """Cached tokens read for each sequence, summed over the layers so far."""
         self._lane_ids, self._positions = batch.lane_ids, batch.length_counts.to(torch.int64) - 1
-        with watch.measure(Part.SELECTION):
-            state.begin(batch)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """One layer of decode: q `[B, 1, H, D]`, k and v `[B, 1, G, D]`, returns `[B, 1, H, D]`."""
         query = q[:, 0]
         with self._watch.measure(Part.ATTENTION):
-            self._writer.append(layer, k[:, 0], v[:, 0])
+            self._store.append(layer, k[:, 0], v[:, 0], hidden[:, 0])
         with self._watch.measure(Part.SELECTION):
             self._state.remember(layer, self._lane_ids, self._positions, k[:, 0])
-            selection = self._state.select(layer, query)
-        with self._watch.measure(Part.ATTENTION):
-            num_seqs, num_sets, num_slots = selection.positions.shape
-            slots = self._table.gather(1, selection.positions.view(num_seqs, -1).to(torch.int64))
-            slots = slots.view(num_seqs, num_sets, num_slots)
-            attended = self._kernel(query, self._store.rows(layer), self._store.codec, slots, selection.counts)
+            selection = self._chosen[layer] if self._chosen is not None else self._state.select(layer, query)
+        attended = self._attend(layer, query, selection)
         with self._watch.measure(Part.SELECTION):
             self._state.observe(layer, selection, attended.mass)
         for row, count in enumerate(selection.num_tokens):
             self.tokens_attended[row] += count
         return attended.out[:, None]
+
+    def _attend(self, layer: int, query: Tensor, selection: Selection) -> Attended:
+        """Attention over the selected rows, in one part or merged from several."""
+        parts = self._store.parts(layer, selection)
+        part = self._next(parts)
+        assert part is not None, "every sequence reads at least its own token"
+        if part.sequences is None:
+            with self._watch.measure(Part.ATTENTION):
+                attended = self._kernel(query, part.rows, self._store.codec, part.slots, part.counts)
+            with self._watch.measure(Part.TRANSFER):
+                self._store.credit(layer, part, attended.mass)
+            return attended
+        merged = PartialAttention(query)
+        scores: list[tuple[RowPart, Tensor]] = []
+        while part is not None:
+            assert part.sequences is not None, "a part that is not the whole selection names its sequences"
+            some = query[part.sequences]
+            with self._watch.measure(Part.ATTENTION):
+                attended = self._kernel(some, part.rows, self._store.codec, part.slots, part.counts)
+                merged.add(attended.out, attended.log_sum_exp, part.sequences)
+                if self._keeps_mass:
+                    scores.append((part, head_scores(some, part.rows, self._store.codec, part.slots)))
+            part = self._next(parts)
+        with self._watch.measure(Part.ATTENTION):
+            mass = _mass(scores, merged.log_sum_exp, selection)
+        return Attended(merged.out.to(query.dtype), mass, merged.log_sum_exp)
+
+    def _next(self, parts: Iterator[RowPart]) -> RowPart | None:
+        """The next part, once its rows are there."""
+        with self._watch.measure(Part.TRANSFER):
+            return next(parts, None)
+
+
+def _mass(scores: Sequence[tuple[RowPart, Tensor]], log_sum_exp: Tensor, selection: Selection) -> Tensor:
+    """Mass Float32[B, 1, K] from the scores `[b, H, w]` of every part: weights need the sum over all parts first."""
+    mass = log_sum_exp.new_zeros(selection.positions.shape)
+    for part, of_heads in scores:
+        assert part.sequences is not None, "parts of a selection say which entries they are"
+        assert part.columns is not None, "parts of a selection say which entries they are"
+        weights = (of_heads - log_sum_exp[part.sequences, :, None]).exp().sum(dim=1)
+        weights *= torch.arange(weights.shape[1], device=weights.device) < part.counts[:, None]
+        mass[:, 0].index_put_((part.sequences[:, None], part.columns), weights, accumulate=True)
+    return mass

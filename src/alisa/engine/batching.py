@@ -9,12 +9,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 from alisa.engine.requests import Request, Sequence
-from alisa.types import Phase, Segment, StepPlan
+from alisa.types import Segment
 
 
-def next_plan(step: int, running: Seq[Sequence], prefill_chunk: int) -> StepPlan | None:
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What goes through the model in a step: pieces of prompts, or one new token for each sequence."""
+
+    prefill: bool
+    segments: tuple[Segment, ...]
+
+
+def next_work(running: Seq[Sequence], prefill_chunk: int) -> Work | None:
     """Pieces of the prompts that are still unread, else one token of every running sequence; None when nobody runs."""
     segments: list[Segment] = []
     num_tokens = 0
@@ -27,27 +36,39 @@ def next_plan(step: int, running: Seq[Sequence], prefill_chunk: int) -> StepPlan
         segments.append(Segment(sequence.lane, sequence.num_cached, count))
         num_tokens += count
     if segments:
-        return StepPlan(step, Phase.DEVICE, prefill=True, segments=tuple(segments))
+        return Work(prefill=True, segments=tuple(segments))
     if not running:
         return None
-    decode = tuple(Segment(sequence.lane, sequence.num_cached, 1) for sequence in running)
-    return StepPlan(step, Phase.DEVICE, prefill=False, segments=decode)
+    return Work(prefill=False, segments=tuple(Segment(sequence.lane, sequence.num_cached, 1) for sequence in running))
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request that has no lane: a new one, or one that lost its rows and its lane to older ones."""
+
+    request: Request
+    since_s: float
+    former: Sequence | None = None
 
 
 class WaitingLine:
-    """Requests that have not been admitted yet, oldest first."""
+    """Requests without a lane, oldest first; those that had one before stand in front."""
 
     def __init__(self) -> None:
-        self._line: deque[tuple[Request, float]] = deque()
+        self._line: deque[Waiting] = deque()
 
-    def join(self, request: Request, now_s: float) -> None:
+    def join(self, waiting: Waiting) -> None:
         """Queue up at the end."""
-        self._line.append((request, now_s))
+        self._line.append(waiting)
 
-    def first(self) -> Request | None:
+    def step_back(self, sequence: Sequence) -> None:
+        """A running sequence has lost its rows: it is the next to be admitted."""
+        self._line.appendleft(Waiting(sequence.request, sequence.submitted_s, sequence))
+
+    def first(self) -> Waiting | None:
         """The request whose turn it is."""
-        return self._line[0][0] if self._line else None
+        return self._line[0] if self._line else None
 
-    def admit(self) -> tuple[Request, float]:
-        """Take the first request out, with the time at which it joined."""
+    def admit(self) -> Waiting:
+        """Take the first request out."""
         return self._line.popleft()

@@ -10,6 +10,7 @@ import torch
 
 from alisa.attention.decode import DecodeKernel, decode_attention
 from alisa.kernels import cpu
+from alisa.kv.base import AppendKernel
 from alisa.policy.base import SelectionKernels
 
 _LOG = logging.getLogger("alisa")
@@ -20,11 +21,12 @@ class Kernels(NamedTuple):
 
     attend: DecodeKernel
     selection: SelectionKernels | None
+    append: AppendKernel | None
     name: str
     """`avx512`, `avx2` or `portable` for the native ones, `torch` for their twins."""
 
 
-TORCH_KERNELS = Kernels(decode_attention, None, "torch")
+TORCH_KERNELS = Kernels(decode_attention, None, None, "torch")
 
 
 def choose_kernels(device: torch.device) -> Kernels:
@@ -38,7 +40,7 @@ def choose_kernels(device: torch.device) -> Kernels:
         _warn_once(cpu.unavailable_reason())
         return TORCH_KERNELS
     native = cpu.CpuKernels()
-    return Kernels(native, native, native.isa)
+    return Kernels(native, native, native.append, native.isa)
 
 
 @cache

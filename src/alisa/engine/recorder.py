@@ -15,10 +15,14 @@ from time import perf_counter
 class Part(StrEnum):
     """What the time of a step is divided into."""
 
+    BEGIN = "begin"
+    """Moves started and room made, before the model runs."""
     MODEL = "model"
     """The decoder, the attend seam included."""
     ATTENTION = "attention"
     SELECTION = "selection"
+    TRANSFER = "transfer"
+    """Rows looked up, asked for and waited for, inside the model's time."""
     SAMPLING = "sampling"
 
 

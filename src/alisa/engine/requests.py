@@ -24,7 +24,7 @@ class Request:
         return len(self.prompt_ids) + self.max_new_tokens - 1
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """A running request: its lane, its tokens, how far they are cached, and what it has cost so far."""
 
@@ -39,8 +39,12 @@ class Sequence:
     first_token_s: float = 0.0
     finished_s: float = 0.0
     finish_reason: FinishReason | None = None
+    error: str = ""
+    """Why it ended with the reason `error`."""
     tokens_attended: int = 0
     tokens_dense: int = 0
+    num_preempted: int = 0
+    """How often it had to give way."""
     output_ids: list[int] = field(default_factory=list)
 
     @property
@@ -52,6 +56,14 @@ class Sequence:
     def in_prefill(self) -> bool:
         """Whether part of the prompt is still unread."""
         return self.num_cached < self.prompt_len
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether everything up to the newest token has been through the model, so that the next can be chosen.
+
+        False while a prompt is read, and while a sequence that lost its rows catches up with what it had said.
+        """
+        return self.num_cached == len(self.token_ids)
 
     def append(self, token_id: int) -> None:
         """Take in a sampled token."""

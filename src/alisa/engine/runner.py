@@ -14,10 +14,10 @@ from torch import Tensor
 from alisa.attention.decode import DecodeKernel
 from alisa.engine.attend import DecodeAttend, PrefillAttend, PrefillSegment
 from alisa.engine.recorder import Part, Stopwatch
-from alisa.kv.store import KVStore
+from alisa.kv.base import RowStore
 from alisa.model.decoder import Decoder
 from alisa.policy.base import PolicyState, SelectionPolicy
-from alisa.types import Segment, StepBatch
+from alisa.types import Segment, Selection, StepBatch, StepPlan
 
 
 class PromptPiece(NamedTuple):
@@ -35,17 +35,38 @@ class Decoded(NamedTuple):
     tokens_attended: list[int]
 
 
+class _Ahead(NamedTuple):
+    """Selections of every layer for a step that has not come yet."""
+
+    lanes: tuple[int, ...]
+    lengths: tuple[int, ...]
+    selections: tuple[Selection, ...]
+
+
 class Runner:
-    """A decoder, a store, and a policy with its state, wired together by `attend`."""
+    """A decoder, a store, and a policy with its state, wired together by `attend`.
+
+    Args:
+        decoder: the model.
+        policy: which tokens are read.
+        store: where their rows lie.
+        state: what the policy remembers.
+        kernel: decode attention.
+        watch: where the time goes.
+        looks_ahead: with a policy that decides by history, choose a step's tokens when the step before it has been
+            through all layers, and let the store fetch what is missing while logits and tokens are computed.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
         policy: SelectionPolicy,
-        store: KVStore,
+        store: RowStore,
         state: PolicyState,
         kernel: DecodeKernel,
         watch: Stopwatch,
+        *,
+        looks_ahead: bool = False,
     ) -> None:
         self.decoder = decoder
         self.policy = policy
@@ -53,6 +74,13 @@ class Runner:
         self.state = state
         self.kernel = kernel
         self.watch = watch
+        self._looks_ahead = looks_ahead and policy.timing == "ahead"
+        self._ahead: _Ahead | None = None
+
+    def begin(self, plan: StepPlan) -> None:
+        """The store has room for the plan's tokens, and its moves are under way; `prefill` or `decode` comes next."""
+        with self.watch.measure(Part.BEGIN):
+            self.store.begin(plan)
 
     def prefill(self, pieces: Sequence[PromptPiece]) -> Tensor:
         """Read pieces of prompts, packed; logits Float32[N, V] of the N prompts that are complete now, in order."""
@@ -70,6 +98,7 @@ class Runner:
                 self.state,
                 self.policy.num_sets(self.decoder.spec),
                 tuple(PrefillSegment(piece.segment, self._seed_from(piece)) for piece in pieces),
+                self.decoder.device,
                 self.watch,
             )
             hidden = self.decoder.forward(self.ids([tokens]), self.ids([positions]), attend)
@@ -77,12 +106,50 @@ class Runner:
 
     def decode(self, lanes: tuple[int, ...], lengths: tuple[int, ...], token_ids: Sequence[int]) -> Decoded:
         """One new token of each lane; `lengths` count it."""
-        length_ids = self.ids(list(lengths))
-        batch = StepBatch(lanes, lengths, self.ids(list(lanes)), length_ids.to(torch.int32))
+        batch = self._batch(lanes, lengths)
         with self.watch.measure(Part.MODEL):
-            attend = DecodeAttend(self.store, self.state, batch, self.kernel, self.watch)
-            hidden = self.decoder.forward(self.ids(list(token_ids))[:, None], length_ids[:, None] - 1, attend)
+            attend = DecodeAttend(
+                self.store,
+                self.state,
+                batch,
+                self.kernel,
+                self.watch,
+                chosen=self._chosen(batch),
+                keeps_mass=self.policy.keeps_mass,
+            )
+            positions = batch.length_counts.to(torch.int64)[:, None] - 1
+            hidden = self.decoder.forward(self.ids(list(token_ids))[:, None], positions, attend)
+            if self._looks_ahead:
+                self._look_ahead(batch)
             return Decoded(self.decoder.logits(hidden[:, 0]), attend.tokens_attended)
+
+    def _batch(self, lanes: tuple[int, ...], lengths: tuple[int, ...]) -> StepBatch:
+        return StepBatch(lanes, lengths, self.ids(list(lanes)), self.ids(list(lengths)).to(torch.int32))
+
+    def _chosen(self, batch: StepBatch) -> tuple[Selection, ...] | None:
+        """The selections made ahead, if they are for just this step; else the state is told that it begins."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and (ahead.lanes, ahead.lengths) == (batch.lanes, batch.lengths):
+            return ahead.selections
+        with self.watch.measure(Part.SELECTION):
+            self.state.begin(batch)
+        return None
+
+    def _look_ahead(self, batch: StepBatch) -> None:
+        """Choose for the next step of the same sequences. If it turns out another, choosing again gives the same."""
+        longer = {lane: n + 1 for lane, n in zip(batch.lanes, batch.lengths, strict=True) if n < self.store.max_length}
+        if not longer:
+            return
+        following = self._batch(tuple(longer), tuple(longer.values()))
+        no_query = torch.empty(0)
+        with self.watch.measure(Part.SELECTION):
+            self.state.begin(following)
+            layers = range(self.decoder.spec.num_layers)
+            selections = tuple(self.state.select(layer, no_query) for layer in layers)
+        with self.watch.measure(Part.TRANSFER):
+            for layer, selection in enumerate(selections):
+                self.store.prefetch(layer, following.lanes, selection)
+        self._ahead = _Ahead(following.lanes, following.lengths, selections)
 
     def ids(self, values: list[int] | list[list[int]]) -> Tensor:
         """Int64 tensor on the decoder's device."""

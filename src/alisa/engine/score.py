@@ -19,7 +19,7 @@ from alisa.engine.runner import PromptPiece, Runner
 from alisa.kv.store import KVStore
 from alisa.model.decoder import Decoder
 from alisa.policy.base import SelectionPolicy
-from alisa.types import Attended, Codec, Segment
+from alisa.types import Attended, Codec, Phase, Segment, StepPlan
 
 
 class ScoredItem(NamedTuple):
@@ -78,6 +78,8 @@ def teacher_forced(
     yield ScoredStep(0, tuple(range(len(items))), torch.cat(first_logits), None)
     for step in range(1, max(len(item.output_ids) for item in items)):
         active = tuple(index for index, item in enumerate(items) if len(item.output_ids) > step)
+        segments = [Segment(lanes[index], len(items[index].prompt_ids) + step - 1, 1) for index in active]
+        runner.begin(StepPlan(step, Phase.DEVICE, prefill=False, segments=tuple(segments)))
         probe.begin([lanes[index] for index in active], [len(items[index].prompt_ids) + step for index in active])
         decoded = runner.decode(
             tuple(lanes[index] for index in active),
@@ -92,7 +94,9 @@ def _read_prompt(runner: Runner, lane: int, prompt_ids: Sequence[int], prefill_c
     logits = torch.empty(0)
     for start in range(0, len(prompt_ids), prefill_chunk):
         tokens = prompt_ids[start : start + prefill_chunk]
-        logits = runner.prefill([PromptPiece(Segment(lane, start, len(tokens)), tokens, len(prompt_ids))])
+        segment = Segment(lane, start, len(tokens))
+        runner.begin(StepPlan(0, Phase.DEVICE, prefill=True, segments=(segment,)))
+        logits = runner.prefill([PromptPiece(segment, tokens, len(prompt_ids))])
     return logits
 
 

@@ -1,8 +1,8 @@
 """The one forward pass of every family: what differs between them is data in `ModelSpec`.
 
-The decoder never knows the cache. It calls `attend(layer, q, k, v)` once per layer and uses what comes back, so dense,
-sparse and tiered attention are functions passed in. It reads positions from its argument only: the caller may pack
-sequences of different lengths as B = 1. A plain class, inference only (no weight asks for a gradient): on a CPU a small
+The decoder never knows the cache. It calls `attend(layer, q, k, v, hidden)` once per layer and uses what comes back, so
+dense, sparse and tiered attention are functions passed in. It reads positions from its argument only: the caller may
+pack sequences of different lengths as B = 1. A plain class, inference only (no weight asks for a gradient): on a CPU a small
 model's step is mostly Python.
 """
 
@@ -20,8 +20,10 @@ from alisa.model.rope import Rotation, inverse_frequencies
 from alisa.model.source import WeightSource
 from alisa.spec import ModelSpec
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""layer, q `[B, T, H, D]`, k `[B, T, G, D]`, v `[B, T, G, D]` -> out `[B, T, H, D]`.
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""layer, q `[B, T, H, D]`, k `[B, T, G, D]`, v `[B, T, G, D]`, hidden `[B, T, C]` -> out `[B, T, H, D]`.
+
+hidden is what q, k and v were projected from: `project_kv` makes k and v from it again.
 
 q and k are already rotated. v (and k without rotation) is a view into the joint K and V product: its last dimension is
 contiguous, its token stride is `2 * G * D`.
@@ -118,7 +120,7 @@ class Decoder:
                 k = layer.k_norm(k)
             if rotate is not None:
                 q, k = rotate(q), rotate(k)
-            attended = layer.out(attend(index, q, k, v).reshape(batch, length, spec.q_size))
+            attended = layer.out(attend(index, q, k, v, normed).reshape(batch, length, spec.q_size))
             if spec.parallel_residual:
                 x = x + attended + self._mlp(layer, layer.mlp_norm(x))
             elif spec.norm_first:

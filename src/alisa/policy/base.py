@@ -30,8 +30,11 @@ class PolicyState(Protocol):
         """A new sequence of up to `num_tokens` tokens takes this lane; nothing of its former owner remains."""
         ...
 
-    def seed(self, layer: int, lane: int, first: int, mass: Tensor) -> None:
-        """Take in prompt rows: mass Float32[rows, J, S] of the queries at positions first, first + 1, ..."""
+    def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
+        """Take in prompt rows: mass Float32[rows, J, N] of the queries at positions first, first + 1, ...
+
+        The columns are positions start, start + 1, ...; a row may come in several pieces.
+        """
         ...
 
     def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor) -> None:
@@ -65,6 +68,15 @@ class SelectionPolicy(Protocol):
     @property
     def timing(self) -> Literal["ahead", "in_layer"]:
         """`ahead`: history decides, so the next step's rows are known a step early; `in_layer`: the query does."""
+        ...
+
+    @property
+    def keeps_mass(self) -> bool:
+        """Whether `observe` uses the mass; where it does not, nobody has to compute it."""
+        ...
+
+    def reads(self, num_earlier: int) -> tuple[int, int]:
+        """(recent, older): of n earlier tokens, the recent ones that every layer reads, and how many of the others."""
         ...
 
     def num_sets(self, spec: ModelSpec) -> int:

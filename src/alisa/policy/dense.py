@@ -28,7 +28,7 @@ class DenseState:
     def open(self, lane: int, num_tokens: int) -> None:
         """Nothing to reset."""
 
-    def seed(self, layer: int, lane: int, first: int, mass: Tensor) -> None:
+    def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
         """Never asked for: `seed_rows` is 0."""
 
     def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor) -> None:
@@ -56,6 +56,15 @@ class Dense:
 
     name: Literal["dense"] = "dense"
     timing: Literal["ahead", "in_layer"] = "ahead"
+
+    @property
+    def keeps_mass(self) -> bool:
+        """History decides nothing."""
+        return False
+
+    def reads(self, num_earlier: int) -> tuple[int, int]:
+        """All alike."""
+        return 0, num_earlier
 
     def num_sets(self, spec: ModelSpec) -> int:
         """One index set per layer."""

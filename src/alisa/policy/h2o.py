@@ -27,6 +27,15 @@ class HeavyHitters:
     name: Literal["h2o"] = "h2o"
     timing: Literal["ahead", "in_layer"] = "ahead"
 
+    @property
+    def keeps_mass(self) -> bool:
+        """The sum is made of it."""
+        return True
+
+    def reads(self, num_earlier: int) -> tuple[int, int]:
+        """The budget."""
+        return self.budget.split(num_earlier)
+
     def num_sets(self, spec: ModelSpec) -> int:
         """One index set per layer."""
         return 1
@@ -73,9 +82,10 @@ class HeavyHittersState:
         """Clear the lane."""
         self._sums[:, lane, :num_tokens].zero_()
 
-    def seed(self, layer: int, lane: int, first: int, mass: Tensor) -> None:
+    def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
         """Add prompt rows."""
-        self._sums[layer, lane, : mass.shape[2]] += mass[:, 0].sum(dim=0, dtype=torch.float64)
+        columns = slice(start, start + mass.shape[2])
+        self._sums[layer, lane, columns] += mass[:, 0].sum(dim=0, dtype=torch.float64)
 
     def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor) -> None:
         """Keys decide nothing here."""

@@ -32,6 +32,16 @@ class Pattern:
     budget: Budget
     timing: Literal["ahead", "in_layer"] = "ahead"
 
+    @property
+    def keeps_mass(self) -> bool:
+        """The position decides."""
+        return False
+
+    def reads(self, num_earlier: int) -> tuple[int, int]:
+        """The budget; `local` spends all of it on its window."""
+        recent, older = self.budget.split(num_earlier)
+        return (recent + older, 0) if self.name == "local" else (recent, older)
+
     def num_sets(self, spec: ModelSpec) -> int:
         """One index set per layer."""
         return 1
@@ -72,7 +82,7 @@ class PatternState:
     def open(self, lane: int, num_tokens: int) -> None:
         """Nothing to reset."""
 
-    def seed(self, layer: int, lane: int, first: int, mass: Tensor) -> None:
+    def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
         """Never asked for: `seed_rows` is 0."""
 
     def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor) -> None:

@@ -38,6 +38,15 @@ class KeySketch:
         """`sketch` or `oracle`."""
         return "oracle" if self.bits is None else "sketch"
 
+    @property
+    def keeps_mass(self) -> bool:
+        """The query decides."""
+        return False
+
+    def reads(self, num_earlier: int) -> tuple[int, int]:
+        """The budget."""
+        return self.budget.split(num_earlier)
+
     def num_sets(self, spec: ModelSpec) -> int:
         """One index set per layer: weights are summed over all heads."""
         return 1
@@ -94,7 +103,7 @@ class KeySketchState:
     def open(self, lane: int, num_tokens: int) -> None:
         """Nothing to reset: a key is written before it is read."""
 
-    def seed(self, layer: int, lane: int, first: int, mass: Tensor) -> None:
+    def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
         """Never asked for: `seed_rows` is 0."""
 
     def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor) -> None:

@@ -43,6 +43,15 @@ class SparseWindow:
         """`swa` or `swa-head`."""
         return "swa-head" if self.per_head else "swa"
 
+    @property
+    def keeps_mass(self) -> bool:
+        """The local sum is made of it."""
+        return True
+
+    def reads(self, num_earlier: int) -> tuple[int, int]:
+        """The budget."""
+        return self.budget.split(num_earlier)
+
     def num_sets(self, spec: ModelSpec) -> int:
         """J: 1, or G with one set for each KV head."""
         return spec.num_kv_heads if self.per_head else 1
@@ -104,13 +113,14 @@ class SparseWindowState:
         self._buckets[:, :, rows, :num_tokens].zero_()
         self._first_bucket.pop(lane, None)
 
-    def seed(self, layer: int, lane: int, first: int, mass: Tensor) -> None:
+    def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
         """Add prompt rows to the buckets they belong to."""
-        num_rows, _, length = mass.shape
+        num_rows = len(mass)
+        columns = slice(start, start + mass.shape[2])
         self._first_bucket.setdefault(lane, first // self._bucket_rows)
         buckets = (torch.arange(first, first + num_rows, device=mass.device) // self._bucket_rows) % self._num_buckets
-        self._buckets[layer, :, self._rows(lane), :length].index_add_(0, buckets, mass)
-        self._sums[layer, self._rows(lane), :length] += mass.sum(dim=0, dtype=torch.float64)
+        self._buckets[layer, :, self._rows(lane), columns].index_add_(0, buckets, mass)
+        self._sums[layer, self._rows(lane), columns] += mass.sum(dim=0, dtype=torch.float64)
 
     def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor) -> None:
         """Keys decide nothing here."""

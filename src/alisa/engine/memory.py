@@ -1,0 +1,189 @@
+"""From caps in bytes to a store: what fits where, and which store and scheduler that takes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alisa.config import format_bytes
+from alisa.engine.kernels import Kernels
+from alisa.errors import CapacityError, InputError
+from alisa.kv.base import RowStore
+from alisa.kv.codec import make_codec
+from alisa.kv.remnant import Remnants, remnant_format
+from alisa.kv.store import KVStore
+from alisa.kv.tiered import TieredStore
+from alisa.kv.tiers import DiskTier
+from alisa.model.decoder import Decoder
+from alisa.policy.base import SelectionPolicy
+from alisa.schedule.all_device import AllDevice
+from alisa.schedule.base import Limits, Scheduler, Tier
+from alisa.schedule.three_phase import ThreePhase
+from alisa.types import Codec, Medium
+
+FREE_DISK_SHARE = 0.8
+"""Share of the free disk that the disk tier may take when no cap is given."""
+
+_STAGING_SHARE = 16
+"""One part in so many of the device cap is the most that the staging buffers take, and 256 rows each at the most: 2 MiB
+of 8 KiB rows keep a disk busy while the other buffer is read."""
+
+_MOST_STAGING_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """Hard caps in bytes."""
+
+    device_bytes: int
+    disk_bytes: int | None
+    """None: what is needed, within the free room."""
+    disk_path: Path | None
+
+    @property
+    def directory(self) -> Path:
+        """Where the disk tier lies."""
+        return self.disk_path or Path(tempfile.gettempdir())
+
+    @property
+    def most_disk_bytes(self) -> int:
+        """What the disk tier may take.
+
+        Raises:
+            InputError: the directory does not exist.
+        """
+        if self.disk_bytes is not None:
+            return self.disk_bytes
+        try:
+            return int(shutil.disk_usage(self.directory).free * FREE_DISK_SHARE)
+        except OSError as error:
+            raise InputError(f"{self.directory} cannot hold the disk tier: {error.strerror}.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A store with everything that decides about it."""
+
+    store: RowStore
+    scheduler: Scheduler
+    limits: Limits
+    disk_bytes: int
+    """Cap of the disk tier, remnants included; 0 without one."""
+
+
+def make_memory(
+    decoder: Decoder,
+    policy: SelectionPolicy,
+    codec: Codec,
+    kernels: Kernels,
+    sizes: Sequence[int],
+    caps: Caps,
+    scheduler: Scheduler | None,
+    num_lanes: int,
+) -> Memory:
+    """The simplest store that can hold sequences of these sizes: one arena if they fit, tiers below it if not.
+
+    Args:
+        decoder: the model; rebuilds deleted rows.
+        policy: one with an index set for each head needs everything on the device.
+        codec: of the rows.
+        kernels: the append kernel, if there is one.
+        sizes: rows that every request may come to need.
+        caps: in bytes.
+        scheduler: what a schedule file asks for; None: whatever the caps demand.
+        num_lanes: sequences that run together at the most.
+
+    Raises:
+        CapacityError: not even a token fits, or the disk is too full.
+        InputError: tiers are asked for and cannot be had.
+    """
+    spec, device = decoder.spec, decoder.device
+    token_bytes = spec.num_layers * codec.format.row_bytes
+    largest = sorted(sizes, reverse=True)[:num_lanes]
+    wanted, max_length = sum(largest), largest[0]
+    num_rows = min(wanted, caps.device_bytes // token_bytes)
+    can_tier = device.type == "cpu" and policy.num_sets(spec) == 1
+    if scheduler is not None and scheduler.uses_tiers and not can_tier:
+        raise InputError(
+            f"the schedule {scheduler.name} moves rows, which needs --device cpu and a policy other than swa-head."
+        )
+    needs_tiers = num_rows < wanted if scheduler is None else scheduler.uses_tiers
+    if not (needs_tiers and can_tier and caps.most_disk_bytes >= token_bytes):
+        if num_rows == 0:
+            raise CapacityError(
+                f"A KV cap of {format_bytes(caps.device_bytes)} holds not even one token of "
+                f"{format_bytes(token_bytes)}; raise --kv-device-memory."
+            )
+        store = KVStore(
+            num_layers=spec.num_layers,
+            codec=codec,
+            num_rows=num_rows,
+            num_lanes=num_lanes,
+            max_length=max_length,
+            device=device,
+            append=kernels.append,
+        )
+        return Memory(store, AllDevice(), Limits(num_rows), 0)
+    return _tiered(decoder, codec, kernels, largest, caps, scheduler or ThreePhase())
+
+
+def _tiered(
+    decoder: Decoder,
+    codec: Codec,
+    kernels: Kernels,
+    largest: Sequence[int],
+    caps: Caps,
+    scheduler: Scheduler,
+) -> Memory:
+    spec = decoder.spec
+    num_layers, row_bytes = spec.num_layers, codec.format.row_bytes
+    token_bytes = num_layers * row_bytes
+    staging_rows = max(1, min(_MOST_STAGING_ROWS, caps.device_bytes // (2 * _STAGING_SHARE * row_bytes)))
+    num_rows = min((caps.device_bytes - 2 * staging_rows * row_bytes) // token_bytes, sum(largest))
+    if num_rows < 1:
+        raise CapacityError(
+            f"A KV cap of {format_bytes(caps.device_bytes)} holds not even one token of {format_bytes(token_bytes)} "
+            f"and the buffers to read others; raise --kv-device-memory."
+        )
+    dtype_name = str(decoder.dtype).removeprefix("torch.")
+    remnant_codec = make_codec(remnant_format(dtype_name, spec.hidden_size))
+    remnant_bytes = num_layers * remnant_codec.format.row_bytes
+    disk_bytes = caps.most_disk_bytes
+    overflow = sum(largest) - num_rows
+    planned = scheduler.most_deleted(largest[0])
+    kept = len(largest) * planned
+    if planned == 0 and overflow * token_bytes > disk_bytes and remnant_bytes < token_bytes:
+        # So many tokens must be deleted that the others' rows and their remnants fit the disk together.
+        short = -(-(overflow * token_bytes - disk_bytes) // (token_bytes - remnant_bytes))
+        kept = min(short + len(largest), overflow, disk_bytes // remnant_bytes)
+    rebuildable = kept // len(largest)
+    kept = rebuildable * len(largest)
+    below = min(sum(largest), max(disk_bytes - kept * remnant_bytes, 0) // token_bytes)
+    if kept * remnant_bytes > disk_bytes:
+        raise CapacityError(
+            f"The schedule deletes up to {planned} tokens of each of {len(largest)} sequences, and what they are "
+            f"rebuilt from takes {format_bytes(kept * remnant_bytes)} of the {format_bytes(disk_bytes)} on disk; raise "
+            "--kv-disk-memory."
+        )
+    disk = DiskTier(caps.directory, num_layers, below, row_bytes)
+    remnants = None
+    if kept:
+        tier = DiskTier(caps.directory, num_layers, kept, remnant_codec.format.row_bytes)
+        remnants = Remnants(tier, remnant_codec, decoder.project_kv, decoder.dtype)
+    store = TieredStore(
+        num_layers=num_layers,
+        codec=codec,
+        num_rows=num_rows,
+        num_lanes=len(largest),
+        max_length=largest[0],
+        tiers=(disk,),
+        remnants=remnants,
+        rebuildable=rebuildable,
+        staging_rows=staging_rows,
+        append=kernels.append,
+    )
+    limits = Limits(num_rows, (Tier(Medium.DISK, below),), rebuildable)
+    return Memory(store, scheduler, limits, below * token_bytes + kept * remnant_bytes)

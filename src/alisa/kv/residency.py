@@ -1,0 +1,155 @@
+"""Which rows are on the device, for each layer: slots, their owners, and who leaves when room is needed.
+
+Every layer selects other tokens, so every layer has its own map. All of it is numpy on the host: a step looks up a few
+thousand positions in each layer, and that costs some ten microseconds a layer.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+Eviction = Literal["age", "lru", "mass"]
+"""Who leaves the hot cache first: the oldest token (ALISA), the one not read for longest, or the one with the least
+attention mass, averaged over the last reads."""
+
+EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
+
+NOWHERE = -1
+
+
+class Residency:
+    """Maps (lane, position) to a slot of each layer's arena.
+
+    Args:
+        num_layers: L.
+        num_slots: R, slots of each layer.
+        num_lanes: sequences.
+        max_length: longest sequence.
+        eviction: who leaves first.
+    """
+
+    def __init__(self, num_layers: int, num_slots: int, num_lanes: int, max_length: int, eviction: Eviction) -> None:
+        self._num_slots = num_slots
+        self._max_length = max_length
+        self._eviction = eviction
+        self.slots = np.full((num_layers, num_lanes, max_length), NOWHERE, np.int32)
+        """Int32[L, lanes, max_length]: where a row is, or NOWHERE."""
+        self._owner = np.full((num_layers, num_slots), NOWHERE, np.int64)  # lane * max_length + position
+        self._used = np.zeros((num_layers, num_slots), np.int64)  # clock of the last read
+        self._mass = np.zeros((num_layers, num_slots), np.float32)
+        self._free = np.tile(np.arange(num_slots - 1, -1, -1, dtype=np.int32), (num_layers, 1))  # a stack per layer
+        self._num_free = np.full(num_layers, num_slots, np.int64)
+        self._clock = 1
+        self.safe = np.zeros(num_lanes, np.int64)
+        """Int64[lanes]: rows of positions below this have a complete copy below, or a remnant: they may leave."""
+
+    @property
+    def num_resident(self) -> NDArray[np.int64]:
+        """Rows on the device, for each layer."""
+        return self._num_slots - self._num_free
+
+    def tick(self) -> None:
+        """A step begins: what it reads counts as newer than all that was read before."""
+        self._clock += 1
+
+    def touch(self, layer: int, slots: NDArray[np.int32], *, ahead: bool = False) -> None:
+        """These slots are read in this step (ahead: in the next): until then they stay."""
+        self._used[layer, slots] = self._clock + ahead
+
+    def credit(self, layer: int, slots: NDArray[np.int32], mass: NDArray[np.float32]) -> None:
+        """These slots received this attention mass; half of what they had before is forgotten."""
+        if self._eviction == "mass":
+            self._mass[layer, slots] = 0.5 * self._mass[layer, slots] + mass
+
+    def place(
+        self,
+        layer: int,
+        lanes: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        *,
+        ahead: bool = False,
+        at_any_cost: bool = False,
+    ) -> NDArray[np.int32] | None:
+        """Slots Int32[N] for rows (lanes, positions) that are not on the device; they count as touched.
+
+        Rows that are safe below and are not read in this step or the next make room. None, and nothing has changed, if
+        there are not enough of them.
+
+        Args:
+            layer: which map.
+            lanes: Int64[N].
+            positions: Int64[N].
+            ahead: they are for the next step.
+            at_any_cost: rows that this step will read may have to leave, too; none of them may be on its way.
+        """
+        count = len(positions)
+        missing = count - int(self._num_free[layer])
+        if missing > 0 and not self._evict(layer, missing, before=self._clock + at_any_cost):
+            return None
+        top = int(self._num_free[layer])
+        taken = self._free[layer, top - count : top].copy()
+        self._num_free[layer] = top - count
+        self.slots[layer, lanes, positions] = taken
+        self._owner[layer, taken] = lanes * self._max_length + positions
+        self._used[layer, taken] = self._clock + ahead
+        self._mass[layer, taken] = 0.0
+        return taken
+
+    def drop(self, layer: int, lanes: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
+        """These rows, as far as they are on the device, leave it."""
+        slots = self.slots[layer, lanes, positions]
+        self._give_back(layer, slots[slots != NOWHERE])
+
+    def release(self, lane: int, length: int) -> None:
+        """All rows of a sequence leave the device."""
+        for layer in range(len(self.slots)):
+            slots = self.slots[layer, lane, :length]
+            self._give_back(layer, slots[slots != NOWHERE].copy())
+        self.safe[lane] = 0
+
+    def _give_back(self, layer: int, slots: NDArray[np.int32]) -> None:
+        owners = self._owner[layer, slots]
+        self.slots[layer, owners // self._max_length, owners % self._max_length] = NOWHERE
+        self._owner[layer, slots] = NOWHERE
+        top = int(self._num_free[layer])
+        self._free[layer, top : top + len(slots)] = slots
+        self._num_free[layer] = top + len(slots)
+
+    def _evictable(self, layer: int, before: int) -> NDArray[np.int64]:
+        """Slots whose rows are safe below and were last touched before this time."""
+        owner = self._owner[layer]
+        may = (owner != NOWHERE) & (self._used[layer] < before)
+        may &= owner % self._max_length < self.safe[owner // self._max_length]
+        return np.flatnonzero(may)
+
+    def _evict(self, layer: int, count: int, before: int) -> bool:
+        """Free `count` slots, or a few more so that this is not done for every row; False if too few may leave."""
+        candidates = self._evictable(layer, before)
+        if len(candidates) < count:
+            return False
+        leaving = min(len(candidates), max(count, self._num_slots // 64))
+        if leaving < len(candidates):
+            keys = {
+                "age": self._owner[layer, candidates] % self._max_length,
+                "lru": self._used[layer, candidates],
+                "mass": self._mass[layer, candidates],
+            }[self._eviction]
+            candidates = candidates[np.argpartition(keys, leaving - 1)[:leaving]]
+        self._give_back(layer, candidates.astype(np.int32))
+        return True
+
+    def check(self) -> None:
+        """Assert that every slot of every layer is free or owned exactly once, and that both maps agree."""
+        for layer in range(len(self.slots)):
+            free = self._free[layer, : self._num_free[layer]]
+            owned = np.flatnonzero(self._owner[layer] != NOWHERE)
+            assert sorted([*free.tolist(), *owned.tolist()]) == list(range(self._num_slots)), (
+                "a slot is lost or doubled"
+            )
+            owners = self._owner[layer, owned]
+            found = self.slots[layer, owners // self._max_length, owners % self._max_length]
+            assert np.array_equal(found, owned), "the map and the owners differ"
+            assert int((self.slots[layer] != NOWHERE).sum()) == len(owned), "a row has two slots"

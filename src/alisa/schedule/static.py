@@ -1,0 +1,51 @@
+"""A fixed split of every sequence between the device and the tier below: the baseline that ALISA is compared with.
+
+FlexGen (arXiv 2303.06865) decides once, offline, which percentage of the KV cache lies where, and keeps to it from the
+first token on, whether the device is full or empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from alisa.schedule.base import Decision, LaneView, Limits, latest_phase, moves_down, phase_of
+from alisa.schedule.three_phase import CHUNK_TOKENS
+
+
+@dataclass(frozen=True)
+class StaticSplit:
+    """The oldest `offload_ratio` of every sequence lies below the device, always."""
+
+    offload_ratio: float
+    chunk: int = CHUNK_TOKENS
+    name: Literal["static"] = "static"
+
+    @property
+    def uses_tiers(self) -> bool:
+        """From the first token on."""
+        return True
+
+    def most_deleted(self, num_tokens: int) -> int:
+        """Nothing is deleted."""
+        return 0
+
+    @property
+    def avoids_crowds(self) -> bool:
+        """The split is what is wanted, whatever it costs."""
+        return False
+
+    def plan(self, lanes: Sequence[LaneView], limits: Limits) -> Decision | None:
+        """See `Scheduler.plan`."""
+        bounds = [list(view.bounds) for view in lanes]
+        for view, ends in zip(lanes, bounds, strict=True):
+            # Rounded up to whole chunks: the split must hold between two moves, too.
+            wanted = -(-int(self.offload_ratio * view.length) // self.chunk) * self.chunk
+            ends[0] = max(ends[0], min(wanted, view.length - 1))
+        resident = sum(view.length - ends[0] for view, ends in zip(lanes, bounds, strict=True))
+        below = sum(ends[0] for ends in bounds)
+        if resident > limits.device_tokens or below > limits.tiers[0].num_tokens:
+            return None
+        moves = [move for view, ends in zip(lanes, bounds, strict=True) for move in moves_down(view, ends, limits)]
+        return Decision(latest_phase([phase_of(ends) for ends in bounds]), tuple(moves))

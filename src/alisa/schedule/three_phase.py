@@ -1,0 +1,168 @@
+"""Token-level dynamic scheduling in three phases (ALISA, arXiv 2403.17312, section 5 and Algorithm 2).
+
+I: everything on the device. II: a part of every sequence, its oldest tokens, goes down. III: of those, the oldest are
+deleted, and rebuilt when a step selects them. The paper switches at fixed steps p1 and p2 of an offline plan; here such
+a `Schedule` says what is to happen at least, and measured pressure does the rest, sequence by sequence: a batch is
+ragged, and a plan that was too hopeful must not end in an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from alisa.errors import InputError
+from alisa.schedule.base import Decision, LaneView, Limits, latest_phase, moves_down, phase_of
+
+CHUNK_TOKENS = 16
+"""Tokens that go down together at the least: 16 rows of 8 KiB make one write of 128 KiB for each layer, which a disk
+takes at its full rate, and 16 tokens more or less do not matter in any arena worth having."""
+
+HOT_FACTOR = 2
+"""Room for fetched rows that is aimed at, in units of what one layer selects of the tokens below: rows that were
+selected lately and will be again need not be fetched twice. TensorRT-LLM's sparse offloading has the same default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Where the phases begin and how much moves; counted for each sequence from its own first generated token.
+
+    Raises:
+        InputError: at construction, naming every field that is out of range.
+    """
+
+    offload_from: int
+    """p1: first output step of phase II."""
+    recompute_from: int
+    """p2: first output step of phase III."""
+    offload_ratio: float
+    """alpha: share of a sequence's tokens that lie below the device in phases II and III."""
+    recompute_ratio: float
+    """beta: share of the tokens below the device that are deleted in phase III; 0: phase III never comes."""
+
+    def __post_init__(self) -> None:
+        wrong = [
+            text
+            for bad, text in (
+                (self.offload_from < 0, f"offload_from is {self.offload_from}, allowed is 0 or more"),
+                (
+                    self.recompute_from < self.offload_from,
+                    f"recompute_from is {self.recompute_from}, it cannot come before offload_from {self.offload_from}",
+                ),
+                (not 0 <= self.offload_ratio <= 1, f"offload_ratio is {self.offload_ratio}, allowed is 0 to 1"),
+                (not 0 <= self.recompute_ratio <= 1, f"recompute_ratio is {self.recompute_ratio}, allowed is 0 to 1"),
+            )
+            if bad
+        ]
+        if wrong:
+            raise InputError("; ".join(wrong) + ".")
+
+    def offloaded(self, view: LaneView) -> int:
+        """Tokens of the sequence that lie below the device, deleted ones included (alpha of its length)."""
+        return int(self.offload_ratio * view.length) if view.output_step >= self.offload_from else 0
+
+    def deleted(self, view: LaneView) -> int:
+        """Of these, the oldest that are deleted (beta of the offloaded)."""
+        return int(self.recompute_ratio * self.offloaded(view)) if view.output_step >= self.recompute_from else 0
+
+    def most_deleted(self, num_tokens: int) -> int:
+        """Tokens that a sequence of this final length may come to lose: these need a remnant."""
+        return int(self.recompute_ratio * int(self.offload_ratio * num_tokens))
+
+
+@dataclass(frozen=True)
+class ThreePhase:
+    """What a schedule asks for, if there is one, and as much more as the caps demand."""
+
+    schedule: Schedule | None = None
+    chunk: int = CHUNK_TOKENS
+    name: Literal["three-phase"] = "three-phase"
+
+    @property
+    def uses_tiers(self) -> bool:
+        """As soon as the schedule or the memory asks for it."""
+        return True
+
+    def most_deleted(self, num_tokens: int) -> int:
+        """What the schedule says."""
+        return 0 if self.schedule is None else self.schedule.most_deleted(num_tokens)
+
+    @property
+    def avoids_crowds(self) -> bool:
+        """Reading from below in every layer of every step costs more than waiting."""
+        return True
+
+    def plan(self, lanes: Sequence[LaneView], limits: Limits) -> Decision | None:
+        """See `Scheduler.plan`."""
+        bounds = [self._asked(view) for view in lanes]
+        if not (self._relieve_device(lanes, bounds, limits) and self._relieve_tiers(lanes, bounds, limits)):
+            return None
+        moves = [move for view, ends in zip(lanes, bounds, strict=True) for move in moves_down(view, ends, limits)]
+        return Decision(latest_phase([phase_of(ends) for ends in bounds]), tuple(moves))
+
+    def _asked(self, view: LaneView) -> list[int]:
+        """The present bounds, or the lower ones of the schedule where they are a chunk or more away."""
+        bounds = list(view.bounds)
+        if self.schedule is None or len(bounds) < 2:
+            return bounds
+        movable = view.length - view.window if view.active else view.length
+        offloaded = min(self.schedule.offloaded(view), movable)
+        if offloaded >= bounds[0] + self.chunk:
+            bounds[0] = offloaded
+        deleted = min(self.schedule.deleted(view), bounds[0], view.rebuildable)
+        if deleted >= bounds[-1] + self.chunk:
+            bounds[1:] = [max(bound, deleted) for bound in bounds[1:]]
+        return bounds
+
+    def _relieve_device(self, lanes: Sequence[LaneView], bounds: list[list[int]], limits: Limits) -> bool:
+        """Push the oldest tokens down until the others, and a hot cache for the pushed ones, fit the arena."""
+        if limits.tiers:
+            for hot_factor, keeps_window in ((HOT_FACTOR, True), (1, True), (0, False)):
+                self._push(lanes, bounds, limits.device_tokens, hot_factor, keeps_window=keeps_window)
+        # The hot cache may be smaller than one layer's selection, even nothing: that is then read in pieces.
+        resident = sum(view.length - ends[0] for view, ends in zip(lanes, bounds, strict=True))
+        return resident <= limits.device_tokens
+
+    def _push(
+        self, lanes: Sequence[LaneView], bounds: list[list[int]], room: int, hot_factor: int, *, keeps_window: bool
+    ) -> None:
+        """Lower the first bounds, the sequences that hold most on the device first, until the demand is within `room`.
+
+        The demand of a sequence of length n with d tokens below is n - d + min(d, hot_factor * older).
+        """
+        excess = -room
+        for view, ends in zip(lanes, bounds, strict=True):
+            hot = hot_factor * view.older if view.active else 0
+            excess += view.length - ends[0] + min(ends[0], hot)
+        for index in sorted(range(len(lanes)), key=lambda i: bounds[i][0] - lanes[i].length):
+            if excess <= 0:
+                return
+            view, ends = lanes[index], bounds[index]
+            hot = hot_factor * view.older if view.active else 0
+            most = view.length
+            if view.active:
+                most -= view.window if keeps_window else 1
+            wanted = -(-(max(ends[0], hot) + excess) // self.chunk) * self.chunk
+            below = max(ends[0], min(wanted, most))
+            excess -= below - ends[0] - (min(below, hot) - min(ends[0], hot))
+            ends[0] = below
+
+    @staticmethod
+    def _relieve_tiers(lanes: Sequence[LaneView], bounds: list[list[int]], limits: Limits) -> bool:
+        """Pass what a tier cannot hold to the next, the sequences that hold most first; the last tier deletes."""
+        for level, tier in enumerate(limits.tiers):
+            excess = sum(ends[level] - ends[level + 1] for ends in bounds) - tier.num_tokens
+            last = level + 1 == len(limits.tiers)
+            order = sorted(range(len(lanes)), key=lambda i: bounds[i][level] - bounds[i][level + 1], reverse=True)
+            for index in order:
+                if excess <= 0:
+                    break
+                ends = bounds[index]
+                limit = min(ends[level], lanes[index].rebuildable) if last else ends[level]
+                pushed = min(excess, max(limit - ends[level + 1], 0))
+                ends[level + 1] += pushed
+                excess -= pushed
+            if excess > 0:
+                return False
+        return True
