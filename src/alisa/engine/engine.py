@@ -75,7 +75,8 @@ class Engine:
             raise CapacityError(
                 f"A request of {len(request.prompt_ids)} prompt and up to {request.max_new_tokens} new tokens needs "
                 f"{format_bytes(request.num_rows * token_bytes)} of KV memory ({format_bytes(token_bytes)} a token) "
-                f"and the cap is {' and '.join(caps)}; raise --kv-device-memory or --kv-disk-memory, or lower --max-tokens."
+                f"and the cap is {' and '.join(caps)}; raise --kv-device-memory or --kv-disk-memory, or lower "
+                "--max-tokens."
             )
         self._waiting.join(Waiting(request, perf_counter()))
 

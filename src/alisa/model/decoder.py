@@ -2,8 +2,8 @@
 
 The decoder never knows the cache. It calls `attend(layer, q, k, v, hidden)` once per layer and uses what comes back, so
 dense, sparse and tiered attention are functions passed in. It reads positions from its argument only: the caller may
-pack sequences of different lengths as B = 1. A plain class, inference only (no weight asks for a gradient): on a CPU a small
-model's step is mostly Python.
+pack sequences of different lengths as B = 1. A plain class, inference only (no weight asks for a gradient): on a CPU a
+small model's step is mostly Python.
 """
 
 from __future__ import annotations
