@@ -16,7 +16,20 @@ from alisa.errors import InputError
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 KvDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
-PolicyName = Literal["dense", "local", "strided", "streaming", "h2o", "swa", "swa-head", "sketch", "oracle"]
+PolicyName = Literal[
+    "dense",
+    "local",
+    "strided",
+    "streaming",
+    "h2o",
+    "swa",
+    "swa-head",
+    "sketch",
+    "sketch-2bit",
+    "sketch-8bit",
+    "sketch-head",
+    "oracle",
+]
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}b": factor for unit, factor in _UNITS.items() if len(unit) == 1 and unit != "b"}

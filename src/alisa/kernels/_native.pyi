@@ -45,6 +45,42 @@ class Workspace:
         slots: int,
         num_tokens: int,
     ) -> None: ...
+    def sketch_append(
+        self,
+        *,
+        isa: str,
+        threads: Threads,
+        bits: int,
+        num_kv_heads: int,
+        head_dim: int,
+        keys: int,
+        dtype: int,
+        stride: int,
+        codes: int,
+        ranges: int,
+        ids: int,
+        num_tokens: int,
+    ) -> None: ...
+    def sketch_scores(
+        self,
+        *,
+        isa: str,
+        threads: Threads,
+        bits: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q: int,
+        q_dtype: int,
+        codes: int,
+        ranges: int,
+        starts: int,
+        lengths: int,
+        num_seqs: int,
+        num_heads: int,
+        num_sets: int,
+        width: int,
+        out: int,
+    ) -> None: ...
 
 def select(
     *,

@@ -260,6 +260,105 @@ class CpuKernels:
             num_slots=num_slots,
         )
 
+    def sketch_append(self, codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
+        """The sketch holds these keys at rows `ids`, each head quantised between its own minimum and maximum.
+
+        Args:
+            codes: UInt8[T, G, P], contiguous; P = ceil(D * bits / 8), and byte i of a head holds its codes i, i + P,
+                i + 2P, ..., lowest bits first.
+            ranges: Float16[T, G, 2], contiguous: (step, minimum) of each head; the rest of its row of `codes`.
+            ids: Int64[N], each below T.
+            keys: `[N, G, D]` in a float dtype.
+            bits: 2, 4 or 8.
+        """
+        num_tokens, num_heads, head_dim = keys.shape
+        _check_sketch(codes, ranges, num_heads, head_dim, bits)
+        if ids.shape != (num_tokens,):
+            raise ValueError(f"{num_tokens} keys need as many ids, not {tuple(ids.shape)}")
+        if ids.dtype != torch.int64 or keys.dtype not in _VALUE_DTYPES:
+            raise TypeError(f"ids are int64 and keys a float, not {ids.dtype}, {keys.dtype}")
+        keys, ids = _dense_tokens(keys), ids.contiguous()
+        self._workspace.sketch_append(
+            isa=self.isa,
+            threads=self._threads(),
+            bits=bits,
+            num_kv_heads=num_heads,
+            head_dim=head_dim,
+            keys=keys.data_ptr(),
+            dtype=_VALUE_DTYPES[keys.dtype],
+            stride=keys.stride(0) * keys.element_size(),
+            codes=codes.data_ptr(),
+            ranges=ranges.data_ptr(),
+            ids=ids.data_ptr(),
+            num_tokens=num_tokens,
+        )
+
+    def sketch_scores(
+        self,
+        query: Tensor,
+        codes: Tensor,
+        ranges: Tensor,
+        bits: int,
+        starts: Tensor,
+        lengths: Tensor,
+        width: int,
+        num_sets: int,
+    ) -> Tensor:
+        """Approximate attention weights Float32[B, num_sets, width] of tokens starts[b] .. starts[b] + lengths[b] - 1.
+
+        Softmax of query times sketched key over sqrt(D), for each head on its own, summed over the heads of each index
+        set; 0 from lengths[b] on. The query is rounded to 15 bits and a sign, relative to its largest value.
+
+        Args:
+            query: `[B, H, D]` in a float dtype.
+            codes: UInt8[T, G, P], contiguous.
+            ranges: Float16[T, G, 2], contiguous.
+            bits: 2, 4 or 8.
+            starts: Int64[B], rows of the sketch.
+            lengths: Int32[B], each at least 1.
+            width: at least the largest length.
+            num_sets: 1 for all heads together, G for the heads of one KV head each.
+        """
+        num_seqs, num_heads, head_dim = query.shape
+        num_kv_heads = codes.shape[1]
+        _check_sketch(codes, ranges, num_kv_heads, head_dim, bits)
+        if (
+            num_heads % num_kv_heads
+            or num_sets not in (1, num_kv_heads)
+            or starts.shape != (num_seqs,)
+            or lengths.shape != (num_seqs,)
+        ):
+            raise ValueError(
+                f"query {tuple(query.shape)}, starts {tuple(starts.shape)}, lengths {tuple(lengths.shape)} and "
+                f"{num_sets} index sets do not fit each other or a sketch of {num_kv_heads} heads"
+            )
+        if starts.dtype != torch.int64 or lengths.dtype != torch.int32 or query.dtype not in _VALUE_DTYPES:
+            raise TypeError(
+                f"starts are int64, lengths int32, the query a float, not {starts.dtype}, {lengths.dtype}, "
+                f"{query.dtype}"
+            )
+        query, starts, lengths = query.contiguous(), starts.contiguous(), lengths.contiguous()
+        scores = torch.empty(num_seqs, num_sets, width)
+        self._workspace.sketch_scores(
+            isa=self.isa,
+            threads=self._threads(),
+            bits=bits,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            q=query.data_ptr(),
+            q_dtype=_VALUE_DTYPES[query.dtype],
+            codes=codes.data_ptr(),
+            ranges=ranges.data_ptr(),
+            starts=starts.data_ptr(),
+            lengths=lengths.data_ptr(),
+            num_seqs=num_seqs,
+            num_heads=num_heads,
+            num_sets=num_sets,
+            width=width,
+            out=scores.data_ptr(),
+        )
+        return scores
+
     def _threads(self) -> Threads:
         return _library().Threads(self._entry, self._num_threads or torch.get_num_threads())
 
@@ -284,6 +383,21 @@ def _check_rows(rows: Tensor, row_format: RowFormat) -> None:
             f"an arena of {row_format} is UInt8[R, {row_format.row_bytes}] with whole rows, not {rows.dtype} "
             f"{tuple(rows.shape)} of strides {rows.stride()}"
         )
+
+
+def _check_sketch(codes: Tensor, ranges: Tensor, num_heads: int, head_dim: int, bits: int) -> None:
+    if bits not in (2, 4, 8):
+        raise ValueError(f"a sketch has 2, 4 or 8 bits per value, not {bits}")
+    if codes.dtype != torch.uint8 or ranges.dtype != torch.float16:
+        raise TypeError(f"codes are uint8 and ranges float16, not {codes.dtype}, {ranges.dtype}")
+    expected = (num_heads, -(-head_dim * bits // 8))
+    if codes.shape[1:] != expected or ranges.shape != (len(codes), num_heads, 2):
+        raise ValueError(
+            f"codes {tuple(codes.shape)} and ranges {tuple(ranges.shape)} are not [T, {expected[0]}, {expected[1]}] and "
+            f"[T, {num_heads}, 2], as {bits} bits for {num_heads} heads of {head_dim} need"
+        )
+    if not (codes.is_contiguous() and ranges.is_contiguous()):
+        raise ValueError("codes and ranges of a sketch are contiguous")
 
 
 def _dense_tokens(values: Tensor) -> Tensor:

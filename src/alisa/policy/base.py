@@ -134,6 +134,31 @@ class SelectionKernels(Protocol):
         """
         ...
 
+    def sketch_append(self, codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
+        """The sketch holds keys `[N, G, D]`, a float dtype, at rows `ids` Int64[N]: see `alisa.policy.sketch`.
+
+        `codes` is UInt8[T, G, P] with P = ceil(D * bits / 8), `ranges` Float16[T, G, 2]; bits are 2, 4 or 8.
+        """
+        ...
+
+    def sketch_scores(
+        self,
+        query: Tensor,
+        codes: Tensor,
+        ranges: Tensor,
+        bits: int,
+        starts: Tensor,
+        lengths: Tensor,
+        width: int,
+        num_sets: int,
+    ) -> Tensor:
+        """Approximate attention weights Float32[B, num_sets, width] for query `[B, H, D]`, 0 from `lengths[b]` on.
+
+        Sequence b has rows `starts[b]` (Int64[B]) to `starts[b] + lengths[b] - 1` (Int32[B]) of the sketch. Weights
+        are summed over the heads of an index set: all of them (1), or those of one KV head (G).
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Budget:

@@ -1,6 +1,6 @@
 """Query-aware selection: rank all tokens against the current query by a low-bit sketch of their keys.
 
-The sketch of every token stays on the device; it is small against the row it stands for (4 bits: 40 of 256 bytes for
+The sketch of every token stays on the device; it is small against the row it stands for (4 bits: 36 of 256 bytes for
 a head of 64 values in 16 bits). Each step computes approximate attention weights of all tokens from it, sums them over
 the heads of an index set and reads the winners in full. A token can return at any time, which the history-based
 policies cannot offer. Ranking by cheap keys: SparQ (arXiv 2312.04985), InfiniGen (2406.19707), Quest (2406.10774).
@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from alisa.policy.base import Budget, SelectionKernels
 from alisa.policy.ranked import RankedStep
@@ -22,6 +23,8 @@ from alisa.spec import ModelSpec
 from alisa.types import Selection, StepBatch
 
 SketchBits = Literal[2, 4, 8]
+
+_FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,16 @@ class KeySketch:
     budget: Budget
     bits: SketchBits | None = 4
     """Bits per key value; None keeps the exact keys (the oracle)."""
+    per_head: bool = False
+    """One index set for each KV head instead of one for the layer."""
     timing: Literal["ahead", "in_layer"] = "in_layer"
 
     @property
     def name(self) -> str:
-        """`sketch` or `oracle`."""
-        return "oracle" if self.bits is None else "sketch"
+        """`oracle`, or `sketch` with what is not usual about it."""
+        if self.bits is None:
+            return "oracle"
+        return "sketch" + ("" if self.bits == 4 else f"-{self.bits}bit") + ("-head" if self.per_head else "")
 
     @property
     def keeps_mass(self) -> bool:
@@ -48,8 +55,8 @@ class KeySketch:
         return self.budget.split(num_earlier)
 
     def num_sets(self, spec: ModelSpec) -> int:
-        """One index set per layer: weights are summed over all heads."""
-        return 1
+        """Weights are summed over all heads, or over those of a KV head."""
+        return spec.num_kv_heads if self.per_head else 1
 
     def seed_rows(self, prompt_len: int) -> int:
         """No history needed."""
@@ -63,42 +70,90 @@ class KeySketch:
         device: torch.device,
         kernels: SelectionKernels | None = None,
     ) -> KeySketchState:
-        """A state of `bits / 8` bytes per key value, and 8 bytes per key."""
-        return KeySketchState(self, spec, num_lanes, capacity, device, kernels)
+        """A state of `bits / 8` bytes per key value, and 4 bytes per key."""
+        keys: KeyTable
+        if self.bits is None:
+            keys = ExactKeys(spec, num_lanes * capacity, device)
+        else:
+            keys = SketchedKeys(spec, num_lanes * capacity, self.bits, device, kernels)
+        return KeySketchState(self.budget, self.num_sets(spec), keys, capacity, kernels)
 
 
-class KeySketchState:
-    """Codes `UInt8[L, lanes*capacity, G, D*bits/8]` with a step and a minimum for each key (or the keys themselves)."""
+class ExactKeys:
+    """The keys themselves, Float32[L, T, G, D]."""
+
+    def __init__(self, spec: ModelSpec, num_tokens: int, device: torch.device) -> None:
+        self._keys = torch.empty(spec.num_layers, num_tokens, spec.num_kv_heads, spec.head_dim, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys."""
+        return self._keys.nbytes
+
+    def append(self, layer: int, ids: Tensor, keys: Tensor) -> None:
+        """Keys `[N, G, D]` stand at rows `ids`."""
+        self._keys[layer].index_copy_(0, ids, keys.float())
+
+    def scores(self, layer: int, query: Tensor, starts: Tensor, lengths: Tensor, width: int, num_sets: int) -> Tensor:
+        """Attention weights Float32[B, num_sets, width]; arguments as in `sketch_scores`."""
+        keys = self._keys[layer].index_select(0, token_ids(starts, lengths, width))
+        return attention_weights(query, keys, lengths, num_sets)
+
+
+class SketchedKeys:
+    """Codes UInt8[L, T, G, P] and ranges Float16[L, T, G, 2]; see `sketch` for what they mean."""
 
     def __init__(
         self,
-        policy: KeySketch,
         spec: ModelSpec,
-        num_lanes: int,
-        capacity: int,
+        num_tokens: int,
+        bits: SketchBits,
         device: torch.device,
         kernels: SelectionKernels | None,
     ) -> None:
-        self._kernels = kernels
-        self._budget = policy.budget
-        self._bits = policy.bits
-        self._capacity = capacity
-        self._head_dim = spec.head_dim
-        keys = (spec.num_layers, num_lanes * capacity, spec.num_kv_heads)
-        if policy.bits is None:
-            self._codes = torch.empty(*keys, spec.head_dim, device=device)
-            self._range = torch.empty(0, device=device)
-        else:
-            self._codes = torch.empty(*keys, -(-spec.head_dim * policy.bits // 8), dtype=torch.uint8, device=device)
-            self._range = torch.empty(*keys, 2, device=device)
-        self._step: RankedStep | None = None
-        self._ids = torch.empty(0)
-        self._hidden = torch.empty(0)
+        keys = (spec.num_layers, num_tokens, spec.num_kv_heads)
+        self._bits: SketchBits = bits
+        self._codes = torch.empty(*keys, -(-spec.head_dim * bits // 8), dtype=torch.uint8, device=device)
+        self._ranges = torch.empty(*keys, 2, dtype=torch.float16, device=device)
+        self._append = sketch_append if kernels is None else kernels.sketch_append
+        self._scores = sketch_scores if kernels is None else kernels.sketch_scores
 
     @property
     def nbytes(self) -> int:
         """Codes and their ranges."""
-        return self._codes.nbytes + self._range.nbytes
+        return self._codes.nbytes + self._ranges.nbytes
+
+    def append(self, layer: int, ids: Tensor, keys: Tensor) -> None:
+        """Keys `[N, G, D]` are sketched at rows `ids`."""
+        self._append(self._codes[layer], self._ranges[layer], ids, keys, self._bits)
+
+    def scores(self, layer: int, query: Tensor, starts: Tensor, lengths: Tensor, width: int, num_sets: int) -> Tensor:
+        """Approximate weights Float32[B, num_sets, width]; arguments as in `sketch_scores`."""
+        codes, ranges = self._codes[layer], self._ranges[layer]
+        return self._scores(query, codes, ranges, self._bits, starts, lengths, width, num_sets)
+
+
+KeyTable = ExactKeys | SketchedKeys
+
+
+class KeySketchState:
+    """A key, or its sketch, for every token; position p of a lane is row `lane * capacity + p`."""
+
+    def __init__(
+        self, budget: Budget, num_sets: int, keys: KeyTable, capacity: int, kernels: SelectionKernels | None
+    ) -> None:
+        self._budget = budget
+        self._num_sets = num_sets
+        self._keys = keys
+        self._capacity = capacity
+        self._kernels = kernels
+        self._step: RankedStep | None = None
+        self._starts = self._rows = self._lengths = torch.empty(0)
+
+    @property
+    def nbytes(self) -> int:
+        """The table of keys."""
+        return self._keys.nbytes
 
     def open(self, lane: int, num_tokens: int) -> None:
         """Nothing to reset: a key is written before it is read."""
@@ -107,58 +162,102 @@ class KeySketchState:
         """Never asked for: `seed_rows` is 0."""
 
     def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor) -> None:
-        """Sketch the new keys."""
-        ids = lane_ids * self._capacity + positions
-        if self._bits is None:
-            self._codes[layer].index_copy_(0, ids, keys.float())
-            return
-        codes, ranges = sketch(keys.float(), self._bits)
-        self._codes[layer].index_copy_(0, ids, codes)
-        self._range[layer].index_copy_(0, ids, ranges)
+        """Keep the new keys."""
+        self._keys.append(layer, torch.add(positions, lane_ids, alpha=self._capacity), keys)
 
     def begin(self, batch: StepBatch) -> None:
         """Lay out the step."""
-        self._step = RankedStep.plan(batch, self._budget, num_sets=1, kernels=self._kernels)
-        columns = torch.arange(max(batch.lengths), device=batch.lane_ids.device)
-        self._ids = (batch.lane_ids[:, None] * self._capacity + columns).view(-1)
-        self._hidden = columns >= batch.length_counts[:, None]
+        self._step = RankedStep.plan(batch, self._budget, self._num_sets, self._kernels)
+        self._starts = batch.lane_ids * self._capacity
+        self._lengths = batch.length_counts
+        self._rows = torch.arange(len(batch.lanes) * self._num_sets, device=batch.lane_ids.device)
 
     def select(self, layer: int, query: Tensor) -> Selection:
         """Approximate weights of every token for this query, and the best of them."""
         step = self._step
         assert step is not None, "select comes after begin"
-        keys = self._codes[layer].index_select(0, self._ids)
-        if self._bits is not None:
-            keys = unsketch(keys, self._range[layer].index_select(0, self._ids), self._bits, self._head_dim)
-        num_seqs, num_heads, head_dim = query.shape
-        num_kv_heads = keys.shape[1]
-        keys = keys.view(num_seqs, -1, num_kv_heads, head_dim).permute(0, 2, 3, 1)  # [B, G, D, S]
-        grouped = query.float().view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim) * head_dim**-0.5
-        scores = (grouped @ keys).masked_fill(self._hidden[:, None, None], -torch.inf)
-        return step.select(scores.softmax(dim=-1).sum(dim=(1, 2)), torch.arange(num_seqs, device=query.device))
+        # The new token's own weight counts in the softmax, though it is read in any case.
+        scores = self._keys.scores(layer, query, self._starts, self._lengths, step.width + 1, self._num_sets)
+        return step.select(scores.flatten(0, 1), self._rows)
 
     def observe(self, layer: int, selection: Selection, mass: Tensor) -> None:
         """History decides nothing here."""
 
 
 def sketch(keys: Tensor, bits: SketchBits) -> tuple[Tensor, Tensor]:
-    """Quantise keys Float32[N, G, D] between their own minimum and maximum, per token and head.
+    """Quantise keys `[N, G, D]` between their own minimum and maximum, per token and head.
+
+    With P = ceil(D * bits / 8), byte i holds the codes i, i + P, i + 2P, ..., lowest bits first, so that a kernel gets
+    runs of consecutive codes by shifts alone.
 
     Returns:
-        Codes UInt8[N, G, D*bits/8], low bits first, and (step, minimum) Float32[N, G, 2].
+        Codes UInt8[N, G, P] and (step, minimum) Float16[N, G, 2]: key = minimum + step * code, to half a step and what
+        float16 rounds.
     """
-    low, high = keys.aminmax(dim=-1, keepdim=True)
-    step = (high - low) / (2**bits - 1)
-    codes = ((keys - low) / step.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.uint8)
-    per_byte = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte))
-    shifts = torch.arange(0, 8, bits, device=keys.device, dtype=torch.uint8)
-    packed = (padded.unflatten(-1, (-1, per_byte)) << shifts).sum(dim=-1).to(torch.uint8)
-    return packed, torch.cat((step, low), dim=-1)
+    values = keys.float()
+    low, high = values.aminmax(dim=-1, keepdim=True)
+    minimum = (low.clamp(-_FLOAT16_MAX, _FLOAT16_MAX) + 0.0).half()  # + 0: no negative zero
+    reach = (high - minimum.float()) / (2**bits - 1)
+    step = (reach.clamp(0.0, _FLOAT16_MAX) + 0.0).half()
+    inverse = torch.where(step > 0, 1 / step.float(), 0.0)
+    codes = ((values - minimum.float()) * inverse).clamp(0, 2**bits - 1).round().to(torch.uint8)
+    num_planes, head_dim = 8 // bits, keys.shape[-1]
+    planes = pad(codes, (0, -head_dim % num_planes)).unflatten(-1, (num_planes, -1))
+    packed = (planes << _shifts(bits, keys.device)).sum(dim=-2).to(torch.uint8)
+    return packed, torch.cat((step, minimum), dim=-1)
 
 
 def unsketch(codes: Tensor, ranges: Tensor, bits: SketchBits, head_dim: int) -> Tensor:
-    """The keys `[N, G, D]` that the codes stand for."""
-    shifts = torch.arange(0, 8, bits, device=codes.device, dtype=torch.uint8)
-    values = ((codes[..., None] >> shifts) & (2**bits - 1)).flatten(-2)[..., :head_dim]
-    return values.float() * ranges[..., :1] + ranges[..., 1:]
+    """The keys Float32[N, G, D] that the codes stand for."""
+    planes = (codes.unsqueeze(-2) >> _shifts(bits, codes.device)) & (2**bits - 1)
+    values = planes.flatten(-2)[..., :head_dim]
+    return values.float() * ranges[..., :1].float() + ranges[..., 1:].float()
+
+
+def _shifts(bits: SketchBits, device: torch.device) -> Tensor:
+    """UInt8[planes, 1]"""
+    return torch.arange(0, 8, bits, device=device, dtype=torch.uint8)[:, None]
+
+
+def sketch_append(codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: SketchBits) -> None:
+    """The slow twin of `SelectionKernels.sketch_append`."""
+    new_codes, new_ranges = sketch(keys, bits)
+    codes.index_copy_(0, ids, new_codes)
+    ranges.index_copy_(0, ids, new_ranges)
+
+
+def sketch_scores(
+    query: Tensor,
+    codes: Tensor,
+    ranges: Tensor,
+    bits: SketchBits,
+    starts: Tensor,
+    lengths: Tensor,
+    width: int,
+    num_sets: int,
+) -> Tensor:
+    """The slow twin of `SelectionKernels.sketch_scores`."""
+    ids = token_ids(starts, lengths, width)
+    keys = unsketch(codes.index_select(0, ids), ranges.index_select(0, ids), bits, query.shape[-1])
+    return attention_weights(query, keys, lengths, num_sets)
+
+
+def token_ids(starts: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """Int64[B * width]: the rows of every sequence, its last one again behind its end."""
+    columns = torch.arange(width, device=starts.device)
+    return (starts[:, None] + columns.minimum(lengths[:, None] - 1)).view(-1)
+
+
+def attention_weights(query: Tensor, keys: Tensor, lengths: Tensor, num_sets: int) -> Tensor:
+    """Softmax weights of query `[B, H, D]` over keys Float32[B * S, G, D], summed over the heads of each index set.
+
+    Returns:
+        Float32[B, num_sets, S], 0 from `lengths[b]` on.
+    """
+    num_seqs, num_heads, head_dim = query.shape
+    num_kv_heads = keys.shape[1]
+    keys = keys.view(num_seqs, -1, num_kv_heads, head_dim).permute(0, 2, 3, 1)  # [B, G, D, S]
+    hidden = torch.arange(keys.shape[-1], device=keys.device) >= lengths[:, None]
+    grouped = query.float().view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim) * head_dim**-0.5
+    weights = (grouped @ keys).masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1)
+    return weights.view(num_seqs, num_sets, num_heads // num_sets, -1).sum(dim=2)

@@ -25,6 +25,12 @@ def make_policy(name: PolicyName, sparsity: float) -> SelectionPolicy:
             return HeavyHitters(budget)
         case "sketch":
             return KeySketch(budget)
+        case "sketch-2bit":
+            return KeySketch(budget, bits=2)
+        case "sketch-8bit":
+            return KeySketch(budget, bits=8)
+        case "sketch-head":
+            return KeySketch(budget, per_head=True)
         case "oracle":
             return KeySketch(budget, bits=None)
         case "local" | "strided" | "streaming":

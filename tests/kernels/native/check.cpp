@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "decode.h"
+#include "workspace.h"
 #include "select.h"
 
 namespace {
@@ -139,6 +139,89 @@ void check_decode(const Isa& isa, const RowLayout& layout, int group, bool per_h
   }
 }
 
+// Code `dim` of a sketched head, and the key it stands for.
+double sketched_value(const SketchLayout& layout, const uint8_t* codes, const uint16_t* range, int dim) {
+  const int code = codes[dim % layout.code_bytes()] >> dim / layout.code_bytes() * layout.bits & ((1 << layout.bits) - 1);
+  uint8_t bytes[4];
+  __builtin_memcpy(bytes, range, 4);
+  return half_value(bytes + 2) + half_value(bytes) * code;
+}
+
+void check_sketch(const Isa& isa, const SketchLayout& layout, int group, bool per_head, std::mt19937& random) {
+  const int num_tokens = 100;
+  const int num_seqs = 3;
+  const int num_sets = per_head ? layout.num_kv_heads : 1;
+  const int num_heads = layout.num_kv_heads * group;
+  const int dim = layout.head_dim;
+  const RowLayout place = {Dtype::kFloat32, layout.num_kv_heads, dim};  // for messages
+  std::normal_distribution<float> normal;
+  Exact<float> keys(static_cast<size_t>(num_tokens) * layout.num_kv_heads * dim);
+  for (size_t i = 0; i < keys.size; ++i) keys[i] = normal(random);
+  Exact<uint8_t> codes(static_cast<size_t>(num_tokens) * layout.num_kv_heads * layout.code_bytes());
+  Exact<uint16_t> ranges(static_cast<size_t>(num_tokens) * layout.num_kv_heads * 2);
+  Exact<int64_t> ids(num_tokens), starts(num_seqs);
+  for (int i = 0; i < num_tokens; ++i) ids[i] = num_tokens - 1 - i;
+  Workspace workspace;
+  const Threads threads{nullptr, 3};
+  const size_t token_values = static_cast<size_t>(layout.num_kv_heads) * dim;
+  workspace.sketch_append(isa, {layout, keys.get(), Dtype::kFloat32, token_values * 4, codes.get(), ranges.get(), ids.get()},
+                          num_tokens, threads);
+  for (int i = 0; i < num_tokens; ++i) {
+    for (int g = 0; g < layout.num_kv_heads; ++g) {
+      const size_t at = static_cast<size_t>(ids[i]) * layout.num_kv_heads + g;
+      uint8_t bytes[4];
+      __builtin_memcpy(bytes, ranges.get() + 2 * at, 4);
+      for (int d = 0; d < dim; ++d) {
+        const double error = sketched_value(layout, codes.get() + at * layout.code_bytes(), ranges.get() + 2 * at, d) -
+                             keys[i * token_values + g * dim + d];
+        expect(std::fabs(error) <= half_value(bytes) * 0.51 + 0.01, "sketched key", isa.name, place);
+      }
+    }
+  }
+
+  Exact<int32_t> lengths(num_seqs);
+  lengths[0] = 1, lengths[1] = 33, lengths[2] = 66;
+  starts[0] = 7, starts[1] = 0, starts[2] = num_tokens - 66;
+  const int width = 67;
+  Exact<float> q(static_cast<size_t>(num_seqs) * num_heads * dim), out(static_cast<size_t>(num_seqs) * num_sets * width);
+  for (size_t i = 0; i < q.size; ++i) q[i] = normal(random);
+  SketchTask task = {};
+  task.layout = layout;
+  task.q = q.get();
+  task.q_dtype = Dtype::kFloat32;
+  task.codes = codes.get();
+  task.ranges = ranges.get();
+  task.starts = starts.get();
+  task.lengths = lengths.get();
+  task.num_seqs = num_seqs;
+  task.num_heads = num_heads;
+  task.num_sets = num_sets;
+  task.width = width;
+  task.out = out.get();
+  workspace.sketch_scores(isa, task, threads);
+  for (int seq = 0; seq < num_seqs; ++seq) {
+    std::vector<double> expected(static_cast<size_t>(num_sets) * width);
+    for (int h = 0; h < num_heads; ++h) {
+      const int g = h / group;
+      std::vector<double> weights(lengths[seq]);
+      double total = 0;
+      for (int t = 0; t < lengths[seq]; ++t) {
+        const size_t at = static_cast<size_t>(starts[seq] + t) * layout.num_kv_heads + g;
+        double score = 0;
+        for (int d = 0; d < dim; ++d) {
+          score += sketched_value(layout, codes.get() + at * layout.code_bytes(), ranges.get() + 2 * at, d) *
+                   q[(static_cast<size_t>(seq) * num_heads + h) * dim + d];
+        }
+        total += weights[t] = std::exp(score / std::sqrt(dim));
+      }
+      for (int t = 0; t < lengths[seq]; ++t) expected[(per_head ? g : 0) * width + t] += weights[t] / total;
+    }
+    for (int i = 0; i < num_sets * width; ++i) {
+      expect(std::fabs(out[static_cast<size_t>(seq) * num_sets * width + i] - expected[i]) < 1e-3, "weight", isa.name, place);
+    }
+  }
+}
+
 void check_select() {
   const int capacity = 300;
   Exact<double> scores(2 * capacity);
@@ -169,6 +252,13 @@ int main() {
       for (const int dim : {1, 7, 16, 33, 64, 80}) {
         for (const int group : {1, 2, 5}) {
           for (const bool per_head : {false, true}) check_decode(*isa, {dtype, 2, dim}, group, per_head, random);
+        }
+      }
+    }
+    for (const int bits : {2, 4, 8}) {
+      for (const int dim : {1, 7, 16, 33, 64, 80, 136}) {
+        for (const int group : {1, 4, 5}) {
+          for (const bool per_head : {false, true}) check_sketch(*isa, {bits, 3, dim}, group, per_head, random);
         }
       }
     }

@@ -8,7 +8,7 @@ namespace alisa {
 
 struct Isa {
   const char* name;
-  // Floats of scratch that `attend`, `finish` and `encode` need.
+  // Floats of scratch that `attend`, `finish` and `encode` need; it begins at a whole cache line, as every buffer does.
   size_t (*scratch_floats)(const RowLayout& layout, int num_heads);
   // One partial result; `scratch` belongs to the calling thread.
   void (*attend)(const DecodeTask& task, int item, float* scratch);
@@ -16,6 +16,12 @@ struct Isa {
   void (*finish)(const DecodeTask& task, int seq, float* scratch);
   // Tokens [first, last) into their rows.
   void (*encode)(const EncodeTask& task, int64_t first, int64_t last, float* scratch);
+
+  // The same four for a sketch of keys.
+  size_t (*sketch_floats)(const SketchLayout& layout, int num_heads);
+  void (*sketch_scores)(const SketchTask& task, int item, float* scratch);
+  void (*sketch_finish)(const SketchTask& task, int seq, float* scratch);
+  void (*sketch_append)(const SketchAppendTask& task, int64_t first, int64_t last, float* scratch);
 };
 
 // Null where this build or this CPU lacks it.

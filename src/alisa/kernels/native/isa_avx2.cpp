@@ -6,6 +6,6 @@
 
 namespace alisa {
 
-const Isa kAvx2 = {"avx2", avx2::scratch_floats, avx2::attend, avx2::finish, avx2::encode};
+const Isa kAvx2 = avx2::table("avx2");
 
 }  // namespace alisa

@@ -6,6 +6,6 @@
 
 namespace alisa {
 
-const Isa kAvx512 = {"avx512", avx512::scratch_floats, avx512::attend, avx512::finish, avx512::encode};
+const Isa kAvx512 = avx512::table("avx512");
 
 }  // namespace alisa

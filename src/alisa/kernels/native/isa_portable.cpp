@@ -6,6 +6,6 @@
 
 namespace alisa {
 
-const Isa kPortable = {"portable", portable::scratch_floats, portable::attend, portable::finish, portable::encode};
+const Isa kPortable = portable::table("portable");
 
 }  // namespace alisa

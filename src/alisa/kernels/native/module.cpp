@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "decode.h"
+#include "workspace.h"
 #include "isa.h"
 #include "select.h"
 #include "threads.h"
@@ -99,7 +99,44 @@ NB_MODULE(_native, m) {
             self.encode(kernels, task, num_tokens, threads);
           },
           "isa"_a, "threads"_a, "layout"_a, "k"_a, "v"_a, "dtype"_a, "k_stride"_a, "v_stride"_a, "rows"_a, "row_stride"_a,
-          "slots"_a, "num_tokens"_a);
+          "slots"_a, "num_tokens"_a)
+      .def(
+          "sketch_scores",
+          [](alisa::Workspace& self, const std::string& isa, const Threads& threads, int bits, int num_kv_heads, int head_dim,
+             uintptr_t q, int q_dtype, uintptr_t codes, uintptr_t ranges, uintptr_t starts, uintptr_t lengths, int num_seqs,
+             int num_heads, int num_sets, int width, uintptr_t out) {
+            const alisa::Isa& kernels = isa_named(isa);
+            alisa::SketchTask task = {};
+            task.layout = {bits, num_kv_heads, head_dim};
+            task.q = at<const void>(q);
+            task.q_dtype = static_cast<Dtype>(q_dtype);
+            task.codes = at<const uint8_t>(codes);
+            task.ranges = at<const uint16_t>(ranges);
+            task.starts = at<const int64_t>(starts);
+            task.lengths = at<const int32_t>(lengths);
+            task.num_seqs = num_seqs;
+            task.num_heads = num_heads;
+            task.num_sets = num_sets;
+            task.width = width;
+            task.out = at<float>(out);
+            const nb::gil_scoped_release unlocked;
+            self.sketch_scores(kernels, task, threads);
+          },
+          "isa"_a, "threads"_a, "bits"_a, "num_kv_heads"_a, "head_dim"_a, "q"_a, "q_dtype"_a, "codes"_a, "ranges"_a,
+          "starts"_a, "lengths"_a, "num_seqs"_a, "num_heads"_a, "num_sets"_a, "width"_a, "out"_a)
+      .def(
+          "sketch_append",
+          [](alisa::Workspace& self, const std::string& isa, const Threads& threads, int bits, int num_kv_heads, int head_dim,
+             uintptr_t keys, int dtype, size_t stride, uintptr_t codes, uintptr_t ranges, uintptr_t ids, int64_t num_tokens) {
+            const alisa::Isa& kernels = isa_named(isa);
+            const alisa::SketchAppendTask task = {
+                {bits, num_kv_heads, head_dim}, at<const void>(keys),  static_cast<Dtype>(dtype), stride,
+                at<uint8_t>(codes),             at<uint16_t>(ranges), at<const int64_t>(ids)};
+            const nb::gil_scoped_release unlocked;
+            self.sketch_append(kernels, task, num_tokens, threads);
+          },
+          "isa"_a, "threads"_a, "bits"_a, "num_kv_heads"_a, "head_dim"_a, "keys"_a, "dtype"_a, "stride"_a, "codes"_a,
+          "ranges"_a, "ids"_a, "num_tokens"_a);
 
   m.def(
       "select",

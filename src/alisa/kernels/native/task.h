@@ -56,7 +56,7 @@ struct RowLayout {
   ALISA_INLINE constexpr size_t row_bytes() const { return 2 * half_bytes() + (coded() ? static_cast<size_t>(num_kv_heads) * 8 : 0); }
 };
 
-// A run of blocks of one sequence, attended by one thread: a partial result.
+// A run of blocks of one sequence, worked on by one thread: a partial result.
 struct Item {
   int seq;
   int first_block;    // of the sequence
@@ -80,7 +80,7 @@ struct DecodeTask {
   float* mass;            // [B, J, K]
   float* log_sum_exp;     // [B, H]
 
-  // The plan and its buffers, see decode.cpp.
+  // The plan and its buffers, see workspace.cpp.
   const Item* items;
   const int* first_item;  // [B + 1]: items of a sequence are consecutive
   float* weights;         // [blocks, H, kBlock]: exp(score - block_max)
@@ -88,6 +88,59 @@ struct DecodeTask {
   float* partial_out;     // [items, H, head_stride]
   float* partial_max;     // [items, H]
   float* partial_sum;     // [items, H]
+};
+
+// A low-bit copy of keys, `[T, G, ...]`: the codes of a head with a (step, minimum) float16 pair in a tensor of their own.
+//
+// value = minimum + step * code. Byte i holds the codes i, i + P, i + 2P, ... from its lowest bits up, P bytes for each head,
+// so that a vector of bytes gives runs of consecutive codes by shifts alone (the int4 rows above are the same for 4 bits).
+struct SketchLayout {
+  int bits;  // 2, 4 or 8
+  int num_kv_heads;
+  int head_dim;
+
+  ALISA_INLINE constexpr int planes() const { return 8 / bits; }
+  ALISA_INLINE constexpr int code_bytes() const { return (head_dim + planes() - 1) / planes(); }  // P
+};
+
+// Tokens of a sketch that are weighed together, 32 of them: their scores stay in L1 until their weights are known.
+constexpr int kSketchBlock = 32;
+
+// Approximate attention weights of all tokens of some sequences.
+struct SketchTask {
+  SketchLayout layout;
+  const void* q;  // [B, H, D]
+  Dtype q_dtype;
+  const uint8_t* codes;    // [T, G, P]
+  const uint16_t* ranges;  // [T, G, 2]
+  const int64_t* starts;   // [B]: the first token of each sequence
+  const int32_t* lengths;  // [B]
+  int num_seqs;            // B
+  int num_heads;           // H
+  int num_sets;            // 1 or G
+  int width;               // at least the longest sequence
+  float* out;              // [B, num_sets, width]
+
+  // The plan and its buffers, see workspace.cpp. Heads are padded to `heads()`.
+  const Item* items;
+  const int* first_item;  // [B + 1]
+  float* weights;         // [blocks, kSketchBlock, heads]: exp(score - block_max)
+  float* block_max;       // [blocks, heads]
+  float* partial_max;     // [items, heads]
+  float* partial_sum;     // [items, heads]
+
+  ALISA_INLINE constexpr int heads() const { return round_up(num_heads, kPad); }
+};
+
+// New keys written into a sketch.
+struct SketchAppendTask {
+  SketchLayout layout;
+  const void* keys;  // [N, G, D]
+  Dtype dtype;
+  size_t stride;  // bytes from one token to the next
+  uint8_t* codes;
+  uint16_t* ranges;
+  const int64_t* ids;  // [N]
 };
 
 // New tokens written as rows.

@@ -86,4 +86,38 @@ inline void store_u4(void* p, F low, F high) {
   store_bytes(p, _mm256_or_si256(_mm256_cvtps_epi32(low), _mm256_slli_epi32(_mm256_cvtps_epi32(high), 4)));
 }
 
+// 8 (first, second) pairs of float16.
+inline void load_f16_pairs(const void* p, F& first, F& second) {
+  const __m256i pairs = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  first = _mm256_cvtph_ps(narrow16(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff))));
+  second = _mm256_cvtph_ps(narrow16(_mm256_srli_epi32(pairs, 16)));
+}
+
+using Word = int16_t;
+using Words = __m256i;
+using Sums = __m256i;
+constexpr int kWords = 16;
+
+inline Words load_bytes(const void* p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+inline Words load_bytes(const void* p, int count) {
+  uint8_t padded[kWords] = {};
+  __builtin_memcpy(padded, p, static_cast<size_t>(count));
+  return load_bytes(padded);
+}
+template <int kShift, int kMask>
+inline Words bits_of(Words x) {
+  if constexpr (kShift > 0) x = _mm256_srli_epi16(x, kShift);
+  return kMask == 255 ? x : _mm256_and_si256(x, _mm256_set1_epi16(kMask));
+}
+inline Sums no_sums() { return _mm256_setzero_si256(); }
+inline Sums add_products(Sums sums, Words a, const Word* b) {
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(a, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b))));
+}
+inline F totals(const Sums (&x)[kWidth]) {
+  const __m256i low = _mm256_hadd_epi32(_mm256_hadd_epi32(x[0], x[1]), _mm256_hadd_epi32(x[2], x[3]));
+  const __m256i high = _mm256_hadd_epi32(_mm256_hadd_epi32(x[4], x[5]), _mm256_hadd_epi32(x[6], x[7]));
+  return _mm256_cvtepi32_ps(
+      _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)));
+}
+
 }  // namespace alisa::ALISA_ISA

@@ -71,4 +71,52 @@ inline void store_u4(void* p, F low, F high) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(both));
 }
 
+// 16 (first, second) pairs of float16.
+inline void load_f16_pairs(const void* p, F& first, F& second) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  first = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+  second = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+}
+
+// Small whole numbers, for dot products of codes with a rounded query: exact, and in the same order everywhere.
+using Word = int16_t;
+using Words = __m512i;
+using Sums = __m512i;
+constexpr int kWords = 32;
+
+inline Words load_bytes(const void* p) {
+  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+// The first `count` bytes, 0 behind them.
+inline Words load_bytes(const void* p, int count) {
+  return _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(static_cast<__mmask32>((1ULL << count) - 1), p));
+}
+template <int kShift, int kMask>
+inline Words bits_of(Words x) {
+  if constexpr (kShift > 0) x = _mm512_srli_epi16(x, kShift);
+  return kMask == 255 ? x : _mm512_and_si512(x, _mm512_set1_epi16(kMask));
+}
+inline Sums no_sums() { return _mm512_setzero_si512(); }
+inline Sums add_products(Sums sums, Words a, const Word* b) {
+  return _mm512_add_epi32(sums, _mm512_madd_epi16(a, _mm512_loadu_si512(b)));
+}
+// Lane i is the sum of all of x[i].
+inline F totals(const Sums (&x)[kWidth]) {
+  const auto two = [](Sums a, Sums b) { return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); };
+  const auto four = [&two](const Sums* y) {
+    const Sums low = two(y[0], y[1]);
+    const Sums high = two(y[2], y[3]);
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+  };
+  const auto eight = [&four](const Sums* y) {
+    const Sums low = four(y);
+    const Sums high = four(y + 4);
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x44), _mm512_shuffle_i32x4(low, high, 0xEE));
+  };
+  const Sums low = eight(x);
+  const Sums high = eight(x + 8);
+  return _mm512_cvtepi32_ps(
+      _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xDD)));
+}
+
 }  // namespace alisa::ALISA_ISA

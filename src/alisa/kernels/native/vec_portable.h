@@ -76,13 +76,14 @@ inline void sum4(F a, F b, F c, F d, float* out) {
 }
 
 inline F load_bf16(const void* p) { return bits<F>(__builtin_convertvector(read<U16>(p), U) << 16); }
-inline F load_f16(const void* p) {
+// The float16 values whose bits these are.
+inline F from_f16(U half) {
   // Exponent and mantissa moved into place and the bias mended by a multiplication, which also makes subnormals right.
-  const U half = __builtin_convertvector(read<U16>(p), U);
   const F magnitude = bits<F>((half & 0x7fffU) << 13) * set1(0x1p112F);
   const U infinite = bits<U>(bits<I>(half & 0x7fffU) >= 0x7c00) & 0x7f800000U;
   return bits<F>(bits<U>(magnitude) | infinite | ((half & 0x8000U) << 16));
 }
+inline F load_f16(const void* p) { return from_f16(__builtin_convertvector(read<U16>(p), U)); }
 inline F load_u8(const void* p) { return __builtin_convertvector(__builtin_convertvector(read<U8>(p), I), F); }
 // 4 bytes: their low and their high halves.
 inline void load_u4(const void* p, F& low, F& high) {
@@ -112,6 +113,36 @@ inline void store_bytes(void* p, I x) {
 inline void store_u8(void* p, F x) { store_bytes(p, __builtin_convertvector(x, I)); }
 inline void store_u4(void* p, F low, F high) {
   store_bytes(p, __builtin_convertvector(low, I) | (__builtin_convertvector(high, I) << 4));
+}
+
+// 4 (first, second) pairs of float16.
+inline void load_f16_pairs(const void* p, F& first, F& second) {
+  const U pairs = read<U>(p);
+  first = from_f16(pairs & 0xffffU);
+  second = from_f16(pairs >> 16);
+}
+
+using Word = int32_t;
+using Words = I;
+using Sums = I;
+constexpr int kWords = 4;
+
+inline Words load_bytes(const void* p) { return __builtin_convertvector(read<U8>(p), I); }
+inline Words load_bytes(const void* p, int count) {
+  uint8_t padded[kWords] = {};
+  std::memcpy(padded, p, static_cast<size_t>(count));
+  return load_bytes(padded);
+}
+template <int kShift, int kMask>
+inline Words bits_of(Words x) {
+  return (x >> kShift) & kMask;
+}
+inline Sums no_sums() { return I{}; }
+inline Sums add_products(Sums sums, Words a, const Word* b) { return sums + a * read<I>(b); }
+inline F totals(const Sums (&x)[kWidth]) {
+  I all;
+  for (int i = 0; i < kWidth; ++i) all[i] = (x[i][0] + x[i][1]) + (x[i][2] + x[i][3]);
+  return __builtin_convertvector(all, F);
 }
 
 }  // namespace alisa::ALISA_ISA

@@ -1,0 +1,157 @@
+// See workspace.h.
+#include "workspace.h"
+
+#include <algorithm>
+
+namespace alisa {
+namespace {
+
+// Pieces of work for each thread: enough that a thread which loses its core for a moment does not hold up the others.
+constexpr int kItemsPerThread = 8;
+
+// Rows below this total are read or written by one thread: waking another takes a few microseconds, in which one core
+// reads some 40 KB.
+constexpr size_t kSerialBytes = 1 << 16;
+
+constexpr size_t kLineFloats = 64 / sizeof(float);
+
+size_t whole_lines(size_t floats) { return (floats + kLineFloats - 1) / kLineFloats * kLineFloats; }
+
+}  // namespace
+
+float* Buffer::room(size_t count) {
+  if (memory_.size() < count + kLineFloats) {
+    memory_.clear();
+    memory_.resize(count + kLineFloats);
+  }
+  const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+  return memory_.data() + (64 - address % 64) % 64 / sizeof(float);
+}
+
+size_t Workspace::cut(const int32_t* lengths, int num_seqs, int block, int num_threads) {
+  const auto blocks_of = [&](int seq) { return static_cast<size_t>((lengths[seq] + block - 1) / block); };
+  size_t num_blocks = 0;
+  for (int seq = 0; seq < num_seqs; ++seq) num_blocks += blocks_of(seq);
+  const size_t pieces = static_cast<size_t>(num_threads) * kItemsPerThread;
+  const size_t item_blocks = std::max<size_t>(1, num_threads == 1 ? num_blocks : (num_blocks + pieces - 1) / pieces);
+
+  items_.clear();
+  first_item_.assign(1, 0);
+  size_t base = 0;
+  for (int seq = 0; seq < num_seqs; ++seq) {
+    const size_t blocks = blocks_of(seq);
+    for (size_t first = 0; first < blocks; first += item_blocks) {
+      const size_t count = std::min(item_blocks, blocks - first);
+      items_.push_back({seq, static_cast<int>(first), static_cast<int>(count), base + first});
+    }
+    base += blocks;
+    first_item_.push_back(static_cast<int>(items_.size()));
+  }
+  return num_blocks;
+}
+
+template <class Attend, class Finish>
+void Workspace::run_items(const Threads& threads, size_t scratch_floats, const Attend& attend, const Finish& finish) {
+  const size_t num_seqs = first_item_.size() - 1;
+  if (open_items_capacity_ < num_seqs) {
+    open_items_.reset(new std::atomic<int>[num_seqs]);
+    open_items_capacity_ = num_seqs;
+  }
+  for (size_t seq = 0; seq < num_seqs; ++seq) open_items_[seq] = first_item_[seq + 1] - first_item_[seq];
+
+  const size_t floats = whole_lines(scratch_floats);
+  float* memory = scratch_.room(floats * static_cast<size_t>(threads.count));
+  std::atomic<int> next_item{0};
+  std::atomic<int> next_thread{0};
+  const int num_items = static_cast<int>(items_.size());
+  const auto work = [&]() {
+    float* mine = memory + floats * static_cast<size_t>(next_thread.fetch_add(1));
+    for (int item = next_item.fetch_add(1); item < num_items; item = next_item.fetch_add(1)) {
+      attend(item, mine);
+      // Whoever completes a sequence merges its partial results: no thread waits for another.
+      const int seq = items_[item].seq;
+      if (open_items_[seq].fetch_sub(1) == 1) finish(seq, mine);
+    }
+  };
+  parallel(threads, work);
+}
+
+template <class Write>
+void Workspace::run_tokens(const Threads& threads, int64_t num_tokens, size_t token_bytes, size_t scratch_floats,
+                           const Write& write) {
+  Threads team = threads;
+  if (static_cast<size_t>(num_tokens) * token_bytes < kSerialBytes) team.count = 1;
+  const size_t floats = whole_lines(scratch_floats);
+  float* memory = scratch_.room(floats * static_cast<size_t>(team.count));
+  std::atomic<int64_t> next_token{0};
+  std::atomic<int> next_thread{0};
+  const int64_t step = std::max<int64_t>(1, std::min<int64_t>(64, num_tokens / (4 * team.count)));
+  const auto work = [&]() {
+    float* mine = memory + floats * static_cast<size_t>(next_thread.fetch_add(1));
+    for (int64_t first = next_token.fetch_add(step); first < num_tokens; first = next_token.fetch_add(step)) {
+      write(first, std::min(first + step, num_tokens), mine);
+    }
+  };
+  parallel(team, work);
+}
+
+void Workspace::decode(const Isa& isa, DecodeTask task, const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  size_t num_rows = 0;
+  for (int seq = 0; seq < task.num_seqs; ++seq) num_rows += static_cast<size_t>(task.counts[seq]);
+  Threads team = threads;
+  if (num_rows * task.layout.row_bytes() < kSerialBytes) team.count = 1;
+  const size_t num_blocks = cut(task.counts, task.num_seqs, kBlock, team.count);
+
+  const auto heads = static_cast<size_t>(task.num_heads);
+  const size_t weights = num_blocks * heads * kBlock;
+  const size_t partials = items_.size() * heads;
+  const size_t outs = partials * task.layout.head_stride();
+  task.items = items_.data();
+  task.first_item = first_item_.data();
+  task.weights = plan_.room(weights + outs + num_blocks * heads + 2 * partials);
+  task.partial_out = task.weights + weights;
+  task.block_max = task.partial_out + outs;
+  task.partial_max = task.block_max + num_blocks * heads;
+  task.partial_sum = task.partial_max + partials;
+  run_items(
+      team, isa.scratch_floats(task.layout, task.num_heads), [&](int item, float* mine) { isa.attend(task, item, mine); },
+      [&](int seq, float* mine) { isa.finish(task, seq, mine); });
+}
+
+void Workspace::encode(const Isa& isa, const EncodeTask& task, int64_t num_tokens, const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  run_tokens(threads, num_tokens, task.layout.row_bytes(), isa.scratch_floats(task.layout, task.layout.num_kv_heads),
+             [&](int64_t first, int64_t last, float* mine) { isa.encode(task, first, last, mine); });
+}
+
+void Workspace::sketch_scores(const Isa& isa, SketchTask task, const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  size_t num_tokens = 0;
+  for (int seq = 0; seq < task.num_seqs; ++seq) num_tokens += static_cast<size_t>(task.lengths[seq]);
+  const auto heads = static_cast<size_t>(task.heads());
+  Threads team = threads;
+  // Work goes with the products, of which there is one for every query head.
+  if (num_tokens * heads * static_cast<size_t>(task.layout.code_bytes()) < kSerialBytes) team.count = 1;
+  const size_t num_blocks = cut(task.lengths, task.num_seqs, kSketchBlock, team.count);
+
+  const size_t weights = num_blocks * kSketchBlock * heads;
+  const size_t partials = items_.size() * heads;
+  task.items = items_.data();
+  task.first_item = first_item_.data();
+  task.weights = plan_.room(weights + num_blocks * heads + 2 * partials);
+  task.block_max = task.weights + weights;
+  task.partial_max = task.block_max + num_blocks * heads;
+  task.partial_sum = task.partial_max + partials;
+  run_items(
+      team, isa.sketch_floats(task.layout, task.num_heads), [&](int item, float* mine) { isa.sketch_scores(task, item, mine); },
+      [&](int seq, float* mine) { isa.sketch_finish(task, seq, mine); });
+}
+
+void Workspace::sketch_append(const Isa& isa, const SketchAppendTask& task, int64_t num_tokens, const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  run_tokens(threads, num_tokens, task.stride, isa.sketch_floats(task.layout, task.layout.num_kv_heads),
+             [&](int64_t first, int64_t last, float* mine) { isa.sketch_append(task, first, last, mine); });
+}
+
+}  // namespace alisa

@@ -1,0 +1,54 @@
+// The calls that Python makes, cut into pieces and shared out among threads.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "isa.h"
+#include "threads.h"
+
+namespace alisa {
+
+// Memory that grows and is used again: its content is rewritten by every call.
+class Buffer {
+ public:
+  // Room for `count` floats from the beginning of a cache line: a vector that straddles two is loaded twice.
+  float* room(size_t count);
+
+ private:
+  std::vector<float> memory_;
+};
+
+// Owns what calls need besides their arguments: megabytes freshly allocated for every layer would cost more in page faults
+// than the arithmetic on them. One call at a time; a second caller waits.
+class Workspace {
+ public:
+  // Decode attention; fills the plan of `task` (its last block of fields).
+  void decode(const Isa& isa, DecodeTask task, const Threads& threads);
+  void encode(const Isa& isa, const EncodeTask& task, int64_t num_tokens, const Threads& threads);
+  // Weights of all tokens by a sketch of their keys; fills the plan of `task`.
+  void sketch_scores(const Isa& isa, SketchTask task, const Threads& threads);
+  void sketch_append(const Isa& isa, const SketchAppendTask& task, int64_t num_tokens, const Threads& threads);
+
+ private:
+  // Fills `items_` and `first_item_` with the blocks of every sequence; returns how many blocks there are.
+  size_t cut(const int32_t* lengths, int num_seqs, int block, int num_threads);
+  // Calls attend(item, scratch) for all items and finish(seq, scratch) once all items of a sequence are through.
+  template <class Attend, class Finish>
+  void run_items(const Threads& threads, size_t scratch_floats, const Attend& attend, const Finish& finish);
+  // Calls write(first, last, scratch) for runs of tokens.
+  template <class Write>
+  void run_tokens(const Threads& threads, int64_t num_tokens, size_t token_bytes, size_t scratch_floats, const Write& write);
+
+  std::mutex mutex_;
+  std::vector<Item> items_;
+  std::vector<int> first_item_;
+  std::unique_ptr<std::atomic<int>[]> open_items_;
+  size_t open_items_capacity_ = 0;
+  Buffer plan_;
+  Buffer scratch_;
+};
+
+}  // namespace alisa

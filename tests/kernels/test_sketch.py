@@ -1,0 +1,216 @@
+"""Native key sketches: codes of the torch twin bit for bit, weights of the definition, and the same tokens chosen."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from alisa.kernels import cpu
+from alisa.policy.sketch import sketch, sketch_append, sketch_scores, unsketch
+from tests.kernels.cases import ISAS, kernels
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass
+class Problem:
+    query: torch.Tensor
+    codes: torch.Tensor
+    ranges: torch.Tensor
+    bits: int
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    width: int
+    num_sets: int
+
+    def args(self):
+        return tuple(vars(self).values())
+
+
+def make_problem(
+    bits,
+    *,
+    lengths,
+    kv_heads=2,
+    group=2,
+    head_dim=64,
+    per_head=False,
+    dtype=torch.float32,
+    scale=1.0,
+    offset=0.0,
+    seed=0,
+):
+    """Sequences at shuffled places of a table with room between them, filled with codes that nobody may read."""
+    generator = torch.Generator().manual_seed(seed)
+    capacity = max(lengths) + 3
+    lanes = torch.randperm(len(lengths) + 2, generator=generator)[: len(lengths)]
+    num_tokens = (len(lengths) + 2) * capacity
+    keys = torch.randn(num_tokens, kv_heads, head_dim, generator=generator) * scale + offset
+    codes, ranges = sketch(keys, bits)
+    query = torch.randn(len(lengths), kv_heads * group, head_dim, generator=generator) * scale
+    starts = lanes * capacity
+    inside = torch.zeros(num_tokens, dtype=torch.bool)
+    for start, length in zip(starts.tolist(), lengths, strict=True):
+        inside[start : start + length] = True
+    ranges[~inside] = torch.nan
+    counts = torch.tensor(lengths, dtype=torch.int32)
+    num_sets = kv_heads if per_head else 1
+    return Problem(query.to(dtype), codes, ranges, bits, starts, counts, max(lengths) + seed % 3, num_sets)
+
+
+@st.composite
+def problems(draw, scales=(1.0,)):
+    ends = st.sampled_from([1, 32, 33, 64]) | st.integers(1, 200)
+    return make_problem(
+        draw(st.sampled_from([2, 4, 8])),
+        lengths=draw(st.lists(ends, min_size=1, max_size=4)),
+        kv_heads=draw(st.integers(1, 5)),
+        group=draw(st.sampled_from([1, 2, 3, 4, 7, 8])),
+        head_dim=draw(st.sampled_from([1, 2, 5, 7, 16, 31, 64, 80, 128, 136])),
+        per_head=draw(st.booleans()),
+        dtype=draw(st.sampled_from(DTYPES)),
+        scale=draw(st.sampled_from(scales)),
+        offset=draw(st.sampled_from([0.0, -3.0])),
+        seed=draw(st.integers(0, 10**6)),
+    )
+
+
+def assert_agrees(weights, problem):
+    """Weights are the float64 answer, up to a query rounded to 1/32767 of its largest value and float32 sums."""
+    num_seqs, num_heads, head_dim = problem.query.shape
+    num_kv_heads = problem.codes.shape[1]
+    query = problem.query.double()
+    assert weights.shape == (num_seqs, problem.num_sets, problem.width)
+    for seq, (start, length) in enumerate(zip(problem.starts.tolist(), problem.lengths.tolist(), strict=True)):
+        rows = slice(start, start + length)
+        keys = unsketch(problem.codes[rows], problem.ranges[rows], problem.bits, head_dim).double()
+        keys = keys.repeat_interleave(num_heads // num_kv_heads, dim=1)  # [S, H, D]
+        expected = (torch.einsum("hd,shd->hs", query[seq], keys) * head_dim**-0.5).softmax(-1)
+        rounded = query[seq].abs().amax(-1) / 32767 / 2 * keys.abs().sum(-1).amax(0)
+        # Step * (q . codes) and minimum * sum(q) cancel: both are bounded by twice the largest |key| times sum |q|.
+        summed = 3 * keys.abs().amax((0, 2)) * query[seq].abs().sum(-1) * 4 * EPS
+        slack = float(((rounded + summed) * head_dim**-0.5).max())
+        expected = expected.view(problem.num_sets, -1, length).sum(1)
+        tolerance = min(2.0 * slack, 50.0)
+        rtol = torch.tensor(tolerance).expm1().item() * 2 + (length + 20) * EPS
+        torch.testing.assert_close(weights[seq, :, :length].double(), expected, rtol=rtol, atol=num_heads * 1e-30)
+        assert (weights[seq, :, length:] == 0).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@given(problem=problems(scales=(1e-3, 1.0, 5.0)))
+def test_any_shape_is_the_definition(isa, problem):
+    assert_agrees(kernels(isa).sketch_scores(*problem.args()), problem)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(problem=problems(scales=(0.0, 1e-30, 1e4)))
+def test_extreme_values_stay_finite(isa, problem):
+    problem.ranges[problem.ranges.isnan()] = 0  # a twin gathers them, a kernel does not
+    weights = kernels(isa).sketch_scores(*problem.args())
+    assert weights.isfinite().all()
+    assert (weights >= 0).all()
+    heads = torch.full((len(weights),), float(problem.query.shape[1]))
+    torch.testing.assert_close(weights.sum(dim=(1, 2)), heads)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_it_does_what_the_torch_twin_does(isa, bits, per_head):
+    problem = make_problem(bits, lengths=[300, 41, 512], kv_heads=4, group=3, per_head=per_head)
+    fast, slow = kernels(isa).sketch_scores(*problem.args()), sketch_scores(*problem.args())
+    torch.testing.assert_close(fast, slow, rtol=2e-3, atol=1e-7)
+    older = 50
+    for ours, theirs, length in zip(fast.flatten(0, 1), slow.flatten(0, 1), [300] * 4 + [41] * 4 + [512] * 4):
+        if length > older:
+            chosen = [set(row[:length].topk(older).indices.tolist()) for row in (ours, theirs)]
+            assert len(chosen[0] & chosen[1]) >= older - 1
+
+
+def test_the_comparison_notices_a_token_too_few():
+    problem = make_problem(4, lengths=[60, 30])
+    weights = cpu.CpuKernels().sketch_scores(*problem.args())
+    problem.lengths -= 1
+    with pytest.raises(AssertionError):
+        assert_agrees(weights, problem)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("share_threads", [True, False])
+def test_one_long_sequence_is_split_and_merged(num_threads, share_threads):
+    problem = make_problem(4, lengths=[5000], group=1)
+    assert_agrees(
+        cpu.CpuKernels(num_threads=num_threads, share_threads=share_threads).sketch_scores(*problem.args()), problem
+    )
+
+
+def test_calls_after_another_shape_reuse_the_workspace():
+    kernel = cpu.CpuKernels()
+    for length, bits, group in ((300, 8, 1), (10, 2, 5), (700, 4, 8)):
+        problem = make_problem(bits, lengths=[length], head_dim=37, group=group)
+        assert_agrees(kernel.sketch_scores(*problem.args()), problem)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=80)
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    dtype=st.sampled_from(DTYPES),
+    num_tokens=st.sampled_from([1, 9, 200]),
+    kv_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 2, 3, 5, 16, 31, 64, 80, 128]),
+    scale=st.sampled_from([0.0, 1e-9, 1e-6, 1e-3, 1.0, 300.0, 6e4]),
+    offset=st.sampled_from([0.0, -3.0, 100.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_append_writes_the_twins_codes(isa, bits, dtype, num_tokens, kv_heads, head_dim, scale, offset, seed):
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(num_tokens, kv_heads, head_dim, generator=generator).clamp(-1, 1) * scale + offset
+    keys = (keys.clamp(-65504, 65504) if dtype == torch.float16 else keys * 3).to(
+        dtype
+    )  # beyond float16 where it can be
+    ids = torch.randperm(2 * num_tokens, generator=generator)[:num_tokens]
+    tables = []
+    for append in (kernels(isa).sketch_append, sketch_append):
+        codes = torch.full((2 * num_tokens, kv_heads, -(-head_dim * bits // 8)), 7, dtype=torch.uint8)
+        ranges = torch.full((2 * num_tokens, kv_heads, 2), 7, dtype=torch.float16)
+        append(codes, ranges, ids, keys, bits)
+        tables.append((codes, ranges))
+    for ours, theirs in zip(*tables, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_append_takes_keys_that_are_parts_of_a_wider_tensor():
+    fused = torch.randn(5, 1, 6, 16)
+    keys = fused[:, 0, 2:4]
+    codes, ranges = torch.zeros(5, 2, 8, dtype=torch.uint8), torch.zeros(5, 2, 2, dtype=torch.float16)
+    cpu.CpuKernels().sketch_append(codes, ranges, torch.arange(5), keys, 4)
+    expected = sketch(keys, 4)
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(ranges, expected[1])
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    kernel = cpu.CpuKernels()
+    query, codes, ranges, bits, starts, lengths, width, num_sets = make_problem(4, lengths=[20, 30]).args()
+    with pytest.raises(ValueError, match="2, 4 or 8"):
+        kernel.sketch_scores(query, codes, ranges, 3, starts, lengths, width, num_sets)
+    with pytest.raises(ValueError, match="as 8 bits"):
+        kernel.sketch_scores(query, codes, ranges, 8, starts, lengths, width, num_sets)
+    with pytest.raises(ValueError, match="do not fit"):
+        kernel.sketch_scores(query[:, :3], codes, ranges, bits, starts, lengths, width, num_sets)
+    with pytest.raises(TypeError, match="int64"):
+        kernel.sketch_scores(query, codes, ranges, bits, starts.int(), lengths, width, num_sets)
+    with pytest.raises(TypeError, match="float16"):
+        kernel.sketch_scores(query, codes, ranges.float(), bits, starts, lengths, width, num_sets)
+    with pytest.raises(ValueError, match="contiguous"):
+        kernel.sketch_append(codes[::2], ranges[::2], torch.arange(1), torch.randn(1, 2, 64), 4)
+    with pytest.raises(ValueError, match="as many ids"):
+        kernel.sketch_append(codes, ranges, torch.arange(2), torch.randn(1, 2, 64), 4)
