@@ -67,9 +67,13 @@ def test_verify_is_the_same_in_small_samples_and_never_holds_more_rows_than_the_
 
     open_rows = []
     make_store = score.KVStore
-    monkeypatch.setattr(score, "KVStore", lambda **options: open_rows.append(options["num_rows"]) or make_store(**options))
+    monkeypatch.setattr(
+        score, "KVStore", lambda **options: open_rows.append(options["num_rows"]) or make_store(**options)
+    )
     most_rows = 60 + 24
-    tight = LLM(directory, dtype="float32", sparsity=0.5, kv_device_memory=most_rows * free.describe()["kv_token_bytes"])
+    tight = LLM(
+        directory, dtype="float32", sparsity=0.5, kv_device_memory=most_rows * free.describe()["kv_token_bytes"]
+    )
     # 30 distributions at a time: fewer than any two outputs have
     monkeypatch.setattr(verify, "KEPT_BYTES", 30 * 4 * free.spec.vocab_size)
     found = tight.verify(outputs, num_samples=5)

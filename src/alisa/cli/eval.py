@@ -119,9 +119,9 @@ class Qa:
 class Recall:
     """Finding what was said far before: facts to look up, a passage to copy.
 
-    needle: one fact at a depth of running text. multi: four facts anywhere. lookup: a block of facts in front, all asked
-    in random order. copy: a passage again. The text is read densely up to the first question, or up to --prefill, and
-    decoded under every policy from there on.
+    needle: one fact at a depth of running text. multi: four facts anywhere. lookup: a block of facts in front, all
+    asked in random order. copy: a passage again. The text is read densely up to the first question, or up to --prefill,
+    and decoded under every policy from there on.
 
     For instance:
       alisa eval recall --text book.txt --length 256,512,1024,2048 --output cells.jsonl
@@ -138,7 +138,9 @@ class Recall:
     """Texts for each depth."""
     prefill: Annotated[int, arg(metavar="N")] = 0
     """Tokens that are read densely; 0: all up to the first question."""
-    text: Annotated[Path | None, arg(metavar="FILE|DIR", help_behavior_hint="(default: a short text of our own)")] = None
+    text: Annotated[Path | None, arg(metavar="FILE|DIR", help_behavior_hint="(default: a short text of our own)")] = (
+        None
+    )
     """Prose between the facts."""
     wording: Literal["auto", "words", "numbers"] = "auto"
     """words: as the model inside the package was trained to be asked. numbers: five-digit numbers of cities, for any

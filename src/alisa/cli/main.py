@@ -19,6 +19,7 @@ import tyro
 from alisa import __version__
 from alisa.cli.eval import Ppl, Qa, Recall, Sparsity
 from alisa.cli.generate import INTERRUPTED, Generate
+from alisa.cli.plot import Plot
 from alisa.cli.screen import say
 from alisa.errors import AlisaError, InputError
 
@@ -37,6 +38,7 @@ COMMANDS: dict[str, type[Command]] = {
     "eval qa": Qa,
     "eval recall": Recall,
     "eval sparsity": Sparsity,
+    "plot": Plot,
 }
 """Every subcommand by name, of one word or two; importing one must not import torch."""
 

@@ -189,7 +189,8 @@ def groups(order: Sequence[int], sizes: Sequence[int], most: int, most_items: in
     for index, size in zip(order, sizes, strict=True):
         if group and (total + size > most or len(group) == most_items):
             yield tuple(group)
-            group, total = [], 0
+            group.clear()
+            total = 0
         group.append(index)
         total += size
     if group:

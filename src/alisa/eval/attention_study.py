@@ -1,12 +1,12 @@
 """How sparse attention is, and how well each policy follows it: the analysis of ALISA's section 3, for any policy.
 
-    weight sparsity   share of a row's weights below 1 % of its largest (figure 3), by layer and by place in the window
-    captured          share of the dense weight that lies on what a policy reads
-    spearman          rank correlation, over tokens, of the weight they get on average under the policy and under dense
-                      attention (figure 4)
-    overlap           share of what a step reads that the step before has read too: what prefetching can rely on
-    entering          tokens a step reads that the step before has not, the new token aside: what must be fetched
-    returning         share of what is read that no step of the last k had read; 0: forgotten tokens stay forgotten
+weight sparsity   share of a row's weights below 1 % of its largest (figure 3), by layer and by place in the window
+captured          share of the dense weight that lies on what a policy reads
+spearman          rank correlation, over tokens, of the weight they get on average under the policy and under dense
+                  attention (figure 4)
+overlap           share of what a step reads that the step before has read too: what prefetching can rely on
+entering          tokens a step reads that the step before has not, the new token aside: what must be fetched
+returning         share of what is read that no step of the last k had read; 0: forgotten tokens stay forgotten
 """
 
 from __future__ import annotations
@@ -92,7 +92,14 @@ class AttentionStudy:
         return difference(units, baseline)
 
     @torch.inference_mode()
-    def _run(self, subject: Subject, variant: Variant, ids: list[list[int]], prompt_len: int, tell: Callable[[ShadowLayer], None]) -> None:
+    def _run(
+        self,
+        subject: Subject,
+        variant: Variant,
+        ids: list[list[int]],
+        prompt_len: int,
+        tell: Callable[[ShadowLayer], None],
+    ) -> None:
         decoder = subject.scorer.decoder
         tokens = torch.tensor(ids, device=decoder.device)
         positions = torch.arange(self.length, device=decoder.device).expand_as(tokens)
@@ -108,9 +115,7 @@ class AttentionStudy:
         decoder.forward(tokens, positions, attend)
 
 
-def attention_study_of(
-    subject: Subject, path: Path, *, context: int, prefill: int, num_windows: int
-) -> AttentionStudy:
+def attention_study_of(subject: Subject, path: Path, *, context: int, prefill: int, num_windows: int) -> AttentionStudy:
     """The study of one text; arguments as for perplexity.
 
     Raises:

@@ -1,9 +1,9 @@
 """Text to measure on, read as its publishers ship it.
 
-    .txt            one document (WikiText-2, PTB, a book)
-    .jsonl, .json   one document for each record: {"text"}, {"prompt"}, or Alpaca's {"instruction", "input", "output"}
-    a directory     its test split: the files with `test` in their name if there are any, otherwise every file of these
-                    kinds but licences and notes (.txt, .jsonl, .json)
+.txt            one document (WikiText-2, PTB, a book)
+.jsonl, .json   one document for each record: {"text"}, {"prompt"}, or Alpaca's {"instruction", "input", "output"}
+a directory     its test split: the files with `test` in their name if there are any, otherwise every file of these
+                kinds but licences and notes (.txt, .jsonl, .json)
 """
 
 from __future__ import annotations

@@ -15,13 +15,14 @@ _MOST_CHARACTERS = 400_000
 
 DEFAULT_TEXT = """
 The tide had gone out in the night and left the boats on their sides. A man with a lantern walked along the wall and
-counted them. There was no wind yet. Somebody had hung nets over the railing, and they were still wet. Two gulls stood on
-the roof of the old mill and did not move. Further up the hill the first windows were lit, one after the other. A cart
-came down the road with empty baskets. The baker had opened his door to let out the heat. Children would come by later and
-ask for the broken loaves. For now the street was quiet, and one could hear the water under the bridge. The man with the
-lantern stopped there and looked at the sky. It would be a clear day. He put out the light, because it was not needed any
-more, and went home by the lower path. Behind him the harbour began to fill again. First the small boats rose, then the
-larger ones. Ropes that had been slack grew tight. By the time the bell rang, all of them were afloat.
+counted them. There was no wind yet. Somebody had hung nets over the railing, and they were still wet. Two gulls stood
+on the roof of the old mill and did not move. Further up the hill the first windows were lit, one after the other. A
+cart came down the road with empty baskets. The baker had opened his door to let out the heat. Children would come by
+later and ask for the broken loaves. For now the street was quiet, and one could hear the water under the bridge. The
+man with the lantern stopped there and looked at the sky. It would be a clear day. He put out the light, because it
+was not needed any more, and went home by the lower path. Behind him the harbour began to fill again. First the small
+boats rose, then the larger ones. Ropes that had been slack grew tight. By the time the bell rang, all of them were
+afloat.
 """
 """What stands between the facts when no text is given."""
 
@@ -63,7 +64,7 @@ class Filler:
         return pieces
 
     def passage(self, size: int, rng: Random) -> str:
-        """Sentences that follow each other, of at least `size` tokens together; sentences longer than that are left out."""
+        """Sentences of at least `size` tokens together, in their order; those longer than that are left out."""
         place = rng.randrange(len(self._sentences))
         words: list[str] = []
         total = 0

@@ -57,7 +57,8 @@ def _score_batch(
     first = len(items[0].prompt_ids) - 1
     outputs = []
     for row, tokens in zip(hidden[:, first:-1], ids[:, first + 1 :], strict=True):
-        likelihoods, greedy = [], []
+        likelihoods: list[Tensor] = []
+        greedy: list[Tensor] = []
         for states, wanted in zip(row.split(rows_at_once), tokens.split(rows_at_once), strict=True):
             logits = decoder.logits(states)
             likelihoods.append(logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0].cpu())

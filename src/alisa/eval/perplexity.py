@@ -48,7 +48,7 @@ class Perplexity:
         nats = sum(unit * len(item.output_ids) for unit, item in zip(units, items, strict=True))
         num_bytes = sum(window.scored_bytes for window in self.windows)
         top1 = sum(int(output.greedy.sum()) for output in outputs) / sum(len(item.output_ids) for item in items)
-        details = {"bits_per_byte": nats / log(2) / num_bytes, "top1_accuracy": top1}
+        details: dict[str, object] = {"bits_per_byte": nats / log(2) / num_bytes, "top1_accuracy": top1}
         return Measurement(units, details)
 
     def value(self, units: Sequence[float]) -> Estimate:
@@ -79,9 +79,7 @@ def perplexity_of(
     subject.check_length(context, "A window of --context")
     if not 1 <= prefill < context:
         raise InputError(f"--prefill is {prefill}; allowed is 1 up to --context minus 1, {context - 1}.")
-    windows = cut_windows(
-        subject.tokenizer, read_documents(path), context=context, prefill=prefill, count=num_windows
-    )
+    windows = cut_windows(subject.tokenizer, read_documents(path), context=context, prefill=prefill, count=num_windows)
     settings = {
         "context": context,
         "prefill": prefill,

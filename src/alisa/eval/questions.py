@@ -1,9 +1,9 @@
-"""Multiple-choice questions, read as their sets are published.
+r"""Multiple-choice questions, read as their sets are published.
 
 Each set is turned into (context, continuation) pairs, one for each choice, worded as in lm-evaluation-harness (its
 tasks `piqa`, `copa`, `openbookqa`, `winogrande`):
 
-    piqa        Question: <goal>\\nAnswer:        + <solution>
+    piqa        Question: <goal>\nAnswer:         + <solution>
     openbookqa  <question stem>                  + <choice>
     copa        <premise> because | therefore    + <choice, small first letter>
     winogrande  <sentence up to _> <option>      + <rest of the sentence>: the choices share the continuation

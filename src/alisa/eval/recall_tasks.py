@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 from typing import Literal
 
@@ -151,4 +152,4 @@ def _scattered(scene: Scene, rng: Random, depths: list[float]) -> Script:
 def _shares(room: int, depths: list[float]) -> list[int]:
     """Tokens of prose before, between and behind things at ascending depths."""
     places = [0, *(round(depth * room) for depth in depths), room]
-    return [end - start for start, end in zip(places, places[1:], strict=False)]
+    return [end - start for start, end in pairwise(places)]

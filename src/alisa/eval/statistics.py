@@ -34,6 +34,6 @@ def difference(units: Sequence[float], baseline: Sequence[float]) -> Estimate:
 
 
 def exponential(estimate: Estimate) -> Estimate:
-    """exp of a mean, such as a perplexity or a ratio of perplexities; the error to first order (delta method)."""
+    """Exp of a mean, such as a perplexity or a ratio of perplexities; the error to first order (delta method)."""
     value = exp(estimate.value)
     return Estimate(value, value * estimate.standard_error)

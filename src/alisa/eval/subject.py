@@ -80,9 +80,7 @@ class Subject:
     def state_bytes(self, variant: Variant, length: int) -> float:
         """Bytes of policy state for each token of a sequence of `length` tokens: the memory a policy costs on top."""
         scorer = self.scorer
-        state = variant.selection_policy().start(
-            self.spec, 1, length, scorer.decoder.device, scorer.kernels.selection
-        )
+        state = variant.selection_policy().start(self.spec, 1, length, scorer.decoder.device, scorer.kernels.selection)
         return state.nbytes / length
 
     def check_length(self, length: int, what: str) -> None:

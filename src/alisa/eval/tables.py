@@ -26,9 +26,9 @@ _TITLES = {
 
 def tables(records: Sequence[Record]) -> list[TextTable]:
     """One table for each kind, model and task, in the order in which they appear."""
-    groups: dict[tuple[str, ...], list[Record]] = {}
+    groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
-        groups.setdefault(tuple(str(record[name]) for name in ("kind", "model", "task")), []).append(record)
+        groups.setdefault((str(record["kind"]), str(record["model"]), str(record["task"])), []).append(record)
     return [_table(*names, group) for names, group in groups.items()]
 
 
@@ -39,7 +39,9 @@ def _table(kind: str, model: str, task: str, records: Sequence[Record]) -> TextT
         by_sparsity = {_number(record, "sparsity"): record for record in row}
         if name.split(",")[0] == "dense":
             dense = _cell(kind, row[0])
-            rows.append((name, _level(kind, row[0]), *[dense if index == 0 else "" for index in range(len(sparsities))]))
+            rows.append(
+                (name, _level(kind, row[0]), *[dense if index == 0 else "" for index in range(len(sparsities))])
+            )
         else:
             cells = [_cell(kind, by_sparsity[s]) if s in by_sparsity else "" for s in sparsities]
             rows.append((name, "", *cells))
@@ -61,13 +63,15 @@ def _level(kind: str, record: Record) -> str:
 
 
 def _cell(kind: str, record: Record) -> str:
-    error = record["versus_dense_error"]
-    versus = _number(record, "versus_dense")
-    if kind == "ppl":
-        return f"{versus:.4f}" + ("" if error is None else f" ± {error:.4f}")
-    if kind == "sparsity":
-        return f"{_number(record, 'value'):.1%}"
-    return f"{_number(record, 'value'):.1%} ({100 * versus:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + ")"
+    value, versus = _number(record, "value"), _number(record, "versus_dense")
+    error = None if record["versus_dense_error"] is None else _number(record, "versus_dense_error")
+    match kind:
+        case "ppl":
+            return f"{versus:.4f}" + ("" if error is None else f" ± {error:.4f}")
+        case "sparsity":
+            return f"{value:.1%}" + ("" if error is None else f" ± {error:.1%}")
+        case _:
+            return f"{value:.1%} ({100 * versus:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + ")"
 
 
 def _number(record: Record, name: str) -> float:

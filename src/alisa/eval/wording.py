@@ -39,6 +39,11 @@ passion people person place plain play pleasure point poor power principle purpo
 side sight sister son soul sound spirit state strong subject sun thing thought time truth uncle understanding voice walk
 war water way white wife wind woman word work world young
 """
+_CITIES = """
+Amsterdam Athens Berlin Boston Cairo Chicago Delhi Dublin Florence Geneva Hamburg Helsinki Istanbul Jakarta Kyoto Lisbon
+London Madrid Melbourne Montreal Moscow Munich Nairobi Oslo Paris Prague Rome Seoul Singapore Stockholm Sydney Tokyo
+Toronto Vienna Warsaw Zurich
+"""
 
 WORDS = Wording(
     name="words",
@@ -53,11 +58,7 @@ NUMBERS = Wording(
     name="numbers",
     statement=" The special number of {key} is {value}.",
     question=" What is the special number of {key}? The special number of {key} is",
-    keys=tuple(
-        "Amsterdam Athens Berlin Boston Cairo Chicago Delhi Dublin Florence Geneva Hamburg Helsinki Istanbul Jakarta Kyoto "
-        "Lisbon London Madrid Melbourne Montreal Moscow Munich Nairobi Oslo Paris Prague Rome Seoul Singapore Stockholm "
-        "Sydney Tokyo Toronto Vienna Warsaw Zurich".split()
-    ),
+    keys=tuple(_CITIES.split()),
     values=tuple(str(10007 + 2477 * index) for index in range(36)),
 )
 """For any model that continues text: five-digit numbers, which no text suggests."""
