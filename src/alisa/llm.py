@@ -32,8 +32,9 @@ from alisa.engine.recorder import Stopwatch
 from alisa.engine.requests import Request
 from alisa.engine.requests import Sequence as RunningSequence
 from alisa.engine.runner import Runner
-from alisa.engine.score import ScoredItem, VerifyReport, verify
+from alisa.engine.score import ScoredItem, Scorer
 from alisa.engine.text import TextStream
+from alisa.engine.verify import VerifyReport, verify
 from alisa.errors import InputError, PromptError
 from alisa.kv.codec import make_codec
 from alisa.model.hub import resolve_model
@@ -180,13 +181,15 @@ class LLM:
         """Re-run a spread sample of outputs densely, on the same tokens, and compare the distributions."""
         stride = max(1, len(outputs) // num_samples)
         sample = [ScoredItem(o.prompt_ids, o.token_ids) for o in outputs[::stride][:num_samples]]
-        return verify(
-            self._decoder,
-            self._policy,
-            Dense(),
-            self._codec,
-            self._kernels,
-            sample,
+        return verify(self.scorer(), self._policy, Dense(), self._codec, sample)
+
+    def scorer(self) -> Scorer:
+        """This model made ready for teacher-forced scoring, under the same memory cap and with its own kernels."""
+        return Scorer(
+            decoder=self._decoder,
+            kernels=choose_kernels(self._decoder.device),
+            kv_cap_bytes=self._kv_cap(),
+            max_batch=self.config.max_batch,
             prefill_chunk=self.config.prefill_chunk,
         )
 

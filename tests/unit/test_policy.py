@@ -118,7 +118,7 @@ def test_scored_policies_select_what_their_definition_says(native, data, kind):
         half = num_rows // 2
         for first, block in ((prompt - num_rows, rows[:half]), (prompt - num_rows + half, rows[half:])):
             if len(block):
-                state.seed(1, lane, first, block)
+                state.seed(1, lane, first, 0, block)
         for i, row in enumerate(rows):
             for reference, weights in zip(references, row.tolist(), strict=True):
                 reference.rows[prompt - num_rows + i] = dict(enumerate(weights))
@@ -171,10 +171,10 @@ def test_swa_forgets_the_former_owner_of_a_lane():
     policy = SparseWindow(Budget(0.5, dense_until=0))
     used, fresh = (policy.start(small_spec(), 1, 64, CPU) for _ in range(2))
     used.open(0, 64)
-    used.seed(0, 0, 20, torch.rand(20, 1, 40))
+    used.seed(0, 0, 20, 0, torch.rand(20, 1, 40))
     for state in (used, fresh):
         state.open(0, 64)
-        state.seed(0, 0, 8, torch.rand(4, 1, 12, generator=torch.Generator().manual_seed(1)))
+        state.seed(0, 0, 8, 0, torch.rand(4, 1, 12, generator=torch.Generator().manual_seed(1)))
         state.begin(make_batch([13]))
     expected, actual = (state.select(0, torch.empty(0)).positions for state in (fresh, used))
     assert torch.equal(expected, actual)
@@ -202,7 +202,7 @@ def test_buckets_keep_at_least_the_window(max_buckets):
     # every row puts its whole mass on position 0, so the sum there counts the rows
     rows = torch.zeros(num_rows, 1, prompt)
     rows[:, :, 0] = 1
-    state.seed(0, 0, prompt - num_rows, rows)
+    state.seed(0, 0, prompt - num_rows, 0, rows)
     for length in range(prompt + 1, 190):
         state.begin(make_batch([length]))
         window = budget.recent(length - 1)

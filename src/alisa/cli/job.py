@@ -16,7 +16,7 @@ from alisa.errors import PromptError
 from alisa.outputs import RequestOutput, RunSummary
 
 if TYPE_CHECKING:
-    from alisa.engine.score import VerifyReport
+    from alisa.engine.verify import VerifyReport
     from alisa.llm import LLM
 
 

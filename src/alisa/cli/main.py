@@ -17,7 +17,9 @@ from typing import Protocol
 import tyro
 
 from alisa import __version__
+from alisa.cli.eval import Ppl, Qa, Recall, Sparsity
 from alisa.cli.generate import INTERRUPTED, Generate
+from alisa.cli.plot import Plot
 from alisa.cli.screen import say
 from alisa.errors import AlisaError, InputError
 
@@ -30,8 +32,15 @@ class Command(Protocol):
         ...
 
 
-COMMANDS: dict[str, type[Command]] = {"generate": Generate}
-"""Every subcommand by name; importing one must not import torch."""
+COMMANDS: dict[str, type[Command]] = {
+    "generate": Generate,
+    "eval ppl": Ppl,
+    "eval qa": Qa,
+    "eval recall": Recall,
+    "eval sparsity": Sparsity,
+    "plot": Plot,
+}
+"""Every subcommand by name, of one word or two; importing one must not import torch."""
 
 
 def main(argv: Sequence[str], commands: Mapping[str, type[Command]] = COMMANDS) -> int:
@@ -95,7 +104,11 @@ def _dispatch(argv: Sequence[str], commands: Mapping[str, type[Command]]) -> int
     if argv[0] == "--version":
         sys.stdout.write(f"alisa {__version__}\n")
         return 0
-    name, *options = argv
+    family = {name: kind for name, kind in commands.items() if name.startswith(f"{argv[0]} ")}
+    if family and (len(argv) == 1 or argv[1] in ("-h", "--help")):
+        sys.stdout.write(_help(family))
+        return 0
+    name, options = (" ".join(argv[:2]), argv[2:]) if family else (argv[0], argv[1:])
     if name not in commands:
         near = get_close_matches(name, commands, n=1)
         hint = f"did you mean {near[0]}?" if near else "alisa --help lists the commands."
@@ -104,7 +117,7 @@ def _dispatch(argv: Sequence[str], commands: Mapping[str, type[Command]]) -> int
 
 
 def _help(commands: Mapping[str, type[Command]]) -> str:
-    lines = [f"  {name:<12}{(inspect.getdoc(kind) or '').splitlines()[0]}" for name, kind in commands.items()]
+    lines = [f"  {name:<15}{(inspect.getdoc(kind) or '').splitlines()[0]}" for name, kind in commands.items()]
     return (
         "usage: alisa COMMAND [OPTIONS]\n\n"
         "Text generation where the KV cache does not fit: sparse window attention, token by token.\n\n"

@@ -1,0 +1,184 @@
+"""The part that all evaluations share: which variants of a model are run, and how the results are kept and shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from tyro.conf import arg
+
+from alisa.cli.options import DisplayOptions
+from alisa.cli.screen import error_console, loading_bar
+from alisa.config import DeviceName, DtypeName, EngineConfig, KvDtypeName, PolicyName, parse_bytes
+from alisa.errors import InputError
+
+if TYPE_CHECKING:
+    from alisa.eval.measurement import Evaluation
+    from alisa.eval.subject import Subject
+
+_DEFAULT = EngineConfig()
+_T = TypeVar("_T", bound=str)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Which model, and the variants it is run with: every combination of the lists.
+
+    Raises:
+        InputError: at construction, when a value is out of range.
+    """
+
+    model: Annotated[
+        str | None, arg(metavar="ID_OR_DIR", help_behavior_hint="(default: the small model inside the package)")
+    ] = None
+    """A directory or a Hugging Face id of a checkpoint."""
+    policy: Annotated[str, arg(metavar="NAME[,NAME...]")] = "all"
+    """Policies, separated by commas; all: every one there is. dense is always run, for comparison."""
+    sparsity: Annotated[str, arg(metavar="SHARE[,SHARE...]")] = "0.5,0.8,0.9"
+    """Shares of the earlier tokens that a step does not read."""
+    kv_dtype: Annotated[str, arg(metavar="NAME[,NAME...]")] = "auto"
+    """What K and V are kept in: auto (as the model computes), float32, bfloat16, float16, int8, int4."""
+    dtype: DtypeName = _DEFAULT.dtype
+    """What the model computes in; auto: what the checkpoint and the device suit."""
+    device: DeviceName = _DEFAULT.device
+    """auto: the GPU if there is one."""
+    kv_device_memory: Annotated[
+        str | None, arg(metavar="SIZE", help_behavior_hint="(default: half of what is free)")
+    ] = None
+    """Hard cap of the memory for K and V, such as 2GiB or 512MiB; smaller batches where it is tight."""
+    max_batch: Annotated[int, arg(metavar="N")] = 64
+    """Sequences decoded together at the most."""
+    output: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    """Every cell as a JSON line, written when it is finished; cells that are in the file are not measured again."""
+
+    def __post_init__(self) -> None:
+        for sparsity in self.sparsities:
+            EngineConfig(sparsity=sparsity, max_batch=self.max_batch)
+        _ = self.policies, self.kv_dtypes
+        if self.kv_device_memory is not None:
+            parse_bytes(self.kv_device_memory)
+
+    @property
+    def policies(self) -> tuple[PolicyName, ...]:
+        """The policies asked for."""
+        names: tuple[PolicyName, ...] = get_args(PolicyName)
+        return names if self.policy == "all" else known_names(self.policy, names, "policy")
+
+    @property
+    def kv_dtypes(self) -> tuple[KvDtypeName, ...]:
+        """The row formats asked for."""
+        names: tuple[KvDtypeName, ...] = get_args(KvDtypeName)
+        return known_names(self.kv_dtype, names, "KV dtype")
+
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """The sparsities asked for."""
+        return numbers(self.sparsity, "sparsities")
+
+
+def run_sweep(
+    name: str,
+    options: SweepOptions,
+    display: DisplayOptions,
+    make_evaluations: Callable[[Subject], Sequence[Evaluation]],
+) -> int:
+    """Measure every cell that the output file does not hold yet, and print the tables; returns the exit status.
+
+    Raises:
+        AlisaError: something the caller can mend; cells finished until then are kept.
+    """
+    from alisa.eval.measurement import measure_cells
+    from alisa.eval.record_file import RecordFile
+    from alisa.eval.subject import variants
+    from alisa.eval.tables import tables
+
+    show = sys.stderr.isatty() and not display.quiet
+    with RecordFile(options.output) as file:
+        with loading_bar(options.model or "the embedded model", show=show) as progress:
+            subject = load_subject(options, progress)
+        evaluations = make_evaluations(subject)
+        chosen = variants(options.policies, options.sparsities, options.kv_dtypes)
+        records: list[Mapping[str, object]] = []
+        with _cell_bar(show=show) as bar:
+            task = bar.add_task(name, total=len(evaluations) * len(chosen))
+            for evaluation in evaluations:
+                for record in measure_cells(subject, evaluation, chosen, file):
+                    records.append(record)
+                    bar.advance(task)
+    console = Console(highlight=False)
+    for table in tables(records):
+        console.print(_drawn(table.title, table.header, table.rows))
+    if display.json:
+        slim = [{key: value for key, value in record.items() if key != "units"} for record in records]
+        record = {"command": f"eval {name}", "cells": slim, "output": str(options.output) if options.output else None}
+        sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return 0
+
+
+def load_subject(options: SweepOptions, progress: Callable[[int, int], None]) -> Subject:
+    """The model that the options ask for; the first place where torch is imported."""
+    from alisa.eval.subject import Subject
+    from alisa.llm import LLM
+
+    llm = LLM(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        kv_device_memory=options.kv_device_memory,
+        max_batch=options.max_batch,
+        progress=progress,
+    )
+    return Subject.of(llm)
+
+
+def _cell_bar(*, show: bool) -> Progress:
+    """Cells done, on standard error."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=error_console(),
+        transient=True,
+        disable=not show,
+    )
+
+
+def _drawn(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def numbers(text: str, what: str) -> tuple[float, ...]:
+    """The numbers in a comma-separated list.
+
+    Raises:
+        InputError: one of them is none.
+    """
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise InputError(f"{text!r} is no list of {what}; write numbers with commas between them.") from error
+
+
+def known_names(text: str, names: tuple[_T, ...], what: str) -> tuple[_T, ...]:
+    """The names in a comma-separated list.
+
+    Raises:
+        InputError: one of them does not exist.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if unknown := [word for word in words if word not in names]:
+        raise InputError(f"There is no {what} {unknown[0]!r}; there is {', '.join(names)}.")
+    return tuple(name for word in words for name in names if name == word)

@@ -1,0 +1,80 @@
+"""Records as tables for people: one row for each policy and row format, one column for each sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+Record = Mapping[str, object]
+
+
+class TextTable(NamedTuple):
+    """Cells as text; the first column names the row."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+_TITLES = {
+    "ppl": "perplexity over that of dense attention, ± standard error",
+    "qa": "accuracy, and percentage points against dense, ± standard error",
+    "recall": "accuracy, and percentage points against dense, ± standard error",
+    "sparsity": "share of the dense attention weight on the tokens read, ± standard error",
+}
+
+
+def tables(records: Sequence[Record]) -> list[TextTable]:
+    """One table for each kind, model and task, in the order in which they appear."""
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((str(record["kind"]), str(record["model"]), str(record["task"])), []).append(record)
+    return [_table(*names, group) for names, group in groups.items()]
+
+
+def _table(kind: str, model: str, task: str, records: Sequence[Record]) -> TextTable:
+    sparsities = sorted({_number(record, "sparsity") for record in records if record["policy"] != "dense"})
+    rows = []
+    for name, row in _rows(records).items():
+        by_sparsity = {_number(record, "sparsity"): record for record in row}
+        if name.split(",")[0] == "dense":
+            dense = _cell(kind, row[0])
+            rows.append(
+                (name, _level(kind, row[0]), *[dense if index == 0 else "" for index in range(len(sparsities))])
+            )
+        else:
+            cells = [_cell(kind, by_sparsity[s]) if s in by_sparsity else "" for s in sparsities]
+            rows.append((name, "", *cells))
+    header = ("", "level", *(f"{sparsity:g}" for sparsity in sparsities))
+    return TextTable(f"{task}, {model}: {_TITLES[kind]}", header, tuple(rows))
+
+
+def _rows(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records by the name of their row."""
+    rows: dict[str, list[Record]] = {}
+    for record in records:
+        rows.setdefault(f"{record['policy']}, {record['kv_dtype']}", []).append(record)
+    return rows
+
+
+def _level(kind: str, record: Record) -> str:
+    value = _number(record, "value")
+    return f"{value:.3f}" if kind == "ppl" else f"{value:.1%}"
+
+
+def _cell(kind: str, record: Record) -> str:
+    value, versus = _number(record, "value"), _number(record, "versus_dense")
+    error = None if record["versus_dense_error"] is None else _number(record, "versus_dense_error")
+    match kind:
+        case "ppl":
+            return f"{versus:.4f}" + ("" if error is None else f" ± {error:.4f}")
+        case "sparsity":
+            return f"{value:.1%}" + ("" if error is None else f" ± {error:.1%}")
+        case _:
+            return f"{value:.1%} ({100 * versus:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + ")"
+
+
+def _number(record: Record, name: str) -> float:
+    value = record[name]
+    assert isinstance(value, int | float), f"{name} is a number"
+    return float(value)

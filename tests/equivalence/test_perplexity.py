@@ -1,0 +1,86 @@
+"""Perplexity against transformers, and the two ways to score against each other."""
+
+from math import exp
+from typing import get_args
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from alisa import LLM
+from alisa.config import PolicyName
+from alisa.engine.score import ScoredItem
+from alisa.eval.layerwise import score_layerwise
+from alisa.eval.perplexity import perplexity_of
+from alisa.eval.subject import BASELINE, Subject, Variant
+from tests.shared import shared_path, stories260k
+
+
+def write_text(directory, vocab_size, num_tokens=700):
+    path = directory / "text.txt"
+    ids = torch.randint(3, vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(5)).tolist()
+    path.write_text(" ".join(f"w{i}" for i in ids))
+    return path
+
+
+def transformers_perplexity(directory, windows):
+    """Over the scored tokens of the windows, one forward pass each."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    total, count = 0.0, 0
+    for item in windows:
+        ids = torch.tensor([[*item.prompt_ids, *item.output_ids]])
+        labels = ids.clone()
+        labels[:, : len(item.prompt_ids)] = -100
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=labels).loss) * len(item.output_ids)
+        count += len(item.output_ids)
+    return exp(total / count)
+
+
+@pytest.mark.parametrize("mode", ["decode", "layerwise"])
+@pytest.mark.parametrize("family", ["opt", "llama-gqa-tied", "gpt2"])
+def test_dense_perplexity_equals_transformers(family, mode, tiny_model, tmp_path):
+    directory = tiny_model(family)
+    subject = Subject.of(LLM(directory, dtype="float32", prefill_chunk=16))
+    text = write_text(tmp_path, subject.spec.vocab_size)
+    found = perplexity_of(subject, text, context=100, prefill=20, num_windows=None, mode=mode)
+    assert [window.item.num_tokens for window in found.windows] == [100] * 7
+    expected = transformers_perplexity(directory, [window.item for window in found.windows])
+    value = found.value(found.measure(subject, BASELINE).units).value
+    assert value == pytest.approx(expected, rel=1e-4)  # random models: a perplexity in the thousands
+    exact = exp(-1e-3) < value / expected < exp(1e-3)
+    assert exact
+
+
+def test_dense_perplexity_of_a_trained_model_equals_transformers():
+    subject = Subject.of(LLM(stories260k(), dtype="float32"))
+    path = shared_path("data/tinystories/stories_split.jsonl")
+    found = perplexity_of(subject, path, context=512, prefill=8, num_windows=2, mode="layerwise")
+    value = found.value(found.measure(subject, BASELINE).units).value
+    assert abs(value - transformers_perplexity(stories260k(), [window.item for window in found.windows])) < 1e-3
+
+
+def random_items(vocab_size, count, prompt_len, output_len):
+    ids = torch.randint(3, vocab_size, (count, prompt_len + output_len), generator=torch.Generator().manual_seed(1))
+    return [ScoredItem(row[:prompt_len], row[prompt_len:]) for row in ids.tolist()]
+
+
+@pytest.mark.parametrize("policy", get_args(PolicyName))
+@pytest.mark.parametrize(("family", "kv_dtype"), [("llama-gqa-tied", "float32"), ("opt", "int8")])
+def test_layer_by_layer_gives_what_decoding_gives(family, kv_dtype, policy, tiny_model):
+    subject = Subject.of(LLM(tiny_model(family), dtype="float32", max_batch=2))
+    items = random_items(subject.spec.vocab_size, 3, 24, 60)
+    variant = Variant(policy, 0.6, kv_dtype)
+    chosen, codec = variant.selection_policy(), subject.codec(variant)
+    decoded = subject.scorer.score(chosen, codec, items)
+    layerwise = score_layerwise(subject.scorer, chosen, codec, items)
+    for one, other in zip(decoded, layerwise, strict=True):
+        # Rounding may turn the choice between two tokens that are all but equal, and one such turn moves all that
+        # follows a little: most tokens agree to float accuracy, the mean closely.
+        gap = (one.log_likelihoods - other.log_likelihoods).abs()
+        assert float(gap.median()) < 1e-4
+        assert float((one.log_likelihoods.mean() - other.log_likelihoods.mean()).abs()) < 1e-3
+    # and it is no accident: another sparsity gives something else
+    denser = score_layerwise(subject.scorer, Variant(policy, 0.1, kv_dtype).selection_policy(), codec, items)
+    far = float((denser[0].log_likelihoods - decoded[0].log_likelihoods).abs().median())
+    assert far < 1e-4 if policy == "dense" else far > 1e-3
