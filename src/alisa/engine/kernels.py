@@ -11,6 +11,7 @@ import torch
 from alisa.attention.decode import DecodeKernel, decode_attention
 from alisa.kernels import cpu
 from alisa.kv.base import AppendKernel
+from alisa.kv.tiers import MoveRows, move_rows
 from alisa.policy.base import SelectionKernels
 
 _LOG = logging.getLogger("alisa")
@@ -22,11 +23,12 @@ class Kernels(NamedTuple):
     attend: DecodeKernel
     selection: SelectionKernels | None
     append: AppendKernel | None
+    move_rows: MoveRows
     name: str
     """`avx512`, `avx2` or `portable` for the native ones, `torch` for their twins."""
 
 
-TORCH_KERNELS = Kernels(decode_attention, None, None, "torch")
+TORCH_KERNELS = Kernels(decode_attention, None, None, move_rows, "torch")
 
 
 def choose_kernels(device: torch.device) -> Kernels:
@@ -40,7 +42,7 @@ def choose_kernels(device: torch.device) -> Kernels:
         _warn_once(cpu.unavailable_reason())
         return TORCH_KERNELS
     native = cpu.CpuKernels()
-    return Kernels(native, native, native.append, native.isa)
+    return Kernels(native, native, native.append, cpu.move_rows, native.isa)
 
 
 @cache

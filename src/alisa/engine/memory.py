@@ -168,10 +168,10 @@ def _tiered(
             f"rebuilt from takes {format_bytes(kept * remnant_bytes)} of the {format_bytes(disk_bytes)} on disk; raise "
             "--kv-disk-memory."
         )
-    disk = DiskTier(caps.directory, num_layers, below, row_bytes)
+    disk = DiskTier(caps.directory, num_layers, below, row_bytes, kernels.move_rows)
     remnants = None
     if kept:
-        tier = DiskTier(caps.directory, num_layers, kept, remnant_codec.format.row_bytes)
+        tier = DiskTier(caps.directory, num_layers, kept, remnant_codec.format.row_bytes, kernels.move_rows)
         remnants = Remnants(tier, remnant_codec, decoder.project_kv, decoder.dtype)
     store = TieredStore(
         num_layers=num_layers,

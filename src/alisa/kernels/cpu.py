@@ -8,12 +8,15 @@ share one pool of threads.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from alisa.types import Attended, Codec, RowFormat
@@ -61,6 +64,36 @@ def openmp_entry() -> int:
         if entry is not None:
             return ctypes.cast(entry, ctypes.c_void_p).value or 0
     return 0
+
+
+def move_rows(
+    file: int,
+    offsets: NDArray[np.int64],
+    memory: NDArray[np.uint8],
+    rows: NDArray[np.int64],
+    *,
+    write: bool,
+) -> int:
+    """Bytes moved between rows of `memory` (UInt8[N, row_bytes]) and a file, at ascending offsets (Int64[n]).
+
+    Rows that lie next to each other in the file go in one system call; the interpreter is not held meanwhile.
+
+    Raises:
+        OSError: the system refused.
+    """
+    moved = _library().move_rows(
+        write=write,
+        file=file,
+        offsets=offsets.ctypes.data,
+        memory=memory.ctypes.data,
+        stride=memory.strides[0],
+        rows=rows.ctypes.data,
+        count=len(rows),
+        row_bytes=memory.shape[1],
+    )
+    if moved < 0:
+        raise OSError(-moved, os.strerror(-moved))
+    return moved
 
 
 def check_slots(rows: Tensor, slots: Tensor, counts: Tensor) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -62,6 +61,35 @@ class LowerTier(Protocol):
         ...
 
 
+class MoveRows(Protocol):
+    """Moves rows between a file and memory; a native one does not hold the interpreter."""
+
+    def __call__(self, file: int, offsets: Slots, memory: Bytes, rows: Slots, *, write: bool) -> int:
+        """Rows Int64[n] of memory UInt8[N, row_bytes] are read from, or written to, ascending offsets Int64[n].
+
+        Returns the bytes moved: fewer than asked for if the file ends.
+
+        Raises:
+            OSError: the system refused.
+        """
+        ...
+
+
+def move_rows(file: int, offsets: Slots, memory: Bytes, rows: Slots, *, write: bool) -> int:
+    """See `MoveRows`: neighbours in the file go in one vectored call."""
+    row_bytes, moved = memory.shape[1], 0
+    call = os.pwritev if write else os.preadv
+    starts = np.flatnonzero(np.diff(offsets, prepend=offsets[:1] - 2 * row_bytes) != row_bytes)
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
+        for first in range(start, end, _MOST_BUFFERS):
+            buffers = [memoryview(memory[row]) for row in rows[first : min(end, first + _MOST_BUFFERS)].tolist()]
+            done = call(file, buffers, int(offsets[first]))
+            moved += done
+            if done < len(buffers) * row_bytes:
+                return moved
+    return moved
+
+
 class HostTier:
     """Rows in main memory, for a device that has memory of its own."""
 
@@ -96,6 +124,7 @@ class DiskTier:
         num_layers: L.
         num_rows: R.
         row_bytes: bytes of one row.
+        move: does the work.
 
     Raises:
         InputError: the directory cannot hold files.
@@ -104,9 +133,12 @@ class DiskTier:
 
     medium = Medium.DISK
 
-    def __init__(self, directory: Path, num_layers: int, num_rows: int, row_bytes: int) -> None:
+    def __init__(
+        self, directory: Path, num_layers: int, num_rows: int, row_bytes: int, move: MoveRows = move_rows
+    ) -> None:
         self.num_rows = num_rows
         self._row_bytes = row_bytes
+        self._move = move
         size = num_layers * num_rows * row_bytes
         try:
             with tempfile.NamedTemporaryFile(prefix="alisa-kv-", dir=directory, delete=True) as file:
@@ -125,36 +157,23 @@ class DiskTier:
 
     def read(self, layer: int, slots: Slots, target: Bytes, target_rows: Places) -> None:
         """See `LowerTier.read`."""
-        for offset, rows in self._runs(layer, slots, target_rows):
-            buffers = [memoryview(target[row]) for row in rows]
-            wanted = len(buffers) * self._row_bytes
-            got = os.preadv(self._file, buffers, offset)
-            if got != wanted:
-                raise OSError(0, f"the tier file gave {got} of {wanted} bytes")
+        self._run(layer, slots, target, target_rows, write=False)
 
     def write(self, layer: int, slots: Slots, source: Bytes, source_rows: Places) -> None:
         """See `LowerTier.write`."""
-        for offset, rows in self._runs(layer, slots, source_rows):
-            buffers = [memoryview(source[row]) for row in rows]
-            wanted = len(buffers) * self._row_bytes
-            done = os.pwritev(self._file, buffers, offset)
-            if done != wanted:
-                raise OSError(0, f"the tier file took {done} of {wanted} bytes")
+        self._run(layer, slots, source, source_rows, write=True)
+
+    def _run(self, layer: int, slots: Slots, memory: Bytes, rows: Places, *, write: bool) -> None:
+        order = np.argsort(slots, kind="stable")
+        offsets = (layer * self.num_rows + slots[order]) * self._row_bytes
+        moved = self._move(self._file, offsets, memory, rows[order].astype(np.int64), write=write)
+        wanted = len(slots) * self._row_bytes
+        if moved != wanted:
+            raise OSError(0, f"the tier file {'took' if write else 'gave'} {moved} of {wanted} bytes")
 
     def close(self) -> None:
         """The file is gone."""
         os.close(self._file)
-
-    def _runs(self, layer: int, slots: Slots, rows: Places) -> Iterator[tuple[int, Places]]:
-        """Neighbouring slots as (offset in the file, rows in memory): each run is one system call."""
-        order = np.argsort(slots, kind="stable")
-        slots, rows = slots[order], rows[order]
-        starts = np.flatnonzero(np.diff(slots, prepend=slots[0] - 2) != 1) if len(slots) else np.empty(0, np.int64)
-        ends = np.append(starts[1:], len(slots))
-        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-            for first in range(start, end, _MOST_BUFFERS):
-                offset = (layer * self.num_rows + int(slots[first])) * self._row_bytes
-                yield offset, rows[first : min(end, first + _MOST_BUFFERS)]
 
 
 def _free_bytes(directory: Path) -> int:

@@ -10,6 +10,7 @@
 
 #include "workspace.h"
 #include "isa.h"
+#include "row_io.h"
 #include "select.h"
 #include "threads.h"
 
@@ -169,5 +170,15 @@ NB_MODULE(_native, m) {
       },
       "sums"_a, "buckets"_a, "sum_starts"_a, "bucket_starts"_a, "positions"_a, "counts"_a, "mass"_a, "num_seqs"_a,
       "num_slots"_a);
+  m.def(
+      "move_rows",
+      [](bool write, int file, uintptr_t offsets, uintptr_t memory, size_t stride, uintptr_t rows, size_t count,
+         size_t row_bytes) {
+        const alisa::RowIo task = {file,  at<const int64_t>(offsets), at<uint8_t>(memory), stride, at<const int64_t>(rows),
+                                   count, row_bytes};
+        const nb::gil_scoped_release unlocked;
+        return write ? alisa::write_rows(task) : alisa::read_rows(task);
+      },
+      "write"_a, "file"_a, "offsets"_a, "memory"_a, "stride"_a, "rows"_a, "count"_a, "row_bytes"_a);
   m.def("isa_names", isa_names, "Instruction sets that this CPU can run, fastest first.");
 }
