@@ -16,6 +16,7 @@ from alisa.cli.report import ReportFile, summary_lines, summary_table
 from alisa.cli.results import ResultFile, settings_digest
 from alisa.cli.screen import error_console, loading_bar, say
 from alisa.config import SamplingParams
+from alisa.errors import InputError
 
 if TYPE_CHECKING:
     from alisa.llm import LLM
@@ -129,6 +130,12 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
             error_console().print(summary_table(summary_lines(llm.name, llm.config, summary, answers.verified)))
         if args.display.json:
             print_record(job, answers, engine=llm.describe(), summary=summary)
+        if answers.failed:
+            index, error = min(answers.failed.items())
+            raise InputError(
+                f"{len(answers.failed)} of {len(prompts)} prompts lost their KV rows (prompt {index + 1}: {error}); the "
+                f"others are finished. Use another --kv-disk-path or --kv-disk-memory 0 and run them again."
+            )
         if not answers.interrupted:
             return 0
         num_done = job.num_finished(answers)

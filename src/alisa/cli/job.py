@@ -78,6 +78,8 @@ class Answers:
     outputs: list[RequestOutput] = field(default_factory=list)
     records: dict[int, dict[str, object]] = field(default_factory=dict)
     """By the index of the prompt."""
+    failed: dict[int, str] = field(default_factory=dict)
+    """Prompts that ended in an error, and which; they are not in the results, so that a later run does them again."""
     verified: VerifyReport | None = None
     interrupted: bool = False
 
@@ -100,6 +102,9 @@ def run_job(llm: LLM, job: Job, results: ResultFile | None) -> Answers:
                 index = job.todo[event.index]
                 if not isinstance(event, RequestOutput):
                     screen.grew(index, event.text)
+                    continue
+                if event.finish_reason == "error":
+                    answers.failed[index] = event.error
                     continue
                 record = result_record(index, job.prompts[index], event, job.run)
                 if results:
@@ -124,6 +129,7 @@ def print_record(
         "complete": not answers.interrupted,
         "num_prompts": len(job.prompts),
         "num_finished": job.num_finished(answers),
+        "failed": {str(index): error for index, error in sorted(answers.failed.items())},
         "run": job.run,
         "engine": engine,
         "summary": asdict(summary) if summary else None,

@@ -1,4 +1,4 @@
-"""`alisa plot`: figures of what `alisa eval` wrote."""
+"""`alisa plot`: figures of what `alisa eval` and `alisa generate --report` wrote."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from alisa.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """Draw the records of alisa eval.
+    """Draw the records of alisa eval, or the report of alisa generate.
 
     accuracy: what each policy costs by sparsity. recall-map: depth against length. attention: sparsity of the weights
-    and what the policies capture. A file with records for several figures gives one file for each.
+    and what the policies capture. steps: memory by tier and time by part over the steps of a run. A file with records
+    for several figures gives one file for each.
 
     For instance:
+      alisa plot report.jsonl --output steps.png
       alisa plot cells.jsonl --output accuracy.svg
       alisa plot ppl.jsonl recall.jsonl --figure accuracy --output figures/cost.png
     """
 
     files: Annotated[Positional[tuple[Path, ...]], arg(metavar="FILE.jsonl ...")]
-    """Files that alisa eval wrote with --output."""
+    """Files that alisa eval wrote with --output, or alisa generate with --report."""
     output: Annotated[Path | None, arg(metavar="FIG.svg|.png|.pdf", help_behavior_hint="(default: beside FILE)")] = None
     """Where the figure goes; the name of the figure is added when there are several."""
     figure: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: all that there is data for)")] = (
         None
     )
-    """Only this figure: accuracy, recall-map or attention."""
+    """Only this figure: accuracy, recall-map, steps or attention."""
 
     def run(self) -> int:
         """Do it; returns the exit status."""
@@ -40,7 +42,7 @@ class Plot:
         from alisa.plot.records import read_lines
 
         if not self.files:
-            raise InputError("There is nothing to draw; name a file that alisa eval wrote with --output.")
+            raise InputError("There is nothing to draw; name a file that alisa eval or alisa generate --report wrote.")
         records = read_lines(self.files)
         names = [drawing.name for drawing in DRAWINGS]
         if self.figure is not None and self.figure not in names:

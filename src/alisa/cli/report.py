@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from alisa.llm import LLM
     from alisa.outputs import RunSummary
 
-_TIME_PARTS = ("linear", "attention", "selection", "sampling", "other")
+_TIME_PARTS = ("linear", "attention", "selection", "transfer", "sampling", "other")
 
 
 def summary_lines(
@@ -40,6 +40,10 @@ def summary_lines(
     shares = [f"{part} {_share(getattr(summary, f'{part}_s'), summary.decode_s)}" for part in _TIME_PARTS]
     yield "decode", ", ".join(shares)
     yield "KV memory", f"{format_bytes(summary.kv_peak_bytes)} at the peak, cap {format_bytes(summary.kv_cap_bytes)}"
+    if summary.disk_cap_bytes:
+        yield from _tier_lines(summary)
+    if summary.num_preempted:
+        yield "gave way", f"{summary.num_preempted} times a prompt had to wait in the middle for room"
     yield "KV read", f"{_share(summary.tokens_attended, summary.tokens_dense)} of what dense attention reads"
     if verified is not None:
         yield (
@@ -48,6 +52,24 @@ def summary_lines(
             f"mean KL {verified.mean_kl:.2g}, attention mass lost {verified.lost_mass:.1%} "
             f"({verified.num_requests} prompts)",
         )
+
+
+def _tier_lines(summary: RunSummary) -> Iterator[tuple[str, str]]:
+    """What went below the device, and what that cost."""
+    traffic = summary.traffic
+    disk = f"{format_bytes(summary.disk_peak_bytes)} at the peak, cap {format_bytes(summary.disk_cap_bytes)}"
+    yield "on disk", disk
+    steps = ", ".join(f"{count} {phase}" for phase, count in summary.phase_steps.items())
+    yield "phases", f"decode steps: {steps}"
+    rows = f"{traffic.stored_rows} down, {traffic.fetched_rows} fetched back"
+    if traffic.deleted_rows:
+        rows += f", {traffic.deleted_rows} deleted, {traffic.rebuilt_rows} rebuilt"
+    yield "rows moved", f"{rows} ({format_bytes(traffic.moved_bytes / max(summary.output_tokens, 1))} for each token)"
+    yield (
+        "hidden",
+        f"{traffic.hidden_share:.0%} of the transfer time behind arithmetic; {traffic.hit_rate:.1%} of the look-ups "
+        "found their row on the device",
+    )
 
 
 def summary_table(lines: Iterator[tuple[str, str]]) -> Table:

@@ -155,10 +155,7 @@ class DecodeAttend:
         assert part is not None, "every sequence reads at least its own token"
         if part.sequences is None:
             with self._watch.measure(Part.ATTENTION):
-                attended = self._kernel(query, part.rows, self._store.codec, part.slots, part.counts)
-            with self._watch.measure(Part.TRANSFER):
-                self._store.credit(layer, part, attended.mass)
-            return attended
+                return self._kernel(query, part.rows, self._store.codec, part.slots, part.counts)
         merged = PartialAttention(query)
         scores: list[tuple[RowPart, Tensor]] = []
         while part is not None:

@@ -14,6 +14,7 @@ from alisa.errors import CapacityError, InputError
 from alisa.kv.base import RowStore
 from alisa.kv.codec import make_codec
 from alisa.kv.remnant import Remnants, remnant_format
+from alisa.kv.residency import Eviction
 from alisa.kv.store import KVStore
 from alisa.kv.tiered import TieredStore
 from alisa.kv.tiers import DiskTier
@@ -42,6 +43,8 @@ class Caps:
     disk_bytes: int | None
     """None: what is needed, within the free room."""
     disk_path: Path | None
+    eviction: Eviction = "lru"
+    """Who leaves the hot cache first."""
 
     @property
     def directory(self) -> Path:
@@ -182,6 +185,7 @@ def _tiered(
         tiers=(disk,),
         remnants=remnants,
         rebuildable=rebuildable,
+        eviction=caps.eviction,
         staging_rows=staging_rows,
         append=kernels.append,
     )

@@ -93,8 +93,10 @@ class Placement:
 
     def is_crowded(self, running: Iterable[Sequence]) -> bool:
         """Whether what the running sequences read in one layer is more than the device holds, and one could wait."""
-        views = [self._view(sequence, sequence.num_cached + 1, active=True) for sequence in running]
-        return len(views) > 1 and self._is_crowded(views)
+        if not (self.limits.tiers and self._scheduler.avoids_crowds):
+            return False
+        reads = [1 + sum(self._policy.reads(sequence.num_cached)) for sequence in running]
+        return len(reads) > 1 and sum(reads) > self.limits.device_tokens
 
     def fits_alone(self, num_tokens: int) -> bool:
         """Whether a sequence of this final length could run with everything for itself."""

@@ -99,10 +99,6 @@ class RowStore(Protocol):
         """The selected rows, ready to be read; usually one part."""
         ...
 
-    def credit(self, layer: int, part: Part, mass: Tensor) -> None:
-        """The rows of a part received attention mass Float32[b, J, K]; who leaves the device may depend on it."""
-        ...
-
     def prefetch(self, layer: int, lanes: tuple[int, ...], selection: Selection) -> None:
         """A hint: the next step will ask for this selection of these lanes. Rows that are missing start to come."""
         ...

@@ -143,9 +143,6 @@ class KVStore:
             self._last = (selection, slots.view(num_seqs, num_sets, num_slots))
         yield Part(self._arena[layer], self._last[1], selection.counts, None, None)
 
-    def credit(self, layer: int, part: Part, mass: Tensor) -> None:
-        """Nobody has to leave."""
-
     def prefetch(self, layer: int, lanes: tuple[int, ...], selection: Selection) -> None:
         """Everything is there."""
 

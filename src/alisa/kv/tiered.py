@@ -282,11 +282,6 @@ class TieredStore:
             self._counts["hits"] -= len(placed)  # it will look like one, and is none
             self._arriving[layer].append(self._load(layer, wanted, at, self._rows[layer], placed))
 
-    def credit(self, layer: int, part: Part, mass: Tensor) -> None:
-        """The rows of a part received this attention mass Float32[b, 1, K]; some evictions go by it."""
-        real = torch.arange(part.slots.shape[2]) < part.counts[:, None]
-        self._residency.credit(layer, part.slots[:, 0][real].numpy(), mass[:, 0][real].numpy())
-
     def read(self, layer: int, lane: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """See `RowStore.read`."""
         positions = np.arange(start, end)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Literal, Protocol
 
 import torch
@@ -160,6 +161,12 @@ class SelectionKernels(Protocol):
         ...
 
 
+@cache
+def _ratio(sparsity: float) -> Fraction:
+    """Share of the tokens that is read, as the decimal fraction that was typed."""
+    return 1 - Fraction(str(sparsity))
+
+
 @dataclass(frozen=True)
 class Budget:
     """How many tokens a step may read: the one place where a sparsity becomes a count.
@@ -175,7 +182,7 @@ class Budget:
 
     def recent(self, num_earlier: int) -> int:
         """K for n earlier tokens; at least 1."""
-        ratio = 1 - Fraction(str(self.sparsity))
+        ratio = _ratio(self.sparsity)
         return max(1, (num_earlier * ratio.numerator + ratio.denominator) // (2 * ratio.denominator))
 
     def split(self, num_earlier: int) -> tuple[int, int]:
