@@ -1,6 +1,6 @@
 """Who should leave the hot cache first: rows fetched and hit rate for each rule, on a trained model and real text.
 
-    python benchmarks/eviction.py --text FILE --cap 0.25
+python benchmarks/eviction.py --text FILE --cap 0.25
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     for name in args.policy:
         for eviction in EVICTIONS:
             policy, kernels = make_policy(name, args.sparsity), choose_kernels(decoder.device)
-            caps = Caps(int(args.cap * total), 2 * total, None, eviction)
+            caps = Caps(int(args.cap * total), 0, 2 * total, None, eviction)
             memory = make_memory(decoder, policy, codec, kernels, [length] * args.batch, caps, None, args.batch)
             state = policy.start(spec, args.batch, length, decoder.device, kernels.selection)
             runner = Runner(decoder, policy, memory.store, state, kernels.attend, Stopwatch(), looks_ahead=True)

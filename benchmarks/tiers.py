@@ -48,7 +48,7 @@ def run(
     codec = make_codec(RowFormat(args.kv_dtype or args.dtype, spec.num_kv_heads, spec.head_dim))
     kernels = choose_kernels(decoder.device)
     total = args.batch * length * spec.num_layers * codec.format.row_bytes
-    caps = Caps(int(cap * total), 2 * total if cap < 1 or scheduler else 0, args.disk_path)
+    caps = Caps(int(cap * total), 0, 2 * total if cap < 1 or scheduler else 0, args.disk_path)
     memory = make_memory(decoder, policy, codec, kernels, [length] * args.batch, caps, scheduler, args.batch)
     state = policy.start(spec, args.batch, length, decoder.device, kernels.selection)
     runner = Runner(

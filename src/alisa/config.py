@@ -134,6 +134,9 @@ class EngineConfig:
     device: DeviceName = "auto"
     kv_device_memory: int | None = None
     """Hard cap in bytes of the KV rows on the device; None: half of the free memory."""
+    kv_host_memory: int | None = None
+    """Hard cap in bytes of the rows in main memory below a GPU; 0: none; None: half of the free memory. On a CPU main
+    memory is the device, and this means nothing."""
     kv_disk_memory: int | None = None
     """Hard cap in bytes of the rows on disk; 0: no disk; None: what the work needs, within the free room."""
     kv_disk_path: Path | None = None

@@ -63,6 +63,7 @@ class LLM:
         kv_dtype: of the cached rows, also `int8` or `int4`; `auto` is the dtype of the arithmetic.
         device: `cpu`, `cuda` or `auto`.
         kv_device_memory: hard cap of the KV rows, in bytes or like "2GiB"; None for a share of the free memory.
+        kv_host_memory: with a GPU, hard cap of the rows in main memory; None for half of what is free.
         kv_disk_memory: hard cap of the rows that go to disk because the device is full; 0 for none, None for what the
             work needs within the free room.
         kv_disk_path: directory whose disk is used; None for the system's directory for temporary files.
@@ -90,6 +91,7 @@ class LLM:
         kv_dtype: KvDtypeName = "auto",
         device: DeviceName = "auto",
         kv_device_memory: str | int | None = None,
+        kv_host_memory: str | int | None = None,
         kv_disk_memory: str | int | None = None,
         kv_disk_path: str | Path | None = None,
         schedule: str | Path | None = None,
@@ -104,6 +106,7 @@ class LLM:
             kv_dtype=kv_dtype,
             device=device,
             kv_device_memory=None if kv_device_memory is None else parse_bytes(kv_device_memory),
+            kv_host_memory=None if kv_host_memory is None else parse_bytes(kv_host_memory, least=0),
             kv_disk_memory=None if kv_disk_memory is None else parse_bytes(kv_disk_memory, least=0),
             kv_disk_path=None if kv_disk_path is None else Path(kv_disk_path),
             schedule=None if schedule is None else Path(schedule),
@@ -275,7 +278,7 @@ class LLM:
             self._codec,
             self._kernels,
             sizes,
-            Caps(self._kv_cap(), self.config.kv_disk_memory, self.config.kv_disk_path),
+            Caps(self._kv_cap(), self._host_cap(), self.config.kv_disk_memory, self.config.kv_disk_path),
             self._scheduler,
             num_lanes,
         )
@@ -300,6 +303,14 @@ class LLM:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         return int(free * DEFAULT_KV_SHARE[device.type])
 
+    def _host_cap(self) -> int:
+        """Main memory for rows below a GPU."""
+        if self._decoder.device.type == "cpu":
+            return 0
+        if self.config.kv_host_memory is not None:
+            return self.config.kv_host_memory
+        return int(psutil.virtual_memory().available * DEFAULT_KV_SHARE["cpu"])
+
     def _summarise(
         self, requests: Sequence[Request], num_output: int, memory: Memory, state_bytes: int, wall_s: float
     ) -> RunSummary:
@@ -321,7 +332,7 @@ class LLM:
             decode_tokens=sum(record.num_tokens for record in decode),
             kv_cap_bytes=self._kv_cap(),
             kv_peak_bytes=max((record.kv_bytes for record in self._records), default=0),
-            host_cap_bytes=0,
+            host_cap_bytes=memory.host_bytes,
             host_peak_bytes=max((record.host_bytes for record in self._records), default=0),
             disk_cap_bytes=memory.disk_bytes,
             disk_peak_bytes=max((record.disk_bytes for record in self._records), default=0),

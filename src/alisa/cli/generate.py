@@ -84,6 +84,7 @@ def load_llm(options: EngineOptions, progress: Callable[[int, int], None]) -> LL
         kv_dtype=options.kv_dtype,
         device=options.device,
         kv_device_memory=options.kv_device_memory,
+        kv_host_memory=options.kv_host_memory,
         kv_disk_memory=options.kv_disk_memory,
         kv_disk_path=options.kv_disk_path,
         schedule=options.schedule,
@@ -133,8 +134,8 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
         if answers.failed:
             index, error = min(answers.failed.items())
             raise InputError(
-                f"{len(answers.failed)} of {len(prompts)} prompts lost their KV rows (prompt {index + 1}: {error}); the "
-                f"others are finished. Use another --kv-disk-path or --kv-disk-memory 0 and run them again."
+                f"{len(answers.failed)} of {len(prompts)} prompts lost their KV rows (prompt {index + 1}: {error}); "
+                "the others are finished. Use another --kv-disk-path or --kv-disk-memory 0 and run them again."
             )
         if not answers.interrupted:
             return 0

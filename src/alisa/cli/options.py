@@ -47,6 +47,10 @@ class EngineOptions:
         str | None, arg(metavar="SIZE", help_behavior_hint="(default: half of what is free)")
     ] = None
     """Hard cap of the memory for K and V, such as 2GiB or 512MiB. What does not fit goes to disk."""
+    kv_host_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: half of what is free)")] = (
+        None
+    )
+    """With a GPU: hard cap of the K and V in main memory that do not fit the GPU; 0: none."""
     kv_disk_memory: Annotated[
         str | None, arg(metavar="SIZE", help_behavior_hint="(default: what the work needs, within the free room)")
     ] = None
@@ -73,6 +77,7 @@ class EngineOptions:
             kv_dtype=self.kv_dtype,
             device=self.device,
             kv_device_memory=memory,
+            kv_host_memory=None if self.kv_host_memory is None else parse_bytes(self.kv_host_memory, least=0),
             kv_disk_memory=None if self.kv_disk_memory is None else parse_bytes(self.kv_disk_memory, least=0),
             kv_disk_path=self.kv_disk_path,
             schedule=self.schedule,

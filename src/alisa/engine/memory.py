@@ -17,13 +17,13 @@ from alisa.kv.remnant import Remnants, remnant_format
 from alisa.kv.residency import Eviction
 from alisa.kv.store import KVStore
 from alisa.kv.tiered import TieredStore
-from alisa.kv.tiers import DiskTier
+from alisa.kv.tiers import DiskTier, HostTier, LowerTier
 from alisa.model.decoder import Decoder
 from alisa.policy.base import SelectionPolicy
 from alisa.schedule.all_device import AllDevice
 from alisa.schedule.base import Limits, Scheduler, Tier
 from alisa.schedule.three_phase import ThreePhase
-from alisa.types import Codec, Medium
+from alisa.types import Codec
 
 FREE_DISK_SHARE = 0.8
 """Share of the free disk that the disk tier may take when no cap is given."""
@@ -40,6 +40,8 @@ class Caps:
     """Hard caps in bytes."""
 
     device_bytes: int
+    host_bytes: int
+    """Of main memory below a GPU; 0 when main memory is the device."""
     disk_bytes: int | None
     """None: what is needed, within the free room."""
     disk_path: Path | None
@@ -73,8 +75,10 @@ class Memory:
     store: RowStore
     scheduler: Scheduler
     limits: Limits
+    host_bytes: int
+    """Size of the host tier; 0 without one."""
     disk_bytes: int
-    """Cap of the disk tier, remnants included; 0 without one."""
+    """Size of the disk tier, remnants included; 0 without one."""
 
 
 def make_memory(
@@ -108,13 +112,14 @@ def make_memory(
     largest = sorted(sizes, reverse=True)[:num_lanes]
     wanted, max_length = sum(largest), largest[0]
     num_rows = min(wanted, caps.device_bytes // token_bytes)
-    can_tier = device.type == "cpu" and policy.num_sets(spec) == 1
+    can_tier = policy.num_sets(spec) == 1
     if scheduler is not None and scheduler.uses_tiers and not can_tier:
         raise InputError(
-            f"the schedule {scheduler.name} moves rows, which needs --device cpu and a policy other than swa-head."
+            f"the schedule {scheduler.name} moves rows, and {policy.name} chooses other rows for every head; use "
+            "another --policy, such as swa."
         )
     needs_tiers = num_rows < wanted if scheduler is None else scheduler.uses_tiers
-    if not (needs_tiers and can_tier and caps.most_disk_bytes >= token_bytes):
+    if not (needs_tiers and can_tier and caps.host_bytes + caps.most_disk_bytes >= token_bytes):
         if num_rows == 0:
             raise CapacityError(
                 f"A KV cap of {format_bytes(caps.device_bytes)} holds not even one token of "
@@ -129,7 +134,7 @@ def make_memory(
             device=device,
             append=kernels.append,
         )
-        return Memory(store, AllDevice(), Limits(num_rows), 0)
+        return Memory(store, AllDevice(), Limits(num_rows), 0, 0)
     return _tiered(decoder, codec, kernels, largest, caps, scheduler or ThreePhase())
 
 
@@ -155,7 +160,8 @@ def _tiered(
     remnant_codec = make_codec(remnant_format(dtype_name, spec.hidden_size))
     remnant_bytes = num_layers * remnant_codec.format.row_bytes
     disk_bytes = caps.most_disk_bytes
-    overflow = sum(largest) - num_rows
+    host_rows = min(caps.host_bytes // token_bytes, sum(largest))
+    overflow = sum(largest) - num_rows - host_rows
     planned = scheduler.most_deleted(largest[0])
     kept = len(largest) * planned
     if planned == 0 and overflow * token_bytes > disk_bytes and remnant_bytes < token_bytes:
@@ -164,17 +170,21 @@ def _tiered(
         kept = min(short + len(largest), overflow, disk_bytes // remnant_bytes)
     rebuildable = kept // len(largest)
     kept = rebuildable * len(largest)
-    below = min(sum(largest), max(disk_bytes - kept * remnant_bytes, 0) // token_bytes)
+    below = min(sum(largest) - host_rows, max(disk_bytes - kept * remnant_bytes, 0) // token_bytes)
     if kept * remnant_bytes > disk_bytes:
         raise CapacityError(
             f"The schedule deletes up to {planned} tokens of each of {len(largest)} sequences, and what they are "
             f"rebuilt from takes {format_bytes(kept * remnant_bytes)} of the {format_bytes(disk_bytes)} on disk; raise "
             "--kv-disk-memory."
         )
-    disk = DiskTier(caps.directory, num_layers, below, row_bytes, kernels.move_rows)
+    tiers: list[LowerTier] = []
+    if host_rows:
+        tiers.append(HostTier(num_layers, host_rows, row_bytes))
+    if below or not tiers:
+        tiers.append(_disk(caps, num_layers, below, row_bytes, kernels))
     remnants = None
     if kept:
-        tier = DiskTier(caps.directory, num_layers, kept, remnant_codec.format.row_bytes, kernels.move_rows)
+        tier = _disk(caps, num_layers, kept, remnant_codec.format.row_bytes, kernels)
         remnants = Remnants(tier, remnant_codec, decoder.project_kv, decoder.dtype)
     store = TieredStore(
         num_layers=num_layers,
@@ -182,12 +192,17 @@ def _tiered(
         num_rows=num_rows,
         num_lanes=len(largest),
         max_length=largest[0],
-        tiers=(disk,),
+        tiers=tiers,
         remnants=remnants,
         rebuildable=rebuildable,
         eviction=caps.eviction,
         staging_rows=staging_rows,
+        device=decoder.device,
         append=kernels.append,
     )
-    limits = Limits(num_rows, (Tier(Medium.DISK, below),), rebuildable)
-    return Memory(store, scheduler, limits, below * token_bytes + kept * remnant_bytes)
+    limits = Limits(num_rows, tuple(Tier(tier.medium, tier.num_rows) for tier in tiers), rebuildable)
+    return Memory(store, scheduler, limits, host_rows * token_bytes, below * token_bytes + kept * remnant_bytes)
+
+
+def _disk(caps: Caps, num_layers: int, num_rows: int, row_bytes: int, kernels: Kernels) -> DiskTier:
+    return DiskTier(caps.directory, num_layers, num_rows, row_bytes, kernels.move_rows)

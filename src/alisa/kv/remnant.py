@@ -8,7 +8,6 @@ layer input is what HCache (arXiv 2410.05004) and KVPR (2411.17089) keep, too.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,11 +45,11 @@ class Remnants:
     def encode(self, hidden: Tensor) -> Bytes:
         """Layer inputs `[N, C]` as remnants UInt8[N, row_bytes]."""
         halves = hidden.view(len(hidden), 2, self._codec.format.num_kv_heads, self._codec.format.head_dim)
-        return self._codec.encode(halves[:, 0], halves[:, 1]).numpy()
+        return self._codec.encode(halves[:, 0], halves[:, 1]).cpu().numpy()
 
-    def rows(self, layer: int, remnants: Bytes, positions: Slots, codec: Codec) -> Bytes:
-        """The rows of tokens at these positions, made again in one product."""
-        first, second = self._codec.decode(torch.from_numpy(remnants))
+    def rows(self, layer: int, remnants: Tensor, positions: Slots, codec: Codec) -> Tensor:
+        """The rows UInt8[N, row_bytes] of tokens at these positions, made again in one product."""
+        first, second = self._codec.decode(remnants)
         hidden = torch.stack((first, second), dim=1).view(len(remnants), -1).to(self._dtype)
-        k, v = self._rebuild(layer, hidden, torch.from_numpy(positions.astype(np.int64)))
-        return codec.encode(k, v).numpy()
+        k, v = self._rebuild(layer, hidden, torch.from_numpy(positions).to(remnants.device, torch.int64))
+        return codec.encode(k, v)

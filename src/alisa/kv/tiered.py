@@ -11,8 +11,9 @@ only own decision is who leaves the hot cache.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from alisa.errors import CapacityError
 from alisa.kv.base import AppendKernel, Part
 from alisa.kv.remnant import Remnants
 from alisa.kv.residency import NOWHERE, Eviction, Residency
+from alisa.kv.shelf import HostShelf, Shelf, shelves
 from alisa.kv.tiers import Bytes, LowerTier, Places, Slots
 from alisa.kv.transfer import Ticket, Transfers
 from alisa.types import Codec, Medium, Move, Segment, Selection, StepPlan, Traffic
@@ -120,7 +122,9 @@ class TieredStore:
         rebuildable: first tokens of every sequence whose layer input is kept.
         eviction: who leaves the hot cache first.
         staging_rows: rows of each of two buffers through which a selection larger than the arena is read.
+        device: where the arena lies; None: in main memory.
         append: writes rows in place; None: through the codec.
+        make_shelves: how transfers reach the device's memory.
     """
 
     def __init__(
@@ -136,7 +140,9 @@ class TieredStore:
         rebuildable: int = 0,
         eviction: Eviction = "lru",
         staging_rows: int = 256,
+        device: torch.device | None = None,
         append: AppendKernel | None = None,
+        make_shelves: Callable[[Tensor], tuple[Shelf, ...]] = shelves,
     ) -> None:
         self.codec = codec
         self.num_lanes = num_lanes
@@ -146,12 +152,14 @@ class TieredStore:
         self._tiers = tuple(tiers)
         self._tables = [_Table(tier.num_rows, num_lanes, max_length) for tier in tiers]
         self._append = append
+        self._make_shelves = make_shelves
         self._remnants = remnants
         self._remnant_table = _Table(remnants.tier.num_rows if remnants else 0, num_lanes, max_length)
         self._rebuildable = rebuildable
-        self._arena = torch.empty(num_layers, num_rows, codec.format.row_bytes, dtype=torch.uint8)
-        self._rows: Bytes = self._arena.numpy()
-        self._staging = torch.empty(2, staging_rows, codec.format.row_bytes, dtype=torch.uint8)
+        row_bytes = codec.format.row_bytes
+        self._device = device or torch.device("cpu")
+        self._arena = make_shelves(torch.empty(num_layers, num_rows, row_bytes, dtype=torch.uint8, device=self._device))
+        self._staging = make_shelves(torch.empty(2, staging_rows, row_bytes, dtype=torch.uint8, device=self._device))
         self._residency = Residency(num_layers, num_rows, num_lanes, max_length, eviction)
         self._free_lanes = list(range(num_lanes - 1, -1, -1))
         self._open: dict[int, _Lane] = {}
@@ -229,15 +237,18 @@ class TieredStore:
         """See `RowStore.append`."""
         step = self._step
         if len(step.home) == len(k) and self._append is not None:
-            self._append(self._arena[layer], self.codec.format, torch.from_numpy(step.home_slots[layer]).long(), k, v)
+            slots = torch.from_numpy(step.home_slots[layer]).to(self._device, torch.int64)
+            self._append(self._arena[layer].rows, self.codec.format, slots, k, v)
         else:
-            rows = self.codec.encode(k, v).numpy()
-            self._rows[layer, step.home_slots[layer]] = rows[step.home]
-            for tier, tokens, slots in step.below:
-                self._write_past(layer, self._tiers[tier], slots, rows, tokens)
+            rows = self.codec.encode(k, v)
+            self._arena[layer].put(step.home_slots[layer], rows[torch.from_numpy(step.home).to(self._device)])
+            if step.below:
+                below = rows.cpu().numpy()
+                for tier, tokens, slots_below in step.below:
+                    self._write_past(layer, self._tiers[tier], slots_below, below, tokens)
         if step.remnants is not None and self._remnants is not None:
             tokens, slots = step.remnants
-            remnants = self._remnants.encode(hidden[torch.from_numpy(tokens)])
+            remnants = self._remnants.encode(hidden[torch.from_numpy(tokens).to(self._device)])
             self._write_past(layer, self._remnants.tier, slots, remnants, np.arange(len(tokens)))
 
     def parts(self, layer: int, selection: Selection) -> Iterator[Part]:
@@ -262,9 +273,11 @@ class TieredStore:
                 yield from self._in_pieces(layer, lanes, positions, slots, real, missing)
                 return
             slots[row, column] = placed
-            self._transfers.wait(self._load(layer, wanted, at, self._rows[layer], placed))
+            self._transfers.wait(self._load(layer, wanted, at, self._arena[layer], placed))
         slots[~real] = 0
-        yield Part(self._arena[layer], torch.from_numpy(slots)[:, None], selection.counts, None, None)
+        yield Part(
+            self._arena[layer].rows, torch.from_numpy(slots)[:, None].to(self._device), selection.counts, None, None
+        )
 
     def prefetch(self, layer: int, lanes: tuple[int, ...], selection: Selection) -> None:
         """See `RowStore.prefetch`."""
@@ -280,21 +293,23 @@ class TieredStore:
         placed = self._residency.place(layer, wanted, at, ahead=True)
         if placed is not None:
             self._counts["hits"] -= len(placed)  # it will look like one, and is none
-            self._arriving[layer].append(self._load(layer, wanted, at, self._rows[layer], placed))
+            self._arriving[layer].append(self._load(layer, wanted, at, self._arena[layer], placed))
 
     def read(self, layer: int, lane: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """See `RowStore.read`."""
         positions = np.arange(start, end)
         slots = self._residency.slots[layer, lane, start:end]
-        rows = np.empty((end - start, self.codec.format.row_bytes), np.uint8)
-        here = slots != NOWHERE
+        here, absent = np.flatnonzero(slots != NOWHERE), np.flatnonzero(slots == NOWHERE)
         self._arrive(layer)
-        rows[here] = self._rows[layer, slots[here]]
-        absent = np.flatnonzero(~here)
-        if len(absent):
-            lanes = np.full(len(absent), lane)
-            self._transfers.wait(self._load(layer, lanes, positions[absent], rows, absent))
-        return self.codec.decode(torch.from_numpy(rows))
+        arena = self._arena[layer].rows
+        present = arena.index_select(0, torch.from_numpy(slots[here]).to(self._device))
+        if not len(absent):
+            return self.codec.decode(present)
+        [target] = self._make_shelves(arena.new_empty(1, end - start, arena.shape[1]))
+        target.put(here, present)
+        lanes = np.full(len(absent), lane)
+        self._transfers.wait(self._load(layer, lanes, positions[absent], target, absent))
+        return self.codec.decode(target.rows)
 
     # --- accounts ------------------------------------------------------------------------------------------------
 
@@ -397,10 +412,11 @@ class TieredStore:
         self._counts["bytes"] += count * self.token_bytes
         if source == 0:
             from_slots = self._residency.slots[:, lane, start:end].astype(np.int64)
+            fence = self._arena[0].fence()
 
             def down() -> None:
-                for layer in range(self._num_layers):
-                    target.write(layer, slots, self._rows[layer], from_slots[layer])
+                for layer, shelf in enumerate(self._arena):
+                    shelf.give(partial(target.write, layer, slots), from_slots[layer], fence)
 
             self._going.append(_Going(self._transfers.start(down, (lane,)), lane, end))
             return
@@ -459,9 +475,9 @@ class TieredStore:
         self._written[layer].append(work)
 
     def _load(
-        self, layer: int, lanes: NDArray[np.int64], positions: NDArray[np.int64], target: Bytes, target_rows: Places
+        self, layer: int, lanes: NDArray[np.int64], positions: NDArray[np.int64], target: Shelf, places: Places
     ) -> Ticket:
-        """Start to bring rows that are not on the device into `target[target_rows]`."""
+        """Start to bring rows that are not on the device to these places of `target`."""
         for ticket in self._written[layer]:
             self._transfers.wait(ticket)
         self._written[layer].clear()
@@ -473,17 +489,20 @@ class TieredStore:
             rest[found] = False
             for first in range(0, len(found), _JOB_ROWS):
                 some = found[first : first + _JOB_ROWS]
-                ticket.jobs += self._fetch(tier, layer, slots[some], target, target_rows[some], lanes[some]).jobs
+                ticket.jobs += self._fetch(tier, layer, slots[some], target, places[some], lanes[some]).jobs
         self._counts["fetched"] += len(lanes) - int(rest.sum())
         self._counts["bytes"] += (len(lanes) - int(rest.sum())) * self.codec.format.row_bytes
         if rest.any():
-            self._start_rebuild(ticket, layer, lanes[rest], positions[rest], target, target_rows[rest])
+            self._start_rebuild(ticket, layer, lanes[rest], positions[rest], target, places[rest])
         return ticket
 
     def _fetch(
-        self, tier: LowerTier, layer: int, slots: Slots, target: Bytes, rows: Places, lanes: NDArray[np.int64]
+        self, tier: LowerTier, layer: int, slots: Slots, target: Shelf, places: Places, lanes: NDArray[np.int64]
     ) -> Ticket:
-        return self._transfers.start(lambda: tier.read(layer, slots, target, rows), sorted(set(lanes.tolist())))
+        fence = target.fence()
+        return self._transfers.start(
+            lambda: target.receive(partial(tier.read, layer, slots), places, fence), sorted(set(lanes.tolist()))
+        )
 
     def _start_rebuild(
         self,
@@ -491,20 +510,20 @@ class TieredStore:
         layer: int,
         lanes: NDArray[np.int64],
         positions: NDArray[np.int64],
-        target: Bytes,
-        target_rows: Places,
+        target: Shelf,
+        places: Places,
     ) -> None:
         """Fetch the remnants of deleted rows; whoever waits for the ticket makes the rows from them, in one product."""
         remnants = self._remnants
         assert remnants is not None, "rows are deleted only where remnants are kept"
         slots = self._remnant_table.slots[lanes, positions]
-        buffer = np.empty((len(slots), remnants.row_bytes), np.uint8)
+        buffer = HostShelf(torch.empty(len(slots), remnants.row_bytes, dtype=torch.uint8))
         ticket.jobs += self._fetch(remnants.tier, layer, slots, buffer, np.arange(len(slots)), lanes).jobs
         self._counts["rebuilt"] += len(slots)
-        self._counts["bytes"] += buffer.nbytes
+        self._counts["bytes"] += buffer.rows.nbytes
 
         def rebuild() -> None:
-            target[target_rows] = remnants.rows(layer, buffer, positions, self.codec)
+            target.put(places, remnants.rows(layer, buffer.rows.to(self._device), positions, self.codec))
 
         ticket.finish = rebuild
 
@@ -520,15 +539,15 @@ class TieredStore:
         """What is on the device, then the rest through two buffers in turn: one is read while the other fills."""
         row, column = np.nonzero(real & ~missing)
         if len(row):
-            yield _part(self._arena[layer], row, column, slots[row, column])
+            yield self._part(self._arena[layer].rows, row, column, slots[row, column])
         row, column = np.nonzero(missing)
-        size = self._staging.shape[1]
+        size = len(self._staging[0].rows)
         pieces = [slice(first, first + size) for first in range(0, len(row), size)]
 
         def fill(index: int) -> Ticket:
             some = pieces[index]
             wanted, at = lanes[row[some]], positions[row[some], column[some]].astype(np.int64)
-            return self._load(layer, wanted, at, self._staging[index % 2].numpy(), np.arange(len(wanted)))
+            return self._load(layer, wanted, at, self._staging[index % 2], np.arange(len(wanted)))
 
         coming = fill(0)
         for index, some in enumerate(pieces):
@@ -536,7 +555,22 @@ class TieredStore:
             if index + 1 < len(pieces):
                 coming = fill(index + 1)
             count = len(row[some])
-            yield _part(self._staging[index % 2], row[some], column[some], np.arange(count, dtype=np.int32))
+            yield self._part(self._staging[index % 2].rows, row[some], column[some], np.arange(count, dtype=np.int32))
+
+    def _part(self, rows: Tensor, row: Slots, column: Slots, slots: NDArray[np.int32]) -> Part:
+        """Entries (sequence, column) of a selection, in order of sequences, as a padded part."""
+        sequences, first, counts = np.unique(row, return_index=True, return_counts=True)
+        place = (np.repeat(np.arange(len(sequences)), counts), np.arange(len(row)) - np.repeat(first, counts))
+        padded = np.zeros((len(sequences), counts.max()), np.int32)
+        columns = np.zeros((len(sequences), counts.max()), np.int64)
+        padded[place], columns[place] = slots, column
+        return Part(
+            rows,
+            torch.from_numpy(padded)[:, None].to(self._device),
+            torch.from_numpy(counts.astype(np.int32)).to(self._device),
+            torch.from_numpy(sequences).to(self._device),
+            torch.from_numpy(columns).to(self._device),
+        )
 
     def _arrive(self, layer: int) -> None:
         """Everything that was fetched ahead for this layer is there."""
@@ -570,22 +604,6 @@ def _asked(
     lanes: Sequence[int], selection: Selection
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.bool_]]:
     """Lanes [B], positions [B, K], and which of them are no padding."""
-    positions = selection.positions[:, 0].numpy()
+    positions = selection.positions[:, 0].cpu().numpy()
     real = np.arange(positions.shape[1]) < np.array(selection.num_tokens)[:, None]
     return np.array(lanes, np.int64), positions, real
-
-
-def _part(rows: Tensor, row: Slots, column: Slots, slots: NDArray[np.int32]) -> Part:
-    """Entries (sequence, column) of a selection, in order of sequences, as a padded part."""
-    sequences, first, counts = np.unique(row, return_index=True, return_counts=True)
-    place = (np.repeat(np.arange(len(sequences)), counts), np.arange(len(row)) - np.repeat(first, counts))
-    padded = np.zeros((len(sequences), counts.max()), np.int32)
-    columns = np.zeros((len(sequences), counts.max()), np.int64)
-    padded[place], columns[place] = slots, column
-    return Part(
-        rows,
-        torch.from_numpy(padded)[:, None],
-        torch.from_numpy(counts.astype(np.int32)),
-        torch.from_numpy(sequences),
-        torch.from_numpy(columns),
-    )

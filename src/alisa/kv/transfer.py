@@ -11,9 +11,43 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
 
+import torch
+
 NUM_THREADS = 8
 """Requests in flight. A disk wants more than one (8 KiB reads, uncached: one thread 0.10 GB/s, 16 threads 0.36, 32
 threads 0.46; cached: one thread 1.6, two 2.6, four 3.0 on two cores), and idle threads cost nothing."""
+
+
+Fence = torch.cuda.Event
+"""A point in the model's work on a GPU."""
+
+
+class CopyStream:
+    """The stream that copies run on, beside the model's; on a device without streams, copies just run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fence(self) -> Fence | None:
+        """The present point in the work of this thread's current stream."""
+        if self._stream is None:
+            return None
+        event = Fence()
+        event.record()
+        return event
+
+    def run(self, copy: Callable[[], None], fence: Fence | None) -> None:
+        """`copy` has run behind `fence`, and is complete."""
+        if self._stream is None:
+            copy()
+            return
+        if fence is not None:
+            fence.wait(self._stream)
+        with torch.cuda.stream(self._stream):
+            copy()
+            done = Fence()
+            done.record()
+        done.synchronize()
 
 
 @dataclass(slots=True)
