@@ -1,8 +1,8 @@
 """Less memory than the cache needs: tokens per second and the time split under device caps, random weights.
 
 Each run decodes one batch under a cap that is a share of what the whole KV cache takes; the rest goes to disk. What is
-printed for each: speed, the parts of a decode step, rows fetched and stored, the hit rate of the hot cache, the share of
-the transfers that was hidden, and the bytes moved for each token beside the least possible (every row down once).
+printed for each: speed, the parts of a decode step, rows fetched and stored, the hit rate of the hot cache, the share
+of the transfers that was hidden, and the bytes moved for each token.
 
     python benchmarks/tiers.py --policy swa dense --cap 1 0.5 0.25 --static 0.25
 """
@@ -76,6 +76,7 @@ def run(
         "policy": policy_name,
         "cap": cap,
         "scheduler": memory.scheduler.name,
+        "output_len": args.output_len,
         "cap_bytes": int(cap * total),
         "peak_bytes": max(record.kv_bytes for record in records),
         "disk_peak_bytes": max(record.disk_bytes for record in records),
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--policy", nargs="*", default=["swa"])
     parser.add_argument("--cap", nargs="*", type=float, default=[1.0, 0.5, 0.25])
-    parser.add_argument("--static", nargs="*", type=float, default=[], help="dense with a fixed split, under these caps")
+    parser.add_argument("--static", nargs="*", type=float, default=[], help="caps for dense with a fixed split")
     parser.add_argument("--phases", nargs=4, type=float, metavar=("P1", "P2", "ALPHA", "BETA"))
     parser.add_argument("--disk-path", type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -114,9 +115,8 @@ def main() -> None:
     args = parser.parse_args()
     decoder = random_decoder(SHAPES[args.shape], getattr(torch, args.dtype), torch.device("cpu"), args.seed)
     jobs: list[tuple[str, float, Scheduler | None]] = [(name, cap, None) for name in args.policy for cap in args.cap]
-    for cap in args.static:
-        # As FlexGen would be set: as much on the device as fits, the rest below.
-        jobs.append(("dense", cap, StaticSplit(1 - 0.9 * cap)))
+    # As FlexGen would be set: as much on the device as fits, the rest below.
+    jobs += [("dense", cap, StaticSplit(1 - 0.9 * cap)) for cap in args.static]
     if args.phases:
         p1, p2, alpha, beta = args.phases
         schedule = Schedule(
