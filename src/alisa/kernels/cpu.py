@@ -426,8 +426,8 @@ def _check_sketch(codes: Tensor, ranges: Tensor, num_heads: int, head_dim: int, 
     expected = (num_heads, -(-head_dim * bits // 8))
     if codes.shape[1:] != expected or ranges.shape != (len(codes), num_heads, 2):
         raise ValueError(
-            f"codes {tuple(codes.shape)} and ranges {tuple(ranges.shape)} are not [T, {expected[0]}, {expected[1]}] and "
-            f"[T, {num_heads}, 2], as {bits} bits for {num_heads} heads of {head_dim} need"
+            f"codes {tuple(codes.shape)} and ranges {tuple(ranges.shape)} are not [T, {expected[0]}, {expected[1]}] "
+            f"and [T, {num_heads}, 2], as {bits} bits for {num_heads} heads of {head_dim} need"
         )
     if not (codes.is_contiguous() and ranges.is_contiguous()):
         raise ValueError("codes and ranges of a sketch are contiguous")

@@ -22,6 +22,18 @@ _PADDING = torch.iinfo(torch.int32).max
 
 
 @dataclass(frozen=True, slots=True)
+class _Masks:
+    """What the selection in plain torch needs besides; native kernels work from the counts alone."""
+
+    not_older: Tensor
+    """Bool[B*J, width]: positions inside the recent window or behind the sequence."""
+    beyond: Tensor
+    """Bool[B*J, num_older]: ranks that a sequence with a smaller budget does not use."""
+    recent: Tensor
+    """Int32[B*J, Kr]: the recent positions and the new token, padded."""
+
+
+@dataclass(frozen=True, slots=True)
 class RankedStep:
     """The part of a selection that is the same for every layer of a decode step."""
 
@@ -32,14 +44,6 @@ class RankedStep:
     """Int64[B*J]: rows of the score table, sequence by sequence."""
     width: int
     """Earlier tokens of the longest sequence."""
-    num_older: int
-    """Older tokens of the sequence that reads most of them."""
-    not_older: Tensor
-    """Bool[B*J, width]: positions inside the recent window or behind the sequence."""
-    beyond: Tensor
-    """Bool[B*J, num_older]: ranks that a sequence with a smaller budget does not use."""
-    recent: Tensor
-    """Int32[B*J, Kr]: the recent positions and the new token, padded."""
     counts: Tensor
     """Int32[B]: tokens each sequence reads."""
     num_tokens: tuple[int, ...]
@@ -51,6 +55,8 @@ class RankedStep:
     row_counts: Tensor
     """Int32[B*J]: `counts` for every row."""
     kernels: SelectionKernels | None
+    masks: _Masks | None
+    """Present where there are no kernels."""
 
     @classmethod
     def plan(cls, batch: StepBatch, budget: Budget, num_sets: int, kernels: SelectionKernels | None) -> RankedStep:
@@ -58,9 +64,6 @@ class RankedStep:
         device = batch.lane_ids.device
         splits = [budget.split(length - 1) for length in batch.lengths]
         counts = tuple(recent + older + 1 for recent, older in splits)
-        width = max(batch.lengths) - 1
-        num_older = max(older for _, older in splits)
-        num_recent = max(recent for recent, _ in splits) + 1
 
         def column(values: list[int]) -> Tensor:
             """One value per sequence as Int32[B*J]."""
@@ -68,24 +71,31 @@ class RankedStep:
 
         older_ends = column([length - 1 - recent for length, (recent, _) in zip(batch.lengths, splits, strict=True)])
         older_counts = column([older for _, older in splits])
-        columns = torch.arange(max(width, num_older, num_recent), dtype=torch.int32, device=device)
-        recent = older_ends[:, None] + columns[:num_recent]
+        width = max(batch.lengths) - 1
+        masks = None
+        if kernels is None:
+            num_older = max(older for _, older in splits)
+            num_recent = max(recent for recent, _ in splits) + 1
+            columns = torch.arange(max(width, num_older, num_recent), dtype=torch.int32, device=device)
+            recent = older_ends[:, None] + columns[:num_recent]
+            masks = _Masks(
+                not_older=columns[:width] >= older_ends[:, None],
+                beyond=columns[:num_older] >= older_counts[:, None],
+                recent=recent.masked_fill(recent >= column(list(batch.lengths))[:, None], _PADDING),
+            )
         sets = torch.arange(num_sets, device=device)
         return cls(
             num_seqs=len(batch.lanes),
             num_sets=num_sets,
             rows=(batch.lane_ids[:, None] * num_sets + sets).view(-1),
             width=width,
-            num_older=num_older,
-            not_older=columns[:width] >= older_ends[:, None],
-            beyond=columns[:num_older] >= older_counts[:, None],
-            recent=recent.masked_fill(recent >= column(list(batch.lengths))[:, None], _PADDING),
             counts=torch.tensor(counts, dtype=torch.int32, device=device),
             num_tokens=counts,
             older_ends=older_ends,
             older_counts=older_counts,
             row_counts=column(list(counts)),
             kernels=kernels,
+            masks=masks,
         )
 
     def select(self, scores: Tensor, rows: Tensor) -> Selection:
@@ -96,22 +106,25 @@ class RankedStep:
             rows: Int64[B*J], the rows of this step's index sets.
         """
         num_slots = max(self.num_tokens)
-        if self.kernels is not None:
+        if self.kernels is None:
+            positions = self._select(scores, rows, num_slots)
+        else:
             positions = self.kernels.select(
                 scores, rows, self.older_ends, self.older_counts, self.row_counts, num_slots
             )
-        else:
-            positions = self._select(scores, rows, num_slots)
         return Selection(positions.view(self.num_seqs, self.num_sets, -1), self.counts, self.num_tokens)
 
     def _select(self, scores: Tensor, rows: Tensor, num_slots: int) -> Tensor:
         """The twin in plain torch: contiguous Int32[B*J, K]."""
-        positions = self.recent
-        if self.num_older:
-            older = scores.index_select(0, rows)[:, : self.width].masked_fill_(self.not_older, -1.0)
+        masks = self.masks
+        assert masks is not None, "a step without kernels has masks"
+        positions = masks.recent
+        num_older = masks.beyond.shape[1]
+        if num_older:
+            older = scores.index_select(0, rows)[:, : self.width].masked_fill_(masks.not_older, -1.0)
             # A stable sort, not topk: among equal scores (0 for all that is forgotten) the older position wins, in
             # every batch alike. For 16 rows of 640 it takes 0.5 ms and topk 0.1.
-            best = older.sort(dim=1, descending=True, stable=True).indices[:, : self.num_older].to(torch.int32)
-            positions = torch.cat((best.masked_fill_(self.beyond, _PADDING), positions), dim=1).sort(dim=1).values
+            best = older.sort(dim=1, descending=True, stable=True).indices[:, :num_older].to(torch.int32)
+            positions = torch.cat((best.masked_fill_(masks.beyond, _PADDING), positions), dim=1).sort(dim=1).values
         positions = positions[:, :num_slots].contiguous()
         return positions.masked_fill(positions == _PADDING, 0)

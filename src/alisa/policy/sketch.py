@@ -215,7 +215,7 @@ def unsketch(codes: Tensor, ranges: Tensor, bits: SketchBits, head_dim: int) -> 
 
 
 def _shifts(bits: SketchBits, device: torch.device) -> Tensor:
-    """UInt8[planes, 1]"""
+    """Where each plane begins in a byte, UInt8[planes, 1]."""
     return torch.arange(0, 8, bits, device=device, dtype=torch.uint8)[:, None]
 
 

@@ -13,6 +13,9 @@
 
 namespace alisa::ALISA_ISA {
 
+// How far ahead of the reader codes are asked for: 4 KiB as well where a token has 4 KiB, twice as slow where it has one.
+constexpr size_t kSketchAheadBytes = 8192;
+
 // What one thread needs while it scores an item or finishes a sequence. Heads are padded with queries of 0.
 struct SketchScratch {
   float* query_scale;  // [heads]: what one unit of the rounded query is worth, D^-0.5 included
@@ -159,40 +162,57 @@ inline void add_planes(Words bytes, const Word* query, size_t head_words, Sums* 
   if constexpr ((kPlane + 1) * kBits < 8) add_planes<kBits, kPlane + 1, kShared>(bytes, query, head_words, sums);
 }
 
-// Products of one token's codes with kWidth heads of the query; kShared heads in a row read the same key.
-template <int kBits, int kShared>
-inline F tile_products(const uint8_t* codes, const int32_t* offsets, const Word* query, int whole, int rest,
-                       size_t head_words) {
+// How the codes of a head are read: `whole` vectors of bytes, and one more that may be shorter.
+struct CodeRuns {
+  explicit CodeRuns(const SketchLayout& layout)
+      : whole((layout.code_bytes() - 1) / kWords),
+        last(run_of(layout.code_bytes() - whole * kWords)),
+        head_words(SketchScratch::head_words(layout)) {}
+  int whole;
+  Run last;
+  size_t head_words;
+};
+
+// Products of one token's codes with kWidth heads of the query; kShared heads in a row read the same key. kWhole is
+// `runs.whole` where the compiler may know it: with the usual heads of 64 to 128 values there is no loop.
+template <int kBits, int kShared, int kWhole>
+inline F tile_products(const uint8_t* codes, const int32_t* offsets, const Word* query, const CodeRuns& runs) {
   constexpr int kStep = 8 / kBits * kWords;
+  const int whole = kWhole < 0 ? runs.whole : kWhole;
+  const size_t head_words = kWhole < 0 ? runs.head_words : (kWhole + 1) * kStep;
   Sums sums[kWidth];
 #pragma GCC unroll 16
   for (int first = 0; first < kWidth; first += kShared) {
     const uint8_t* key = codes + offsets[first];
     const Word* q = query + first * head_words;
     for (int s = 0; s < kShared; ++s) sums[first + s] = no_sums();
-    for (int chunk = 0; chunk < whole; ++chunk) {
-      add_planes<kBits, 0, kShared>(load_bytes(key + chunk * kWords), q + chunk * kStep, head_words, sums + first);
+    for (int i = 0; i < whole; ++i) {
+      add_planes<kBits, 0, kShared>(load_bytes(key + i * kWords), q + i * kStep, head_words, sums + first);
     }
-    if (rest) add_planes<kBits, 0, kShared>(load_bytes(key + whole * kWords, rest), q + whole * kStep, head_words, sums + first);
+    add_planes<kBits, 0, kShared>(load_run(key + whole * kWords, runs.last), q + whole * kStep, head_words, sums + first);
   }
   return totals(sums);
 }
 
 // Scores of one block into weights [tokens, heads].
-template <int kBits, int kShared>
-void score_block(const SketchTask& task, size_t token, int count, const SketchScratch& scratch, float* weights) {
+template <int kBits, int kShared, int kWhole>
+inline void score_block(const SketchTask& task, size_t token, int count, const SketchScratch& scratch, float* weights) {
   const SketchLayout& layout = task.layout;
   const int heads = task.heads();
-  const int whole = layout.code_bytes() / kWords;
-  const int rest = layout.code_bytes() % kWords;
-  const size_t head_words = SketchScratch::head_words(layout);
+  const CodeRuns runs(layout);
   const size_t token_bytes = static_cast<size_t>(layout.num_kv_heads) * layout.code_bytes();
+  const size_t token_ranges = 2 * static_cast<size_t>(layout.num_kv_heads);
   widen_ranges(task, token, count, scratch);
   for (int t = 0; t < count; ++t) {
     const uint8_t* codes = task.codes + (token + t) * token_bytes;
+    // The hardware follows the codes, but begins anew in every page, and loses the ranges from block to block.
+    const uint8_t* ahead = codes + kSketchAheadBytes;
+    for (size_t i = 0; i < token_bytes; i += 64) __builtin_prefetch(ahead + i, 0, 3);
+    const uint16_t* ranges = task.ranges + (token + t + kSketchBlock) * token_ranges;
+    for (size_t i = 0; i < token_ranges; i += 32) __builtin_prefetch(ranges + i, 0, 3);
     for (int h = 0; h < heads; h += kWidth) {
       const F products =
-          tile_products<kBits, kShared>(codes, scratch.offsets + h, scratch.query + h * head_words, whole, rest, head_words);
+          tile_products<kBits, kShared, kWhole>(codes, scratch.offsets + h, scratch.query + h * runs.head_words, runs);
       const size_t at = static_cast<size_t>(t) * heads + h;
       const F shift = load(scratch.minima + at) * load(scratch.query_sum + h);
       store(weights + at, fma(products * load(scratch.query_scale + h), load(scratch.steps + at), shift));
@@ -218,7 +238,7 @@ inline void weigh_tokens(float* weights, int count, int heads, float* maximum, f
   }
 }
 
-template <int kBits, int kShared>
+template <int kBits, int kShared, int kWhole>
 void sketch_item(const SketchTask& task, int index, float* memory) {
   const Item& item = task.items[index];
   const SketchScratch scratch(task, memory);
@@ -233,17 +253,26 @@ void sketch_item(const SketchTask& task, int index, float* memory) {
     const int count = left < kSketchBlock ? left : kSketchBlock;
     const size_t number = item.block_base + static_cast<size_t>(i);
     float* weights = task.weights + number * kSketchBlock * heads;
-    score_block<kBits, kShared>(task, static_cast<size_t>(task.starts[item.seq]) + first, count, scratch, weights);
+    score_block<kBits, kShared, kWhole>(task, static_cast<size_t>(task.starts[item.seq]) + first, count, scratch, weights);
     weigh_tokens(weights, count, task.heads(), maximum, total);
     std::memcpy(task.block_max + number * heads, maximum, heads * sizeof(float));
+  }
+}
+
+template <int kBits, int kShared>
+inline void sketch_item_of(const SketchTask& task, int item, float* memory) {
+  switch (CodeRuns(task.layout).whole) {
+    case 0: return sketch_item<kBits, kShared, 0>(task, item, memory);
+    case 1: return sketch_item<kBits, kShared, 1>(task, item, memory);
+    default: return sketch_item<kBits, kShared, -1>(task, item, memory);
   }
 }
 
 template <int kBits>
 inline void sketch_item_of(const SketchTask& task, int item, float* memory) {
   // A tile is a whole number of runs only where four heads in a row always share a key.
-  if (task.num_heads / task.layout.num_kv_heads % 4 == 0) return sketch_item<kBits, 4>(task, item, memory);
-  return sketch_item<kBits, 1>(task, item, memory);
+  if (task.num_heads / task.layout.num_kv_heads % 4 == 0) return sketch_item_of<kBits, 4>(task, item, memory);
+  return sketch_item_of<kBits, 1>(task, item, memory);
 }
 
 inline void sketch_scores(const SketchTask& task, int item, float* memory) {

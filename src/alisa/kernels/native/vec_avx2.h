@@ -99,15 +99,18 @@ using Sums = __m256i;
 constexpr int kWords = 16;
 
 inline Words load_bytes(const void* p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
-inline Words load_bytes(const void* p, int count) {
+using Run = int;
+inline Run run_of(int count) { return count; }
+inline Words load_run(const void* p, Run run) {
+  if (run == kWords) return load_bytes(p);
   uint8_t padded[kWords] = {};
-  __builtin_memcpy(padded, p, static_cast<size_t>(count));
+  __builtin_memcpy(padded, p, static_cast<size_t>(run));
   return load_bytes(padded);
 }
 template <int kShift, int kMask>
 inline Words bits_of(Words x) {
   if constexpr (kShift > 0) x = _mm256_srli_epi16(x, kShift);
-  return kMask == 255 ? x : _mm256_and_si256(x, _mm256_set1_epi16(kMask));
+  return kMask == 255 >> kShift ? x : _mm256_and_si256(x, _mm256_set1_epi16(kMask));
 }
 inline Sums no_sums() { return _mm256_setzero_si256(); }
 inline Sums add_products(Sums sums, Words a, const Word* b) {

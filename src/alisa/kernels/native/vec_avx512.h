@@ -87,14 +87,14 @@ constexpr int kWords = 32;
 inline Words load_bytes(const void* p) {
   return _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 }
-// The first `count` bytes, 0 behind them.
-inline Words load_bytes(const void* p, int count) {
-  return _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(static_cast<__mmask32>((1ULL << count) - 1), p));
-}
+// A run of 1 to kWords bytes; what lies behind it is not touched and reads as 0.
+using Run = __mmask32;
+inline Run run_of(int count) { return static_cast<Run>((1ULL << count) - 1); }
+inline Words load_run(const void* p, Run run) { return _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(run, p)); }
 template <int kShift, int kMask>
 inline Words bits_of(Words x) {
   if constexpr (kShift > 0) x = _mm512_srli_epi16(x, kShift);
-  return kMask == 255 ? x : _mm512_and_si512(x, _mm512_set1_epi16(kMask));
+  return kMask == 255 >> kShift ? x : _mm512_and_si512(x, _mm512_set1_epi16(kMask));
 }
 inline Sums no_sums() { return _mm512_setzero_si512(); }
 inline Sums add_products(Sums sums, Words a, const Word* b) {

@@ -128,9 +128,12 @@ using Sums = I;
 constexpr int kWords = 4;
 
 inline Words load_bytes(const void* p) { return __builtin_convertvector(read<U8>(p), I); }
-inline Words load_bytes(const void* p, int count) {
+using Run = int;
+inline Run run_of(int count) { return count; }
+inline Words load_run(const void* p, Run run) {
+  if (run == kWords) return load_bytes(p);
   uint8_t padded[kWords] = {};
-  std::memcpy(padded, p, static_cast<size_t>(count));
+  std::memcpy(padded, p, static_cast<size_t>(run));
   return load_bytes(padded);
 }
 template <int kShift, int kMask>
