@@ -166,7 +166,7 @@ def _place(topic: str, purpose: str, place: Place) -> Finding:
 
 
 def _huge_pages(facts: Facts) -> Finding:
-    # Reading chosen bfloat16 rows took 3.9 to 4.0 ms without and 3.2 to 3.4 ms with huge pages (2 cores of a Zen 5 EPYC).
+    # Reading chosen bfloat16 rows took 3.9 to 4.0 ms without and 3.2 to 3.4 ms with huge pages (two Zen 5 cores).
     if facts.huge_pages is None:
         return Finding(Status.OK, "huge pages", "this kernel does not say")
     if facts.huge_pages == "always" or (facts.huge_pages == "madvise" and facts.huge_pages_asked):
