@@ -1,7 +1,7 @@
 """What `alisa bench kernels` can measure, by name. Plain values without torch, so that `--help` can list them.
 
-A case says what is done and how large it is; `decode` and `upkeep` build it. To add one: a line in `CASES`; for another
-kind of work, a dataclass here and a function that makes a `Contest` of it (`bench/kernels.py`).
+A case says what is done and how large it is; `decode`, `upkeep` and `ranking` build it. To add one: a line in `CASES`.
+For another kind of work: a dataclass here, and a function that makes a `Contest` of it (`bench/kernels.py`).
 """
 
 from __future__ import annotations
@@ -86,7 +86,33 @@ class PolicyCase:
     """All of them are worked on in turn, so that each finds its state in memory and not in a cache."""
 
 
-Case: TypeAlias = DecodeCase | AppendCase | PolicyCase
+@dataclass(frozen=True, kw_only=True)
+class SketchCase:
+    """The key sketch of one layer: ranking all tokens of B sequences with it, or adding the keys of new ones."""
+
+    work: Literal["scores", "append"]
+    """append: a sketch for every token there is, as a prompt has it."""
+    bits: Literal[2, 4, 8] = 4
+    num_seqs: int = 16
+    num_tokens: int = 2048
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    num_sets: int = 1
+
+    @property
+    def key_bytes(self) -> int:
+        """Of one token's sketch: codes, and a step and a minimum in float16 for each head."""
+        return self.num_kv_heads * (-(-self.head_dim * self.bits // 8) + 4)
+
+    @property
+    def num_bytes(self) -> int:
+        """scores: sketches read, scores written. append: bfloat16 keys read, sketches written."""
+        other_bytes = 4 * self.num_sets if self.work == "scores" else 2 * self.num_kv_heads * self.head_dim
+        return self.num_seqs * self.num_tokens * (self.key_bytes + other_bytes)
+
+
+Case: TypeAlias = DecodeCase | AppendCase | PolicyCase | SketchCase
 
 CASES: dict[str, Case] = {
     "bf16-20": DecodeCase(dtype="bfloat16", share=0.2),
@@ -108,8 +134,16 @@ CASES: dict[str, Case] = {
     "append-int4": AppendCase(dtype="int4"),
     "select": PolicyCase(work="select"),
     "observe": PolicyCase(work="observe"),
+    "sketch": SketchCase(work="scores"),
+    "sketch-2bit": SketchCase(work="scores", bits=2),
+    "sketch-8bit": SketchCase(work="scores", bits=8),
+    "sketch-gqa": SketchCase(work="scores", num_kv_heads=8),
+    "sketch-per-head": SketchCase(work="scores", num_kv_heads=8, num_sets=8),
+    "sketch-gqa-b1-16k": SketchCase(work="scores", num_kv_heads=8, num_seqs=1, num_tokens=16384),
+    "sketch-opt1.3b": SketchCase(work="scores", num_tokens=640, head_dim=64),
+    "sketch-append": SketchCase(work="append", num_seqs=1, num_tokens=1024),
 }
 """Every case by name."""
 
-DEFAULT_CASES = ("bf16-20", "int8-20", "bf16-20-gqa", "append-bf16", "append-int8", "select", "observe")
+DEFAULT_CASES = ("bf16-20", "int8-20", "bf16-20-gqa", "append-bf16", "append-int8", "select", "observe", "sketch")
 """One of each kind, and the shapes most often asked about; under a minute on two cores."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from alisa.bench.cases import AppendCase, Case, DecodeCase, PolicyCase
+from alisa.bench.cases import AppendCase, Case, DecodeCase, PolicyCase, SketchCase
 from alisa.bench.contest import Contest, Outcome, Role, hold
 from alisa.bench.decode import decode_contest
+from alisa.bench.ranking import sketch_contest
 from alisa.bench.stamp import Stamp
 from alisa.bench.upkeep import append_contest, policy_contest
 from alisa.errors import InputError
@@ -36,6 +37,8 @@ def make_contest(case: Case, kernels: cpu.CpuKernels) -> Contest:
             return append_contest(case, kernels)
         case PolicyCase():
             return policy_contest(case, kernels)
+        case SketchCase():
+            return sketch_contest(case, kernels)
 
 
 def run_case(case: Case, kernels: cpu.CpuKernels, *, runs: int, only_kernel: bool) -> Outcome:

@@ -72,7 +72,7 @@ def _policy_call(case: PolicyCase, kernels: SelectionKernels | None) -> Callable
     for lane in range(case.num_seqs):
         state.open(lane, case.num_tokens)
         for layer in range(case.num_layers):
-            state.seed(layer, lane, num_earlier - num_rows, mass.roll(lane + layer, dims=2))
+            state.seed(layer, lane, num_earlier - num_rows, 0, mass.roll(lane + layer, dims=2))
     state.begin(
         StepBatch(
             lanes=tuple(range(case.num_seqs)),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 from rich.table import Table
 from tyro.conf import arg
@@ -72,8 +72,7 @@ class BenchKernels:
         kernels = make_kernels(None if self.isa == "auto" else self.isa)
         stamp = Stamp.now()
         outcomes: dict[str, Outcome] = {}
-        with ExitStack() as stack:
-            file = stack.enter_context(self.output.open("a", encoding="utf-8")) if self.output else None
+        with _appending(self.output) if self.output else nullcontext() as file:
             for number, name in enumerate(self.names, 1):
                 with waiting(f"{name}, case {number} of {len(self.names)}", show=sys.stderr.isatty()):
                     outcomes[name] = run_case(CASES[name], kernels, runs=self.runs, only_kernel=self.only_kernel)
@@ -93,6 +92,14 @@ class BenchKernels:
         if self.json:
             sys.stdout.write(line)
         return 0
+
+
+def _appending(path: Path) -> TextIO:
+    """The file, opened before the work so that a wrong path costs nothing."""
+    try:
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def kernels_table(outcomes: Mapping[str, Outcome]) -> Table:

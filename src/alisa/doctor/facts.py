@@ -15,15 +15,15 @@ import torch
 
 from alisa import __version__
 from alisa.doctor.self_test import SelfTest, run_self_test
-from alisa.engine.memory import default_kv_memory
+from alisa.engine.memory import Caps, default_kv_memory
 from alisa.kernels import cpu
 from alisa.llm import embedded_model
 from alisa.machine import Cpu, Place, free_memory, huge_pages, huge_pages_asked, memory_limit, num_cpus
 from alisa.model.linear import PackedLinear, make_linear
 from alisa.model.precision import has_native_bfloat16, resolve_device, resolve_dtype
 
-EXTRAS = ("transformers", "matplotlib", "lm_eval", "triton")
-"""Packages that single commands or a GPU make use of; nothing else needs them."""
+EXTRAS = ("matplotlib", "lm_eval", "transformers", "triton")
+"""Packages that single commands, the tests or a GPU make use of; nothing else needs them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +84,8 @@ class Facts:
     """What the container allows."""
     kv_bytes: int
     """Default of `--kv-device-memory`."""
+    kv_disk_bytes: int | None
+    """What `--kv-disk-memory` may come to when it is not given; None where the directory is not there."""
     temporary: Place
     disk_tier: Place
     huge_pages: str | None
@@ -121,6 +123,7 @@ def gather(temporary: Path, disk_tier: Path) -> Facts:
         free_bytes=free_memory(),
         memory_limit=memory_limit(),
         kv_bytes=default_kv_memory(device),
+        kv_disk_bytes=Caps(0, None, disk_tier).most_disk_bytes if disk_tier.is_dir() else None,
         temporary=Place.read(temporary),
         disk_tier=Place.read(disk_tier),
         huge_pages=huge_pages(),

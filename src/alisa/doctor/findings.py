@@ -43,11 +43,10 @@ def _findings(facts: Facts) -> Iterator[Finding]:
     yield _packed(facts)
     yield _gpu(facts)
     yield _memory(facts)
-    if facts.temporary == facts.disk_tier:
-        yield _place("disk", "temporary files and rows that fit no memory", facts.temporary)
-    else:
-        yield _place("temporary files", "files that are soon gone", facts.temporary)
-        yield _place("disk", "rows that fit no memory", facts.disk_tier)
+    tier = f"rows that fit no memory may take {format_bytes(facts.kv_disk_bytes)}" if facts.kv_disk_bytes else ""
+    if facts.temporary.path != facts.disk_tier.path:
+        yield _place("temporary files", facts.temporary, "")
+    yield _place("disk", facts.disk_tier, tier)
     yield _huge_pages(facts)
     yield _extras(facts)
 
@@ -152,17 +151,18 @@ def _memory(facts: Facts) -> Finding:
     return Finding(Status.OK, "memory", f"{text} unless --kv-device-memory says otherwise")
 
 
-def _place(topic: str, purpose: str, place: Place) -> Finding:
+def _place(topic: str, place: Place, use: str) -> Finding:
     if place.free_bytes is None:
-        return Finding(Status.PROBLEM, topic, f"{place.path}, for {purpose}, is not there", "make the directory")
-    text = f"{place.path}, for {purpose}: {format_bytes(place.free_bytes)} free ({place.kind or 'unknown file system'})"
+        return Finding(Status.PROBLEM, topic, f"{place.path} is not a directory", "make it, or choose another")
+    text = f"{place.path} ({place.kind or 'unknown file system'}): {format_bytes(place.free_bytes)} free"
     if not place.writable:
         return Finding(Status.PROBLEM, topic, f"{text}, but it cannot be written to", "choose another directory")
     if place.is_ram:
-        return Finding(Status.NOTE, topic, f"{text}; this is RAM, not a disk", "choose a directory on a disk")
+        way_out = "choose a directory on a disk with --kv-disk-path or TMPDIR"
+        return Finding(Status.NOTE, topic, f"{text}, but this is RAM and not a disk", way_out)
     if place.free_bytes < _GIB:
         return Finding(Status.NOTE, topic, text, "make room, or choose another directory")
-    return Finding(Status.OK, topic, text)
+    return Finding(Status.OK, topic, f"{text}; {use}" if use else text)
 
 
 def _huge_pages(facts: Facts) -> Finding:
@@ -190,9 +190,9 @@ def _extras(facts: Facts) -> Finding:
     # Triton has its place beside the GPU.
     there = [f"{name} {version}" for name, version in facts.extras.items() if version and name != "triton"]
     missing = [name for name, version in facts.extras.items() if not version and name != "triton"]
-    text = ", ".join(there) or "none installed"
-    if missing:
-        return Finding(
-            Status.NOTE, "extras", f"{text}; optional: {', '.join(missing)}", f"pip install {' '.join(missing)}"
-        )
-    return Finding(Status.OK, "extras", text)
+    text = ", ".join(there) or "none"
+    if not missing:
+        return Finding(Status.OK, "extras", text)
+    return Finding(
+        Status.NOTE, "extras", f"{text}; not there: {', '.join(missing)}", f"pip install {' '.join(missing)}"
+    )
