@@ -11,7 +11,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import psutil
 import torch
 
 from alisa import __version__
@@ -26,7 +25,7 @@ from alisa.config import (
 )
 from alisa.engine.engine import Engine
 from alisa.engine.kernels import choose_kernels
-from alisa.engine.memory import Caps, Memory, make_memory
+from alisa.engine.memory import Caps, Memory, default_kv_memory, make_memory
 from alisa.engine.placement import Placement
 from alisa.engine.recorder import Stopwatch
 from alisa.engine.requests import Request
@@ -46,10 +45,6 @@ from alisa.policy.dense import Dense
 from alisa.policy.table import make_policy
 from alisa.schedule.file import load_schedule
 from alisa.types import RowFormat, StepRecord, Traffic
-
-DEFAULT_KV_SHARE = {"cpu": 0.5, "cuda": 0.9}
-"""Share of the memory that is free after loading the model which KV rows may take when no cap is given. On a CPU the
-rest is for activations and for everybody else on the machine; on a GPU nobody else is expected."""
 
 
 class LLM:
@@ -299,9 +294,7 @@ class LLM:
     def _kv_cap(self) -> int:
         if self.config.kv_device_memory is not None:
             return self.config.kv_device_memory
-        device = self._decoder.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        return int(free * DEFAULT_KV_SHARE[device.type])
+        return default_kv_memory(self._decoder.device)
 
     def _host_cap(self) -> int:
         """Main memory for rows below a GPU."""

@@ -123,7 +123,17 @@ def test_errors_of_a_command_become_exit_statuses(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--version"], ["--help"], ["generate", "--help"], ["generate"], ["generate", "--input", "none.txt"]]
+    "argv",
+    [
+        ["--version"],
+        ["--help"],
+        ["generate", "--help"],
+        ["generate"],
+        ["generate", "--input", "none.txt"],
+        ["bench"],
+        ["bench", "kernels", "--help"],
+        ["doctor", "--help"],
+    ],
 )
 def test_quick_answers_do_not_import_torch(argv):
     code = (

@@ -17,6 +17,8 @@ from typing import Protocol
 import tyro
 
 from alisa import __version__
+from alisa.cli.bench import BenchKernels
+from alisa.cli.doctor import Doctor
 from alisa.cli.eval import Ppl, Qa, Recall, Sparsity
 from alisa.cli.generate import INTERRUPTED, Generate
 from alisa.cli.plot import Plot
@@ -39,6 +41,8 @@ COMMANDS: dict[str, type[Command]] = {
     "eval recall": Recall,
     "eval sparsity": Sparsity,
     "plot": Plot,
+    "bench kernels": BenchKernels,
+    "doctor": Doctor,
 }
 """Every subcommand by name, of one word or two; importing one must not import torch."""
 

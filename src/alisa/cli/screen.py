@@ -46,6 +46,11 @@ def error_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def output_console() -> Console:
+    """A console on standard output as it is now; where that is no terminal, wide enough for a table."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
 def say(message: str) -> None:
     """One plain line on standard error."""
     sys.stderr.write(message + "\n")

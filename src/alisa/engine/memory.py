@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from alisa.config import format_bytes
 from alisa.engine.kernels import Kernels
 from alisa.errors import CapacityError, InputError
@@ -18,12 +20,17 @@ from alisa.kv.residency import Eviction
 from alisa.kv.store import KVStore
 from alisa.kv.tiered import TieredStore
 from alisa.kv.tiers import DiskTier, HostTier, LowerTier
+from alisa.machine import free_memory
 from alisa.model.decoder import Decoder
 from alisa.policy.base import SelectionPolicy
 from alisa.schedule.all_device import AllDevice
 from alisa.schedule.base import Limits, Scheduler, Tier
 from alisa.schedule.three_phase import ThreePhase
 from alisa.types import Codec
+
+DEFAULT_KV_SHARE = {"cpu": 0.5, "cuda": 0.9}
+"""Share of the memory that is free after loading the model which KV rows may take when no cap is given. On a CPU the
+rest is for activations and for everybody else on the machine; on a GPU nobody else is expected."""
 
 FREE_DISK_SHARE = 0.8
 """Share of the free disk that the disk tier may take when no cap is given."""
@@ -33,6 +40,12 @@ _STAGING_SHARE = 16
 of 8 KiB rows keep a disk busy while the other buffer is read."""
 
 _MOST_STAGING_ROWS = 256
+
+
+def default_kv_memory(device: torch.device) -> int:
+    """Bytes of rows that `device` may hold when no cap is given, as things stand now."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    return int(free * DEFAULT_KV_SHARE[device.type])
 
 
 @dataclass(frozen=True, slots=True)

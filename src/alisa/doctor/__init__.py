@@ -1,0 +1,1 @@
+"""What this installation can do here: facts gathered from the machine, and what follows from them for a user."""

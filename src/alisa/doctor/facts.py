@@ -1,0 +1,176 @@
+"""Everything the doctor looks at, gathered in one place and judged in another (`findings`)."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from alisa import __version__
+from alisa.doctor.self_test import SelfTest, run_self_test
+from alisa.engine.memory import Caps, default_kv_memory
+from alisa.kernels import cpu
+from alisa.llm import embedded_model
+from alisa.machine import Cpu, Place, free_memory, huge_pages, huge_pages_asked, memory_limit, num_cpus
+from alisa.model.linear import PackedLinear, make_linear
+from alisa.model.precision import has_native_bfloat16, resolve_device, resolve_dtype
+
+EXTRAS = ("matplotlib", "lm_eval", "transformers", "triton")
+"""Packages that single commands, the tests or a GPU make use of; nothing else needs them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Native:
+    """The native CPU kernels."""
+
+    isas: tuple[str, ...]
+    """Instruction sets that build and processor have in common, the one that runs first; empty without kernels."""
+    reason: str
+    """Why there are none; empty where there are."""
+    built: bool
+    """Whether the library was built, whether it loads or not."""
+    shares_threads: bool
+    """Whether they run on torch's OpenMP threads."""
+    compiler: str | None
+    """A C++ compiler that could build them."""
+    self_test: SelfTest | None
+    """None without kernels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """The GPU that torch sees."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What was found on this machine and in this installation."""
+
+    alisa: str
+    python: str
+    torch: str
+    cuda: str | None
+    """CUDA version that torch was built for."""
+    cpu: Cpu
+    num_threads: int
+    """That torch uses."""
+    num_cpus: float
+    """That this process may keep busy."""
+    native: Native
+    native_bfloat16: bool
+    """Whether this CPU multiplies bfloat16."""
+    dtype_16bit: str
+    """What `--dtype auto` makes of a 16-bit checkpoint."""
+    packed: tuple[str, ...]
+    """Dtypes whose linear layers are packed for the CPU's matrix library."""
+    gpu: Gpu | None
+    nvidia_driver: bool
+    """Whether the system has an NVIDIA driver, whatever torch sees."""
+    triton_failure: str
+    """Why Triton is installed and cannot be imported; empty where it can or is not there."""
+    free_bytes: int
+    memory_limit: int | None
+    """What the container allows."""
+    kv_bytes: int
+    """Default of `--kv-device-memory`."""
+    kv_disk_bytes: int | None
+    """What `--kv-disk-memory` may come to when it is not given; None where the directory is not there."""
+    temporary: Place
+    disk_tier: Place
+    huge_pages: str | None
+    huge_pages_asked: bool
+    """Whether torch was told to ask for huge pages."""
+    extras: Mapping[str, str | None]
+    """Version of each optional package; None where it is absent."""
+    embedded_model: bool
+    """Whether the small model is inside the package."""
+
+
+def gather(temporary: Path, disk_tier: Path) -> Facts:
+    """Look at everything; takes well under a second once torch is imported.
+
+    Args:
+        temporary: directory for temporary files.
+        disk_tier: directory where rows would go that fit no memory.
+    """
+    device = resolve_device("auto")
+    return Facts(
+        alisa=__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        cpu=Cpu.read(),
+        num_threads=torch.get_num_threads(),
+        num_cpus=num_cpus(),
+        native=_native(),
+        native_bfloat16=has_native_bfloat16(),
+        dtype_16bit=str(resolve_dtype("auto", "float16", device)).removeprefix("torch."),
+        packed=_packed((torch.float32, torch.bfloat16)),
+        gpu=_gpu(device),
+        nvidia_driver=Path("/proc/driver/nvidia/version").exists(),
+        triton_failure=_import_failure("triton"),
+        free_bytes=free_memory(),
+        memory_limit=memory_limit(),
+        kv_bytes=default_kv_memory(device),
+        kv_disk_bytes=Caps(0, None, disk_tier).most_disk_bytes if disk_tier.is_dir() else None,
+        temporary=Place.read(temporary),
+        disk_tier=Place.read(disk_tier),
+        huge_pages=huge_pages(),
+        huge_pages_asked=huge_pages_asked(),
+        extras={name: _version(name) for name in EXTRAS},
+        embedded_model=(embedded_model() / "model.safetensors").exists(),
+    )
+
+
+def _native() -> Native:
+    return Native(
+        isas=cpu.isa_names(),
+        reason=cpu.unavailable_reason(),
+        built=find_spec("alisa.kernels._native") is not None,
+        shares_threads=cpu.openmp_entry() != 0,
+        compiler=next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None),
+        self_test=run_self_test(cpu.CpuKernels()) if cpu.available() else None,
+    )
+
+
+def _packed(dtypes: Sequence[torch.dtype]) -> tuple[str, ...]:
+    device = torch.device("cpu")
+    layers = {dtype: make_linear(torch.ones(32, 32, dtype=dtype), None, device) for dtype in dtypes}
+    return tuple(
+        str(dtype).removeprefix("torch.") for dtype, layer in layers.items() if isinstance(layer, PackedLinear)
+    )
+
+
+def _gpu(device: torch.device) -> Gpu | None:
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return Gpu(name=torch.cuda.get_device_name(device), total_bytes=total, free_bytes=free)
+
+
+def _import_failure(name: str) -> str:
+    if find_spec(name) is None:
+        return ""
+    try:
+        import_module(name)
+    except Exception as error:  # a broken package may raise anything
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
