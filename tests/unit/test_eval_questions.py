@@ -95,9 +95,9 @@ def ask(subject, tmp_path, rows, **options):
 
 
 ROWS = [
-    {"question": "The word for hand is moon. The word for hand is", "choices": ["sea", "moon"], "answer": 1},
-    {"question": "The word for door is sea. The word for door is", "choices": ["sea", "moon"], "answer": 0},
-    {"question": "The word for fire is sun. The word for fire is", "choices": ["sea", "moon", "sun"], "answer": 0},
+    {"question": "The word for hand is money. The word for hand is", "choices": ["sea", "money"], "answer": 1},
+    {"question": "The word for door is sea. The word for door is", "choices": ["sea", "money"], "answer": 0},
+    {"question": "The word for fire is sun. The word for fire is", "choices": ["sea", "money", "sun"], "answer": 0},
 ]
 
 
@@ -108,7 +108,7 @@ def test_the_likeliest_choice_wins(subject, tmp_path):
 
 
 def test_likelihoods_are_divided_by_the_bytes_of_the_choice(subject, tmp_path, monkeypatch):
-    rows = [{"question": "A", "choices": ["sea", "sea and moon"], "answer": 1}]
+    rows = [{"question": "A", "choices": ["sea", "sea and money"], "answer": 1}]
     asked = ask(subject, tmp_path, rows)
     sizes = [choice.num_scored for choice in asked.choices]
     totals = (log(0.5), log(0.3))  # the longer one is less likely, but not for its length
@@ -140,5 +140,5 @@ def test_examples_stand_in_front_and_never_give_the_question_away(subject, tmp_p
 
 
 def test_limit_takes_questions_from_all_over_the_set(subject, tmp_path):
-    assert [choice.question for choice in ask(subject, tmp_path, ROWS * 4, limit=3).choices] == [0, 0, 1, 1, 1, 2, 2]
+    assert [choice.question for choice in ask(subject, tmp_path, ROWS * 4, limit=3).choices] == [0, 0, 1, 1, 2, 2, 2]
     assert Variant("swa", 0.5, "auto") != BASELINE
