@@ -71,7 +71,7 @@ def test_the_same_records_give_the_same_file(files, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["{other}"], "No figure can be drawn from other; there is accuracy, recall-map, attention"),
+        (["{other}"], "No figure can be drawn from other; there is accuracy, recall-map"),
         (["{notes}"], "line 1: not a record of alisa"),
         (["none.jsonl"], "none.jsonl cannot be read"),
         (["{ppl}", "--figure", "pie"], "There is no figure 'pie'; there is accuracy"),
