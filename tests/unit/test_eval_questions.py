@@ -72,7 +72,8 @@ def test_any_file_with_choices_is_a_task(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "count", "num_choices"), [("piqa", 1838, 2), ("copa", 100, 2), ("openbookqa", 500, 4), ("winogrande", 1267, 2)]
+    ("task", "count", "num_choices"),
+    [("piqa", 1838, 2), ("copa", 100, 2), ("openbookqa", 500, 4), ("winogrande", 1267, 2)],
 )
 def test_published_sets_are_read_whole(task, count, num_choices):
     found = load_questions(task, shared_path("data"))
