@@ -302,7 +302,7 @@ class LLM:
             return 0
         if self.config.kv_host_memory is not None:
             return self.config.kv_host_memory
-        return int(psutil.virtual_memory().available * DEFAULT_KV_SHARE["cpu"])
+        return default_kv_memory(torch.device("cpu"))
 
     def _summarise(
         self, requests: Sequence[Request], num_output: int, memory: Memory, state_bytes: int, wall_s: float

@@ -112,9 +112,11 @@ def run_sweep(
                 for record in measure_cells(subject, evaluation, chosen, file):
                     records.append(record)
                     bar.advance(task)
-    console = Console(highlight=False)
+    # A table in a file or a pipe is as wide as it needs to be.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 250)
     for table in tables(records):
-        console.print(_drawn(table.title, table.header, table.rows))
+        console.print(table.title, soft_wrap=True)
+        console.print(_drawn(table.header, table.rows), "")
     if display.json:
         slim = [{key: value for key, value in record.items() if key != "units"} for record in records]
         record = {"command": f"eval {name}", "cells": slim, "output": str(options.output) if options.output else None}
@@ -151,8 +153,8 @@ def _cell_bar(*, show: bool) -> Progress:
     )
 
 
-def _drawn(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+def _drawn(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:

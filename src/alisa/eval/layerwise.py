@@ -121,9 +121,8 @@ class LayerwiseAttend:
         for lane in self._lanes:
             start = lane * self._length
             keys, values = self._codec.decode(rows[start : start + self._length])
-            out[lane, self._prompt_len :] = causal_attention(
-                q[lane, self._prompt_len :], keys.to(q.dtype), values.to(q.dtype)
-            )
+            attended = causal_attention(q[lane], keys.to(q.dtype), values.to(q.dtype))
+            out[lane, self._prompt_len :] = attended[self._prompt_len :]
 
     def _decode(self, layer: int, q: Tensor, k: Tensor, rows: Tensor, out: Tensor) -> None:
         """The rows behind the prompt, each as a decode step makes it."""

@@ -37,11 +37,9 @@ def _table(kind: str, model: str, task: str, records: Sequence[Record]) -> TextT
     rows = []
     for name, row in _rows(records).items():
         by_sparsity = {_number(record, "sparsity"): record for record in row}
-        if name.split(",")[0] == "dense":
-            dense = _cell(kind, row[0])
-            rows.append(
-                (name, _level(kind, row[0]), *[dense if index == 0 else "" for index in range(len(sparsities))])
-            )
+        if name.startswith("dense,"):
+            level = _level(kind, row[0]) if row[0]["versus_dense"] in (0, 1) else _cell(kind, row[0])
+            rows.append((name, level, *("" for _ in sparsities)))
         else:
             cells = [_cell(kind, by_sparsity[s]) if s in by_sparsity else "" for s in sparsities]
             rows.append((name, "", *cells))

@@ -1,0 +1,129 @@
+"""Recall tasks: what the texts say, where the answers are, and that forgetting shows."""
+
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from alisa import LLM
+from alisa.errors import InputError
+from alisa.eval.filler import DEFAULT_TEXT, Filler
+from alisa.eval.recall import recalls_of
+from alisa.eval.recall_tasks import TASKS, Scene
+from alisa.eval.subject import BASELINE, Subject, Variant
+from alisa.eval.wording import NUMBERS, WORDS, choose_wording
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return Subject.of(LLM(dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def filler(subject):
+    return Filler(subject.tokenizer, [DEFAULT_TEXT])
+
+
+def make(subject, tasks=("needle",), wording=WORDS, **options):
+    settings = {"lengths": [200], "depths": [0.0, 0.5, 1.0], "repeats": 2, "prefill": None, "text": None, "seed": 0}
+    return recalls_of(subject, tasks, wording=wording, **settings | options)
+
+
+@pytest.mark.parametrize("wording", [WORDS, NUMBERS])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_answer_was_told_before(task, wording, subject, filler):
+    for seed in range(5):
+        script = TASKS[task](Scene(subject.tokenizer, filler, wording, 600, 0.3), Random(seed))
+        assert len(subject.tokenizer.encode(script.text)) <= 600
+        for answer in script.answers:
+            told = script.text[answer.start : answer.end]
+            assert told.startswith(" ")
+            assert script.text[answer.told :].startswith(told)
+            assert answer.told < script.first_question < answer.start
+
+
+def test_a_needle_stands_at_its_depth(subject, filler):
+    places = []
+    for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
+        script = TASKS["needle"](Scene(subject.tokenizer, filler, WORDS, 400, depth), Random(1))
+        places.append(script.answers[0].told / script.first_question)
+    assert places == sorted(places)
+    assert places[0] < 0.1
+    assert places[2] == pytest.approx(0.5, abs=0.1)
+    assert places[4] > 0.9
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_targets_are_the_tokens_of_the_answers(task, subject):
+    [recall] = make(subject, [task])
+    for item in recall.items:
+        ids = [*item.item.prompt_ids, *item.item.output_ids]
+        for target in item.targets:
+            start = len(item.item.prompt_ids) + target.start
+            size = target.end - target.start
+            answer = ids[start : start + size]
+            assert ids[start - target.distance :][:size] == answer
+        question = subject.tokenizer.decode(item.item.output_ids)
+        assert question.startswith(" The second reading:" if task == "copy" else " What is the word for")
+
+
+def test_prefill_says_how_much_is_read_densely(subject):
+    [short], [whole] = (make(subject, prefill=prefill) for prefill in (50, 5000))
+    assert {len(item.item.prompt_ids) for item in short.items} == {50}
+    assert [item.item for item in whole.items] == [item.item for item in make(subject)[0].items]
+    distances = [[target.distance for target in item.targets] for item in short.items]
+    assert distances == [[target.distance for target in item.targets] for item in whole.items]
+
+
+def test_the_model_recalls_densely_and_a_window_forgets(subject):
+    recalls = make(subject, ["needle", "lookup", "copy"], lengths=[400], repeats=3)
+    for recall in recalls:
+        dense = recall.measure(subject, BASELINE)
+        local = recall.measure(subject, Variant("local", 0.8, "auto"))
+        assert recall.value(dense.units).value > 0.9
+        assert recall.versus(local.units, dense.units).value < -0.3
+    needle, window = (
+        recalls[0].measure(subject, v).details["by_depth"] for v in (BASELINE, Variant("local", 0.8, "auto"))
+    )
+    assert needle == [[0.0, 1.0, 3], [0.5, 1.0, 3], [1.0, 1.0, 3]]
+    assert window[0][1] < window[-1][1]
+
+
+def test_an_answer_of_several_tokens_counts_when_all_are_right(subject):
+    [recall] = make(subject, wording=NUMBERS)
+    assert all(target.end - target.start > 1 for item in recall.items for target in item.targets)
+    assert set(recall.measure(subject, BASELINE).units) <= {0.0, 1.0}
+
+
+def test_impossible_lengths_are_refused(subject):
+    with pytest.raises(InputError, match="has 3000 tokens and embedded has 2048 positions"):
+        make(subject, lengths=[3000])
+    with pytest.raises(InputError, match="lookup does not fit 24 tokens"):
+        make(subject, ["lookup"], lengths=[24])
+
+
+def test_wording_suits_the_model():
+    assert choose_wording("auto", "embedded") is WORDS
+    assert choose_wording("auto", "facebook/opt-125m") is NUMBERS
+    assert choose_wording("numbers", "embedded") is NUMBERS
+
+
+def test_words_are_those_the_model_was_trained_on(subject):
+    """The generator of the training project and this one say the same things."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
+    try:
+        import recall as training
+    finally:
+        sys.path.pop(0)
+    tokenizer = subject.tokenizer
+    vocabulary = training.make_vocabulary(tokenizer._backend)
+    lead = len(tokenizer.encode(""))
+    for words, ids in ((WORDS.keys, vocabulary.keys), (WORDS.values, vocabulary.values)):
+        assert sorted(tokenizer.encode(f" {word}")[lead] for word in words) == sorted(ids.tolist())
+    statement = tokenizer.encode(WORDS.statement.format(key="hand", value="moon"))[lead:]
+    [hand], [moon] = (tokenizer.encode(f" {word}")[lead:] for word in ("hand", "money"))
+    statement = tokenizer.encode(WORDS.statement.format(key="hand", value="money"))[lead:]
+    assert statement == [*vocabulary.statement[0], hand, *vocabulary.statement[1], moon, vocabulary.stop]
+    question = tokenizer.encode(WORDS.question.format(key="hand"))[lead:]
+    assert question == [*vocabulary.question[0], hand, *vocabulary.question[1]]
