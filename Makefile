@@ -54,3 +54,14 @@ $(VENV)/.ready-core: $(SET_UP_FROM) | $(VENV)/bin/python
 $(VENV)/.ready-dev: $(SET_UP_FROM) | $(VENV)/bin/python
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.ready-core
+
+# Other engines on the same workload, each in its own environment: benchmarks/peers/compare.py runs them.
+PEERS = transformers vllm openvino kvpress llamacpp
+.PHONY: $(PEERS:%=peer-%)
+$(PEERS:%=peer-%): peer-%: .peers/%/.ready
+
+.peers/%/.ready: benchmarks/peers/requirements/%.txt
+	$(PYTHON) -m venv .peers/$*
+	.peers/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	no_deps=$(<:.txt=.no-deps.txt); [ ! -f $$no_deps ] || .peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $$no_deps
+	@touch $@
