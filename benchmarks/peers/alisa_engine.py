@@ -1,6 +1,6 @@
 """This project's own engine through its Python face.
 
-    .venv/bin/python benchmarks/peers/alisa_engine.py --policy swa --sparsity 0.8
+.venv/bin/python benchmarks/peers/alisa_engine.py --policy swa --sparsity 0.8
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def generate(llm: LLM, workload: Workload) -> tuple[Timing, int]:
 def measure(run: Run, *, policy: PolicyName, sparsity: float, dtype: DtypeName, kv_dtype: KvDtypeName) -> None:
     """Print the record of one policy."""
     torch.set_num_threads(run.threads)
-    llm = LLM(
-        run.model, policy=policy, sparsity=sparsity, dtype=dtype, kv_dtype=kv_dtype, max_batch=run.workload.batch
-    )
+    llm = LLM(run.model, policy=policy, sparsity=sparsity, dtype=dtype, kv_dtype=kv_dtype, max_batch=run.workload.batch)
     generate(llm, run.workload.warm_up())
     timing, num_output = generate(llm, run.workload)
     settings = llm.describe()
     notes = [f"{name} {settings[name]}" for name in ("dtype", "kv_dtype", "attention", "sparsity")]
     summary = llm.summary()
-    notes += [f"{part} {getattr(summary, part):.2f} s" for part in ("linear_s", "attention_s", "selection_s", "other_s")]
+    notes += [
+        f"{part} {getattr(summary, part):.2f} s" for part in ("linear_s", "attention_s", "selection_s", "other_s")
+    ]
     name = "-".join(["alisa", policy, *([f"{sparsity:g}"] if policy != "dense" else [])])
     name += "" if kv_dtype == "auto" else f"-kv-{kv_dtype}"
     finish(name, run, timing, packages=["alisa", "torch"], num_output=num_output, notes=notes)

@@ -3,8 +3,8 @@
     python benchmarks/peers/compare.py --shape opt-1.3b --batch 16 --prompt-len 128 --output-len 512
 
 Standard library only. Every engine runs in a process of its own, in the environment that `make peer-NAME` set up; one
-whose environment is missing is named and left out. Each record, also that of an engine which cannot do the work here, is
-appended to `benchmarks/results/peers.jsonl`. Nothing else should run on the machine meanwhile.
+whose environment is missing is named and left out. Each record, also that of an engine which cannot do the work here,
+is appended to `benchmarks/results/peers.jsonl`. Nothing else should run on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workload import Run, failed, parser, run_of
+from workload import Run, ended, parser, run_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "peers.jsonl"
@@ -54,8 +54,11 @@ ENGINES = {
     "openvino-int8": Engine("openvino", "openvino_engine.py", ("--variant", "int8")),
     "kvpress": Engine("kvpress", "kvpress_engine.py"),
     "llamacpp": Engine("llamacpp", "llamacpp_engine.py"),
-    "flexgen": Engine("alisa", "flexgen_engine.py"),
 }
+NEED_A_GPU = {
+    "flexgen": "FlexGen 0.1.8 computes on CUDA devices only; the CPU is a place to keep weights and rows for it",
+}
+"""Engines without a driver for the CPU, and why: they have a row all the same."""
 
 
 def python_of(environment: str) -> Path:
@@ -67,7 +70,10 @@ def python_of(environment: str) -> Path:
 
 def measure(name: str, run: Run) -> dict[str, Any]:
     """The record of one engine; a driver that fails has one too, with the last line that it wrote."""
-    engine, workload = ENGINES[name], run.workload
+    workload = run.workload
+    if name in NEED_A_GPU:
+        return ended(name, workload, run.threads, "unavailable", NEED_A_GPU[name])
+    engine = ENGINES[name]
     command = [str(python_of(engine.environment)), str(HERE / engine.driver), *engine.options]
     command += ["--shape", workload.shape, "--batch", str(workload.batch), "--prompt-len", str(workload.prompt_len)]
     command += ["--output-len", str(workload.output_len), "--seed", str(workload.seed)]
@@ -75,16 +81,14 @@ def measure(name: str, run: Run) -> dict[str, Any]:
     # Most engines read the number of threads from here before their own options are looked at.
     environment = os.environ | {"OMP_NUM_THREADS": str(run.threads), "HF_HUB_OFFLINE": "1"}
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        return failed(name, workload, run.threads, f"not done after {TIMEOUT_S} s")
+        return ended(name, workload, run.threads, "failed", f"not done after {TIMEOUT_S} s")
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines and lines[-1].startswith("{"):
         return json.loads(lines[-1])
     last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-    return failed(name, workload, run.threads, f"exit status {done.returncode}: {last}")
+    return ended(name, workload, run.threads, "failed", f"exit status {done.returncode}: {last}")
 
 
 def row(record: dict[str, Any]) -> str:
@@ -108,7 +112,8 @@ def make_model(run: Run) -> None:
 def options() -> argparse.ArgumentParser:
     """The shared options and which engines to run."""
     result = parser(__doc__)
-    result.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="ENGINE")
+    names = [*ENGINES, *NEED_A_GPU]
+    result.add_argument("--engines", nargs="+", choices=names, default=names, metavar="ENGINE", help=", ".join(names))
     result.add_argument("--results", type=Path, default=RESULTS, help="file that the records are appended to")
     return result
 
@@ -120,7 +125,7 @@ def main() -> None:
     make_model(run)
     print(f"{'engine':26}{'tokens/s':>10}{'decode/s':>10}{'first, s':>10}{'peak GiB':>10}", flush=True)
     for name in args.engines:
-        environment = ENGINES[name].environment
+        environment = ENGINES[name].environment if name in ENGINES else "alisa"
         if not python_of(environment).exists():
             print(f"{name:26}no environment; make peer-{environment}", flush=True)
             continue

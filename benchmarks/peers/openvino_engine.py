@@ -2,7 +2,7 @@
 
     .peers/openvino/bin/python benchmarks/peers/openvino_engine.py --variant fp16
 
-Set up for its best here: inference precision bfloat16, as many threads as cores, whole prompts of the batch in one pass,
+Set up for its best here: inference precision bfloat16, as many threads as cores, all prompts of the batch in one pass,
 a cache allocated at once, no prefix caching. Precision of the KV rows stays the plugin's choice (8 bits, which the
 record states) unless `--kv-precision` asks for another. Variants are the weights of the export (fp16, which become
 bfloat16 in memory, or int8) and `evict`, its own sparse cache: 32 first tokens, 64 recent ones, and 64 between them

@@ -3,8 +3,8 @@
     .peers/transformers/bin/python benchmarks/peers/transformers_engine.py --cache dynamic
 
 Set up for its best here: bfloat16 weights, scaled dot product attention of torch, as many threads as cores. Caches:
-`dynamic` (the default of transformers), `static` (allocated at once, the decode step compiled by torch), `quanto-int4` and
-`hqq-int4` (rows in 4 bits with the last 128 tokens in full), and `offloaded`, which transformers can only do with a GPU.
+`dynamic` (the default of transformers), `static` (allocated at once), `quanto-int4` and `hqq-int4` (rows in 4 bits with
+the last 128 tokens in full), and `offloaded`, which transformers can only do with a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from workload import Run, Timing, Workload, finish, parser, run_of, unavailable
 
@@ -43,7 +43,7 @@ class FirstToken(BaseStreamer):
         """Called after the last step."""
 
 
-def generate(model: Any, workload: Workload, options: dict[str, Any]) -> tuple[Timing, int]:
+def generate(model: PreTrainedModel, workload: Workload, options: dict[str, Any]) -> tuple[Timing, int]:
     """Run the workload; its timing and the number of tokens that came."""
     ids = torch.tensor(workload.prompts())
     first = FirstToken()

@@ -1,18 +1,23 @@
-"""vLLM on the CPU, driven step by step in its own process.
+"""vLLM on the CPU, driven step by step through its engine.
 
     .peers/vllm/bin/python benchmarks/peers/vllm_engine.py
 
 Set up for its best here: bfloat16, one OpenMP thread bound to each core, room in the cache for the whole batch, all
-prompts in one pass, no prefix caching, no tokenizer. The engine's core runs in this process: on few cores a second
-process only competes for them.
+prompts in one pass, no prefix caching, no tokenizer. Its core runs in a process of its own, which is vLLM's default: it
+starts that one with the OpenMP library that its thread binding needs (decode is a tenth slower in one process). Intel's
+OpenMP in place of torch's was tried and is slower still. The peak is that of both processes together.
 """
 
 from __future__ import annotations
 
 import os
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from workload import Run, Timing, Workload, finish, parser, run_of
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 KV_SPACE_GIB = 3
 """Enough for 16 sequences of 640 tokens of OPT-1.3B (1.9 GiB) and of 1280 tokens of the LLaMA shape (0.4 GiB)."""
@@ -22,12 +27,12 @@ def prepare(threads: int) -> None:
     """Set what vLLM reads from the environment; before it is imported."""
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(KV_SPACE_GIB)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}"
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # the record is the last line of standard output
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def generate(llm: "vllm.LLM", workload: Workload) -> tuple[Timing, int]:  # noqa: F821, UP037
+def generate(llm: LLM, workload: Workload) -> tuple[Timing, int]:
     """Run the workload; its timing and the number of tokens that came."""
     from vllm import SamplingParams
 
@@ -70,7 +75,6 @@ def measure(run: Run) -> None:
     generate(llm, workload.warm_up())
     timing, num_output = generate(llm, workload)
     notes = ["bfloat16 weights and KV rows", f"VLLM_CPU_KVCACHE_SPACE={KV_SPACE_GIB}", "up to 2048 tokens in a pass"]
-    notes.append(f"multiprocessing {os.environ['VLLM_ENABLE_V1_MULTIPROCESSING']}")
     finish("vllm", run, timing, packages=["vllm-cpu", "torch"], num_output=num_output, notes=notes)
 
 

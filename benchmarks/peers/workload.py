@@ -144,9 +144,9 @@ def unavailable(engine: str, run: Run, reason: str) -> None:
     _print_record(engine, run.workload, run.threads, {"status": "unavailable", "reason": reason})
 
 
-def failed(engine: str, workload: Workload, threads: int, reason: str) -> dict[str, Any]:
-    """The record of a driver that ended without one."""
-    return _record(engine, workload, threads, {"status": "failed", "reason": reason})
+def ended(engine: str, workload: Workload, threads: int, status: str, reason: str) -> dict[str, Any]:
+    """The record of an engine that gave none itself: `unavailable` or `failed`, and why."""
+    return _record(engine, workload, threads, {"status": status, "reason": reason})
 
 
 def _print_record(engine: str, workload: Workload, threads: int, result: dict[str, Any]) -> None:
