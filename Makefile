@@ -54,3 +54,19 @@ $(VENV)/.ready-core: $(SET_UP_FROM) | $(VENV)/bin/python
 $(VENV)/.ready-dev: $(SET_UP_FROM) | $(VENV)/bin/python
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.ready-core
+
+# Other engines on the same workload, each in its own environment, because they ask for different versions of the same
+# packages; benchmarks/peers/compare.py runs them. What is in NAME.no-deps.txt comes without what it requires.
+PEERS = transformers vllm openvino kvpress llamacpp
+.PHONY: peers $(PEERS:%=peer-%)
+
+peers: $(PEERS:%=peer-%)  ## the engines that benchmarks compare with, under .peers; one of them: make peer-vllm
+
+$(PEERS:%=peer-%): peer-%: .peers/%/.ready
+
+PEER_PIP_INSTALL = .peers/$*/bin/python -m pip install --quiet --disable-pip-version-check
+.peers/%/.ready: benchmarks/peers/requirements/%.txt
+	$(PYTHON) -m venv .peers/$*
+	$(PEER_PIP_INSTALL) -r $<
+	$(if $(wildcard $(<:.txt=.no-deps.txt)),$(PEER_PIP_INSTALL) --no-deps -r $(<:.txt=.no-deps.txt))
+	@touch $@
