@@ -15,7 +15,7 @@ from alisa.cli.options import EngineOptions
 from alisa.config import SamplingParams
 from alisa.errors import InputError
 from alisa.outputs import RequestOutput, RequestReport, RunSummary, TextDelta
-from alisa.types import Phase, StepRecord
+from alisa.types import Phase, StepRecord, Traffic
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,19 @@ class FakeLLM:
             linear_s=0.5,
             attention_s=0.2,
             selection_s=0.1,
+            transfer_s=0.05,
             sampling_s=0.1,
-            other_s=0.1,
+            other_s=0.05,
             decode_tokens=num_output - len(self._outputs),
             kv_cap_bytes=2**21,
             kv_peak_bytes=2**20,
+            host_cap_bytes=0,
+            host_peak_bytes=0,
+            disk_cap_bytes=2**22,
+            disk_peak_bytes=2**21,
+            phase_steps={Phase.DEVICE: len(self.records)},
+            num_preempted=0,
+            traffic=sum((record.traffic for record in self.records), Traffic()),
             policy_state_bytes=100,
             tokens_attended=20,
             tokens_dense=100,
@@ -113,11 +121,17 @@ def _step(step: int) -> StepRecord:
         tokens_dense=10,
         kv_rows=10,
         kv_bytes=100,
+        host_bytes=0,
+        disk_bytes=50,
+        deleted_tokens=0,
+        num_preempted=0,
+        traffic=Traffic(fetched_rows=2, stored_rows=4, moved_bytes=60, lookups=4, hits=2, wait_s=0.01, busy_s=0.02),
         linear_s=0.1,
         attention_s=0.1,
         selection_s=0.1,
+        transfer_s=0.05,
         sampling_s=0.1,
-        other_s=0.1,
+        other_s=0.05,
         wall_s=0.5,
     )
 

@@ -19,7 +19,7 @@ TOLERANCE = 1e-4
 """float32: logits reach about 10 and a sum has at most 96 products: 10 * 96 * 2^-24 = 6e-5 at the worst."""
 
 
-def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal(layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
     """Dense causal attention over B sequences of the same length."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -86,8 +86,8 @@ def test_packed_sequences_follow_their_positions(name: str, tmp_path: Path) -> N
     decoder = load_decoder(save(build(name), tmp_path), torch.float32, CPU)
     first, second = some_tokens()[0, :30], some_tokens()[1, :70]
 
-    def block_causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        halves = [causal(layer, q[:, s], k[:, s], v[:, s]) for s in (slice(0, 30), slice(30, 100))]
+    def block_causal(layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        halves = [causal(layer, q[:, s], k[:, s], v[:, s], hidden[:, s]) for s in (slice(0, 30), slice(30, 100))]
         return torch.cat(halves, dim=1)
 
     packed = torch.cat((first, second))[None]
@@ -99,7 +99,7 @@ def test_packed_sequences_follow_their_positions(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_project_kv_rebuilds_what_attend_saw(name: str, tmp_path: Path) -> None:
-    """From the input of W_K and W_V and the original positions, any rows come back."""
+    """`attend` is shown the input of W_K and W_V; from it and the original positions, any rows come back."""
     model = build(name)
     decoder = load_decoder(save(model, tmp_path), torch.float32, CPU)
     inputs: dict[int, Tensor] = {}
@@ -108,11 +108,11 @@ def test_project_kv_rebuilds_what_attend_saw(name: str, tmp_path: Path) -> None:
         _key_projection(model, layer).register_forward_pre_hook(
             lambda module, args, layer=layer: inputs.update({layer: args[0].detach()})
         )
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def recording(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen[layer] = (k.clone(), v.clone())
-        return causal(layer, q, k, v)
+    def recording(layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        seen[layer] = (k.clone(), v.clone(), hidden.clone())
+        return causal(layer, q, k, v, hidden)
 
     tokens = some_tokens(batch=1)
     decoder.forward(tokens, torch.arange(NUM_TOKENS)[None], recording)
@@ -125,6 +125,7 @@ def test_project_kv_rebuilds_what_attend_saw(name: str, tmp_path: Path) -> None:
         assert k.shape == v.shape == (5, spec.num_kv_heads, spec.head_dim)
         torch.testing.assert_close(k, seen[layer][0][0, rows], atol=TOLERANCE, rtol=0)
         torch.testing.assert_close(v, seen[layer][1][0, rows], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(seen[layer][2], inputs[layer], atol=TOLERANCE, rtol=0)
 
 
 def _key_projection(model: torch.nn.Module, layer: int) -> torch.nn.Module:

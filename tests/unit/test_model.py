@@ -51,13 +51,13 @@ def test_attend_is_called_once_per_layer_in_order_with_the_promised_shapes():
     spec = small_spec(num_layers=3)
     seen = []
 
-    def attend(layer, q, k, v):
-        seen.append((layer, tuple(q.shape), tuple(k.shape), tuple(v.shape)))
-        return causal(layer, q, k, v)
+    def attend(layer, q, k, v, hidden):
+        seen.append((layer, *(tuple(x.shape) for x in (q, k, v, hidden))))
+        return causal(layer, q, k, v, hidden)
 
     decoder = random_decoder(spec, torch.float32, CPU)
     hidden = decoder.forward(torch.zeros(2, 5, dtype=torch.int64), torch.arange(5).expand(2, 5), attend)
-    assert seen == [(layer, (2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8)) for layer in range(3)]
+    assert seen == [(layer, (2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8), (2, 5, 32)) for layer in range(3)]
     assert hidden.shape == (2, 5, 32)
     assert not hidden.requires_grad
     logits = decoder.logits(hidden[:, -1])
@@ -72,7 +72,7 @@ def test_a_cached_step_equals_the_whole_sequence(tmp_path):
     whole = run(decoder, tokens)[0]
     cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def attend(layer, q, k, v):
+    def attend(layer, q, k, v, hidden):
         if layer in cache:
             k, v = (torch.cat(pair, dim=1) for pair in zip(cache[layer], (k, v), strict=True))
         cache[layer] = (k, v)

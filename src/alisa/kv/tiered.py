@@ -27,7 +27,7 @@ from alisa.kv.remnant import Remnants
 from alisa.kv.residency import NOWHERE, Eviction, Residency
 from alisa.kv.shelf import HostShelf, Shelf, shelves
 from alisa.kv.tiers import Bytes, LowerTier, Places, Slots
-from alisa.kv.transfer import Ticket, Transfers
+from alisa.kv.transfer import Lanes, Some, Ticket, Transfers
 from alisa.types import Codec, Medium, Move, Segment, Selection, StepPlan, Traffic
 
 _JOB_ROWS = 64
@@ -106,6 +106,8 @@ class _Step:
     """(tokens, slots) whose layer inputs are kept."""
     lanes: tuple[int, ...] = ()
     """The lanes of the step's segments, in order."""
+    owners: Lanes = field(default_factory=lambda: np.empty(0, np.int64))
+    """Int64[n]: the lane of each token."""
 
 
 class TieredStore:
@@ -166,6 +168,7 @@ class TieredStore:
         self._ends = np.zeros(num_lanes, np.int64)  # bounds[0] of every lane, for look-ups
         self._transfers = Transfers()
         self._arriving: list[list[Ticket]] = [[] for _ in range(num_layers)]
+        self._ahead = [np.empty(0, np.int32) for _ in range(num_layers)]  # slots filled for the next step
         self._going: deque[_Going] = deque()
         self._written: list[list[Ticket]] = [[] for _ in range(num_layers)]  # straight to a tier, layer by layer
         self._bytes_going = 0
@@ -227,6 +230,9 @@ class TieredStore:
                 )
         self._residency.tick()
         self._land(block=False)
+        if plan.prefill:
+            # No layer will ask for what was fetched ahead, and in the step after this one it may have to leave.
+            self._arrive_everywhere()
         for move in plan.moves:
             self._move(move)
         self._place(plan.segments)
@@ -245,11 +251,12 @@ class TieredStore:
             if step.below:
                 below = rows.cpu().numpy()
                 for tier, tokens, slots_below in step.below:
-                    self._write_past(layer, self._tiers[tier], slots_below, below, tokens)
+                    self._write_past(layer, self._tiers[tier], slots_below, below, tokens, step.owners[tokens])
         if step.remnants is not None and self._remnants is not None:
-            tokens, slots = step.remnants
+            tokens, slots_below = step.remnants
             remnants = self._remnants.encode(hidden[torch.from_numpy(tokens).to(self._device)])
-            self._write_past(layer, self._remnants.tier, slots, remnants, np.arange(len(tokens)))
+            places = np.arange(len(tokens))
+            self._write_past(layer, self._remnants.tier, slots_below, remnants, places, step.owners[tokens])
 
     def parts(self, layer: int, selection: Selection) -> Iterator[Part]:
         """See `RowStore.parts`; one set for all heads."""
@@ -257,9 +264,8 @@ class TieredStore:
         slots = self._residency.slots[layer][lanes[:, None], positions]
         below = real & (positions < self._ends[lanes][:, None])
         missing = real & (slots == NOWHERE)
-        num_below, num_missing = int(below.sum()), int(missing.sum())
-        self._counts["lookups"] += num_below
-        self._counts["hits"] += num_below - num_missing
+        num_missing = int(missing.sum())
+        self._count_hits(layer, slots[below])
         self._residency.touch(layer, slots[real & ~missing])
         self._arrive(layer)
         if num_missing:
@@ -292,7 +298,7 @@ class TieredStore:
         wanted, at = at_lanes[row], positions[row, column].astype(np.int64)
         placed = self._residency.place(layer, wanted, at, ahead=True)
         if placed is not None:
-            self._counts["hits"] -= len(placed)  # it will look like one, and is none
+            self._ahead[layer] = np.append(self._ahead[layer], placed)
             self._arriving[layer].append(self._load(layer, wanted, at, self._arena[layer], placed))
 
     def read(self, layer: int, lane: int, start: int, end: int) -> tuple[Tensor, Tensor]:
@@ -399,10 +405,19 @@ class TieredStore:
             # In order behind what is on its way: rows that this step writes past the device, and deleted ones.
             self._going.append(_Going(Ticket(), move.lane, move.end))
         if source > 0:
+            self._vacate(move)
             self._tables[source - 1].give_back(move.lane, move.start, move.end)
         for level in range(source, target):
             lane.bounds[level] = max(lane.bounds[level], move.end)
         self._ends[move.lane] = lane.bounds[0]
+
+    def _vacate(self, move: Move) -> None:
+        """Nothing is on its way to or from rows whose slots below are about to have another owner."""
+        if self._residency.safe[move.lane] < move.end:
+            self._land(block=True)
+        self._flush()
+        if (self._residency.slots[:, move.lane, move.start : move.end] != NOWHERE).any():
+            self._arrive_everywhere()
 
     def _push(self, lane: int, start: int, end: int, source: int, tier: int, slots: Slots) -> None:
         """Copy rows [start, end) of all layers from a level to a lower tier, in the background."""
@@ -414,23 +429,24 @@ class TieredStore:
             from_slots = self._residency.slots[:, lane, start:end].astype(np.int64)
             fence = self._arena[0].fence()
 
-            def down() -> None:
+            def down(some: Some) -> None:
                 for layer, shelf in enumerate(self._arena):
-                    shelf.give(partial(target.write, layer, slots), from_slots[layer], fence)
+                    shelf.give(partial(target.write, layer, slots[some]), from_slots[layer, some], fence)
 
-            self._going.append(_Going(self._transfers.start(down, (lane,)), lane, end))
+            self._going.append(_Going(self._transfers.start(down, np.full(count, lane)), lane, end))
             return
         # From tier to tier: done at once, because the source's slots are about to be given away.
         self._settle()
         origin, old = self._tiers[source - 1], self._tables[source - 1].slots[lane, start:end].copy()
 
-        def across() -> None:
+        def across(some: Some) -> None:
             buffer = np.empty((count, self.codec.format.row_bytes), np.uint8)
+            rows = np.arange(count)[some]
             for layer in range(self._num_layers):
-                origin.read(layer, old, buffer, np.arange(count))
-                target.write(layer, slots, buffer, np.arange(count))
+                origin.read(layer, old[some], buffer, rows)
+                target.write(layer, slots[some], buffer, rows)
 
-        self._transfers.wait(self._transfers.start(across, (lane,)))
+        self._transfers.wait(self._transfers.start(across, np.full(count, lane)))
 
     def _place(self, segments: Sequence[Segment]) -> None:
         """Decide for every new token where its rows go: device slots in each layer, or slots below."""
@@ -447,7 +463,7 @@ class TieredStore:
             if placed is None:
                 raise CapacityError(f"{len(home)} new tokens have no room in the device arena of layer {layer}.")
             home_slots[layer] = placed
-        step = _Step(home, home_slots, lanes=tuple(segment.lane for segment in segments))
+        step = _Step(home, home_slots, lanes=tuple(segment.lane for segment in segments), owners=lanes)
         for tier, table in enumerate(self._tables):
             slots = table.slots[lanes, positions]
             tokens = np.flatnonzero(slots != NOWHERE)
@@ -462,7 +478,9 @@ class TieredStore:
             step.remnants = (kept, self._remnant_table.slots[lanes[kept], positions[kept]])
         self._step = step
 
-    def _write_past(self, layer: int, tier: LowerTier, slots: Slots, source: Bytes, source_rows: Slots) -> None:
+    def _write_past(
+        self, layer: int, tier: LowerTier, slots: Slots, source: Bytes, source_rows: Slots, lanes: Lanes
+    ) -> None:
         """Write rows that never lie on the device; prefill waits when too many are on their way."""
         num_bytes = len(slots) * source.shape[1]
         self._counts["stored"] += len(slots)
@@ -471,8 +489,11 @@ class TieredStore:
         if self._bytes_going > _BYTES_ON_THE_WAY_DOWN:
             self._flush()
             self._bytes_going = num_bytes
-        work = self._transfers.start(lambda: tier.write(layer, slots, source, source_rows), self._step.lanes)
-        self._written[layer].append(work)
+
+        def write(some: Some) -> None:
+            tier.write(layer, slots[some], source, source_rows[some])
+
+        self._written[layer].append(self._transfers.start(write, lanes))
 
     def _load(
         self, layer: int, lanes: NDArray[np.int64], positions: NDArray[np.int64], target: Shelf, places: Places
@@ -496,13 +517,13 @@ class TieredStore:
             self._start_rebuild(ticket, layer, lanes[rest], positions[rest], target, places[rest])
         return ticket
 
-    def _fetch(
-        self, tier: LowerTier, layer: int, slots: Slots, target: Shelf, places: Places, lanes: NDArray[np.int64]
-    ) -> Ticket:
+    def _fetch(self, tier: LowerTier, layer: int, slots: Slots, target: Shelf, places: Places, lanes: Lanes) -> Ticket:
         fence = target.fence()
-        return self._transfers.start(
-            lambda: target.receive(partial(tier.read, layer, slots), places, fence), sorted(set(lanes.tolist()))
-        )
+
+        def fetch(some: Some) -> None:
+            target.receive(partial(tier.read, layer, slots[some]), places[some], fence)
+
+        return self._transfers.start(fetch, lanes)
 
     def _start_rebuild(
         self,
@@ -526,6 +547,15 @@ class TieredStore:
             target.put(places, remnants.rows(layer, buffer.rows.to(self._device), positions, self.codec))
 
         ticket.finish = rebuild
+
+    def _count_hits(self, layer: int, slots: NDArray[np.int32]) -> None:
+        """Take note of look-ups of rows that have gone down; one that was fetched ahead for them is no hit."""
+        brought = np.count_nonzero(slots == NOWHERE)
+        if len(self._ahead[layer]):
+            brought += np.count_nonzero(np.isin(slots, self._ahead[layer]))
+            self._ahead[layer] = np.empty(0, np.int32)
+        self._counts["lookups"] += len(slots)
+        self._counts["hits"] += len(slots) - brought
 
     def _in_pieces(
         self,
@@ -578,6 +608,10 @@ class TieredStore:
             self._transfers.wait(ticket)
         self._arriving[layer].clear()
 
+    def _arrive_everywhere(self) -> None:
+        for layer in range(self._num_layers):
+            self._arrive(layer)
+
     def _land(self, *, block: bool) -> None:
         """Rows that have reached the tier below may leave the device; block: wait until all have."""
         while self._going and (block or self._going[0].ticket.is_done):
@@ -596,8 +630,7 @@ class TieredStore:
         """Nothing is on its way."""
         self._land(block=True)
         self._flush()
-        for layer in range(self._num_layers):
-            self._arrive(layer)
+        self._arrive_everywhere()
 
 
 def _asked(

@@ -6,12 +6,18 @@ its own thread and what the model waited are both counted, so that a report can 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+Lanes = NDArray[np.int64]
+Some = slice | NDArray[np.int64]
+"""Which of the rows of a transfer: all, or those of one lane."""
 
 NUM_THREADS = 8
 """Requests in flight. A disk wants more than one (8 KiB reads, uncached: one thread 0.10 GB/s, 16 threads 0.36, 32
@@ -52,17 +58,17 @@ class CopyStream:
 
 @dataclass(slots=True)
 class Ticket:
-    """Transfers under way for some lanes."""
+    """Transfers under way."""
 
-    jobs: list[tuple[Future[float], tuple[int, ...]]] = field(default_factory=list)
-    """Each gives the seconds it took, and belongs to these lanes."""
+    jobs: list[Future[tuple[float, dict[int, str]]]] = field(default_factory=list)
+    """Each gives the seconds it took, and the lanes whose rows it lost, and why."""
     finish: Callable[[], None] | None = None
     """What is left to do in the waiting thread when the bytes are there."""
 
     @property
     def is_done(self) -> bool:
         """Whether `wait` would return at once."""
-        return all(future.done() for future, _ in self.jobs)
+        return all(job.done() for job in self.jobs)
 
 
 class Transfers:
@@ -74,24 +80,27 @@ class Transfers:
         self.busy_s = 0.0
         self._failed: dict[int, str] = {}
 
-    def start(self, work: Callable[[], None], lanes: Sequence[int]) -> Ticket:
-        """`work` runs in a thread; it may raise OSError, which makes its lanes fail."""
+    def start(self, work: Callable[[Some], None], lanes: Lanes) -> Ticket:
+        """`work(some)` moves some of its rows, in a thread; row i is of lane `lanes[i]`, Int64[N].
 
-        def timed() -> float:
+        When it raises OSError it is called once more for each lane, so that one lane's rows do not cost the others
+        theirs: lanes for which it raises again have failed.
+        """
+
+        def timed() -> tuple[float, dict[int, str]]:
             started = perf_counter()
-            work()
-            return perf_counter() - started
+            failed = _lanes_lost(work, lanes)
+            return perf_counter() - started, failed
 
-        return Ticket([(self._pool.submit(timed), tuple(lanes))])
+        return Ticket([self._pool.submit(timed)])
 
     def wait(self, ticket: Ticket) -> None:
-        """The ticket's rows are there, or its lanes are among the failed."""
+        """The ticket's rows are there, or their lanes are among the failed."""
         started = perf_counter()
-        for future, lanes in ticket.jobs:
-            try:
-                self.busy_s += future.result()
-            except OSError as error:
-                self._failed |= dict.fromkeys(lanes, error.strerror or str(error))
+        for job in ticket.jobs:
+            seconds, failed = job.result()
+            self.busy_s += seconds
+            self._failed |= failed
         ticket.jobs.clear()
         self.wait_s += perf_counter() - started
         if ticket.finish is not None:
@@ -111,3 +120,25 @@ class Transfers:
     def close(self) -> None:
         """No thread is left."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def _lanes_lost(work: Callable[[Some], None], lanes: Lanes) -> dict[int, str]:
+    """Do the work; for which lanes it could not be done, and why."""
+    try:
+        work(slice(None))
+        return {}
+    except OSError as error:
+        owners = np.unique(lanes).tolist()
+        if len(owners) == 1:
+            return {owners[0]: _reason(error)}
+    lost: dict[int, str] = {}
+    for lane in owners:
+        try:
+            work(np.flatnonzero(lanes == lane))
+        except OSError as error:
+            lost[lane] = _reason(error)
+    return lost
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

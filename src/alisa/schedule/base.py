@@ -104,17 +104,20 @@ class Scheduler(Protocol):
         ...
 
 
-def moves_down(view: LaneView, bounds: Sequence[int], limits: Limits) -> list[Move]:
-    """The moves that take a sequence from its present bounds to lower ones; deepest first, so that each finds room."""
+def moves_down(lanes: Sequence[LaneView], bounds: Sequence[Sequence[int]], limits: Limits) -> tuple[Move, ...]:
+    """The moves that take every sequence from its present bounds to lower ones.
+
+    Deepest first over all sequences: what one of them sends to a full tier may need the room that another leaves.
+    """
     media: list[Medium | None] = [Medium.DEVICE, *(tier.medium for tier in limits.tiers), None]
-    edges = sorted({0, *view.bounds, *bounds})
     found: list[tuple[int, Move]] = []
-    for start, end in pairwise(edges):
-        source, target = _level(start, view.bounds), _level(start, bounds)
-        medium = media[source]
-        if target > source and medium is not None:
-            found.append((target, Move(view.lane, start, end, medium, media[target])))
-    return [move for _, move in sorted(found, key=lambda item: -item[0])]
+    for view, ends in zip(lanes, bounds, strict=True):
+        for start, end in pairwise(sorted({0, *view.bounds, *ends})):
+            source, target = _level(start, view.bounds), _level(start, ends)
+            medium = media[source]
+            if target > source and medium is not None:
+                found.append((target, Move(view.lane, start, end, medium, media[target])))
+    return tuple(move for _, move in sorted(found, key=lambda item: -item[0]))
 
 
 def _level(position: int, bounds: Sequence[int]) -> int:

@@ -47,5 +47,4 @@ class StaticSplit:
         below = sum(ends[0] for ends in bounds)
         if resident > limits.device_tokens or below > limits.tiers[0].num_tokens:
             return None
-        moves = [move for view, ends in zip(lanes, bounds, strict=True) for move in moves_down(view, ends, limits)]
-        return Decision(latest_phase([phase_of(ends) for ends in bounds]), tuple(moves))
+        return Decision(latest_phase([phase_of(ends) for ends in bounds]), moves_down(lanes, bounds, limits))

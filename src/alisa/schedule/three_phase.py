@@ -98,8 +98,7 @@ class ThreePhase:
         bounds = [self._asked(view) for view in lanes]
         if not (self._relieve_device(lanes, bounds, limits) and self._relieve_tiers(lanes, bounds, limits)):
             return None
-        moves = [move for view, ends in zip(lanes, bounds, strict=True) for move in moves_down(view, ends, limits)]
-        return Decision(latest_phase([phase_of(ends) for ends in bounds]), tuple(moves))
+        return Decision(latest_phase([phase_of(ends) for ends in bounds]), moves_down(lanes, bounds, limits))
 
     def _asked(self, view: LaneView) -> list[int]:
         """The present bounds, or the lower ones of the schedule where they are a chunk or more away."""

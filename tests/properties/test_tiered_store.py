@@ -1,0 +1,393 @@
+"""The tiered store as a state machine, against a dictionary: moves, deletions, hot caches, late transfers, bad disks.
+
+Every row follows from its layer, token and position (`project`), so a row that was fetched, rebuilt or mixed up shows.
+Transfers run in threads, or as late as they can, which finds whoever reuses memory that is still on its way.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from alisa.errors import CapacityError
+from alisa.kv.residency import EVICTIONS
+from alisa.kv.tiered import TieredStore
+from alisa.kv.tiers import DiskTier, HostTier
+from alisa.schedule.base import LaneView, Limits, Tier, moves_down
+from alisa.schedule.three_phase import ThreePhase
+from alisa.types import Medium, Segment
+from tests.kv_cases import (
+    CODEC,
+    FORMAT,
+    REMNANT_BYTES,
+    LatePool,
+    WornTier,
+    layer_inputs,
+    plan_of,
+    project,
+    read_parts,
+    remnants_in,
+    selection_of,
+    some_positions,
+)
+
+NUM_LAYERS, NUM_LANES, MAX_LENGTH, REBUILDABLE = 2, 3, 24, 8
+ROW_BYTES = FORMAT.row_bytes
+
+
+def append_kernel(rows, row_format, slots, k, v):
+    assert row_format == FORMAT
+    rows.index_copy_(0, slots, CODEC.encode(k, v))
+
+
+class _Lane:
+    """What must be true of an open sequence: its rows UInt8[L, n, row_bytes], and where they lie."""
+
+    def __init__(self, num_tokens, num_bounds):
+        self.rows = np.empty((NUM_LAYERS, 0, ROW_BYTES), np.uint8)
+        self.bounds = [0] * num_bounds
+        self.rebuildable = min(num_tokens, REBUILDABLE)
+        self.most = num_tokens
+
+    @property
+    def length(self):
+        return self.rows.shape[1]
+
+
+def some_range(draw, model):
+    """A lane that has rows, and some of its positions, [start, end)."""
+    index = int(draw.choice([index for index, lane in sorted(model.items()) if lane.length]))
+    start, last = sorted(draw.integers(0, model[index].length, 2).tolist())
+    return index, start, last + 1
+
+
+class TieredMachine(RuleBasedStateMachine):
+    """`model` maps a lane to its `_Lane`; `doomed` lanes had a row that the tier refused to read or write."""
+
+    @initialize(
+        eviction=st.sampled_from(EVICTIONS),
+        num_rows=st.integers(3, 24),
+        media=st.sampled_from(((Medium.DISK,), (Medium.HOST, Medium.DISK))),
+        staging_rows=st.sampled_from((1, 3, 16)),
+        late=st.booleans(),
+        append=st.sampled_from((None, append_kernel)),
+    )
+    def start(self, eviction, num_rows, media, staging_rows, late, append):
+        self.num_rows = num_rows
+        self.tiers = [WornTier(self.make_tier(medium, 40, ROW_BYTES)) for medium in media]
+        self.remnant_tier = WornTier(self.make_tier(media[-1], NUM_LANES * REBUILDABLE, REMNANT_BYTES))
+        self.limits = Limits(num_rows, tuple(Tier(tier.medium, tier.num_rows) for tier in self.tiers), REBUILDABLE)
+        self.store = TieredStore(
+            num_layers=NUM_LAYERS,
+            codec=CODEC,
+            num_rows=num_rows,
+            num_lanes=NUM_LANES,
+            max_length=MAX_LENGTH,
+            tiers=self.tiers,
+            remnants=remnants_in(self.remnant_tier),
+            rebuildable=REBUILDABLE,
+            eviction=eviction,
+            staging_rows=staging_rows,
+            append=append,
+        )
+        self.pool = LatePool() if late else None
+        if self.pool is not None:
+            self.store._transfers._pool = self.pool
+        tables = [*self.store._tables, self.store._remnant_table]
+        for tier, table in zip((*self.tiers, self.remnant_tier), tables, strict=True):
+            tier.on_refusal = lambda slots, table=table: self.doom(table, slots)
+        self.model = {}
+        self.doomed = set()
+        self.guess = {}
+        self.num_written = 0
+
+    @staticmethod
+    def make_tier(medium, num_rows, row_bytes):
+        if medium is Medium.HOST:
+            return HostTier(NUM_LAYERS, num_rows, row_bytes)
+        return DiskTier(Path(tempfile.gettempdir()), NUM_LAYERS, num_rows, row_bytes)
+
+    def doom(self, table, slots):
+        owners = {int(np.flatnonzero((table.slots == slot).any(axis=1)).item()) for slot in slots}
+        self.doomed |= owners
+
+    # --- sequences ---------------------------------------------------------------------------------------------------
+
+    @rule(num_tokens=st.integers(1, MAX_LENGTH + 2))
+    def open(self, num_tokens):
+        assert self.store.has_free_lane == (len(self.model) < NUM_LANES)
+        if num_tokens <= MAX_LENGTH and len(self.model) < NUM_LANES:
+            lane = self.store.open(num_tokens)
+            assert lane not in self.model
+            self.model[lane] = _Lane(num_tokens, len(self.tiers) + 1)
+        else:
+            with pytest.raises(CapacityError, match=str(num_tokens)):
+                self.store.open(num_tokens)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def release(self, data):
+        self.let_go(data.draw(st.sampled_from(sorted(self.model))))
+
+    def let_go(self, lane):
+        self.store.release(lane)
+        del self.model[lane]
+        self.doomed.discard(lane)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), excess=st.integers(1, 3))
+    def refuse(self, data, excess):
+        """Positions beyond the longest sequence, or with a gap, are refused and change nothing."""
+        lane = data.draw(st.sampled_from(sorted(self.model)))
+        length = self.model[lane].length
+        for wrong in (Segment(lane, length, MAX_LENGTH - length + excess), Segment(lane, length + excess, 1)):
+            with pytest.raises(CapacityError, match=f"Lane {lane}"):
+                self.store.begin(plan_of([wrong]))
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: any(lane.length < lane.most for lane in self.model.values()))
+    @rule(
+        seed=st.integers(0, 2**32 - 1),
+        most=st.sampled_from((1, 1, MAX_LENGTH)),
+        wild=st.booleans(),
+        guesses=st.sampled_from(("right", "wrong", "none")),
+    )
+    def step(self, seed, most, wild, guesses):
+        """New tokens of some sequences: moves, rows in, selected rows out, guesses about the next step."""
+        draw = np.random.default_rng(seed)
+        growing = [index for index, lane in sorted(self.model.items()) if lane.length < lane.most]
+        lanes = draw.permutation(growing)[: draw.integers(1, len(growing) + 1)].tolist()
+        segments = []
+        for index in lanes:
+            lane = self.model[index]
+            segments.append(Segment(index, lane.length, int(draw.integers(1, min(most, lane.most - lane.length) + 1))))
+        moves = self.moves(draw, segments, wild=wild)
+        if moves is None:
+            return
+        stored, deleted = self.account(segments, moves)
+        prefill = most > 1
+        self.store.begin(plan_of(segments, moves, prefill=prefill))
+        self.write(segments)
+        if prefill:
+            self.read_prompts(draw, segments)
+            self.check_traffic(stored, deleted, 0)
+        else:
+            lookups = self.look(draw, lanes)
+            self.check_traffic(stored, deleted, lookups)
+            self.guess = {}
+            if guesses != "none":
+                self.look_ahead(draw, keep=guesses == "right")
+        self.fail()
+
+    def moves(self, draw, segments, *, wild):
+        """Any legal moves, or those that a scheduler wants; None: this step has no room."""
+        ends = {segment.lane: segment.end for segment in segments}
+        views = [
+            LaneView(
+                index,
+                0,
+                ends.get(index, lane.length),
+                tuple(lane.bounds),
+                int(draw.integers(0, ends.get(index, lane.length) + 1)),
+                int(draw.integers(0, 5)),
+                lane.rebuildable,
+                index in ends,
+            )
+            for index, lane in self.model.items()
+        ]
+        if wild:
+            bounds = [self.lower(draw, view) for view in views]
+            if self.fits(views, bounds):
+                return moves_down(views, bounds, self.limits)
+        decision = ThreePhase(chunk=int(draw.integers(1, 5))).plan(views, self.limits)
+        return None if decision is None else decision.moves
+
+    def lower(self, draw, view):
+        """Random bounds that the present ones can become."""
+        found, upper = [], view.length
+        for level, bound in enumerate(view.bounds):
+            last = level + 1 == len(view.bounds)
+            upper = max(min(upper, view.rebuildable), bound) if last else upper
+            upper = int(draw.choice((bound, upper, draw.integers(bound, upper + 1))))
+            found.append(upper)
+        return found
+
+    def fits(self, views, bounds):
+        if sum(view.length - ends[0] for view, ends in zip(views, bounds, strict=True)) > self.num_rows:
+            return False
+        held = [sum(ends[level] - ends[level + 1] for ends in bounds) for level in range(len(self.tiers))]
+        return all(count <= tier.num_rows for count, tier in zip(held, self.tiers, strict=True))
+
+    def account(self, segments, moves):
+        """Rows and remnants that go down and rows that are deleted, all layers; and the model's bounds follow."""
+        media = [Medium.DEVICE, *(tier.medium for tier in self.tiers), None]
+        rows, deleted = 0, 0
+        for move in moves:
+            lane = self.model[move.lane]
+            source, target = media.index(move.source), media.index(move.target)
+            assert target > source
+            rows += move.num_tokens if move.target is not None else 0
+            deleted += max(min(move.end, lane.length) - move.start, 0) if move.target is None else 0
+            for level in range(source, target):
+                assert move.start <= lane.bounds[level] <= move.end, "a move leaves a gap"
+                lane.bounds[level] = move.end
+        remnants = 0
+        for segment in segments:
+            remnants += max(min(segment.end, self.model[segment.lane].rebuildable) - segment.start, 0)
+        return (rows * NUM_LAYERS, remnants * NUM_LAYERS), deleted * NUM_LAYERS
+
+    def write(self, segments):
+        counts = [segment.count for segment in segments]
+        hidden = layer_inputs(self.num_written, sum(counts))
+        self.num_written += sum(counts)
+        positions = torch.cat([torch.arange(segment.start, segment.end) for segment in segments])
+        pairs = [project(layer, hidden, positions) for layer in range(NUM_LAYERS)]
+        self.pending = [(k, v, hidden) for k, v in pairs]
+        written = np.stack([CODEC.encode(k, v).numpy() for k, v in pairs])
+        for segment, rows in zip(segments, np.split(written, np.cumsum(counts)[:-1], axis=1), strict=True):
+            lane = self.model[segment.lane]
+            lane.rows = np.concatenate((lane.rows, rows), axis=1)
+
+    def read_prompts(self, draw, segments):
+        """Every layer writes its rows and reads those before them, a block at a time."""
+        for layer in range(NUM_LAYERS):
+            self.store.append(layer, *self.pending[layer])
+            for segment in segments:
+                block = int(draw.integers(1, MAX_LENGTH))
+                for first in range(0, segment.start, block):
+                    self.read(layer, segment.lane, first, min(first + block, segment.start))
+
+    def look(self, draw, lanes):
+        """Every layer writes its rows and reads a selection; how many selected rows lay below the device."""
+        lookups = 0
+        for layer in range(NUM_LAYERS):
+            self.store.append(layer, *self.pending[layer])
+            guess = self.guess.get(layer, {})
+            if all(guess.get(index, [-1])[-1] == self.model[index].length - 1 for index in lanes):
+                chosen = [guess[index] for index in lanes]
+            else:
+                chosen = [some_positions(draw, self.model[index].length) for index in lanes]
+            selection = selection_of(chosen)
+            found = read_parts(self.credited(draw, layer, selection), ROW_BYTES, selection)
+            for index, at, rows in zip(lanes, chosen, found, strict=True):
+                lookups += sum(position < self.model[index].bounds[0] for position in at)
+                if index not in self.doomed:
+                    assert np.array_equal(rows[: len(at)], self.model[index].rows[layer, at])
+        return lookups
+
+    def credited(self, draw, layer, selection):
+        """The parts of a selection; those that stay learn what attention they received."""
+        for part in self.store.parts(layer, selection):
+            yield part
+            if part.sequences is None:
+                self.store.credit(layer, part, torch.from_numpy(draw.random(part.slots.shape, np.float32)))
+
+    def look_ahead(self, draw, *, keep):
+        """Announce selections of a next step of some lanes, which comes as announced or not."""
+        growing = [index for index, lane in sorted(self.model.items()) if lane.length < MAX_LENGTH]
+        lanes = tuple(draw.permutation(growing)[: draw.integers(1, NUM_LANES + 1)].tolist())
+        if not lanes:
+            return
+        for layer in range(NUM_LAYERS):
+            chosen = [some_positions(draw, self.model[index].length + 1) for index in lanes]
+            self.store.prefetch(layer, lanes, selection_of(chosen))
+            if keep:
+                self.guess[layer] = dict(zip(lanes, chosen, strict=True))
+
+    def check_traffic(self, stored, deleted, lookups):
+        traffic = self.store.traffic()
+        rows, remnants = stored
+        assert traffic.stored_rows == rows + remnants
+        assert traffic.deleted_rows == deleted
+        assert traffic.lookups == lookups
+        assert 0 <= traffic.hits <= traffic.lookups
+        fetched_bytes = traffic.fetched_rows * ROW_BYTES + traffic.rebuilt_rows * REMNANT_BYTES
+        assert traffic.moved_bytes == rows * ROW_BYTES + remnants * REMNANT_BYTES + fetched_bytes
+        assert traffic.wait_s >= 0
+        assert traffic.busy_s >= 0
+
+    # --- reading, waiting, failing -----------------------------------------------------------------------------------
+
+    @precondition(lambda self: any(lane.length for lane in self.model.values()))
+    @rule(seed=st.integers(0, 2**32 - 1))
+    def read_back(self, seed):
+        draw = np.random.default_rng(seed)
+        self.read(int(draw.integers(NUM_LAYERS)), *some_range(draw, self.model))
+        self.fail()
+
+    def read(self, layer, index, start, end):
+        rows = CODEC.encode(*self.store.read(layer, index, start, end)).numpy()
+        if index not in self.doomed:
+            assert np.array_equal(rows, self.model[index].rows[layer, start:end])
+
+    @precondition(lambda self: self.pool is not None and self.pool.pending)
+    @rule(seed=st.integers(0, 2**32 - 1))
+    def some_transfers_end(self, seed):
+        draw = np.random.default_rng(seed)
+        for _ in range(int(draw.integers(1, len(self.pool.pending) + 1))):
+            self.pool.run(int(draw.integers(len(self.pool.pending))))
+
+    @rule(tier=st.integers(0, 2), layer=st.integers(0, NUM_LAYERS - 1), slot=st.integers(0, 39))
+    def wear(self, tier, layer, slot):
+        """A row of a tier goes bad."""
+        tiers = [*self.tiers, self.remnant_tier]
+        tiers[tier % len(tiers)].bad.add((layer, slot))
+
+    @rule()
+    def settle(self):
+        """When nothing is on its way, all lanes that lost something are known."""
+        self.store._settle()
+        failed = self.store.failed()
+        assert set(failed) == self.doomed
+        assert set(failed.values()) <= {"Input/output error"}
+        for lane in failed:
+            self.let_go(lane)
+
+    def fail(self):
+        """Lanes that lost rows are known and go, no others."""
+        failed = self.store.failed()
+        assert set(failed) <= self.doomed
+        for lane in failed:
+            self.let_go(lane)
+
+    @invariant()
+    def agrees(self):
+        self.store.check()
+        lengths = {index: lane.length for index, lane in self.model.items()}
+        assert {index: self.store.length(index) for index in self.model} == lengths
+        assert all(self.store.bounds(index) == tuple(lane.bounds) for index, lane in self.model.items())
+        deleted = sum(lane.bounds[-1] for lane in self.model.values())
+        assert self.store.deleted_tokens == deleted
+        assert self.store.used_rows == sum(lengths.values()) - deleted
+        token_bytes = NUM_LAYERS * ROW_BYTES
+        assert self.store.nbytes(Medium.DEVICE) <= self.num_rows * token_bytes
+        kept = sum(min(lane.length, lane.rebuildable) for lane in self.model.values())
+        expected = dict.fromkeys(Medium, 0) | {self.remnant_tier.medium: kept * NUM_LAYERS * REMNANT_BYTES}
+        for level, tier in enumerate(self.tiers):
+            expected[tier.medium] += token_bytes * sum(
+                lane.bounds[level] - lane.bounds[level + 1] for lane in self.model.values()
+            )
+        assert self.store.nbytes(Medium.HOST) == expected[Medium.HOST]
+        assert self.store.nbytes(Medium.DISK) == expected[Medium.DISK]
+
+    def teardown(self):
+        for layer in range(NUM_LAYERS):
+            for index, lane in self.model.items():
+                if lane.length:
+                    self.read(layer, index, 0, lane.length)
+        self.settle()
+        for index in list(self.model):
+            self.let_go(index)
+        self.agrees()
+        assert [self.store.nbytes(medium) for medium in Medium] == [0, 0, 0]
+        self.store.close()
+
+
+TestTieredStore = TieredMachine.TestCase
+TestTieredStore.settings = settings(max_examples=60, stateful_step_count=25)
