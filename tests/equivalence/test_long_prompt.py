@@ -65,7 +65,7 @@ def test_a_prompt_ten_times_larger_than_the_arena_stays_under_the_cap():
     capped = run(32 * 1024, 0.1)
     assert len(capped["tokens"]) == 8
     assert capped["kv_peak"] <= capped["cap"]
-    # What it adds to the process: the arena, the policy's state, and bounded working memory (64 MiB of rows on their way
+    # What it adds to the process: the arena, the policy's state, and bounded working memory (64 MiB of rows going
     # down, blocks of 32 MiB of scores, a chunk's activations).
     assert capped["grown"] < capped["cap"] + capped["state"] + (400 << 20)
     assert capped["grown"] < 0.75 * capped["total"] + capped["state"]

@@ -3,7 +3,6 @@
 from functools import partial
 
 import pytest
-import torch
 
 from alisa import LLM, SamplingParams
 from alisa.engine import memory

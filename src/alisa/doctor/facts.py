@@ -123,7 +123,7 @@ def gather(temporary: Path, disk_tier: Path) -> Facts:
         free_bytes=free_memory(),
         memory_limit=memory_limit(),
         kv_bytes=default_kv_memory(device),
-        kv_disk_bytes=Caps(0, None, disk_tier).most_disk_bytes if disk_tier.is_dir() else None,
+        kv_disk_bytes=Caps(0, 0, None, disk_tier).most_disk_bytes if disk_tier.is_dir() else None,
         temporary=Place.read(temporary),
         disk_tier=Place.read(disk_tier),
         huge_pages=huge_pages(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from alisa.plot.canvas import grid, new_figure, style
+from alisa.plot.canvas import colour, grid, marker, new_figure
 from alisa.plot.records import Record, grouped, number
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def _panel(axes: Axes, kind: str, records: Sequence[Record], names: list[str]) -
             markersize=3.5,
             linewidth=1.2,
             capsize=2,
-            **style(name, names),
+            color=colour(name, names),
+            marker=marker(name, names),
         )
     axes.axhline(0, color="0.4", linewidth=0.8)
     axes.set_xlabel("sparsity", fontsize=8)

@@ -54,10 +54,15 @@ def grid(figure: Figure, count: int, num_columns: int) -> list[Axes]:
     return [figure.add_subplot(num_rows, num_columns, index + 1) for index in range(count)]
 
 
-def style(name: str, names: list[str]) -> dict[str, str]:
-    """Colour and marker of one of several names; the same for the same list."""
+def colour(name: str, names: list[str]) -> str:
+    """Colour of one of several names; the same for the same list."""
+    return _COLOURS[names.index(name) % len(_COLOURS)]
+
+
+def marker(name: str, names: list[str]) -> str:
+    """Marker of one of several names; two of the same colour have different ones."""
     index = names.index(name)
-    return {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[(index // 2 + index) % len(_MARKERS)]}
+    return _MARKERS[(index // 2 + index) % len(_MARKERS)]
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -23,9 +23,25 @@ class Drawing(NamedTuple):
     draw: Callable[[Sequence[Record]], Figure]
 
 
+def _is_accuracy(record: Record) -> bool:
+    return record["kind"] in ("ppl", "qa", "recall")
+
+
+def _is_recall_map(record: Record) -> bool:
+    return record["kind"] == "recall" and has_depths(record)
+
+
+def _is_step(record: Record) -> bool:
+    return record["kind"] == "step"
+
+
+def _is_attention(record: Record) -> bool:
+    return record["kind"] == "sparsity"
+
+
 DRAWINGS = (
-    Drawing("accuracy", lambda record: record["kind"] in ("ppl", "qa", "recall"), draw_accuracy),
-    Drawing("recall-map", lambda record: record["kind"] == "recall" and has_depths(record), draw_recall_map),
-    Drawing("steps", lambda record: record["kind"] == "step", draw_steps),
-    Drawing("attention", lambda record: record["kind"] == "sparsity", draw_attention),
+    Drawing("accuracy", _is_accuracy, draw_accuracy),
+    Drawing("recall-map", _is_recall_map, draw_recall_map),
+    Drawing("steps", _is_step, draw_steps),
+    Drawing("attention", _is_attention, draw_attention),
 )

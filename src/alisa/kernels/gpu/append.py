@@ -15,6 +15,7 @@ from alisa.kernels.gpu.rows import RowView
 from alisa.kernels.gpu.settings import power_of_two, tile_rows
 from alisa.types import RowFormat
 
+
 @triton.jit
 def write_values(
     source_ptrs,

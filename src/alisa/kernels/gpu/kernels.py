@@ -80,7 +80,9 @@ class TritonKernels:
         if lanes.dtype != torch.int64 or any(values.dtype != torch.int32 for values in integers):
             raise TypeError("lanes are int64; older_ends, older_counts and counts are int32")
         if not all(values.is_contiguous() and values.numel() == len(lanes) for values in (lanes, *integers)):
-            raise ValueError(f"lanes, older_ends, older_counts and counts hold one number for each of {len(lanes)} rows")
+            raise ValueError(
+                f"lanes, older_ends, older_counts and counts hold one number for each of {len(lanes)} rows"
+            )
         return launch_select(scores, lanes, older_ends, older_counts, counts, num_slots)
 
     def observe(
