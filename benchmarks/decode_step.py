@@ -15,10 +15,11 @@ import platform
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
+from typing import get_args
 
 import torch
 
-from alisa.config import SamplingParams
+from alisa.config import PolicyName, SamplingParams
 from alisa.engine.engine import Engine
 from alisa.engine.kernels import choose_kernels
 from alisa.engine.recorder import Stopwatch
@@ -142,7 +143,7 @@ def run(decoder: Decoder, policy_name: str, args: argparse.Namespace) -> list[St
 
 
 def main() -> None:
-    """Measure the floor, then both policies."""
+    """Measure the floor, then every policy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="opt-1.3b")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument("--policy", nargs="+", choices=get_args(PolicyName), default=["dense", "swa"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     spec, dtype = SHAPES[args.shape], getattr(torch, args.dtype)
@@ -162,7 +164,7 @@ def main() -> None:
     columns = ("step", "linear", "/floor", "attend", "select", "sample", "other")
     print(f"{'medians, ms':14}" + "".join(f"{column:>8}" for column in columns))
     results = {}
-    for policy in ("dense", "swa"):
+    for policy in args.policy:
         records = run(decoder, policy, args)
         steps = [record for record in records if not record.prefill][2:]
         parts = {
