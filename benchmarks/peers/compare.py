@@ -4,7 +4,8 @@
 
 Standard library only. Every engine runs in a process of its own, in the environment that `make peer-NAME` set up; one
 whose environment is missing is named and left out. Each record, also that of an engine which cannot do the work here,
-is appended to `benchmarks/results/peers.jsonl`. Nothing else should run on the machine meanwhile.
+is appended to `benchmarks/results/peers.jsonl`. Nothing else should run on the machine meanwhile; `others_cpu_share` in
+a record says how much did.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from workload import Run, ended, parser, run_of
@@ -99,7 +102,35 @@ def row(record: dict[str, Any]) -> str:
     return (
         f"{record['engine']:26}{record['tokens_per_s']:10.1f}{decode if decode else float('nan'):10.1f}"
         f"{record['prefill_s']:10.2f}{record['peak_rss_bytes'] / 2**30:10.1f}"
+        f"{record['others_cpu_share']:10.1%}"
     )
+
+
+class OthersWatch:
+    """Share of the cores that processes other than our children use, from construction on."""
+
+    def __init__(self) -> None:
+        self._start = (perf_counter(), _busy_seconds(), _children_seconds())
+
+    def share(self) -> float:
+        """0 for a machine of one's own; the driver must have ended."""
+        wall, busy, own = (
+            now - then
+            for now, then in zip((perf_counter(), _busy_seconds(), _children_seconds()), self._start, strict=True)
+        )
+        return max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
+
+
+def _busy_seconds() -> float:
+    """Time that all cores together have worked, or were taken by a hypervisor, since the start of the machine."""
+    first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
+    user, nice, system, _idle, _wait, irq, soft_irq, steal, *_ = map(int, first.split()[1:])
+    return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def make_model(run: Run) -> None:
@@ -123,13 +154,14 @@ def main() -> None:
     args = options().parse_args()
     run = run_of(args)
     make_model(run)
-    print(f"{'engine':26}{'tokens/s':>10}{'decode/s':>10}{'first, s':>10}{'peak GiB':>10}", flush=True)
+    print(f"{'engine':26}{'tokens/s':>10}{'decode/s':>10}{'first, s':>10}{'peak GiB':>10}{'others':>10}", flush=True)
     for name in args.engines:
         environment = ENGINES[name].environment if name in ENGINES else "alisa"
         if not python_of(environment).exists():
             print(f"{name:26}no environment; make peer-{environment}", flush=True)
             continue
-        record = measure(name, run)
+        others = OthersWatch()
+        record = measure(name, run) | {"others_cpu_share": round(others.share(), 3)}
         with args.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(row(record), flush=True)

@@ -104,7 +104,7 @@ def default_kv_precision(directory: Path, properties: dict[str, str]) -> str:
     """What the CPU plugin says it stores KV rows in, asked of a compiled model of no size."""
     parameter = ov.opset13.parameter([1], np.float32)
     compiled = ov.Core().compile_model(ov.Model([ov.opset13.relu(parameter)], [parameter]), "CPU", properties)
-    return str(compiled.get_property("KV_CACHE_PRECISION"))
+    return compiled.get_property("KV_CACHE_PRECISION").get_type_name()
 
 
 def main() -> None:
