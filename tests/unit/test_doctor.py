@@ -60,7 +60,7 @@ def test_a_healthy_machine_needs_nothing():
     assert "torch 2.13.0 (without CUDA)" in text
     assert "Some CPU: AVX2, AVX-512" in text
     assert "avx512 runs (also there: avx2, portable)" in text
-    assert "KV rows get up to 10.0 GiB" in text
+    assert "KV rows get up to 10.0 GiB of it" in text
     assert "rows that fit no memory may take 40.0 GiB" in text
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import quantiles
 from time import perf_counter, process_time
+from typing import TypeAlias
 
 import psutil
 import torch
@@ -33,30 +34,34 @@ class Role(StrEnum):
     """The chosen rows copied together, then torch's fused attention."""
 
 
+Call: TypeAlias = Callable[[int], object]
+"""Does the work once; the argument counts the calls, for work on another layer each time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Contender:
     """One way to do the work."""
 
     role: Role
     label: str
-    call: Callable[[int], object]
-    """Does it once; the argument counts the calls, for those that work on another layer each time."""
+    call: Call
 
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """All ways to do one piece of work; exactly one of them is the kernel."""
+    """All ways to do one piece of work."""
 
-    contenders: tuple[Contender, ...]
+    kernel: Call
+    rivals: Callable[[], Iterable[Contender]]
+    """Makes the others, which may take more memory and time than the kernel itself needs."""
     num_bytes: int
     """What the kernel cannot avoid to read and write in one call."""
     num_calls: int = 1
     """Calls in a row that are timed together; more than one where a call takes microseconds."""
 
-    def only_kernel(self) -> Contest:
-        """The kernel without its rivals."""
-        kept = tuple(contender for contender in self.contenders if contender.role is Role.KERNEL)
-        return Contest(kept, self.num_bytes, self.num_calls)
+    def contenders(self, *, only_kernel: bool = False) -> tuple[Contender, ...]:
+        """The kernel, and its rivals unless they are not wanted."""
+        return (Contender(Role.KERNEL, "kernel", self.kernel), *(() if only_kernel else self.rivals()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +125,13 @@ class Outcome:
         return timing
 
 
-def hold(contest: Contest, runs: int) -> Outcome:
+def hold(contest: Contest, runs: int, *, only_kernel: bool = False) -> Outcome:
     """Time every contender, and reading memory, `runs` times (at least 2), in turns."""
     buffer = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
-    contenders = (Contender(Role.READ, "memory read", lambda _: buffer.sum()), *contest.contenders)
+    contenders = (
+        Contender(Role.READ, "memory read", lambda _: buffer.sum()),
+        *contest.contenders(only_kernel=only_kernel),
+    )
     seconds: dict[str, list[float]] = {contender.label: [] for contender in contenders}
     meter = _OthersMeter()
     for turn in range(NUM_WARM_UPS + runs):
@@ -136,7 +144,7 @@ def hold(contest: Contest, runs: int) -> Outcome:
     return Outcome(contest.num_bytes, meter.share(), timings)
 
 
-def _seconds(call: Callable[[int], object], first: int, count: int) -> float:
+def _seconds(call: Call, first: int, count: int) -> float:
     """Wall time of one call, averaged over `count` of them in a row."""
     start = perf_counter()
     for number in range(first, first + count):

@@ -43,8 +43,7 @@ def make_contest(case: Case, kernels: cpu.CpuKernels) -> Contest:
 
 def run_case(case: Case, kernels: cpu.CpuKernels, *, runs: int, only_kernel: bool) -> Outcome:
     """Measure one case."""
-    contest = make_contest(case, kernels)
-    return hold(contest.only_kernel() if only_kernel else contest, runs)
+    return hold(make_contest(case, kernels), runs, only_kernel=only_kernel)
 
 
 def make_record(stamp: Stamp, isa: str, runs: int, cases: Mapping[str, tuple[Case, Outcome]]) -> dict[str, object]:

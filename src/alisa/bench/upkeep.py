@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from alisa.bench.cases import AppendCase, PolicyCase
-from alisa.bench.contest import Contender, Contest, Role
+from alisa.bench.contest import Call, Contender, Contest, Role
 from alisa.kernels.cpu import CpuKernels
 from alisa.kv.codec import make_codec
 from alisa.policy.base import Budget, SelectionKernels
@@ -32,15 +30,14 @@ def append_contest(case: AppendCase, kernels: CpuKernels) -> Contest:
     num_rows = _ARENA_STEPS * case.num_tokens
     slots = torch.randperm(num_rows, generator=generator).view(_ARENA_STEPS, case.num_tokens)
     rows = torch.zeros(num_rows, codec.format.row_bytes, dtype=torch.uint8)
-    contenders = (
-        Contender(
-            Role.KERNEL, "kernel", lambda call: kernels.append(rows, codec.format, slots[call % _ARENA_STEPS], k, v)
-        ),
-        Contender(
-            Role.TWIN, "torch twin", lambda call: rows.index_copy_(0, slots[call % _ARENA_STEPS], codec.encode(k, v))
-        ),
-    )
-    return Contest(contenders, case.num_bytes)
+
+    def kernel(call: int) -> None:
+        kernels.append(rows, codec.format, slots[call % _ARENA_STEPS], k, v)
+
+    def twin(call: int) -> None:
+        rows.index_copy_(0, slots[call % _ARENA_STEPS], codec.encode(k, v))
+
+    return Contest(kernel, lambda: [Contender(Role.TWIN, "torch twin", twin)], case.num_bytes)
 
 
 def policy_contest(case: PolicyCase, kernels: CpuKernels) -> Contest:
@@ -53,14 +50,15 @@ def policy_contest(case: PolicyCase, kernels: CpuKernels) -> Contest:
         num_bytes = num_scores * _SELECT_BYTES_PER_SCORE + num_slots * _SELECT_BYTES_PER_SLOT
     else:
         num_bytes = num_slots * _OBSERVE_BYTES_PER_SLOT
-    contenders = (
-        Contender(Role.KERNEL, "kernel", _policy_call(case, kernels)),
-        Contender(Role.TWIN, "torch twin", _policy_call(case, None)),
+    return Contest(
+        _policy_call(case, kernels),
+        lambda: [Contender(Role.TWIN, "torch twin", _policy_call(case, None))],
+        case.num_seqs * num_bytes,
+        num_calls=case.num_layers,
     )
-    return Contest(contenders, case.num_seqs * num_bytes, num_calls=case.num_layers)
 
 
-def _policy_call(case: PolicyCase, kernels: SelectionKernels | None) -> Callable[[int], object]:
+def _policy_call(case: PolicyCase, kernels: SelectionKernels | None) -> Call:
     """A policy in the middle of a decode step of all sequences, and its next piece of work."""
     generator = torch.Generator().manual_seed(0)
     policy, num_earlier = SparseWindow(Budget(case.sparsity)), case.num_tokens - 1

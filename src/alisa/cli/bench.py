@@ -31,7 +31,8 @@ class BenchKernels:
     """Time the native CPU kernels against torch, and against the memory they must read.
 
     Every contender of a case runs once in each round, so that a slow moment of the machine meets all of them; figures
-    are medians, with the quartiles in brackets. For instance:
+    are medians, with the quartiles in brackets, and ratios are against the fastest way that torch has. GB/s count only
+    what must be read and written. A case takes up to 4 GB of memory. For instance:
       alisa bench kernels
       alisa bench kernels --case bf16-20 int8-20 --isa avx2 --output kernels.jsonl
       alisa bench kernels --case all --only-kernel --runs 31

@@ -145,7 +145,8 @@ def _gpu(facts: Facts) -> Finding:
 
 def _memory(facts: Facts) -> Finding:
     limit = f" (the container may use {format_bytes(facts.memory_limit)})" if facts.memory_limit else ""
-    text = f"{format_bytes(facts.free_bytes)} free{limit}; KV rows get up to {format_bytes(facts.kv_bytes)} of memory"
+    text = f"{format_bytes(facts.free_bytes)} free{limit}; KV rows get up to {format_bytes(facts.kv_bytes)}"
+    text += " of the GPU's" if facts.gpu else " of it"
     if facts.kv_bytes < _GIB:
         return Finding(Status.NOTE, "memory", text, "end other programs, or choose with --kv-device-memory")
     return Finding(Status.OK, "memory", f"{text} unless --kv-device-memory says otherwise")
