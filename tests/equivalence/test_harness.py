@@ -82,6 +82,7 @@ def test_generation_ends_at_the_stop_string(harness):
     assert found.split() == words[: words.index(stop)]
 
 
+@pytest.mark.slow  # 20 s, most of them what the harness imports and looks for
 def test_a_task_runs_from_end_to_end(harness, tmp_path):
     _, adapter, _ = harness
     path = tmp_path / "questions.jsonl"

@@ -34,8 +34,8 @@ def make(subject, tasks=("needle",), wording=WORDS, **options):
 @pytest.mark.parametrize("task", TASKS)
 def test_every_answer_was_told_before(task, wording, subject, filler):
     for seed in range(5):
-        script = TASKS[task](Scene(subject.tokenizer, filler, wording, 600, 0.3), Random(seed))
-        assert len(subject.tokenizer.encode(script.text)) <= 600
+        script = TASKS[task](Scene(subject.tokenizer, filler, wording, 300, 0.3), Random(seed))
+        assert len(subject.tokenizer.encode(script.text)) <= 300
         for answer in script.answers:
             told = script.text[answer.start : answer.end]
             assert told.startswith(" ")

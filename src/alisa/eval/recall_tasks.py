@@ -26,8 +26,8 @@ NUM_NEEDLES = 4
 """Facts of the task `multi`."""
 COPY_TOKENS = 48
 """Length of the passage to copy, about."""
-TOKENS_PER_FACT = 40
-"""A block of facts holds one for so many tokens of the sequence."""
+FACTS_SHARE = 0.5
+"""Share of the text that the facts of `lookup` and the questions about them take."""
 
 DEPTH_TASKS: frozenset[TaskName] = frozenset(("needle", "copy"))
 """Tasks that put something at a depth which the caller chooses."""
@@ -100,7 +100,11 @@ def multi(scene: Scene, rng: Random) -> Script:
 
 def lookup(scene: Scene, rng: Random) -> Script:
     """A block of facts in front, prose, then all their questions in random order."""
-    count = max(2, min(len(scene.wording.keys), scene.length // TOKENS_PER_FACT))
+    wording = scene.wording
+    parts = (wording.statement, wording.question, " {value}.")
+    text = "".join(part.format(key=wording.keys[0], value=wording.values[0]) for part in parts)
+    count = int(FACTS_SHARE * scene.length / len(scene.tokenizer.encode(text)))
+    count = max(2, min(len(wording.keys), count))
     return _scattered(scene, rng, [0.0] * count)
 
 
