@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alisa.config import format_bytes
-from alisa.engine.batching import Waiting, WaitingLine, Work, next_work
+from alisa.engine.batching import Waiting, WaitingLine
 from alisa.engine.placement import Placement
 from alisa.engine.recorder import Part
 from alisa.engine.requests import Request, Sequence
@@ -17,6 +17,7 @@ from alisa.engine.runner import PromptPiece, Runner
 from alisa.engine.sampler import sample
 from alisa.errors import CapacityError
 from alisa.outputs import FinishReason
+from alisa.schedule.work import Work, next_work
 from alisa.types import Medium, StepPlan, StepRecord
 
 
