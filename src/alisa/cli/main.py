@@ -21,6 +21,7 @@ from alisa.cli.bench import BenchKernels
 from alisa.cli.doctor import Doctor
 from alisa.cli.eval import Ppl, Qa, Recall, Sparsity
 from alisa.cli.generate import INTERRUPTED, Generate
+from alisa.cli.plan import Plan
 from alisa.cli.plot import Plot
 from alisa.cli.screen import say
 from alisa.errors import AlisaError, InputError
@@ -40,6 +41,7 @@ COMMANDS: dict[str, type[Command]] = {
     "eval qa": Qa,
     "eval recall": Recall,
     "eval sparsity": Sparsity,
+    "plan": Plan,
     "plot": Plot,
     "bench kernels": BenchKernels,
     "doctor": Doctor,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from alisa.plot.accuracy import draw_accuracy
 from alisa.plot.attention import draw_attention
+from alisa.plot.plan import draw_plan
 from alisa.plot.recall_map import draw_recall_map, has_depths
 from alisa.plot.records import Record
 from alisa.plot.steps import draw_steps
@@ -40,8 +41,16 @@ def _is_attention(record: Record) -> bool:
 
 
 DRAWINGS = (
+<<<<<<< HEAD
     Drawing("accuracy", _is_accuracy, draw_accuracy),
     Drawing("recall-map", _is_recall_map, draw_recall_map),
     Drawing("steps", _is_step, draw_steps),
     Drawing("attention", _is_attention, draw_attention),
+=======
+    Drawing("accuracy", lambda record: record["kind"] in ("ppl", "qa", "recall"), draw_accuracy),
+    Drawing("recall-map", lambda record: record["kind"] == "recall" and has_depths(record), draw_recall_map),
+    Drawing("steps", lambda record: record["kind"] == "step", draw_steps),
+    Drawing("attention", lambda record: record["kind"] == "sparsity", draw_attention),
+    Drawing("plan", lambda record: record["kind"] == "plan", draw_plan),
+>>>>>>> decb35c (Price a schedule, search for the best, and say what will happen: alisa plan)
 )

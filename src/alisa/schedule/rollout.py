@@ -1,9 +1,9 @@
 """Every step of a batch before any of it is done: the calls that the engine makes, without a model.
 
 The engine asks a scheduler what to move, and so does this; both ask who runs next (`next_work`), how a sequence looks
-(`lane_view`) and who is in the way (`is_crowded`) of the same functions. So a simulator prices, and a search ranks, just
-what will be executed. What cannot be known beforehand is taken as it mostly is: no sequence ends early, and one that is
-taken out of the batch keeps its rows below when there is room for them.
+(`lane_view`) and who is in the way (`is_crowded`) of the same functions. So a simulator prices, and a search ranks,
+just what will be executed. What cannot be known beforehand is taken as it mostly is: no sequence ends early, and one
+that is taken out of the batch keeps its rows below when there is room for them.
 """
 
 from __future__ import annotations
