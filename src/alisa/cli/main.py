@@ -23,6 +23,7 @@ from alisa.cli.eval import Ppl, Qa, Recall, Sparsity
 from alisa.cli.generate import INTERRUPTED, Generate
 from alisa.cli.plan import Plan
 from alisa.cli.plot import Plot
+from alisa.cli.profile import Profile
 from alisa.cli.screen import say
 from alisa.errors import AlisaError, InputError
 
@@ -43,8 +44,12 @@ COMMANDS: dict[str, type[Command]] = {
     "eval sparsity": Sparsity,
     "plan": Plan,
     "plot": Plot,
+<<<<<<< HEAD
     "bench kernels": BenchKernels,
     "doctor": Doctor,
+=======
+    "profile": Profile,
+>>>>>>> 88acb8c (Measure this machine for plans: alisa profile)
 }
 """Every subcommand by name, of one word or two; importing one must not import torch."""
 

@@ -25,12 +25,16 @@ class Gemm:
     """A matrix product with a weight that is read from memory."""
 
     call_s: float
-    points: tuple[tuple[float, float], ...]
-    """(rows, seconds for each number of the weight), ascending; in between the logarithms are interpolated."""
+    curves: tuple[tuple[float, tuple[tuple[float, float], ...]], ...]
+    """(numbers in the weight, points), ascending; a point is (rows, seconds for each number of the weight).
+
+    In between, the logarithms are interpolated; smaller and larger weights take the first and the last curve.
+    """
 
     def seconds(self, rows: float, num_weights: float) -> float:
         """Time for `rows` rows and a weight of so many numbers."""
-        return self.call_s + num_weights * interpolate(self.points, max(rows, 1))
+        sizes = tuple((size, interpolate(points, max(rows, 1))) for size, points in self.curves)
+        return self.call_s + num_weights * interpolate(sizes, min(num_weights, sizes[-1][0]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

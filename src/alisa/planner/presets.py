@@ -30,7 +30,7 @@ def _gpu(name: str, memory_gib: int, bandwidth: float, flops: float, link: float
     bandwidth *= BANDWIDTH_SHARE
     flops *= FLOPS_SHARE
     points = tuple((float(rows), max(2 / bandwidth, 2 * rows / flops)) for rows in _ROWS)
-    gemm = Gemm(call_s=0.0, points=points)
+    gemm = Gemm(call_s=0.0, curves=((1.0, points),))
     attention = Attention(call_s=0.0, byte_s=1 / bandwidth, value_s=4 / flops, append_call_s=0.0, append_row_s=0.0)
     copy = Link(call_s=LAUNCH_S, row_s=LINK_ROW_S, bytes_per_s=link)
     dtypes = ("float16", "bfloat16")
