@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from alisa.plot.accuracy import draw_accuracy
 from alisa.plot.attention import draw_attention
 from alisa.plot.plan import draw_plan
+from alisa.plot.prediction import draw_prediction
+from alisa.plot.ratios import draw_ratios
 from alisa.plot.recall_map import draw_recall_map, has_depths
 from alisa.plot.records import Record
 from alisa.plot.steps import draw_steps
@@ -52,5 +54,10 @@ DRAWINGS = (
     Drawing("steps", lambda record: record["kind"] == "step", draw_steps),
     Drawing("attention", lambda record: record["kind"] == "sparsity", draw_attention),
     Drawing("plan", lambda record: record["kind"] == "plan", draw_plan),
+<<<<<<< HEAD
 >>>>>>> decb35c (Price a schedule, search for the best, and say what will happen: alisa plan)
+=======
+    Drawing("prediction", lambda record: record["kind"] == "prediction", draw_prediction),
+    Drawing("ratios", lambda record: record["kind"] == "ratios", draw_ratios),
+>>>>>>> 2043daf (wip)
 )
