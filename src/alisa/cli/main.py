@@ -44,12 +44,9 @@ COMMANDS: dict[str, type[Command]] = {
     "eval sparsity": Sparsity,
     "plan": Plan,
     "plot": Plot,
-<<<<<<< HEAD
     "bench kernels": BenchKernels,
     "doctor": Doctor,
-=======
     "profile": Profile,
->>>>>>> 88acb8c (Measure this machine for plans: alisa profile)
 }
 """Every subcommand by name, of one word or two; importing one must not import torch."""
 

@@ -174,22 +174,19 @@ def _tiered(
     remnant_codec = make_codec(remnant_format(dtype_name, spec.hidden_size))
     remnant_bytes = num_layers * remnant_codec.format.row_bytes
     disk_bytes = caps.most_disk_bytes
-<<<<<<< HEAD
     host_rows = min(caps.host_bytes // token_bytes, sum(largest))
-    overflow = sum(largest) - num_rows - host_rows
-=======
->>>>>>> decb35c (Price a schedule, search for the best, and say what will happen: alisa plan)
     planned = scheduler.most_deleted(largest[0])
     below, rebuildable, fits = share_below(
-        disk_bytes, token_bytes, remnant_bytes, device_tokens=num_rows, sizes=list(largest), planned=planned
+        disk_bytes,
+        token_bytes,
+        remnant_bytes,
+        device_tokens=num_rows,
+        host_tokens=host_rows,
+        sizes=list(largest),
+        planned=planned,
     )
     kept = rebuildable * len(largest)
-<<<<<<< HEAD
-    below = min(sum(largest) - host_rows, max(disk_bytes - kept * remnant_bytes, 0) // token_bytes)
-    if kept * remnant_bytes > disk_bytes:
-=======
     if not fits:
->>>>>>> decb35c (Price a schedule, search for the best, and say what will happen: alisa plan)
         raise CapacityError(
             f"The schedule deletes up to {planned} tokens of each of {len(largest)} sequences, and what they are "
             f"rebuilt from takes {format_bytes(kept * remnant_bytes)} of the {format_bytes(disk_bytes)} on disk; raise "

@@ -42,22 +42,24 @@ def _is_attention(record: Record) -> bool:
     return record["kind"] == "sparsity"
 
 
+def _is_plan(record: Record) -> bool:
+    return record["kind"] == "plan"
+
+
+def _is_prediction(record: Record) -> bool:
+    return record["kind"] == "prediction"
+
+
+def _is_ratios(record: Record) -> bool:
+    return record["kind"] == "ratios"
+
+
 DRAWINGS = (
-<<<<<<< HEAD
     Drawing("accuracy", _is_accuracy, draw_accuracy),
     Drawing("recall-map", _is_recall_map, draw_recall_map),
     Drawing("steps", _is_step, draw_steps),
     Drawing("attention", _is_attention, draw_attention),
-=======
-    Drawing("accuracy", lambda record: record["kind"] in ("ppl", "qa", "recall"), draw_accuracy),
-    Drawing("recall-map", lambda record: record["kind"] == "recall" and has_depths(record), draw_recall_map),
-    Drawing("steps", lambda record: record["kind"] == "step", draw_steps),
-    Drawing("attention", lambda record: record["kind"] == "sparsity", draw_attention),
-    Drawing("plan", lambda record: record["kind"] == "plan", draw_plan),
-<<<<<<< HEAD
->>>>>>> decb35c (Price a schedule, search for the best, and say what will happen: alisa plan)
-=======
-    Drawing("prediction", lambda record: record["kind"] == "prediction", draw_prediction),
-    Drawing("ratios", lambda record: record["kind"] == "ratios", draw_ratios),
->>>>>>> 2043daf (wip)
+    Drawing("plan", _is_plan, draw_plan),
+    Drawing("prediction", _is_prediction, draw_prediction),
+    Drawing("ratios", _is_ratios, draw_ratios),
 )
