@@ -23,8 +23,9 @@ from alisa.types import Medium, StepPlan, StepRecord
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step produced: its record, and the sequences that got a token or ended."""
+    """What one step was, what it took, and the sequences that got a token or ended."""
 
+    plan: StepPlan
     record: StepRecord
     advanced: tuple[Sequence, ...]
     """Each got one token, the last of its `output_ids`, or ended with an error; the first tokens come from prefill."""
@@ -105,7 +106,7 @@ class Engine:
         for sequence in (*advanced, *failed):
             if sequence.finish_reason is not None:
                 self._leave(sequence)
-        return StepResult(record, (*advanced, *failed))
+        return StepResult(plan, record, (*advanced, *failed))
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a running sequence from outside: its text has reached a stop string."""

@@ -159,14 +159,14 @@ class Baselines:
         total = StepCost()
         for count in _passes(batch, work.prompt_len):
             load = replace(self._prefill(count, work.prompt_len), stored=stored * count * work.prompt_len)
-            total += self._cost.step(load, tiers=below is not None)
+            total += self._cost.step(load, tiers=False)
         stride = max(1, work.output_len // _PRICED_STEPS)
         for length in range(work.prompt_len + 1, work.num_rows + 1, stride):
             weight = min(stride, work.num_rows + 1 - length)
             load = self._decode(batch, length)
             if below is not None:
                 load = replace(load, fetched=batch * below(length), stored=batch * stored)
-            total += self._cost.step(load, tiers=below is not None).times(weight)
+            total += self._cost.step(load, tiers=False).times(weight)
         return total
 
     def _prefill(self, count: int, length: int) -> Load:

@@ -160,8 +160,11 @@ class CostModel:
 
     def _lookup_s(self, load: Load) -> float:
         hardware = self._hardware
-        asked = 0 if load.prefill else load.read
-        return hardware.lookup_call_s + asked * hardware.lookup_row_s + hardware.place_s
+        if load.prefill:
+            return hardware.place_s
+        # A policy that decides by history is asked a step ahead, and its rows are looked for then, too.
+        times = 1 if self._chooser is self._hardware.selection["sketch"] else 2
+        return times * (hardware.lookup_call_s + load.read * hardware.lookup_row_s) + hardware.place_s
 
     def _rebuild_s(self, rows: float) -> float:
         """One layer: fetch the remnants, multiply with W_K and W_V, encode."""

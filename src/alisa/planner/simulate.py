@@ -123,6 +123,24 @@ def simulate(
     return Timeline(found, tuple(cost.step(load, tiers=tiers) for load in found), (1.0,) * len(found))
 
 
+def price_run(
+    spec: ModelSpec, method: Method, hardware: Hardware, plans: Sequence[StepPlan], limits: Limits, *, tiers: bool
+) -> Timeline:
+    """What the steps of a run should have cost, from the plans that were executed.
+
+    Args:
+        spec: the model.
+        method: how it was run.
+        hardware: where.
+        plans: of all its steps.
+        limits: what there was room for.
+        tiers: whether its store had lower tiers.
+    """
+    cost = CostModel(spec, method, hardware)
+    found = tuple(loads(plans, limits, method, prompt_lens=None))
+    return Timeline(found, tuple(cost.step(load, tiers=tiers) for load in found), (1.0,) * len(found))
+
+
 def simulate_uniform(
     cost: CostModel, method: Method, scheduler: Scheduler, limits: Limits, workload: Workload, *, stride: int = 1
 ) -> Timeline | None:
