@@ -265,7 +265,9 @@ class LLM:
         requests: Sequence[Request],
         prompts: Sequence[str | Sequence[int]],
     ) -> Iterator[TextDelta | RequestOutput]:
-        self._records, self._plans, self._memory = [], [], memory
+        self._records = []
+        self._plans = []
+        self._memory = memory
         started = perf_counter()
         texts = [TextStream(self.tokenizer.detokenizer(), request.params.stop) for request in requests]
         num_output = 0

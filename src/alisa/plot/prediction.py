@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from alisa.plot.canvas import grid, new_figure, style
+from alisa.plot.canvas import colour, grid, marker, new_figure
 from alisa.plot.records import Record, number
 
 if TYPE_CHECKING:
@@ -23,13 +23,12 @@ def draw_prediction(records: Sequence[Record]) -> Figure:
     axes.fill_between(ends, [0.85 * end for end in ends], [1.15 * end for end in ends], color="0.9", zorder=0)
     for kind in kinds:
         found = [record for record in records if f"{record['policy']}, {record['placement']}" == kind]
-        look = style(kind, kinds)
         axes.plot(
             [number(record, "measured_ms") for record in found],
             [number(record, "predicted_ms") for record in found],
             label=kind,
-            color=look["color"],
-            marker=look["marker"],
+            color=colour(kind, kinds),
+            marker=marker(kind, kinds),
             linestyle="",
             markersize=4.5,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from alisa.plot.canvas import grid, new_figure, style
+from alisa.plot.canvas import colour, grid, marker, new_figure
 from alisa.plot.records import Record, grouped, number
 
 if TYPE_CHECKING:
@@ -28,13 +28,12 @@ def draw_ratios(records: Sequence[Record]) -> Figure:
         axes.axhspan(low or 0.2, high, color="0.9", zorder=0)
         axes.axhline(1, color="0.4", linewidth=0.8)
         for (name,), found in grouped(records, "model").items():
-            look = style(name, names)
             axes.plot(
                 [number(record, "batch") for record in found],
                 [number(record, field) for record in found],
                 label=name,
-                color=look["color"],
-                marker=look["marker"],
+                color=colour(name, names),
+                marker=marker(name, names),
                 markersize=3.5,
                 linewidth=1.2,
             )

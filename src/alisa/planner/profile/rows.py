@@ -29,7 +29,8 @@ def measure_attention(
     kv_dtype: str, dtype: torch.dtype, attend: DecodeKernel, append: AppendKernel | None
 ) -> Attention:
     """Rows of this dtype read by queries of that one."""
-    amounts, times = [], []
+    amounts: list[tuple[float, ...]] = []
+    times: list[float] = []
     for num_kv_heads, num_heads, head_dim in _LAYOUTS:
         codec = make_codec(RowFormat(kv_dtype, num_kv_heads, head_dim))
         row_bytes = codec.format.row_bytes
@@ -103,7 +104,9 @@ def measure_selection(policy: SelectionPolicy, spec: ModelSpec, kernels: Selecti
     """Choosing and keeping scores with this policy, for four layers of this shape."""
     capacity, num_lanes = 1024, 16
     state = policy.start(spec, num_lanes, capacity, _CPU, kernels)
-    amounts, times, begins = [], [], []
+    amounts: list[tuple[float, ...]] = []
+    times: list[float] = []
+    begins: list[float] = []
     for batch, length in ((1, 64), (1, 1000), (4, 500), (16, 128), (16, 1000)):
         lanes, lengths = tuple(range(batch)), (length,) * batch
         for lane in lanes:

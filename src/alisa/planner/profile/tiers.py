@@ -15,7 +15,7 @@ from alisa.kv.codec import make_codec
 from alisa.kv.remnant import Remnants, remnant_format
 from alisa.kv.tiered import TieredStore
 from alisa.kv.tiers import Bytes, DiskTier, MoveRows, Slots
-from alisa.kv.transfer import Ticket, Transfers
+from alisa.kv.transfer import Some, Ticket, Transfers
 from alisa.planner.hardware import Link
 from alisa.planner.profile.clock import fit, seconds
 from alisa.types import Medium, Move, Phase, RowFormat, Segment, Selection, StepPlan
@@ -42,7 +42,9 @@ def measure_link(directory: Path, move_rows: MoveRows) -> tuple[Link, Link]:
     """
     transfers = Transfers()
     generator = np.random.default_rng(0)
-    amounts, reads, writes = [], [], []
+    amounts: list[tuple[float, ...]] = []
+    reads: list[float] = []
+    writes: list[float] = []
     for row_bytes in _ROW_BYTES:
         memory = np.ones((max(_NUM_ROWS), row_bytes), np.uint8)
         tier = DiskTier(directory, 1, 2 * len(memory), row_bytes, move_rows)
@@ -64,8 +66,12 @@ def _move_rows(transfers: Transfers, work: Callable[..., None], slots: Slots, me
     places = np.arange(len(slots))
     ticket = Ticket()
     for first in range(0, len(slots), _JOB_ROWS):
-        some = slice(first, first + _JOB_ROWS)
-        ticket.jobs += transfers.start(partial(work, 0, slots[some], memory, places[some]), (0,)).jobs
+        piece = slice(first, first + _JOB_ROWS)
+
+        def move(some: Some, piece: slice = piece) -> None:
+            work(0, slots[piece][some], memory, places[piece][some])
+
+        ticket.jobs += transfers.start(move, np.zeros(len(places[piece]), np.int64)).jobs
     transfers.wait(ticket)
 
 
@@ -82,7 +88,9 @@ def measure_lookup(directory: Path, move_rows: MoveRows, append: AppendKernel | 
         tiers=(DiskTier(directory, num_layers, num_lanes * length, codec.format.row_bytes, move_rows),),
         append=append,
     )
-    amounts, times, places = [], [], []
+    amounts: list[tuple[float, ...]] = []
+    times: list[float] = []
+    places: list[float] = []
     lanes = [store.open(length) for _ in range(num_lanes)]
     store.begin(StepPlan(0, Phase.DEVICE, True, tuple(Segment(lane, 0, 128) for lane in lanes)))
     moves = tuple(Move(lane, 0, 64, Medium.DEVICE, Medium.DISK) for lane in lanes)
@@ -116,9 +124,10 @@ def measure_rebuild(directory: Path, move_rows: MoveRows, dtype: torch.dtype) ->
     tier = DiskTier(directory, 1, 16, kept.format.row_bytes, move_rows)
     made = torch.randn(512, 16, 64).to(dtype)
     remnants = Remnants(tier, kept, lambda layer, hidden, positions: (made[: len(hidden)],) * 2, dtype)
-    amounts, times = [], []
+    amounts: list[tuple[float, ...]] = []
+    times: list[float] = []
     for count in (8, 128, 512):
-        encoded = remnants.encode(torch.randn(count, hidden_size).to(dtype))
+        encoded = torch.from_numpy(remnants.encode(torch.randn(count, hidden_size).to(dtype)))
         positions = np.arange(count)
         work = seconds(lambda e=encoded, p=positions: remnants.rows(0, e, p, codec))
         amounts.append((1.0, float(count)))
