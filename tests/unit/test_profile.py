@@ -34,6 +34,7 @@ def test_seconds_are_the_median():
     assert len(calls) == 5
 
 
+@pytest.mark.slow
 def test_the_parts_can_be_measured(tmp_path):
     layer_s, step_s = measure_layer(torch.float32, Gemm(call_s=0.0, curves=((1.0, ((1.0, 1e-9),)),)))
     assert layer_s > 0
