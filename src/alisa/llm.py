@@ -41,10 +41,14 @@ from alisa.model.loader import checkpoint_dtype, load_decoder, load_spec
 from alisa.model.precision import resolve_device, resolve_dtype
 from alisa.model.tokenizer import Tokenizer
 from alisa.outputs import RequestOutput, RequestReport, RunSummary, TextDelta
+from alisa.planner.cost import StepCost
+from alisa.planner.hardware import Hardware
+from alisa.planner.load import Method
+from alisa.planner.simulate import price_run
 from alisa.policy.dense import Dense
 from alisa.policy.table import make_policy
 from alisa.schedule.file import load_schedule
-from alisa.types import RowFormat, StepRecord, Traffic
+from alisa.types import RowFormat, StepPlan, StepRecord, Traffic
 
 
 class LLM:
@@ -122,6 +126,8 @@ class LLM:
         self._codec = make_codec(RowFormat(kv_dtype_name, self.spec.num_kv_heads, self.spec.head_dim))
         self._kernels = choose_kernels(self._decoder.device)
         self._records: list[StepRecord] = []
+        self._plans: list[StepPlan] = []
+        self._memory: Memory | None = None
         self._summary: RunSummary | None = None
 
     @property
@@ -174,6 +180,22 @@ class LLM:
         if self._summary is None:
             raise InputError("There is no run to sum up yet; call generate() or stream() first.")
         return self._summary
+
+    def predict(self, hardware: Hardware) -> StepCost | None:
+        """What the decode steps of the last run should have cost on this machine, from the plans that were executed.
+
+        None where the machine's figures say nothing about this dtype or format of rows.
+        """
+        if self._memory is None:
+            raise InputError("There is no run to predict yet; call generate() or stream() first.")
+        dtype, kv_dtype = str(self._decoder.dtype).removeprefix("torch."), self._codec.format.dtype
+        if dtype not in hardware.gemm or kv_dtype not in hardware.attention:
+            return None
+        method = Method(self.config.policy, self.config.sparsity, dtype, kv_dtype)
+        memory = self._memory
+        tiers = memory.scheduler.uses_tiers
+        timeline = price_run(self.spec, method, hardware, self._plans, memory.limits, tiers=tiers)
+        return timeline.total(prefill=False)
 
     def verify(self, outputs: Sequence[RequestOutput], num_samples: int = 4) -> VerifyReport:
         """Re-run a spread sample of outputs densely, on the same tokens, and compare the distributions."""
@@ -244,12 +266,15 @@ class LLM:
         prompts: Sequence[str | Sequence[int]],
     ) -> Iterator[TextDelta | RequestOutput]:
         self._records = []
+        self._plans = []
+        self._memory = memory
         started = perf_counter()
         texts = [TextStream(self.tokenizer.detokenizer(), request.params.stop) for request in requests]
         num_output = 0
         try:
             while (result := engine.step()) is not None:
                 self._records.append(result.record)
+                self._plans.append(result.plan)
                 for sequence in result.advanced:
                     index = sequence.request.request_id
                     failed = sequence.finish_reason == "error"

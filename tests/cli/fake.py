@@ -15,6 +15,8 @@ from alisa.cli.options import EngineOptions
 from alisa.config import SamplingParams
 from alisa.errors import InputError
 from alisa.outputs import RequestOutput, RequestReport, RunSummary, TextDelta
+from alisa.planner.cost import StepCost
+from alisa.planner.hardware import Hardware
 from alisa.types import Phase, StepRecord, Traffic
 
 
@@ -104,6 +106,9 @@ class FakeLLM:
             tokens_dense=100,
             peak_rss_bytes=10**9,
         )
+
+    def predict(self, hardware: Hardware) -> StepCost:
+        return StepCost(linear_s=0.4, attention_s=0.2)
 
     def verify(self, outputs: Sequence[RequestOutput], num_samples: int = 4) -> FakeVerifyReport:
         self.num_verified = len(outputs)

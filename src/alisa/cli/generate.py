@@ -12,11 +12,12 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 from alisa.cli.job import Answers, Job, print_record, run_job
 from alisa.cli.options import DisplayOptions, EngineOptions, FileOptions
 from alisa.cli.prompts import gather_prompts
-from alisa.cli.report import ReportFile, summary_lines, summary_table
+from alisa.cli.report import ReportFile, prediction_line, summary_lines, summary_table
 from alisa.cli.results import ResultFile, settings_digest
 from alisa.cli.screen import error_console, loading_bar, say
 from alisa.config import SamplingParams
 from alisa.errors import InputError
+from alisa.planner.saved import load_profile
 
 if TYPE_CHECKING:
     from alisa.llm import LLM
@@ -128,7 +129,12 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
         if report:
             report.write(llm, summary)
         if summary and not args.display.quiet:
-            error_console().print(summary_table(summary_lines(llm.name, llm.config, summary, answers.verified)))
+            lines = [*summary_lines(llm.name, llm.config, summary, answers.verified)]
+            if llm.config.device != "cuda":
+                hardware = load_profile()
+                predicted = None if hardware is None else llm.predict(hardware)
+                lines.append(prediction_line(summary, predicted))
+            error_console().print(summary_table(iter(lines)))
         if args.display.json:
             print_record(job, answers, engine=llm.describe(), summary=summary)
         if answers.failed:

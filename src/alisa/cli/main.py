@@ -21,7 +21,9 @@ from alisa.cli.bench import BenchKernels
 from alisa.cli.doctor import Doctor
 from alisa.cli.eval import Ppl, Qa, Recall, Sparsity
 from alisa.cli.generate import INTERRUPTED, Generate
+from alisa.cli.plan import Plan
 from alisa.cli.plot import Plot
+from alisa.cli.profile import Profile
 from alisa.cli.screen import say
 from alisa.errors import AlisaError, InputError
 
@@ -40,9 +42,11 @@ COMMANDS: dict[str, type[Command]] = {
     "eval qa": Qa,
     "eval recall": Recall,
     "eval sparsity": Sparsity,
+    "plan": Plan,
     "plot": Plot,
     "bench kernels": BenchKernels,
     "doctor": Doctor,
+    "profile": Profile,
 }
 """Every subcommand by name, of one word or two; importing one must not import torch."""
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from alisa.engine.verify import VerifyReport
     from alisa.llm import LLM
     from alisa.outputs import RunSummary
+    from alisa.planner.cost import StepCost
 
 _TIME_PARTS = ("linear", "attention", "selection", "transfer", "sampling", "other")
 
@@ -70,6 +71,22 @@ def _tier_lines(summary: RunSummary) -> Iterator[tuple[str, str]]:
         f"{traffic.hidden_share:.0%} of the transfer time behind arithmetic; {traffic.hit_rate:.1%} of the look-ups "
         "found their row on the device",
     )
+
+
+def prediction_line(summary: RunSummary, predicted: StepCost | None) -> tuple[str, str]:
+    """What the decode steps were expected to take, beside what they took.
+
+    Args:
+        summary: of the run.
+        predicted: None: this machine has no profile, or one that says nothing about such a run.
+    """
+    if predicted is None:
+        return "predicted", "nothing; run `alisa profile` once for a prediction"
+    parts = [
+        f"{part} {getattr(predicted, f'{part}_s'):.2f} ({getattr(summary, f'{part}_s'):.2f})" for part in _TIME_PARTS
+    ]
+    total = f"decode {predicted.overlapped_s:.2f} s, measured {summary.decode_s:.2f}"
+    return "predicted", f"{total}: {', '.join(parts)}"
 
 
 def summary_table(lines: Iterator[tuple[str, str]]) -> Table:

@@ -1,45 +1,11 @@
-"""Who runs in the next step: first come, first served, within the lanes and rows that are free.
-
-Prompts are read before running sequences go on, in pieces of at most `prefill_chunk` tokens. The pieces of one prompt
-are cut at multiples of that number, whatever else is in the batch: a request's arithmetic does not depend on its
-company.
-"""
+"""Who waits for a lane: first come, first served, within the lanes and rows that are free."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from alisa.engine.requests import Request, Sequence
-from alisa.types import Segment
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What goes through the model in a step: pieces of prompts, or one new token for each sequence."""
-
-    prefill: bool
-    segments: tuple[Segment, ...]
-
-
-def next_work(running: Seq[Sequence], prefill_chunk: int) -> Work | None:
-    """Pieces of the prompts that are still unread, else one token of every running sequence; None when nobody runs."""
-    segments: list[Segment] = []
-    num_tokens = 0
-    for sequence in running:
-        if not sequence.in_prefill:
-            continue
-        count = min(prefill_chunk, sequence.prompt_len - sequence.num_cached)
-        if segments and num_tokens + count > prefill_chunk:
-            break
-        segments.append(Segment(sequence.lane, sequence.num_cached, count))
-        num_tokens += count
-    if segments:
-        return Work(prefill=True, segments=tuple(segments))
-    if not running:
-        return None
-    return Work(prefill=False, segments=tuple(Segment(sequence.lane, sequence.num_cached, 1) for sequence in running))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alisa.config import format_bytes
-from alisa.engine.batching import Waiting, WaitingLine, Work, next_work
+from alisa.engine.batching import Waiting, WaitingLine
 from alisa.engine.placement import Placement
 from alisa.engine.recorder import Part
 from alisa.engine.requests import Request, Sequence
@@ -17,13 +17,15 @@ from alisa.engine.runner import PromptPiece, Runner
 from alisa.engine.sampler import sample
 from alisa.errors import CapacityError
 from alisa.outputs import FinishReason
+from alisa.schedule.work import Work, next_work
 from alisa.types import Medium, StepPlan, StepRecord
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step produced: its record, and the sequences that got a token or ended."""
+    """What one step was, what it took, and the sequences that got a token or ended."""
 
+    plan: StepPlan
     record: StepRecord
     advanced: tuple[Sequence, ...]
     """Each got one token, the last of its `output_ids`, or ended with an error; the first tokens come from prefill."""
@@ -104,7 +106,7 @@ class Engine:
         for sequence in (*advanced, *failed):
             if sequence.finish_reason is not None:
                 self._leave(sequence)
-        return StepResult(record, (*advanced, *failed))
+        return StepResult(plan, record, (*advanced, *failed))
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a running sequence from outside: its text has reached a stop string."""

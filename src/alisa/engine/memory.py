@@ -25,6 +25,7 @@ from alisa.model.decoder import Decoder
 from alisa.policy.base import SelectionPolicy
 from alisa.schedule.all_device import AllDevice
 from alisa.schedule.base import Limits, Scheduler, Tier
+from alisa.schedule.share import share_below
 from alisa.schedule.three_phase import ThreePhase
 from alisa.types import Codec
 
@@ -174,17 +175,18 @@ def _tiered(
     remnant_bytes = num_layers * remnant_codec.format.row_bytes
     disk_bytes = caps.most_disk_bytes
     host_rows = min(caps.host_bytes // token_bytes, sum(largest))
-    overflow = sum(largest) - num_rows - host_rows
     planned = scheduler.most_deleted(largest[0])
-    kept = len(largest) * planned
-    if planned == 0 and overflow * token_bytes > disk_bytes and remnant_bytes < token_bytes:
-        # So many tokens must be deleted that the others' rows and their remnants fit the disk together.
-        short = -(-(overflow * token_bytes - disk_bytes) // (token_bytes - remnant_bytes))
-        kept = min(short + len(largest), overflow, disk_bytes // remnant_bytes)
-    rebuildable = kept // len(largest)
+    below, rebuildable, fits = share_below(
+        disk_bytes,
+        token_bytes,
+        remnant_bytes,
+        device_tokens=num_rows,
+        host_tokens=host_rows,
+        sizes=list(largest),
+        planned=planned,
+    )
     kept = rebuildable * len(largest)
-    below = min(sum(largest) - host_rows, max(disk_bytes - kept * remnant_bytes, 0) // token_bytes)
-    if kept * remnant_bytes > disk_bytes:
+    if not fits:
         raise CapacityError(
             f"The schedule deletes up to {planned} tokens of each of {len(largest)} sequences, and what they are "
             f"rebuilt from takes {format_bytes(kept * remnant_bytes)} of the {format_bytes(disk_bytes)} on disk; raise "

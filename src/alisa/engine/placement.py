@@ -14,11 +14,8 @@ from alisa.engine.requests import Sequence
 from alisa.kv.base import RowStore
 from alisa.policy.base import SelectionPolicy
 from alisa.schedule.base import Decision, LaneView, Limits, Scheduler
+from alisa.schedule.crowd import HEADROOM_TOKENS, fresh_view, is_crowded, lane_view
 from alisa.types import Segment, StepRecord
-
-HEADROOM_TOKENS = 32
-"""Tokens that every running sequence must be able to grow by before another one is admitted: fewer, and the newest is
-thrown out again before it has paid for its prompt."""
 
 _FIRST_GUESS_BYTES_PER_S = 1e9
 
@@ -108,24 +105,13 @@ class Placement:
         return self.rates.refetch_s(num_bytes) <= self.rates.recompute_s(sequence)
 
     def _is_crowded(self, views: Iterable[LaneView]) -> bool:
-        read = sum(min(view.window + view.older, view.length) for view in views if view.active)
-        return bool(self.limits.tiers) and self._scheduler.avoids_crowds and read > self.limits.device_tokens
+        return is_crowded(self._scheduler, views, self.limits)
 
     def _view(self, sequence: Sequence, length: int, *, active: bool) -> LaneView:
-        recent, older = self._policy.reads(max(length - 1, 0))
-        return LaneView(
-            lane=sequence.lane,
-            prompt_len=sequence.prompt_len,
-            length=length,
-            bounds=self._store.bounds(sequence.lane),
-            window=min(recent + 1, length),
-            older=older,
-            rebuildable=self._store.rebuildable(sequence.lane),
-            active=active,
-        )
+        lane, prompt_len = sequence.lane, sequence.prompt_len
+        bounds, rebuildable = self._store.bounds(lane), self._store.rebuildable(lane)
+        return lane_view(lane, prompt_len, length, bounds, rebuildable, self._policy.reads, active=active)
 
     def _fresh(self, num_tokens: int) -> LaneView:
         """A sequence that has no lane yet."""
-        recent, older = self._policy.reads(num_tokens - 1)
-        bounds = (0,) * (len(self.limits.tiers) + 1)
-        return LaneView(-1, num_tokens, num_tokens, bounds, min(recent + 1, num_tokens), older, self.limits.rebuildable)
+        return fresh_view(num_tokens, self.limits, self._policy.reads)

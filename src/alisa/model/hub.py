@@ -38,6 +38,26 @@ def resolve_model(name: str) -> Path:
     return _download(name)
 
 
+def resolve_config(name: str) -> Path:
+    """The directory that holds the config.json of a model, downloaded without its weights if need be.
+
+    Raises:
+        ModelError: neither a directory nor a hub id that can be reached or is in the local cache.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or path.is_file() or _looks_like_path(name):
+        return resolve_model(name)
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, "config.json", etag_timeout=_TIMEOUT_S)).parent
+    except Exception as error:
+        raise ModelError(
+            f"{name!r} is not a directory here, and its config cannot be downloaded from the Hugging Face hub "
+            f"({_reason(error)}); give the directory of a downloaded model, or check the name and the connection."
+        ) from error
+
+
 def _looks_like_path(name: str) -> bool:
     """Whether no hub id can be meant: `./x`, `/x`, `~/x`, `a/b/c`, `x/`, a blank."""
     return _HUB_ID.fullmatch(name) is None

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from alisa.plot.accuracy import draw_accuracy
 from alisa.plot.attention import draw_attention
+from alisa.plot.plan import draw_plan
+from alisa.plot.prediction import draw_prediction
+from alisa.plot.ratios import draw_ratios
 from alisa.plot.recall_map import draw_recall_map, has_depths
 from alisa.plot.records import Record
 from alisa.plot.steps import draw_steps
@@ -39,9 +42,24 @@ def _is_attention(record: Record) -> bool:
     return record["kind"] == "sparsity"
 
 
+def _is_plan(record: Record) -> bool:
+    return record["kind"] == "plan"
+
+
+def _is_prediction(record: Record) -> bool:
+    return record["kind"] == "prediction"
+
+
+def _is_ratios(record: Record) -> bool:
+    return record["kind"] == "ratios"
+
+
 DRAWINGS = (
     Drawing("accuracy", _is_accuracy, draw_accuracy),
     Drawing("recall-map", _is_recall_map, draw_recall_map),
     Drawing("steps", _is_step, draw_steps),
     Drawing("attention", _is_attention, draw_attention),
+    Drawing("plan", _is_plan, draw_plan),
+    Drawing("prediction", _is_prediction, draw_prediction),
+    Drawing("ratios", _is_ratios, draw_ratios),
 )

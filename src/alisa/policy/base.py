@@ -7,14 +7,12 @@ which does not depend on the layer is done once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from fractions import Fraction
-from functools import cache
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from alisa.budget import Budget as Budget  # policies take it from here
 from alisa.spec import ModelSpec
 from alisa.types import Selection, StepBatch
 
@@ -159,35 +157,3 @@ class SelectionKernels(Protocol):
         are summed over the heads of an index set: all of them (1), or those of one KV head (G).
         """
         ...
-
-
-@cache
-def _ratio(sparsity: float) -> Fraction:
-    """Share of the tokens that is read, as the decimal fraction that was typed."""
-    return 1 - Fraction(str(sparsity))
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many tokens a step may read: the one place where a sparsity becomes a count.
-
-    With n earlier tokens and r = 1 - sparsity (the paper's caching ratio), k = round(n * r / 2): k recent tokens, k
-    older ones, and the new token itself (Algorithm 1, line 1; docs/algorithm.md). Ties round up, so that sparsity 0 is
-    dense for odd n too, and the ratio is kept as a fraction, so that 0.8 means 4/5 and not the nearest binary float.
-    """
-
-    sparsity: float
-    dense_until: int = 16
-    """Up to this many earlier tokens everything is read: k would be 1 or 2, and there is nothing to save."""
-
-    def recent(self, num_earlier: int) -> int:
-        """K for n earlier tokens; at least 1."""
-        ratio = _ratio(self.sparsity)
-        return max(1, (num_earlier * ratio.numerator + ratio.denominator) // (2 * ratio.denominator))
-
-    def split(self, num_earlier: int) -> tuple[int, int]:
-        """(recent, older) earlier tokens to read; their sum never passes n."""
-        if num_earlier <= self.dense_until:
-            return num_earlier, 0
-        recent = min(self.recent(num_earlier), num_earlier)
-        return recent, min(recent, num_earlier - recent)

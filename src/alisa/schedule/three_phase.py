@@ -24,6 +24,10 @@ HOT_FACTOR = 2
 selected lately and will be again need not be fetched twice. TensorRT-LLM's sparse offloading has the same default."""
 
 
+_DEMANDS = ((HOT_FACTOR, True), (1, True), (0, False))
+"""(Hot cache in units of a selection, whether windows stay on the device): what is aimed at, and what will do."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
     """Where the phases begin and how much moves; counted for each sequence from its own first generated token.
@@ -95,8 +99,12 @@ class ThreePhase:
 
     def plan(self, lanes: Sequence[LaneView], limits: Limits) -> Decision | None:
         """See `Scheduler.plan`."""
-        bounds = [self._asked(view) for view in lanes]
-        if not (self._relieve_device(lanes, bounds, limits) and self._relieve_tiers(lanes, bounds, limits)):
+        # The tiers below may have no room for what would go down only so that the hot cache is large.
+        for first in range(len(_DEMANDS)):
+            bounds = [self._asked(view) for view in lanes]
+            if self._relieve_device(lanes, bounds, limits, first) and self._relieve_tiers(lanes, bounds, limits):
+                break
+        else:
             return None
         return Decision(latest_phase([phase_of(ends) for ends in bounds]), moves_down(lanes, bounds, limits))
 
@@ -114,10 +122,10 @@ class ThreePhase:
             bounds[1:] = [max(bound, deleted) for bound in bounds[1:]]
         return bounds
 
-    def _relieve_device(self, lanes: Sequence[LaneView], bounds: list[list[int]], limits: Limits) -> bool:
+    def _relieve_device(self, lanes: Sequence[LaneView], bounds: list[list[int]], limits: Limits, first: int) -> bool:
         """Push the oldest tokens down until the others, and a hot cache for the pushed ones, fit the arena."""
         if limits.tiers:
-            for hot_factor, keeps_window in ((HOT_FACTOR, True), (1, True), (0, False)):
+            for hot_factor, keeps_window in _DEMANDS[first:]:
                 self._push(lanes, bounds, limits.device_tokens, hot_factor, keeps_window=keeps_window)
         # The hot cache may be smaller than one layer's selection, even nothing: that is then read in pieces.
         resident = sum(view.length - ends[0] for view, ends in zip(lanes, bounds, strict=True))

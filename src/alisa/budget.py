@@ -1,0 +1,59 @@
+"""How many tokens a step may read: pure integers, shared by the policies that choose them and the planner that prices.
+
+Which tokens are read is a policy's business (`alisa.policy`); how many follows from its name and the sparsity alone, so
+that a plan needs neither weights nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+
+from alisa.config import PolicyName
+
+Reads = Callable[[int], tuple[int, int]]
+"""n earlier tokens -> (recent, older): the recent ones that every layer reads, and how many of the others."""
+
+
+@cache
+def _ratio(sparsity: float) -> Fraction:
+    """Share of the tokens that is read, as the decimal fraction that was typed."""
+    return 1 - Fraction(str(sparsity))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens a step may read: the one place where a sparsity becomes a count.
+
+    With n earlier tokens and r = 1 - sparsity (the paper's caching ratio), k = round(n * r / 2): k recent tokens, k
+    older ones, and the new token itself (Algorithm 1, line 1; docs/algorithm.md). Ties round up, so that sparsity 0 is
+    dense for odd n too, and the ratio is kept as a fraction, so that 0.8 means 4/5 and not the nearest binary float.
+    """
+
+    sparsity: float
+    dense_until: int = 16
+    """Up to this many earlier tokens everything is read: k would be 1 or 2, and there is nothing to save."""
+
+    def recent(self, num_earlier: int) -> int:
+        """K for n earlier tokens; at least 1."""
+        ratio = _ratio(self.sparsity)
+        return max(1, (num_earlier * ratio.numerator + ratio.denominator) // (2 * ratio.denominator))
+
+    def split(self, num_earlier: int) -> tuple[int, int]:
+        """(recent, older) earlier tokens to read; their sum never passes n."""
+        if num_earlier <= self.dense_until:
+            return num_earlier, 0
+        recent = min(self.recent(num_earlier), num_earlier)
+        return recent, min(recent, num_earlier - recent)
+
+
+def reads_of(policy: PolicyName, sparsity: float) -> Reads:
+    """What `SelectionPolicy.reads` of the policy with this name says."""
+    budget = Budget(sparsity)
+    if policy == "dense":
+        return lambda num_earlier: (0, num_earlier)
+    if policy == "local":
+        return lambda num_earlier: (sum(budget.split(num_earlier)), 0)
+    return budget.split

@@ -1,0 +1,205 @@
+"""`alisa plan`: what will happen when a model answers a batch on a machine, from its config alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from alisa.cli.options import DisplayOptions
+from alisa.config import KvDtypeName, PolicyName, parse_bytes
+from alisa.errors import InputError
+
+if TYPE_CHECKING:
+    from alisa.planner.hardware import Hardware
+    from alisa.planner.load import Method
+    from alisa.planner.plan import Question
+    from alisa.planner.simulate import Room, Workload
+    from alisa.spec import ModelSpec
+
+_FREE_SHARE = 0.5
+"""As `alisa generate`: rows may take half of the memory that is free beside the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say whether a batch fits, what moves when, how long it takes, and what would help. No weights are needed.
+
+    For instance:
+      alisa plan --shape opt-13b --hardware v100-32gb --batch 64 --prompt-len 128 --output-len 512
+      alisa plan --model DIR --kv-device-memory 512MiB --save schedule.json
+    """
+
+    model: Annotated[str | None, arg(metavar="ID_OR_DIR", help_behavior_hint="")] = None
+    """A directory or a Hugging Face id; its config.json is read, nothing else."""
+    shape: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """A built-in shape instead: opt-125m, opt-1.3b, opt-6.7b, opt-13b, opt-30b, llama-1.1b, llama-7b, llama-13b,
+    llama-33b, pythia-6.9b, pythia-12b."""
+    batch: Annotated[int, arg(metavar="N")] = 16
+    """Prompts."""
+    prompt_len: Annotated[int, arg(metavar="N")] = 128
+    """Tokens of each."""
+    output_len: Annotated[int, arg(metavar="N")] = 512
+    """Tokens that each gets."""
+    hardware: Annotated[str, arg(metavar="NAME|FILE.json")] = "this"
+    """this (what `alisa profile` saved), v100-16gb, v100-32gb, rtx4090, h100-80gb, h200, or a file."""
+    policy: PolicyName = "swa"
+    """Which earlier tokens a step reads."""
+    sparsity: Annotated[float, arg(metavar="SHARE")] = 0.8
+    """Share of the earlier tokens that a step does not read."""
+    dtype: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: what suits the machine)")] = None
+    """What the model computes in: float32, bfloat16 or float16."""
+    kv_dtype: KvDtypeName = "auto"
+    """What rows are kept in; auto: the same as --dtype, or int8 where that is faster."""
+    kv_device_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: what is left)")] = None
+    """Cap of the rows on the device."""
+    kv_below_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: what there is)")] = None
+    """Cap of the rows in the tier below: disk on a CPU, CPU memory on a GPU."""
+    serial: bool = False
+    """Add loading, computing and storing up, as the paper does, instead of hiding what can be hidden."""
+    plot: Annotated[Path | None, arg(metavar="FIG.svg|.png|.pdf", help_behavior_hint="")] = None
+    """Draw memory and time over the steps."""
+    save: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="")] = None
+    """Write the schedule for `alisa generate --schedule FILE.json`."""
+    display: OmitArgPrefixes[DisplayOptions] = field(default_factory=DisplayOptions)
+
+    def run(self) -> int:
+        """Do it; returns the exit status."""
+        from alisa.cli.plan_report import plan_tables
+        from alisa.cli.screen import error_console
+        from alisa.planner.plan import make_plan
+
+        record = make_plan(self.question())
+        if not self.display.quiet:
+            for table in plan_tables(record):
+                error_console().print(table)
+        if self.plot is not None:
+            from alisa.plot.canvas import save
+            from alisa.plot.plan import draw_plan
+
+            save(draw_plan([record]), self.plot)
+        if self.save is not None:
+            _save(record, self.save)
+        if self.display.json:
+            sys.stdout.write(json.dumps(record) + "\n")
+        return 0
+
+    def question(self) -> Question:
+        """The options as the planner's own type.
+
+        Raises:
+            InputError: a value is out of range.
+            ModelError: the model's config cannot be read.
+        """
+        from alisa.planner.plan import Question
+        from alisa.planner.simulate import Workload
+
+        wrong = [
+            f"--{name.replace('_', '-')} is {value}, at least {least} is needed"
+            for name, value, least in (("batch", self.batch, 1), ("prompt_len", self.prompt_len, 1))
+            if value < least
+        ]
+        if self.output_len < 2:
+            wrong.append(f"--output-len is {self.output_len}, at least 2 is needed")
+        if not 0 <= self.sparsity < 1:
+            wrong.append(f"--sparsity is {self.sparsity}, allowed is 0 up to but not 1")
+        if wrong:
+            raise InputError("; ".join(wrong) + ".")
+        name, spec = self._spec()
+        if self.prompt_len + self.output_len > spec.max_positions:
+            raise InputError(
+                f"{self.prompt_len} prompt and {self.output_len} new tokens are more than the model's "
+                f"{spec.max_positions} positions."
+            )
+        hardware = find_hardware(self.hardware)
+        workload = Workload(self.batch, self.prompt_len, self.output_len)
+        methods = self._methods(hardware)
+        return Question(
+            name=name,
+            spec=spec,
+            workload=workload,
+            hardware=hardware,
+            methods=methods,
+            room=self._room(spec, hardware, methods[0], workload),
+            overlap=not self.serial,
+        )
+
+    def _spec(self) -> tuple[str, ModelSpec]:
+        if (self.model is None) == (self.shape is None):
+            raise InputError("Say what to plan for: either --model DIR_OR_ID or --shape NAME.")
+        if self.model is not None:
+            from alisa.model.hub import resolve_config
+            from alisa.model.loader import load_spec
+
+            return self.model, load_spec(resolve_config(self.model))
+        from alisa.planner.shapes import SHAPES
+
+        name = str(self.shape)
+        if name not in SHAPES:
+            raise InputError(f"There is no shape {name!r}; there is {', '.join(SHAPES)}.")
+        return name, SHAPES[name]
+
+    def _methods(self, hardware: Hardware) -> tuple[Method, ...]:
+        from alisa.planner.load import Method
+
+        dtype = self.dtype or next(iter(hardware.gemm))
+        if dtype not in hardware.gemm:
+            raise InputError(f"{hardware.name} has no figures for {dtype}; there are {', '.join(hardware.gemm)}.")
+        kinds = (dtype, "int8") if self.kv_dtype == "auto" else (self.kv_dtype,)
+        if missing := [kind for kind in kinds if kind not in hardware.attention]:
+            raise InputError(f"{hardware.name} has no figures for rows of {missing[0]}.")
+        return tuple(Method(self.policy, self.sparsity, dtype, kind) for kind in kinds)
+
+    def _room(self, spec: ModelSpec, hardware: Hardware, method: Method, workload: Workload) -> Room | None:
+        """The caps; on this machine what is free now, shared out as `alisa generate` does."""
+        from alisa.planner.footprint import weight_bytes
+        from alisa.planner.simulate import Room, room_for
+
+        room = room_for(spec, method, hardware, workload)
+        if self.hardware == "this":
+            free = hardware.device_bytes - weight_bytes(spec, method.dtype, packs_tied=hardware.packs_tied)
+            room = Room(int(free * _FREE_SHARE), room.below_bytes)
+        elif self.kv_device_memory is None and self.kv_below_memory is None:
+            return None  # what is left depends on how many run together
+        device = room.device_bytes if self.kv_device_memory is None else parse_bytes(self.kv_device_memory)
+        below = room.below_bytes if self.kv_below_memory is None else parse_bytes(self.kv_below_memory, least=0)
+        return Room(device, below)
+
+
+def find_hardware(name: str) -> Hardware:
+    """The machine that is meant.
+
+    Raises:
+        InputError: there is no such preset or file, or no profile of this machine yet.
+    """
+    from dataclasses import replace
+
+    from alisa.planner.hardware import load_hardware
+    from alisa.planner.presets import PRESETS
+    from alisa.planner.saved import load_profile
+
+    if name in PRESETS:
+        return PRESETS[name]
+    if name != "this":
+        if not Path(name).is_file():
+            raise InputError(f"There is no machine {name!r}; there is this, {', '.join(PRESETS)}, or a file.")
+        return load_hardware(Path(name))
+    hardware = load_profile()
+    if hardware is None:
+        raise InputError("There is no profile of this machine yet; run `alisa profile` once, or name a --hardware.")
+    import psutil
+
+    return replace(hardware, device_bytes=psutil.virtual_memory().available)
+
+
+def _save(record: dict[str, Any], path: Path) -> None:
+    if not record["fits"]:
+        raise InputError(f"There is no schedule to save in {path}: the work does not fit.")
+    try:
+        path.write_text(json.dumps(record["schedule"]) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}.") from error

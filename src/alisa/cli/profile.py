@@ -1,0 +1,63 @@
+"""`alisa profile`: measures this machine for `alisa plan`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from alisa.cli.options import DisplayOptions
+from alisa.cli.screen import error_console, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Measure this machine for plans; takes about twenty seconds, and nothing else should run meanwhile.
+
+    The figures are kept in the user's cache directory, with a stamp of processor, cores, torch and alisa: a plan does
+    not use them any more when one of these has changed.
+
+    For instance:
+      alisa profile
+      alisa profile --output this.json
+    """
+
+    output: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: the cache directory)")] = None
+    """Write the figures here instead, for `alisa plan --hardware FILE.json`."""
+    kv_disk_path: Annotated[
+        Path | None, arg(metavar="DIR", help_behavior_hint="(default: the directory for temporary files)")
+    ] = None
+    """Directory whose disk takes the rows that do not fit."""
+    display: OmitArgPrefixes[DisplayOptions] = field(default_factory=DisplayOptions)
+
+    def run(self) -> int:
+        """Do it; returns the exit status."""
+        import torch
+
+        from alisa.engine.kernels import choose_kernels
+        from alisa.planner.profile.machine import Tools, measure_machine
+        from alisa.planner.saved import machine_stamp, save_profile
+
+        kernels = choose_kernels(torch.device("cpu"))
+        stamp = machine_stamp()
+        date = datetime.now(UTC).date().isoformat()
+        tools = Tools(kernels.attend, kernels.append, kernels.selection, kernels.move_rows)
+        directory = self.kv_disk_path or Path(tempfile.gettempdir())
+        where = f"measured on {stamp['cpu']}, {stamp['cores']} cores, torch {stamp['torch']}, {date}"
+        with error_console().status("measuring") as status, torch.inference_mode():
+            hardware = measure_machine(
+                tools, directory, where, lambda what: status.update(what) if not self.display.quiet else None
+            )
+        path = save_profile(hardware, date, self.output)
+        if not self.display.quiet:
+            say(f"{hardware.where}: {path}")
+        if self.display.json:
+            record = {"kind": "profile", "stamp": stamp, "date": date, "hardware": asdict(hardware)}
+            sys.stdout.write(json.dumps(record) + "\n")
+        return 0

@@ -1,0 +1,176 @@
+"""Seconds of a step: the work that its plan asks for, priced with the numbers of a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from alisa.model.names import layer_shapes
+from alisa.planner.footprint import SKETCH_BITS, remnant_row_bytes, row_bytes
+from alisa.planner.hardware import Hardware, Selection
+from alisa.planner.load import Load, Method
+from alisa.spec import ModelSpec
+
+_RANKED = ("swa", "swa-head", "h2o")
+_SEEDED = ("swa", "swa-head", "h2o")
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Seconds of one step, or of many, by part; the first six are named as in `StepRecord`."""
+
+    linear_s: float = 0.0
+    """Linear layers, norms, activations, logits."""
+    attention_s: float = 0.0
+    selection_s: float = 0.0
+    lookup_s: float = 0.0
+    """Finding rows and making room, where some may lie below: never hidden."""
+    fetch_s: float = 0.0
+    store_s: float = 0.0
+    rebuild_s: float = 0.0
+    sampling_s: float = 0.0
+    other_s: float = 0.0
+    hidden_s: float = 0.0
+    """Of fetching and storing, what can run beside the arithmetic."""
+
+    @property
+    def serial_s(self) -> float:
+        """The sum: load, compute and store one after the other, as the paper counts."""
+        return sum(getattr(self, field.name) for field in fields(self)) - self.hidden_s
+
+    @property
+    def overlapped_s(self) -> float:
+        """The sum without what is hidden."""
+        return self.serial_s - self.hidden_s
+
+    @property
+    def transfer_s(self) -> float:
+        """What `StepRecord.transfer_s` measures: looking up, moving and rebuilding, as far as it is waited for."""
+        return self.lookup_s + self.fetch_s + self.store_s + self.rebuild_s - self.hidden_s
+
+    def __add__(self, other: StepCost) -> StepCost:
+        return StepCost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def times(self, count: float) -> StepCost:
+        """So many such steps."""
+        return StepCost(*(getattr(self, f.name) * count for f in fields(self)))
+
+
+class CostModel:
+    """Prices steps of one model, run in one way, on one machine.
+
+    Args:
+        spec: the model.
+        method: how it is run.
+        hardware: where.
+    """
+
+    def __init__(self, spec: ModelSpec, method: Method, hardware: Hardware) -> None:
+        self._spec = spec
+        self._method = method
+        self._hardware = hardware
+        self._gemm = hardware.gemm[method.dtype]
+        self._attention = hardware.attention[method.kv_dtype]
+        self._row_bytes = row_bytes(spec, method.kv_dtype)
+        self._remnant_bytes = remnant_row_bytes(spec, method.dtype)
+        weights = [shape for name, shape in layer_shapes(spec).items() if len(shape) == 2 and name.endswith("weight")]
+        self._layer_weights = [num_out * num_in for num_out, num_in in weights]
+        self._values = 6 * spec.hidden_size + 2 * spec.q_size + spec.ffn_size * (4 if spec.gated_mlp else 2)
+        self._linear: dict[int, float] = {}
+
+    def step(self, load: Load, *, tiers: bool = True) -> StepCost:
+        """Seconds of a step.
+
+        Args:
+            load: its work.
+            tiers: whether the store has lower tiers, so that every row has to be looked for.
+        """
+        spec, hardware = self._spec, self._hardware
+        layers = spec.num_layers
+        attention_s = self._attention.append_call_s + load.num_tokens * self._attention.append_row_s
+        if load.prefill:
+            values = load.pairs * spec.q_size
+            attention_s += values * hardware.prefill_value_s
+            selection_s = values * hardware.seed_value_s * self._seed_share(load)
+        else:
+            attention_s += self._attention.seconds(load.read, self._row_bytes, spec.q_size)
+            selection_s = self._selection_s(load)
+        lookup_s = self._lookup_s(load) if tiers else 0.0
+        fetch_s = layers * hardware.read.seconds(load.fetched, self._row_bytes)
+        store_s = layers * hardware.write.seconds(load.stored, self._row_bytes)
+        store_s += layers * hardware.write.seconds(load.remnants, self._remnant_bytes)
+        linear_s = self._linear_s(load.num_tokens) + self._logits_s(load.num_finished)
+        return StepCost(
+            linear_s=linear_s,
+            attention_s=layers * attention_s,
+            selection_s=layers * selection_s + (0.0 if load.prefill else self._chooser.step_s),
+            lookup_s=layers * lookup_s,
+            fetch_s=fetch_s,
+            store_s=store_s,
+            rebuild_s=layers * self._rebuild_s(load.rebuilt),
+            sampling_s=load.num_finished * spec.vocab_size * hardware.logit_s,
+            other_s=hardware.step_s,
+            hidden_s=min(hardware.overlap * (fetch_s + store_s), linear_s + layers * attention_s),
+        )
+
+    @property
+    def _chooser(self) -> Selection:
+        policy = self._method.policy
+        kind = "ranked" if policy in _RANKED else "sketch" if policy in SKETCH_BITS or policy == "oracle" else "none"
+        return self._hardware.selection[kind]
+
+    @property
+    def pass_s(self) -> float:
+        """What one more pass over the same tokens costs: launching every layer again."""
+        return self._hardware.step_s + self._spec.num_layers * (
+            self._hardware.layer_s + len(self._layer_weights) * self._gemm.call_s
+        )
+
+    def _linear_s(self, num_tokens: int) -> float:
+        """All layers; remembered, because a rollout asks for few different numbers."""
+        if num_tokens not in self._linear:
+            products = sum(self._gemm.seconds(num_tokens, weights) for weights in self._layer_weights)
+            other = self._hardware.layer_s + num_tokens * self._values * self._hardware.value_s
+            self._linear[num_tokens] = self._spec.num_layers * (products + other)
+        return self._linear[num_tokens]
+
+    def _logits_s(self, num_rows: int) -> float:
+        if num_rows == 0:
+            return 0.0
+        spec = self._spec
+        return self._gemm.seconds(num_rows, spec.vocab_size * spec.token_embed_dim)
+
+    def _selection_s(self, load: Load) -> float:
+        chooser = self._chooser
+        scored = load.candidates * self._spec.q_size
+        return (
+            chooser.call_s
+            + load.num_sequences * chooser.row_s
+            + load.candidates * chooser.candidate_s
+            + load.read * chooser.read_s
+            + scored * chooser.value_s
+        )
+
+    def _seed_share(self, load: Load) -> float:
+        """Part of the prompt's rows whose weights seed the policy."""
+        if self._method.policy not in _SEEDED:
+            return 0.0
+        per_sequence = load.num_tokens // load.num_sequences
+        recent, _ = self._method.reads(per_sequence)
+        return min(1.0, 2 * recent / per_sequence)  # the last rows see all of the prompt, the average row half of it
+
+    def _lookup_s(self, load: Load) -> float:
+        hardware = self._hardware
+        if load.prefill:
+            return hardware.place_s
+        # A policy that decides by history is asked a step ahead, and its rows are looked for then, too.
+        times = 1 if self._chooser is self._hardware.selection["sketch"] else 2
+        return times * (hardware.lookup_call_s + load.read * hardware.lookup_row_s) + hardware.place_s
+
+    def _rebuild_s(self, rows: float) -> float:
+        """One layer: fetch the remnants, multiply with W_K and W_V, encode."""
+        if rows <= 0:
+            return 0.0
+        spec, hardware = self._spec, self._hardware
+        product = self._gemm.seconds(rows, 2 * spec.kv_size * spec.hidden_size)
+        fetch = hardware.read.seconds(rows, self._remnant_bytes)
+        return hardware.rebuild_call_s + rows * hardware.rebuild_row_s + product + fetch

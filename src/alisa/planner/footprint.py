@@ -1,0 +1,60 @@
+"""Bytes: what weights, activations, rows, remnants and the selection policy take, for every family."""
+
+from __future__ import annotations
+
+import math
+
+from alisa.budget import Budget
+from alisa.config import PolicyName
+from alisa.model.names import num_weights
+from alisa.spec import DTYPE_BYTES, ModelSpec
+from alisa.types import RowFormat
+
+SKETCH_BITS = {"sketch": 4, "sketch-head": 4, "sketch-2bit": 2, "sketch-8bit": 8}
+_SWA_BUCKETS = 64
+"""As `SparseWindow.max_buckets`; a test compares the bytes with a real state."""
+
+
+def weight_bytes(spec: ModelSpec, dtype: str, *, packs_tied: bool) -> int:
+    """As `Decoder.weight_bytes`: every tensor, and a tied table twice where it is packed for the logits."""
+    again = spec.vocab_size * spec.token_embed_dim if packs_tied and spec.tied_embeddings else 0
+    return (num_weights(spec) + again) * DTYPE_BYTES[dtype]
+
+
+def kv_token_bytes(spec: ModelSpec, kv_dtype: str) -> int:
+    """Bytes of one token's rows over all layers, scales included."""
+    return spec.num_layers * row_bytes(spec, kv_dtype)
+
+
+def row_bytes(spec: ModelSpec, kv_dtype: str) -> int:
+    """Bytes of one token of one layer."""
+    return RowFormat(kv_dtype, spec.num_kv_heads, spec.head_dim).row_bytes
+
+
+def remnant_row_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of the layer input that a deleted row is rebuilt from."""
+    return spec.hidden_size * DTYPE_BYTES[dtype]
+
+
+def activation_bytes(spec: ModelSpec, dtype: str, batch: int, pass_tokens: int) -> int:
+    """The most that is held beside weights and rows: one layer's values of a pass, or the logits of the batch.
+
+    A layer holds the residual sum, its norm, q, k, v, the attention output and the widened MLP at the same time.
+    """
+    widened = spec.ffn_size * (3 if spec.gated_mlp else 2)
+    values = 3 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + widened
+    logits = batch * spec.vocab_size * (4 + DTYPE_BYTES[dtype])
+    return max(pass_tokens * values * DTYPE_BYTES[dtype], logits)
+
+
+def policy_bytes(spec: ModelSpec, policy: PolicyName, sparsity: float, num_lanes: int, capacity: int) -> int:
+    """As `PolicyState.nbytes` for these policies; those without a state of note count as nothing."""
+    tokens = spec.num_layers * num_lanes * capacity
+    if policy in SKETCH_BITS:
+        return tokens * spec.num_kv_heads * (math.ceil(spec.head_dim * SKETCH_BITS[policy] / 8) + 4)
+    if policy in ("swa", "swa-head"):
+        widest = Budget(sparsity).recent(capacity)
+        bucket_rows = -(-widest // _SWA_BUCKETS)
+        num_sets = spec.num_kv_heads if policy == "swa-head" else 1
+        return tokens * num_sets * (8 + 4 * (-(-widest // bucket_rows) + 2))
+    return 0

@@ -1,0 +1,197 @@
+"""What a step has to do, counted from its `StepPlan`: how many rows are read, from where, and how many move.
+
+Which rows a policy picks is not known beforehand, so three assumptions stand here, and nowhere else:
+
+- the older tokens that a sequence reads are spread evenly over those that it could read, so that a share of them lies
+  below the device which is the share of the candidates that does;
+- of the rows below that a layer reads, a share `churn` is not what it read in the step before; the others are still in
+  the hot cache if that is large enough, and what it holds besides is a random part of the rest;
+- a selection larger than the hot cache is read past it, so that what does not fit is fetched in every step.
+
+`Method.hit_rate` replaces the second and third by a measured figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from alisa.budget import Reads, reads_of
+from alisa.config import PolicyName
+from alisa.schedule.base import Limits
+from alisa.schedule.rollout import PREFILL_CHUNK, lower_bounds
+from alisa.types import Phase, Segment, StepPlan
+
+CHURN = {"dense": 0.0, "local": 0.0, "strided": 0.5, "streaming": 0.0, "swa": 0.004, "h2o": 0.004}
+"""Share of the older selection that changes from one step to the next, by policy; others: `_CHURN_BY_QUERY`.
+
+From benchmarks/results/eviction.jsonl (the embedded model on prose, caps of 25 and 40 %): the hot cache holds 99.6 to
+99.8 % of what swa wants, because history changes slowly, and 72 to 74 % of what sketch wants.
+"""
+
+_CHURN_BY_QUERY = 0.33
+
+_KEPT_WHEN_SMALL = 0.5
+"""Share of a hot cache smaller than the selection that is of use. Rows that are read past it do not enter it, while new
+tokens take the room of those in it, until the next move makes hot rows of the device's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How a model is run: all that decides the work besides the schedule."""
+
+    policy: PolicyName
+    sparsity: float
+    dtype: str
+    """What the model computes in."""
+    kv_dtype: str
+    hit_rate: float | None = None
+    """Share of the rows wanted from below that the hot cache holds, where it was measured."""
+
+    @property
+    def reads(self) -> Reads:
+        """Tokens a step reads."""
+        return reads_of(self.policy, self.sparsity)
+
+    @property
+    def churn(self) -> float:
+        """See `CHURN`."""
+        return CHURN.get(self.policy, _CHURN_BY_QUERY)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The work of one step; rows and tokens are those of one layer, summed over sequences."""
+
+    phase: Phase
+    prefill: bool
+    num_sequences: int
+    num_tokens: int
+    """Tokens that go through the model."""
+    num_finished: int
+    """Sequences whose logits are computed."""
+    pairs: float
+    """Prefill: (query, key) pairs of causal attention."""
+    read: int
+    """Rows that decode attention reads, the new ones included."""
+    candidates: int
+    """Earlier tokens, which a policy ranks."""
+    wanted: float
+    """Of the rows read, those that have left the device's own part."""
+    fetched: float
+    """Of these, rows that a lower tier must give."""
+    rebuilt: float
+    """And rows that are made again from remnants."""
+    stored: float
+    """Rows that go down."""
+    remnants: int
+    """Layer inputs that go down."""
+    device_tokens: int
+    """Tokens with rows on the device after the step, the hot cache filled."""
+    below_tokens: int
+    """Tokens with rows in lower tiers."""
+    deleted_tokens: int
+    remnant_tokens: int
+
+
+@dataclass(slots=True)
+class _Lane:
+    bounds: list[int]
+    length: int = 0
+
+
+def loads(
+    plans: Iterable[StepPlan],
+    limits: Limits,
+    method: Method,
+    *,
+    prompt_lens: dict[int, int] | int | None,
+    copies: int = 1,
+    stride: int = 1,
+) -> Iterator[Load]:
+    """The work of every plan, in order.
+
+    Args:
+        plans: of one batch, as `rollout` gives them.
+        limits: what they were made for.
+        method: how the model is run.
+        prompt_lens: of every lane, or of all alike; None: unknown, a piece shorter than a pass ends its prompt.
+        copies: sequences that each lane stands for; `limits` are then the share of one.
+        stride: decode steps that each decode plan stands for: its moves are those of all of them.
+    """
+    lanes: dict[int, _Lane] = {}
+    reads = method.reads
+    for plan in plans:
+        for segment in plan.segments:
+            if segment.start == 0:  # a new sequence, or one that reads its prompt again
+                lanes[segment.lane] = _Lane([0] * (len(limits.tiers) + 1))
+        stored = 0
+        for move in plan.moves:
+            lower_bounds(lanes[move.lane].bounds, move, limits)
+            stored += move.num_tokens if move.target is not None else 0
+        pairs = num_read = candidates = finished = remnants = 0
+        wanted = deleted = population = 0.0
+        for segment in plan.segments:
+            lane = lanes[segment.lane]
+            lane.length = segment.end
+            remnants += max(min(segment.end, limits.rebuildable) - segment.start, 0)
+            if plan.prefill:
+                pairs += segment.count * (segment.start + segment.end + 1) // 2
+                finished += _ends_prompt(segment, prompt_lens)
+                continue
+            finished += 1
+            earlier = segment.end - 1
+            recent, older = reads(earlier)
+            num_read += recent + older + 1
+            candidates += earlier
+            below, gone = lane.bounds[0], lane.bounds[-1]
+            open_to_choice = earlier - recent
+            if below and open_to_choice:
+                share = min(below, open_to_choice) / open_to_choice
+                wanted += older * share + max(below - open_to_choice, 0)
+                deleted += older * min(gone, open_to_choice) / open_to_choice
+                population += below
+        # Whoever takes no part in a decode step has finished, or has gone down to wait.
+        there = lanes.values() if plan.prefill else [lanes[segment.lane] for segment in plan.segments]
+        own = sum(lane.length - lane.bounds[0] for lane in there)
+        hot = max(limits.device_tokens - own, 0)
+        missing = _missing(method, wanted, population, hot)
+        rebuilt = missing * deleted / wanted if wanted else 0.0
+        yield Load(
+            phase=plan.phase,
+            prefill=plan.prefill,
+            num_sequences=copies * len(plan.segments),
+            num_tokens=copies * plan.num_tokens,
+            num_finished=copies * finished,
+            pairs=copies * pairs,
+            read=copies * num_read,
+            candidates=copies * candidates,
+            wanted=copies * wanted,
+            fetched=copies * (missing - rebuilt),
+            rebuilt=copies * rebuilt,
+            stored=copies * stored / (1 if plan.prefill else stride),
+            remnants=copies * remnants,
+            device_tokens=copies * int(own + min(hot, population)),
+            below_tokens=copies * sum(lane.bounds[0] - lane.bounds[-1] for lane in there),
+            deleted_tokens=copies * sum(lane.bounds[-1] for lane in there),
+            remnant_tokens=copies * sum(min(lane.length, limits.rebuildable) for lane in there),
+        )
+
+
+def _ends_prompt(segment: Segment, prompt_lens: dict[int, int] | int | None) -> bool:
+    if prompt_lens is None:
+        return segment.count < PREFILL_CHUNK
+    return segment.end == (prompt_lens if isinstance(prompt_lens, int) else prompt_lens[segment.lane])
+
+
+def _missing(method: Method, wanted: float, population: float, hot: float) -> float:
+    """Of the rows wanted from below, those that the hot cache does not hold."""
+    if wanted <= 0:
+        return 0.0
+    if method.hit_rate is not None:
+        return wanted * (1 - method.hit_rate)
+    if hot < wanted:
+        return wanted - (1 - method.churn) * _KEPT_WHEN_SMALL * hot
+    if population <= wanted:
+        return 0.0
+    return method.churn * wanted * max(0.0, 1 - (hot - wanted) / (population - wanted))

@@ -1,0 +1,97 @@
+"""Matrix products and what lies between them: packed linear layers by rows, norms and activations, a bare decoder."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from alisa.model.linear import make_linear
+from alisa.model.loader import random_decoder
+from alisa.planner.hardware import Gemm
+from alisa.planner.profile.clock import seconds
+from alisa.spec import ModelSpec
+
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
+_SIZES = ((768, 768, 60), (1024, 4096, 12), (4096, 4096, 3))
+"""(out, in, copies): together larger than caches, so that weights come from memory as they do in a step."""
+
+_CPU = torch.device("cpu")
+
+
+def measure_gemm(dtype: torch.dtype) -> Gemm:
+    """Packed products of this dtype."""
+    tiny = make_linear(torch.randn(64, 64).to(dtype), None, _CPU)
+    row = torch.randn(1, 64).to(dtype)
+    call_s = seconds(lambda: [tiny(row) for _ in range(200)]) / 200
+    curves = []
+    for num_out, num_in, copies in _SIZES:
+        layers = [make_linear(torch.randn(num_out, num_in).to(dtype), None, _CPU) for _ in range(copies)]
+        points = []
+        for rows in _ROWS:
+            x = torch.randn(rows, num_in).to(dtype)
+            taken = seconds(lambda x=x, layers=layers: [layer(x) for layer in layers], repeats=3) / copies
+            points.append((float(rows), max(taken - call_s, 1e-9) / (num_out * num_in)))
+        curves.append((float(num_out * num_in), tuple(points)))
+    return Gemm(call_s=call_s, curves=tuple(curves))
+
+
+def measure_values(dtype: torch.dtype) -> float:
+    """Seconds for each value of norms, residual sums and an activation, without their calls."""
+    rows, width = 256, 2048
+    x, wide = torch.randn(rows, width).to(dtype), torch.randn(rows, 4 * width).to(dtype)
+    weight, bias = torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
+
+    def layer() -> None:
+        F.layer_norm(x, (width,), weight, bias, 1e-5)
+        F.layer_norm(x, (width,), weight, bias, 1e-5)
+        x + x
+        x + x
+        F.relu(wide)
+
+    # What `CostModel` counts for such a layer: 6 C and 2 q of width, and the widened values twice.
+    return seconds(layer) / (rows * (8 * width + 2 * 4 * width))
+
+
+def measure_layer(dtype: torch.dtype, gemm: Gemm) -> tuple[float, float]:
+    """(a layer without its products and values, the rest of a step): interpreting and calling, on a tiny model."""
+
+    def taken(num_layers: int) -> float:
+        decoder = random_decoder(_tiny(num_layers), dtype, _CPU)
+        tokens = torch.zeros(1, 1, dtype=torch.int64)
+        with torch.inference_mode():
+            return seconds(
+                lambda: decoder.logits(decoder.forward(tokens, tokens, lambda layer, q, k, v, hidden: q)[:, 0]),
+                repeats=50,
+            )
+
+    few, many = taken(2), taken(18)
+    each = (many - few) / 16
+    return max(each - 5 * gemm.call_s, 0.0), max(few - 2 * each, 0.0)
+
+
+def _tiny(num_layers: int) -> ModelSpec:
+    return ModelSpec(
+        family="opt",
+        num_layers=num_layers,
+        hidden_size=64,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=16,
+        ffn_size=64,
+        vocab_size=64,
+        max_positions=64,
+        norm="layernorm",
+        norm_eps=1e-5,
+        activation="relu",
+        gated_mlp=False,
+        rope=None,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    )
+
+
+def measure_logits() -> float:
+    """Seconds for each number of the logits: to float32, and the largest of each row."""
+    logits = torch.randn(16, 50272, dtype=torch.bfloat16)
+    return seconds(lambda: logits.to(torch.float32).argmax(dim=-1).tolist()) / logits.numel()

@@ -1,0 +1,68 @@
+"""Where the profile of this machine is kept, and whether it still fits."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from alisa import __version__
+from alisa.errors import InputError
+from alisa.planner.hardware import Hardware, from_values
+
+
+def machine_stamp() -> dict[str, Any]:
+    """What a profile depends on; a profile with another stamp is not used."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch": metadata.version("torch"),
+        "alisa": __version__,
+    }
+
+
+def profile_path() -> Path:
+    """The file of this user, as the XDG base directories say."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "alisa" / "profile.json"
+
+
+def save_profile(hardware: Hardware, date: str, path: Path | None = None) -> Path:
+    """Write a profile with the stamp of this machine; returns where.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    path = path or profile_path()
+    record = {"kind": "profile", "stamp": machine_stamp(), "date": date, "hardware": asdict(hardware)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}.") from error
+    return path
+
+
+def load_profile(path: Path | None = None) -> Hardware | None:
+    """The saved profile of this machine; None when there is none, or only one with another stamp."""
+    try:
+        record = json.loads((path or profile_path()).read_text(encoding="utf-8"))
+        if record["stamp"] != machine_stamp():
+            return None
+        return from_values(Hardware, record["hardware"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _cpu_name() -> str:
+    """As the system calls the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,49 @@
+"""How the memory below the device is shared out between rows and the remnants that deleted rows are rebuilt from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Below(NamedTuple):
+    """What the lowest tier holds."""
+
+    num_tokens: int
+    """Tokens with rows."""
+    rebuildable: int
+    """First tokens of every sequence that keep a remnant."""
+    fits: bool
+    """False: the remnants of what is planned to be deleted take more than there is."""
+
+
+def share_below(
+    num_bytes: int,
+    token_bytes: int,
+    remnant_bytes: int,
+    *,
+    device_tokens: int,
+    host_tokens: int = 0,
+    sizes: list[int],
+    planned: int,
+) -> Below:
+    """Rows and remnants for sequences of these final lengths, of which the device holds `device_tokens` together.
+
+    Args:
+        num_bytes: of the tier.
+        token_bytes: of a token's rows over all layers.
+        remnant_bytes: of a token's layer inputs.
+        device_tokens: tokens that stay on the device.
+        host_tokens: tokens that a tier in between holds.
+        sizes: tokens of every sequence in the end.
+        planned: tokens of each that a schedule deletes; 0: as few as possible, and none where all rows fit.
+    """
+    count, wanted = len(sizes), sum(sizes)
+    overflow = wanted - device_tokens - host_tokens
+    kept = count * planned
+    if planned == 0 and overflow * token_bytes > num_bytes and remnant_bytes < token_bytes:
+        # So many tokens must be deleted that the others' rows and their remnants fit together.
+        short = -(-(overflow * token_bytes - num_bytes) // (token_bytes - remnant_bytes))
+        kept = min(short + count, overflow, num_bytes // remnant_bytes)
+    rebuildable = kept // count
+    taken = rebuildable * count * remnant_bytes
+    return Below(min(wanted - host_tokens, max(num_bytes - taken, 0) // token_bytes), rebuildable, taken <= num_bytes)

@@ -1,0 +1,75 @@
+import json
+
+import pytest
+
+from alisa.cli.main import main
+from alisa.planner.presets import PRESETS
+from alisa.planner.saved import save_profile
+from alisa.schedule.file import load_schedule
+from tests.tiny_models import config_of
+
+
+def plan(capsys, *options):
+    status = main(["plan", *options, "--json"])
+    out, err = capsys.readouterr()
+    return status, json.loads(out.splitlines()[-1]) if status == 0 else {}, err
+
+
+def test_a_plan_from_a_shape(capsys, tmp_path):
+    path = tmp_path / "schedule.json"
+    options = ("--shape", "opt-13b", "--hardware", "v100-32gb", "--batch", "64", "--save", str(path))
+    status, record, err = plan(capsys, *options)
+    assert status == 0
+    assert record["fits"]
+    assert record["bytes"]["kv_token"] == 800 * 1024
+    assert 0 < record["offload_from"] < 512
+    assert record["memory"][-1]["below_bytes"] > 0
+    assert {"all-device", "static split (FlexGen-like)"} <= {other["name"] for other in record["baselines"]}
+    assert "beta = 0" in " ".join(record["notes"])
+    assert load_schedule(path).name == record["schedule"]["schedule"]
+    assert "static split" in err
+
+
+def test_a_plan_from_a_config(capsys, tmp_path):
+    config_of("opt").save_pretrained(tmp_path)  # no weights
+    options = ("--model", str(tmp_path), "--hardware", "h200", "--prompt-len", "30", "--output-len", "60")
+    status, record, _ = plan(capsys, *options)
+    assert status == 0
+    assert record["schedule"] == {"schedule": "all-device"}
+    assert record["offload_from"] is None
+
+
+def test_work_that_does_not_fit_is_an_answer(capsys):
+    status, record, err = plan(capsys, "--shape", "opt-30b", "--hardware", "v100-16gb")
+    assert status == 0
+    assert not record["fits"]
+    assert "neither" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "either --model"),
+        (("--shape", "opt-13b", "--model", "x"), "either --model"),
+        (("--shape", "opt-14b", "--hardware", "h200"), "no shape 'opt-14b'"),
+        (("--shape", "opt-13b", "--hardware", "b300"), "no machine 'b300'"),
+        (("--shape", "opt-13b", "--hardware", "h200", "--batch", "0"), "--batch is 0"),
+        (("--shape", "opt-13b", "--hardware", "h200", "--sparsity", "1"), "--sparsity is 1"),
+        (("--shape", "opt-13b", "--hardware", "h200", "--prompt-len", "2000"), "2048 positions"),
+        (("--shape", "opt-13b", "--hardware", "h200", "--dtype", "float64"), "no figures for float64"),
+        (("--shape", "opt-13b"), "alisa profile"),
+    ],
+)
+def test_bad_options_end_in_one_sentence(capsys, options, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    status, _, err = plan(capsys, *options)
+    assert status == 2
+    assert message in err
+
+
+def test_this_machine_is_what_the_profile_says(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    save_profile(PRESETS["h200"], "2026-01-01")
+    status, record, _ = plan(capsys, "--shape", "opt-125m", "--kv-device-memory", "100MiB", "--kv-below-memory", "1GiB")
+    assert status == 0
+    assert record["device_kv_bytes"] <= 100 * 2**20
