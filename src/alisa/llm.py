@@ -198,9 +198,17 @@ class LLM:
         return timeline.total(prefill=False)
 
     def verify(self, outputs: Sequence[RequestOutput], num_samples: int = 4) -> VerifyReport:
-        """Re-run a spread sample of outputs densely, on the same tokens, and compare the distributions."""
-        stride = max(1, len(outputs) // num_samples)
-        sample = [ScoredItem(o.prompt_ids, o.token_ids) for o in outputs[::stride][:num_samples]]
+        """Re-run a spread sample of outputs densely, on the same tokens, and compare the distributions.
+
+        Only outputs whose rows fit the device cap are taken: scoring does not use the tiers.
+
+        Raises:
+            CapacityError: none of them fits.
+        """
+        num_rows = self._kv_cap() // (self.spec.num_layers * self._codec.format.row_bytes)
+        fitting = [o for o in outputs if len(o.prompt_ids) + len(o.token_ids) <= num_rows] or list(outputs)
+        stride = max(1, len(fitting) // num_samples)
+        sample = [ScoredItem(o.prompt_ids, o.token_ids) for o in fitting[::stride][:num_samples]]
         return verify(self.scorer(), self._policy, Dense(), self._codec, sample)
 
     def scorer(self) -> Scorer:

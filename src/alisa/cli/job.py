@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alisa.cli.results import ResultFile, result_record
-from alisa.cli.screen import LiveText, ResultList, Screen, waiting
+from alisa.cli.screen import LiveText, ResultList, Screen, say, waiting
 from alisa.config import SamplingParams
-from alisa.errors import PromptError
+from alisa.errors import CapacityError, PromptError
 from alisa.outputs import RequestOutput, RunSummary
 
 if TYPE_CHECKING:
@@ -114,10 +114,21 @@ def run_job(llm: LLM, job: Job, results: ResultFile | None) -> Answers:
                 screen.finished(index, job.prompts[index], event)
         if job.verify:
             with waiting("comparing with dense attention", show=job.show_progress):
-                answers.verified = llm.verify(answers.outputs)
+                answers.verified = _verified(llm, answers.outputs)
     except KeyboardInterrupt:
         answers.interrupted = True
     return answers
+
+
+def _verified(llm: LLM, outputs: list[RequestOutput]) -> VerifyReport | None:
+    """The comparison with dense attention; None, with the reason on the screen, where it cannot be made."""
+    if not outputs:
+        return None
+    try:
+        return llm.verify(outputs)
+    except CapacityError as error:  # the results are there all the same
+        say(f"not verified: {error}")
+        return None
 
 
 def print_record(
