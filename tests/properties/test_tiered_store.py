@@ -5,6 +5,7 @@ Transfers run in threads, or as late as they can, which finds whoever reuses mem
 """
 
 import tempfile
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from alisa.errors import CapacityError
 from alisa.kv.residency import EVICTIONS
+from alisa.kv.shelf import DeviceShelf, shelves
 from alisa.kv.tiered import TieredStore
 from alisa.kv.tiers import DiskTier, HostTier
+from alisa.kv.transfer import CopyStream
 from alisa.schedule.base import LaneView, Limits, Tier, moves_down
 from alisa.schedule.three_phase import ThreePhase
 from alisa.types import Medium, Segment
@@ -43,6 +46,12 @@ ROW_BYTES = FORMAT.row_bytes
 def append_kernel(rows, row_format, slots, k, v):
     assert row_format == FORMAT
     rows.index_copy_(0, slots, CODEC.encode(k, v))
+
+
+def staged(rows):
+    """Shelves that go through buffers, as a GPU's do."""
+    stream = CopyStream(rows.device)
+    return tuple(DeviceShelf(part, stream) for part in rows)
 
 
 class _Lane:
@@ -76,8 +85,9 @@ class TieredMachine(RuleBasedStateMachine):
         staging_rows=st.sampled_from((1, 3, 16)),
         late=st.booleans(),
         append=st.sampled_from((None, append_kernel)),
+        make_shelves=st.sampled_from((shelves, staged)),
     )
-    def start(self, eviction, num_rows, media, staging_rows, late, append):
+    def start(self, eviction, num_rows, media, staging_rows, late, append, make_shelves):
         self.num_rows = num_rows
         self.tiers = [WornTier(self.make_tier(medium, 40, ROW_BYTES)) for medium in media]
         self.remnant_tier = WornTier(self.make_tier(media[-1], NUM_LANES * REBUILDABLE, REMNANT_BYTES))
@@ -94,6 +104,7 @@ class TieredMachine(RuleBasedStateMachine):
             eviction=eviction,
             staging_rows=staging_rows,
             append=append,
+            make_shelves=make_shelves,
         )
         self.pool = LatePool() if late else None
         if self.pool is not None:
@@ -103,7 +114,7 @@ class TieredMachine(RuleBasedStateMachine):
             tier.on_refusal = lambda slots, table=table: self.doom(table, slots)
         self.model = {}
         self.doomed = set()
-        self.guess = {}
+        self.guess, self.num_ahead = {}, 0
         self.num_written = 0
 
     @staticmethod
@@ -172,6 +183,7 @@ class TieredMachine(RuleBasedStateMachine):
             return
         stored, deleted = self.account(segments, moves)
         prefill = most > 1
+        self.store.traffic()
         self.store.begin(plan_of(segments, moves, prefill=prefill))
         self.write(segments)
         if prefill:
@@ -180,7 +192,7 @@ class TieredMachine(RuleBasedStateMachine):
         else:
             lookups = self.look(draw, lanes)
             self.check_traffic(stored, deleted, lookups)
-            self.guess = {}
+            self.guess, self.num_ahead = {}, 0
             if guesses != "none":
                 self.look_ahead(draw, keep=guesses == "right")
         self.fail()
@@ -274,19 +286,12 @@ class TieredMachine(RuleBasedStateMachine):
             else:
                 chosen = [some_positions(draw, self.model[index].length) for index in lanes]
             selection = selection_of(chosen)
-            found = read_parts(self.credited(draw, layer, selection), ROW_BYTES, selection)
+            found = read_parts(self.store.parts(layer, selection), ROW_BYTES, selection)
             for index, at, rows in zip(lanes, chosen, found, strict=True):
                 lookups += sum(position < self.model[index].bounds[0] for position in at)
                 if index not in self.doomed:
                     assert np.array_equal(rows[: len(at)], self.model[index].rows[layer, at])
         return lookups
-
-    def credited(self, draw, layer, selection):
-        """The parts of a selection; those that stay learn what attention they received."""
-        for part in self.store.parts(layer, selection):
-            yield part
-            if part.sequences is None:
-                self.store.credit(layer, part, torch.from_numpy(draw.random(part.slots.shape, np.float32)))
 
     def look_ahead(self, draw, *, keep):
         """Announce selections of a next step of some lanes, which comes as announced or not."""
@@ -299,6 +304,9 @@ class TieredMachine(RuleBasedStateMachine):
             self.store.prefetch(layer, lanes, selection_of(chosen))
             if keep:
                 self.guess[layer] = dict(zip(lanes, chosen, strict=True))
+        traffic = self.store.traffic()
+        self.num_ahead += traffic.fetched_rows + traffic.rebuilt_rows
+        assert traffic.lookups == traffic.hits == 0
 
     def check_traffic(self, stored, deleted, lookups):
         traffic = self.store.traffic()
@@ -306,9 +314,12 @@ class TieredMachine(RuleBasedStateMachine):
         assert traffic.stored_rows == rows + remnants
         assert traffic.deleted_rows == deleted
         assert traffic.lookups == lookups
-        assert 0 <= traffic.hits <= traffic.lookups
+        brought = traffic.fetched_rows + traffic.rebuilt_rows
+        if lookups:  # what was fetched ahead and is read now is no hit; guesses may have been wrong
+            assert brought <= traffic.lookups - traffic.hits <= brought + self.num_ahead, (traffic, self.num_ahead)
         fetched_bytes = traffic.fetched_rows * ROW_BYTES + traffic.rebuilt_rows * REMNANT_BYTES
         assert traffic.moved_bytes == rows * ROW_BYTES + remnants * REMNANT_BYTES + fetched_bytes
+        assert all(type(count) in (int, float) for count in astuple(traffic)), "a report is written from them"
         assert traffic.wait_s >= 0
         assert traffic.busy_s >= 0
 

@@ -550,9 +550,9 @@ class TieredStore:
 
     def _count_hits(self, layer: int, slots: NDArray[np.int32]) -> None:
         """Take note of look-ups of rows that have gone down; one that was fetched ahead for them is no hit."""
-        brought = np.count_nonzero(slots == NOWHERE)
+        brought = int(np.count_nonzero(slots == NOWHERE))
         if len(self._ahead[layer]):
-            brought += np.count_nonzero(np.isin(slots, self._ahead[layer]))
+            brought += int(np.count_nonzero(np.isin(slots, self._ahead[layer])))
             self._ahead[layer] = np.empty(0, np.int32)
         self._counts["lookups"] += len(slots)
         self._counts["hits"] += len(slots) - brought
