@@ -22,6 +22,7 @@ import torch
 from alisa.config import PolicyName, SamplingParams
 from alisa.engine.engine import Engine
 from alisa.engine.kernels import choose_kernels
+from alisa.engine.placement import Placement
 from alisa.engine.recorder import Stopwatch
 from alisa.engine.requests import Request
 from alisa.engine.runner import Runner
@@ -31,6 +32,8 @@ from alisa.model.decoder import Decoder
 from alisa.model.linear import make_linear
 from alisa.model.loader import random_decoder
 from alisa.policy.table import make_policy
+from alisa.schedule.all_device import AllDevice
+from alisa.schedule.base import Limits
 from alisa.spec import ModelSpec, Rope
 from alisa.types import RowFormat, StepRecord
 
@@ -119,6 +122,7 @@ def run(decoder: Decoder, policy_name: str, args: argparse.Namespace) -> list[St
     length = args.prompt_len + args.output_len
     policy = make_policy(policy_name, args.sparsity)
     kv_dtype = str(decoder.dtype).removeprefix("torch.")
+    kernels = choose_kernels(decoder.device)
     store = KVStore(
         num_layers=spec.num_layers,
         codec=FloatCodec(RowFormat(kv_dtype, spec.num_kv_heads, spec.head_dim)),
@@ -126,11 +130,12 @@ def run(decoder: Decoder, policy_name: str, args: argparse.Namespace) -> list[St
         num_lanes=args.batch,
         max_length=length,
         device=decoder.device,
+        append=kernels.append,
     )
-    kernels = choose_kernels(decoder.device)
     state = policy.start(spec, args.batch, length, decoder.device, kernels.selection)
     runner = Runner(decoder, policy, store, state, kernels.attend, Stopwatch())
-    engine = Engine(runner, eos_ids=frozenset(), prefill_chunk=1024)
+    placement = Placement(AllDevice(), Limits(args.batch * length), store, policy)
+    engine = Engine(runner, placement, eos_ids=frozenset(), prefill_chunk=1024)
     generator = torch.Generator().manual_seed(args.seed)
     for index in range(args.batch):
         ids = torch.randint(10, spec.vocab_size, (args.prompt_len,), generator=generator).tolist()
