@@ -57,15 +57,16 @@ def make_problem(
 
 
 @st.composite
-def problems(draw, row_dtypes=tuple(ROW_DTYPES), scales=(1.0,)):
+def problems(draw, row_dtypes=tuple(ROW_DTYPES), scales=(1.0,), most=4):
+    """Problems of up to `most` sequences and KV heads."""
     num_rows = draw(st.sampled_from([1, 3, 64, 65, 200]))
-    num_seqs = draw(st.integers(1, 4))
+    num_seqs = draw(st.integers(1, most))
     ends = st.sampled_from([1, num_rows]) | st.integers(1, num_rows)
     return make_problem(
         draw(st.sampled_from(row_dtypes)),
         num_seqs=num_seqs,
         num_rows=num_rows,
-        kv_heads=draw(st.integers(1, 4)),
+        kv_heads=draw(st.integers(1, most)),
         group=draw(st.integers(1, 7)),
         head_dim=draw(st.sampled_from([1, 2, 7, 16, 31, 64, 80, 128])),
         per_head=draw(st.booleans()),

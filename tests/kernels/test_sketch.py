@@ -63,12 +63,13 @@ def make_problem(
 
 
 @st.composite
-def problems(draw, scales=(1.0,)):
+def problems(draw, scales=(1.0,), most=4):
+    """Problems of up to `most` sequences, and one KV head more."""
     ends = st.sampled_from([1, 32, 33, 64]) | st.integers(1, 200)
     return make_problem(
         draw(st.sampled_from([2, 4, 8])),
-        lengths=draw(st.lists(ends, min_size=1, max_size=4)),
-        kv_heads=draw(st.integers(1, 5)),
+        lengths=draw(st.lists(ends, min_size=1, max_size=most)),
+        kv_heads=draw(st.integers(1, most + 1)),
         group=draw(st.sampled_from([1, 2, 3, 4, 7, 8])),
         head_dim=draw(st.sampled_from([1, 2, 5, 7, 16, 31, 64, 80, 128, 136])),
         per_head=draw(st.booleans()),

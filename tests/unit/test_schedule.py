@@ -1,19 +1,15 @@
 """Schedulers as pure integers: caps are kept, rows only go down, moves find room in the order in which they come."""
 
-import json
 from itertools import product
 
-import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from alisa.errors import InputError
 from alisa.schedule.all_device import AllDevice
-from alisa.schedule.base import LaneView, Limits, Tier, latest_phase, moves_down, phase_of
-from alisa.schedule.file import load_schedule, schedule_from, schedule_values
+from alisa.schedule.base import LaneView, Limits, Tier, latest_phase, phase_of
 from alisa.schedule.static import StaticSplit
 from alisa.schedule.three_phase import CHUNK_TOKENS, Schedule, ThreePhase
-from alisa.types import Medium, Move, Phase
+from alisa.types import Medium
 
 MEDIA = (Medium.HOST, Medium.DISK)
 
@@ -133,7 +129,9 @@ def test_decisions_keep_every_cap_and_move_rows_down_only(situation, scheduler):
         assert_sound(lanes, limits, decision)
 
 
-@given(situations(most_lanes=2, most_tokens=6), schedulers().filter(lambda scheduler: isinstance(scheduler, ThreePhase)))
+@given(
+    situations(most_lanes=2, most_tokens=6), schedulers().filter(lambda scheduler: isinstance(scheduler, ThreePhase))
+)
 @settings(max_examples=500)
 def test_three_phases_find_a_placement_if_there_is_one(situation, scheduler):
     lanes, limits = situation

@@ -1,4 +1,4 @@
-"""Which kernels run: the native ones where they are built, plain torch elsewhere."""
+"""Which kernels run: native ones on a CPU, Triton on a GPU, plain torch where neither can."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Kernels(NamedTuple):
     append: AppendKernel | None
     move_rows: MoveRows
     name: str
-    """`avx512`, `avx2` or `portable` for the native ones, `torch` for their twins."""
+    """`avx512`, `avx2` or `portable` for the native ones, `triton` on a GPU, `torch` for their twins."""
 
 
 TORCH_KERNELS = Kernels(decode_attention, None, None, move_rows, "torch")
@@ -34,8 +34,10 @@ TORCH_KERNELS = Kernels(decode_attention, None, None, move_rows, "torch")
 def choose_kernels(device: torch.device) -> Kernels:
     """The fastest kernels for this device; they own working memory, so that each engine should have its own.
 
-    Where the native kernels could run but are not built, one warning says so.
+    Where faster ones could run but are not installed, one warning says so.
     """
+    if device.type == "cuda":
+        return _triton_kernels()
     if device.type != "cpu":
         return TORCH_KERNELS
     if not cpu.available():
@@ -43,6 +45,17 @@ def choose_kernels(device: torch.device) -> Kernels:
         return TORCH_KERNELS
     native = cpu.CpuKernels()
     return Kernels(native, native, native.append, cpu.move_rows, native.isa)
+
+
+def _triton_kernels() -> Kernels:
+    try:
+        # Here and not above: triton comes with torch for GPUs, and takes a second to import.
+        from alisa.kernels.gpu.kernels import TritonKernels
+    except ImportError as error:
+        _warn_once(f"the GPU kernels need triton ({error})")
+        return TORCH_KERNELS
+    kernels = TritonKernels()
+    return Kernels(kernels, kernels, kernels.append, "triton")
 
 
 @cache

@@ -19,6 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alisa.kernels.checks import (
+    check_append,
+    check_decode,
+    check_observe,
+    check_select,
+    check_sketch_append,
+    check_sketch_scores,
+)
 from alisa.types import Attended, Codec, RowFormat
 
 if TYPE_CHECKING:
@@ -140,24 +148,9 @@ class CpuKernels:
         Counts are at least 1, slots valid and without duplicates within a set; `check_slots` says whether they are.
         """
         row_format = codec.format
-        num_seqs, num_heads, head_dim = q.shape
+        check_decode(q, rows, row_format, slots, counts)
+        num_seqs, num_heads, _ = q.shape
         _, num_sets, num_slots = slots.shape
-        _check_rows(rows, row_format)
-        if (
-            head_dim != row_format.head_dim
-            or num_heads % row_format.num_kv_heads
-            or num_sets not in (1, row_format.num_kv_heads)
-            or slots.shape[0] != num_seqs
-            or counts.shape != (num_seqs,)
-        ):
-            raise ValueError(
-                f"q {tuple(q.shape)}, slots {tuple(slots.shape)} and counts {tuple(counts.shape)} do not fit "
-                f"each other or rows of {row_format}"
-            )
-        if slots.dtype != torch.int32 or counts.dtype != torch.int32 or q.dtype not in _VALUE_DTYPES:
-            raise TypeError(
-                f"slots and counts are int32 and q is a float, not {slots.dtype}, {counts.dtype}, {q.dtype}"
-            )
         q, slots, counts = q.contiguous(), slots.contiguous(), counts.contiguous()
         out = torch.empty_like(q)
         mass = torch.empty(num_seqs, num_sets, num_slots)
@@ -184,12 +177,7 @@ class CpuKernels:
 
     def append(self, rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """K and V `[N, G, D]` stand as rows at `slots` Int64[N] of one layer's arena; nothing else is touched."""
-        _check_rows(rows, row_format)
-        shape = (row_format.num_kv_heads, row_format.head_dim)
-        if k.shape != (len(slots), *shape) or v.shape != k.shape:
-            raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} are not {len(slots)} tokens of {row_format}")
-        if slots.dtype != torch.int64 or k.dtype not in _VALUE_DTYPES or v.dtype != k.dtype:
-            raise TypeError(f"slots are int64, k and v the same float, not {slots.dtype}, {k.dtype}, {v.dtype}")
+        check_append(rows, row_format, slots, k, v)
         k, v, slots = _dense_tokens(k), _dense_tokens(v), slots.contiguous()
         self._workspace.encode(
             isa=self.isa,
@@ -228,15 +216,7 @@ class CpuKernels:
             counts: Int32[B], each at least `older_counts` and at most `num_slots`.
             num_slots: K.
         """
-        if scores.dtype not in (torch.float32, torch.float64) or scores.stride(1) != 1:
-            raise TypeError(f"scores are rows of float32 or float64, not {scores.dtype} of strides {scores.stride()}")
-        integers = (older_ends, older_counts, counts)
-        if lanes.dtype != torch.int64 or any(values.dtype != torch.int32 for values in integers):
-            raise TypeError("lanes are int64; older_ends, older_counts and counts are int32")
-        if not all(values.is_contiguous() and values.numel() == len(lanes) for values in (lanes, *integers)):
-            raise ValueError(
-                f"lanes, older_ends, older_counts and counts hold one number for each of {len(lanes)} sequences"
-            )
+        check_select(scores, lanes, older_ends, older_counts, counts)
         positions = torch.empty(len(lanes), num_slots, dtype=torch.int32)
         _library().select(
             threads=self._threads(),
@@ -274,13 +254,8 @@ class CpuKernels:
             counts: Int32[B], the real ones of each row.
             mass: Float32[B, K].
         """
+        check_observe(sums, buckets, sum_starts, bucket_starts, positions, counts, mass)
         num_seqs, num_slots = positions.shape
-        tensors = (sums, buckets, sum_starts, bucket_starts, positions, counts, mass)
-        dtypes = (torch.float64, torch.float32, torch.int64, torch.int64, torch.int32, torch.int32, torch.float32)
-        if any(values.dtype != dtype for values, dtype in zip(tensors, dtypes, strict=True)):
-            raise TypeError(f"dtypes are {[values.dtype for values in tensors]}, not {list(dtypes)}")
-        if not all(values.is_contiguous() for values in tensors) or mass.shape != positions.shape:
-            raise ValueError("observe needs contiguous tensors, and a mass for every position")
         _library().observe(
             sums=sums.data_ptr(),
             buckets=buckets.data_ptr(),
@@ -304,12 +279,8 @@ class CpuKernels:
             keys: `[N, G, D]` in a float dtype.
             bits: 2, 4 or 8.
         """
+        check_sketch_append(codes, ranges, ids, keys, bits)
         num_tokens, num_heads, head_dim = keys.shape
-        _check_sketch(codes, ranges, num_heads, head_dim, bits)
-        if ids.shape != (num_tokens,):
-            raise ValueError(f"{num_tokens} keys need as many ids, not {tuple(ids.shape)}")
-        if ids.dtype != torch.int64 or keys.dtype not in _VALUE_DTYPES:
-            raise TypeError(f"ids are int64 and keys a float, not {ids.dtype}, {keys.dtype}")
         keys, ids = _dense_tokens(keys), ids.contiguous()
         self._workspace.sketch_append(
             isa=self.isa,
@@ -352,24 +323,9 @@ class CpuKernels:
             width: at least the largest length.
             num_sets: 1 for all heads together, G for the heads of one KV head each.
         """
+        check_sketch_scores(query, codes, ranges, bits, starts, lengths, num_sets)
         num_seqs, num_heads, head_dim = query.shape
         num_kv_heads = codes.shape[1]
-        _check_sketch(codes, ranges, num_kv_heads, head_dim, bits)
-        if (
-            num_heads % num_kv_heads
-            or num_sets not in (1, num_kv_heads)
-            or starts.shape != (num_seqs,)
-            or lengths.shape != (num_seqs,)
-        ):
-            raise ValueError(
-                f"query {tuple(query.shape)}, starts {tuple(starts.shape)}, lengths {tuple(lengths.shape)} and "
-                f"{num_sets} index sets do not fit each other or a sketch of {num_kv_heads} heads"
-            )
-        if starts.dtype != torch.int64 or lengths.dtype != torch.int32 or query.dtype not in _VALUE_DTYPES:
-            raise TypeError(
-                f"starts are int64, lengths int32, the query a float, not {starts.dtype}, {lengths.dtype}, "
-                f"{query.dtype}"
-            )
         query, starts, lengths = query.contiguous(), starts.contiguous(), lengths.contiguous()
         scores = torch.empty(num_seqs, num_sets, width)
         self._workspace.sketch_scores(
@@ -408,29 +364,6 @@ def _library():  # noqa: ANN202 - the module itself, or an error
     if _native is None:
         raise RuntimeError(_MISSING)
     return _native
-
-
-def _check_rows(rows: Tensor, row_format: RowFormat) -> None:
-    if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != row_format.row_bytes or rows.stride(1) != 1:
-        raise ValueError(
-            f"an arena of {row_format} is UInt8[R, {row_format.row_bytes}] with whole rows, not {rows.dtype} "
-            f"{tuple(rows.shape)} of strides {rows.stride()}"
-        )
-
-
-def _check_sketch(codes: Tensor, ranges: Tensor, num_heads: int, head_dim: int, bits: int) -> None:
-    if bits not in (2, 4, 8):
-        raise ValueError(f"a sketch has 2, 4 or 8 bits per value, not {bits}")
-    if codes.dtype != torch.uint8 or ranges.dtype != torch.float16:
-        raise TypeError(f"codes are uint8 and ranges float16, not {codes.dtype}, {ranges.dtype}")
-    expected = (num_heads, -(-head_dim * bits // 8))
-    if codes.shape[1:] != expected or ranges.shape != (len(codes), num_heads, 2):
-        raise ValueError(
-            f"codes {tuple(codes.shape)} and ranges {tuple(ranges.shape)} are not [T, {expected[0]}, {expected[1]}] "
-            f"and [T, {num_heads}, 2], as {bits} bits for {num_heads} heads of {head_dim} need"
-        )
-    if not (codes.is_contiguous() and ranges.is_contiguous()):
-        raise ValueError("codes and ranges of a sketch are contiguous")
 
 
 def _dense_tokens(values: Tensor) -> Tensor:

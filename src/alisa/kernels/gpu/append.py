@@ -1,4 +1,5 @@
-# pyrefly: ignore-errors  (Triton's language inside functions, not Python)
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
 """New tokens become rows where they will stay: the bytes of `alisa.kv.codec`.
 
 A program takes one KV head of up to 16 tokens: a decode step has few tokens and many heads, a prompt many of both.
@@ -65,7 +66,7 @@ def write_codes(
     tl.store(code_ptrs[:, None] + columns[None, :], codes.to(tl.uint8), mask=low_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def encode_rows(
     k_ptr,
     v_ptr,

@@ -1,10 +1,11 @@
-# pyrefly: ignore-errors  (Triton's language inside functions, not Python)
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
 """Attention of the query heads that share one head of K and V, over one split of the selected tokens.
 
 Rows are read once for the whole group. The group is padded to 16 heads, the least that a tensor core takes, and the
-products run there in three TF32 terms ("tf32x3"), which keeps the accuracy of float32: values of 16 bits and codes are exact
-in TF32, and of float32 values and of the weights the first 21 bits count. Padding wastes arithmetic that memory would
-otherwise wait for. With one head to a group it is not worth it (attend_single.py).
+products run there in three TF32 terms ("tf32x3"), which keeps the accuracy of float32: values of 16 bits and codes are
+exact in TF32, and of float32 values and of the weights the first 21 bits count. Padding wastes arithmetic that memory
+would otherwise wait for. With one head to a group it is not worth it (attend_single.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 from alisa.kernels.gpu.rows import LOWEST, high_plane, load_tile, low_plane
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def attend_group(
     q_ptr,
     values_ptr,

@@ -1,10 +1,11 @@
-# pyrefly: ignore-errors  (Triton's language inside functions, not Python)
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
 """Attention of a query head that has its K and V to itself, over one split of the selected tokens.
 
-A program walks through its split a block of tokens at a time. Each token of a block is a lane with an online softmax of its
-own (maximum, sum, weighted values): lanes never speak to each other inside the loop, so there is no barrier and no
-exchange between warps until the split is read, when the lanes are merged once. The products are plain multiply-adds: one
-query leaves a tensor core nothing to share, and float32 multiply-adds keep up with memory.
+A program walks through its split a block of tokens at a time. Each token of a block is a lane with an online softmax of
+its own (maximum, sum, weighted values), so no maximum or sum is exchanged between warps inside the loop; the lanes are
+merged once, when the split has been read. The products are plain multiply-adds: one query leaves a tensor core nothing
+to share, and float32 multiply-adds keep up with memory.
 
 The scaled scores go to scratch: they become the attention mass once the sum over all splits is known (mass.py).
 """
@@ -17,7 +18,7 @@ import triton.language as tl
 from alisa.kernels.gpu.rows import LOWEST, high_plane, load_tile, low_plane
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def attend_single(
     q_ptr,
     values_ptr,

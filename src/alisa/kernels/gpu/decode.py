@@ -1,8 +1,9 @@
-# pyrefly: ignore-errors  (kernels are launched by a syntax that type checkers do not know)
+# Kernels are launched by a syntax that type checkers do not know.
+# pyrefly: ignore-errors
 """Decode attention in three launches: splits, their merge, and the mass.
 
-Flash decoding (Dao et al., pytorch.org/blog/flash-decoding, 2023) over rows addressed by slot. Deterministic: nothing is
-added up in an order that depends on timing.
+Flash decoding (Dao et al., pytorch.org/blog/flash-decoding, 2023) over rows addressed by slot. Deterministic: nothing
+is added up in an order that depends on timing.
 """
 
 from __future__ import annotations

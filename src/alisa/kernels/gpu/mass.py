@@ -1,11 +1,13 @@
-# pyrefly: ignore-errors  (Triton's language inside functions, not Python)
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
 """Attention weights summed over the heads of an index set, from the scores that attention left behind.
 
 A weight is known when the sum over all tokens is, that is after the last split. Reading K again would cost half of the
-attention; the scores cost 8 bytes for each query head and token (written once, read once) against 2 D values that the row
-holds: 1.6 % for 128 values of 16 bits and a K and V for each head, and mostly in the L2 cache. One exponential for each
-score is computed a second time here. Weights relative to a running maximum in place of the scores would save it, at the
-price of keeping the maxima too; next to the reads it is nothing (an H100 does 3.6e12 a second and reads 6.5e9 such heads).
+attention; the scores cost 8 bytes for each query head and token (written once, read once) against 2 D values that the
+row holds: 1.6 % for 128 values of 16 bits and a K and V for each head, and mostly in the L2 cache. One exponential for
+each score is computed a second time here. Weights relative to a running maximum in place of the scores would save it,
+at the price of keeping the maxima too; next to the reads it is nothing (an H100 does 3.6e12 a second and reads 6.5e9
+such heads).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 from alisa.kernels.gpu.settings import power_of_two
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def sum_weights(
     scores_ptr,
     best_ptr,

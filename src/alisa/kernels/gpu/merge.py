@@ -1,4 +1,5 @@
-# pyrefly: ignore-errors  (Triton's language inside functions, not Python)
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
 """Partial softmaxes of the splits of a sequence become one.
 
 The maximum and the sum stay apart until the end: log(sum) + maximum would lose the sum where scores are large, and the
@@ -33,7 +34,7 @@ def merge_sums(tops_ptr, totals_ptr, num_parts, BLOCK: tl.constexpr):
     return best, tl.sum(totals * tl.exp2(tops - best))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def merge_splits(
     outs_ptr,
     tops_ptr,

@@ -1,9 +1,10 @@
-# pyrefly: ignore-errors  (Triton's language inside functions, not Python)
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
 """Attention mass is added to the sums that rank tokens.
 
-An index set holds no position twice and every row has its own part of the tables, so no two threads meet: a load, a sum and
-a store, in any order, give the same bits. torch's `index_add_` would do it twice, with atomics, whose float64 sums it must
-assume to collide.
+An index set holds no position twice and every row has its own part of the tables, so no two threads meet: a load, a sum
+and a store, in any order, give the same bits. torch's `index_add_` would take one launch for each table and an atomic
+for each sum, because it must expect collisions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def add_mass(
     sums_ptr,
     buckets_ptr,

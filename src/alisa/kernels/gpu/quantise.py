@@ -1,9 +1,10 @@
-# pyrefly: ignore-errors  (Triton's language inside functions, not Python)
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
 """The arithmetic of integer rows and sketches, operation by operation that of their torch twins.
 
 Divisions are the correctly rounded ones (Triton's `/` may be off by two units in the last place), halves go to the even
-integer, and no product is followed by a sum that a compiler may fuse. So codes, scales and minima have the twin's bits on
-every device; for differences below 1.2e-38 (subnormal in float32) that depends on the GPU not flushing them to 0.
+integer, and no product is followed by a sum that a compiler may fuse. So codes, scales and minima have the twin's bits
+on every device; for differences below 1.2e-38 (subnormal in float32) that depends on the GPU not flushing them to 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-# pyrefly: ignore-errors  (Triton's language inside functions, not Python)
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
 """The bytes of rows as the kernels address them: `RowFormat` in units of the pointers they hold."""
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _VALUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 class RowView:
     """One layer's arena, twice: as values or codes, and as the float16 pairs of integer rows.
 
-    Every row is a whole number of both, so that an address is a slot times a stride plus a place in the row. The (scale,
-    minimum) pairs of K begin at pair G * head_len / 2 of 4 bytes, that is at element G * head_len of the float16 view.
+    A row is a whole number of elements of either, so that an address is a slot times a stride plus a place in the row.
+    The (scale, minimum) pairs, behind 2 G head_len bytes of codes, begin at element G head_len of the float16 view.
     """
 
     values: Tensor

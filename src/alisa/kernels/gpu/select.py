@@ -1,11 +1,13 @@
-# pyrefly: ignore-errors  (Triton's language inside functions, not Python)
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
 """The older tokens with the largest scores, in order, without a sort.
 
 torch has no selection that keeps the tie rule: topk leaves open which of two equals it takes, and a stable sort orders
-everything (half a dozen launches and several passes over memory). Here one program for each row finds the k-th largest score
-bit by bit, from the top: 32 or 64 counts of a row that stays in registers (one tile) or in the caches. Then it writes the
-positions above it, and of those equal to it the first ones. The number of tokens comes from the device; nothing waits for
-the host. One program reads a row of 131,072 float32 scores 33 times: about 0.1 ms, estimated, not measured.
+everything (half a dozen launches and several passes over memory). Here one program for each row finds the k-th largest
+score bit by bit, from the top: 32 or 64 counts of a row that stays in registers (one tile) or in the caches. Then it
+writes the positions above it, and of those equal to it the first ones. The number of tokens comes from the device;
+nothing waits for the host. One program reads a row of 131,072 float32 scores 33 times: about 0.1 ms, estimated, not
+measured.
 """
 
 from __future__ import annotations
@@ -19,15 +21,16 @@ from alisa.kernels.gpu.settings import power_of_two
 
 
 @triton.jit
-def load_keys(scores_ptr, positions, end, KEY: tl.constexpr, BITS: tl.constexpr):
+def load_keys(scores_ptr, positions, end, SIGNED: tl.constexpr, KEY: tl.constexpr, BITS: tl.constexpr):
     """Unsigned integers in the order of the scores, -0 equal to 0; those behind the end mean nothing."""
     scores = tl.load(scores_ptr + positions, mask=positions < end, other=0.0)
-    bits = tl.where(scores == 0.0, 0.0, scores).to(KEY, bitcast=True)
-    sign = bits >> (BITS - 1)
-    return tl.where(sign != 0, ~bits, bits | (tl.full(bits.shape, 1, KEY) << (BITS - 1)))
+    bits = tl.where(scores == 0.0, 0.0, scores).to(SIGNED, bitcast=True)
+    # Negative floats fall where their bits rise: all but the sign are turned over. Then the sign, for unsigned order.
+    bits = bits ^ ((bits >> (BITS - 1)) & (2 ** (BITS - 1) - 1))
+    return bits.to(KEY, bitcast=True) ^ (tl.full(bits.shape, 1, KEY) << (BITS - 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def select_top(
     scores_ptr,
     rows_ptr,
@@ -37,6 +40,7 @@ def select_top(
     positions_ptr,
     row_stride,
     num_slots,
+    SIGNED: tl.constexpr,
     KEY: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -50,27 +54,29 @@ def select_top(
 
     # The largest threshold that at least `wanted` scores reach.
     threshold = tl.full([1], 0, KEY)
-    for step in range(BITS):
-        candidate = threshold | (tl.full([1], 1, KEY) << (BITS - 1 - step).to(KEY))
+    bit = tl.full([1], 1, KEY) << (BITS - 1)
+    for _ in range(BITS):
+        candidate = threshold | bit
         reached = tl.zeros([BLOCK], tl.int32)
         for first in range(0, end, BLOCK):
             positions = first + lanes
-            keys = load_keys(scores_ptr, positions, end, KEY, BITS)
+            keys = load_keys(scores_ptr, positions, end, SIGNED, KEY, BITS)
             reached += ((keys >= candidate) & (positions < end)).to(tl.int32)
         threshold = tl.where(tl.sum(reached) >= wanted, candidate, threshold)
+        bit = bit >> 1
 
     above = tl.zeros([BLOCK], tl.int32)
     for first in range(0, end, BLOCK):
         positions = first + lanes
-        keys = load_keys(scores_ptr, positions, end, KEY, BITS)
+        keys = load_keys(scores_ptr, positions, end, SIGNED, KEY, BITS)
         above += ((keys > threshold) & (positions < end)).to(tl.int32)
     num_ties = wanted - tl.sum(above)
 
-    written = wanted * 0
-    ties = wanted * 0
+    written = 0
+    ties = 0
     for first in range(0, end, BLOCK):
         positions = first + lanes
-        keys = load_keys(scores_ptr, positions, end, KEY, BITS)
+        keys = load_keys(scores_ptr, positions, end, SIGNED, KEY, BITS)
         inside = positions < end
         tied = (keys == threshold) & inside
         tie_ranks = ties + tl.cumsum(tied.to(tl.int32), axis=0)
@@ -104,6 +110,7 @@ def launch_select(
         positions,
         scores.stride(0),
         num_slots,
+        SIGNED=tl.int64 if wide else tl.int32,
         KEY=tl.uint64 if wide else tl.uint32,
         BITS=64 if wide else 32,
         BLOCK=block,

@@ -1,8 +1,9 @@
-# pyrefly: ignore-errors  (Triton's language inside functions, not Python)
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
 """New keys become low-bit codes between their own minimum and maximum, in place.
 
-Byte i of a head holds the codes of values i, i + P, i + 2P, ... from its lowest bits up. The same arithmetic as the torch
-twin, bit for bit, under the condition named in quantise.py.
+Byte i of a head holds the codes of values i, i + P, i + 2P, ... from its lowest bits up. The same arithmetic as the
+torch twin, bit for bit, under the condition named in quantise.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from alisa.kernels.gpu.quantise import divide, inverse_of, to_codes, within_floa
 from alisa.kernels.gpu.settings import power_of_two, tile_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def sketch_keys(
     keys_ptr,
     ids_ptr,

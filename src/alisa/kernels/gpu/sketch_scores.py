@@ -1,9 +1,10 @@
-# pyrefly: ignore-errors  (Triton's language inside functions, not Python)
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
 """Approximate attention weights of every token from the sketch of its key.
 
-Three launches as in decode attention, without values: scores and partial sums of 128 tokens, their merge, and the sum over
-heads. Scores wait in scratch, 4 bytes for each query head and token, because a second read of the codes would cost more
-(68 bytes for 128 keys of 4 bits) unless more than 8 query heads share them.
+Three launches as in decode attention, without values: scores and partial sums of 128 tokens, their merge, and the sum
+over heads. Scores wait in scratch, 4 bytes for each query head and token, because a second read of the codes would cost
+more (68 bytes for 128 keys of 4 bits) unless more than 8 query heads share them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from alisa.kernels.gpu.merge import merge_sums
 from alisa.kernels.gpu.settings import power_of_two, tile_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["score_width"])
 def score_keys(
     q_ptr,
     codes_ptr,
@@ -81,7 +82,7 @@ def score_keys(
     tl.store(totals_ptr + heads * num_blocks + block, total, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def merge_blocks(
     tops_ptr,
     totals_ptr,

@@ -1,0 +1,132 @@
+"""What every set of kernels asks of its arguments: shapes, dtypes and strides, never values.
+
+An argument that does not fit is a ValueError, one of the wrong dtype a TypeError; both say what was given and what
+fits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alisa.types import RowFormat
+
+VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of queries, keys and values."""
+
+
+def check_decode(q: Tensor, rows: Tensor, row_format: RowFormat, slots: Tensor, counts: Tensor) -> None:
+    """The arguments of decode attention fit each other; raises otherwise."""
+    num_seqs, num_heads, head_dim = q.shape
+    num_sets = slots.shape[1]
+    _check_rows(rows, row_format)
+    if (
+        head_dim != row_format.head_dim
+        or num_heads % row_format.num_kv_heads
+        or num_sets not in (1, row_format.num_kv_heads)
+        or slots.shape[0] != num_seqs
+        or counts.shape != (num_seqs,)
+    ):
+        raise ValueError(
+            f"q {tuple(q.shape)}, slots {tuple(slots.shape)} and counts {tuple(counts.shape)} do not fit "
+            f"each other or rows of {row_format}"
+        )
+    if slots.dtype != torch.int32 or counts.dtype != torch.int32 or q.dtype not in VALUE_DTYPES:
+        raise TypeError(f"slots and counts are int32 and q is a float, not {slots.dtype}, {counts.dtype}, {q.dtype}")
+
+
+def check_append(rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    """New tokens fit the rows they go to; raises otherwise."""
+    _check_rows(rows, row_format)
+    shape = (row_format.num_kv_heads, row_format.head_dim)
+    if k.shape != (len(slots), *shape) or v.shape != k.shape:
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} are not {len(slots)} tokens of {row_format}")
+    if slots.dtype != torch.int64 or k.dtype not in VALUE_DTYPES or v.dtype != k.dtype:
+        raise TypeError(f"slots are int64, k and v the same float, not {slots.dtype}, {k.dtype}, {v.dtype}")
+
+
+def check_select(scores: Tensor, lanes: Tensor, older_ends: Tensor, older_counts: Tensor, counts: Tensor) -> None:
+    """The arguments of a selection fit each other; raises otherwise."""
+    if scores.dtype not in (torch.float32, torch.float64) or scores.stride(1) != 1:
+        raise TypeError(f"scores are rows of float32 or float64, not {scores.dtype} of strides {scores.stride()}")
+    integers = (older_ends, older_counts, counts)
+    if lanes.dtype != torch.int64 or any(values.dtype != torch.int32 for values in integers):
+        raise TypeError("lanes are int64; older_ends, older_counts and counts are int32")
+    if not all(values.is_contiguous() and values.numel() == len(lanes) for values in (lanes, *integers)):
+        raise ValueError(
+            f"lanes, older_ends, older_counts and counts hold one number for each of {len(lanes)} sequences"
+        )
+
+
+def check_observe(
+    sums: Tensor,
+    buckets: Tensor,
+    sum_starts: Tensor,
+    bucket_starts: Tensor,
+    positions: Tensor,
+    counts: Tensor,
+    mass: Tensor,
+) -> None:
+    """Mass can be added to the sums and buckets; raises otherwise."""
+    tensors = (sums, buckets, sum_starts, bucket_starts, positions, counts, mass)
+    dtypes = (torch.float64, torch.float32, torch.int64, torch.int64, torch.int32, torch.int32, torch.float32)
+    if any(values.dtype != dtype for values, dtype in zip(tensors, dtypes, strict=True)):
+        raise TypeError(f"dtypes are {[values.dtype for values in tensors]}, not {list(dtypes)}")
+    if not all(values.is_contiguous() for values in tensors) or mass.shape != positions.shape:
+        raise ValueError("observe needs contiguous tensors, and a mass for every position")
+
+
+def check_sketch_append(codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
+    """New keys fit the sketch they go to; raises otherwise."""
+    num_tokens, num_heads, head_dim = keys.shape
+    _check_sketch(codes, ranges, num_heads, head_dim, bits)
+    if ids.shape != (num_tokens,):
+        raise ValueError(f"{num_tokens} keys need as many ids, not {tuple(ids.shape)}")
+    if ids.dtype != torch.int64 or keys.dtype not in VALUE_DTYPES:
+        raise TypeError(f"ids are int64 and keys a float, not {ids.dtype}, {keys.dtype}")
+
+
+def check_sketch_scores(
+    query: Tensor, codes: Tensor, ranges: Tensor, bits: int, starts: Tensor, lengths: Tensor, num_sets: int
+) -> None:
+    """A query and the sequences it asks for fit the sketch; raises otherwise."""
+    num_seqs, num_heads, head_dim = query.shape
+    num_kv_heads = codes.shape[1]
+    _check_sketch(codes, ranges, num_kv_heads, head_dim, bits)
+    if (
+        num_heads % num_kv_heads
+        or num_sets not in (1, num_kv_heads)
+        or starts.shape != (num_seqs,)
+        or lengths.shape != (num_seqs,)
+    ):
+        raise ValueError(
+            f"query {tuple(query.shape)}, starts {tuple(starts.shape)}, lengths {tuple(lengths.shape)} and "
+            f"{num_sets} index sets do not fit each other or a sketch of {num_kv_heads} heads"
+        )
+    if starts.dtype != torch.int64 or lengths.dtype != torch.int32 or query.dtype not in VALUE_DTYPES:
+        raise TypeError(
+            f"starts are int64, lengths int32, the query a float, not {starts.dtype}, {lengths.dtype}, {query.dtype}"
+        )
+
+
+def _check_rows(rows: Tensor, row_format: RowFormat) -> None:
+    if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != row_format.row_bytes or rows.stride(1) != 1:
+        raise ValueError(
+            f"an arena of {row_format} is UInt8[R, {row_format.row_bytes}] with whole rows, not {rows.dtype} "
+            f"{tuple(rows.shape)} of strides {rows.stride()}"
+        )
+
+
+def _check_sketch(codes: Tensor, ranges: Tensor, num_heads: int, head_dim: int, bits: int) -> None:
+    if bits not in (2, 4, 8):
+        raise ValueError(f"a sketch has 2, 4 or 8 bits per value, not {bits}")
+    if codes.dtype != torch.uint8 or ranges.dtype != torch.float16:
+        raise TypeError(f"codes are uint8 and ranges float16, not {codes.dtype}, {ranges.dtype}")
+    expected = (num_heads, -(-head_dim * bits // 8))
+    if codes.shape[1:] != expected or ranges.shape != (len(codes), num_heads, 2):
+        raise ValueError(
+            f"codes {tuple(codes.shape)} and ranges {tuple(ranges.shape)} are not [T, {expected[0]}, {expected[1]}] "
+            f"and [T, {num_heads}, 2], as {bits} bits for {num_heads} heads of {head_dim} need"
+        )
+    if not (codes.is_contiguous() and ranges.is_contiguous()):
+        raise ValueError("codes and ranges of a sketch are contiguous")
