@@ -65,7 +65,7 @@ class Rows:
             self.store.append(layer, *project(layer, hidden, positions), hidden)
 
     def select(self, chosen, layers=range(NUM_LAYERS)):
-        """Read these positions, {lane: positions}, of the running step's lanes in some layers; which lanes are right."""
+        """Read {lane: positions} of the running step's lanes in some layers; which lanes are right."""
         selection = selection_of(list(chosen.values()))
         right = set(chosen)
         for layer in layers:

@@ -55,7 +55,7 @@ def _triton_kernels() -> Kernels:
         _warn_once(f"the GPU kernels need triton ({error})")
         return TORCH_KERNELS
     kernels = TritonKernels()
-    return Kernels(kernels, kernels, kernels.append, "triton")
+    return Kernels(kernels, kernels, kernels.append, move_rows, "triton")
 
 
 @cache
