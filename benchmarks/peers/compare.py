@@ -161,7 +161,9 @@ def main() -> None:
             print(f"{name:26}no environment; make peer-{environment}", flush=True)
             continue
         others = OthersWatch()
-        record = measure(name, run) | {"others_cpu_share": round(others.share(), 3)}
+        record = measure(name, run)
+        if record["status"] == "ran":
+            record["others_cpu_share"] = round(others.share(), 3)
         with args.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(row(record), flush=True)
