@@ -84,6 +84,8 @@ class Runner:
 
     def prefill(self, pieces: Sequence[PromptPiece]) -> Tensor:
         """Read pieces of prompts, packed; logits Float32[N, V] of the N prompts that are complete now, in order."""
+        # A prompt may have the lane, and come to the length, of a sequence that the choice made ahead was for.
+        self._ahead = None
         tokens: list[int] = []
         positions: list[int] = []
         last_rows: list[int] = []

@@ -80,7 +80,7 @@ def schedule_values(scheduler: Scheduler) -> dict[str, Any]:
 def _check(values: Mapping[str, Any], wanted: set[str]) -> None:
     """Raise InputError unless there is a number under each of these names and nothing else."""
     missing, unknown = sorted(wanted - set(values)), sorted(set(values) - wanted)
-    bad = sorted(key for key in wanted & set(values) if not isinstance(values[key], int | float))
+    bad = sorted(key for key in wanted & set(values) if type(values[key]) not in (int, float))
     problems = [
         f"{what} {', '.join(names)}"
         for what, names in (("it lacks", missing), ("it does not know", unknown), ("no number is", bad))

@@ -39,12 +39,14 @@ class StaticSplit:
     def plan(self, lanes: Sequence[LaneView], limits: Limits) -> Decision | None:
         """See `Scheduler.plan`."""
         bounds = [list(view.bounds) for view in lanes]
+        resident = 0
         for view, ends in zip(lanes, bounds, strict=True):
-            # Rounded up to whole chunks: the split must hold between two moves, too.
-            wanted = -(-int(self.offload_ratio * view.length) // self.chunk) * self.chunk
-            ends[0] = max(ends[0], min(wanted, view.length - 1))
-        resident = sum(view.length - ends[0] for view, ends in zip(lanes, bounds, strict=True))
+            # Rounded up to whole chunks: the split must hold between two moves, too. What it asks of the device does
+            # not count the rounding: a sequence that fits must have fitted at every length before.
+            wanted = int(self.offload_ratio * view.length)
+            resident += view.length - min(wanted, max(ends[0], view.length - 1))
+            ends[0] = max(ends[0], min(-(-wanted // self.chunk) * self.chunk, view.length - 1))
         below = sum(ends[0] for ends in bounds)
-        if resident > limits.device_tokens or below > limits.tiers[0].num_tokens:
+        if resident > limits.device_tokens or below > sum(tier.num_tokens for tier in limits.tiers[:1]):
             return None
         return Decision(latest_phase([phase_of(ends) for ends in bounds]), moves_down(lanes, bounds, limits))

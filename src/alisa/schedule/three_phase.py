@@ -49,9 +49,9 @@ class Schedule:
         wrong = [
             text
             for bad, text in (
-                (self.offload_from < 0, f"offload_from is {self.offload_from}, allowed is 0 or more"),
+                (not self.offload_from >= 0, f"offload_from is {self.offload_from}, allowed is 0 or more"),
                 (
-                    self.recompute_from < self.offload_from,
+                    not self.recompute_from >= self.offload_from,
                     f"recompute_from is {self.recompute_from}, it cannot come before offload_from {self.offload_from}",
                 ),
                 (not 0 <= self.offload_ratio <= 1, f"offload_ratio is {self.offload_ratio}, allowed is 0 to 1"),
@@ -99,46 +99,47 @@ class ThreePhase:
 
     def plan(self, lanes: Sequence[LaneView], limits: Limits) -> Decision | None:
         """See `Scheduler.plan`."""
-        # The tiers below may have no room for what would go down only so that the hot cache is large.
-        for first in range(len(_DEMANDS)):
-            bounds = [self._asked(view) for view in lanes]
-            if self._relieve_device(lanes, bounds, limits, first) and self._relieve_tiers(lanes, bounds, limits):
-                break
-        else:
+        bounds = self._asked(lanes, limits)
+        if not (self._relieve_device(lanes, bounds, limits) and self._relieve_tiers(lanes, bounds, limits)):
             return None
         return Decision(latest_phase([phase_of(ends) for ends in bounds]), moves_down(lanes, bounds, limits))
 
-    def _asked(self, view: LaneView) -> list[int]:
-        """The present bounds, or the lower ones of the schedule where they are a chunk or more away."""
-        bounds = list(view.bounds)
-        if self.schedule is None or len(bounds) < 2:
+    def _asked(self, lanes: Sequence[LaneView], limits: Limits) -> list[list[int]]:
+        """The present bounds, or the lower ones of the schedule where they are a chunk or more away and find room."""
+        bounds = [list(view.bounds) for view in lanes]
+        if self.schedule is None or not limits.tiers:
             return bounds
-        movable = view.length - view.window if view.active else view.length
-        offloaded = min(self.schedule.offloaded(view), movable)
-        if offloaded >= bounds[0] + self.chunk:
-            bounds[0] = offloaded
-        deleted = min(self.schedule.deleted(view), bounds[0], view.rebuildable)
-        if deleted >= bounds[-1] + self.chunk:
-            bounds[1:] = [max(bound, deleted) for bound in bounds[1:]]
+        spare = _spare(lanes, bounds, limits)
+        for view, ends in zip(lanes, bounds, strict=True):
+            movable = view.length - view.window if view.active else view.length
+            offloaded = min(self.schedule.offloaded(view), movable, _deepest(view, ends[0], spare))
+            if offloaded >= ends[0] + self.chunk:
+                spare -= _kept(view, offloaded) - _kept(view, ends[0])
+                ends[0] = offloaded
+            deleted = min(self.schedule.deleted(view), ends[0], view.rebuildable)
+            if deleted >= ends[-1] + self.chunk:
+                ends[1:] = [max(bound, deleted) for bound in ends[1:]]
         return bounds
 
-    def _relieve_device(self, lanes: Sequence[LaneView], bounds: list[list[int]], limits: Limits, first: int) -> bool:
+    def _relieve_device(self, lanes: Sequence[LaneView], bounds: list[list[int]], limits: Limits) -> bool:
         """Push the oldest tokens down until the others, and a hot cache for the pushed ones, fit the arena."""
         if limits.tiers:
-            for hot_factor, keeps_window in _DEMANDS[first:]:
-                self._push(lanes, bounds, limits.device_tokens, hot_factor, keeps_window=keeps_window)
+            for hot_factor, keeps_window in _DEMANDS:
+                self._push(lanes, bounds, limits, hot_factor, keeps_window=keeps_window)
         # The hot cache may be smaller than one layer's selection, even nothing: that is then read in pieces.
         resident = sum(view.length - ends[0] for view, ends in zip(lanes, bounds, strict=True))
         return resident <= limits.device_tokens
 
     def _push(
-        self, lanes: Sequence[LaneView], bounds: list[list[int]], room: int, hot_factor: int, *, keeps_window: bool
+        self, lanes: Sequence[LaneView], bounds: list[list[int]], limits: Limits, hot_factor: int, *, keeps_window: bool
     ) -> None:
-        """Lower the first bounds, the sequences that hold most on the device first, until the demand is within `room`.
+        """Lower the first bounds, the sequences that hold most on the device first, until the demand fits the arena.
 
-        The demand of a sequence of length n with d tokens below is n - d + min(d, hot_factor * older).
+        The demand of a sequence of length n with d tokens below is n - d + min(d, hot_factor * older). Nothing goes
+        down that the tiers below cannot take: for a larger hot cache no sequence has to give way.
         """
-        excess = -room
+        spare = _spare(lanes, bounds, limits)
+        excess = -limits.device_tokens
         for view, ends in zip(lanes, bounds, strict=True):
             hot = hot_factor * view.older if view.active else 0
             excess += view.length - ends[0] + min(ends[0], hot)
@@ -151,7 +152,8 @@ class ThreePhase:
             if view.active:
                 most -= view.window if keeps_window else 1
             wanted = -(-(max(ends[0], hot) + excess) // self.chunk) * self.chunk
-            below = max(ends[0], min(wanted, most))
+            below = max(ends[0], min(wanted, most, _deepest(view, ends[0], spare)))
+            spare -= _kept(view, below) - _kept(view, ends[0])
             excess -= below - ends[0] - (min(below, hot) - min(ends[0], hot))
             ends[0] = below
 
@@ -160,16 +162,41 @@ class ThreePhase:
         """Pass what a tier cannot hold to the next, the sequences that hold most first; the last tier deletes."""
         for level, tier in enumerate(limits.tiers):
             excess = sum(ends[level] - ends[level + 1] for ends in bounds) - tier.num_tokens
-            last = level + 1 == len(limits.tiers)
             order = sorted(range(len(lanes)), key=lambda i: bounds[i][level] - bounds[i][level + 1], reverse=True)
-            for index in order:
-                if excess <= 0:
-                    break
-                ends = bounds[index]
-                limit = min(ends[level], lanes[index].rebuildable) if last else ends[level]
-                pushed = min(excess, max(limit - ends[level + 1], 0))
-                ends[level + 1] += pushed
-                excess -= pushed
+            # What may be deleted goes first: the tiers further down may have no room for anything else.
+            excess -= _pass_down(bounds, level, excess, [(i, lanes[i].rebuildable) for i in order])
+            if level + 1 < len(limits.tiers):
+                excess -= _pass_down(bounds, level, excess, [(i, lanes[i].length) for i in order])
             if excess > 0:
                 return False
         return True
+
+
+def _pass_down(bounds: list[list[int]], level: int, count: int, order: Sequence[tuple[int, int]]) -> int:
+    """Lower bounds so that up to `count` tokens leave a level, and say how many did.
+
+    `order` has the sequences, and how far each may go.
+    """
+    left = count
+    for index, most in order:
+        ends = bounds[index]
+        passed = max(min(left, min(ends[level], most) - ends[level + 1]), 0)
+        ends[level + 1] += passed
+        left -= passed
+    return count - left
+
+
+def _kept(view: LaneView, bound: int) -> int:
+    """Tokens that take room below when all before `bound` have left the device and as many as may be are deleted."""
+    return max(bound - view.rebuildable, 0)
+
+
+def _spare(lanes: Sequence[LaneView], bounds: Sequence[Sequence[int]], limits: Limits) -> int:
+    """Tokens that the tiers below can still take, besides those that can be deleted."""
+    kept = sum(_kept(view, ends[0]) for view, ends in zip(lanes, bounds, strict=True))
+    return sum(tier.num_tokens for tier in limits.tiers) - kept
+
+
+def _deepest(view: LaneView, bound: int, spare: int) -> int:
+    """How far a first bound can go down from here with that much room below."""
+    return max(bound, view.rebuildable) + spare
