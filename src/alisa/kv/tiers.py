@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -80,7 +82,7 @@ def move_rows(file: int, offsets: Slots, memory: Bytes, rows: Slots, *, write: b
     row_bytes, moved = memory.shape[1], 0
     call = os.pwritev if write else os.preadv
     starts = np.flatnonzero(np.diff(offsets, prepend=offsets[:1] - 2 * row_bytes) != row_bytes)
-    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
+    for start, end in pairwise([*starts.tolist(), len(rows)]):
         for first in range(start, end, _MOST_BUFFERS):
             buffers = [memoryview(memory[row]) for row in rows[first : min(end, first + _MOST_BUFFERS)].tolist()]
             done = call(file, buffers, int(offsets[first]))
@@ -116,8 +118,9 @@ class DiskTier:
     """Rows in a file that nobody else sees and that cannot outlive the process.
 
     The file has no name: it is unlinked as soon as it is open, so the system frees it when the process ends, however it
-    ends. Its whole size is claimed at once: a disk that is too small is found out before work starts. Reads and writes
-    go through the system's page cache, which keeps rows in memory that nobody else needs and gives it up first.
+    ends, and at the latest when nobody refers to the tier any more: a run may be given up before it begins. Its whole
+    size is claimed at once: a disk that is too small is found out before work starts. Reads and writes go through the
+    system's page cache, which keeps rows in memory that nobody else needs and gives it up first.
 
     Args:
         directory: where the file lies; its file system is the disk that is used.
@@ -145,10 +148,12 @@ class DiskTier:
                 self._file = os.dup(file.fileno())
         except OSError as error:
             raise InputError(f"{directory} cannot hold the disk tier: {error.strerror}; use --kv-disk-path.") from error
+        self._close = weakref.finalize(self, os.close, self._file)
         try:
-            os.posix_fallocate(self._file, 0, size)
+            if size:  # with many deleted rows, the disk may be for remnants alone
+                os.posix_fallocate(self._file, 0, size)
         except OSError as error:
-            os.close(self._file)
+            self.close()
             free = format_bytes(_free_bytes(directory))
             raise CapacityError(
                 f"The disk tier needs {format_bytes(size)} in {directory} and {free} are free ({error.strerror}); "
@@ -173,7 +178,7 @@ class DiskTier:
 
     def close(self) -> None:
         """The file is gone."""
-        os.close(self._file)
+        self._close()
 
 
 def _free_bytes(directory: Path) -> int:

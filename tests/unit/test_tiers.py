@@ -1,0 +1,168 @@
+"""Lower tiers: rows come back, a file that nobody sees, disks that are full or too short."""
+
+import errno
+import gc
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alisa.errors import CapacityError, InputError
+from alisa.kernels import cpu
+from alisa.kv.tiers import DiskTier, HostTier, move_rows
+from alisa.types import Medium
+
+NUM_LAYERS, NUM_ROWS, ROW_BYTES = 2, 700, 12
+
+
+def movers():
+    """The mover of rows and its native twin, where that was built."""
+    return [move_rows, *([cpu.move_rows] if cpu.available() else [])]
+
+
+@pytest.fixture(params=["host", "disk", "disk-native"])
+def tier(request, tmp_path):
+    if request.param == "disk-native" and not cpu.available():
+        pytest.skip(cpu.unavailable_reason())
+    if request.param == "host":
+        made = HostTier(NUM_LAYERS, NUM_ROWS, ROW_BYTES)
+    else:
+        move = cpu.move_rows if request.param == "disk-native" else move_rows
+        made = DiskTier(tmp_path, NUM_LAYERS, NUM_ROWS, ROW_BYTES, move)
+    yield made
+    made.close()
+
+
+def test_rows_come_back_from_any_slots_to_any_places(tier):
+    """Long runs of neighbours, more than one system call takes, and scattered rows; layers do not touch each other."""
+    draw = np.random.default_rng(0)
+    for count in (0, 1, 7, 600, NUM_ROWS):
+        slots = draw.permutation(NUM_ROWS)[:count]
+        source = draw.integers(0, 256, (NUM_LAYERS, NUM_ROWS, ROW_BYTES), np.uint8)
+        places = draw.permutation(NUM_ROWS)[:count]
+        for layer in range(NUM_LAYERS):
+            tier.write(layer, slots, source[layer], places)
+        for layer in range(NUM_LAYERS):
+            some = draw.permutation(count)[: count // 2 + 1]
+            target = np.zeros((NUM_ROWS, ROW_BYTES), np.uint8)
+            at = draw.permutation(NUM_ROWS)[: len(some)].astype(np.int32)
+            tier.read(layer, slots[some], target, at)
+            assert np.array_equal(target[at], source[layer, places[some]])
+            assert target.sum(dtype=np.int64) == target[at].sum(dtype=np.int64), "other rows were written"
+
+
+def test_neighbours_go_in_one_call(tmp_path, monkeypatch):
+    calls = []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: (calls.append(args), preadv(*args))[1])
+    tier = DiskTier(tmp_path, NUM_LAYERS, NUM_ROWS, ROW_BYTES)
+    target = np.empty((NUM_ROWS, ROW_BYTES), np.uint8)
+    tier.read(1, np.array([12, 10, 11, 50, 30, 31]), target, np.arange(6))
+    assert [(len(buffers), offset) for _, buffers, offset in calls] == [
+        (count, (NUM_ROWS + first) * ROW_BYTES) for count, first in ((3, 10), (2, 30), (1, 50))
+    ]
+    tier.close()
+
+
+def test_the_file_has_no_name_even_while_it_is_open(tmp_path):
+    tier = DiskTier(tmp_path, NUM_LAYERS, NUM_ROWS, ROW_BYTES)
+    assert list(tmp_path.iterdir()) == []
+    state = os.fstat(tier._file)
+    assert state.st_nlink == 0
+    assert state.st_size == NUM_LAYERS * NUM_ROWS * ROW_BYTES
+    assert state.st_blocks * 512 >= state.st_size, "its size is claimed, not promised"
+    assert tier.medium is Medium.DISK
+    tier.close()
+
+
+def open_files():
+    return set(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted in /proc")
+def test_the_file_is_gone_when_the_tier_is_closed_or_forgotten(tmp_path):
+    before = open_files()
+    tier = DiskTier(tmp_path, NUM_LAYERS, NUM_ROWS, ROW_BYTES)
+    assert open_files() - before
+    tier.close()
+    tier.close()
+    assert open_files() == before
+    tier = DiskTier(tmp_path, NUM_LAYERS, NUM_ROWS, ROW_BYTES)
+    del tier
+    gc.collect()
+    assert open_files() == before
+
+
+def test_a_full_disk_is_found_out_at_once_with_the_numbers(tmp_path, monkeypatch):
+    def full(file, offset, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = open_files()
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CapacityError) as error:
+        DiskTier(tmp_path, 4, 2**20, 2**10)
+    assert str(error.value).startswith(f"The disk tier needs 4.0 GiB in {tmp_path} and ")
+    assert str(error.value).endswith(
+        " are free (No space left on device); lower --kv-disk-memory or use --kv-disk-path."
+    )
+    assert open_files() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_hold_files_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"none cannot hold the disk tier: No such file or directory; use --kv-disk-p"):
+        DiskTier(tmp_path / "none", 1, 1, 1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file cannot hold the disk tier: Not a directory; use --kv-disk-path\."):
+        DiskTier(tmp_path / "file", 1, 1, 1)
+
+
+def test_a_tier_may_be_for_nothing(tmp_path):
+    DiskTier(tmp_path, NUM_LAYERS, 0, ROW_BYTES).close()
+
+
+@pytest.mark.parametrize("move", movers())
+def test_a_truncated_file_gives_what_is_left_and_says_how_much(move, tmp_path):
+    tier = DiskTier(tmp_path, 1, 10, ROW_BYTES, move)
+    tier.write(0, np.arange(10), np.full((10, ROW_BYTES), 7, np.uint8), np.arange(10))
+    os.ftruncate(tier._file, 4 * ROW_BYTES + 5)
+    target = np.zeros((10, ROW_BYTES), np.uint8)
+    tier.read(0, np.arange(4), target, np.arange(4))
+    assert (target[:4] == 7).all()
+    with pytest.raises(OSError, match="the tier file gave 17 of 36 bytes"):
+        tier.read(0, np.array([5, 4, 3]), target, np.arange(3))
+    with pytest.raises(OSError, match="the tier file gave 0 of 24 bytes"):
+        tier.read(0, np.array([9, 7]), target, np.arange(2))
+    tier.close()
+
+
+@pytest.mark.parametrize("move", movers())
+def test_what_the_system_refuses_is_an_os_error(move, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(ROW_BYTES))
+    with path.open("rb") as file, pytest.raises(OSError, match="Bad file descriptor"):
+        move(
+            file.fileno(), np.zeros(1, np.int64), np.zeros((1, ROW_BYTES), np.uint8), np.zeros(1, np.int64), write=True
+        )
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the native mover was not built")
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.booleans())
+@settings(max_examples=30)
+def test_both_movers_move_the_same_bytes(tmp_path_factory, seed, share, write):
+    draw = np.random.default_rng(seed)
+    first = draw.integers(0, 256, (100, ROW_BYTES), np.uint8)
+    slots = np.flatnonzero(draw.random(100) < share)
+    rows = draw.permutation(100)[: len(slots)]
+    found = []
+    for move in movers():
+        path = tmp_path_factory.getbasetemp() / "mover"
+        path.write_bytes(first.tobytes())
+        memory = 255 - first
+        with path.open("r+b") as file:
+            assert move(file.fileno(), slots * ROW_BYTES, memory, rows, write=write) == len(rows) * ROW_BYTES
+        found.append((memory.tobytes(), path.read_bytes()))
+    assert found[0] == found[1]

@@ -1,0 +1,117 @@
+"""Transfers and tickets: what waits, what is counted, who fails."""
+
+import threading
+from time import sleep
+
+import numpy as np
+import pytest
+
+from alisa.kv.transfer import NUM_THREADS, Ticket, Transfers
+
+
+@pytest.fixture
+def transfers():
+    made = Transfers()
+    yield made
+    made.close()
+
+
+def lanes(*numbers):
+    return np.array(numbers, np.int64)
+
+
+def test_a_ticket_is_done_when_its_work_is(transfers):
+    go = threading.Event()
+    ticket = transfers.start(lambda some: go.wait(10), lanes(0))
+    assert not ticket.is_done
+    go.set()
+    transfers.wait(ticket)
+    assert ticket.is_done
+    assert transfers.take_failed() == {}
+    assert Ticket().is_done
+
+
+def test_transfers_run_beside_each_other(transfers):
+    meet = threading.Barrier(NUM_THREADS)
+    tickets = [transfers.start(lambda some: meet.wait(10), lanes(0)) for _ in range(NUM_THREADS)]
+    for ticket in tickets:
+        transfers.wait(ticket)  # a BrokenBarrierError if they had not all been there
+
+
+def test_what_is_not_waited_for_is_hidden(transfers):
+    ticket = transfers.start(lambda some: sleep(0.05), lanes(0))
+    while not ticket.is_done:
+        sleep(0.005)
+    transfers.wait(ticket)
+    assert transfers.busy_s >= 0.05
+    assert transfers.wait_s < transfers.busy_s
+    waited = transfers.start(lambda some: sleep(0.05), lanes(0))
+    transfers.wait(waited)
+    assert transfers.wait_s > 0.04
+
+
+def test_what_is_left_to_do_is_done_once_by_the_waiting_thread(transfers):
+    threads = []
+    ticket = transfers.start(lambda some: threads.append(threading.current_thread()), lanes(0))
+    ticket.finish = lambda: threads.append(threading.current_thread())
+    transfers.wait(ticket)
+    transfers.wait(ticket)
+    assert len(threads) == 2
+    assert threads[0].name.startswith("alisa-kv")
+    assert threads[1] is threading.current_thread()
+
+
+def test_work_that_fails_is_repeated_lane_by_lane(transfers):
+    owners = lanes(3, 1, 3, 2, 1)
+    calls, moved = [], np.zeros(5, bool)
+
+    def work(some):
+        rows = np.arange(5)[some]
+        calls.append(owners[rows].tolist())
+        if 3 in rows:  # a row of lane 2
+            raise OSError(5, "Input/output error")
+        moved[rows] = True
+
+    transfers.wait(transfers.start(work, owners))
+    assert transfers.take_failed() == {2: "Input/output error"}
+    assert transfers.take_failed() == {}
+    assert calls == [[3, 1, 3, 2, 1], [1, 1], [2], [3, 3]]
+    assert moved.tolist() == [True, True, True, False, True]
+
+
+def test_work_for_one_lane_is_tried_once(transfers):
+    calls = []
+
+    def work(some):
+        calls.append(some)
+        raise OSError("no number, no name")
+
+    transfers.wait(transfers.start(work, lanes(4, 4)))
+    assert transfers.take_failed() == {4: "no number, no name"}
+    assert len(calls) == 1
+
+
+def test_who_comes_after_a_failed_lane_has_not_failed(transfers):
+    def work(some):
+        raise OSError(5, "Input/output error")
+
+    for lane in (1, 2):
+        transfers.wait(transfers.start(work, lanes(lane)))
+    transfers.forgive(1)
+    transfers.forgive(7)
+    assert transfers.take_failed() == {2: "Input/output error"}
+
+
+def test_a_mistake_in_the_work_is_not_taken_for_a_bad_disk(transfers):
+    ticket = transfers.start(lambda some: 1 / 0, lanes(0))
+    with pytest.raises(ZeroDivisionError):
+        transfers.wait(ticket)
+
+
+def test_no_thread_is_left_after_closing():
+    transfers = Transfers()
+    for ticket in [transfers.start(lambda some: sleep(0.01), lanes(0)) for _ in range(4)]:
+        transfers.wait(ticket)
+    assert any(thread.name.startswith("alisa-kv") for thread in threading.enumerate())
+    transfers.close()
+    assert not any(thread.name.startswith("alisa-kv") for thread in threading.enumerate())
