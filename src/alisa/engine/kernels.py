@@ -55,7 +55,8 @@ def _triton_kernels() -> Kernels:
         _warn_once(f"the GPU kernels need triton ({error})")
         return TORCH_KERNELS
     kernels = TritonKernels()
-    return Kernels(kernels, kernels, kernels.append, move_rows, "triton")
+    # Rows on disk go through the memory of the host, whatever the device.
+    return Kernels(kernels, kernels, kernels.append, cpu.move_rows if cpu.available() else move_rows, "triton")
 
 
 @cache
