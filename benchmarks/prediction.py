@@ -114,7 +114,7 @@ def run(case: Case, decoder: Decoder) -> tuple[list[StepRecord], Memory]:
     codec = make_codec(RowFormat(case.kv_dtype, spec.num_kv_heads, spec.head_dim))
     kernels = choose_kernels(decoder.device)
     total = case.batch * length * spec.num_layers * codec.format.row_bytes
-    caps = Caps(int(case.cap * total), 2 * total, Path(tempfile.gettempdir()))
+    caps = Caps(int(case.cap * total), 0, 2 * total, Path(tempfile.gettempdir()))
     memory = make_memory(decoder, policy, codec, kernels, [length] * case.batch, caps, case.scheduler, case.batch)
     state = policy.start(spec, case.batch, length, decoder.device, kernels.selection)
     uses_tiers = memory.scheduler.uses_tiers

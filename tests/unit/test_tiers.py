@@ -136,6 +136,10 @@ def test_a_truncated_file_gives_what_is_left_and_says_how_much(move, tmp_path):
         tier.read(0, np.array([5, 4, 3]), target, np.arange(3))
     with pytest.raises(OSError, match="the tier file gave 0 of 24 bytes"):
         tier.read(0, np.array([9, 7]), target, np.arange(2))
+    with pytest.raises(OSError, match="the tier file was cut to 53 of 120 bytes"):
+        tier.write(0, np.array([9]), target, np.arange(1))
+    with pytest.raises(OSError, match="the tier file gave 0 of 12 bytes"):
+        tier.read(0, np.array([8]), target, np.arange(1))
     tier.close()
 
 

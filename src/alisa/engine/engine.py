@@ -177,6 +177,8 @@ class Engine:
 
     def _leave(self, sequence: Sequence) -> None:
         sequence.finished_s = perf_counter()
+        if not sequence.output_ids:  # it failed while its prompt was read: all its time was prefill
+            sequence.first_token_s = sequence.finished_s
         self._store.release(sequence.lane)
         (self._running if sequence in self._running else self._parked).remove(sequence)
 

@@ -142,7 +142,7 @@ class DiskTier:
         self.num_rows = num_rows
         self._row_bytes = row_bytes
         self._move = move
-        size = num_layers * num_rows * row_bytes
+        self._size = size = num_layers * num_rows * row_bytes
         try:
             with tempfile.NamedTemporaryFile(prefix="alisa-kv-", dir=directory, delete=True) as file:
                 self._file = os.dup(file.fileno())
@@ -166,6 +166,10 @@ class DiskTier:
 
     def write(self, layer: int, slots: Slots, source: Bytes, source_rows: Places) -> None:
         """See `LowerTier.write`."""
+        # A write behind the end of a file that somebody cut short would make it long again, and lost rows read as 0.
+        size = os.fstat(self._file).st_size
+        if size != self._size:
+            raise OSError(0, f"the tier file was cut to {size} of {self._size} bytes")
         self._run(layer, slots, source, source_rows, write=True)
 
     def _run(self, layer: int, slots: Slots, memory: Bytes, rows: Places, *, write: bool) -> None:
