@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from alisa.attention import prefill
 from alisa.attention.decode import decode_attention
-from alisa.attention.prefill import KeyBlock, attend_after, causal_attention, causal_mass, mass_after
+from alisa.attention.prefill import (
+    KeyBlock,
+    attend_after,
+    attend_after_plain,
+    causal_attention,
+    causal_mass,
+    mass_after,
+)
 from alisa.kv.codec import FloatCodec
 from alisa.types import RowFormat
 
@@ -94,13 +101,17 @@ def test_causal_attention_is_the_definition(num_new, kv_heads):
 
 @pytest.mark.parametrize(("num_new", "num_past", "size"), [(5, 6, 4), (1, 9, 9), (3, 8, 1), (4, 0, 1)])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("block_scores", [1, 1 << 23])
-def test_attention_after_cached_blocks_is_the_definition(num_new, num_past, size, kv_heads, block_scores, monkeypatch):
+@pytest.mark.parametrize(
+    ("attend", "block_scores"), [(attend_after, 1 << 23), (attend_after_plain, 1), (attend_after_plain, 1 << 23)]
+)
+def test_attention_after_cached_blocks_is_the_definition(
+    num_new, num_past, size, kv_heads, attend, block_scores, monkeypatch
+):
     monkeypatch.setattr(prefill, "MASS_BLOCK_SCORES", block_scores)
     q, k, v, expected = causal_case(num_new, num_past, kv_heads)
     own = KeyBlock(num_past, k[num_past:], v[num_past:])
     past = blocks_of(k, v, num_past, size)
-    out, log_sum_exp = attend_after(q, own, past)
+    out, log_sum_exp = attend(q, own, past)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     for num_sets in (1, kv_heads):
         mass = torch.zeros(num_new, num_sets, num_past + num_new)
@@ -109,6 +120,18 @@ def test_attention_after_cached_blocks_is_the_definition(num_new, num_past, size
             mass[rows, :, block.start : block.start + len(block.k)] += part
         weights = full_weights(q, k).view(num_sets, -1, num_new, num_past + num_new).sum(1)
         torch.testing.assert_close(mass.double(), weights.transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_after_cached_blocks_in_sixteen_bits_is_that_of_plain_torch(dtype):
+    q, k, v, _ = causal_case(5, 6, 2)
+    q, k, v = (100 * q).to(dtype), k.to(dtype), v.to(dtype)  # weights from one to nearly nothing
+    case = q, KeyBlock(6, k[6:], v[6:]), blocks_of(k, v, 6, 4)
+    (out, log_sum_exp), (plain, plain_log_sum_exp) = attend_after(*case), attend_after_plain(*case)
+    assert out.dtype == dtype
+    # Weights and each block's output are rounded to 16 bits before they are merged.
+    torch.testing.assert_close(out, plain, rtol=0, atol=4 * torch.finfo(dtype).eps * float(v.abs().max()))
+    torch.testing.assert_close(log_sum_exp, plain_log_sum_exp, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("num_sets", [1, 2])

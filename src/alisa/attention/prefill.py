@@ -8,6 +8,7 @@ to what is cached block by block, so that a prompt may be larger than any memory
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -43,9 +44,29 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attend_after(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tuple[Tensor, Tensor]:
     """Causal attention of T tokens among themselves (`own`) and to everything before them, block by block.
 
+    On a CPU each block goes through torch's flash attention (five times faster than `attend_after_plain`, its twin,
+    for 1024 tokens after 1024 others). The operator is private, because the public function keeps the log-sum-exp that
+    merging needs to itself; torch's own context parallelism calls it, too.
+
     Returns:
         `[T, H, D]` in the dtype of q `[T, H, D]`, and the log-sum-exp Float32[T, H] of the scaled scores.
     """
+    if q.device.type != "cpu":
+        return attend_after_plain(q, own, past)
+    merged = PartialAttention(q)
+    for block in chain(past, (own,)):
+        out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q.transpose(0, 1)[None],
+            block.k.transpose(0, 1)[None],
+            block.v.transpose(0, 1)[None],
+            is_causal=block is own,
+        )
+        merged.add(out[0].transpose(0, 1), log_sum_exp[0].transpose(0, 1), slice(None))
+    return merged.out.to(q.dtype), merged.log_sum_exp
+
+
+def attend_after_plain(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tuple[Tensor, Tensor]:
+    """As `attend_after`, in plain torch and float32 throughout."""
     merged = PartialAttention(q)
     for block in past:
         for rows, scores in _scores(q, block.k):
