@@ -1,7 +1,8 @@
 """What `alisa plan` would have said against what happened: decode steps of random models, predicted from the profile.
 
-None of these configurations was used to fit the profile, which measures parts in isolation. Each line is one run; the
-error is that of the mean decode step. Run `alisa profile` first, on an idle machine, and then, still idle:
+None of these models was used to fit the profile. Every configuration runs several times, in rounds, because a machine
+is not equally fast all the time; the error is that of the median decode step. Run `alisa profile` first, on an idle
+machine, and then, still idle:
 
     python benchmarks/prediction.py --output benchmarks/results/prediction.jsonl
 """
@@ -14,20 +15,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 
 import torch
 
-from alisa.config import PolicyName, SamplingParams
-from alisa.engine.engine import Engine
-from alisa.engine.kernels import choose_kernels
-from alisa.engine.memory import Caps, Memory, make_memory
-from alisa.engine.placement import Placement
-from alisa.engine.recorder import Stopwatch
-from alisa.engine.requests import Request
-from alisa.engine.runner import Runner
-from alisa.kv.codec import make_codec
-from alisa.model.decoder import Decoder
+from alisa.config import PolicyName
+from alisa.engine.trial import Trial, TrialRun, run_trial
 from alisa.model.loader import random_decoder
 from alisa.planner.cost import CostModel, StepCost
 from alisa.planner.hardware import Hardware
@@ -35,12 +28,11 @@ from alisa.planner.load import Load, Method
 from alisa.planner.saved import load_profile
 from alisa.planner.shapes import SHAPES
 from alisa.planner.simulate import simulate
-from alisa.policy.table import make_policy
 from alisa.schedule.base import Scheduler
 from alisa.schedule.static import StaticSplit
 from alisa.schedule.three_phase import Schedule, ThreePhase
 from alisa.spec import ModelSpec, Rope
-from alisa.types import RowFormat, StepRecord
+from alisa.types import Traffic
 
 SMALL_LLAMA = ModelSpec(
     family="llama",
@@ -79,6 +71,19 @@ class Case:
     prompt_len: int = 192
     output_len: int = 64
 
+    @property
+    def trial(self) -> Trial:
+        """What to run."""
+        return Trial(
+            self.policy,
+            self.batch,
+            self.prompt_len,
+            self.output_len,
+            kv_dtype=self.kv_dtype,
+            cap=self.cap,
+            scheduler=self.scheduler,
+        )
+
 
 DELETES = ThreePhase(Schedule(offload_from=0, recompute_from=16, offload_ratio=0.7, recompute_ratio=0.5))
 HALF = StaticSplit(0.5)
@@ -106,108 +111,82 @@ CASES = (
 PARTS = ("linear_s", "attention_s", "selection_s", "transfer_s", "sampling_s", "other_s")
 
 
-def run(case: Case, decoder: Decoder) -> tuple[list[StepRecord], Memory]:
-    """All steps of one batch, and the memory it had."""
-    spec = decoder.spec
-    length = case.prompt_len + case.output_len - 1
-    policy = make_policy(case.policy, 0.8)
-    codec = make_codec(RowFormat(case.kv_dtype, spec.num_kv_heads, spec.head_dim))
-    kernels = choose_kernels(decoder.device)
-    total = case.batch * length * spec.num_layers * codec.format.row_bytes
-    caps = Caps(int(case.cap * total), 0, 2 * total, Path(tempfile.gettempdir()))
-    memory = make_memory(decoder, policy, codec, kernels, [length] * case.batch, caps, case.scheduler, case.batch)
-    state = policy.start(spec, case.batch, length, decoder.device, kernels.selection)
-    uses_tiers = memory.scheduler.uses_tiers
-    runner = Runner(decoder, policy, memory.store, state, kernels.attend, Stopwatch(), looks_ahead=uses_tiers)
-    placement = Placement(memory.scheduler, memory.limits, memory.store, policy)
-    engine = Engine(runner, placement, eos_ids=frozenset(), prefill_chunk=1024)
-    generator = torch.Generator().manual_seed(0)
-    params = SamplingParams(max_tokens=case.output_len, ignore_eos=True)
-    for index in range(case.batch):
-        ids = torch.randint(10, spec.vocab_size, (case.prompt_len,), generator=generator).tolist()
-        engine.submit(Request(index, tuple(ids), params, case.output_len))
-    records = []
-    while (result := engine.step()) is not None:
-        records.append(result.record)
-    memory.store.close()
-    return records, memory
-
-
-def predict(case: Case, memory: Memory, hardware: Hardware) -> list[tuple[Load, StepCost]]:
+def predict(case: Case, run: TrialRun, hardware: Hardware) -> list[tuple[Load, StepCost]]:
     """The same steps, from the plan alone."""
     method = Method(case.policy, 0.8, "bfloat16", case.kv_dtype)
     cost = CostModel(MODELS[case.model], method, hardware)
     prompts = [case.prompt_len] * case.batch
-    timeline = simulate(cost, method, memory.scheduler, memory.limits, prompts, case.output_len)
+    timeline = simulate(cost, method, run.scheduler, run.limits, prompts, case.output_len)
     return list(zip(timeline.loads, timeline.costs, strict=True))
 
 
-def compare(case: Case, records: Sequence[StepRecord], steps: Sequence[tuple[Load, StepCost]]) -> dict[str, object]:
-    """One line of the result."""
-    assert [record.prefill for record in records] == [load.prefill for load, _ in steps], "the plan is the run"
-    decode = [(record, cost, load) for record, (load, cost) in zip(records, steps, strict=True) if not record.prefill]
-    decode = decode[SKIPPED:]
-    measured = {part: fmean(getattr(record, part) for record, _, _ in decode) * 1e3 for part in PARTS}
-    predicted = {part: fmean(getattr(cost, part) for _, cost, _ in decode) * 1e3 for part in PARTS}
-    wall = fmean(record.wall_s for record, _, _ in decode) * 1e3
-    said = fmean(cost.overlapped_s for _, cost, _ in decode) * 1e3
-    prefill = sum(record.wall_s for record in records if record.prefill)
-    prefill_said = sum(cost.overlapped_s for load, cost in steps if load.prefill)
-    lookups = sum(record.traffic.lookups for record, _, _ in decode)
-    hits = sum(record.traffic.hits for record, _, _ in decode)
-    layers = MODELS[case.model].num_layers
-    wanted = sum(load.wanted for _, _, load in decode) * layers
-    fetched = sum(load.fetched + load.rebuilt for _, _, load in decode) * layers
+def compare(case: Case, runs: Sequence[TrialRun], hardware: Hardware) -> dict[str, object]:
+    """One line of the result: the median step of each run, and of these the median."""
+    steps = predict(case, runs[0], hardware)
+    for run in runs:
+        assert [record.prefill for record in run.records] == [load.prefill for load, _ in steps], "the plan is the run"
+    decode = [[record for record in run.records if not record.prefill][SKIPPED:] for run in runs]
+    said = [(load, cost) for load, cost in steps if not load.prefill][SKIPPED:]
+
+    def measured(part: str) -> list[float]:
+        return sorted(median(getattr(record, part) for record in records) * 1e3 for records in decode)
+
+    walls = measured("wall_s")
+    wall, predicted = median(walls), median(cost.overlapped_s for _, cost in said) * 1e3
+    traffic = sum((record.traffic for records in decode for record in records), Traffic())
+    wanted = sum(load.wanted for load, _ in said)
+    fetched = sum(load.fetched + load.rebuilt for load, _ in said)
+    prefill = median(sum(record.wall_s for record in run.records if record.prefill) for run in runs)
     return {
         "benchmark": "prediction",
         "kind": "prediction",
         **{key: value for key, value in asdict(case).items() if key != "scheduler"},
+        "rounds": len(runs),
         "measured_ms": round(wall, 3),
-        "predicted_ms": round(said, 3),
-        "error": round(said / wall - 1, 4),
-        "measured_parts_ms": {part: round(value, 3) for part, value in measured.items()},
-        "predicted_parts_ms": {part: round(value, 3) for part, value in predicted.items()},
+        "spread_ms": [round(walls[0], 3), round(walls[-1], 3)],
+        "predicted_ms": round(predicted, 3),
+        "error": round(predicted / wall - 1, 4),
+        "measured_parts_ms": {part: round(median(measured(part)), 3) for part in PARTS},
+        "predicted_parts_ms": {part: round(median(getattr(c, part) for _, c in said) * 1e3, 3) for part in PARTS},
         "prefill_measured_s": round(prefill, 4),
-        "prefill_predicted_s": round(prefill_said, 4),
-        "hit_rate_measured": round(hits / lookups, 4) if lookups else None,
+        "prefill_predicted_s": round(sum(cost.overlapped_s for load, cost in steps if load.prefill), 4),
+        "hit_rate_measured": round(traffic.hit_rate, 4) if traffic.lookups else None,
         "hit_rate_predicted": round(1 - fetched / wanted, 4) if wanted else None,
-        "wanted_measured": lookups,
-        "wanted_predicted": round(wanted),
-        "phases": sorted({str(record.phase) for record, _, _ in decode}),
+        "phases": sorted({str(record.phase) for records in decode for record in records}),
+        "profile": hardware.where,
     }
 
 
 def main() -> None:
-    """Run every case and compare."""
+    """Run every case in every round, then compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--model", choices=MODELS)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each case, spread over time")
     args = parser.parse_args()
     hardware = load_profile()
     if hardware is None:
         raise SystemExit("There is no profile of this machine; run alisa profile first.")
-    results = []
-    for name, spec in MODELS.items():
-        if args.model not in (None, name):
-            continue
-        decoder = random_decoder(spec, torch.bfloat16, torch.device("cpu"), 0)
-        run(Case(name, "dense", 2, output_len=8), decoder)
-        for case in (case for case in CASES if case.model == name):
-            records, memory = run(case, decoder)
-            result = compare(case, records, predict(case, memory, hardware))
-            results.append(result)
-            parts = "  ".join(
-                f"{part[:4]} {result['measured_parts_ms'][part]:.1f}/{result['predicted_parts_ms'][part]:.1f}"
-                for part in PARTS
-            )
-            print(
-                f"{case.model:10}{case.policy:7}{case.kv_dtype:9}b{case.batch:<3}{case.placement:12}"
-                f"{result['measured_ms']:8.1f}{result['predicted_ms']:8.1f} ms {result['error']:+7.1%}  {parts}  hit "
-                f"{result['hit_rate_measured']}/{result['hit_rate_predicted']} "
-                f"{result['wanted_measured']}/{result['wanted_predicted']} "
-                f"prefill {result['prefill_measured_s']:.2f}/{result['prefill_predicted_s']:.2f}",
-                flush=True,
-            )
+    names = [name for name in MODELS if args.model in (None, name)]
+    decoders = {name: random_decoder(MODELS[name], torch.bfloat16, torch.device("cpu"), 0) for name in names}
+    cases = [case for case in CASES if case.model in names]
+    directory = Path(tempfile.gettempdir())
+    for name in names:
+        run_trial(Trial("dense", 2, 64, 8), decoders[name], directory)
+    runs: dict[Case, list[TrialRun]] = {case: [] for case in cases}
+    for _ in range(args.rounds):
+        for case in cases:
+            runs[case].append(run_trial(case.trial, decoders[case.model], directory))
+    results = [compare(case, found, hardware) for case, found in runs.items()]
+    for result in results:
+        measured, predicted = result["measured_parts_ms"], result["predicted_parts_ms"]
+        parts = "  ".join(f"{part[:4]} {measured[part]:.1f}/{predicted[part]:.1f}" for part in PARTS)
+        print(
+            f"{result['model']:10}{result['policy']:7}{result['kv_dtype']:9}b{result['batch']:<3}"
+            f"{result['placement']:12}{result['measured_ms']:8.1f}{result['predicted_ms']:8.1f} ms "
+            f"{result['error']:+7.1%}  {parts}  hit {result['hit_rate_measured']}/{result['hit_rate_predicted']} "
+            f"prefill {result['prefill_measured_s']:.2f}/{result['prefill_predicted_s']:.2f}"
+        )
     errors = [abs(result["error"]) for result in results]
     print(f"{len(errors)} configurations: median error {median(errors):.1%}, worst {max(errors):.1%}")
     if args.output is not None:

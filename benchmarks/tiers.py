@@ -119,9 +119,7 @@ def main() -> None:
     jobs += [("dense", cap, StaticSplit(1 - 0.9 * cap)) for cap in args.static]
     if args.phases:
         p1, p2, alpha, beta = args.phases
-        schedule = Schedule(
-            offload_from=int(p1), recompute_from=int(p2), offload_ratio=alpha, recompute_ratio=beta
-        )
+        schedule = Schedule(offload_from=int(p1), recompute_from=int(p2), offload_ratio=alpha, recompute_ratio=beta)
         jobs += [(name, cap, ThreePhase(schedule)) for name in args.policy for cap in args.cap if cap < 1]
     results, records = [], []
     for name, cap, scheduler in jobs:

@@ -87,7 +87,7 @@ def test_a_read_that_fails_ends_one_request_and_harms_no_other(policy, tiny_mode
     assert_sound(outputs, expected)
     assert "error" in outcomes
     assert any(output.finish_reason == "error" and output.token_ids for output in outputs)
-    assert [output.error for output in outputs if output.error][0] == "Input/output error"
+    assert next(output.error for output in outputs if output.error) == "Input/output error"
     assert [output.token_ids for output in run(llm)] == expected, "the next run has a disk of its own"
 
 

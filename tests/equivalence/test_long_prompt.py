@@ -26,14 +26,14 @@ from alisa.types import Medium, RowFormat
 
 length, share = int(sys.argv[1]), float(sys.argv[2])
 spec = ModelSpec(
-    family="llama", num_layers=4, hidden_size=256, num_heads=4, num_kv_heads=4, head_dim=64, ffn_size=512,
+    family="llama", num_layers=6, hidden_size=256, num_heads=8, num_kv_heads=8, head_dim=64, ffn_size=512,
     vocab_size=512, max_positions=40000, norm="rmsnorm", norm_eps=1e-5, activation="silu", gated_mlp=True,
     rope=Rope(10000.0, 64),
 )
 decoder = random_decoder(spec, torch.float32, torch.device("cpu"), 0)
 policy, kernels = make_policy("swa", 0.95), choose_kernels(decoder.device)
-codec = make_codec(RowFormat("float32", 4, 64))
-total = (length + 7) * 4 * codec.format.row_bytes
+codec = make_codec(RowFormat("float32", 8, 64))
+total = (length + 7) * 6 * codec.format.row_bytes
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 memory = make_memory(decoder, policy, codec, kernels, [length + 7], Caps(int(share * total), 0, None, None), None, 1)
@@ -56,7 +56,7 @@ memory.store.close()
 
 def run(length, share):
     command = [sys.executable, "-c", SCRIPT, str(length), str(share)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=570)
     return json.loads(done.stdout.splitlines()[-1])
 
 

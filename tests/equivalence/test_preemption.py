@@ -32,7 +32,7 @@ def tokens(llm):
 @pytest.mark.parametrize("policy", ["dense", "swa", "sketch"])
 @pytest.mark.parametrize("keeps_rows", [True, False])
 def test_a_sequence_that_gives_way_says_what_it_would_have_said(policy, keeps_rows, tiny_model, monkeypatch):
-    """Parked, the rows wait below and no prompt is read twice; dropped, prompt and output go through the model again."""
+    """Parked, its rows wait below; dropped, prompt and output go through the model again."""
     options = {"policy": policy, "sparsity": 0.5, "dtype": "float32"}
     everything = LLM(tiny_model("llama-gqa-tied"), **options)
     expected = tokens(everything)

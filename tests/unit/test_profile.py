@@ -36,9 +36,9 @@ def test_seconds_are_the_median():
 
 @pytest.mark.slow
 def test_the_parts_can_be_measured(tmp_path):
-    layer_s, step_s = measure_layer(torch.float32, Gemm(call_s=0.0, curves=((1.0, ((1.0, 1e-9),)),)))
-    assert layer_s > 0
-    assert step_s >= 0
+    layer = measure_layer(torch.float32, Gemm(call_s=0.0, curves=((1.0, ((1.0, 1e-9),)),)))
+    assert layer.layer_s > 0
+    assert min(layer.rope_s, layer.step_s) >= 0
     assert measure_values(torch.float32) > 0
     assert measure_logits() > 0
     assert all(price > 0 for price in measure_prompt(torch.float32))

@@ -40,6 +40,7 @@ class Profile:
         """Do it; returns the exit status."""
         import torch
 
+        from alisa.engine.calibration import calibrate
         from alisa.engine.kernels import choose_kernels
         from alisa.planner.profile.machine import Tools, measure_machine
         from alisa.planner.saved import machine_stamp, save_profile
@@ -51,9 +52,12 @@ class Profile:
         directory = self.kv_disk_path or Path(tempfile.gettempdir())
         where = f"measured on {stamp['cpu']}, {stamp['cores']} cores, torch {stamp['torch']}, {date}"
         with error_console().status("measuring") as status, torch.inference_mode():
-            hardware = measure_machine(
-                tools, directory, where, lambda what: status.update(what) if not self.display.quiet else None
-            )
+
+            def progress(what: str) -> None:
+                if not self.display.quiet:
+                    status.update(what)
+
+            hardware = calibrate(measure_machine(tools, directory, where, progress), directory, progress)
         path = save_profile(hardware, date, self.output)
         if not self.display.quiet:
             say(f"{hardware.where}: {path}")

@@ -25,7 +25,7 @@ from alisa.model.decoder import Decoder
 from alisa.policy.base import SelectionPolicy
 from alisa.schedule.all_device import AllDevice
 from alisa.schedule.base import Limits, Scheduler, Tier
-from alisa.schedule.share import share_below
+from alisa.schedule.share import share_below, staging_rows
 from alisa.schedule.three_phase import ThreePhase
 from alisa.types import Codec
 
@@ -35,12 +35,6 @@ rest is for activations and for everybody else on the machine; on a GPU nobody e
 
 FREE_DISK_SHARE = 0.8
 """Share of the free disk that the disk tier may take when no cap is given."""
-
-_STAGING_SHARE = 16
-"""One part in so many of the device cap is the most that the staging buffers take, and 256 rows each at the most: 2 MiB
-of 8 KiB rows keep a disk busy while the other buffer is read."""
-
-_MOST_STAGING_ROWS = 256
 
 
 def default_kv_memory(device: torch.device) -> int:
@@ -163,8 +157,8 @@ def _tiered(
     spec = decoder.spec
     num_layers, row_bytes = spec.num_layers, codec.format.row_bytes
     token_bytes = num_layers * row_bytes
-    staging_rows = max(1, min(_MOST_STAGING_ROWS, caps.device_bytes // (2 * _STAGING_SHARE * row_bytes)))
-    num_rows = min((caps.device_bytes - 2 * staging_rows * row_bytes) // token_bytes, sum(largest))
+    staging = staging_rows(caps.device_bytes // row_bytes)
+    num_rows = min((caps.device_bytes - 2 * staging * row_bytes) // token_bytes, sum(largest))
     if num_rows < 1:
         raise CapacityError(
             f"A KV cap of {format_bytes(caps.device_bytes)} holds not even one token of {format_bytes(token_bytes)} "
@@ -211,7 +205,7 @@ def _tiered(
         remnants=remnants,
         rebuildable=rebuildable,
         eviction=caps.eviction,
-        staging_rows=staging_rows,
+        staging_rows=staging,
         device=decoder.device,
         append=kernels.append,
     )

@@ -215,6 +215,7 @@ def _load(*, prefill: bool, sequences: int, tokens: int, pairs: float = 0.0, rea
         wanted=0.0,
         fetched=0.0,
         rebuilt=0.0,
+        past=0.0,
         stored=0.0,
         remnants=0,
         device_tokens=0,

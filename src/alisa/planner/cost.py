@@ -8,6 +8,7 @@ from alisa.model.names import layer_shapes
 from alisa.planner.footprint import SKETCH_BITS, remnant_row_bytes, row_bytes
 from alisa.planner.hardware import Hardware, Selection
 from alisa.planner.load import Load, Method
+from alisa.schedule.share import staging_rows
 from alisa.spec import ModelSpec
 
 _RANKED = ("swa", "swa-head", "h2o")
@@ -66,7 +67,7 @@ class CostModel:
 
     def __init__(self, spec: ModelSpec, method: Method, hardware: Hardware) -> None:
         self._spec = spec
-        self._method = method
+        self.method = method
         self._hardware = hardware
         self._gemm = hardware.gemm[method.dtype]
         self._attention = hardware.attention[method.kv_dtype]
@@ -74,6 +75,7 @@ class CostModel:
         self._remnant_bytes = remnant_row_bytes(spec, method.dtype)
         weights = [shape for name, shape in layer_shapes(spec).items() if len(shape) == 2 and name.endswith("weight")]
         self._layer_weights = [num_out * num_in for num_out, num_in in weights]
+        self._layer_s = hardware.layer_s + (hardware.rope_s if spec.rope else 0.0)
         self._values = 6 * spec.hidden_size + 2 * spec.q_size + spec.ffn_size * (4 if spec.gated_mlp else 2)
         self._linear: dict[int, float] = {}
 
@@ -95,9 +97,10 @@ class CostModel:
             attention_s += self._attention.seconds(load.read, self._row_bytes, spec.q_size)
             selection_s = self._selection_s(load)
         lookup_s = self._lookup_s(load) if tiers else 0.0
-        fetch_s = layers * hardware.read.seconds(load.fetched, self._row_bytes)
+        fetch_s = layers * hardware.read.seconds(load.fetched, self._row_bytes, self.waits(load))
         store_s = layers * hardware.write.seconds(load.stored, self._row_bytes)
         store_s += layers * hardware.write.seconds(load.remnants, self._remnant_bytes)
+        write_overlap = hardware.overlap if load.prefill else hardware.write_overlap
         linear_s = self._linear_s(load.num_tokens) + self._logits_s(load.num_finished)
         return StepCost(
             linear_s=linear_s,
@@ -109,27 +112,39 @@ class CostModel:
             rebuild_s=layers * self._rebuild_s(load.rebuilt),
             sampling_s=load.num_finished * spec.vocab_size * hardware.logit_s,
             other_s=hardware.step_s,
-            hidden_s=min(hardware.overlap * (fetch_s + store_s), linear_s + layers * attention_s),
+            hidden_s=min(hardware.overlap * fetch_s + write_overlap * store_s, linear_s + layers * attention_s),
         )
 
     @property
+    def chooser(self) -> str:
+        """Which of `Hardware.selection` the policy is priced with."""
+        policy = self.method.policy
+        return "ranked" if policy in _RANKED else "sketch" if policy in SKETCH_BITS or policy == "oracle" else "none"
+
+    def waits(self, load: Load) -> float:
+        """Times that one layer waits for rows: less than once if most steps lack none.
+
+        Rows that are read past the hot cache are waited for once for every filled buffer.
+        """
+        missing = load.fetched + load.rebuilt
+        return min(missing, max(1.0, load.past / staging_rows(load.device_tokens * self._spec.num_layers)))
+
+    @property
     def _chooser(self) -> Selection:
-        policy = self._method.policy
-        kind = "ranked" if policy in _RANKED else "sketch" if policy in SKETCH_BITS or policy == "oracle" else "none"
-        return self._hardware.selection[kind]
+        return self._hardware.selection[self.chooser]
 
     @property
     def pass_s(self) -> float:
         """What one more pass over the same tokens costs: launching every layer again."""
         return self._hardware.step_s + self._spec.num_layers * (
-            self._hardware.layer_s + len(self._layer_weights) * self._gemm.call_s
+            self._layer_s + len(self._layer_weights) * self._gemm.call_s
         )
 
     def _linear_s(self, num_tokens: int) -> float:
         """All layers; remembered, because a rollout asks for few different numbers."""
         if num_tokens not in self._linear:
             products = sum(self._gemm.seconds(num_tokens, weights) for weights in self._layer_weights)
-            other = self._hardware.layer_s + num_tokens * self._values * self._hardware.value_s
+            other = self._layer_s + num_tokens * self._values * self._hardware.value_s
             self._linear[num_tokens] = self._spec.num_layers * (products + other)
         return self._linear[num_tokens]
 
@@ -152,10 +167,10 @@ class CostModel:
 
     def _seed_share(self, load: Load) -> float:
         """Part of the prompt's rows whose weights seed the policy."""
-        if self._method.policy not in _SEEDED:
+        if self.method.policy not in _SEEDED:
             return 0.0
         per_sequence = load.num_tokens // load.num_sequences
-        recent, _ = self._method.reads(per_sequence)
+        recent, _ = self.method.reads(per_sequence)
         return min(1.0, 2 * recent / per_sequence)  # the last rows see all of the prompt, the average row half of it
 
     def _lookup_s(self, load: Load) -> float:
@@ -163,7 +178,7 @@ class CostModel:
         if load.prefill:
             return hardware.place_s
         # A policy that decides by history is asked a step ahead, and its rows are looked for then, too.
-        times = 1 if self._chooser is self._hardware.selection["sketch"] else 2
+        times = 1 if self.chooser == "sketch" else 2
         return times * (hardware.lookup_call_s + load.read * hardware.lookup_row_s) + hardware.place_s
 
     def _rebuild_s(self, rows: float) -> float:
@@ -171,6 +186,6 @@ class CostModel:
         if rows <= 0:
             return 0.0
         spec, hardware = self._spec, self._hardware
-        product = self._gemm.seconds(rows, 2 * spec.kv_size * spec.hidden_size)
+        product = self._gemm.seconds(max(rows, 1), 2 * spec.kv_size * spec.hidden_size)
         fetch = hardware.read.seconds(rows, self._remnant_bytes)
-        return hardware.rebuild_call_s + rows * hardware.rebuild_row_s + product + fetch
+        return min(rows, 1) * (hardware.rebuild_call_s + product) + rows * hardware.rebuild_row_s + fetch

@@ -76,13 +76,13 @@ class Link:
     """One direction between the device and a lower tier."""
 
     call_s: float
-    """For one layer of one step."""
+    """For one layer of one step, or for one filled buffer."""
     row_s: float
     bytes_per_s: float
 
     def seconds(self, rows: float, row_bytes: float, calls: float = 1) -> float:
-        """Time for so many rows."""
-        return calls * self.call_s + rows * (self.row_s + row_bytes / self.bytes_per_s) if rows > 0 else 0.0
+        """Time for so many rows, fewer than one if there are none in most steps."""
+        return min(calls, rows) * self.call_s + rows * (self.row_s + row_bytes / self.bytes_per_s) if rows > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +121,8 @@ class Hardware:
     """Explicit weights of the prompt's last rows, counted the same way."""
     layer_s: float
     """What a layer costs besides: launching and interpreting."""
+    rope_s: float
+    """And what it costs more when it rotates queries and keys."""
     value_s: float
     """Norms, residual sums and activations: for each value that passes through a layer."""
     step_s: float
@@ -128,6 +130,8 @@ class Hardware:
     """Choosing a token: for each number of the logits."""
     overlap: float
     """Share of the transfers that can run beside the arithmetic: 1 with a copy engine, 0 where the cores copy."""
+    write_overlap: float
+    """The same for rows that go down while others decode, which nobody waits for."""
 
 
 def interpolate(points: tuple[tuple[float, float], ...], x: float) -> float:

@@ -82,6 +82,8 @@ class Load:
     """Of these, rows that a lower tier must give."""
     rebuilt: float
     """And rows that are made again from remnants."""
+    past: float
+    """Of both, those that are read past a hot cache too small for them, through the staging buffers."""
     stored: float
     """Rows that go down."""
     remnants: int
@@ -169,6 +171,7 @@ def loads(
             wanted=copies * wanted,
             fetched=copies * (missing - rebuilt),
             rebuilt=copies * rebuilt,
+            past=copies * missing if hot < wanted else 0.0,
             stored=copies * stored / (1 if plan.prefill else stride),
             remnants=copies * remnants,
             device_tokens=copies * int(own + min(hot, population)),

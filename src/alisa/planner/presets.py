@@ -59,10 +59,12 @@ def _gpu(name: str, memory_gib: int, bandwidth: float, flops: float, link: float
         prefill_value_s=4 / flops,
         seed_value_s=2 / flops,
         layer_s=KERNELS_PER_LAYER * LAUNCH_S,
+        rope_s=0.0,
         value_s=2 / bandwidth,
         step_s=0.2e-3,
         logit_s=8 / bandwidth,
         overlap=1.0,
+        write_overlap=1.0,
     )
 
 

@@ -1,8 +1,23 @@
-"""How the memory below the device is shared out between rows and the remnants that deleted rows are rebuilt from."""
+"""How memory is shared out: on the device, buffers beside rows; below, remnants of deleted rows beside rows."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+_STAGING_SHARE = 16
+"""One part in so many of the device cap is the most that the staging buffers take, and 256 rows each at the most: 2 MiB
+of 8 KiB rows keep a disk busy while the other buffer is read."""
+
+_MOST_STAGING_ROWS = 256
+
+
+def staging_rows(num_rows: int) -> int:
+    """Rows of each of the two buffers through which a selection larger than the hot cache is read.
+
+    Args:
+        num_rows: of one layer each, that the device cap holds.
+    """
+    return max(1, min(_MOST_STAGING_ROWS, num_rows // (2 * _STAGING_SHARE)))
 
 
 class Below(NamedTuple):

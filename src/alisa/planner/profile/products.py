@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -9,7 +12,7 @@ from alisa.model.linear import make_linear
 from alisa.model.loader import random_decoder
 from alisa.planner.hardware import Gemm
 from alisa.planner.profile.clock import seconds
-from alisa.spec import ModelSpec
+from alisa.spec import ModelSpec, Rope
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
 _SIZES = ((768, 768, 60), (1024, 4096, 12), (4096, 4096, 3))
@@ -29,10 +32,15 @@ def measure_gemm(dtype: torch.dtype) -> Gemm:
         points = []
         for rows in _ROWS:
             x = torch.randn(rows, num_in).to(dtype)
-            taken = seconds(lambda x=x, layers=layers: [layer(x) for layer in layers], repeats=3) / copies
+            taken = seconds(lambda x=x, layers=layers: [layer(x) for layer in layers]) / copies
             points.append((float(rows), max(taken - call_s, 1e-9) / (num_out * num_in)))
-        curves.append((float(num_out * num_in), tuple(points)))
+        curves.append((float(num_out * num_in), _rising(points)))
     return Gemm(call_s=call_s, curves=tuple(curves))
+
+
+def _rising(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """The same without what disturbed a measurement: fewer rows never take longer than more."""
+    return tuple((rows, min(taken for _, taken in points[index:])) for index, (rows, _) in enumerate(points))
 
 
 def measure_values(dtype: torch.dtype) -> float:
@@ -52,11 +60,22 @@ def measure_values(dtype: torch.dtype) -> float:
     return seconds(layer) / (rows * (8 * width + 2 * 4 * width))
 
 
-def measure_layer(dtype: torch.dtype, gemm: Gemm) -> tuple[float, float]:
-    """(a layer without its products and values, the rest of a step): interpreting and calling, on a tiny model."""
+class LayerPrices(NamedTuple):
+    """Seconds of interpreting and calling."""
 
-    def taken(num_layers: int) -> float:
-        decoder = random_decoder(_tiny(num_layers), dtype, _CPU)
+    layer_s: float
+    """A layer without its products and values."""
+    rope_s: float
+    """More for one that rotates queries and keys."""
+    step_s: float
+    """The rest of a step."""
+
+
+def measure_layer(dtype: torch.dtype, gemm: Gemm) -> LayerPrices:
+    """On tiny models, which have next to nothing to compute."""
+
+    def taken(spec: ModelSpec) -> float:
+        decoder = random_decoder(spec, dtype, _CPU)
         tokens = torch.zeros(1, 1, dtype=torch.int64)
         with torch.inference_mode():
             return seconds(
@@ -64,12 +83,12 @@ def measure_layer(dtype: torch.dtype, gemm: Gemm) -> tuple[float, float]:
                 repeats=50,
             )
 
-    few, many = taken(2), taken(18)
-    each = (many - few) / 16
-    return max(each - 5 * gemm.call_s, 0.0), max(few - 2 * each, 0.0)
+    few = taken(_tiny(2))
+    each, rotating = ((taken(_tiny(18, rope)) - taken(_tiny(2, rope))) / 16 for rope in (None, Rope(10000.0, 16)))
+    return LayerPrices(max(each - 5 * gemm.call_s, 0.0), max(rotating - each, 0.0), max(few - 2 * each, 0.0))
 
 
-def _tiny(num_layers: int) -> ModelSpec:
+def _tiny(num_layers: int, rope: Rope | None = None) -> ModelSpec:
     return ModelSpec(
         family="opt",
         num_layers=num_layers,
@@ -84,7 +103,7 @@ def _tiny(num_layers: int) -> ModelSpec:
         norm_eps=1e-5,
         activation="relu",
         gated_mlp=False,
-        rope=None,
+        rope=rope,
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
