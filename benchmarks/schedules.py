@@ -50,6 +50,12 @@ def by_hand(last: int) -> dict[str, ThreePhase]:
     }
 
 
+def describe(scheduler: Scheduler) -> dict[str, float] | str:
+    """Its four numbers; its name when there are none."""
+    planned = isinstance(scheduler, ThreePhase) and scheduler.schedule is not None
+    return asdict(scheduler.schedule) if planned else scheduler.name
+
+
 def main() -> None:
     """Search, then run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,7 +104,7 @@ def main() -> None:
     record = {
         "benchmark": "schedules",
         **{key: value for key, value in vars(args).items() if key != "record"},
-        "choice": repr(found.best.scheduler),
+        "choice": describe(found.best.scheduler),
         "predicted_s": round(said, 3),
         "seconds": {name: [round(value, 3) for value in taken] for name, taken in times.items()},
         "over_best": round(chosen / best - 1, 4),

@@ -70,7 +70,7 @@ class Plan:
     def run(self) -> int:
         """Do it; returns the exit status."""
         from alisa.cli.plan_report import plan_tables
-        from alisa.cli.screen import error_console
+        from alisa.cli.screen import error_console, say
         from alisa.planner.plan import make_plan
 
         record = make_plan(self.question())
@@ -84,6 +84,8 @@ class Plan:
             save(draw_plan([record]), self.plot)
         if self.save is not None:
             _save(record, self.save)
+            if not self.display.quiet:
+                say(_use(record, self.save))
         if self.display.json:
             sys.stdout.write(json.dumps(record) + "\n")
         return 0
@@ -194,6 +196,14 @@ def find_hardware(name: str) -> Hardware:
     import psutil
 
     return replace(hardware, device_bytes=psutil.virtual_memory().available)
+
+
+def _use(record: dict[str, Any], path: Path) -> str:
+    """How to run what was planned: a schedule alone says nothing about policy, rows and batch."""
+    return (
+        f"use it with: alisa generate --policy {record['policy']} --sparsity {record['sparsity']:g} "
+        f"--kv-dtype {record['kv_dtype']} --max-batch {record['together']} --schedule {path}"
+    )
 
 
 def _save(record: dict[str, Any], path: Path) -> None:
