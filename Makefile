@@ -56,7 +56,7 @@ $(VENV)/.ready-dev: $(SET_UP_FROM) | $(VENV)/bin/python
 	@touch $@ $(VENV)/.ready-core
 
 # Other engines on the same workload, each in its own environment, because they ask for different versions of the same
-# packages; benchmarks/peers/compare.py runs them. What is in NAME.no-deps.txt comes without what it requires.
+# packages; `alisa bench run` runs them. What is in NAME.no-deps.txt comes without what it requires.
 PEERS = transformers vllm openvino kvpress llamacpp
 .PHONY: peers $(PEERS:%=peer-%)
 

@@ -20,7 +20,6 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from decode_step import SHAPES
 
 from alisa.engine.kernels import choose_kernels
 from alisa.kv.codec import make_codec
@@ -28,6 +27,7 @@ from alisa.kv.remnant import Remnants, remnant_format
 from alisa.kv.tiers import DiskTier
 from alisa.kv.transfer import Transfers
 from alisa.model.loader import random_decoder
+from alisa.planner.shapes import SHAPES
 from alisa.types import RowFormat
 
 NUM_TOKENS = 4096

@@ -61,6 +61,8 @@ class Caps:
     disk_path: Path | None
     eviction: Eviction = "lru"
     """Who leaves the hot cache first."""
+    overlap: bool = True
+    """Whether rows move beside the arithmetic; benchmarks switch it off to see what it is worth."""
 
     @property
     def directory(self) -> Path:
@@ -211,6 +213,7 @@ def _tiered(
         remnants=remnants,
         rebuildable=rebuildable,
         eviction=caps.eviction,
+        overlap=caps.overlap,
         staging_rows=staging_rows,
         device=decoder.device,
         append=kernels.append,
