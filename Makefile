@@ -25,11 +25,12 @@ test: $(VENV)/.ready-dev  ## the tests, without those that need a GPU or more th
 slow-test: $(VENV)/.ready-dev  ## the slow tests
 	$(VENV)/bin/python -m pytest -m "slow and not gpu"
 
-check: $(VENV)/.ready-dev  ## format, lint, types, import direction
+check: $(VENV)/.ready-dev  ## format, lint, types, import direction, figures in the documents
 	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/pyrefly check
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python benchmarks/tables.py --check
 
 format: $(VENV)/.ready-dev  ## rewrite the code in the one format, mend what ruff can mend
 	$(VENV)/bin/ruff format $(CODE)

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
+from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 from typing import get_args
 
 import torch
 
 from alisa.bench.floor import measure_speeds
+from alisa.bench.others import OthersMeter
 from alisa.bench.session import Setting, run_batch
+from alisa.bench.stamp import Stamp
 from alisa.config import PolicyName
 from alisa.engine.memory import Caps, default_kv_memory
 from alisa.model.decoder import Decoder
@@ -48,7 +51,9 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--policy", nargs="+", choices=get_args(PolicyName), default=["dense", "swa"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, help="append the record to this file")
     args = parser.parse_args()
+    meter = OthersMeter()
     spec, dtype = SHAPES[args.shape], getattr(torch, args.dtype)
     speeds = measure_speeds(spec, dtype, batch=args.batch, rows=args.batch)
     bandwidth, floor_s = speeds.read_bytes_per_s, speeds.decode_gemm_s
@@ -79,17 +84,18 @@ def main() -> None:
         )
     record = {
         "benchmark": "decode_step",
-        **vars(args),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        **{key: value for key, value in vars(args).items() if key != "record"},
+        "stamp": asdict(Stamp.now()),
+        "others_share": round(meter.share(), 4),
         "read_gb_per_s": round(bandwidth / 1e9, 1),
         "floor_gemm_ms": round(floor_s * 1e3, 1),
         "floor_read_ms": round(read_s * 1e3, 1),
         "results": results,
     }
     print(json.dumps(record))
+    if args.record:
+        with args.record.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,9 @@ from time import perf_counter
 import torch
 
 from alisa.bench.floor import read_bandwidth
+from alisa.bench.others import OthersMeter
 from alisa.bench.session import Setting, kv_dtype_of, run_batch
+from alisa.bench.stamp import Stamp
 from alisa.engine.memory import Caps
 from alisa.model.decoder import Decoder
 from alisa.model.loader import random_decoder
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--steps", type=Path, help="write the records of every step of the last run here")
     parser.add_argument("--record", type=Path, help="append the record to this file")
     args = parser.parse_args()
+    meter = OthersMeter()
     decoder = random_decoder(SHAPES[args.shape], getattr(torch, args.dtype), torch.device("cpu"), args.seed)
     jobs: list[tuple[str, float, Scheduler | None]] = [(name, cap, None) for name in args.policy for cap in args.cap]
     # As FlexGen would be set: as much on the device as fits, the rest below.
@@ -116,9 +118,8 @@ def main() -> None:
     record = {
         "benchmark": "tiers",
         **settings,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
+        "stamp": asdict(Stamp.now()),
+        "others_share": round(meter.share(), 4),
         "read_gb_per_s": round(read_bandwidth() / 1e9, 1),
         "results": results,
     }
