@@ -25,11 +25,12 @@ test: $(VENV)/.ready-dev  ## the tests, without those that need a GPU or more th
 slow-test: $(VENV)/.ready-dev  ## the slow tests
 	$(VENV)/bin/python -m pytest -m "slow and not gpu"
 
-check: $(VENV)/.ready-dev  ## format, lint, types, import direction
+check: $(VENV)/.ready-dev  ## format, lint, types, import direction, figures in the documents
 	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/pyrefly check
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python benchmarks/tables.py --check
 
 format: $(VENV)/.ready-dev  ## rewrite the code in the one format, mend what ruff can mend
 	$(VENV)/bin/ruff format $(CODE)
@@ -56,7 +57,7 @@ $(VENV)/.ready-dev: $(SET_UP_FROM) | $(VENV)/bin/python
 	@touch $@ $(VENV)/.ready-core
 
 # Other engines on the same workload, each in its own environment, because they ask for different versions of the same
-# packages; benchmarks/peers/compare.py runs them. What is in NAME.no-deps.txt comes without what it requires.
+# packages; `alisa bench run` runs them. What is in NAME.no-deps.txt comes without what it requires.
 PEERS = transformers vllm openvino kvpress llamacpp
 .PHONY: peers $(PEERS:%=peer-%)
 

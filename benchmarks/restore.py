@@ -12,22 +12,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import numpy as np
 import torch
-from decode_step import SHAPES
 
+from alisa.bench.others import OthersMeter
+from alisa.bench.stamp import Stamp
 from alisa.engine.kernels import choose_kernels
 from alisa.kv.codec import make_codec
 from alisa.kv.remnant import Remnants, remnant_format
 from alisa.kv.tiers import DiskTier
 from alisa.kv.transfer import Transfers
 from alisa.model.loader import random_decoder
+from alisa.planner.shapes import SHAPES
 from alisa.types import RowFormat
 
 NUM_TOKENS = 4096
@@ -115,6 +117,7 @@ def main() -> None:
     parser.add_argument("--disk-path", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--record", type=Path, help="append the record to this file")
     args = parser.parse_args()
+    meter = OthersMeter()
     results = []
     for shape in ("opt-1.3b", "llama-1.1b"):
         result = measure(shape, "bfloat16", args.rows, args.rounds, args.disk_path)
@@ -124,8 +127,8 @@ def main() -> None:
         "benchmark": "restore",
         "rows": args.rows,
         "rounds": args.rounds,
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
+        "stamp": asdict(Stamp.now()),
+        "others_share": round(meter.share(), 4),
         "results": results,
     }
     print(json.dumps(record))

@@ -12,85 +12,63 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
+import random
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 
 import torch
-from decode_step import SHAPES, read_bandwidth
 
-from alisa.config import SamplingParams
-from alisa.engine.engine import Engine
-from alisa.engine.kernels import choose_kernels
-from alisa.engine.memory import Caps, make_memory
-from alisa.engine.placement import Placement
-from alisa.engine.recorder import Stopwatch
-from alisa.engine.requests import Request
-from alisa.engine.runner import Runner
-from alisa.kv.codec import make_codec
+from alisa.bench.floor import read_bandwidth
+from alisa.bench.others import OthersMeter
+from alisa.bench.session import Setting, kv_dtype_of, run_batch
+from alisa.bench.stamp import Stamp
+from alisa.engine.memory import Caps
 from alisa.model.decoder import Decoder
 from alisa.model.loader import random_decoder
-from alisa.policy.table import make_policy
+from alisa.planner.footprint import kv_token_bytes
+from alisa.planner.shapes import SHAPES
 from alisa.schedule.base import Scheduler
 from alisa.schedule.static import StaticSplit
 from alisa.schedule.three_phase import Schedule, ThreePhase
-from alisa.types import RowFormat, StepRecord, Traffic
+from alisa.types import StepRecord
 
 
 def run(
-    decoder: Decoder, policy_name: str, cap: float, scheduler: Scheduler | None, args: argparse.Namespace
-) -> tuple[list[StepRecord], dict[str, object]]:
+    decoder: Decoder, policy: str, cap: float, scheduler: Scheduler | None, args: argparse.Namespace
+) -> tuple[tuple[StepRecord, ...], dict[str, object]]:
     """Steps of one batch under a cap of `cap` times the KV cache."""
-    spec = decoder.spec
-    length = args.prompt_len + args.output_len - 1
-    policy = make_policy(policy_name, args.sparsity)
-    codec = make_codec(RowFormat(args.kv_dtype or args.dtype, spec.num_kv_heads, spec.head_dim))
-    kernels = choose_kernels(decoder.device)
-    total = args.batch * length * spec.num_layers * codec.format.row_bytes
+    kv_dtype = args.kv_dtype or "auto"
+    rows = args.batch * (args.prompt_len + args.output_len - 1)
+    total = rows * kv_token_bytes(decoder.spec, kv_dtype_of(decoder, kv_dtype))
     caps = Caps(int(cap * total), 0, 2 * total if cap < 1 or scheduler else 0, args.disk_path)
-    memory = make_memory(decoder, policy, codec, kernels, [length] * args.batch, caps, scheduler, args.batch)
-    state = policy.start(spec, args.batch, length, decoder.device, kernels.selection)
-    runner = Runner(
-        decoder, policy, memory.store, state, kernels.attend, Stopwatch(), looks_ahead=memory.scheduler.uses_tiers
+    setting = Setting(
+        policy=policy,
+        sparsity=args.sparsity,
+        kv_dtype=kv_dtype,
+        caps=caps,
+        scheduler=scheduler,
+        max_batch=args.batch,
     )
-    placement = Placement(memory.scheduler, memory.limits, memory.store, policy)
-    engine = Engine(runner, placement, eos_ids=frozenset(), prefill_chunk=1024)
-    generator = torch.Generator().manual_seed(args.seed)
-    for index in range(args.batch):
-        ids = torch.randint(10, spec.vocab_size, (args.prompt_len,), generator=generator).tolist()
-        params = SamplingParams(max_tokens=args.output_len, ignore_eos=True)
-        engine.submit(Request(index, tuple(ids), params, args.output_len))
-    records = []
+    rng = random.Random(args.seed)
+    prompts = [[rng.randrange(10, decoder.spec.vocab_size) for _ in range(args.prompt_len)] for _ in range(args.batch)]
     started = perf_counter()
-    while (result := engine.step()) is not None:
-        records.append(result.record)
+    ran = run_batch(decoder, setting, prompts, args.output_len)
     wall_s = perf_counter() - started
-    memory.store.close()
-    decode = [record for record in records if not record.prefill]
-    traffic = sum((record.traffic for record in records), Traffic())
     tokens = args.batch * args.output_len
-    parts = ("linear", "attention", "selection", "transfer", "sampling", "other")
-    decode_s = sum(record.wall_s for record in decode)
-    return records, {
-        "policy": policy_name,
+    decode_s = sum(record.wall_s for record in ran.decode)
+    details = ran.details()
+    return ran.records, {
+        "policy": policy,
         "cap": cap,
-        "scheduler": memory.scheduler.name,
         "output_len": args.output_len,
         "cap_bytes": int(cap * total),
-        "peak_bytes": max(record.kv_bytes for record in records),
-        "disk_peak_bytes": max(record.disk_bytes for record in records),
         "tokens_per_s": round(tokens / wall_s, 2),
-        "decode_tokens_per_s": round(sum(record.num_tokens for record in decode) / decode_s, 2),
-        "prefill_s": round(sum(record.wall_s for record in records if record.prefill), 2),
-        "decode_ms": round(decode_s / len(decode) * 1e3, 2),
-        "parts_ms": {p: round(sum(getattr(r, f"{p}_s") for r in decode) / len(decode) * 1e3, 2) for p in parts},
-        "phases": {phase: sum(r.phase == phase for r in decode) for phase in {r.phase for r in decode}},
-        "preempted": sum(record.num_preempted for record in records),
-        "hit_rate": round(traffic.hit_rate, 4),
-        "hidden_share": round(traffic.hidden_share, 3),
-        "moved_kb_per_token": round(traffic.moved_bytes / tokens / 1e3, 1),
-        "traffic": asdict(traffic),
+        "decode_tokens_per_s": round(sum(record.num_tokens for record in ran.decode) / decode_s, 2),
+        "prefill_s": round(sum(record.wall_s for record in ran.records if record.prefill), 2),
+        "decode_ms": round(decode_s / len(ran.decode) * 1e3, 2),
+        "moved_kb_per_token": round(details["moved_bytes"] / tokens / 1e3, 1),
+        **details,
     }
 
 
@@ -113,6 +91,7 @@ def main() -> None:
     parser.add_argument("--steps", type=Path, help="write the records of every step of the last run here")
     parser.add_argument("--record", type=Path, help="append the record to this file")
     args = parser.parse_args()
+    meter = OthersMeter()
     decoder = random_decoder(SHAPES[args.shape], getattr(torch, args.dtype), torch.device("cpu"), args.seed)
     jobs: list[tuple[str, float, Scheduler | None]] = [(name, cap, None) for name in args.policy for cap in args.cap]
     # As FlexGen would be set: as much on the device as fits, the rest below.
@@ -139,9 +118,8 @@ def main() -> None:
     record = {
         "benchmark": "tiers",
         **settings,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
+        "stamp": asdict(Stamp.now()),
+        "others_share": round(meter.share(), 4),
         "read_gb_per_s": round(read_bandwidth() / 1e9, 1),
         "results": results,
     }

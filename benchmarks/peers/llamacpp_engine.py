@@ -1,24 +1,24 @@
 """llama.cpp through the C interface of llama-cpp-python: all sequences of the batch in one `llama_decode` a step.
 
-    .peers/llamacpp/bin/python benchmarks/peers/llamacpp_engine.py --shape llama-1.1b --prompt-len 1024 --output-len 256
-
-Set up for its best here: compiled for this machine, bfloat16 weights, cache of 16-bit rows allocated at once, flash
-attention where it chooses to, as many threads as cores. The checkpoint is written as a GGUF file once. llama.cpp has no
-OPT, so that shape is recorded as unavailable.
+Started by `alisa bench run` (src/alisa/bench/remote/measured.py). Set up for its best here: compiled for this machine,
+bfloat16 weights, cache of 16-bit rows allocated at once, flash attention where it chooses to, as many threads as cores.
+The checkpoint is written as a GGUF file once. llama.cpp has no OPT, so that shape is recorded as unavailable. Batches
+are as large as a memory budget allows, and each ends before the next begins.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from time import perf_counter
+from typing import Any
 
 import llama_cpp as api
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
+from measured import Clock, Job, NoRoom, finish, unavailable
 from safetensors import safe_open
-from workload import SHAPES, Run, Shape, Timing, Workload, finish, parser, run_of, unavailable
 
 UBATCH = 512
 """Tokens in one pass through the model; larger ones gain nothing on a CPU."""
@@ -52,26 +52,26 @@ def for_interleaved_rope(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(weight.shape).contiguous()
 
 
-def write_gguf(shape: Shape, model: Path, target: Path) -> None:
+def write_gguf(shape: Mapping[str, Any], model: Path, target: Path) -> None:
     """Write the checkpoint as GGUF: matrices in bfloat16, norms in float32, no vocabulary."""
     partial = target.with_suffix(".partial")
     writer = GGUFWriter(partial, "llama")
-    writer.add_context_length(shape.max_positions)
-    writer.add_embedding_length(shape.hidden_size)
-    writer.add_block_count(shape.num_layers)
-    writer.add_feed_forward_length(shape.ffn_size)
-    writer.add_head_count(shape.num_heads)
-    writer.add_head_count_kv(shape.num_kv_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(shape.hidden_size // shape.num_heads)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(shape.vocab_size)
+    writer.add_context_length(shape["max_positions"])
+    writer.add_embedding_length(shape["hidden_size"])
+    writer.add_block_count(shape["num_layers"])
+    writer.add_feed_forward_length(shape["ffn_size"])
+    writer.add_head_count(shape["num_heads"])
+    writer.add_head_count_kv(shape["num_kv_heads"])
+    writer.add_layer_norm_rms_eps(shape["norm_eps"])
+    writer.add_rope_dimension_count(shape["head_dim"])
+    writer.add_rope_freq_base(shape["rope"]["theta"])
+    writer.add_vocab_size(shape["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
     with safe_open(model / "model.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118
             weight = file.get_tensor(name)
             if "q_proj" in name or "k_proj" in name:
-                weight = for_interleaved_rope(weight, shape.num_heads if "q_proj" in name else shape.num_kv_heads)
+                weight = for_interleaved_rope(weight, shape["num_heads"] if "q_proj" in name else shape["num_kv_heads"])
             if weight.ndim == 1:
                 writer.add_tensor(gguf_name(name), weight.float().numpy())
             else:
@@ -85,42 +85,42 @@ def write_gguf(shape: Shape, model: Path, target: Path) -> None:
 
 
 class Engine:
-    """A loaded model with a context for one workload.
+    """A loaded model with a context for one job.
 
     Args:
         file: the GGUF file.
-        workload: whose sequences must fit into the cache.
-        threads: for prompts and for decoding.
+        job: whose sequences must fit into the cache.
+        together: sequences at a time.
     """
 
-    def __init__(self, file: Path, workload: Workload, threads: int) -> None:
+    def __init__(self, file: Path, job: Job, together: int) -> None:
         api.llama_backend_init()
         self._model = api.llama_model_load_from_file(str(file).encode(), api.llama_model_default_params())
         params = api.llama_context_default_params()
-        params.n_ctx = workload.batch * (-(-(workload.prompt_len + workload.output_len) // 256) * 256)
-        params.n_batch = workload.batch * workload.prompt_len
+        params.n_ctx = together * (-(-job.longest // 256) * 256)
+        params.n_batch = together * max(map(len, job.prompts))
         params.n_ubatch = UBATCH
-        params.n_seq_max = workload.batch
-        params.n_threads = threads
-        params.n_threads_batch = threads
+        params.n_seq_max = together
+        params.n_threads = job.threads
+        params.n_threads_batch = job.threads
         self._context = api.llama_init_from_model(self._model, params)
         self._batch = api.llama_batch_init(params.n_batch, 0, 1)
-        self._vocab_size = SHAPES[workload.shape].vocab_size
+        self._vocab_size = job.shape["vocab_size"]
 
     def clear(self) -> None:
         """Forget all sequences."""
         api.llama_memory_clear(api.llama_get_memory(self._context), True)
 
-    def step(self, tokens: list[list[int]], position: int) -> list[int]:
-        """Put the tokens of every sequence through the model; the likeliest next token of each.
+    def step(self, tokens: Sequence[Sequence[int]], positions: Sequence[int]) -> list[int]:
+        """Put tokens of every sequence through the model; the likeliest next token of each.
 
         Args:
-            tokens: for each sequence, as many as for every other.
-            position: of the first of them.
+            tokens: for each sequence.
+            positions: of the first of them.
         """
         batch, last = self._batch, []
         batch.n_tokens = 0
-        for sequence, ids in enumerate(tokens):
+        for sequence, (ids, position) in enumerate(zip(tokens, positions, strict=True)):
             for offset, token_id in enumerate(ids):
                 index = batch.n_tokens
                 batch.token[index] = token_id
@@ -141,38 +141,50 @@ class Engine:
         return int(np.frombuffer(array, dtype=np.float32).argmax())
 
 
-def generate(engine: Engine, workload: Workload) -> tuple[Timing, int]:
-    """Run the workload; its timing and the number of tokens that came."""
-    engine.clear()
-    start = perf_counter()
-    tokens = engine.step(workload.prompts(), 0)
-    num_output = len(tokens)
-    prefill_s = perf_counter() - start
-    for step in range(workload.output_len - 1):
-        tokens = engine.step([[token] for token in tokens], workload.prompt_len + step)
+def generate(engine: Engine, job: Job) -> tuple[Clock, int]:
+    """Run the job; its times and the number of tokens that came."""
+    clock, num_output = Clock(len(job.prompts)), 0
+    for start, prompts in job.groups():
+        engine.clear()
+        tokens = engine.step(prompts, [0] * len(prompts))
         num_output += len(tokens)
-    return Timing(perf_counter() - start, prefill_s), num_output
+        for index in range(start, start + len(prompts)):
+            clock.first(index)
+        for step in range(job.output_len - 1):
+            tokens = engine.step([[token] for token in tokens], [len(ids) + step for ids in prompts])
+            num_output += len(tokens)
+            clock.step()
+    clock.stop()
+    return clock, num_output
 
 
-def measure(run: Run) -> None:
-    """Print the record."""
-    shape = SHAPES[run.workload.shape]
-    if shape.family != "llama":
-        unavailable("llamacpp", run, f"llama.cpp has no model of the family {shape.family}")
+def measure(job: Job) -> None:
+    """Print the result."""
+    if job.shape["family"] != "llama":
+        unavailable(f"llama.cpp has no model of the family {job.shape['family']}")
         return
-    file = run.model.with_name(f"{run.model.name}-bf16.gguf")
+    together = max(len(prompts) for _, prompts in job.groups())
+    model = Path(job.model)
+    file = model.with_name(f"{model.name}-bf16.gguf")
     if not file.exists():
-        write_gguf(shape, run.model, file)
-    engine = Engine(file, run.workload, run.threads)
-    generate(engine, run.workload.warm_up())
-    timing, num_output = generate(engine, run.workload)
-    notes = ["bf16 weights, f16 KV rows, compiled for this machine", f"{UBATCH} tokens in a pass"]
-    finish("llamacpp", run, timing, packages=["llama-cpp-python", "gguf"], num_output=num_output, notes=notes)
+        write_gguf(job.shape, model, file)
+    engine = Engine(file, job, together)
+    generate(engine, job.warm_up())
+    clock, num_output = generate(engine, job)
+    notes = [
+        "bf16 weights, f16 KV rows, compiled for this machine",
+        f"{UBATCH} tokens in a pass",
+        f"batches of {together}",
+    ]
+    finish(job, clock, packages=["llama-cpp-python", "gguf"], num_output=num_output, notes=notes)
 
 
 def main() -> None:
     """Measure."""
-    measure(run_of(parser(__doc__).parse_args()))
+    try:
+        measure(Job.read())
+    except NoRoom as error:
+        unavailable(str(error))
 
 
 if __name__ == "__main__":

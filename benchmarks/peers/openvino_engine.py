@@ -1,12 +1,11 @@
 """OpenVINO GenAI: its continuous batching pipeline over a model exported by optimum-intel.
 
-    .peers/openvino/bin/python benchmarks/peers/openvino_engine.py --variant fp16
-
-Set up for its best here: inference precision bfloat16, as many threads as cores, all prompts of the batch in one pass,
-a cache allocated at once, no prefix caching. Precision of the KV rows stays the plugin's choice (8 bits, which the
-record states) unless `--kv-precision` asks for another. Variants are the weights of the export (fp16, which become
-bfloat16 in memory, or int8) and `evict`, its own sparse cache: 32 first tokens, 64 recent ones, and 64 between them
-that received most attention. The model is exported once, beside the checkpoint.
+Started by `alisa bench run` (src/alisa/bench/remote/measured.py). Set up for its best here: inference precision
+bfloat16, as many threads as cores, all prompts of the batch in one pass, a cache allocated at once, no prefix caching.
+Precision of the KV rows stays the plugin's choice (8 bits, which the result states) unless the option `kv_precision`
+asks for another. Variants (`variant`) are the weights of the export (fp16, which become bfloat16 in memory, or int8)
+and `evict`, its own sparse cache: 32 first tokens, 64 recent ones, and 64 between them that received most attention.
+The model is exported once, beside the checkpoint. Under a memory budget the cache has as many blocks as it pays for.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import openvino as ov
 import openvino_genai as genai
-from workload import Run, Timing, Workload, finish, parser, run_of
+from measured import Clock, Job, finish, unavailable
 
 BLOCK = 32
 """Tokens of a cache block on the CPU; sizes of the eviction must be multiples of it."""
@@ -36,14 +34,20 @@ def export(model: Path, weights: str) -> Path:
     return directory
 
 
-def scheduler(workload: Workload, *, evict: bool, batched_tokens: int) -> genai.SchedulerConfig:
-    """Room for exactly this workload."""
+def row_bytes(job: Job, precision: str) -> int:
+    """K and V of one token over all layers; rows of 8 bits carry a scale and a zero point in float32 for each head."""
+    shape = job.shape
+    head = shape["head_dim"] + 8 if precision == "u8" else 2 * shape["head_dim"]
+    return 2 * shape["num_layers"] * shape["num_kv_heads"] * head
+
+
+def scheduler(job: Job, *, evict: bool, batched_tokens: int, num_blocks: int) -> genai.SchedulerConfig:
+    """Room for this work and no more."""
     config = genai.SchedulerConfig()
     config.max_num_batched_tokens = batched_tokens
-    config.max_num_seqs = workload.batch
+    config.max_num_seqs = job.batch
     config.enable_prefix_caching = False
-    blocks = -(-(workload.prompt_len + workload.output_len) // BLOCK) + 1
-    config.num_kv_blocks = workload.batch * blocks
+    config.num_kv_blocks = num_blocks
     if evict:
         config.use_cache_eviction = True
         config.cache_eviction_config = genai.CacheEvictionConfig(
@@ -55,49 +59,62 @@ def scheduler(workload: Workload, *, evict: bool, batched_tokens: int) -> genai.
     return config
 
 
-def generate(pipeline: genai.ContinuousBatchingPipeline, workload: Workload) -> tuple[Timing, int]:
-    """Run the workload; its timing and the number of tokens that came."""
+def generate(pipeline: genai.ContinuousBatchingPipeline, job: Job) -> tuple[Clock, int]:
+    """Run the job; its times and the number of tokens that came."""
     config = genai.GenerationConfig()
-    config.max_new_tokens = workload.output_len
-    config.min_new_tokens = workload.output_len
+    config.max_new_tokens = job.output_len
+    config.min_new_tokens = job.output_len
     config.ignore_eos = True
     config.do_sample = False
-    prompts = [ov.Tensor(np.array([ids], dtype=np.int64)) for ids in workload.prompts()]
-    start = perf_counter()
+    prompts = [ov.Tensor(np.array([ids], dtype=np.int64)) for ids in job.prompts]
+    clock = Clock(len(prompts))
     handles = [pipeline.add_request(index, ids, config) for index, ids in enumerate(prompts)]
     counts = [0] * len(handles)
-    prefill_s = 0.0
     while pipeline.has_non_finished_requests():
         pipeline.step()
+        started = counts.count(0)
         for index, handle in enumerate(handles):
             if handle.can_read():
                 counts[index] += sum(len(output.generated_ids) for output in handle.read().values())
-        if not prefill_s and all(counts):
-            prefill_s = perf_counter() - start
-    return Timing(perf_counter() - start, prefill_s), sum(counts)
+                clock.first(index)
+        if counts.count(0) == started:
+            clock.step()
+    clock.stop()
+    return clock, sum(counts)
 
 
-def measure(run: Run, variant: str, kv_precision: str | None, batched_tokens: int) -> None:
-    """Print the record of one variant."""
-    directory = export(run.model, "int8" if variant == "int8" else "fp16")
+def measure(job: Job) -> None:
+    """Print the result of one variant."""
+    variant, asked = job.options.get("variant", "fp16"), job.options.get("kv_precision")
+    batched_tokens = job.options.get("batched_tokens", 2048)
+    weights = "int8" if variant == "int8" else "fp16"
+    directory = export(Path(job.model), weights)
     properties = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
-    properties |= {"INFERENCE_NUM_THREADS": str(run.threads)}
-    if kv_precision:
-        properties["KV_CACHE_PRECISION"] = kv_precision
-    config = scheduler(run.workload, evict=variant == "evict", batched_tokens=batched_tokens)
+    properties |= {"INFERENCE_NUM_THREADS": str(job.threads)}
+    if asked:
+        properties["KV_CACHE_PRECISION"] = asked
+    precision = asked or default_kv_precision(directory, properties)
+    num_blocks = job.batch * (-(-job.longest // BLOCK) + 1)
+    if job.kv_budget_bytes is not None:
+        num_blocks = min(num_blocks, job.kv_budget_bytes // (BLOCK * row_bytes(job, precision)))
+    if num_blocks < -(-job.longest // BLOCK) and variant != "evict":
+        unavailable(
+            f"the budget is {num_blocks} blocks of {BLOCK} tokens, and one sequence comes to {job.longest} tokens"
+        )
+        return
+    config = scheduler(job, evict=variant == "evict", batched_tokens=batched_tokens, num_blocks=num_blocks)
     pipeline = genai.ContinuousBatchingPipeline(str(directory), config, "CPU", properties)
-    generate(pipeline, run.workload.warm_up())
-    timing, num_output = generate(pipeline, run.workload)
+    generate(pipeline, job.warm_up())
+    clock, num_output = generate(pipeline, job)
     notes = [
-        f"weights exported as {'int8' if variant == 'int8' else 'fp16'}, inference precision bf16",
-        f"KV precision {kv_precision or 'of the plugin: ' + default_kv_precision(directory, properties)}",
-        f"up to {batched_tokens} tokens in a pass",
+        f"weights exported as {weights}, inference precision bf16",
+        f"KV precision {precision}" + ("" if asked else ", the plugin's choice"),
+        f"{num_blocks} blocks of {BLOCK} tokens, up to {batched_tokens} tokens in a pass",
     ]
     if variant == "evict":
         notes.append("cache eviction down to 160 tokens: 32 first, 64 recent, 64 by attention")
-    name = f"openvino-{variant}" + (f"-kv-{kv_precision}" if kv_precision else "")
     packages = ["openvino", "openvino-genai", "optimum-intel"]
-    finish(name, run, timing, packages=packages, num_output=num_output, notes=notes)
+    finish(job, clock, packages=packages, num_output=num_output, notes=notes)
 
 
 def default_kv_precision(directory: Path, properties: dict[str, str]) -> str:
@@ -109,12 +126,7 @@ def default_kv_precision(directory: Path, properties: dict[str, str]) -> str:
 
 def main() -> None:
     """Measure one variant."""
-    options = parser(__doc__)
-    options.add_argument("--variant", choices=("fp16", "evict", "int8"), default="fp16")
-    options.add_argument("--kv-precision", choices=("u8", "bf16", "f16"))
-    options.add_argument("--batched-tokens", type=int, default=2048)
-    args = options.parse_args()
-    measure(run_of(args), args.variant, args.kv_precision, args.batched_tokens)
+    measure(Job.read())
 
 
 if __name__ == "__main__":

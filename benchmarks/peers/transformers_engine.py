@@ -1,21 +1,21 @@
 """Hugging Face transformers: `generate` on the whole batch at once.
 
-    .peers/transformers/bin/python benchmarks/peers/transformers_engine.py --cache dynamic
-
-Set up for its best here: bfloat16 weights, scaled dot product attention of torch, as many threads as cores. Caches:
-`dynamic` (the default of transformers), `static` (allocated at once), `quanto-int4` and `hqq-int4` (rows in 4 bits with
-the last 128 tokens in full), and `offloaded`, which transformers can only do with a GPU.
+Started by `alisa bench run` (src/alisa/bench/remote/measured.py). Set up for its best here: bfloat16 weights, scaled
+dot product attention of torch, as many threads as cores. Caches: `dynamic` (the default of transformers), `static`
+(allocated at once), `quanto-int4` and `hqq-int4` (rows in 4 bits with the last 128 tokens in full), and `offloaded`,
+which transformers can only do with a GPU. None of them has a cap: under a memory budget the batch is made as small as
+the budget asks. Prompts of different lengths are padded on the left, and a batch ends before the next begins.
 """
 
 from __future__ import annotations
 
-from time import perf_counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from measured import Clock, Job, NoRoom, finish, unavailable
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
-from workload import Run, Timing, Workload, finish, parser, run_of, unavailable
 
 CACHES: dict[str, dict[str, Any]] = {
     "dynamic": {},
@@ -26,63 +26,77 @@ CACHES: dict[str, dict[str, Any]] = {
 }
 
 
-class FirstToken(BaseStreamer):
-    """Remembers when the first new token of the batch was there; the prompt comes before it."""
+class Watch(BaseStreamer):
+    """Tells the clock when each step of a batch has its tokens; the prompts come before them."""
 
-    def __init__(self) -> None:
-        self.calls = 0
-        self.time = 0.0
+    def __init__(self, clock: Clock, prompts: range) -> None:
+        self._clock, self._prompts = clock, prompts
+        self._calls = 0
 
     def put(self, value: torch.Tensor) -> None:
-        """Called with the prompt and then with the tokens of each step."""
-        self.calls += 1
-        if self.calls == 2:
-            self.time = perf_counter()
+        """Called with the prompts and then with the tokens of each step."""
+        self._calls += 1
+        if self._calls == 2:
+            for index in self._prompts:
+                self._clock.first(index)
+        elif self._calls > 2:
+            self._clock.step()
 
     def end(self) -> None:
         """Called after the last step."""
 
 
-def generate(model: PreTrainedModel, workload: Workload, options: dict[str, Any]) -> tuple[Timing, int]:
-    """Run the workload; its timing and the number of tokens that came."""
-    ids = torch.tensor(workload.prompts())
-    first = FirstToken()
-    start = perf_counter()
-    with torch.inference_mode():
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=workload.output_len,
-            min_new_tokens=workload.output_len,
-            do_sample=False,
-            streamer=first,
-            **options,
-        )
-    end = perf_counter()
-    return Timing(end - start, first.time - start), output.numel() - ids.numel()
+def padded(prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask Int64[B, T], filled up on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
 
 
-def measure(run: Run, cache: str) -> None:
-    """Print the record of one cache."""
-    name = f"transformers-{cache}"
+def generate(model: PreTrainedModel, job: Job, options: dict[str, Any]) -> tuple[Clock, int]:
+    """Run the job; its times and the number of tokens that came."""
+    groups = [(start, *padded(prompts)) for start, prompts in job.groups()]
+    clock, num_output = Clock(len(job.prompts)), 0
+    for start, ids, mask in groups:
+        with torch.inference_mode():
+            output = model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=job.output_len,
+                min_new_tokens=job.output_len,
+                do_sample=False,
+                streamer=Watch(clock, range(start, start + len(ids))),
+                **options,
+            )
+        num_output += output.numel() - ids.numel()
+    clock.stop()
+    return clock, num_output
+
+
+def measure(job: Job) -> None:
+    """Print the result of one cache."""
+    cache = job.options.get("cache", "dynamic")
     if cache == "offloaded" and not torch.cuda.is_available():
-        unavailable(name, run, "the offloaded cache moves rows between a GPU and the host by CUDA streams; no GPU here")
+        unavailable("the offloaded cache moves rows between a GPU and the host by CUDA streams; no GPU here")
         return
-    torch.set_num_threads(run.threads)
-    dtype = getattr(torch, run.workload.dtype)
-    model = AutoModelForCausalLM.from_pretrained(run.model, dtype=dtype, attn_implementation="sdpa").eval()
-    generate(model, run.workload.warm_up(), CACHES[cache])
-    timing, num_output = generate(model, run.workload, CACHES[cache])
-    notes = [f"{cache} cache", "sdpa", "bfloat16"]
-    finish(name, run, timing, packages=["transformers", "torch"], num_output=num_output, notes=notes)
+    torch.set_num_threads(job.threads)
+    dtype = getattr(torch, job.dtype)
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, attn_implementation="sdpa").eval()
+    generate(model, job.warm_up(), CACHES[cache])
+    clock, num_output = generate(model, job, CACHES[cache])
+    notes = [f"{cache} cache", "sdpa", job.dtype]
+    if job.kv_budget_bytes is not None:
+        notes.append(f"batches of {max(len(prompts) for _, prompts in job.groups())} by the budget")
+    finish(job, clock, packages=["transformers", "torch"], num_output=num_output, notes=notes)
 
 
 def main() -> None:
     """Measure one cache."""
-    options = parser(__doc__)
-    options.add_argument("--cache", choices=CACHES, default="dynamic")
-    args = options.parse_args()
-    measure(run_of(args), args.cache)
+    try:
+        measure(Job.read())
+    except NoRoom as error:
+        unavailable(str(error))
 
 
 if __name__ == "__main__":

@@ -1,88 +1,93 @@
 """vLLM on the CPU, driven step by step through its engine.
 
-    .peers/vllm/bin/python benchmarks/peers/vllm_engine.py
-
-Set up for its best here: bfloat16, one OpenMP thread bound to each core, room in the cache for the whole batch, all
-prompts in one pass, no prefix caching, no tokenizer. Its core runs in a process of its own, which is vLLM's default: it
-starts that one with the OpenMP library that its thread binding needs (decode is a tenth slower in one process). Intel's
-OpenMP in place of torch's was tried and is slower still. The peak is that of both processes together.
+Started by `alisa bench run` (src/alisa/bench/remote/measured.py). Set up for its best here: bfloat16, one OpenMP thread
+bound to each core, room in the cache for the whole batch (or what the budget allows), all prompts in one pass, no
+prefix caching, no tokenizer. Its core runs in a process of its own, which is vLLM's default: it starts that one with
+the OpenMP library that its thread binding needs (decode is a tenth slower in one process). Intel's OpenMP in place of
+torch's was tried and is slower still. The peak is that of both processes together.
 """
 
 from __future__ import annotations
 
 import os
-from time import perf_counter
 from typing import TYPE_CHECKING
 
-from workload import Run, Timing, Workload, finish, parser, run_of
+from measured import Clock, Job, finish
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-KV_SPACE_GIB = 3
-"""Enough for 16 sequences of 640 tokens of OPT-1.3B (1.9 GiB) and of 1280 tokens of the LLaMA shape (0.4 GiB)."""
+BLOCK = 128
+"""Tokens of its largest block: a sequence may end at the beginning of one."""
 
 
 def prepare(threads: int) -> None:
     """Set what vLLM reads from the environment; before it is imported."""
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(KV_SPACE_GIB)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # the record is the last line of standard output
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # the result is the last line of standard output
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def generate(llm: LLM, workload: Workload) -> tuple[Timing, int]:
-    """Run the workload; its timing and the number of tokens that came."""
+def generate(llm: LLM, job: Job, name: str) -> tuple[Clock, int]:
+    """Run the job; its times and the number of tokens that came."""
     from vllm import SamplingParams
 
     params = SamplingParams(
         temperature=0.0,
-        max_tokens=workload.output_len,
-        min_tokens=workload.output_len,
+        max_tokens=job.output_len,
+        min_tokens=job.output_len,
         ignore_eos=True,
         detokenize=False,
     )
     engine = llm.llm_engine
-    start = perf_counter()
-    for index, ids in enumerate(workload.prompts()):
-        engine.add_request(f"{workload.seed}-{index}", {"prompt_token_ids": ids}, params)
-    counts: dict[str, int] = {}
-    prefill_s = 0.0
+    clock = Clock(len(job.prompts))
+    for index, ids in enumerate(job.prompts):
+        engine.add_request(f"{name}-{index}", {"prompt_token_ids": ids}, params)
+    counts: dict[int, int] = {}
     while engine.has_unfinished_requests():
-        for output in engine.step():
-            counts[output.request_id] = len(output.outputs[0].token_ids)
-        if not prefill_s and len(counts) == workload.batch:
-            prefill_s = perf_counter() - start
-    return Timing(perf_counter() - start, prefill_s), sum(counts.values())
+        outputs = engine.step()
+        started = len(counts)
+        for output in outputs:
+            # The engine may append to the name that it was given.
+            index = int(output.request_id.split("-")[1])
+            clock.first(index)
+            counts[index] = len(output.outputs[0].token_ids)
+        if len(counts) == started:
+            clock.step()
+    clock.stop()
+    return clock, sum(counts.values())
 
 
-def measure(run: Run) -> None:
-    """Print the record."""
+def measure(job: Job) -> None:
+    """Print the result."""
     from vllm import LLM
 
-    workload = run.workload
+    need = (job.batch * (job.longest + BLOCK) + BLOCK) * job.kv_token_bytes
+    room = need if job.kv_budget_bytes is None else job.kv_budget_bytes
+    tokens = max(2048, job.longest)
     llm = LLM(
-        model=str(run.model),
-        dtype=workload.dtype,
+        model=job.model,
+        dtype=job.dtype,
         skip_tokenizer_init=True,
-        max_model_len=workload.prompt_len + workload.output_len,
-        max_num_seqs=workload.batch,
-        max_num_batched_tokens=max(2048, workload.prompt_len + workload.output_len),
+        kv_cache_memory_bytes=room,
+        max_model_len=job.longest,
+        max_num_seqs=job.batch,
+        max_num_batched_tokens=tokens,
         enable_prefix_caching=False,
-        seed=workload.seed,
+        seed=job.seed,
     )
-    generate(llm, workload.warm_up())
-    timing, num_output = generate(llm, workload)
-    notes = ["bfloat16 weights and KV rows", f"VLLM_CPU_KVCACHE_SPACE={KV_SPACE_GIB}", "up to 2048 tokens in a pass"]
-    finish("vllm", run, timing, packages=["vllm-cpu", "torch"], num_output=num_output, notes=notes)
+    generate(llm, job.warm_up(), "warm")
+    clock, num_output = generate(llm, job, "run")
+    notes = [f"{job.dtype} weights and KV rows", f"kv_cache_memory_bytes={room}", f"up to {tokens} tokens in a pass"]
+    finish(job, clock, packages=["vllm-cpu", "torch"], num_output=num_output, notes=notes)
 
 
 def main() -> None:
     """Measure."""
-    run = run_of(parser(__doc__).parse_args())
-    prepare(run.threads)
-    measure(run)
+    job = Job.read()
+    prepare(job.threads)
+    measure(job)
 
 
 if __name__ == "__main__":

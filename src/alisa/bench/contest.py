@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import quantiles
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import TypeAlias
 
-import psutil
 import torch
+
+from alisa.bench.others import OthersMeter
 
 NUM_WARM_UPS = 2
 """Rounds that are not counted: first calls allocate, and start threads."""
@@ -133,7 +134,7 @@ def hold(contest: Contest, runs: int, *, only_kernel: bool = False) -> Outcome:
         *contest.contenders(only_kernel=only_kernel),
     )
     seconds: dict[str, list[float]] = {contender.label: [] for contender in contenders}
-    meter = _OthersMeter()
+    meter = OthersMeter()
     for turn in range(NUM_WARM_UPS + runs):
         for contender in contenders:
             count = 1 if contender.role is Role.READ else contest.num_calls
@@ -150,22 +151,3 @@ def _seconds(call: Call, first: int, count: int) -> float:
     for number in range(first, first + count):
         call(number)
     return (perf_counter() - start) / count
-
-
-class _OthersMeter:
-    """Counts the processor time that is spent while it exists, and not by this process."""
-
-    def __init__(self) -> None:
-        self._started, self._others_s = perf_counter(), self._now()
-
-    def share(self) -> float:
-        """Time of others over all processor time there was; the system counts in steps of 10 ms."""
-        available_s = (perf_counter() - self._started) * (psutil.cpu_count() or 1)
-        return max(0.0, self._now() - self._others_s) / available_s
-
-    @staticmethod
-    def _now() -> float:
-        times = psutil.cpu_times()._asdict()
-        # A guest's time is counted in user too; waiting for a disk keeps no processor busy.
-        idle = ("idle", "iowait", "guest", "guest_nice")
-        return sum(value for kind, value in times.items() if kind not in idle) - process_time()

@@ -15,6 +15,7 @@ from rich.table import Table
 from tyro.conf import arg
 
 from alisa.bench.cases import CASES, DEFAULT_CASES
+from alisa.bench.others import QUIET_SHARE
 from alisa.cli.screen import output_console, say, waiting
 from alisa.errors import InputError
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from alisa.bench.contest import Outcome, Role
 
 _EVERY = "all"
-_QUIET_SHARE = 0.05
-"""Processor time of others that a measurement can bear: one of two threads late by so much delays the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +86,7 @@ class BenchKernels:
             f"{bandwidths[0] / 1e9:.1f} to {bandwidths[-1] / 1e9:.1f} GB/s"
         )
         output_console().print(kernels_table(outcomes))
-        disturbed = [name for name, outcome in outcomes.items() if outcome.others_share > _QUIET_SHARE]
+        disturbed = [name for name, outcome in outcomes.items() if outcome.others_share > QUIET_SHARE]
         if disturbed:
             say(f"other programs were busy during {', '.join(disturbed)}: these figures are not to be relied on.")
         if self.json:

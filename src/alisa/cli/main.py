@@ -18,6 +18,7 @@ import tyro
 
 from alisa import __version__
 from alisa.cli.bench import BenchKernels
+from alisa.cli.bench_suite import BenchCompare, BenchPlot, BenchRun
 from alisa.cli.doctor import Doctor
 from alisa.cli.eval import Ppl, Qa, Recall, Sparsity
 from alisa.cli.generate import INTERRUPTED, Generate
@@ -45,6 +46,9 @@ COMMANDS: dict[str, type[Command]] = {
     "plan": Plan,
     "plot": Plot,
     "bench kernels": BenchKernels,
+    "bench run": BenchRun,
+    "bench compare": BenchCompare,
+    "bench plot": BenchPlot,
     "doctor": Doctor,
     "profile": Profile,
 }

@@ -55,6 +55,8 @@ class Caps:
     disk_path: Path | None
     eviction: Eviction = "lru"
     """Who leaves the hot cache first."""
+    overlap: bool = True
+    """Whether rows move beside the arithmetic; benchmarks switch it off to see what it is worth."""
 
     @property
     def directory(self) -> Path:
@@ -205,6 +207,7 @@ def _tiered(
         remnants=remnants,
         rebuildable=rebuildable,
         eviction=caps.eviction,
+        overlap=caps.overlap,
         staging_rows=staging,
         device=decoder.device,
         append=kernels.append,

@@ -26,10 +26,12 @@ _LINE_START = b'{"kind": '
 class RecordFile:
     """An open file of cells; without a path it remembers nothing.
 
+    `writer` is the command whose records these are.
+
     A failed `append` leaves all earlier lines intact and at most one torn line, which the next run cuts off.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, writer: str = "alisa eval") -> None:
         """Open `path` for appending, after reading the cells that are in it.
 
         Raises:
@@ -42,7 +44,7 @@ class RecordFile:
             return
         try:
             if path.is_file():
-                self._records = _read(path)
+                self._records = _read(path, writer)
             # Unbuffered: a line is with the system when `append` returns, and closing cannot fail a second time.
             self._file = path.open("ab", buffering=0)
         except OSError as error:
@@ -80,7 +82,7 @@ class RecordFile:
             self._file.close()
 
 
-def _read(path: Path) -> dict[str, Record]:
+def _read(path: Path, writer: str) -> dict[str, Record]:
     """Cells by digest, the newest of equals; a torn last line is cut off."""
     way_out = "choose another --output, or delete the file to start again"
     data = path.read_bytes()
@@ -91,10 +93,10 @@ def _read(path: Path) -> dict[str, Record]:
             record = json.loads(line)
             records[record["cell"]] = record
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: not a result of alisa eval; {way_out}.") from error
+            raise InputError(f"{path}, line {number}: not a result of {writer}; {way_out}.") from error
     torn = data[whole:]
     if torn and not _LINE_START.startswith(torn[: len(_LINE_START)]):
-        raise InputError(f"{path}: its last line is not a result of alisa eval; {way_out}.")
+        raise InputError(f"{path}: its last line is not a result of {writer}; {way_out}.")
     if torn:
         os.truncate(path, whole)
     return records

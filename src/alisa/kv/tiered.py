@@ -123,6 +123,7 @@ class TieredStore:
         remnants: where the layer inputs of deletable tokens lie; None: nothing can be deleted.
         rebuildable: first tokens of every sequence whose layer input is kept.
         eviction: who leaves the hot cache first.
+        overlap: whether rows move beside the arithmetic.
         staging_rows: rows of each of two buffers through which a selection larger than the arena is read.
         device: where the arena lies; None: in main memory.
         append: writes rows in place; None: through the codec.
@@ -141,6 +142,7 @@ class TieredStore:
         remnants: Remnants | None = None,
         rebuildable: int = 0,
         eviction: Eviction = "lru",
+        overlap: bool = True,
         staging_rows: int = 256,
         device: torch.device | None = None,
         append: AppendKernel | None = None,
@@ -166,7 +168,7 @@ class TieredStore:
         self._free_lanes = list(range(num_lanes - 1, -1, -1))
         self._open: dict[int, _Lane] = {}
         self._ends = np.zeros(num_lanes, np.int64)  # bounds[0] of every lane, for look-ups
-        self._transfers = Transfers()
+        self._transfers = Transfers(overlap=overlap)
         self._arriving: list[list[Ticket]] = [[] for _ in range(num_layers)]
         self._ahead = [np.empty(0, np.int32) for _ in range(num_layers)]  # slots filled for the next step
         self._going: deque[_Going] = deque()

@@ -72,9 +72,14 @@ class Ticket:
 
 
 class Transfers:
-    """A pool of threads that moves rows, and the account of what it did."""
+    """A pool of threads that moves rows, and the account of what it did.
 
-    def __init__(self) -> None:
+    Args:
+        overlap: whether the model's thread goes on meanwhile; False, to see what that is worth: `start` waits.
+    """
+
+    def __init__(self, *, overlap: bool = True) -> None:
+        self._overlap = overlap
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="alisa-kv")
         self.wait_s = 0.0
         self.busy_s = 0.0
@@ -92,7 +97,10 @@ class Transfers:
             failed = _lanes_lost(work, lanes)
             return perf_counter() - started, failed
 
-        return Ticket([self._pool.submit(timed)])
+        ticket = Ticket([self._pool.submit(timed)])
+        if not self._overlap:
+            self.wait(ticket)
+        return ticket
 
     def wait(self, ticket: Ticket) -> None:
         """The ticket's rows are there, or their lanes are among the failed."""

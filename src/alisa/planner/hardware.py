@@ -13,7 +13,7 @@ from itertools import pairwise
 from math import exp, log
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from alisa.errors import InputError
 
@@ -191,6 +191,10 @@ def _build(kind: Any, values: Any, where: str) -> Any:  # noqa: ANN401 (any anno
         inner = get_args(kind)
         kinds = [inner[0]] * len(values) if inner[-1] is Ellipsis else inner
         return tuple(_build(part, value, where) for part, value in zip(kinds, values, strict=True))
+    if origin is Literal:
+        if values not in get_args(kind):
+            raise TypeError(f"{where} is {values!r}, there is {', '.join(map(str, get_args(kind)))}")
+        return values
     if origin in (Union, UnionType):
         return None if values is None else _build(get_args(kind)[0], values, where)
     if kind is float and isinstance(values, int | float) and not isinstance(values, bool):

@@ -1,7 +1,5 @@
 """Write a Hugging Face checkpoint of a given shape with random bfloat16 weights, once, for all engines.
 
-    python benchmarks/peers/make_model.py --shape opt-1.3b
-
 Speed does not depend on what the weights are, as long as no value overflows; a normal distribution of 0.02, as most
 models are initialised with, keeps the logits small. The tokenizer beside them has one token per byte and fillers up to
 the size of the vocabulary: no engine needs it for token ids, but some refuse a directory without one.
@@ -9,62 +7,63 @@ the size of the vocabulary: no engine needs it for token ids, but some refuse a 
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from workload import SHAPES, Shape
+
+from alisa.errors import InputError
+from alisa.spec import ModelSpec
 
 INIT_STD = 0.02
 BOS, EOS = "<s>", "</s>"
 
 
-def config(shape: Shape) -> dict[str, Any]:
-    """The config.json of a shape."""
+def config(spec: ModelSpec) -> dict[str, Any]:
+    """The config.json of a spec."""
     common = {
-        "model_type": shape.family,
+        "model_type": spec.family,
         "torch_dtype": "bfloat16",
-        "hidden_size": shape.hidden_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": shape.max_positions,
+        "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "vocab_size": spec.vocab_size,
+        "max_position_embeddings": spec.max_positions,
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 1,
     }
-    if shape.family == "opt":
+    if spec.family == "opt":
         return common | {
             "architectures": ["OPTForCausalLM"],
             "activation_function": "relu",
             "do_layer_norm_before": True,
-            "ffn_dim": shape.ffn_size,
-            "word_embed_proj_dim": shape.hidden_size,
+            "ffn_dim": spec.ffn_size,
+            "word_embed_proj_dim": spec.hidden_size,
             "tie_word_embeddings": True,
         }
     return common | {
         "architectures": ["LlamaForCausalLM"],
         "hidden_act": "silu",
-        "intermediate_size": shape.ffn_size,
-        "num_key_value_heads": shape.num_kv_heads,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
+        "intermediate_size": spec.ffn_size,
+        "num_key_value_heads": spec.num_kv_heads,
+        "rms_norm_eps": spec.norm_eps,
+        "rope_theta": spec.rope.theta if spec.rope else None,
         "tie_word_embeddings": False,
     }
 
 
-def opt_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
+def opt_sizes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor of an OPT checkpoint with tied embeddings."""
-    wide, ffn = shape.hidden_size, shape.ffn_size
+    wide, ffn = spec.hidden_size, spec.ffn_size
     sizes: dict[str, tuple[int, ...]] = {
-        "model.decoder.embed_tokens.weight": (shape.vocab_size, wide),
-        "model.decoder.embed_positions.weight": (shape.max_positions + 2, wide),
+        "model.decoder.embed_tokens.weight": (spec.vocab_size, wide),
+        "model.decoder.embed_positions.weight": (spec.position_table_size, wide),
     }
     names = ["model.decoder.final_layer_norm"]
-    for layer in range(shape.num_layers):
+    for layer in range(spec.num_layers):
         prefix = f"model.decoder.layers.{layer}"
         names += [f"{prefix}.self_attn_layer_norm", f"{prefix}.final_layer_norm"]
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -73,16 +72,16 @@ def opt_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
     return sizes | {f"{name}.{part}": (wide,) for name in names for part in ("weight", "bias")}
 
 
-def llama_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
+def llama_sizes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor of a LLaMA checkpoint."""
-    wide, ffn = shape.hidden_size, shape.ffn_size
-    kv = wide // shape.num_heads * shape.num_kv_heads
+    wide, ffn = spec.hidden_size, spec.ffn_size
+    kv = spec.kv_size
     sizes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (shape.vocab_size, wide),
+        "model.embed_tokens.weight": (spec.vocab_size, wide),
         "model.norm.weight": (wide,),
-        "lm_head.weight": (shape.vocab_size, wide),
+        "lm_head.weight": (spec.vocab_size, wide),
     }
-    for layer in range(shape.num_layers):
+    for layer in range(spec.num_layers):
         prefix = f"model.layers.{layer}"
         sizes |= {
             f"{prefix}.input_layernorm.weight": (wide,),
@@ -133,17 +132,31 @@ def tokenizer(vocab_size: int) -> dict[str, Any]:
     }
 
 
-def write_model(shape: Shape, directory: Path, seed: int) -> None:
-    """Write the checkpoint; the weights come last, so that their presence says that it is complete."""
+def is_written(directory: Path) -> bool:
+    """Whether a complete checkpoint lies there."""
+    return (directory / "model.safetensors").exists()
+
+
+def write_checkpoint(spec: ModelSpec, directory: Path, seed: int = 0) -> None:
+    """Write the checkpoint; the weights come last, so that their presence says that it is complete.
+
+    Raises:
+        InputError: it is of a family that this file does not know.
+    """
+    if spec.family not in ("opt", "llama"):
+        raise InputError(
+            f"Checkpoints with random weights are made for opt and llama shapes, not for {spec.family}; give the "
+            "directory of a model instead."
+        )
     directory.mkdir(parents=True, exist_ok=True)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": EOS}
     for name, content in (
-        ("config.json", config(shape)),
-        ("tokenizer.json", tokenizer(shape.vocab_size)),
+        ("config.json", config(spec)),
+        ("tokenizer.json", tokenizer(spec.vocab_size)),
         ("tokenizer_config.json", settings),
     ):
         (directory / name).write_text(json.dumps(content), encoding="utf-8")
-    sizes = opt_sizes(shape) if shape.family == "opt" else llama_sizes(shape)
+    sizes = opt_sizes(spec) if spec.family == "opt" else llama_sizes(spec)
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: _fill(name, size, generator) for name, size in sizes.items()}
     partial = directory / "partial"
@@ -160,19 +173,3 @@ def _fill(name: str, size: tuple[int, ...], generator: torch.Generator) -> torch
     if "norm" in name and name.endswith("weight"):
         return torch.ones(size, dtype=torch.bfloat16)
     return torch.empty(size, dtype=torch.bfloat16).normal_(0.0, INIT_STD, generator=generator)
-
-
-def main() -> None:
-    """Write the model of one shape."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="opt-1.3b")
-    parser.add_argument("--models", type=Path, default=Path(".peers/models"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    directory = args.models / args.shape
-    write_model(SHAPES[args.shape], directory, args.seed)
-    print(directory)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,388 @@
+"""Blocks of text and tables that `tables.py` puts into the documents, each made from records alone.
+
+A block is a function from the records to Markdown; it gives nothing where there are no records for it, and every block
+names the command that made its records.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import accuracy_tables
+
+from alisa.bench.compare import Line, lines_of
+from alisa.bench.others import QUIET_SHARE
+
+Record = dict[str, Any]
+Results = Path
+"""The directory of the records."""
+
+
+def lines(path: Path) -> list[Record]:
+    """The records of a file; none where it is not there."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([f"| {' | '.join(header)} |", "|---" * len(header) + "|", *body])
+
+
+def runs(results: Results) -> list[Record]:
+    """All records of `alisa bench run`, the newest of each cell."""
+    found: dict[str, Record] = {}
+    for record in (record for path in sorted((results / "runs").glob("*.jsonl")) for record in lines(path)):
+        known = found.get(record["cell"])
+        if known is None or known["stamp"]["date"] < record["stamp"]["date"]:
+            found[record["cell"]] = record
+    return list(found.values())
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A figure; nothing where there is none, and no decimals where they would say nothing."""
+    return "" if value is None else f"{value:.{0 if abs(value) >= 100 else digits}f}"
+
+
+def seconds(value: float | None) -> str:
+    """A time."""
+    return "" if value is None else f"{number(value, 2 if value < 10 else 1)} s"
+
+
+def gib(value: float | None) -> str:
+    """A size."""
+    return "" if value is None else f"{value / 2**30:.1f} GiB"
+
+
+def percent(value: float | None) -> str:
+    """A share."""
+    return "" if value is None else f"{value:.0%}".replace("%", " %")
+
+
+# Whole engines
+
+
+def engines(experiment: str, workload: str | None = None) -> Callable[[Results], str]:
+    """A table for each workload of an experiment, or for one of them, fastest first."""
+
+    def block(results: Results) -> str:
+        found = [record for record in runs(results) if record["experiment"] == experiment]
+        groups = {name: group for name, group in lines_of(found).items() if workload in (None, name)}
+        if not any(line.ran for group in groups.values() for line in group):
+            return ""
+        parts = [_group(name, group) for name, group in groups.items() if any(line.ran for line in group)]
+        return "\n\n".join([*parts, _command(experiment)])
+
+    return block
+
+
+def _command(experiment: str) -> str:
+    name = experiment.replace("-", "_")
+    path = f"benchmarks/experiments/{name}.toml"
+    return f"`alisa bench run {path} --output benchmarks/results/runs/{name}.jsonl`"
+
+
+def _group(name: str, group: Sequence[Line]) -> str:
+    ran = sorted((line for line in group if line.ran), key=lambda line: -(line.median("tokens_per_s") or 0.0))
+    header = ["", "tokens/s", "decode alone", "first token", "peak memory", "of the floor"]
+    text = [f"{_title(name, ran[0].ran[0])}:", table(header, [_row(line) for line in ran])]
+    remarks = [f"{line.run}: {line.records[-1]['reason']}" for line in group if not line.ran]
+    if remarks:
+        text.append("No figures: " + "; ".join(remarks) + ".")
+    text += _doubts(ran)
+    return "\n\n".join(text)
+
+
+def _title(name: str, record: Record) -> str:
+    """The workload in words."""
+    work = record["workload"]
+    prompts = f"prompts of {work['prompt_len']} tokens" if work["prompt_len"] else f"{work['num_sequences']} prompts"
+    budget = record["kv_budget_bytes"]
+    cap = f", K and V capped at {gib(budget)} of {gib(record['kv_need_bytes'])}" if budget else ""
+    return f"**{name}** ({work['dtype']}, {prompts}, {work['output_len']} tokens each{cap})"
+
+
+def _row(line: Line) -> list[str]:
+    first = line.median("first_token_median_s") or line.median("first_token_last_s")
+    cells = [
+        number(line.median("tokens_per_s")),
+        number(line.median("decode_tokens_per_s")),
+        seconds(first),
+        gib(line.median("peak_rss_bytes")),
+        percent(line.floor_share),
+    ]
+    name = f"**{line.run}**" if line.records[0]["engine"] == "alisa" else line.run
+    return [name + (" \\*" if line.disturbed else ""), *cells]
+
+
+def _doubts(ran: Sequence[Line]) -> list[str]:
+    """How far these figures can be trusted."""
+    fewest, most = min(len(line.ran) for line in ran), max(len(line.ran) for line in ran)
+    rounds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    said = [f"Median of {rounds} rounds." if most > 1 else "One run each."]
+    disturbed = [line.others_share for line in ran if line.disturbed and line.others_share is not None]
+    if disturbed:
+        said.append(f"\\* Other programs took up to {percent(max(disturbed))} of the processors meanwhile.")
+    if any(line.others_share is None for line in ran):
+        said.append("How busy other programs were was not recorded for all.")
+    if any(record["floor"] is None for line in ran for record in line.ran):
+        said.append("Some were measured before floors were.")
+    return [" ".join(said)]
+
+
+def machine(results: Results) -> str:
+    """Where the runs were made."""
+    stamps = [record["stamp"] for record in runs(results) if record["status"] == "ran"]
+    if not stamps:
+        return ""
+    cpus = sorted({f"{stamp['num_threads']} threads of {stamp['cpu']}" for stamp in stamps})
+    torch = sorted({record["versions"]["torch"] for record in runs(results) if "torch" in record.get("versions", {})})
+    floors = [record["floor"]["read_bytes_per_s"] / 1e9 for record in runs(results) if record.get("floor")]
+    speed = f"; memory is read at {min(floors):.0f} to {max(floors):.0f} GB/s" if floors else ""
+    dates = sorted(stamp["date"][:10] for stamp in stamps)
+    days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return f"Measured on {' and '.join(cpus)}, torch {', '.join(torch)}, {days}{speed}. Weights are random."
+
+
+# Tiers
+
+
+def tiers(results: Results) -> str:
+    """Less memory than the cache needs, engine alone."""
+    found = {}
+    for record in lines(results / "tiers.jsonl"):
+        for result in record["results"]:
+            found[result["policy"], result["cap"], result["scheduler"], record["shape"], record["kv_dtype"]] = (
+                record,
+                result,
+            )
+    if not found:
+        return ""
+    rows = [
+        [
+            f"`{result['policy']}`, {record['kv_dtype'] or record['dtype']} rows, {_placed(result)}",
+            number(result["tokens_per_s"]),
+            f"{number(result['decode_ms'])} ms",
+            f"{number(result['parts_ms']['transfer'])} ms",
+            f"{result['moved_kb_per_token']:.0f} kB",
+        ]
+        for record, result in found.values()
+    ]
+    record = next(iter(found.values()))[0]
+    what = f"{record['shape']}, batch {record['batch']}, {record['prompt_len']} + {record['output_len']} tokens"
+    header = ["", "tokens/s", "decode step", "of it looking up and waiting", "moved for each token"]
+    commands = "`python benchmarks/tiers.py --policy swa --cap 1 0.5 0.25`, `... --policy --cap --static 0.25`"
+    shown = f"The engine alone ({what}; the rest of the rows on disk):\n\n{table(header, rows)}"
+    return "\n\n".join([shown, *_watched([record for record, _ in found.values()]), commands])
+
+
+def _watched(records: Sequence[Record]) -> list[str]:
+    """How busy other programs were while these were made."""
+    shares = [record.get("others_share") for record in records]
+    if None in shares:
+        return ["How busy other programs were was not recorded."]
+    busiest = max(share for share in shares if share is not None)
+    return (
+        [f"Other programs took up to {percent(busiest)} of the processors meanwhile."] if busiest > QUIET_SHARE else []
+    )
+
+
+def _placed(result: Record) -> str:
+    if result["scheduler"] == "all-device":
+        return "everything fits"
+    how = ", a fixed split as in FlexGen" if result["scheduler"] == "static" else ""
+    return f"cap {percent(result['cap'])}{how}"
+
+
+def restore(results: Results) -> str:
+    """What one row costs to get back."""
+    record = (lines(results / "restore.jsonl") or [None])[-1]
+    if record is None:
+        return ""
+    rows = [
+        [
+            f"{result['shape']}, {result['row_bytes']} bytes",
+            *(f"{result[name]:.1f}" for name in ("fetch_cached_us", "fetch_cold_us", "rebuild_cached_us")),
+            f"{result['token_id_us_at_least']:.0f}",
+        ]
+        for result in record["results"]
+    ]
+    header = ["microseconds for a row", "from the page cache", "from the disk", "rebuilt from its layer input"]
+    shown = table([*header, "from its token, at least"], rows)
+    return "\n\n".join([shown, *_watched([record]), "`python benchmarks/restore.py`"])
+
+
+def eviction(results: Results) -> str:
+    """Who should leave the hot cache first."""
+    rows = [
+        [f"`{r['policy']}`", percent(record["cap"]), r["eviction"], f"{r['fetched_rows']}", f"{r['hit_rate']:.2%}"]
+        for record in lines(results / "eviction.jsonl")
+        for r in record["results"]
+    ]
+    if not rows:
+        return ""
+    header = ["policy", "cap", "leaves first", "rows fetched", "found on the device"]
+    return table(header, rows) + "\n\n`python benchmarks/eviction.py --text FILE --cap 0.25`"
+
+
+# Kernels and steps
+
+
+def kernels(results: Results) -> str:
+    """Every native kernel against torch and against the memory it must read."""
+    found: dict[tuple[str, str], Record] = {}
+    for record in lines(results / "kernels.jsonl"):
+        for case in record["cases"]:
+            found[record["isa"], case["case"]] = case
+    if not found:
+        return ""
+    rows = []
+    for (isa, name), case in found.items():
+        kernel = next(timing for timing in case["timings"].values() if timing["role"] == "kernel")
+        times = [1e3 * kernel[part] for part in ("median_s", "low_s", "high_s")]
+        rivals = [case["speedup"][role] for role in ("dense", "gather", "twin")]
+        busy = " \\*" if case["others_share"] > QUIET_SHARE else ""
+        rows.append(
+            [
+                f"{name} ({isa}){busy}",
+                f"{times[0]:.3g} ({times[1]:.3g} to {times[2]:.3g})",
+                f"{case['kernel_bytes_per_s'] / 1e9:.1f}",
+                percent(case["bandwidth_share"]),
+                *("" if rival is None else f"{rival:.1f}x" for rival in rivals),
+            ]
+        )
+    header = ["case", "ms (quartiles)", "GB/s", "of read bandwidth", "dense SDPA", "gather + SDPA", "torch twin"]
+    text = ["Times as long as the kernel that torch takes, by its fastest way of each kind:", table(header, rows)]
+    if any("\\*" in row[0] for row in rows):
+        text.append("\\* Other programs were busy meanwhile.")
+    return "\n\n".join([*text, "`alisa bench kernels --case all --output benchmarks/results/kernels.jsonl`"])
+
+
+def decode_step(results: Results) -> str:
+    """One decode step against the matrix products in it."""
+    rows = []
+    found = {
+        (record["shape"], record["dtype"], record["batch"], record["prompt_len"], record["output_len"]): record
+        for record in lines(results / "decode_step.jsonl")
+    }
+    for record in found.values():
+        for policy, result in record["results"].items():
+            step = result["step_ms"]
+            rows.append(
+                [
+                    f"{record['shape']}, {record['dtype']}, batch {record['batch']}",
+                    f"`{policy}`",
+                    *(number(step[part]) for part in ("wall", "linear", "attention", "selection")),
+                    f"{number(record['floor_gemm_ms'])} / {number(record['floor_read_ms'])}",
+                    f"{result['linear_over_floor']:.2f}",
+                ]
+            )
+    if not rows:
+        return ""
+    header = ["model", "policy", "step, ms", "linear", "attention", "selection", "products / reading alone"]
+    commands = [
+        f"`python benchmarks/decode_step.py --shape {shape} --dtype {dtype} --batch {batch} --prompt-len {prompt} "
+        f"--output-len {output} --record benchmarks/results/decode_step.jsonl`"
+        for shape, dtype, batch, prompt, output in found
+    ]
+    shown = table([*header, "linear over products"], rows)
+    return "\n\n".join([shown, *_watched(list(found.values())), "  \n".join(commands)])
+
+
+def prediction(results: Results) -> str:
+    """What the planner says against what happens."""
+    rows = [
+        [
+            f"{r['model']}, `{r['policy']}`, {r['kv_dtype']} rows, batch {r['batch']}, {r['placement']}",
+            number(r["measured_ms"]),
+            number(r["predicted_ms"]),
+            f"{100 * r['error']:+.0f} %",
+        ]
+        for r in lines(results / "prediction.jsonl")
+    ]
+    if not rows:
+        return ""
+    return table(["", "measured, ms a step", "predicted", "error"], rows) + "\n\n`python benchmarks/prediction.py`"
+
+
+# Accuracy
+
+
+def accuracy(results: Results) -> str:
+    """Perplexity lost by policy and sparsity, on the text of which there is most."""
+    found = [r for r in _accuracy(results, "ppl_heldout.jsonl") if r["sparsity"] in (0.8, 0.9)]
+    if not found:
+        return ""
+    policies = list(dict.fromkeys(record["policy"] for record in found))
+    sparsities = sorted({record["sparsity"] for record in found})
+    cells = {(r["policy"], r["sparsity"]): accuracy_tables.cost(r) for r in found}
+    rows = [[f"`{policy}`", *(cells.get((policy, s), "") for s in sparsities)] for policy in policies]
+    work = found[0]["settings"]
+    what = (
+        f"Per cent of perplexity lost on the text `{found[0]['task']}`, model `{found[0]['model']}`, "
+        f"{work['windows']} windows of {work['context']} tokens, {work['prefill']} of them a prompt"
+    )
+    command = (
+        f"`alisa eval ppl --text DIR --context {work['context']} --windows {work['windows']} --mode {work['mode']} "
+        f"--sparsity {','.join(f'{s:g}' for s in sparsities)}`"
+    )
+    return f"{what}:\n\n{table(['policy', *(f'sparsity {s:g}' for s in sparsities)], rows)}\n\n{command}"
+
+
+def recall(results: Results) -> str:
+    """Facts found again by policy."""
+    found = _accuracy(results, "recall.jsonl")
+    if not found:
+        return ""
+    policies = list(dict.fromkeys(record["policy"] for record in found))
+    tasks = list(dict.fromkeys(record["task"] for record in found))
+    cells = {(r["task"], r["policy"]): f"{100 * r['value']:.3g} %" for r in found}
+    counts = {record["task"]: record["targets"] for record in found}
+    rows = [[f"{task} ({counts[task]} questions)", *(cells.get((task, p), "") for p in policies)] for task in tasks]
+    shares = sorted({record["sparsity"] for record in found if record["policy"] != "dense"})
+    what = f"Facts looked up in prose at a sparsity of {', '.join(f'{s:g}' for s in shares)}, answers found"
+    command = "`alisa eval recall --task needle,multi,lookup --text DIR --length 512,1024`"
+    return f"{what}:\n\n{table(['task and length', *(f'`{p}`' for p in policies)], rows)}\n\n{command}"
+
+
+def _accuracy(results: Results, name: str) -> list[Record]:
+    path = results / "accuracy" / name
+    return accuracy_tables.read([path]) if path.exists() else []
+
+
+# GPU
+
+
+def gpu(results: Results) -> str:
+    """The end-to-end comparison of `make gpu-check`."""
+    found: dict[tuple[str, str], Record] = {}
+    for record in lines(results / "gpu.jsonl"):
+        if record["kind"] == "gpu-run":
+            found[record["device"], record["run"]] = record
+    if not found:
+        return ""
+    rows = [[f"{run} ({device})", *_gpu_cells(record)] for (device, run), record in found.items()]
+    header = ["", "tokens/s", "decode alone", "first token", "peak device memory", "remark"]
+    first = next(iter(found.values()))
+    work, cap = first["workload"], first["device_memory_bytes"]
+    what = (
+        f"{work['shape']}, {work['dtype']}, batch {work['batch']}, {work['prompt_len']} + {work['output_len']} tokens, "
+        f"device memory limited to {gib(cap)}"
+    )
+    return f"{what}:\n\n{table(header, rows)}\n\n`make gpu-check`"
+
+
+def _gpu_cells(record: Record) -> list[str]:
+    if record["status"] != "ran":
+        return ["", "", "", "", f"{record['status']}: {record['reason']}"]
+    figures = record["figures"]
+    return [
+        number(figures["tokens_per_s"]),
+        number(figures["decode_tokens_per_s"]),
+        seconds(figures["first_token_last_s"]),
+        gib(figures["peak_device_bytes"]),
+        "",
+    ]

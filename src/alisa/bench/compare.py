@@ -1,0 +1,132 @@
+"""Records of `alisa bench run` side by side: medians over the rounds, ratios, and what these mean. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from alisa.bench.others import QUIET_SHARE
+from alisa.errors import InputError
+
+Record = Mapping[str, Any]
+
+
+def read_runs(path: Path) -> list[Record]:
+    """The records of a file, the newest of equals.
+
+    Raises:
+        InputError: it cannot be read, or is not what alisa bench run writes.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
+    found: dict[str, Record] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if record["kind"] != "run":
+                raise KeyError("kind")
+            found[record["cell"]] = record
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}, line {number}: not a record of alisa bench run.") from error
+    return list(found.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One engine on one workload, over all rounds."""
+
+    run: str
+    workload: str
+    records: tuple[Record, ...]
+
+    @property
+    def ran(self) -> list[Record]:
+        """Records with figures."""
+        return [record for record in self.records if record["status"] == "ran"]
+
+    @property
+    def reason(self) -> str | None:
+        """Why there are none; None: there are."""
+        last = self.records[-1]
+        return None if self.ran else f"{last['status']}: {last['reason']}"
+
+    def values(self, figure: str) -> list[float]:
+        """A figure of every round that has it."""
+        return [record["figures"][figure] for record in self.ran if record["figures"][figure] is not None]
+
+    def median(self, figure: str) -> float | None:
+        """Its median; None where no round has it."""
+        values = self.values(figure)
+        return median(values) if values else None
+
+    @property
+    def floor_share(self) -> float | None:
+        """Seconds of the floor over those that were taken, for the whole run; the median."""
+        shares = [record["floor"]["wall_s"] / record["figures"]["wall_s"] for record in self.ran if record["floor"]]
+        return median(shares) if shares else None
+
+    @property
+    def others_share(self) -> float | None:
+        """The largest share of the processors that others took during a round; None where it was not watched."""
+        shares = [record["others_share"] for record in self.ran if record["others_share"] is not None]
+        return max(shares) if shares else None
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether that was too much."""
+        return (self.others_share or 0.0) > QUIET_SHARE
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How many times as fast one line is as another, and whether the difference is more than chance."""
+
+    value: float
+    certain: bool | None
+    """True: every round of one is faster than every round of the other. None: there are fewer than three of each."""
+
+
+LEAST_ROUNDS = 3
+"""Of each, so that no overlap says something: by chance alone it comes in one of ten cases (2 of 20 orders)."""
+
+
+def lines_of(records: Iterable[Record]) -> dict[str, list[Line]]:
+    """Lines by workload, both in the order in which they first appear."""
+    groups: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        runs = groups.setdefault(record["workload"]["name"], {})
+        runs.setdefault(record["run"], []).append(record)
+    return {
+        workload: [Line(run, workload, tuple(found)) for run, found in runs.items()]
+        for workload, runs in groups.items()
+    }
+
+
+def ratio(line: Line, base: Line, figure: str = "tokens_per_s") -> Ratio | None:
+    """How the first compares with the second; None where one has no such figure."""
+    ours, theirs = line.values(figure), base.values(figure)
+    if not ours or not theirs:
+        return None
+    value = median(ours) / median(theirs)
+    if min(len(ours), len(theirs)) < LEAST_ROUNDS:
+        return Ratio(value, None)
+    return Ratio(value, min(ours) > max(theirs) or max(ours) < min(theirs))
+
+
+def pairs(first: Sequence[Record], second: Sequence[Record] | None) -> dict[str, list[tuple[Line, Line | None]]]:
+    """By workload, every line and what it is compared with.
+
+    That is the same run in the second file or, with one file, the workload's first run that has figures.
+    """
+    groups = lines_of(first)
+    if second is None:
+        bases = {name: next((line for line in lines if line.ran), None) for name, lines in groups.items()}
+        return {name: [(line, bases[name]) for line in lines] for name, lines in groups.items()}
+    others = {(line.workload, line.run): line for lines in lines_of(second).values() for line in lines}
+    return {name: [(line, others.get((name, line.run))) for line in lines] for name, lines in groups.items()}

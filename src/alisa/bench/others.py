@@ -1,0 +1,44 @@
+"""How busy other programs keep the machine: a figure taken beside them is not to be relied on."""
+
+from __future__ import annotations
+
+import os
+from time import perf_counter, sleep
+
+import psutil
+
+QUIET_SHARE = 0.05
+"""Processor time of others that a measurement can bear: one of two threads late by so much delays the other."""
+
+
+class OthersMeter:
+    """Counts the processor time that is spent while it exists, but not by this process or children that have ended."""
+
+    def __init__(self) -> None:
+        self._started, self._others_s = perf_counter(), self._now()
+
+    def share(self) -> float:
+        """Time of others over all processor time there was; the system counts in steps of 10 ms."""
+        available_s = (perf_counter() - self._started) * (psutil.cpu_count() or 1)
+        return max(0.0, self._now() - self._others_s) / available_s
+
+    @staticmethod
+    def _now() -> float:
+        times = psutil.cpu_times()._asdict()
+        # A guest's time is counted in user too; waiting for a disk keeps no processor busy.
+        idle = ("idle", "iowait", "guest", "guest_nice")
+        own = os.times()
+        own_s = own.user + own.system + own.children_user + own.children_system
+        return sum(value for kind, value in times.items() if kind not in idle) - own_s
+
+
+def wait_for_quiet(patience_s: float, *, look_s: float = 1.0) -> float:
+    """Share of the processors that others take, once it is small enough, or when the patience is over."""
+    waited = 0.0
+    while True:
+        meter = OthersMeter()
+        sleep(look_s)
+        share = meter.share()
+        waited += look_s
+        if share <= QUIET_SHARE or waited >= patience_s:
+            return share

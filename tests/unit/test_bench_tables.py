@@ -1,0 +1,99 @@
+"""The documents' figures: there is a table where there are records, none where there are none, and staleness shows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tables
+from table_blocks import engines, kernels, machine
+from tables import BLOCKS, filled
+
+FIGURES = {"tokens_per_s": 123.4, "decode_tokens_per_s": None, "wall_s": 10.0, "first_token_median_s": 1.234}
+FIGURES |= {"first_token_last_s": 2.0, "peak_rss_bytes": 3 * 2**30}
+
+
+def record(run, *, rate=10.0, others=0.0, date="2026-01-01T00:00", cell=None, **more):
+    return {
+        "kind": "run",
+        "cell": cell or run,
+        "experiment": "paper",
+        "workload": {"name": "w", "dtype": "bfloat16", "prompt_len": 8, "output_len": 4, "num_sequences": 2},
+        "run": run,
+        "engine": "alisa" if run.startswith("ours") else "vllm",
+        "status": "ran",
+        "stamp": {"date": date, "cpu": "CPU X", "num_threads": 2},
+        "others_share": others,
+        "kv_need_bytes": 2**30,
+        "kv_budget_bytes": 2**28,
+        "figures": FIGURES | {"tokens_per_s": rate},
+        "floor": {"wall_s": 8.0, "read_bytes_per_s": 3e10},
+        "versions": {"torch": "2.13"},
+    } | more
+
+
+def write(path, records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_nothing_stands_where_nothing_was_measured(tmp_path):
+    for name, block in BLOCKS.items():
+        assert block(tmp_path) == "", name
+    text = "a\n<!-- benchmarks: all -->\nold 12.3\n<!-- end -->\nb\n"
+    assert filled(text, tmp_path) == "a\n<!-- benchmarks: all -->\n<!-- end -->\nb\n"
+    with pytest.raises(KeyError, match="none"):
+        filled(text.replace("all", "none"), tmp_path)
+
+
+def test_engines_side_by_side(tmp_path):
+    failed = record("gone", status="failed", reason="why")
+    del failed["figures"], failed["floor"]
+    again = record("ours", rate=123.4, others=0.3, date="2026-02-01T00:00")
+    write(tmp_path / "runs" / "a.jsonl", [again, record("other", rate=20.0), failed])
+    write(tmp_path / "runs" / "b.jsonl", [record("ours", rate=1.0)])  # an older record of the same cell
+    text = engines("paper")(tmp_path)
+    assert text.splitlines()[4:6] == [
+        "| **ours** \\* | 123 |  | 1.23 s | 3.0 GiB | 80 % |",
+        "| other | 20.0 |  | 1.23 s | 3.0 GiB | 80 % |",
+    ]
+    assert "K and V capped at 0.2 GiB of 1.0 GiB" in text
+    assert "No figures: gone: why." in text
+    assert "\\* Other programs took up to 30 % of the processors" in text
+    assert "`alisa bench run benchmarks/experiments/paper.toml" in text
+    assert engines("paper", "v")(tmp_path) == engines("llama")(tmp_path) == ""
+    assert machine(tmp_path) == (
+        "Measured on 2 threads of CPU X, torch 2.13, 2026-01-01 to 2026-02-01; memory is read at 30 to 30 GB/s. "
+        "Weights are random."
+    )
+
+
+def test_kernels(tmp_path):
+    timing = {"role": "kernel", "median_s": 0.0123, "low_s": 0.012, "high_s": 0.013}
+    case = {"case": "bf16-20", "others_share": 0.2, "kernel_bytes_per_s": 2e10, "bandwidth_share": 0.75}
+    case |= {"speedup": {"dense": 5.0, "gather": None, "twin": 7.0}, "timings": {"kernel": timing}}
+    write(tmp_path / "kernels.jsonl", [{"isa": "avx2", "cases": [case]}])
+    expected = "| bf16-20 (avx2) \\* | 12.3 (12 to 13) | 20.0 | 75 % | 5.0x |  | 7.0x |"
+    assert expected in kernels(tmp_path).splitlines()
+
+
+def test_a_document_that_says_something_else_is_noticed(tmp_path):
+    (tmp_path / "results").mkdir()
+    write(tmp_path / "results" / "runs" / "a.jsonl", [record("ours")])
+    page = tmp_path / "page.md"
+    page.write_text("<!-- benchmarks: all -->\n<!-- end -->\n")
+
+    def run(word):
+        command = [sys.executable, str(Path(tables.__file__)), word, "--results", str(tmp_path / "results"), str(page)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr
+
+    status, told = run("--check")
+    assert status == 1
+    assert "is not what the records say" in told
+    assert run("--write") == (0, "")
+    assert "## The paper's workload" in page.read_text()
+    assert run("--check") == (0, "")
+    page.write_text(page.read_text().replace("10.0", "11.0"))
+    assert run("--check")[0] == 1
