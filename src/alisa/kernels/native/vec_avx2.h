@@ -9,7 +9,7 @@ namespace alisa::ALISA_ISA {
 
 using F = __m256;
 constexpr int kWidth = 8;
-constexpr int kRegisters = 16;
+constexpr int kSums = 8;  // accumulators that leave registers for the operands
 
 inline F set1(float x) { return _mm256_set1_ps(x); }
 inline F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -39,10 +39,14 @@ inline F times_pow2(F p, F n) {
 // value where x >= limit, else 0.
 inline F keep_from(F x, F limit, F value) { return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_GE_OQ), value); }
 
-// The sums of four vectors.
-inline void sum4(F a, F b, F c, F d, float* out) {
-  const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+// The sums of eight vectors: four to `first`, four to `second`.
+inline void sum8(const F (&x)[8], float* first, float* second) {
+  const auto four = [](const F* y, float* out) {
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(y[0], y[1]), _mm256_hadd_ps(y[2], y[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  };
+  four(x, first);
+  four(x + 4, second);
 }
 
 inline F load_bf16(const void* p) {

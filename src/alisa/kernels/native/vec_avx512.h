@@ -9,7 +9,7 @@ namespace alisa::ALISA_ISA {
 
 using F = __m512;
 constexpr int kWidth = 16;
-constexpr int kRegisters = 32;
+constexpr int kSums = 16;  // accumulators that leave registers for the operands
 
 inline F set1(float x) { return _mm512_set1_ps(x); }
 inline F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -28,13 +28,20 @@ inline F keep_from(F x, F limit, F value) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_GE_OQ), value);
 }
 
-// The sums of four vectors.
-inline void sum4(F a, F b, F c, F d, float* out) {
-  const auto fold = [](F x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };
-  const __m256 ab = _mm256_hadd_ps(fold(a), fold(b));
-  const __m256 cd = _mm256_hadd_ps(fold(c), fold(d));
-  const __m256 abcd = _mm256_hadd_ps(ab, cd);
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+// The sums of eight vectors: four to `first`, four to `second`.
+inline void sum8(const F (&x)[8], float* first, float* second) {
+  const auto two = [](F a, F b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+  const auto four = [&two](const F* y) {
+    const __m512d low = _mm512_castps_pd(two(y[0], y[1]));
+    const __m512d high = _mm512_castps_pd(two(y[2], y[3]));
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  };
+  const F low = four(x);
+  const F high = four(x + 4);
+  const F halves = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x44), _mm512_shuffle_f32x4(low, high, 0xEE));
+  const F all = _mm512_add_ps(halves, _mm512_shuffle_f32x4(halves, halves, 0xB1));
+  _mm_storeu_ps(first, _mm512_castps512_ps128(all));
+  _mm_storeu_ps(second, _mm512_extractf32x4_ps(all, 2));
 }
 
 inline F load_bf16(const void* p) {

@@ -19,7 +19,7 @@ using U = uint32_t __attribute__((vector_size(16)));
 using U16 = uint16_t __attribute__((vector_size(8)));
 using U8 = uint8_t __attribute__((vector_size(4)));
 constexpr int kWidth = 4;
-constexpr int kRegisters = 16;
+constexpr int kSums = 8;  // accumulators that leave registers for the operands
 
 template <class To, class From>
 inline To bits(From x) {
@@ -67,12 +67,12 @@ inline F times_pow2(F p, F n) {
 // value where x >= limit, else 0.
 inline F keep_from(F x, F limit, F value) { return x >= limit ? value : set1(0.0F); }
 
-// The sums of four vectors.
-inline void sum4(F a, F b, F c, F d, float* out) {
-  out[0] = sum_of(a);
-  out[1] = sum_of(b);
-  out[2] = sum_of(c);
-  out[3] = sum_of(d);
+// The sums of eight vectors: four to `first`, four to `second`.
+inline void sum8(const F (&x)[8], float* first, float* second) {
+  for (int i = 0; i < 4; ++i) {
+    first[i] = sum_of(x[i]);
+    second[i] = sum_of(x[i + 4]);
+  }
 }
 
 inline F load_bf16(const void* p) { return bits<F>(__builtin_convertvector(read<U16>(p), U) << 16); }
