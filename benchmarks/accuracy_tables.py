@@ -75,8 +75,8 @@ def study(records: Sequence[Record]) -> list[str]:
     for record in records:
         captured, spearman, overlap, entering, returning = (record[name] for name in names)
         lines.append(
-            f"| `{record['policy']}` | {100 * captured:.1f} % | {spearman:.3f} | {100 * overlap:.1f} % | {entering:.1f} "
-            f"| {100 * returning:.2f} % |"
+            f"| `{record['policy']}` | {100 * captured:.1f} % | {spearman:.3f} | {100 * overlap:.1f} % "
+            f"| {entering:.1f} | {100 * returning:.2f} % |"
         )
     return lines
 

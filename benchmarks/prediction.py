@@ -19,8 +19,9 @@ from statistics import median
 
 import torch
 
-from alisa.config import PolicyName
-from alisa.engine.trial import Trial, TrialRun, run_trial
+from alisa.bench.session import Ran
+from alisa.bench.trial import Trial, run_trial
+from alisa.config import KvDtypeName, PolicyName
 from alisa.model.loader import random_decoder
 from alisa.planner.cost import CostModel, StepCost
 from alisa.planner.hardware import Hardware
@@ -65,7 +66,7 @@ class Case:
     batch: int
     cap: float = 1.0
     """Of what all rows take."""
-    kv_dtype: str = "bfloat16"
+    kv_dtype: KvDtypeName = "bfloat16"
     scheduler: Scheduler | None = None
     placement: str = "device"
     prompt_len: int = 192
@@ -111,16 +112,16 @@ CASES = (
 PARTS = ("linear_s", "attention_s", "selection_s", "transfer_s", "sampling_s", "other_s")
 
 
-def predict(case: Case, run: TrialRun, hardware: Hardware) -> list[tuple[Load, StepCost]]:
+def predict(case: Case, run: Ran, hardware: Hardware) -> list[tuple[Load, StepCost]]:
     """The same steps, from the plan alone."""
     method = Method(case.policy, 0.8, "bfloat16", case.kv_dtype)
     cost = CostModel(MODELS[case.model], method, hardware)
     prompts = [case.prompt_len] * case.batch
-    timeline = simulate(cost, method, run.scheduler, run.limits, prompts, case.output_len)
+    timeline = simulate(cost, method, run.memory.scheduler, run.memory.limits, prompts, case.output_len)
     return list(zip(timeline.loads, timeline.costs, strict=True))
 
 
-def compare(case: Case, runs: Sequence[TrialRun], hardware: Hardware) -> dict[str, object]:
+def compare(case: Case, runs: Sequence[Ran], hardware: Hardware) -> dict[str, object]:
     """One line of the result: the median step of each run, and of these the median."""
     steps = predict(case, runs[0], hardware)
     for run in runs:
@@ -173,7 +174,7 @@ def main() -> None:
     directory = Path(tempfile.gettempdir())
     for name in names:
         run_trial(Trial("dense", 2, 64, 8), decoders[name], directory)
-    runs: dict[Case, list[TrialRun]] = {case: [] for case in cases}
+    runs: dict[Case, list[Ran]] = {case: [] for case in cases}
     for _ in range(args.rounds):
         for case in cases:
             runs[case].append(run_trial(case.trial, decoders[case.model], directory))

@@ -18,7 +18,7 @@ from statistics import median
 import torch
 
 from alisa.bench.stamp import Stamp
-from alisa.engine.trial import Trial, run_trial
+from alisa.bench.trial import Trial, run_trial
 from alisa.model.loader import random_decoder
 from alisa.planner.footprint import kv_token_bytes
 from alisa.planner.load import Method

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import accuracy_tables
@@ -294,18 +295,47 @@ def decode_step(results: Results) -> str:
 
 def prediction(results: Results) -> str:
     """What the planner says against what happens."""
+    found = lines(results / "prediction.jsonl")
+    if not found:
+        return ""
     rows = [
         [
             f"{r['model']}, `{r['policy']}`, {r['kv_dtype']} rows, batch {r['batch']}, {r['placement']}",
-            number(r["measured_ms"]),
+            f"{number(r['measured_ms'])} ({number(r['spread_ms'][0])} to {number(r['spread_ms'][1])})",
             number(r["predicted_ms"]),
             f"{100 * r['error']:+.0f} %",
         ]
-        for r in lines(results / "prediction.jsonl")
+        for r in found
     ]
-    if not rows:
-        return ""
-    return table(["", "measured, ms a step", "predicted", "error"], rows) + "\n\n`python benchmarks/prediction.py`"
+    errors = [abs(r["error"]) for r in found]
+    summary = (
+        f"{len(errors)} configurations, {found[0]['rounds']} rounds: median error {100 * median(errors):.0f} %, worst "
+        f"{100 * max(errors):.0f} %."
+    )
+    shown = table(["", "measured, ms a step", "predicted", "error"], rows)
+    return f"{shown}\n\n{summary}\n\n`alisa profile`, then `python benchmarks/prediction.py`"
+
+
+def schedules(results: Results) -> str:
+    """What the search chose against what was made by hand."""
+    parts = []
+    for record in lines(results / "schedules.jsonl"):
+        times = sorted(record["seconds"].items(), key=lambda item: median(item[1]))
+        rows = [
+            [f"**{name}**" if name == "the search's choice" else name, f"{median(taken):.2f}", f"{min(taken):.2f}"]
+            for name, taken in times
+        ]
+        work = (
+            f"{record['shape']}, `{record['policy']}`, batch {record['batch']}, {record['prompt_len']} + "
+            f"{record['output_len']} tokens, {100 * record['cap']:.0f} % of the rows on the device"
+        )
+        parts.append(
+            f"{work} (seconds, {record['rounds']} runs each):\n\n{table(['schedule', 'median', 'least'], rows)}\n\n"
+            f"The choice takes {100 * record['over_best']:+.1f} % of the best by hand; {record['predicted_s']:.2f} s "
+            f"were predicted. `python benchmarks/schedules.py --shape {record['shape']} --policy {record['policy']} --cap "
+            f"{record['cap']:g}`"
+        )
+    return "\n\n".join(parts)
 
 
 # Accuracy

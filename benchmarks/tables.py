@@ -32,11 +32,12 @@ from table_blocks import (
     prediction,
     recall,
     restore,
+    schedules,
     tiers,
 )
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/planner.md")
 _BLOCK = re.compile(r"(<!-- benchmarks: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Block = Callable[[Results], str]
@@ -53,7 +54,7 @@ SECTIONS: dict[str, tuple[Block, ...]] = {
     "A decode step and its parts": (decode_step,),
     "Kernels": (kernels,),
     "GPU": (gpu,),
-    "Predicted and measured": (prediction,),
+    "Predicted and measured": (prediction, schedules),
     "What reading less costs": (accuracy, recall),
 }
 """Of docs/benchmarks.md, in order."""
@@ -80,6 +81,8 @@ BLOCKS: dict[str, Block] = {
     "restore": restore,
     "kernels": kernels,
     "gpu": gpu,
+    "prediction": prediction,
+    "schedules": schedules,
     "accuracy": accuracy,
     "recall": recall,
 }

@@ -40,7 +40,7 @@ class Profile:
         """Do it; returns the exit status."""
         import torch
 
-        from alisa.engine.calibration import calibrate
+        from alisa.bench.calibration import calibrate
         from alisa.engine.kernels import choose_kernels
         from alisa.planner.profile.machine import Tools, measure_machine
         from alisa.planner.saved import machine_stamp, save_profile

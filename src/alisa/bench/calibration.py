@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 import torch
 
-from alisa.engine.trial import Trial, run_trial
+from alisa.bench.trial import Trial, run_trial
 from alisa.model.decoder import Decoder
 from alisa.model.loader import random_decoder
 from alisa.planner.cost import CostModel, StepCost
@@ -102,7 +102,7 @@ def _observe(trial: Trial, decoder: Decoder, hardware: Hardware, directory: Path
     cost = CostModel(decoder.spec, method, hardware)
     run = run_trial(trial, decoder, directory)
     prompts = [trial.prompt_len] * trial.batch
-    timeline = simulate(cost, method, run.scheduler, run.limits, prompts, trial.output_len)
+    timeline = simulate(cost, method, run.memory.scheduler, run.memory.limits, prompts, trial.output_len)
     steps = [record for record in run.records if not record.prefill][_SKIPPED:]
     said = list(zip(timeline.loads, timeline.costs, strict=True))
     said = [(load, price) for load, price in said if not load.prefill][_SKIPPED:]
@@ -110,7 +110,7 @@ def _observe(trial: Trial, decoder: Decoder, hardware: Hardware, directory: Path
         num_layers=decoder.spec.num_layers,
         batch=trial.batch,
         chooser=cost.chooser,
-        tiers=run.scheduler.uses_tiers,
+        tiers=run.memory.scheduler.uses_tiers,
         waits=fmean(cost.waits(load) for load, _ in said),
         predicted=sum((price for _, price in said), StepCost()).times(1 / len(said)),
         linear_s=median(step.linear_s for step in steps),
