@@ -251,7 +251,7 @@ int main() {
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt8, Dtype::kInt4}) {
       for (const int dim : {1, 7, 16, 33, 64, 80}) {
         for (const int group : {1, 2, 5}) {
-          for (const bool per_head : {false, true}) check_decode(*isa, {dtype, 2, dim}, group, per_head, random);
+          for (const bool per_head : {false, true}) check_decode(*isa, {dtype, 3, dim}, group, per_head, random);
         }
       }
     }
