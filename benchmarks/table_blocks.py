@@ -234,12 +234,16 @@ def eviction(results: Results) -> str:
 
 def kernels(results: Results) -> str:
     """Every native kernel against torch and against the memory it must read."""
-    found: dict[tuple[str, str], Record] = {}
-    for record in lines(results / "kernels.jsonl"):
-        for case in record["cases"]:
-            found[record["isa"], case["case"]] = case
+    shown = _kernels(lines(results / "kernels.jsonl"))
+    command = "`alisa bench kernels --case all --output benchmarks/results/kernels.jsonl`"
+    return "\n\n".join([*shown, command]) if shown else ""
+
+
+def _kernels(records: Sequence[Record]) -> list[str]:
+    """A table of the newest record of each case, and how to read it."""
+    found = {(record["isa"], case["case"]): case for record in records for case in record["cases"]}
     if not found:
-        return ""
+        return []
     rows = []
     for (isa, name), case in found.items():
         kernel = next(timing for timing in case["timings"].values() if timing["role"] == "kernel")
@@ -259,7 +263,7 @@ def kernels(results: Results) -> str:
     text = ["Times as long as the kernel that torch takes, by its fastest way of each kind:", table(header, rows)]
     if any("\\*" in row[0] for row in rows):
         text.append("\\* Other programs were busy meanwhile.")
-    return "\n\n".join([*text, "`alisa bench kernels --case all --output benchmarks/results/kernels.jsonl`"])
+    return text
 
 
 def decode_step(results: Results) -> str:
@@ -387,22 +391,21 @@ def _accuracy(results: Results, name: str) -> list[Record]:
 
 
 def gpu(results: Results) -> str:
-    """The end-to-end comparison of `make gpu-check`."""
-    found: dict[tuple[str, str], Record] = {}
-    for record in lines(results / "gpu.jsonl"):
-        if record["kind"] == "gpu-run":
-            found[record["device"], record["run"]] = record
-    if not found:
-        return ""
-    rows = [[f"{run} ({device})", *_gpu_cells(record)] for (device, run), record in found.items()]
-    header = ["", "tokens/s", "decode alone", "first token", "peak device memory", "remark"]
-    first = next(iter(found.values()))
-    work, cap = first["workload"], first["device_memory_bytes"]
-    what = (
-        f"{work['shape']}, {work['dtype']}, batch {work['batch']}, {work['prompt_len']} + {work['output_len']} tokens, "
-        f"device memory limited to {gib(cap)}"
-    )
-    return f"{what}:\n\n{table(header, rows)}\n\n`make gpu-check`"
+    """What `make gpu-check` found: engines end to end, and kernels."""
+    records = lines(results / "gpu.jsonl")
+    found = {(r["device"], r["run"]): r for r in records if r["kind"] == "gpu-run"}
+    text = []
+    if found:
+        first = next(iter(found.values()))
+        work = first["workload"]
+        text.append(
+            f"{work['shape']} with dummy weights, {work['dtype']}, batch {work['batch']}, {work['prompt_len']} + "
+            f"{work['output_len']} tokens, device memory limited to {gib(first['device_memory_bytes'])}:"
+        )
+        header = ["", "tokens/s", "decode alone", "first token", "peak device memory", "remark"]
+        text.append(table(header, [[f"{run} ({device})", *_gpu_cells(r)] for (device, run), r in found.items()]))
+    text += _kernels([r for r in records if r["kind"] == "gpu-kernels" and r["status"] == "ran"])
+    return "\n\n".join([*text, "`make gpu-check`"]) if text else ""
 
 
 def _gpu_cells(record: Record) -> list[str]:

@@ -56,7 +56,7 @@ def padded(prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def generate(model: PreTrainedModel, job: Job, options: dict[str, Any]) -> tuple[Clock, int]:
     """Run the job; its times and the number of tokens that came."""
-    groups = [(start, *padded(prompts)) for start, prompts in job.groups()]
+    groups = [(start, *(part.to(model.device) for part in padded(prompts))) for start, prompts in job.groups()]
     clock, num_output = Clock(len(job.prompts)), 0
     for start, ids, mask in groups:
         with torch.inference_mode():

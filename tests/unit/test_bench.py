@@ -100,6 +100,7 @@ def test_contenders_take_turns():
 
 OUTCOME = Outcome(
     num_bytes=2**28,
+    read_bytes=2**28,
     others_share=0.0,
     timings={
         "memory read": Timing(Role.READ, 0.1, 0.1, 0.1),

@@ -16,8 +16,9 @@ from alisa.bench.others import OthersMeter
 NUM_WARM_UPS = 2
 """Rounds that are not counted: first calls allocate, and start threads."""
 
-_READ_BYTES = 1 << 28
-"""Summed in every round before the kernel's turn, which also leaves nothing of the last round in a cache."""
+_READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+"""Summed in every round before the kernel's turn, which also leaves nothing of the last round in a cache. On a GPU so
+much that starting the sum does not count."""
 
 
 class Role(StrEnum):
@@ -86,6 +87,8 @@ class Outcome:
     """How a contest ended."""
 
     num_bytes: int
+    read_bytes: int
+    """Summed for the bandwidth."""
     others_share: float
     """Share of all processor time that other programs (or other guests of the same host) took meanwhile."""
     timings: dict[str, Timing]
@@ -94,7 +97,7 @@ class Outcome:
     @property
     def read_bytes_per_s(self) -> float:
         """Bandwidth of a plain sum over memory, in the same rounds."""
-        return _READ_BYTES / self._only(Role.READ).median_s
+        return self.read_bytes / self._only(Role.READ).median_s
 
     @property
     def kernel(self) -> Timing:
@@ -126,9 +129,10 @@ class Outcome:
         return timing
 
 
-def hold(contest: Contest, runs: int, *, only_kernel: bool = False) -> Outcome:
-    """Time every contender, and reading memory, `runs` times (at least 2), in turns."""
-    buffer = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
+def hold(contest: Contest, runs: int, *, only_kernel: bool = False, device: torch.device | None = None) -> Outcome:
+    """Time every contender, and reading memory, `runs` times (at least 2), in turns; by default on the CPU."""
+    device = device or torch.device("cpu")
+    buffer = torch.ones(_READ_BYTES[device.type] // 8, dtype=torch.int64, device=device)
     contenders = (
         Contender(Role.READ, "memory read", lambda _: buffer.sum()),
         *contest.contenders(only_kernel=only_kernel),
@@ -138,16 +142,18 @@ def hold(contest: Contest, runs: int, *, only_kernel: bool = False) -> Outcome:
     for turn in range(NUM_WARM_UPS + runs):
         for contender in contenders:
             count = 1 if contender.role is Role.READ else contest.num_calls
-            elapsed = _seconds(contender.call, turn * count, count)
+            elapsed = _seconds(contender.call, turn * count, count, device)
             if turn >= NUM_WARM_UPS:
                 seconds[contender.label].append(elapsed)
     timings = {entry.label: Timing.of(entry.role, seconds[entry.label]) for entry in contenders}
-    return Outcome(contest.num_bytes, meter.share(), timings)
+    return Outcome(contest.num_bytes, buffer.nbytes, meter.share(), timings)
 
 
-def _seconds(call: Call, first: int, count: int) -> float:
-    """Wall time of one call, averaged over `count` of them in a row."""
+def _seconds(call: Call, first: int, count: int, device: torch.device) -> float:
+    """Wall time of one call until its result is there, averaged over `count` of them in a row."""
     start = perf_counter()
     for number in range(first, first + count):
         call(number)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return (perf_counter() - start) / count

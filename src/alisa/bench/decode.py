@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from alisa.attention.decode import decode_attention
+from alisa.attention.decode import DecodeKernel, decode_attention
 from alisa.bench.cases import DecodeCase
 from alisa.bench.contest import Contender, Contest, Role
-from alisa.kernels.cpu import CpuKernels
+from alisa.kv.base import AppendKernel
 from alisa.kv.codec import TORCH_DTYPES, make_codec
 from alisa.types import Codec
+
+_CPU = torch.device("cpu")
 
 _FILL_TOKENS = 4096
 """Random values are made for so many tokens and written again and again: what they are does not change the time."""
 
 
-def decode_contest(case: DecodeCase, kernels: CpuKernels) -> Contest:
-    """The case as a contest; with its rivals it takes three to six times the memory of its rows."""
+class DecodeKernels(DecodeKernel, Protocol):
+    """Decode attention, and what writes the rows that it reads."""
+
+    @property
+    def append(self) -> AppendKernel:
+        """Encodes K and V in place."""
+        ...
+
+
+def decode_contest(case: DecodeCase, kernels: DecodeKernels, device: torch.device = _CPU) -> Contest:
+    """The case as a contest on a device; with its rivals it takes three to six times the memory of its rows."""
     generator = torch.Generator().manual_seed(0)
     codec = make_codec(case.row_format)
     value_dtype = torch.float32 if case.dtype == "float32" else torch.bfloat16
-    rows = _random_rows(case, codec, kernels, value_dtype, generator)
+    rows = _random_rows(case, codec, kernels, value_dtype, generator, device)
     table = _slot_table(case, generator)
-    slots = _chosen_slots(case, table, generator)
-    counts = torch.full((case.num_seqs,), case.num_slots, dtype=torch.int32)
-    q = torch.randn(case.num_seqs, case.num_heads, case.head_dim, generator=generator).to(value_dtype)
+    slots = _chosen_slots(case, table, generator).to(device)
+    counts = torch.full((case.num_seqs,), case.num_slots, dtype=torch.int32, device=device)
+    q = torch.randn(case.num_seqs, case.num_heads, case.head_dim, generator=generator).to(device, value_dtype)
 
     def rivals() -> Iterator[Contender]:
-        yield from _dense(case, q, rows, codec, table)
+        yield from _dense(case, q, rows, codec, table.to(device))
         if case.num_sets == 1 and case.dtype in TORCH_DTYPES:
             yield from _gather(case, q, rows, slots)
         if case.share < 1.0:  # all rows gathered as float32 take gigabytes, and nobody would do it
@@ -41,15 +53,20 @@ def decode_contest(case: DecodeCase, kernels: CpuKernels) -> Contest:
 
 
 def _random_rows(
-    case: DecodeCase, codec: Codec, kernels: CpuKernels, value_dtype: torch.dtype, generator: torch.Generator
+    case: DecodeCase,
+    codec: Codec,
+    kernels: DecodeKernels,
+    value_dtype: torch.dtype,
+    generator: torch.Generator,
+    device: torch.device,
 ) -> Tensor:
     """The arena, UInt8[B*S, row_bytes]."""
     num_rows = case.num_seqs * case.num_tokens
-    rows = torch.empty(num_rows, codec.format.row_bytes, dtype=torch.uint8)
+    rows = torch.empty(num_rows, codec.format.row_bytes, dtype=torch.uint8, device=device)
     shape = (min(_FILL_TOKENS, num_rows), case.num_kv_heads, case.head_dim)
-    k, v = (torch.randn(shape, generator=generator).to(value_dtype) for _ in range(2))
+    k, v = (torch.randn(shape, generator=generator).to(device, value_dtype) for _ in range(2))
     for first in range(0, num_rows, _FILL_TOKENS):
-        slots = torch.arange(first, min(first + _FILL_TOKENS, num_rows))
+        slots = torch.arange(first, min(first + _FILL_TOKENS, num_rows), device=device)
         kernels.append(rows, codec.format, slots, k[: len(slots)], v[: len(slots)])
     return rows
 
@@ -91,7 +108,7 @@ def _dense(case: DecodeCase, q: Tensor, rows: Tensor, codec: Codec, table: Tenso
     """
     for dtype in dict.fromkeys((q.dtype, torch.float32)):
         shape = (case.num_seqs, case.num_kv_heads, case.num_tokens, case.head_dim)
-        cache = [torch.empty(shape, dtype=dtype) for _ in range(2)]
+        cache = [torch.empty(shape, dtype=dtype, device=q.device) for _ in range(2)]
         for seq in range(case.num_seqs):
             for half, values in zip(cache, codec.decode(rows.index_select(0, table[seq])), strict=True):
                 half[seq] = values.transpose(0, 1)

@@ -48,9 +48,15 @@ class Ran:
     """What happened."""
 
     records: tuple[StepRecord, ...]
-    num_output: int
+    outputs: tuple[tuple[int, ...], ...]
+    """New tokens of every prompt."""
     memory: Memory
     """Closed; says which store and scheduler there were."""
+
+    @property
+    def num_output(self) -> int:
+        """Tokens that were generated."""
+        return sum(map(len, self.outputs))
 
     @property
     def decode(self) -> list[StepRecord]:
@@ -129,16 +135,16 @@ def run_batch(
     for index, ids in enumerate(prompts):
         engine.submit(Request(index, tuple(ids), params, output_len))
     records: list[StepRecord] = []
-    num_output = [0] * len(prompts)
+    outputs: list[tuple[int, ...]] = [()] * len(prompts)
     try:
         while (result := engine.step()) is not None:
             records.append(result.record)
             for sequence in result.advanced:
                 index = sequence.request.request_id
-                num_output[index] = len(sequence.output_ids)
-                if num_output[index] == 1:
+                if not outputs[index]:
                     on_first(index)
+                outputs[index] = tuple(sequence.output_ids)
             on_step(result.record)
     finally:
         memory.store.close()
-    return Ran(tuple(records), sum(num_output), memory)
+    return Ran(tuple(records), tuple(outputs), memory)

@@ -1,0 +1,124 @@
+"""The stages of `gpu_check.py`, each in a process of its own: a job on standard input, one result on standard output.
+
+    PYTHONPATH=src python benchmarks/gpu_worker.py ours < job.json
+
+ours      this package's engine on dummy weights; rows that the device has no room for go to main memory
+kernels   decode attention against torch, on the device
+
+`device_memory_bytes` limits torch's allocator on a GPU that has more. On a CPU the job's own budget is the cap.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from alisa.bench.cases import DecodeCase
+from alisa.bench.contest import hold
+from alisa.bench.decode import decode_contest
+from alisa.bench.kernels import make_record
+from alisa.bench.remote.measured import Clock, Job, finish
+from alisa.bench.session import Setting, run_batch
+from alisa.bench.stamp import Stamp
+from alisa.engine.kernels import choose_kernels
+from alisa.engine.memory import Caps
+from alisa.model.loader import random_decoder
+from alisa.planner.footprint import activation_bytes, policy_bytes, row_bytes
+from alisa.planner.hardware import from_values
+from alisa.schedule.file import schedule_from
+from alisa.spec import ModelSpec
+from alisa.types import StepRecord
+
+RESERVE_BYTES = 512 << 20
+"""Of the device's memory, left for cuBLAS and what torch's allocator cannot join."""
+CALLS = 20
+"""Of a kernel in a row: starting one takes as long as a small one runs."""
+
+
+def limit_memory(device: torch.device, num_bytes: int | None) -> None:
+    """Torch cannot take more than this of the device."""
+    if device.type == "cuda" and num_bytes is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / total), device)
+
+
+def peak_device_bytes(device: torch.device) -> int | None:
+    """Most that torch's allocator held; None on a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
+def ours(job: Job) -> None:
+    """Measure one setting of this package's engine."""
+    options = job.options
+    device, dtype = torch.device(options["device"]), getattr(torch, job.dtype)
+    limit_memory(device, options["device_memory_bytes"])
+    spec = from_values(ModelSpec, job.shape)
+    decoder = random_decoder(spec, dtype, device, job.seed)
+    kv_dtype = options.get("kv_dtype", "auto")
+    token_bytes = spec.num_layers * row_bytes(spec, job.dtype if kv_dtype == "auto" else kv_dtype)
+    need = job.batch * job.longest * token_bytes
+    room = need if job.kv_budget_bytes is None else job.kv_budget_bytes
+    if device.type == "cuda":
+        taken = torch.cuda.memory_allocated(device) + RESERVE_BYTES
+        taken += activation_bytes(spec, job.dtype, job.batch, min(1024, job.batch * job.longest))
+        taken += policy_bytes(spec, options["policy"], options["sparsity"], job.batch, job.longest)
+        room = max(1, min(need, options["device_memory_bytes"] - taken))
+    schedule = options.get("schedule")
+    if schedule == "static":  # as FlexGen would be set: what fits stays, the rest lies below from the beginning
+        schedule = {"schedule": "static", "offload_ratio": round(max(0.0, 1 - 0.9 * room / need), 3)}
+    setting = Setting(
+        policy=options["policy"],
+        sparsity=options["sparsity"],
+        kv_dtype=kv_dtype,
+        caps=Caps(room, 2 * need, 0, None),
+        scheduler=None if schedule is None else schedule_from(schedule),
+        max_batch=job.batch,
+    )
+
+    def generate(job: Job) -> tuple[Clock, dict[str, object], int]:
+        clock = Clock(len(job.prompts))
+
+        def on_step(record: StepRecord) -> None:
+            if not record.prefill:
+                clock.step()
+
+        ran = run_batch(decoder, setting, job.prompts, job.output_len, on_first=clock.first, on_step=on_step)
+        clock.stop()
+        return clock, ran.details(), ran.num_output
+
+    generate(job.warm_up())
+    clock, details, num_output = generate(job)
+    details |= {"peak_device_bytes": peak_device_bytes(device), "kv_cap_bytes": room, "kv_need_bytes": need}
+    notes = [f"kernels {choose_kernels(device).name}", f"schedule {schedule or 'as the cap demands'}"]
+    finish(job, clock, packages=["torch"], num_output=num_output, notes=notes, details=details)
+
+
+def kernels(job: dict[str, Any]) -> None:
+    """Measure decode attention on the device."""
+    device = torch.device(job["device"])
+    chosen = choose_kernels(device)
+    outcomes = {}
+    for name, values in job["cases"].items():
+        case = from_values(DecodeCase, values)
+        contest = decode_contest(case, chosen.attend, device)
+        if device.type == "cuda":
+            contest = replace(contest, num_calls=CALLS)
+        outcomes[name] = case, hold(contest, job["runs"], device=device)
+    record = make_record(Stamp.now(), chosen.name, job["runs"], outcomes)
+    sys.stdout.write(json.dumps(record | {"status": "ran"}) + "\n")
+
+
+def main() -> None:
+    """Do the stage that the command line names."""
+    if sys.argv[1] == "ours":
+        ours(Job.read())
+    else:
+        kernels(json.load(sys.stdin))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Rows on their way to and from a GPU, with streams of their own: only a real device can get their order wrong."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from alisa.bench.session import Setting, run_batch
+from alisa.bench.shapes import SHAPES
+from alisa.engine.memory import Caps
+from alisa.kv.shelf import DeviceShelf, HostShelf, shelves
+from alisa.kv.tiers import HostTier
+from alisa.kv.transfer import CopyStream, Transfers
+from alisa.model.loader import random_decoder
+from alisa.planner.footprint import kv_token_bytes
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU], id="cuda")]
+on_each_device = pytest.mark.parametrize("device", DEVICES)
+ROWS, ROW_BYTES = 4096, 8192
+
+
+def shelf_of(rows):
+    return DeviceShelf(rows, CopyStream(rows.device))
+
+
+def busy(rows, value):
+    """A long piece of the model's work on the current stream, at whose end all rows hold `value`."""
+    if rows.is_cuda:
+        torch.cuda._sleep(50_000_000)  # tens of milliseconds
+    rows.fill_(value)
+
+
+@on_each_device
+def test_what_is_given_is_what_the_model_had_written_before(device):
+    rows = torch.zeros(ROWS, ROW_BYTES, dtype=torch.uint8, device=device)
+    shelf, tier, transfers = shelf_of(rows), HostTier(1, ROWS, ROW_BYTES), Transfers()
+    places = np.arange(0, ROWS, 2)
+    busy(rows, 7)
+    fence = shelf.fence()
+    ticket = transfers.start(
+        lambda some: shelf.give(lambda source, at: tier.write(0, places[some], source, at), places[some], fence),
+        np.zeros(len(places), np.int64),
+    )
+    transfers.wait(ticket)
+    found = np.zeros((len(places), ROW_BYTES), np.uint8)
+    tier.read(0, places, found, np.arange(len(places)))
+    assert (found == 7).all()
+    transfers.close()
+
+
+@on_each_device
+def test_what_is_received_does_not_reach_rows_that_are_still_being_read(device):
+    rows = torch.ones(ROWS, ROW_BYTES, dtype=torch.uint8, device=device)
+    shelf, transfers = shelf_of(rows), Transfers()
+    places = np.random.default_rng(0).permutation(ROWS)[:1000]
+    if rows.is_cuda:
+        torch.cuda._sleep(50_000_000)
+    before = rows.clone()  # the model reads; a row that came too early would show here
+    fence = shelf.fence()
+
+    def read(target, at):
+        target[at] = (places % 251)[:, None]
+
+    transfers.wait(transfers.start(lambda some: shelf.receive(read, places, fence), np.zeros(1, np.int64)))
+    after = rows.cpu().numpy()  # in the order of the model's work, without waiting for the device
+    assert (before.cpu() == 1).all()
+    assert (after[places] == (places % 251)[:, None]).all()
+    others = np.setdiff1d(np.arange(ROWS), places)
+    assert (after[others] == 1).all()
+    transfers.close()
+
+
+@on_each_device
+def test_rows_that_are_put_are_there_for_the_next_kernel(device):
+    rows = torch.zeros(64, 16, dtype=torch.uint8, device=device)
+    shelf = shelf_of(rows)
+    shelf.put(np.array([3, 5]), torch.full((2, 16), 9, dtype=torch.uint8))
+    assert rows.sum(dim=1).cpu().tolist() == [144 if row in (3, 5) else 0 for row in range(64)]
+
+
+@on_each_device
+def test_a_device_gets_the_shelf_that_it_needs(device):
+    rows = torch.zeros(2, 4, 16, dtype=torch.uint8, device=device)
+    kinds = {type(shelf) for shelf in shelves(rows)}
+    assert kinds == {HostShelf if device == "cpu" else DeviceShelf}
+
+
+@on_each_device
+@pytest.mark.parametrize("policy", ["dense", "swa", "sketch"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_rows_in_main_memory_give_the_same_tokens(device, policy, dtype):
+    spec = replace(SHAPES["llama-tiny"], num_layers=3)
+    decoder = random_decoder(spec, torch.float32, torch.device(device))
+    generator = np.random.default_rng(1)
+    prompts = [generator.integers(10, spec.vocab_size, length).tolist() for length in (90, 31, 64)]
+    need = sum(len(ids) + 39 for ids in prompts) * kv_token_bytes(spec, dtype)
+
+    def tokens(share):
+        caps = Caps(int(share * need), 0 if share == 1 else 2 * need, 0, None)
+        setting = Setting(policy=policy, sparsity=0.6, kv_dtype=dtype, caps=caps, max_batch=3)
+        ran = run_batch(decoder, setting, prompts, 40)
+        assert (ran.details()["host_peak_bytes"] > 0) == (share < 1)
+        return ran.outputs
+
+    assert tokens(0.6) == tokens(1)
