@@ -28,6 +28,7 @@ PolicyName = Literal[
     "sketch-2bit",
     "sketch-8bit",
     "sketch-head",
+    "sketch-plain",
     "oracle",
 ]
 

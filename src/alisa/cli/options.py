@@ -33,8 +33,9 @@ class EngineOptions:
     """Which earlier tokens a step reads. dense: all. local: the most recent. strided: recent and every so-manyth older.
     streaming: the first four and the recent. h2o: recent and most attended since the beginning. swa: recent and most
     attended lately (ALISA). swa-head: the same for each KV head. sketch: recent and those a 4-bit copy of all keys
-    finds best for this query; sketch-2bit, sketch-8bit: with 2 or 8 bits; sketch-head: for each KV head. oracle: sketch
-    with exact keys, for comparison."""
+    finds best for this query, the mean of all values standing in for the rest; sketch-2bit, sketch-8bit: with 2 or 8
+    bits; sketch-head: for each KV head; sketch-plain: without the mean. oracle: sketch with exact keys, for
+    comparison."""
     sparsity: Annotated[float, arg(metavar="SHARE")] = _DEFAULT.sparsity
     """Share of the earlier tokens that a step does not read, 0 up to but not 1; dense ignores it."""
     dtype: DtypeName = _DEFAULT.dtype
