@@ -1,4 +1,4 @@
-"""Dense attention and sparse window attention side by side, on the small model inside the package.
+"""Dense and sparse attention side by side, on the small model inside the package.
 
     python examples/demo.py [MODEL]
 
@@ -27,12 +27,12 @@ def main(model: str | None = None) -> None:
     """Run the comparison on `model`, by default the one inside the package, and print it."""
     console = Console(highlight=False)
     dense = LLM(model, policy="dense")
-    sparse = LLM(model, policy="swa", sparsity=SPARSITY)
+    sparse = LLM(model, policy="sketch", sparsity=SPARSITY)
     size = f"{dense.spec.num_parameters / 1e6:.1f} million parameters"
     what = f"The small model inside the package ({size}, trained on 19th-century prose)" if model is None else model
     console.print(f"{what} continues {len(PROMPTS)} prompts by {PARAMS.max_tokens} tokens each.")
 
-    table = Table("", "dense", "sparse window", title="what one decode step costs")
+    table = Table("", "dense", "sparse", title="what one decode step costs")
     columns = []
     for llm in (dense, sparse):
         with console.status(f"{llm.config.policy}: generating, then comparing with dense attention"):
@@ -58,7 +58,7 @@ def main(model: str | None = None) -> None:
         table.add_row(label, *values)
     console.print(table)
     text = " ".join(outputs[0].text.split())
-    console.print(Panel(Text(f"...{PROMPTS[0][-80:]} >>> {text} ..."), title="a continuation, sparse window"))
+    console.print(Panel(Text(f"...{PROMPTS[0][-80:]} >>> {text} ..."), title="a continuation, sparse"))
     console.print(
         "A model this small spends its time on weights and bookkeeping, not on the KV cache, so reading less of the "
         "cache hardly shows in its speed; it shows with larger models and longer texts (benchmarks/).\n"

@@ -84,7 +84,7 @@ class LLM:
         self,
         model: str | Path | None = None,
         *,
-        policy: PolicyName = "swa",
+        policy: PolicyName = "sketch",
         sparsity: float = 0.8,
         dtype: DtypeName = "auto",
         kv_dtype: KvDtypeName = "auto",

@@ -113,7 +113,11 @@ def launch_selection(dtypes: list[torch.dtype], shapes: list[tuple[int, int]], b
             codes, ranges = sketch(keys, num_bits)
             kernels.sketch_append(codes, ranges, torch.arange(50), keys.bfloat16(), num_bits)
             query = torch.zeros(3, 4 * group, head_dim, dtype=torch.bfloat16)
-            kernels.sketch_scores(query, codes, ranges, num_bits, rows, integers, 40, 1)
+            kernels.sketch_select(
+                query, codes, ranges, num_bits, rows, integers, integers, integers, integers, 5, 40, 1
+            )
+            sums = torch.zeros(3, 4, head_dim).double()
+            kernels.mean_blend(sums, rows, integers, query, torch.zeros(query.shape[:2]))
 
 
 def main(extent: str) -> int:

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alisa.kernels import cpu
-from alisa.policy.sketch import sketch, sketch_append, sketch_scores, unsketch
+from alisa.policy.sketch import sketch, sketch_append, sketch_scores, sketch_weights, unsketch
 from tests.kernels.cases import ISAS, kernels
+from tests.kernels.test_select import by_sorting
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -134,6 +135,47 @@ def test_it_does_what_the_torch_twin_does(isa, bits, per_head):
             assert len(chosen[0] - chosen[1]) <= 1  # two that are as good as equal
 
 
+def budgets_of(problem, data):
+    """(older_ends, older_counts, counts) Int32[B * J] and K: any number of tokens of each sequence, with its last."""
+    ends, older, counts = [], [], []
+    for length in problem.lengths.tolist():
+        ends.append(data.draw(st.integers(0, length - 1)))
+        older.append(data.draw(st.integers(0, ends[-1])))
+        counts.append(older[-1] + length - ends[-1])
+    columns = [torch.tensor(c, dtype=torch.int32).repeat_interleave(problem.num_sets) for c in (ends, older, counts)]
+    return *columns, max(counts) + data.draw(st.integers(0, 2))
+
+
+def assert_chosen(positions, shares, problem, scores, budgets):
+    """What a stable sort of the scores chooses, and the share of every head's weight by the torch twin."""
+    older_ends, older_counts, counts, num_slots = budgets
+    num_seqs, num_heads, _ = problem.query.shape
+    rows = zip(older_ends.tolist(), older_counts.tolist(), counts.tolist(), strict=True)
+    flat = scores.flatten(0, 1).double()
+    expected = [by_sorting(flat, row, *budget, num_slots) for row, budget in enumerate(rows)]
+    assert positions.tolist() == expected
+    problem.ranges[problem.ranges.isnan()] = 0  # the twin gathers them
+    weights = sketch_weights(*problem.args()[:-1])
+    assert shares.shape == (num_seqs, num_heads)
+    for seq, length in enumerate(problem.lengths.tolist()):
+        for head, share in enumerate(shares[seq].tolist()):
+            row = seq * problem.num_sets + head * problem.num_sets // num_heads
+            chosen = expected[row][: counts[row]]
+            if len(chosen) == length:
+                assert share == 1.0
+            assert share == pytest.approx(float(weights[seq, head, chosen].sum()), rel=2e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(problem=problems(), data=st.data())
+def test_what_is_chosen_and_its_shares(isa, problem, data):
+    budgets = budgets_of(problem, data)
+    arguments = (*problem.args()[:-2], *budgets, problem.width, problem.num_sets)
+    scores = kernels(isa).sketch_scores(*problem.args())
+    assert_chosen(*kernels(isa).sketch_select(*arguments), problem, scores, budgets)
+
+
 def test_the_comparison_notices_a_token_too_few():
     problem = make_problem(4, lengths=[60, 30])
     weights = cpu.CpuKernels().sketch_scores(*problem.args())
@@ -212,5 +254,14 @@ def test_arguments_that_do_not_fit_are_refused():
         kernel.sketch_scores(query, codes, ranges.float(), bits, starts, lengths, width, num_sets)
     with pytest.raises(ValueError, match="contiguous"):
         kernel.sketch_append(codes[::2], ranges[::2], torch.arange(1), torch.randn(1, 2, 64), 4)
+    budget = torch.ones(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="as many contiguous budgets"):
+        kernel.sketch_select(
+            query, codes, ranges, bits, starts, lengths, budget, budget, budget[:1], 5, width, num_sets
+        )
+    with pytest.raises(TypeError, match="budgets are int32"):
+        kernel.sketch_select(
+            query, codes, ranges, bits, starts, lengths, budget, budget, budget.long(), 5, width, num_sets
+        )
     with pytest.raises(ValueError, match="as many ids"):
         kernel.sketch_append(codes, ranges, torch.arange(2), torch.randn(1, 2, 64), 4)

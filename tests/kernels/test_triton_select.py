@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from alisa.policy.sketch import sketch_scores
 from tests.kernels.test_select import by_sorting, scores_of_all_kinds
 from tests.kernels.test_sketch import assert_agrees as assert_sketch_agrees
+from tests.kernels.test_sketch import assert_chosen, budgets_of
 from tests.kernels.test_sketch import make_problem as make_sketch_problem
 from tests.kernels.test_sketch import problems as sketch_problems
 from tests.kernels.triton_device import on_each_device, triton_kernels
@@ -105,3 +106,14 @@ def test_sketch_scores_are_the_twins(device, bits, per_head, group):
     fast = score(problem, device)
     problem.ranges[problem.ranges.isnan()] = 0  # the twin gathers them
     torch.testing.assert_close(fast, sketch_scores(*problem.args()), rtol=1e-4, atol=1e-7)
+
+
+@on_each_device
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(problem=sketch_problems(most=1), data=st.data())
+def test_what_is_chosen_and_its_shares(device, problem, data):
+    budgets = budgets_of(problem, data)
+    arguments = (*problem.args()[:-2], *budgets, problem.width, problem.num_sets)
+    arguments = [value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments]
+    positions, shares = triton_kernels().sketch_select(*arguments)
+    assert_chosen(positions.cpu(), shares.cpu(), problem, score(problem, device), budgets)

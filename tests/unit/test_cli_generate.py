@@ -35,7 +35,7 @@ def test_one_prompt_is_followed_by_its_text(capsys):
     captured = capsys.readouterr()
     assert status == 0
     assert captured.out == "one ONE w7 w7\n"
-    assert "swa, sparsity 0.8" in captured.err
+    assert "sketch, sparsity 0.8" in captured.err
     assert "20% of what dense attention reads" in captured.err
 
 
@@ -142,7 +142,7 @@ def test_report_has_the_run_its_steps_and_the_summary(tmp_path):
     path = tmp_path / "report.jsonl"
     generate("a", "b", "--report", str(path))
     run, *steps, summary = lines(path)
-    assert run == {"kind": "run", "model": "fake", "policy": "swa"}
+    assert run == {"kind": "run", "model": "fake", "policy": "sketch"}
     assert [(step["kind"], step["step"]) for step in steps] == [("step", 0), ("step", 1)]
     assert steps[0]["phase"] == "device"
     assert summary["kind"] == "summary"

@@ -50,7 +50,7 @@ def test_help_names_every_option_with_its_default_and_an_example(capsys):
     names = [field.name for group in groups for field in fields(group)] + ["chat", "verify"]
     assert not [name for name in names if f"--{name.replace('_', '-')}" not in text]
     assert "[PROMPT ...]" in text
-    assert "(default: swa)" in text
+    assert "(default: sketch)" in text
     assert 'alisa generate "The ship' in text
 
 

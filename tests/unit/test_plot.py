@@ -37,7 +37,7 @@ def write(path, records):
 
 @pytest.fixture
 def files(tmp_path):
-    maps = {"by_depth": [[0.0, 0.5, 4], [1.0, 1.0, 4]], "length": 256}
+    maps = {"by_depth": [[0.0, 0.5, 4], [1.0, 1.0, 4]], "length": 256, "by_distance": [[64, 1.0, 4], [256, 0.25, 4]]}
     study = dict.fromkeys(("spearman", "overlap", "returning"), 0.5) | {"weight_sparsity_by_layer_and_step": STEPS}
     return {
         "ppl": write(tmp_path / "ppl.jsonl", cells("ppl", "text")),
@@ -53,12 +53,28 @@ def test_each_kind_gets_its_figure(files, tmp_path, capsys):
     assert main(["plot", files["ppl"]]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'ppl.svg'}\n"
     assert main(["plot", files["ppl"], files["recall"], files["sparsity"], "--output", str(tmp_path / "all.svg")]) == 0
-    names = ["all-accuracy.svg", "all-recall-map.svg", "all-attention.svg"]
+    names = ["all-accuracy.svg", "all-recall-map.svg", "all-recall-distance.svg", "all-attention.svg"]
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in names]
     for name in names:
         assert (tmp_path / name).read_text().rstrip().endswith("</svg>")
     assert main(["plot", files["recall"], "--figure", "recall-map", "--output", str(tmp_path / "map.png")]) == 0
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shares_by_distance_are_those_of_all_tasks_together(tmp_path):
+    """2 of 4 needles and 6 of 6 look-ups within 64 tokens are 80 %; copied tokens do not count."""
+    pytest.importorskip("matplotlib")
+    from alisa.plot.recall_distance import draw_recall_distance, has_distances
+
+    cell = CELL | {"kind": "recall", "policy": "swa", "sparsity": 0.8}
+    records = [
+        cell | {"task": "needle 256", "by_distance": [[64, 0.5, 4], [256, 0.0, 4]]},
+        cell | {"task": "lookup 512", "by_distance": [[64, 1.0, 6]]},
+        cell | {"task": "copy 256", "by_distance": [[64, 1.0, 48]]},
+    ]
+    figure = draw_recall_distance([record for record in records if has_distances(record)])
+    (line,) = figure.axes[0].lines
+    assert line.get_ydata().tolist() == [80.0, 0.0]
 
 
 def test_the_same_records_give_the_same_file(files, tmp_path):

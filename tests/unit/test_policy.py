@@ -16,7 +16,7 @@ from alisa.policy.pattern import Pattern
 from alisa.policy.sketch import KeySketch, sketch, unsketch
 from alisa.policy.swa import SparseWindow
 from alisa.policy.table import make_policy
-from alisa.types import StepBatch
+from alisa.types import Attended, StepBatch
 from tests.specs import small_spec
 
 CPU = torch.device("cpu")
@@ -253,7 +253,9 @@ def test_the_oracle_reads_the_tokens_with_the_largest_true_weight(native, per_he
     states = [KeySketch(budget, bits, per_head).start(spec, 2, capacity, CPU, kernels) for bits in (None, 8, 4, 2)]
     for state in states:
         for lane, length in enumerate(lengths):
-            state.remember(1, torch.full((length,), lane), torch.arange(length), keys[lane, :length])
+            state.remember(
+                1, torch.full((length,), lane), torch.arange(length), keys[lane, :length], keys[lane, :length]
+            )
         state.begin(make_batch(lengths))
     exact, *sketched = (state.select(1, query) for state in states)
     num_sets = spec.num_kv_heads if per_head else 1
@@ -275,4 +277,94 @@ def test_the_oracle_reads_the_tokens_with_the_largest_true_weight(native, per_he
 def test_a_sketch_is_small_against_the_rows_it_stands_for():
     spec = small_spec(head_dim=64)
     state = KeySketch(Budget(0.8)).start(spec, 3, 100, CPU)
-    assert state.nbytes == spec.num_layers * 3 * 100 * spec.num_kv_heads * (64 // 2 + 4)
+    means = spec.num_layers * 3 * spec.num_kv_heads * 64 * 8
+    assert state.nbytes == spec.num_layers * 3 * 100 * spec.num_kv_heads * (64 // 2 + 4) + means
+
+
+def plain_attention(query, keys, values, chosen=None):
+    """(output `[H, D]`, weights `[H, S]`) of one sequence over the chosen tokens of each head, `chosen[h]`, or all."""
+    group = len(query) // keys.shape[1]
+    keys, values = (table.double().repeat_interleave(group, dim=1) for table in (keys, values))
+    scores = torch.einsum("hd,shd->hs", query.double(), keys) / query.shape[-1] ** 0.5
+    if chosen is not None:
+        read = torch.zeros_like(scores, dtype=torch.bool)
+        for head, positions in enumerate(chosen):
+            read[head, positions] = True
+        scores = scores.masked_fill(~read, -torch.inf)
+    weights = scores.softmax(-1)
+    return torch.einsum("hs,shd->hd", weights, values), weights
+
+
+@pytest.mark.parametrize("native", [False, True])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_the_mean_takes_the_weight_that_is_not_read(native, data):
+    """Ragged lanes that held others before, prompts in pieces: out = a out(read) + (1 - a) mean(V), a for each head."""
+    num_kv_heads = data.draw(st.sampled_from([1, 2, 3]))
+    spec = small_spec(num_kv_heads=num_kv_heads, num_heads=num_kv_heads * data.draw(st.sampled_from([1, 2, 4])))
+    bits, per_head = data.draw(st.sampled_from([None, 8])), data.draw(st.booleans())
+    lengths = data.draw(st.lists(st.integers(2, 60), min_size=1, max_size=3))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    capacity, budget = 70, Budget(0.8, dense_until=0)
+    state = KeySketch(budget, bits, per_head).start(spec, 4, capacity, CPU, selection_kernels(native))
+    keys, values = torch.randn(2, 3, capacity, spec.num_kv_heads, spec.head_dim, generator=generator).unbind()
+    query = torch.randn(len(lengths), spec.num_heads, spec.head_dim, generator=generator)
+    lanes = [3, 0, 2][: len(lengths)]
+    for lane, length in zip(lanes, lengths, strict=True):
+        state.open(lane, capacity)
+        former = torch.randn(9, spec.num_kv_heads, spec.head_dim, generator=generator)
+        state.remember(1, torch.full((9,), lane), torch.arange(9), former, former)
+        state.open(lane, capacity)
+        cut = data.draw(st.integers(0, length - 1))
+        for piece in (range(cut), range(cut, length)):
+            rows = slice(piece.start, piece.stop)
+            owner, places = torch.full((len(piece),), lane), torch.tensor(list(piece), dtype=torch.int64)
+            state.remember(1, owner, places, keys[lanes.index(lane), rows], values[lanes.index(lane), rows])
+    state.begin(make_batch(lengths, lanes))
+    selection = state.select(1, query)
+    out = torch.randn(query.shape, generator=generator)
+    completed = state.complete(1, Attended(out, torch.empty(0), torch.empty(0)))
+    for row, length in enumerate(lengths):
+        of_sets = selection.positions[row, :, : selection.num_tokens[row]].tolist()
+        _, weights = plain_attention(query[row], keys[row, :length], values[row, :length])
+        for head in range(spec.num_heads):
+            chosen = of_sets[head * len(of_sets) // spec.num_heads]
+            share = float(weights[head, chosen].sum())
+            mean = values[row, :length, head * num_kv_heads // spec.num_heads].mean(dim=0)
+            expected = share * out[row, head] + (1 - share) * mean
+            # 8 bits move a score by a hundredth at the most, and a share by that times itself and what it lacks of 1.
+            slack = 1e-5 if bits is None else 0.05 * share * (1 - share) * 8 + 1e-5
+            torch.testing.assert_close(completed[row, head], expected, rtol=0, atol=slack)
+
+
+def test_reading_everything_leaves_attention_as_it_is():
+    spec = small_spec()
+    state = KeySketch(Budget(0.0)).start(spec, 1, 40, CPU, selection_kernels(cpu.available()))
+    state.open(0, 40)
+    keys = torch.randn(30, spec.num_kv_heads, spec.head_dim)
+    state.remember(0, torch.zeros(30, dtype=torch.int64), torch.arange(30), keys, keys)
+    state.begin(make_batch([30]))
+    query = torch.randn(1, spec.num_heads, spec.head_dim)
+    state.select(0, query)
+    assert torch.equal(state.complete(0, Attended(query, torch.empty(0), torch.empty(0))), query)
+
+
+def test_the_mean_brings_thinly_spread_attention_closer():
+    """Weights that differ little: a fifth of the tokens says less than it and the mean of all."""
+    spec = small_spec()
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 50, spec.num_kv_heads, spec.head_dim, generator=generator).unbind()
+    query = torch.randn(1, spec.num_heads, spec.head_dim, generator=generator) * 0.5
+    lanes = torch.zeros(50, dtype=torch.int64)
+    errors = []
+    for completes in (True, False):
+        state = KeySketch(Budget(0.8, dense_until=0), completes=completes).start(spec, 1, 50, CPU)
+        state.open(0, 50)
+        state.remember(0, lanes, torch.arange(50), keys, values)
+        state.begin(make_batch([50]))
+        chosen = state.select(0, query).positions[0, 0].tolist()
+        out, _ = plain_attention(query[0], keys, values, [chosen] * spec.num_heads)
+        completed = state.complete(0, Attended(out.float()[None], torch.empty(0), torch.empty(0)))
+        dense, _ = plain_attention(query[0], keys, values)
+        errors.append(float((completed[0] - dense).norm()))
+    assert errors[0] < errors[1] / 2

@@ -47,7 +47,7 @@ class Plan:
     """Tokens that each gets."""
     hardware: Annotated[str, arg(metavar="NAME|FILE.json")] = "this"
     """this (what `alisa profile` saved), v100-16gb, v100-32gb, rtx4090, h100-80gb, h200, or a file."""
-    policy: PolicyName = "swa"
+    policy: PolicyName = "sketch"
     """Which earlier tokens a step reads."""
     sparsity: Annotated[float, arg(metavar="SHARE")] = 0.8
     """Share of the earlier tokens that a step does not read."""

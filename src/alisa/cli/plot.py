@@ -16,9 +16,9 @@ from alisa.errors import InputError
 class Plot:
     """Draw the records of alisa eval, or the report of alisa generate.
 
-    accuracy: what each policy costs by sparsity. recall-map: depth against length. attention: sparsity of the weights
-    and what the policies capture. steps: memory by tier and time by part over the steps of a run. A file with records
-    for several figures gives one file for each.
+    accuracy: what each policy costs by sparsity. recall-map: depth against length. recall-distance: how far back things
+    are still found. attention: sparsity of the weights and what the policies capture. steps: memory by tier and time by
+    part over the steps of a run. A file with records for several figures gives one file for each.
 
     For instance:
       alisa plot report.jsonl --output steps.png
@@ -33,7 +33,7 @@ class Plot:
     figure: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: all that there is data for)")] = (
         None
     )
-    """Only this figure: accuracy, recall-map, steps or attention."""
+    """Only this figure: accuracy, recall-map, recall-distance, steps or attention."""
 
     def run(self) -> int:
         """Do it; returns the exit status."""

@@ -61,7 +61,7 @@ class PrefillAttend:
         with self._watch.measure(Part.ATTENTION):
             self._store.append(layer, k, v, hidden[0])
         with self._watch.measure(Part.SELECTION):
-            self._state.remember(layer, self._lane_ids, self._positions, k)
+            self._state.remember(layer, self._lane_ids, self._positions, k, v)
         start = 0
         for piece in self._pieces:
             span = slice(start, start + piece.segment.count)
@@ -139,14 +139,15 @@ class DecodeAttend:
         with self._watch.measure(Part.ATTENTION):
             self._store.append(layer, k[:, 0], v[:, 0], hidden[:, 0])
         with self._watch.measure(Part.SELECTION):
-            self._state.remember(layer, self._lane_ids, self._positions, k[:, 0])
+            self._state.remember(layer, self._lane_ids, self._positions, k[:, 0], v[:, 0])
             selection = self._chosen[layer] if self._chosen is not None else self._state.select(layer, query)
         attended = self._attend(layer, query, selection)
         with self._watch.measure(Part.SELECTION):
             self._state.observe(layer, selection, attended.mass)
+            out = self._state.complete(layer, attended)
         for row, count in enumerate(selection.num_tokens):
             self.tokens_attended[row] += count
-        return attended.out[:, None]
+        return out[:, None]
 
     def _attend(self, layer: int, query: Tensor, selection: Selection) -> Attended:
         """Attention over the selected rows, in one part or merged from several."""

@@ -102,14 +102,14 @@ class LayerwiseAttend:
         if isinstance(self._policy, Dense):
             self._read_all(q, rows, out)
         else:
-            self._decode(layer, q, k, rows, out)
+            self._decode(layer, q, k, v, rows, out)
         return out
 
     def _read_prompt(self, layer: int, lane: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Dense causal attention of one sequence's prompt, and the rows that seed the policy."""
         span = slice(self._prompt_len)
         positions = torch.arange(self._prompt_len, device=q.device)
-        self._state.remember(layer, torch.full_like(positions, lane), positions, k[span])
+        self._state.remember(layer, torch.full_like(positions, lane), positions, k[span], v[span])
         out[span] = causal_attention(q[span], k[span], v[span])
         seed_rows = self._policy.seed_rows(self._prompt_len)
         if seed_rows:
@@ -124,16 +124,16 @@ class LayerwiseAttend:
             attended = causal_attention(q[lane], keys.to(q.dtype), values.to(q.dtype))
             out[lane, self._prompt_len :] = attended[self._prompt_len :]
 
-    def _decode(self, layer: int, q: Tensor, k: Tensor, rows: Tensor, out: Tensor) -> None:
+    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, out: Tensor) -> None:
         """The rows behind the prompt, each as a decode step makes it."""
         first_slots = (self._lane_ids * self._length)[:, None, None]
         for position in range(self._prompt_len, self._length):
             lengths = torch.full_like(self._lane_ids, position + 1, dtype=torch.int32)
             self._state.begin(StepBatch(self._lanes, (position + 1,) * len(self._lanes), self._lane_ids, lengths))
-            self._state.remember(layer, self._lane_ids, lengths.to(torch.int64) - 1, k[:, position])
+            self._state.remember(layer, self._lane_ids, lengths.to(torch.int64) - 1, k[:, position], v[:, position])
             query = q[:, position].contiguous()
             selection = self._state.select(layer, query)
             slots = (selection.positions + first_slots).to(torch.int32)
             attended = self._kernel(query, rows, self._codec, slots, selection.counts)
             self._state.observe(layer, selection, attended.mass)
-            out[:, position] = attended.out
+            out[:, position] = self._state.complete(layer, attended)

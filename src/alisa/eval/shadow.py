@@ -77,16 +77,16 @@ class ShadowAttend:
         )
         for lane in self._lanes:
             self._state.open(lane, self._length)
-            self._seed(layer, lane, q[lane], keys[lane])
+            self._seed(layer, lane, q[lane], keys[lane], values[lane])
         weights = self._weights(q, keys)
-        self._tell(ShadowLayer(layer, weights, self._select(layer, q, keys, weights)))
+        self._tell(ShadowLayer(layer, weights, self._select(layer, q, keys, values, weights)))
         return torch.stack([causal_attention(q[lane], keys[lane], values[lane]) for lane in self._lanes])
 
-    def _seed(self, layer: int, lane: int, q: Tensor, k: Tensor) -> None:
+    def _seed(self, layer: int, lane: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """What the policy wants to know of the prompt."""
         span = slice(self._prompt_len)
         positions = torch.arange(self._prompt_len, device=q.device)
-        self._state.remember(layer, torch.full_like(positions, lane), positions, k[span])
+        self._state.remember(layer, torch.full_like(positions, lane), positions, k[span], v[span])
         if seed_rows := self._policy.seed_rows(self._prompt_len):
             for first, mass in causal_mass(q[span][-seed_rows:], k[span], self._num_sets):
                 self._state.seed(layer, lane, first, 0, mass)
@@ -100,7 +100,7 @@ class ShadowAttend:
         places = torch.arange(self._length, device=q.device)
         return scores.masked_fill_(places > places[self._prompt_len :, None], -torch.inf).softmax(dim=-1)
 
-    def _select(self, layer: int, q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
+    def _select(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
         """Selections of all decoded rows, Bool[B, J, R, T]."""
         num_seqs, num_heads, num_rows, length = weights.shape
         read = torch.zeros(num_seqs, self._num_sets, num_rows, length, dtype=torch.bool, device=weights.device)
@@ -109,7 +109,7 @@ class ShadowAttend:
             position = self._prompt_len + row
             lengths = torch.full_like(self._lane_ids, position + 1, dtype=torch.int32)
             self._state.begin(StepBatch(self._lanes, (position + 1,) * num_seqs, self._lane_ids, lengths))
-            self._state.remember(layer, self._lane_ids, lengths.to(torch.int64) - 1, k[:, position])
+            self._state.remember(layer, self._lane_ids, lengths.to(torch.int64) - 1, k[:, position], v[:, position])
             selection = self._state.select(layer, q[:, position].contiguous())
             positions = selection.positions.to(torch.int64)
             real = torch.arange(positions.shape[-1], device=positions.device) < selection.counts[:, None, None]

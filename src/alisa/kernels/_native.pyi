@@ -8,6 +8,25 @@ class RowLayout:
     @property
     def row_bytes(self) -> int: ...
 
+class SketchTask:
+    def __init__(
+        self,
+        *,
+        bits: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q: int,
+        q_dtype: int,
+        codes: int,
+        ranges: int,
+        starts: int,
+        lengths: int,
+        num_seqs: int,
+        num_heads: int,
+        num_sets: int,
+        width: int,
+    ) -> None: ...
+
 class Workspace:
     def decode(
         self,
@@ -61,25 +80,49 @@ class Workspace:
         ids: int,
         num_tokens: int,
     ) -> None: ...
-    def sketch_scores(
+    def sketch_scores(self, *, isa: str, threads: Threads, task: SketchTask, out: int) -> None: ...
+    def sketch_select(
         self,
         *,
         isa: str,
         threads: Threads,
-        bits: int,
+        task: SketchTask,
+        older_ends: int,
+        older_counts: int,
+        counts: int,
+        num_slots: int,
+        positions: int,
+        shares: int,
+    ) -> None: ...
+    def mean_add(
+        self,
+        *,
+        isa: str,
+        sums: int,
         num_kv_heads: int,
         head_dim: int,
-        q: int,
-        q_dtype: int,
-        codes: int,
-        ranges: int,
-        starts: int,
+        values: int,
+        dtype: int,
+        stride: int,
+        lanes: int,
+        num_tokens: int,
+    ) -> None: ...
+    def mean_blend(
+        self,
+        *,
+        isa: str,
+        threads: Threads,
+        sums: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_heads: int,
+        read: int,
+        out: int,
+        dtype: int,
+        shares: int,
+        lanes: int,
         lengths: int,
         num_seqs: int,
-        num_heads: int,
-        num_sets: int,
-        width: int,
-        out: int,
     ) -> None: ...
 
 def select(

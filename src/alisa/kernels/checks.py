@@ -109,6 +109,55 @@ def check_sketch_scores(
         )
 
 
+def check_sketch_select(query: Tensor, num_sets: int, older_ends: Tensor, older_counts: Tensor, counts: Tensor) -> None:
+    """There is a budget for each index set of each sequence; raises otherwise."""
+    budgets = (older_ends, older_counts, counts)
+    if any(values.shape != (len(query) * num_sets,) or not values.is_contiguous() for values in budgets):
+        raise ValueError(
+            f"{len(query)} sequences of {num_sets} index sets need as many contiguous budgets, not "
+            f"{[tuple(values.shape) for values in budgets]}"
+        )
+    if any(values.dtype != torch.int32 for values in budgets):
+        raise TypeError(f"budgets are int32, not {[values.dtype for values in budgets]}")
+
+
+def check_mean_add(sums: Tensor, lane_ids: Tensor, values: Tensor) -> None:
+    """New values fit the sums they go to; raises otherwise."""
+    _check_sums(sums, values.shape[1], values.shape[2])
+    if lane_ids.shape != values.shape[:1]:
+        raise ValueError(f"{len(values)} values need as many lanes, not {tuple(lane_ids.shape)}")
+    if lane_ids.dtype != torch.int64 or values.dtype not in VALUE_DTYPES:
+        raise TypeError(f"lanes are int64 and values a float, not {lane_ids.dtype}, {values.dtype}")
+
+
+def check_mean_blend(sums: Tensor, lane_ids: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> None:
+    """Sequences, their outputs and the sums fit each other; raises otherwise."""
+    num_seqs, num_heads, head_dim = out.shape
+    _check_sums(sums, sums.shape[1], head_dim)
+    if (
+        num_heads % sums.shape[1]
+        or lane_ids.shape != (num_seqs,)
+        or lengths.shape != (num_seqs,)
+        or shares.shape != (num_seqs, num_heads)
+    ):
+        raise ValueError(
+            f"output {tuple(out.shape)}, lanes {tuple(lane_ids.shape)}, lengths {tuple(lengths.shape)} and shares "
+            f"{tuple(shares.shape)} do not fit each other or sums of {sums.shape[1]} heads"
+        )
+    dtypes = (lane_ids.dtype, lengths.dtype, shares.dtype)
+    if dtypes != (torch.int64, torch.int32, torch.float32) or out.dtype not in VALUE_DTYPES:
+        raise TypeError(
+            f"lanes, lengths and shares are int64, int32, float32 and the output a float, not {dtypes}, {out.dtype}"
+        )
+
+
+def _check_sums(sums: Tensor, num_heads: int, head_dim: int) -> None:
+    if sums.dtype != torch.float64 or sums.shape[1:] != (num_heads, head_dim) or not sums.is_contiguous():
+        raise ValueError(
+            f"sums are contiguous Float64[lanes, {num_heads}, {head_dim}], not {sums.dtype} {tuple(sums.shape)}"
+        )
+
+
 def _check_rows(rows: Tensor, row_format: RowFormat) -> None:
     if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != row_format.row_bytes or rows.stride(1) != 1:
         raise ValueError(

@@ -22,15 +22,18 @@ from torch import Tensor
 from alisa.kernels.checks import (
     check_append,
     check_decode,
+    check_mean_add,
+    check_mean_blend,
     check_observe,
     check_select,
     check_sketch_append,
     check_sketch_scores,
+    check_sketch_select,
 )
 from alisa.types import Attended, Codec, RowFormat
 
 if TYPE_CHECKING:
-    from alisa.kernels._native import RowLayout, Threads
+    from alisa.kernels._native import RowLayout, SketchTask, Threads
 
 try:
     from alisa.kernels import _native
@@ -324,29 +327,111 @@ class CpuKernels:
             num_sets: 1 for all heads together, G for the heads of one KV head each.
         """
         check_sketch_scores(query, codes, ranges, bits, starts, lengths, num_sets)
-        num_seqs, num_heads, head_dim = query.shape
-        num_kv_heads = codes.shape[1]
         query, starts, lengths = query.contiguous(), starts.contiguous(), lengths.contiguous()
-        scores = torch.empty(num_seqs, num_sets, width)
+        scores = torch.empty(len(query), num_sets, width)
         self._workspace.sketch_scores(
             isa=self.isa,
             threads=self._threads(),
-            bits=bits,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            q=query.data_ptr(),
-            q_dtype=_VALUE_DTYPES[query.dtype],
-            codes=codes.data_ptr(),
-            ranges=ranges.data_ptr(),
-            starts=starts.data_ptr(),
-            lengths=lengths.data_ptr(),
-            num_seqs=num_seqs,
-            num_heads=num_heads,
-            num_sets=num_sets,
-            width=width,
+            task=_sketch_task(query, codes, ranges, bits, starts, lengths, width, num_sets),
             out=scores.data_ptr(),
         )
         return scores
+
+    def sketch_select(
+        self,
+        query: Tensor,
+        codes: Tensor,
+        ranges: Tensor,
+        bits: int,
+        starts: Tensor,
+        lengths: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+        width: int,
+        num_sets: int,
+    ) -> tuple[Tensor, Tensor]:
+        """What `select` chooses by these scores, and the share of each head's weight that lies on it.
+
+        Args:
+            query: `[B, H, D]` in a float dtype; it, the sketch, starts and lengths are as in `sketch_scores`.
+            codes: UInt8[T, G, P], contiguous.
+            ranges: Float16[T, G, 2], contiguous.
+            bits: 2, 4 or 8.
+            starts: Int64[B].
+            lengths: Int32[B].
+            older_ends: Int32[B * J], the sets of a sequence behind each other; it and the next two are as in `select`.
+            older_counts: Int32[B * J].
+            counts: Int32[B * J], the same for all sets of a sequence.
+            num_slots: K.
+            width: at least the largest length.
+            num_sets: J: 1 for all heads together, G for the heads of one KV head each.
+
+        Returns:
+            Positions Int32[B * J, K], and shares Float32[B, H]: exactly 1 where everything is read.
+        """
+        check_sketch_scores(query, codes, ranges, bits, starts, lengths, num_sets)
+        check_sketch_select(query, num_sets, older_ends, older_counts, counts)
+        query, starts, lengths = query.contiguous(), starts.contiguous(), lengths.contiguous()
+        num_seqs, num_heads, _ = query.shape
+        positions = torch.empty(num_seqs * num_sets, num_slots, dtype=torch.int32)
+        shares = torch.empty(num_seqs, num_heads)
+        self._workspace.sketch_select(
+            isa=self.isa,
+            threads=self._threads(),
+            task=_sketch_task(query, codes, ranges, bits, starts, lengths, width, num_sets),
+            older_ends=older_ends.data_ptr(),
+            older_counts=older_counts.data_ptr(),
+            counts=counts.data_ptr(),
+            num_slots=num_slots,
+            positions=positions.data_ptr(),
+            shares=shares.data_ptr(),
+        )
+        return positions, shares
+
+    def mean_add(self, sums: Tensor, lane_ids: Tensor, values: Tensor) -> None:
+        """Sums Float64[lanes, G, D], contiguous, have grown by the values `[N, G, D]` of tokens of lanes Int64[N]."""
+        check_mean_add(sums, lane_ids, values)
+        values, lane_ids = _dense_tokens(values), lane_ids.contiguous()
+        num_tokens, num_kv_heads, head_dim = values.shape
+        self._workspace.mean_add(
+            isa=self.isa,
+            sums=sums.data_ptr(),
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            values=values.data_ptr(),
+            dtype=_VALUE_DTYPES[values.dtype],
+            stride=values.stride(0) * values.element_size(),
+            lanes=lane_ids.data_ptr(),
+            num_tokens=num_tokens,
+        )
+
+    def mean_blend(self, sums: Tensor, lane_ids: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> Tensor:
+        """`[B, H, D]`: out, and the mean sums / lengths for what its share of weight Float32[B, H] lacks of 1.
+
+        Sums are Float64[lanes, G, D], contiguous, lanes Int64[B], lengths Int32[B], out `[B, H, D]` in a float dtype.
+        """
+        check_mean_blend(sums, lane_ids, lengths, out, shares)
+        out, lane_ids, lengths, shares = (values.contiguous() for values in (out, lane_ids, lengths, shares))
+        num_seqs, num_heads, head_dim = out.shape
+        blended = torch.empty_like(out)
+        self._workspace.mean_blend(
+            isa=self.isa,
+            threads=self._threads(),
+            sums=sums.data_ptr(),
+            num_kv_heads=sums.shape[1],
+            head_dim=head_dim,
+            num_heads=num_heads,
+            read=out.data_ptr(),
+            out=blended.data_ptr(),
+            dtype=_VALUE_DTYPES[out.dtype],
+            shares=shares.data_ptr(),
+            lanes=lane_ids.data_ptr(),
+            lengths=lengths.data_ptr(),
+            num_seqs=num_seqs,
+        )
+        return blended
 
     def _threads(self) -> Threads:
         return _library().Threads(self._entry, self._num_threads or torch.get_num_threads())
@@ -358,6 +443,35 @@ class CpuKernels:
             assert layout.row_bytes == row_format.row_bytes, "RowFormat and RowLayout count bytes differently"
             self._layouts[row_format] = layout
         return layout
+
+
+def _sketch_task(
+    query: Tensor,
+    codes: Tensor,
+    ranges: Tensor,
+    bits: int,
+    starts: Tensor,
+    lengths: Tensor,
+    width: int,
+    num_sets: int,
+) -> SketchTask:
+    """Checked, contiguous tensors as addresses: they must live as long as it is used."""
+    num_seqs, num_heads, head_dim = query.shape
+    return _library().SketchTask(
+        bits=bits,
+        num_kv_heads=codes.shape[1],
+        head_dim=head_dim,
+        q=query.data_ptr(),
+        q_dtype=_VALUE_DTYPES[query.dtype],
+        codes=codes.data_ptr(),
+        ranges=ranges.data_ptr(),
+        starts=starts.data_ptr(),
+        lengths=lengths.data_ptr(),
+        num_seqs=num_seqs,
+        num_heads=num_heads,
+        num_sets=num_sets,
+        width=width,
+    )
 
 
 def _library():  # noqa: ANN202 - the module itself, or an error

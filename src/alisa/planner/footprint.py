@@ -10,7 +10,7 @@ from alisa.model.names import num_weights
 from alisa.spec import DTYPE_BYTES, ModelSpec
 from alisa.types import RowFormat
 
-SKETCH_BITS = {"sketch": 4, "sketch-head": 4, "sketch-2bit": 2, "sketch-8bit": 8}
+SKETCH_BITS = {"sketch": 4, "sketch-plain": 4, "sketch-head": 4, "sketch-2bit": 2, "sketch-8bit": 8}
 _SWA_BUCKETS = 64
 """As `SparseWindow.max_buckets`; a test compares the bytes with a real state."""
 
@@ -51,7 +51,8 @@ def policy_bytes(spec: ModelSpec, policy: PolicyName, sparsity: float, num_lanes
     """As `PolicyState.nbytes` for these policies; those without a state of note count as nothing."""
     tokens = spec.num_layers * num_lanes * capacity
     if policy in SKETCH_BITS:
-        return tokens * spec.num_kv_heads * (math.ceil(spec.head_dim * SKETCH_BITS[policy] / 8) + 4)
+        means = 0 if policy == "sketch-plain" else 8 * spec.num_layers * num_lanes * spec.kv_size
+        return tokens * spec.num_kv_heads * (math.ceil(spec.head_dim * SKETCH_BITS[policy] / 8) + 4) + means
     if policy in ("swa", "swa-head"):
         widest = Budget(sparsity).recent(capacity)
         bucket_rows = -(-widest // _SWA_BUCKETS)

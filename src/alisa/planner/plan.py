@@ -174,7 +174,7 @@ def _helps(question: Question, found: Found | None) -> Iterator[dict[str, Any]]:
             (f"sparsity {sparser:g}", question.workload, [replace(m, sparsity=sparser) for m in question.methods])
         )
     else:
-        changes.append(("swa at sparsity 0.8", question.workload, [replace(base, policy="swa", sparsity=0.8)]))
+        changes.append(("sketch at sparsity 0.8", question.workload, [replace(base, policy="sketch", sparsity=0.8)]))
     for name, workload, methods in changes:
         other = _search(question, workload, methods)
         if other is None:

@@ -10,6 +10,7 @@ from alisa.plot.attention import draw_attention
 from alisa.plot.plan import draw_plan
 from alisa.plot.prediction import draw_prediction
 from alisa.plot.ratios import draw_ratios
+from alisa.plot.recall_distance import draw_recall_distance, has_distances
 from alisa.plot.recall_map import draw_recall_map, has_depths
 from alisa.plot.records import Record
 from alisa.plot.steps import draw_steps
@@ -32,6 +33,10 @@ def _is_accuracy(record: Record) -> bool:
 
 def _is_recall_map(record: Record) -> bool:
     return record["kind"] == "recall" and has_depths(record)
+
+
+def _is_recall_distance(record: Record) -> bool:
+    return record["kind"] == "recall" and has_distances(record)
 
 
 def _is_step(record: Record) -> bool:
@@ -57,6 +62,7 @@ def _is_ratios(record: Record) -> bool:
 DRAWINGS = (
     Drawing("accuracy", _is_accuracy, draw_accuracy),
     Drawing("recall-map", _is_recall_map, draw_recall_map),
+    Drawing("recall-distance", _is_recall_distance, draw_recall_distance),
     Drawing("steps", _is_step, draw_steps),
     Drawing("attention", _is_attention, draw_attention),
     Drawing("plan", _is_plan, draw_plan),

@@ -1,8 +1,8 @@
 """What a selection policy is: frozen parameters, and a state that holds all that changes.
 
-A policy sees lengths and attention mass, never values or slots; keys only as they are appended. For each layer of each
-decode step it says which positions are read. Once a step it is told who is in the batch (`begin`), so that the work
-which does not depend on the layer is done once.
+A policy sees lengths and attention mass, never slots; keys and values only as they are appended. For each layer of each
+decode step it says which positions are read, and may account for the others afterwards (`complete`). Once a step it is
+told who is in the batch (`begin`), so that the work which does not depend on the layer is done once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from alisa.budget import Budget as Budget  # policies take it from here
 from alisa.spec import ModelSpec
-from alisa.types import Selection, StepBatch
+from alisa.types import Attended, Selection, StepBatch
 
 
 class PolicyState(Protocol):
@@ -36,8 +36,8 @@ class PolicyState(Protocol):
         """
         ...
 
-    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor) -> None:
-        """New tokens at (lane, position), Int64[N] each, have these keys `[N, G, D]`; comes before `select`."""
+    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """New tokens at (lane, position), Int64[N] each, have these keys and values `[N, G, D]`; before `select`."""
         ...
 
     def begin(self, batch: StepBatch) -> None:
@@ -53,6 +53,10 @@ class PolicyState(Protocol):
 
     def observe(self, layer: int, selection: Selection, mass: Tensor) -> None:
         """Take in what the attention over `selection` gave: mass Float32[B, J, K], 0 on padding."""
+        ...
+
+    def complete(self, layer: int, attended: Attended) -> Tensor:
+        """The layer's output `[B, H, D]`: that of the attention, or what it is with the tokens not read in mind."""
         ...
 
 
@@ -140,7 +144,7 @@ class SelectionKernels(Protocol):
         """
         ...
 
-    def sketch_scores(
+    def sketch_select(
         self,
         query: Tensor,
         codes: Tensor,
@@ -148,12 +152,29 @@ class SelectionKernels(Protocol):
         bits: int,
         starts: Tensor,
         lengths: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
         width: int,
         num_sets: int,
-    ) -> Tensor:
-        """Approximate attention weights Float32[B, num_sets, width] for query `[B, H, D]`, 0 from `lengths[b]` on.
+    ) -> tuple[Tensor, Tensor]:
+        """Positions Int32[B * J, num_slots] to read for query `[B, H, D]`, and each head's share of weight `[B, H]`.
 
-        Sequence b has rows `starts[b]` (Int64[B]) to `starts[b] + lengths[b] - 1` (Int32[B]) of the sketch. Weights
-        are summed over the heads of an index set: all of them (1), or those of one KV head (G).
+        Sequence b has rows `starts[b]` (Int64[B]) to `starts[b] + lengths[b] - 1` (Int32[B], at most `width`) of the
+        sketch. Their approximate attention weights, summed over the heads of an index set (J = `num_sets`: one set for
+        all heads, or G, one for those of each KV head), rank them; the others are as in `select`, Int32[B * J]. A share
+        is the part of a head's approximate weight that lies on the tokens read.
+        """
+        ...
+
+    def mean_add(self, sums: Tensor, lane_ids: Tensor, values: Tensor) -> None:
+        """Sums Float64[lanes, G, D] have grown by the values `[N, G, D]` of tokens of lanes Int64[N]."""
+        ...
+
+    def mean_blend(self, sums: Tensor, lane_ids: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> Tensor:
+        """Blend: share * out + (1 - share) * mean, `[B, H, D]` as out; see `alisa.policy.mean_value`.
+
+        The mean of lane `lane_ids[b]` (Int64[B]) is its sum by `lengths[b]` (Int32[B]); shares are Float32[B, H].
         """
         ...

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alisa.policy.base import SelectionKernels
 from alisa.spec import ModelSpec
-from alisa.types import Selection, StepBatch
+from alisa.types import Attended, Selection, StepBatch
 
 
 class DenseState:
@@ -31,7 +31,7 @@ class DenseState:
     def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
         """Never asked for: `seed_rows` is 0."""
 
-    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor) -> None:
+    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keys decide nothing here."""
 
     def begin(self, batch: StepBatch) -> None:
@@ -48,6 +48,10 @@ class DenseState:
 
     def observe(self, layer: int, selection: Selection, mass: Tensor) -> None:
         """History decides nothing here."""
+
+    def complete(self, layer: int, attended: Attended) -> Tensor:
+        """Attention, as it is."""
+        return attended.out
 
 
 @dataclass(frozen=True)

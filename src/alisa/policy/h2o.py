@@ -16,7 +16,7 @@ from torch import Tensor
 from alisa.policy.base import Budget, SelectionKernels
 from alisa.policy.ranked import RankedStep
 from alisa.spec import ModelSpec
-from alisa.types import Selection, StepBatch
+from alisa.types import Attended, Selection, StepBatch
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,12 @@ class HeavyHittersState:
         columns = slice(start, start + mass.shape[2])
         self._sums[layer, lane, columns] += mass[:, 0].sum(dim=0, dtype=torch.float64)
 
-    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor) -> None:
+    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keys decide nothing here."""
+
+    def complete(self, layer: int, attended: Attended) -> Tensor:
+        """Attention, as it is."""
+        return attended.out
 
     def begin(self, batch: StepBatch) -> None:
         """Lay out the step."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alisa.policy.base import Budget, SelectionKernels
 from alisa.spec import ModelSpec
-from alisa.types import Selection, StepBatch
+from alisa.types import Attended, Selection, StepBatch
 
 PatternName = Literal["local", "strided", "streaming"]
 
@@ -85,7 +85,7 @@ class PatternState:
     def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
         """Never asked for: `seed_rows` is 0."""
 
-    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor) -> None:
+    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keys decide nothing here."""
 
     def begin(self, batch: StepBatch) -> None:
@@ -106,6 +106,10 @@ class PatternState:
 
     def observe(self, layer: int, selection: Selection, mass: Tensor) -> None:
         """History decides nothing here."""
+
+    def complete(self, layer: int, attended: Attended) -> Tensor:
+        """Attention, as it is."""
+        return attended.out
 
 
 def _local(num_earlier: int, recent: int, older: int) -> list[int]:

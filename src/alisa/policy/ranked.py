@@ -112,6 +112,10 @@ class RankedStep:
             positions = self.kernels.select(
                 scores, rows, self.older_ends, self.older_counts, self.row_counts, num_slots
             )
+        return self.selection(positions)
+
+    def selection(self, positions: Tensor) -> Selection:
+        """These positions Int32[B*J, K], one row for each index set, as what the step reads."""
         return Selection(positions.view(self.num_seqs, self.num_sets, -1), self.counts, self.num_tokens)
 
     def _select(self, scores: Tensor, rows: Tensor, num_slots: int) -> Tensor:

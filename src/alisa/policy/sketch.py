@@ -5,22 +5,24 @@ a head of 64 values in 16 bits). Each step computes approximate attention weight
 the heads of an index set and reads the winners in full. A token can return at any time, which the history-based
 policies cannot offer. Ranking by cheap keys: SparQ (arXiv 2312.04985), InfiniGen (2406.19707), Quest (2406.10774).
 
-`oracle` is the same with exact keys: the best that a choice of one index set per layer can do, for comparison only.
+The same weights say how much of a head's attention the winners hold; the rest is put down to the mean of all values
+(`mean_value.py`). `sketch-plain` goes without that. `oracle` is `sketch` with exact keys, for comparison only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from alisa.policy.base import Budget, SelectionKernels
+from alisa.policy.mean_value import MeanValues
 from alisa.policy.ranked import RankedStep
 from alisa.spec import ModelSpec
-from alisa.types import Selection, StepBatch
+from alisa.types import Attended, Selection, StepBatch
 
 SketchBits = Literal[2, 4, 8]
 
@@ -36,6 +38,8 @@ class KeySketch:
     """Bits per key value; None keeps the exact keys (the oracle)."""
     per_head: bool = False
     """One index set for each KV head instead of one for the layer."""
+    completes: bool = True
+    """Whether the mean of all values stands in for the tokens that are not read."""
     timing: Literal["ahead", "in_layer"] = "in_layer"
 
     @property
@@ -43,7 +47,8 @@ class KeySketch:
         """`oracle`, or `sketch` with what is not usual about it."""
         if self.bits is None:
             return "oracle"
-        return "sketch" + ("" if self.bits == 4 else f"-{self.bits}bit") + ("-head" if self.per_head else "")
+        bits = "" if self.bits == 4 else f"-{self.bits}bit"
+        return "sketch" + bits + ("-head" if self.per_head else "") + ("" if self.completes else "-plain")
 
     @property
     def keeps_mass(self) -> bool:
@@ -70,13 +75,22 @@ class KeySketch:
         device: torch.device,
         kernels: SelectionKernels | None = None,
     ) -> KeySketchState:
-        """A state of `bits / 8` bytes per key value, and 4 bytes per key."""
+        """A state of `bits / 8` bytes per key value and 4 bytes per key, and 8 for each value of the mean."""
         keys: KeyTable
         if self.bits is None:
             keys = ExactKeys(spec, num_lanes * capacity, device)
         else:
             keys = SketchedKeys(spec, num_lanes * capacity, self.bits, device, kernels)
-        return KeySketchState(self.budget, self.num_sets(spec), keys, capacity, kernels)
+        means = MeanValues(spec, num_lanes, device, kernels) if self.completes else None
+        return KeySketchState(self.budget, self.num_sets(spec), keys, means, capacity, kernels)
+
+
+class Choice(NamedTuple):
+    """What one layer reads, and how much of its attention that is."""
+
+    selection: Selection
+    shares: Tensor
+    """Float32[B, H]: the part of each head's approximate weight that lies on the selection."""
 
 
 class ExactKeys:
@@ -94,10 +108,10 @@ class ExactKeys:
         """Keys `[N, G, D]` stand at rows `ids`."""
         self._keys[layer].index_copy_(0, ids, keys.float())
 
-    def scores(self, layer: int, query: Tensor, starts: Tensor, lengths: Tensor, width: int, num_sets: int) -> Tensor:
-        """Attention weights Float32[B, num_sets, width]; arguments as in `sketch_scores`."""
-        keys = self._keys[layer].index_select(0, token_ids(starts, lengths, width))
-        return attention_weights(query, keys, lengths, num_sets)
+    def choose(self, layer: int, query: Tensor, starts: Tensor, lengths: Tensor, step: RankedStep) -> Choice:
+        """The best by true weight; starts and lengths as in `SelectionKernels.sketch_select`."""
+        keys = self._keys[layer].index_select(0, token_ids(starts, lengths, step.width + 1))
+        return choose(attention_weights(query, keys, lengths), lengths, step)
 
 
 class SketchedKeys:
@@ -115,8 +129,7 @@ class SketchedKeys:
         self._bits: SketchBits = bits
         self._codes = torch.empty(*keys, -(-spec.head_dim * bits // 8), dtype=torch.uint8, device=device)
         self._ranges = torch.empty(*keys, 2, dtype=torch.float16, device=device)
-        self._append = sketch_append if kernels is None else kernels.sketch_append
-        self._scores = sketch_scores if kernels is None else kernels.sketch_scores
+        self._kernels = kernels
 
     @property
     def nbytes(self) -> int:
@@ -125,12 +138,30 @@ class SketchedKeys:
 
     def append(self, layer: int, ids: Tensor, keys: Tensor) -> None:
         """Keys `[N, G, D]` are sketched at rows `ids`."""
-        self._append(self._codes[layer], self._ranges[layer], ids, keys, self._bits)
+        append = sketch_append if self._kernels is None else self._kernels.sketch_append
+        append(self._codes[layer], self._ranges[layer], ids, keys, self._bits)
 
-    def scores(self, layer: int, query: Tensor, starts: Tensor, lengths: Tensor, width: int, num_sets: int) -> Tensor:
-        """Approximate weights Float32[B, num_sets, width]; arguments as in `sketch_scores`."""
+    def choose(self, layer: int, query: Tensor, starts: Tensor, lengths: Tensor, step: RankedStep) -> Choice:
+        """The best by approximate weight; starts and lengths as in `SelectionKernels.sketch_select`."""
         codes, ranges = self._codes[layer], self._ranges[layer]
-        return self._scores(query, codes, ranges, self._bits, starts, lengths, width, num_sets)
+        if self._kernels is None:
+            weights = sketch_weights(query, codes, ranges, self._bits, starts, lengths, step.width + 1)
+            return choose(weights, lengths, step)
+        positions, shares = self._kernels.sketch_select(
+            query,
+            codes,
+            ranges,
+            self._bits,
+            starts,
+            lengths,
+            step.older_ends,
+            step.older_counts,
+            step.row_counts,
+            max(step.num_tokens),
+            step.width + 1,
+            step.num_sets,
+        )
+        return Choice(step.selection(positions), shares)
 
 
 KeyTable = ExactKeys | SketchedKeys
@@ -140,48 +171,66 @@ class KeySketchState:
     """A key, or its sketch, for every token; position p of a lane is row `lane * capacity + p`."""
 
     def __init__(
-        self, budget: Budget, num_sets: int, keys: KeyTable, capacity: int, kernels: SelectionKernels | None
+        self,
+        budget: Budget,
+        num_sets: int,
+        keys: KeyTable,
+        means: MeanValues | None,
+        capacity: int,
+        kernels: SelectionKernels | None,
     ) -> None:
         self._budget = budget
         self._num_sets = num_sets
         self._keys = keys
+        self._means = means
         self._capacity = capacity
         self._kernels = kernels
         self._step: RankedStep | None = None
-        self._starts = self._rows = self._lengths = torch.empty(0)
+        self._lane_ids = self._starts = self._lengths = self._shares = torch.empty(0)
 
     @property
     def nbytes(self) -> int:
-        """The table of keys."""
-        return self._keys.nbytes
+        """The table of keys and the sums of values."""
+        return self._keys.nbytes + (self._means.nbytes if self._means is not None else 0)
 
     def open(self, lane: int, num_tokens: int) -> None:
-        """Nothing to reset: a key is written before it is read."""
+        """Values are summed anew; a key is written before it is read."""
+        if self._means is not None:
+            self._means.open(lane)
 
     def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
         """Never asked for: `seed_rows` is 0."""
 
-    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor) -> None:
-        """Keep the new keys."""
+    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep the new keys, and add the values."""
         self._keys.append(layer, torch.add(positions, lane_ids, alpha=self._capacity), keys)
+        if self._means is not None:
+            self._means.add(layer, lane_ids, values)
 
     def begin(self, batch: StepBatch) -> None:
         """Lay out the step."""
         self._step = RankedStep.plan(batch, self._budget, self._num_sets, self._kernels)
+        self._lane_ids = batch.lane_ids
         self._starts = batch.lane_ids * self._capacity
         self._lengths = batch.length_counts
-        self._rows = torch.arange(len(batch.lanes) * self._num_sets, device=batch.lane_ids.device)
 
     def select(self, layer: int, query: Tensor) -> Selection:
         """Approximate weights of every token for this query, and the best of them."""
         step = self._step
         assert step is not None, "select comes after begin"
         # The new token's own weight counts in the softmax, though it is read in any case.
-        scores = self._keys.scores(layer, query, self._starts, self._lengths, step.width + 1, self._num_sets)
-        return step.select(scores.flatten(0, 1), self._rows)
+        chosen = self._keys.choose(layer, query, self._starts, self._lengths, step)
+        self._shares = chosen.shares
+        return chosen.selection
 
     def observe(self, layer: int, selection: Selection, mass: Tensor) -> None:
         """History decides nothing here."""
+
+    def complete(self, layer: int, attended: Attended) -> Tensor:
+        """The mean of all values takes the weight that the layer's last selection left out."""
+        if self._means is None:
+            return attended.out
+        return self._means.blend(layer, self._lane_ids, self._lengths, attended.out, self._shares)
 
 
 def sketch(keys: Tensor, bits: SketchBits) -> tuple[Tensor, Tensor]:
@@ -236,10 +285,38 @@ def sketch_scores(
     width: int,
     num_sets: int,
 ) -> Tensor:
-    """The slow twin of `SelectionKernels.sketch_scores`."""
+    """Approximate weights Float32[B, num_sets, width], summed over the heads of each set: what tokens are ranked by.
+
+    The slow twin of the native kernels' scores; arguments as in `SelectionKernels.sketch_select`.
+    """
+    return sketch_weights(query, codes, ranges, bits, starts, lengths, width).unflatten(1, (num_sets, -1)).sum(dim=2)
+
+
+def sketch_weights(
+    query: Tensor, codes: Tensor, ranges: Tensor, bits: SketchBits, starts: Tensor, lengths: Tensor, width: int
+) -> Tensor:
+    """Approximate weights Float32[B, H, width] of every head, 0 from `lengths[b]` on."""
     ids = token_ids(starts, lengths, width)
     keys = unsketch(codes.index_select(0, ids), ranges.index_select(0, ids), bits, query.shape[-1])
-    return attention_weights(query, keys, lengths, num_sets)
+    return attention_weights(query, keys, lengths)
+
+
+def choose(weights: Tensor, lengths: Tensor, step: RankedStep) -> Choice:
+    """The tokens with the largest weight, summed over the heads of each index set, and what they hold of each head's.
+
+    Args:
+        weights: Float32[B, H, width].
+        lengths: Int32[B].
+        step: the budget.
+    """
+    num_seqs, num_heads, _ = weights.shape
+    scores = weights.unflatten(1, (step.num_sets, -1)).sum(dim=2)
+    selection = step.select(scores.flatten(0, 1), torch.arange(num_seqs * step.num_sets, device=weights.device))
+    positions = selection.positions.to(torch.int64).repeat_interleave(num_heads // step.num_sets, dim=1)
+    real = torch.arange(positions.shape[2], device=positions.device) < selection.counts[:, None, None]
+    shares = (weights.gather(2, positions) * real).sum(dim=2)
+    # Rounding must not show where everything is read.
+    return Choice(selection, shares.masked_fill((selection.counts >= lengths)[:, None], 1.0))
 
 
 def token_ids(starts: Tensor, lengths: Tensor, width: int) -> Tensor:
@@ -248,16 +325,12 @@ def token_ids(starts: Tensor, lengths: Tensor, width: int) -> Tensor:
     return (starts[:, None] + columns.minimum(lengths[:, None] - 1)).view(-1)
 
 
-def attention_weights(query: Tensor, keys: Tensor, lengths: Tensor, num_sets: int) -> Tensor:
-    """Softmax weights of query `[B, H, D]` over keys Float32[B * S, G, D], summed over the heads of each index set.
-
-    Returns:
-        Float32[B, num_sets, S], 0 from `lengths[b]` on.
-    """
+def attention_weights(query: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
+    """Softmax weights Float32[B, H, S] of query `[B, H, D]` over keys Float32[B * S, G, D]; 0 from `lengths[b]` on."""
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads = keys.shape[1]
     keys = keys.view(num_seqs, -1, num_kv_heads, head_dim).permute(0, 2, 3, 1)  # [B, G, D, S]
     hidden = torch.arange(keys.shape[-1], device=keys.device) >= lengths[:, None]
     grouped = query.float().view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim) * head_dim**-0.5
     weights = (grouped @ keys).masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1)
-    return weights.view(num_seqs, num_sets, num_heads // num_sets, -1).sum(dim=2)
+    return weights.view(num_seqs, num_heads, -1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from alisa.policy.base import Budget, SelectionKernels
 from alisa.policy.ranked import RankedStep
 from alisa.spec import ModelSpec
-from alisa.types import Selection, StepBatch
+from alisa.types import Attended, Selection, StepBatch
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,12 @@ class SparseWindowState:
         self._buckets[layer, :, self._rows(lane), columns].index_add_(0, buckets, mass)
         self._sums[layer, self._rows(lane), columns] += mass.sum(dim=0, dtype=torch.float64)
 
-    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor) -> None:
+    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keys decide nothing here."""
+
+    def complete(self, layer: int, attended: Attended) -> Tensor:
+        """Attention, as it is."""
+        return attended.out
 
     def begin(self, batch: StepBatch) -> None:
         """Drop the rows that have left each sequence's window, and lay out the step."""

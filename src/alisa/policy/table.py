@@ -31,6 +31,8 @@ def make_policy(name: PolicyName, sparsity: float) -> SelectionPolicy:
             return KeySketch(budget, bits=8)
         case "sketch-head":
             return KeySketch(budget, per_head=True)
+        case "sketch-plain":
+            return KeySketch(budget, completes=False)
         case "oracle":
             return KeySketch(budget, bits=None)
         case "local" | "strided" | "streaming":

@@ -220,6 +220,27 @@ void check_sketch(const Isa& isa, const SketchLayout& layout, int group, bool pe
       expect(std::fabs(out[static_cast<size_t>(seq) * num_sets * width + i] - expected[i]) < 1e-3, "weight", isa.name, place);
     }
   }
+
+  // Half of the older tokens and the last one: the shares of the heads of a set add up to the weight of what it reads.
+  const int num_rows = num_seqs * num_sets;
+  const int num_slots = 35;
+  Exact<int32_t> ends(num_rows), older(num_rows), counts(num_rows), positions(static_cast<size_t>(num_rows) * num_slots);
+  Exact<float> shares(static_cast<size_t>(num_seqs) * num_heads);
+  for (int row = 0; row < num_rows; ++row) {
+    ends[row] = lengths[row / num_sets] - 1;
+    older[row] = ends[row] / 2;
+    counts[row] = older[row] + 1;
+  }
+  workspace.sketch_select(isa, task,
+                          {nullptr, 0, nullptr, ends.get(), older.get(), counts.get(), num_rows, num_slots, positions.get()},
+                          shares.get(), threads);
+  for (int row = 0; row < num_rows; ++row) {
+    double missing = 0;
+    for (int i = 0; i < counts[row]; ++i) missing += out[static_cast<size_t>(row) * width + positions[row * num_slots + i]];
+    const int set_heads = num_heads / num_sets;
+    for (int h = 0; h < set_heads; ++h) missing -= shares[row * set_heads + h];
+    expect(std::fabs(missing) < 1e-3, "share", isa.name, place);
+  }
 }
 
 void check_select() {

@@ -5,22 +5,28 @@ Each kernel's own file launches it. Nothing here waits for the device.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from alisa.kernels.checks import (
     check_append,
     check_decode,
+    check_mean_add,
+    check_mean_blend,
     check_observe,
     check_select,
     check_sketch_append,
     check_sketch_scores,
+    check_sketch_select,
 )
 from alisa.kernels.gpu.append import launch_append
 from alisa.kernels.gpu.decode import launch_decode
+from alisa.kernels.gpu.mean_blend import launch_blend
 from alisa.kernels.gpu.observe import launch_observe
 from alisa.kernels.gpu.select import launch_select
 from alisa.kernels.gpu.sketch_append import launch_sketch_append
 from alisa.kernels.gpu.sketch_scores import launch_sketch_scores
+from alisa.kernels.gpu.sketch_shares import launch_shares
 from alisa.types import Attended, Codec, RowFormat
 
 
@@ -113,7 +119,51 @@ class TritonKernels:
         check_sketch_scores(query, codes, ranges, bits, starts, lengths, num_sets)
         return launch_sketch_scores(
             query.contiguous(), codes, ranges, bits, starts.contiguous(), lengths.contiguous(), width, num_sets
+        ).mass
+
+    def sketch_select(
+        self,
+        query: Tensor,
+        codes: Tensor,
+        ranges: Tensor,
+        bits: int,
+        starts: Tensor,
+        lengths: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+        width: int,
+        num_sets: int,
+    ) -> tuple[Tensor, Tensor]:
+        """What `select` chooses by these scores, Int32[B * J, num_slots], and the share of each head's weight on it.
+
+        The query, the sketch, `width` and `num_sets` (J) are as in `sketch_scores`, the budgets Int32[B * J] as in
+        `select`; shares are Float32[B, H], exactly 1 where everything is read.
+        """
+        check_sketch_scores(query, codes, ranges, bits, starts, lengths, num_sets)
+        check_sketch_select(query, num_sets, older_ends, older_counts, counts)
+        lengths = lengths.contiguous()
+        weighed = launch_sketch_scores(
+            query.contiguous(), codes, ranges, bits, starts.contiguous(), lengths, width, num_sets
         )
+        rows = torch.arange(len(counts), device=counts.device)
+        positions = launch_select(weighed.mass.flatten(0, 1), rows, older_ends, older_counts, counts, num_slots)
+        return positions, launch_shares(weighed, positions, counts, lengths)
+
+    def mean_add(self, sums: Tensor, lane_ids: Tensor, values: Tensor) -> None:
+        """Sums Float64[lanes, G, D], contiguous, have grown by the values `[N, G, D]` of tokens of lanes Int64[N]."""
+        check_mean_add(sums, lane_ids, values)
+        # In any order: in double precision no order shows in a mean of float32.
+        sums.index_add_(0, lane_ids, values.to(torch.float64))
+
+    def mean_blend(self, sums: Tensor, lane_ids: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> Tensor:
+        """`[B, H, D]`: out, and the mean sums / lengths for what its share of weight Float32[B, H] lacks of 1.
+
+        Sums are Float64[lanes, G, D], contiguous, lanes Int64[B], lengths Int32[B], out `[B, H, D]` in a float dtype.
+        """
+        check_mean_blend(sums, lane_ids, lengths, out, shares)
+        return launch_blend(sums, lane_ids.contiguous(), lengths.contiguous(), out.contiguous(), shares.contiguous())
 
 
 def _whole_heads(values: Tensor) -> Tensor:

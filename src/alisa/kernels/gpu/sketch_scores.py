@@ -10,6 +10,7 @@ more (68 bytes for 128 keys of 4 bits) unless more than 8 query heads share them
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -102,6 +103,19 @@ def merge_blocks(
     tl.store(inverse_ptr + head, 1.0 / total)
 
 
+class WeighedTokens(NamedTuple):
+    """Weights, and what they were computed from: weight = exp2(score - best) * inverse."""
+
+    mass: Tensor
+    """Float32[B, num_sets, width]: summed over the heads of each index set, 0 behind the length."""
+    scores: Tensor
+    """Float32[B, H, width]"""
+    best: Tensor
+    """Float32[B, H]"""
+    inverse: Tensor
+    """Float32[B, H]"""
+
+
 def launch_sketch_scores(
     query: Tensor,
     codes: Tensor,
@@ -111,8 +125,8 @@ def launch_sketch_scores(
     lengths: Tensor,
     width: int,
     num_sets: int,
-) -> Tensor:
-    """Float32[B, num_sets, width]: weights of the `lengths` Int32[B] tokens from `starts` Int64[B] on, then zeros."""
+) -> WeighedTokens:
+    """Weights of the `lengths` Int32[B] tokens from `starts` Int64[B] on."""
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads, code_bytes = codes.shape[1:]
     group = num_heads // num_kv_heads
@@ -147,4 +161,4 @@ def launch_sketch_scores(
         tops, totals, lengths, best, inverse, num_blocks, KEY_BLOCK=key_block, BLOCK=128
     )
     launch_mass(scores, best, inverse, lengths, mass)
-    return mass
+    return WeighedTokens(mass, scores, best, inverse)

@@ -2,6 +2,7 @@
 // the table to use is chosen when the program runs.
 #pragma once
 
+#include "mean_task.h"
 #include "task.h"
 
 namespace alisa {
@@ -17,11 +18,18 @@ struct Isa {
   // Tokens [first, last) into their rows.
   void (*encode)(const EncodeTask& task, int64_t first, int64_t last, float* scratch);
 
-  // The same four for a sketch of keys.
+  // The same for a sketch of keys, and the share of weight of what was chosen.
   size_t (*sketch_floats)(const SketchLayout& layout, int num_heads);
   void (*sketch_scores)(const SketchTask& task, int item, float* scratch);
   void (*sketch_finish)(const SketchTask& task, int seq, float* scratch);
+  void (*sketch_shares)(const SketchTask& task, int seq, const int32_t* positions, size_t stride, int count, float* shares,
+                        float* scratch);
   void (*sketch_append)(const SketchAppendTask& task, int64_t first, int64_t last, float* scratch);
+
+  // The mean of values: scratch floats, all tokens of a call added up, one sequence blended.
+  size_t (*mean_floats)(int head_dim);
+  void (*mean_add)(const MeanAddTask& task, float* scratch);
+  void (*mean_blend)(const MeanBlendTask& task, int seq, float* scratch);
 };
 
 // Null where this build or this CPU lacks it.

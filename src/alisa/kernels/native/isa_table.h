@@ -5,6 +5,7 @@
 #include "encode.h"
 #include "finish.h"
 #include "isa.h"
+#include "mean_value.h"
 #include "sketch.h"
 #include "sketch_append.h"
 
@@ -23,7 +24,8 @@ inline size_t sketch_floats(const SketchLayout& layout, int num_heads) {
 }
 
 constexpr Isa table(const char* name) {
-  return {name, scratch_floats, attend, finish, encode, sketch_floats, sketch_scores, sketch_finish, sketch_append};
+  return {name, scratch_floats, attend, finish, encode, sketch_floats, sketch_scores, sketch_finish, sketch_shares, sketch_append,
+          mean_floats, mean_add, mean_blend};
 }
 
 }  // namespace alisa::ALISA_ISA

@@ -59,6 +59,27 @@ NB_MODULE(_native, m) {
           "dtype"_a, "num_kv_heads"_a, "head_dim"_a)
       .def_prop_ro("row_bytes", [](const RowLayout& self) { return self.row_bytes(); });
 
+  nb::class_<alisa::SketchTask>(m, "SketchTask")
+      .def(
+          "__init__",
+          [](alisa::SketchTask* self, int bits, int num_kv_heads, int head_dim, uintptr_t q, int q_dtype, uintptr_t codes,
+             uintptr_t ranges, uintptr_t starts, uintptr_t lengths, int num_seqs, int num_heads, int num_sets, int width) {
+            new (self) alisa::SketchTask{};
+            self->layout = {bits, num_kv_heads, head_dim};
+            self->q = at<const void>(q);
+            self->q_dtype = static_cast<Dtype>(q_dtype);
+            self->codes = at<const uint8_t>(codes);
+            self->ranges = at<const uint16_t>(ranges);
+            self->starts = at<const int64_t>(starts);
+            self->lengths = at<const int32_t>(lengths);
+            self->num_seqs = num_seqs;
+            self->num_heads = num_heads;
+            self->num_sets = num_sets;
+            self->width = width;
+          },
+          "bits"_a, "num_kv_heads"_a, "head_dim"_a, "q"_a, "q_dtype"_a, "codes"_a, "ranges"_a, "starts"_a, "lengths"_a,
+          "num_seqs"_a, "num_heads"_a, "num_sets"_a, "width"_a, "A query and the part of a sketch that it asks.");
+
   nb::class_<alisa::Workspace>(m, "Workspace")
       .def(nb::init<>())
       .def(
@@ -103,28 +124,35 @@ NB_MODULE(_native, m) {
           "slots"_a, "num_tokens"_a)
       .def(
           "sketch_scores",
-          [](alisa::Workspace& self, const std::string& isa, const Threads& threads, int bits, int num_kv_heads, int head_dim,
-             uintptr_t q, int q_dtype, uintptr_t codes, uintptr_t ranges, uintptr_t starts, uintptr_t lengths, int num_seqs,
-             int num_heads, int num_sets, int width, uintptr_t out) {
+          [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const alisa::SketchTask& task,
+             uintptr_t out) {
             const alisa::Isa& kernels = isa_named(isa);
-            alisa::SketchTask task = {};
-            task.layout = {bits, num_kv_heads, head_dim};
-            task.q = at<const void>(q);
-            task.q_dtype = static_cast<Dtype>(q_dtype);
-            task.codes = at<const uint8_t>(codes);
-            task.ranges = at<const uint16_t>(ranges);
-            task.starts = at<const int64_t>(starts);
-            task.lengths = at<const int32_t>(lengths);
-            task.num_seqs = num_seqs;
-            task.num_heads = num_heads;
-            task.num_sets = num_sets;
-            task.width = width;
-            task.out = at<float>(out);
+            alisa::SketchTask scored = task;
+            scored.out = at<float>(out);
             const nb::gil_scoped_release unlocked;
-            self.sketch_scores(kernels, task, threads);
+            self.sketch_scores(kernels, scored, threads);
           },
-          "isa"_a, "threads"_a, "bits"_a, "num_kv_heads"_a, "head_dim"_a, "q"_a, "q_dtype"_a, "codes"_a, "ranges"_a,
-          "starts"_a, "lengths"_a, "num_seqs"_a, "num_heads"_a, "num_sets"_a, "width"_a, "out"_a)
+          "isa"_a, "threads"_a, "task"_a, "out"_a)
+      .def(
+          "sketch_select",
+          [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const alisa::SketchTask& task,
+             uintptr_t older_ends, uintptr_t older_counts, uintptr_t counts, int num_slots, uintptr_t positions,
+             uintptr_t shares) {
+            const alisa::Isa& kernels = isa_named(isa);
+            const alisa::SelectTask<float> chosen = {nullptr,
+                                                     0,
+                                                     nullptr,
+                                                     at<const int32_t>(older_ends),
+                                                     at<const int32_t>(older_counts),
+                                                     at<const int32_t>(counts),
+                                                     task.num_seqs * task.num_sets,
+                                                     num_slots,
+                                                     at<int32_t>(positions)};
+            const nb::gil_scoped_release unlocked;
+            self.sketch_select(kernels, task, chosen, at<float>(shares), threads);
+          },
+          "isa"_a, "threads"_a, "task"_a, "older_ends"_a, "older_counts"_a, "counts"_a, "num_slots"_a, "positions"_a,
+          "shares"_a)
       .def(
           "sketch_append",
           [](alisa::Workspace& self, const std::string& isa, const Threads& threads, int bits, int num_kv_heads, int head_dim,
@@ -137,7 +165,32 @@ NB_MODULE(_native, m) {
             self.sketch_append(kernels, task, num_tokens, threads);
           },
           "isa"_a, "threads"_a, "bits"_a, "num_kv_heads"_a, "head_dim"_a, "keys"_a, "dtype"_a, "stride"_a, "codes"_a,
-          "ranges"_a, "ids"_a, "num_tokens"_a);
+          "ranges"_a, "ids"_a, "num_tokens"_a)
+      .def(
+          "mean_add",
+          [](alisa::Workspace& self, const std::string& isa, uintptr_t sums, int num_kv_heads, int head_dim, uintptr_t values,
+             int dtype, size_t stride, uintptr_t lanes, int64_t num_tokens) {
+            const alisa::Isa& kernels = isa_named(isa);
+            const nb::gil_scoped_release unlocked;
+            self.mean_add(kernels, {at<double>(sums), num_kv_heads, head_dim, at<const void>(values), static_cast<Dtype>(dtype),
+                                    stride, at<const int64_t>(lanes), num_tokens});
+          },
+          "isa"_a, "sums"_a, "num_kv_heads"_a, "head_dim"_a, "values"_a, "dtype"_a, "stride"_a, "lanes"_a, "num_tokens"_a)
+      .def(
+          "mean_blend",
+          [](alisa::Workspace& self, const std::string& isa, const Threads& threads, uintptr_t sums, int num_kv_heads,
+             int head_dim, int num_heads, uintptr_t read, uintptr_t out, int dtype, uintptr_t shares, uintptr_t lanes,
+             uintptr_t lengths, int num_seqs) {
+            const alisa::Isa& kernels = isa_named(isa);
+            const nb::gil_scoped_release unlocked;
+            self.mean_blend(kernels,
+                            {at<const double>(sums), num_kv_heads, head_dim, num_heads, at<const void>(read), at<void>(out),
+                             static_cast<Dtype>(dtype), at<const float>(shares), at<const int64_t>(lanes),
+                             at<const int32_t>(lengths)},
+                            num_seqs, threads);
+          },
+          "isa"_a, "threads"_a, "sums"_a, "num_kv_heads"_a, "head_dim"_a, "num_heads"_a, "read"_a, "out"_a, "dtype"_a,
+          "shares"_a, "lanes"_a, "lengths"_a, "num_seqs"_a);
 
   m.def(
       "select",

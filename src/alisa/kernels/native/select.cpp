@@ -104,7 +104,8 @@ void select_row(const SelectTask<Score>& task, int seq, Selector<Score>& selecto
   if (older >= end) {
     for (int i = 0; i < older; ++i) positions[i] = i;
   } else if (older > 0) {
-    selector.select(task.scores + static_cast<size_t>(task.lanes[seq]) * task.lane_stride, end, older, positions);
+    const auto lane = static_cast<size_t>(task.lanes == nullptr ? seq : task.lanes[seq]);
+    selector.select(task.scores + lane * task.lane_stride, end, older, positions);
   }
   const int count = task.counts[seq];
   for (int i = older; i < count; ++i) positions[i] = end + i - older;
@@ -123,6 +124,11 @@ void select_positions(const SelectTask<Score>& task, const Threads& threads) {
   Threads team = threads;
   team.count = std::min(team.count, task.num_seqs);
   parallel(team, work);
+}
+
+void select_row(const SelectTask<float>& task, int row) {
+  Selector<float> selector;
+  select_row(task, row, selector);
 }
 
 template void select_positions<float>(const SelectTask<float>&, const Threads&);

@@ -14,7 +14,7 @@ template <class Score>
 struct SelectTask {
   const Score* scores;  // [lanes, lane_stride]
   size_t lane_stride;
-  const int64_t* lanes;          // [B]
+  const int64_t* lanes;          // [B]; null: row b of the scores belongs to sequence b
   const int32_t* older_ends;     // [B]: positions [0, older_end) compete
   const int32_t* older_counts;   // [B]: how many of them are taken, at most older_end
   const int32_t* counts;         // [B]: tokens taken in all; the rest follow older_end
@@ -26,6 +26,8 @@ struct SelectTask {
 // The older tokens of highest score, of equal ones those that come first.
 template <class Score>
 void select_positions(const SelectTask<Score>& task, const Threads& threads);
+// The same for one row of positions.
+void select_row(const SelectTask<float>& task, int row);
 
 // sums[sum_starts[b] + position] += mass and the same in `buckets`, for the tokens of each sequence.
 struct ObserveTask {

@@ -4,7 +4,7 @@
 // with the codes are sums of small integers. One vector holds the scores of one token for as many heads as it has lanes:
 // nothing has to be turned round between the dot products, the ranges and the softmax, whose maximum and sum run over
 // tokens, lane by lane. As in attend.h, weights relative to a running maximum are kept for every block, and whoever
-// completes a sequence scales them and adds up its heads.
+// completes a sequence scales them and adds up its heads. They stay where they are, for the shares of what is then chosen.
 #pragma once
 
 #include "elements.h"
@@ -289,7 +289,6 @@ inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
   float* maximum = memory;           // [heads]
   float* inverse = maximum + heads;  // [heads]: 1 / sum
   float* factor = inverse + heads;   // [heads]
-  float* row = factor + heads;       // [heads]
   const int first_item = task.first_item[seq];
   const int last_item = task.first_item[seq + 1];
   for (int h = 0; h < heads; h += kWidth) {
@@ -317,23 +316,46 @@ inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
     }
     const int count = length - first < kSketchBlock ? length - first : kSketchBlock;
     for (int t = 0; t < count; ++t) {
-      const float* weights = task.weights + (number * kSketchBlock + t) * heads;
+      float* weights = task.weights + (number * kSketchBlock + t) * heads;
+      F all = set1(0.0F);
+      for (int h = 0; h < heads; h += kWidth) {
+        const F weight = load(weights + h) * load(factor + h);
+        store(weights + h, weight);
+        all = all + weight;
+      }
       if (num_sets == 1) {
-        F sum = set1(0.0F);
-        for (int h = 0; h < heads; h += kWidth) sum = fma(load(weights + h), load(factor + h), sum);
-        out[first + t] = sum_of(sum);
+        out[first + t] = sum_of(all);
         continue;
       }
-      for (int h = 0; h < heads; h += kWidth) store(row + h, load(weights + h) * load(factor + h));
       for (int set = 0; set < num_sets; ++set) {
         float sum = 0.0F;
-        for (int h = set * heads_per_set; h < (set + 1) * heads_per_set; ++h) sum += row[h];
+        for (int h = set * heads_per_set; h < (set + 1) * heads_per_set; ++h) sum += weights[h];
         out[static_cast<size_t>(set) * task.width + first + t] = sum;
       }
     }
   }
   for (int set = 0; set < num_sets; ++set) {
     for (int t = length; t < task.width; ++t) out[static_cast<size_t>(set) * task.width + t] = 0.0F;
+  }
+}
+
+// The part of each head's weight that lies on `count` tokens of each index set, once `sketch_finish` is through.
+inline void sketch_shares(const SketchTask& task, int seq, const int32_t* positions, size_t stride, int count, float* shares,
+                          float* memory) {
+  const int heads = task.heads();
+  const int heads_per_set = task.num_heads / task.num_sets;
+  const float* weights = task.weights + task.items[task.first_item[seq]].block_base * kSketchBlock * heads;
+  for (int set = 0; set < task.num_sets; ++set, positions += stride) {
+    const int end = (set + 1) * heads_per_set;
+    for (int h = set * heads_per_set / kWidth * kWidth; h < end; h += kWidth) {
+      F sum = set1(0.0F);
+      for (int i = 0; i < count; ++i) sum = sum + load(weights + static_cast<size_t>(positions[i]) * heads + h);
+      store(memory + h, sum);
+    }
+    for (int h = set * heads_per_set; h < end; ++h) {
+      // Rounding must not show where everything is read.
+      shares[h] = count >= task.lengths[seq] ? 1.0F : memory[h];
+    }
   }
 }
 

@@ -125,8 +125,8 @@ void Workspace::encode(const Isa& isa, const EncodeTask& task, int64_t num_token
              [&](int64_t first, int64_t last, float* mine) { isa.encode(task, first, last, mine); });
 }
 
-void Workspace::sketch_scores(const Isa& isa, SketchTask task, const Threads& threads) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+template <class Finish>
+void Workspace::run_sketch(const Isa& isa, SketchTask& task, size_t room, const Threads& threads, const Finish& finish) {
   size_t num_tokens = 0;
   for (int seq = 0; seq < task.num_seqs; ++seq) num_tokens += static_cast<size_t>(task.lengths[seq]);
   const auto heads = static_cast<size_t>(task.heads());
@@ -139,19 +139,55 @@ void Workspace::sketch_scores(const Isa& isa, SketchTask task, const Threads& th
   const size_t partials = items_.size() * heads;
   task.items = items_.data();
   task.first_item = first_item_.data();
-  task.weights = plan_.room(weights + num_blocks * heads + 2 * partials);
+  task.weights = plan_.room(weights + num_blocks * heads + 2 * partials + room);
   task.block_max = task.weights + weights;
   task.partial_max = task.block_max + num_blocks * heads;
   task.partial_sum = task.partial_max + partials;
+  if (room > 0) task.out = task.partial_sum + partials;
   run_items(
       team, isa.sketch_floats(task.layout, task.num_heads), [&](int item, float* mine) { isa.sketch_scores(task, item, mine); },
-      [&](int seq, float* mine) { isa.sketch_finish(task, seq, mine); });
+      finish);
+}
+
+void Workspace::sketch_scores(const Isa& isa, SketchTask task, const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  run_sketch(isa, task, 0, threads, [&](int seq, float* mine) { isa.sketch_finish(task, seq, mine); });
+}
+
+void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float> chosen, float* shares,
+                              const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto width = static_cast<size_t>(task.width);
+  const auto stride = static_cast<size_t>(chosen.num_slots);
+  run_sketch(isa, task, width * static_cast<size_t>(task.num_seqs) * task.num_sets, threads, [&](int seq, float* mine) {
+    isa.sketch_finish(task, seq, mine);
+    SelectTask<float> rows = chosen;
+    rows.scores = task.out;
+    rows.lane_stride = width;
+    const int first = seq * task.num_sets;
+    for (int set = 0; set < task.num_sets; ++set) select_row(rows, first + set);
+    isa.sketch_shares(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, chosen.counts[first],
+                      shares + static_cast<size_t>(seq) * task.num_heads, mine);
+  });
 }
 
 void Workspace::sketch_append(const Isa& isa, const SketchAppendTask& task, int64_t num_tokens, const Threads& threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   run_tokens(threads, num_tokens, task.stride, isa.sketch_floats(task.layout, task.layout.num_kv_heads),
              [&](int64_t first, int64_t last, float* mine) { isa.sketch_append(task, first, last, mine); });
+}
+
+void Workspace::mean_add(const Isa& isa, const MeanAddTask& task) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  isa.mean_add(task, scratch_.room(isa.mean_floats(task.head_dim)));
+}
+
+void Workspace::mean_blend(const Isa& isa, const MeanBlendTask& task, int num_seqs, const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const size_t seq_bytes = static_cast<size_t>(task.num_heads) * task.head_dim * sizeof(float);
+  run_tokens(threads, num_seqs, seq_bytes, isa.mean_floats(task.head_dim), [&](int64_t first, int64_t last, float* mine) {
+    for (int64_t seq = first; seq < last; ++seq) isa.mean_blend(task, static_cast<int>(seq), mine);
+  });
 }
 
 }  // namespace alisa

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "select.h"
 #include "threads.h"
 
 namespace alisa {
@@ -30,9 +31,19 @@ class Workspace {
   void encode(const Isa& isa, const EncodeTask& task, int64_t num_tokens, const Threads& threads);
   // Weights of all tokens by a sketch of their keys; fills the plan of `task`.
   void sketch_scores(const Isa& isa, SketchTask task, const Threads& threads);
+  // The tokens that these weights choose, a row for each index set, and the share of each head's weight that they hold:
+  // Float32[B, H]. Fills the plan and the output of `task`, and the scores of `chosen`.
+  void sketch_select(const Isa& isa, SketchTask task, SelectTask<float> chosen, float* shares, const Threads& threads);
   void sketch_append(const Isa& isa, const SketchAppendTask& task, int64_t num_tokens, const Threads& threads);
+  // One thread: tokens of one sequence must not meet.
+  void mean_add(const Isa& isa, const MeanAddTask& task);
+  void mean_blend(const Isa& isa, const MeanBlendTask& task, int num_seqs, const Threads& threads);
 
  private:
+  // Weighs all tokens and calls finish(seq, scratch) for every sequence; `room` further floats of the plan become the
+  // output of `task`, where it has none.
+  template <class Finish>
+  void run_sketch(const Isa& isa, SketchTask& task, size_t room, const Threads& threads, const Finish& finish);
   // Fills `items_` and `first_item_` with the blocks of every sequence; returns how many blocks there are.
   size_t cut(const int32_t* lengths, int num_seqs, int block, int num_threads);
   // Calls attend(item, scratch) for all items and finish(seq, scratch) once all items of a sequence are through.

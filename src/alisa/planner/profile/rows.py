@@ -16,7 +16,7 @@ from alisa.planner.hardware import Attention, Selection
 from alisa.planner.profile.clock import fit, seconds
 from alisa.policy.base import PolicyState, SelectionKernels, SelectionPolicy
 from alisa.spec import ModelSpec
-from alisa.types import Phase, RowFormat, Segment, StepBatch, StepPlan
+from alisa.types import Attended, Phase, RowFormat, Segment, StepBatch, StepPlan
 from alisa.types import Selection as Chosen
 
 _LAYOUTS = ((12, 12, 64), (4, 32, 64), (32, 32, 128))
@@ -122,7 +122,7 @@ def measure_selection(policy: SelectionPolicy, spec: ModelSpec, kernels: Selecti
             positions = torch.arange(length).repeat(batch)
             every = keys.repeat_interleave(length, dim=0)
             for layer in range(spec.num_layers):
-                state.remember(layer, lane_ids.repeat_interleave(length), positions, every)
+                state.remember(layer, lane_ids.repeat_interleave(length), positions, every, every)
 
         work = partial(_choose, state, spec.num_layers, lane_ids, counts.long() - 1, keys, query, mass)
         times.append(seconds(work) / spec.num_layers)
@@ -146,5 +146,6 @@ def _choose(
 ) -> None:
     """What a step asks of the policy, in every layer."""
     for layer in range(num_layers):
-        state.remember(layer, lane_ids, positions, keys)
+        state.remember(layer, lane_ids, positions, keys, keys)
         state.observe(layer, state.select(layer, query), mass)
+        state.complete(layer, Attended(query, mass, query[..., 0]))

@@ -1,0 +1,34 @@
+// What mean_value.h is asked to do; as task.h, included by files that are compiled for one instruction set.
+#pragma once
+
+#include "task.h"
+
+namespace alisa {
+
+// Values of new tokens added to the sums of their sequences.
+struct MeanAddTask {
+  double* sums;  // [lanes, G, D]
+  int num_kv_heads;
+  int head_dim;
+  const void* values;  // [N, G, D]
+  Dtype dtype;
+  size_t stride;         // bytes from one token to the next
+  const int64_t* lanes;  // [N]
+  int64_t num_tokens;    // N
+};
+
+// Attention over a part of the tokens, and the mean of all values at the weight of the rest.
+struct MeanBlendTask {
+  const double* sums;  // [lanes, G, D]
+  int num_kv_heads;
+  int head_dim;
+  int num_heads;
+  const void* read;  // [B, H, D]
+  void* out;         // [B, H, D]
+  Dtype dtype;
+  const float* shares;     // [B, H]
+  const int64_t* lanes;    // [B]
+  const int32_t* lengths;  // [B]
+};
+
+}  // namespace alisa
