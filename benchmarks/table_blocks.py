@@ -336,7 +336,8 @@ def schedules(results: Results) -> str:
         parts.append(
             f"{work} (seconds, {record['rounds']} runs each):\n\n{table(['schedule', 'median', 'least'], rows)}\n\n"
             f"The choice takes {100 * record['over_best']:+.1f} % of the best by hand; {record['predicted_s']:.2f} s "
-            f"were predicted. `python benchmarks/schedules.py --shape {record['shape']} --policy {record['policy']} --cap "
+            f"were predicted. `python benchmarks/schedules.py --shape {record['shape']} "
+            f"--policy {record['policy']} --cap "
             f"{record['cap']:g}`"
         )
     return "\n\n".join(parts)
