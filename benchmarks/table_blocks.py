@@ -369,7 +369,9 @@ def accuracy(results: Results) -> str:
 
 def recall(results: Results) -> str:
     """Facts found again by policy."""
-    found = _accuracy(results, "recall.jsonl")
+    found = [
+        r for r in _accuracy(results, "recall.jsonl") if r["sparsity"] in (0.0, 0.8) and r["task"].split()[0] != "copy"
+    ]
     if not found:
         return ""
     policies = list(dict.fromkeys(record["policy"] for record in found))

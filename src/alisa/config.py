@@ -127,8 +127,8 @@ class EngineConfig:
     """
 
     policy: PolicyName = "sketch"
-    """Which earlier tokens a step reads. `sketch`: at sparsity 0.8 it loses 0.1 % of perplexity where `swa` loses 8 %, and
-    it finds again what `swa` forgets (docs/accuracy.md)."""
+    """Which earlier tokens a step reads. `sketch`: at sparsity 0.8 it loses 0.1 % of perplexity where `swa` loses 8 %,
+    and it finds again what `swa` forgets (docs/accuracy.md)."""
     sparsity: float = 0.8
     """Share of the earlier tokens that a decode step does not read; 1 - r in the paper (r: caching ratio)."""
     dtype: DtypeName = "auto"

@@ -35,15 +35,16 @@ class EngineOptions:
     attended lately (ALISA). swa-head: the same for each KV head. sketch: recent and those a 4-bit copy of all keys
     finds best for this query, the mean of all values standing in for the rest; sketch-2bit, sketch-8bit: with 2 or 8
     bits; sketch-head: for each KV head; sketch-plain: without the mean. oracle: sketch with exact keys, for
-    comparison. Why sketch: at sparsity 0.8 it loses 0.1 % of perplexity where swa loses 8 %, and it looks up all facts in
-    1024 tokens where every choice by history finds a fifth or less (docs/accuracy.md)."""
+    comparison. Why sketch: at sparsity 0.8 it loses 0.1 % of perplexity where swa loses 8 %, and it looks up all facts
+    in 1024 tokens where every choice by history finds a fifth or less (docs/accuracy.md)."""
     sparsity: Annotated[float, arg(metavar="SHARE")] = _DEFAULT.sparsity
     """Share of the earlier tokens that a step does not read, 0 up to but not 1; dense ignores it."""
     dtype: DtypeName = _DEFAULT.dtype
     """What the model computes in; auto: what the checkpoint and the device suit."""
     kv_dtype: KvDtypeName = _DEFAULT.kv_dtype
-    """What K and V are kept in; auto: the same as --dtype, so that dense attention is exact. int8 and int4 keep a scale for each token
-    and head: half or a quarter of the memory of 16 bits; int8 costs 0.03 % of perplexity and no recall, int4 4 %."""
+    """What K and V are kept in; auto: the same as --dtype, so that dense attention is exact. int8 and int4 keep a
+    scale for each token and head: about half or a quarter of the memory of 16 bits; int8 costs 0.03 % of perplexity
+    and no recall, int4 4 %."""
     device: DeviceName = _DEFAULT.device
     """auto: the GPU if there is one."""
     kv_device_memory: Annotated[

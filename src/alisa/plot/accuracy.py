@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from alisa.plot.canvas import colour, grid, marker, new_figure
+from alisa.plot.canvas import colour, grid, legend_below, marker, new_figure
 from alisa.plot.records import Record, grouped, number
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ def draw_accuracy(records: Sequence[Record]) -> Figure:
     for axes, ((model, kind, task, kv_dtype), found) in zip(grid(figure, len(panels), 3), panels.items(), strict=True):
         _panel(axes, kind, found, names)
         axes.set_title(f"{task}, {model}, {kv_dtype} rows", fontsize=9)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    legend_below(figure, len(panels))
     return figure
 
 

@@ -55,6 +55,13 @@ def grid(figure: Figure, count: int, num_columns: int) -> list[Axes]:
     return [figure.add_subplot(num_rows, num_columns, index + 1) for index in range(count)]
 
 
+def legend_below(figure: Figure, num_panels: int) -> None:
+    """The names of the first panel under all of them, as many in a row as the width of so many panels holds."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = 3 if num_panels == 1 else 5
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+
+
 def colour(name: str, names: list[str]) -> str:
     """Colour of one of several names; the same for the same list."""
     return _COLOURS[names.index(name) % len(_COLOURS)]

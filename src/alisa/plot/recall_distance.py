@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from alisa.plot.canvas import colour, grid, marker, new_figure
+from alisa.plot.canvas import colour, grid, legend_below, marker, new_figure
 from alisa.plot.records import Record, grouped, table
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ def draw_recall_distance(records: Sequence[Record]) -> Figure:
     for axes, ((model, kv_dtype, sparsity), found) in zip(grid(figure, len(panels), 3), panels.items(), strict=True):
         _panel(axes, found, names)
         axes.set_title(f"{model}, {kv_dtype} rows, sparsity {float(sparsity):g}", fontsize=9)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    legend_below(figure, len(panels))
     return figure
 
 
