@@ -3,10 +3,12 @@
 import json
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from alisa.bench import suite
 from alisa.bench.compare import lines_of, pairs, ratio, read_runs
 from alisa.bench.engines import reading_of
 from alisa.bench.experiment import Workload, experiment_from, load_experiment
@@ -138,6 +140,7 @@ def test_the_floor_counts_weights_rows_and_products():
     # Up to 16 earlier tokens are all read; then 20 % of them, rounded to two halves, and the new one.
     sparse = sum(n + 1 if n <= 16 else 2 * ((n + 5) // 10) + 1 for p in prompts for n in range(p, p + 4))
     assert floor("alisa", sparsity=0.8).rows_s == pytest.approx(dense.rows_s * sparse / tokens)
+    assert speeds.fastest(Speeds(2e9, 0.6, 1.0)) == Speeds(2e9, 0.5, 1.0)
     assert floor("openvino", variant="int8").gemm_s is None
     assert floor("openvino", variant="int8").weights_s == dense.weights_s / 2
 
@@ -242,15 +245,22 @@ else:
 """
 
 
-def test_an_experiment_from_its_file_to_its_records(tmp_path, capsys):
+def test_an_experiment_from_its_file_to_its_records(tmp_path, capsys, monkeypatch):
+    measured, measure_once = [], cache(suite.measure_floor)
+
+    def floor_once(work):
+        measured.append(work.workload.name)
+        return measure_once(work)
+
+    monkeypatch.setattr(suite, "measure_floor", floor_once)
     (tmp_path / "transformers_engine.py").write_text(DRIVER)
     python = tmp_path / "transformers" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
     tables = ["[[workload]]", *(f"{key} = {json.dumps(value)}" for key, value in WORKLOAD.items()), "kv_share = 0.5"]
     tables += ["[[run]]", 'name = "ours"', 'engine = "alisa"', "sparsity = 0.5", "prefetch = false"]
-    for cache in ("dynamic", "static", "offloaded"):
-        tables += ["[[run]]", f'name = "{cache}"', 'engine = "transformers"', f'cache = "{cache}"']
+    for name in ("dynamic", "static", "offloaded"):
+        tables += ["[[run]]", f'name = "{name}"', 'engine = "transformers"', f'cache = "{name}"']
     tables += ["[[run]]", 'name = "gone"', 'engine = "vllm"', "[[run]]", 'name = "gpu"', 'engine = "flexgen"']
     path, output = tmp_path / "x.toml", tmp_path / "x.jsonl"
     path.write_text("\n".join(['name = "x"', *tables]))
@@ -259,6 +269,7 @@ def test_an_experiment_from_its_file_to_its_records(tmp_path, capsys):
     assert main([*words, *folders]) == 0
     told = capsys.readouterr().err
     assert "[6/6] w, gpu: unavailable: FlexGen" in told
+    assert measured == ["w"] * 3, "before, and after each that ran"
     records = {record["run"]: record for record in read_runs(output)}
     statuses = {"ours": "ran", "dynamic": "ran", "static": "failed", "offloaded": "unavailable", "gone": "missing"}
     assert {run: records[run]["status"] for run in statuses} == statuses

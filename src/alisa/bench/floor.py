@@ -1,8 +1,9 @@
 """The physical floor of a workload: what reading memory and multiplying matrices take, with nothing in between.
 
-Reading is counted by the planner's arithmetic and priced with the read bandwidth measured just before; products are
-those of the engine's own packed layers, run one after the other, in the batch of a decode step and in a prompt's pass.
-The fastest of several rounds counts: what disturbs a machine must not lower its floor.
+Reading is counted by the planner's arithmetic and priced with the read bandwidth; products are those of the engine's
+own packed layers, run one after the other, in the batch of a decode step and in a prompt's pass. A floor is the fastest
+that the machine was seen to be: a virtual one may be half as fast a minute later, so it is measured before and after a
+run.
 
     python -m alisa.bench.floor < {"shape": ..., "dtype": ..., "batch": ..., "pass_rows": ..., "threads": ...}
 """
@@ -28,7 +29,9 @@ from alisa.spec import DTYPE_BYTES, ModelSpec
 _READ_BYTES = 1 << 28
 _LAYERS = 4
 """So many are multiplied with in turn: more than a cache holds."""
-_ROUNDS = 9
+_LEAST_ROUNDS = 7
+_LEAST_S = 1.0
+"""Of each measurement: a moment in which others were busy must not be all there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,14 @@ class Speeds:
     """All linear layers of the model and its logits, for the batch of a decode step."""
     prefill_gemm_s: float
     """All linear layers, without logits, for the tokens of a prompt's pass."""
+
+    def fastest(self, other: Speeds) -> Speeds:
+        """The better of both in each."""
+        return Speeds(
+            max(self.read_bytes_per_s, other.read_bytes_per_s),
+            min(self.decode_gemm_s, other.decode_gemm_s),
+            min(self.prefill_gemm_s, other.prefill_gemm_s),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +137,9 @@ def measure_speeds(spec: ModelSpec, dtype: torch.dtype, *, batch: int, rows: int
 
 
 def read_bandwidth() -> float:
-    """Bytes per second of summing a buffer much larger than any cache; the fastest of nine."""
+    """Bytes per second of summing a buffer much larger than any cache; the fastest of many."""
     buffer = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
-    buffer.sum()
-    return buffer.nbytes / min(seconds(buffer.sum) for _ in range(_ROUNDS))
+    return buffer.nbytes / _fastest(buffer.sum)
 
 
 class _Layers:
@@ -151,23 +161,27 @@ class _Layers:
             for layer, x in zip(self._layers, inputs, strict=True):
                 layer(x)
 
-        work()
-        return min(seconds(work) for _ in range(_ROUNDS)) * self._spec.num_layers / _LAYERS
+        return _fastest(work) * self._spec.num_layers / _LAYERS
 
     def logits_seconds(self, rows: int) -> float:
         """The projection to the vocabulary."""
         hidden = torch.randn(rows, self._spec.token_embed_dim, dtype=self._dtype)
-        return min(seconds(lambda: self._logits(hidden)) for _ in range(_ROUNDS))
+        return _fastest(lambda: self._logits(hidden))
 
     def _linear(self, num_out: int, num_in: int) -> Linear:
         return make_linear(torch.randn(num_out, num_in, dtype=self._dtype), None, self._device)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Time of one call."""
-    start = perf_counter()
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of many calls, the first not counted."""
     work()
-    return perf_counter() - start
+    times: list[float] = []
+    begun = perf_counter()
+    while len(times) < _LEAST_ROUNDS or perf_counter() - begun < _LEAST_S:
+        start = perf_counter()
+        work()
+        times.append(perf_counter() - start)
+    return min(times)
 
 
 def _main() -> None:

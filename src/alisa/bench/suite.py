@@ -160,8 +160,17 @@ def measure_floor(work: Work) -> Speeds:
     return from_values(Speeds, result)
 
 
-def measure(measurement: Measurement, work: Work, speeds: Speeds, places: Places) -> Record:
-    """The record of one measurement; an engine that fails, or is not there, has one too."""
+def measure(measurement: Measurement, work: Work, before: Speeds, places: Places) -> tuple[Record, Speeds]:
+    """The record of one measurement, and what the machine could do after it.
+
+    An engine that fails, or is not there, has a record too.
+
+    Args:
+        measurement: what is done.
+        work: its workload.
+        before: what the machine could do just now.
+        places: where things lie.
+    """
     run = measurement.run
     meter = OthersMeter()
     result = _result(measurement, work, places)
@@ -183,20 +192,21 @@ def measure(measurement: Measurement, work: Work, speeds: Speeds, places: Places
         "kv_budget_bytes": work.kv_budget_bytes,
     }
     if result["status"] != "ran":
-        return record | {"reason": result["reason"]}
+        return record | {"reason": result["reason"]}, before
+    after = measure_floor(work)
     final_len = max(work.prompt_lens) + work.workload.output_len
     reading = reading_of(run.engine, run.options, work.workload.dtype, final_len)
     floor = floor_of(
         work.spec,
         work.workload.dtype,
         reading,
-        speeds,
+        before.fastest(after),
         prompt_lens=work.prompt_lens,
         output_len=work.workload.output_len,
         batch=work.workload.batch,
     )
     others_of_it = {key: result[key] for key in ("versions", "notes", "details", "step_quartiles_s", "num_steps")}
-    return record | {"figures": _figures(work, result), "floor": floor.record()} | others_of_it
+    return record | {"figures": _figures(work, result), "floor": floor.record()} | others_of_it, after
 
 
 def _figures(work: Work, result: Mapping[str, Any]) -> dict[str, float | None]:

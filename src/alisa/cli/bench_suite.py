@@ -105,7 +105,7 @@ class BenchRun:
                     speeds = measure_floor(work)
                 assert speeds is not None, "measured with the work"
                 self._wait()
-                record = measure(measurement, work, speeds, places)
+                record, speeds = measure(measurement, work, speeds, places)
                 file.append(record)
                 if self.output is None:
                     _write_line(record)
