@@ -17,7 +17,7 @@ def plan(capsys, *options):
 
 def test_a_plan_from_a_shape(capsys, tmp_path):
     path = tmp_path / "schedule.json"
-    options = ("--shape", "opt-13b", "--hardware", "v100-32gb", "--batch", "64", "--save", str(path))
+    options = ("--shape", "opt-13b", "--policy", "swa", "--hardware", "v100-32gb", "--batch", "64", "--save", str(path))
     status, record, err = plan(capsys, *options)
     assert status == 0
     assert record["fits"]
