@@ -81,6 +81,17 @@ def test_a_resumed_run_pairs_with_the_baseline_of_the_first(subject, tmp_path):
     assert [record["versus_dense"] for record in records] == [0.0, -0.5, -0.25]
 
 
+def test_a_shortened_baseline_is_refused_in_a_sentence(subject, tmp_path):
+    path = tmp_path / "cells.jsonl"
+    with RecordFile(path) as file:
+        list(measure_cells(subject, Counting(), CHOSEN[:1], file))
+    record = json.loads(path.read_text())
+    del record["units"]
+    path.write_text(json.dumps(record) + "\n")
+    with RecordFile(path) as file, pytest.raises(InputError, match="choose another --output"):
+        list(measure_cells(subject, Counting(), CHOSEN[:2], file))
+
+
 def test_a_torn_line_is_cut_off_and_foreign_files_are_refused(subject, tmp_path):
     path = tmp_path / "cells.jsonl"
     with RecordFile(path) as file:

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from alisa import __version__
+from alisa.errors import InputError
 from alisa.eval.record_file import Record, RecordFile
 from alisa.eval.statistics import Estimate
 from alisa.eval.subject import BASELINE, Subject, Variant
@@ -85,6 +86,7 @@ def measure_cells(
 
     Raises:
         AlisaError: what the evaluation raises, or the file cannot be written; finished cells are kept.
+        InputError: the file's record of the baseline was shortened.
     """
     baseline: Sequence[float] = ()
     for variant in sorted(variants, key=lambda variant: variant != BASELINE):
@@ -117,8 +119,12 @@ def measure_cells(
             }
             file.append(record)
         if not baseline:
-            units_read = record["units"]
-            assert isinstance(units_read, list), "a record holds its units"
+            units_read = record.get("units")
+            if not isinstance(units_read, list):
+                raise InputError(
+                    "The output file has the figures of dense attention as a whole only, not by window or question, so "
+                    "that nothing can be compared with it; choose another --output."
+                )
             baseline = units_read
         yield record
 
