@@ -18,7 +18,7 @@ from alisa.cli.screen import error_console, say
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Measure this machine for plans; takes about twenty seconds, and nothing else should run meanwhile.
+    """Measure this machine for plans; takes about half a minute, and nothing else should run meanwhile.
 
     The figures are kept in the user's cache directory, with a stamp of processor, cores, torch and alisa: a plan does
     not use them any more when one of these has changed.
