@@ -12,7 +12,7 @@ from alisa.bench import suite
 from alisa.bench.compare import lines_of, pairs, ratio, read_runs
 from alisa.bench.engines import reading_of
 from alisa.bench.experiment import Workload, experiment_from, load_experiment
-from alisa.bench.floor import Speeds, floor_of, pass_rows
+from alisa.bench.floor import Floor, Speeds, floor_of, pass_rows
 from alisa.bench.others import wait_for_quiet
 from alisa.bench.remote.measured import Clock, Job, NoRoom
 from alisa.bench.shapes import SHAPES
@@ -182,7 +182,7 @@ def a_record(run, rates, workload="w", others=0.0):
                 "first_token_median_s": 1.0,
                 "peak_rss_bytes": 2**30,
             },
-            "floor": {"wall_s": 1.0},
+            "floor": Floor(0.25, 0.25, 0.5, 0.25, 1e9).record(),
         }
         for number, rate in enumerate(rates)
     ]

@@ -10,6 +10,8 @@ import tables
 from table_blocks import engines, kernels, machine
 from tables import BLOCKS, filled
 
+from alisa.bench.floor import Floor
+
 FIGURES = {"tokens_per_s": 123.4, "decode_tokens_per_s": None, "wall_s": 10.0, "first_token_median_s": 1.234}
 FIGURES |= {"first_token_last_s": 2.0, "peak_rss_bytes": 3 * 2**30}
 
@@ -28,7 +30,7 @@ def record(run, *, rate=10.0, others=0.0, date="2026-01-01T00:00", cell=None, **
         "kv_need_bytes": 2**30,
         "kv_budget_bytes": 2**28,
         "figures": FIGURES | {"tokens_per_s": rate},
-        "floor": {"wall_s": 8.0, "read_bytes_per_s": 3e10},
+        "floor": Floor(1.0, 2.0, 5.0, 1.0, 3e10).record(),
         "versions": {"torch": "2.13"},
     } | more
 
