@@ -27,32 +27,14 @@ from alisa.planner.cost import CostModel, StepCost
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import Load, Method
 from alisa.planner.saved import load_profile
-from alisa.planner.shapes import SHAPES
+from alisa.planner.shapes import SHAPES, llama_shape
 from alisa.planner.simulate import simulate
 from alisa.schedule.base import Scheduler
 from alisa.schedule.static import StaticSplit
 from alisa.schedule.three_phase import Schedule, ThreePhase
-from alisa.spec import ModelSpec, Rope
 from alisa.types import Traffic
 
-SMALL_LLAMA = ModelSpec(
-    family="llama",
-    num_layers=10,
-    hidden_size=1024,
-    num_heads=16,
-    num_kv_heads=4,
-    head_dim=64,
-    ffn_size=2816,
-    vocab_size=32000,
-    max_positions=2048,
-    norm="rmsnorm",
-    norm_eps=1e-5,
-    activation="silu",
-    gated_mlp=True,
-    rope=Rope(10000.0, 64),
-    tied_embeddings=False,
-)
-MODELS = {"opt-125m": SHAPES["opt-125m"], "llama-gqa": SMALL_LLAMA}
+MODELS = {"opt-125m": SHAPES["opt-125m"], "llama-gqa": llama_shape(10, 1024, 16, num_kv_heads=4, ffn_size=2816)}
 SKIPPED = 3
 """First decode steps, which allocate what later ones use again."""
 

@@ -44,9 +44,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attend_after(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tuple[Tensor, Tensor]:
     """Causal attention of T tokens among themselves (`own`) and to everything before them, block by block.
 
-    On a CPU each block goes through torch's flash attention (five times faster than `attend_after_plain`, its twin,
-    for 1024 tokens after 1024 others). The operator is private, because the public function keeps the log-sum-exp that
-    merging needs to itself; torch's own context parallelism calls it, too.
+    On a CPU each block goes through torch's flash attention (`benchmarks/prompt_pieces.py` compares it with its twin,
+    `attend_after_plain`). The operator is private, because the public function keeps the log-sum-exp that merging needs
+    to itself; torch's own context parallelism calls it, too.
 
     Returns:
         `[T, H, D]` in the dtype of q `[T, H, D]`, and the log-sum-exp Float32[T, H] of the scaled scores.

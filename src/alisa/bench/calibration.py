@@ -1,4 +1,4 @@
-"""Whole steps of one model of random weights, so that a profile's prices are those of steps and not of parts alone."""
+"""Whole steps of two models of random weights, so that a profile's prices are those of steps and not of parts alone."""
 
 from __future__ import annotations
 
@@ -15,45 +15,14 @@ from alisa.planner.cost import CostModel, StepCost
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import Method
 from alisa.planner.profile.correction import Observation, corrected
+from alisa.planner.shapes import llama_shape, opt_shape
 from alisa.planner.simulate import simulate
 from alisa.schedule.static import StaticSplit
 from alisa.schedule.three_phase import Schedule, ThreePhase
-from alisa.spec import ModelSpec, Rope
 
-_PLAIN = ModelSpec(
-    family="opt",
-    num_layers=10,
-    hidden_size=1024,
-    num_heads=16,
-    num_kv_heads=16,
-    head_dim=64,
-    ffn_size=4096,
-    vocab_size=8192,
-    max_positions=512,
-    norm="layernorm",
-    norm_eps=1e-5,
-    activation="relu",
-    gated_mlp=False,
-    rope=None,
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-)
-_GROUPED = ModelSpec(
-    family="llama",
-    num_layers=8,
-    hidden_size=1280,
-    num_heads=20,
-    num_kv_heads=5,
-    head_dim=64,
-    ffn_size=3456,
-    vocab_size=8192,
-    max_positions=512,
-    norm="rmsnorm",
-    norm_eps=1e-5,
-    activation="silu",
-    gated_mlp=True,
-    rope=Rope(10000.0, 64),
+_MODELS = (
+    opt_shape(10, 1024, 16, vocab_size=8192),
+    llama_shape(8, 1280, 20, num_kv_heads=5, ffn_size=3456, vocab_size=8192),
 )
 """Both have 0.25 GB of weights in 16 bits: no cache holds them, and their random numbers are drawn in a second."""
 
@@ -87,7 +56,7 @@ def calibrate(hardware: Hardware, directory: Path, progress: Callable[[str], Non
         progress: told what is measured next.
     """
     observed = []
-    for number, spec in enumerate((_PLAIN, _GROUPED)):
+    for number, spec in enumerate(_MODELS):
         decoder = random_decoder(spec, torch.bfloat16, torch.device("cpu"), 0)
         run_trial(Trial("dense", 2, 16, 4), decoder, directory)
         for trial in TRIALS:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from alisa.spec import ModelSpec, Rope
 
 
-def _opt(num_layers: int, hidden_size: int, num_heads: int) -> ModelSpec:
-    """OPT (arXiv 2205.01068, table 1)."""
+def opt_shape(num_layers: int, hidden_size: int, num_heads: int, vocab_size: int = 50272) -> ModelSpec:
+    """OPT (arXiv 2205.01068, table 1), or a model built like it."""
     return ModelSpec(
         family="opt",
         num_layers=num_layers,
@@ -15,7 +15,7 @@ def _opt(num_layers: int, hidden_size: int, num_heads: int) -> ModelSpec:
         num_kv_heads=num_heads,
         head_dim=hidden_size // num_heads,
         ffn_size=4 * hidden_size,
-        vocab_size=50272,
+        vocab_size=vocab_size,
         max_positions=2048,
         norm="layernorm",
         norm_eps=1e-5,
@@ -29,8 +29,10 @@ def _opt(num_layers: int, hidden_size: int, num_heads: int) -> ModelSpec:
     )
 
 
-def _llama(num_layers: int, hidden_size: int, num_heads: int, num_kv_heads: int, ffn_size: int) -> ModelSpec:
-    """LLaMA (arXiv 2302.13971, table 2)."""
+def llama_shape(
+    num_layers: int, hidden_size: int, num_heads: int, num_kv_heads: int, ffn_size: int, vocab_size: int = 32000
+) -> ModelSpec:
+    """LLaMA (arXiv 2302.13971, table 2), or a model built like it."""
     return ModelSpec(
         family="llama",
         num_layers=num_layers,
@@ -39,7 +41,7 @@ def _llama(num_layers: int, hidden_size: int, num_heads: int, num_kv_heads: int,
         num_kv_heads=num_kv_heads,
         head_dim=hidden_size // num_heads,
         ffn_size=ffn_size,
-        vocab_size=32000,
+        vocab_size=vocab_size,
         max_positions=2048,
         norm="rmsnorm",
         norm_eps=1e-6,
@@ -76,15 +78,15 @@ def _pythia(num_layers: int, hidden_size: int, num_heads: int, vocab_size: int) 
 
 
 SHAPES: dict[str, ModelSpec] = {
-    "opt-125m": _opt(12, 768, 12),
-    "opt-1.3b": _opt(24, 2048, 32),
-    "opt-6.7b": _opt(32, 4096, 32),
-    "opt-13b": _opt(40, 5120, 40),
-    "opt-30b": _opt(48, 7168, 56),
-    "llama-1.1b": _llama(22, 2048, 32, 4, 5632),
-    "llama-7b": _llama(32, 4096, 32, 32, 11008),
-    "llama-13b": _llama(40, 5120, 40, 40, 13824),
-    "llama-33b": _llama(60, 6656, 52, 52, 17920),
+    "opt-125m": opt_shape(12, 768, 12),
+    "opt-1.3b": opt_shape(24, 2048, 32),
+    "opt-6.7b": opt_shape(32, 4096, 32),
+    "opt-13b": opt_shape(40, 5120, 40),
+    "opt-30b": opt_shape(48, 7168, 56),
+    "llama-1.1b": llama_shape(22, 2048, 32, 4, 5632),
+    "llama-7b": llama_shape(32, 4096, 32, 32, 11008),
+    "llama-13b": llama_shape(40, 5120, 40, 40, 13824),
+    "llama-33b": llama_shape(60, 6656, 52, 52, 17920),
     "pythia-6.9b": _pythia(32, 4096, 32, 50432),
     "pythia-12b": _pythia(36, 5120, 40, 50688),
 }

@@ -41,8 +41,14 @@ def attend_settings(row_format: RowFormat, group: int) -> AttendSettings:
         split_len *= 2
     # At least 16 tokens, the least that tl.dot takes; more than 64 would only lengthen the tail of a ragged batch.
     block = min(64, max(16, TILE // power_of_two(row_format.head_dim)))
-    # A group of heads of more than 128 values needs more registers than 128 threads have (255 each: it would spill).
-    return AttendSettings(block, split_len, num_warps=8 if group > 1 and row_format.head_dim > 128 else 4)
+    return AttendSettings(block, split_len, group_warps(group, row_format.head_dim))
+
+
+def group_warps(group: int, head_dim: int) -> int:
+    """Warps of a program for a group of heads: large ones need more registers than 128 threads have (255 each)."""
+    if group > 1 and head_dim > 128:
+        return 8
+    return 8 if group > 16 else 4
 
 
 def tile_rows(width: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from alisa.model.linear import make_linear
 from alisa.model.loader import random_decoder
 from alisa.planner.hardware import Gemm
 from alisa.planner.profile.clock import seconds
+from alisa.planner.shapes import opt_shape
 from alisa.spec import ModelSpec, Rope
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
@@ -89,25 +91,7 @@ def measure_layer(dtype: torch.dtype, gemm: Gemm) -> LayerPrices:
 
 
 def _tiny(num_layers: int, rope: Rope | None = None) -> ModelSpec:
-    return ModelSpec(
-        family="opt",
-        num_layers=num_layers,
-        hidden_size=64,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=16,
-        ffn_size=64,
-        vocab_size=64,
-        max_positions=64,
-        norm="layernorm",
-        norm_eps=1e-5,
-        activation="relu",
-        gated_mlp=False,
-        rope=rope,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-    )
+    return replace(opt_shape(num_layers, 64, 4, vocab_size=64), rope=rope)
 
 
 def measure_logits() -> float:
