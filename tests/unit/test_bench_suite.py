@@ -1,6 +1,8 @@
 """Experiments: what their files may say, what a job asks, what the floor counts, and what a comparison concludes."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
@@ -14,6 +16,7 @@ from alisa.bench.engines import reading_of
 from alisa.bench.experiment import Workload, experiment_from, load_experiment
 from alisa.bench.floor import Floor, Speeds, floor_of, pass_rows
 from alisa.bench.others import wait_for_quiet
+from alisa.bench.remote import measured
 from alisa.bench.remote.measured import Clock, Job, NoRoom
 from alisa.bench.shapes import SHAPES
 from alisa.bench.suite import Places, make_work
@@ -164,6 +167,19 @@ def test_prompts_are_the_same_everywhere_and_fit(tmp_path):
 
 def test_waiting_for_a_quiet_machine_ends():
     assert wait_for_quiet(0.05, look_s=0.03) >= 0
+
+
+def test_time_of_a_process_below_that_still_runs_is_not_that_of_others():
+    spin = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as child:
+        child.stdout.read(1)
+        assert child.pid in measured._descendants(os.getpid())
+        assert measured._ticks(child.pid) >= 0.25 * os.sysconf("SC_CLK_TCK")
+        child.kill()
+    clock = Clock(1)
+    clock.first(0)
+    clock.stop()
+    assert 0 <= clock.others_share <= 1
 
 
 def a_record(run, rates, workload="w", others=0.0):

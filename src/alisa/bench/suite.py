@@ -19,7 +19,6 @@ from alisa.bench.checkpoint import is_written, write_checkpoint
 from alisa.bench.engines import OWN, PEERS, reading_of
 from alisa.bench.experiment import Measurement, Workload
 from alisa.bench.floor import Speeds, floor_of, pass_rows
-from alisa.bench.others import OthersMeter
 from alisa.bench.remote.measured import Job
 from alisa.bench.shapes import SHAPES
 from alisa.bench.stamp import Stamp
@@ -34,6 +33,9 @@ FIRST_ORDINARY_ID = 10
 """Token ids below are left to the models' special tokens."""
 
 Record = dict[str, Any]
+
+_TOLD = ("others_share", "versions", "notes", "details", "step_quartiles_s", "num_steps")
+"""What a record takes from a driver as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +174,7 @@ def measure(measurement: Measurement, work: Work, before: Speeds, places: Places
         places: where things lie.
     """
     run = measurement.run
-    meter = OthersMeter()
     result = _result(measurement, work, places)
-    others = meter.share()
     record: Record = {
         "kind": "run",
         "cell": measurement.cell,
@@ -187,7 +187,6 @@ def measure(measurement: Measurement, work: Work, before: Speeds, places: Places
         "round": measurement.round,
         "status": result["status"],
         "stamp": asdict(Stamp.now()) | {"num_threads": work.threads},
-        "others_share": round(others, 4),
         "kv_need_bytes": work.kv_need_bytes,
         "kv_budget_bytes": work.kv_budget_bytes,
     }
@@ -205,8 +204,8 @@ def measure(measurement: Measurement, work: Work, before: Speeds, places: Places
         output_len=work.workload.output_len,
         batch=work.workload.batch,
     )
-    others_of_it = {key: result[key] for key in ("versions", "notes", "details", "step_quartiles_s", "num_steps")}
-    return record | {"figures": _figures(work, result), "floor": floor.record()} | others_of_it, after
+    told = {key: result[key] for key in _TOLD}
+    return record | {"figures": _figures(work, result), "floor": floor.record()} | told, after
 
 
 def _figures(work: Work, result: Mapping[str, Any]) -> dict[str, float | None]:

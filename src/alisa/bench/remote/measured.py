@@ -93,7 +93,10 @@ class Clock:
         self.wall_s = 0.0
         self.prompts_first = True
         """Whether all prompts were read before anything was decoded."""
+        self.others_share = 0.0
+        """Processor time that went to other programs meanwhile, over all there was."""
         self._start = self._last = perf_counter()
+        self._others_s = _others_s()
 
     def first(self, index: int) -> None:
         """Prompt `index` has its first token, if it had none before."""
@@ -111,6 +114,8 @@ class Clock:
     def stop(self) -> None:
         """The last token of the last sequence is there."""
         self.wall_s = perf_counter() - self._start
+        available_s = self.wall_s * (os.cpu_count() or 1)
+        self.others_share = max(0.0, _others_s() - self._others_s) / available_s
 
     @property
     def step_quartiles_s(self) -> list[float] | None:
@@ -148,6 +153,7 @@ def finish(
         "step_quartiles_s": clock.step_quartiles_s,
         "num_steps": len(clock.step_s),
         "peak_rss_bytes": _peak_rss_bytes(),
+        "others_share": clock.others_share,
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
         "notes": list(notes),
         "details": dict(details or {}),
@@ -169,6 +175,25 @@ def _print(result: Mapping[str, Any]) -> None:
 def _peak_rss_bytes() -> int:
     """Most memory that this process held at once, plus the same of every process below it that still lives."""
     return sum(_high_water_bytes(pid) for pid in (os.getpid(), *_descendants(os.getpid())))
+
+
+def _others_s() -> float:
+    """Processor time so far of everything but this process, its children that have ended, and all below it that live.
+
+    Asked while the engine's own processes live: what becomes of their time when they are killed is up to their parents.
+    """
+    # user, nice, system, idle, iowait, irq, softirq, steal; a guest's time is in user already.
+    total = [int(ticks) for ticks in Path("/proc/stat").read_text(encoding="ascii").split(maxsplit=9)[1:9]]
+    busy = sum(total) - total[3] - total[4]
+    own = sum(_ticks(pid) for pid in (os.getpid(), *_descendants(os.getpid())))
+    return (busy - own) / os.sysconf("SC_CLK_TCK")
+
+
+def _ticks(pid: int) -> int:
+    """Processor time of a process and of its children that have ended."""
+    # The program's name, in brackets, may hold blanks.
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return sum(map(int, fields[11:15]))
 
 
 def _descendants(pid: int) -> list[int]:
