@@ -4,12 +4,6 @@
 #include "elements.h"
 #include "product.h"
 
-#if defined(__clang__)
-#define ALISA_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define ALISA_UNROLL _Pragma("GCC unroll 8")
-#endif
-
 namespace alisa::ALISA_ISA {
 
 // A group whose largest input is below this is all zeros: its steps would not be normal numbers.
@@ -61,41 +55,46 @@ struct Ahead {
   int lines;
 };
 
+// body(0) to body(kCount - 1), written out: a loop over sums leaves GCC storing them to memory in every round.
+template <int kIndex>
+struct Constant {
+  static constexpr int value = kIndex;
+};
+template <int kCount, int kFirst = 0, class Body>
+ALISA_INLINE void each(const Body& body) {
+  if constexpr (kFirst < kCount) {
+    body(Constant<kFirst>{});
+    each<kCount, kFirst + 1>(body);
+  }
+}
+#define ALISA_BODY(index) [&](auto index) __attribute__((always_inline))
+
 // kTokens tokens times kTileLanes outputs over one group; `sums` have a stride of kLanes.
 template <int kTokens>
 inline void tile(const uint8_t* weights, const int8_t* x, int quads, const float* steps, const int32_t* starts, float* sums,
                  Ahead ahead) {
   constexpr int kVectors = kTileLanes / kWidth;
-  // Every loop over tokens and vectors is written out, or GCC keeps the sums in memory and stores them at every step.
-  Ints total[kTokens][kVectors];
-  ALISA_UNROLL
-  for (int t = 0; t < kTokens; ++t) {
-    ALISA_UNROLL
-    for (int v = 0; v < kVectors; ++v) total[t][v] = ints(starts[t]);
-  }
-  for (int q = 0; q < quads; ++q) {
-    Weights w[kVectors];
-    ALISA_UNROLL
-    for (int v = 0; v < kVectors; ++v) w[v] = weights_at(weights + v * kWidth * kQuad);
-    weights += kLanes * kQuad;
+  Ints total[kTokens * kVectors];
+  each<kTokens * kVectors>(ALISA_BODY(i) { total[i.value] = ints(starts[i.value / kVectors]); });
+  do {
     for (int line = 0; line < ahead.lines; ++line, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 3);
-    ALISA_UNROLL
-    for (int t = 0; t < kTokens; ++t) {
-      const Inputs in = inputs_at(x + t * kGroup);
-      ALISA_UNROLL
-      for (int v = 0; v < kVectors; ++v) total[t][v] = add_quads(total[t][v], w[v], in);
-    }
+    Weights w[kVectors];
+    each<kVectors>(ALISA_BODY(v) { w[v.value] = weights_at(weights + v.value * kWidth * kQuad); });
+    each<kTokens>(ALISA_BODY(t) {
+      const Inputs in = inputs_at(x + t.value * kGroup);
+      each<kVectors>(ALISA_BODY(v) {
+        constexpr int kAt = decltype(t)::value * kVectors + decltype(v)::value;
+        total[kAt] = add_quads(total[kAt], w[v.value], in);
+      });
+    });
+    weights += kLanes * kQuad;
     x += kQuad;
-  }
-  ALISA_UNROLL
-  for (int t = 0; t < kTokens; ++t) {
-    const F step = set1(steps[t]);
-    ALISA_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      float* sum = sums + t * kLanes + v * kWidth;
-      store(sum, plus(load(sum), times(step, to_floats(total[t][v]))));
-    }
-  }
+  } while (--quads > 0);  // at the end, or GCC holds every sum twice, and not in registers
+  each<kTokens * kVectors>(ALISA_BODY(i) {
+    constexpr int kToken = decltype(i)::value / kVectors;
+    float* sum = sums + kToken * kLanes + decltype(i)::value % kVectors * kWidth;
+    store(sum, plus(load(sum), times(set1(steps[kToken]), to_floats(total[i.value]))));
+  });
 }
 
 inline void any_tile(int tokens, const uint8_t* weights, const int8_t* x, int quads, const float* steps,

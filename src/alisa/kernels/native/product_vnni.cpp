@@ -4,23 +4,26 @@
 
 namespace alisa::ALISA_ISA {
 
-using Ints = __m512i;
+// Not __m512i, which GCC takes for eight numbers: it then holds every sum twice, and not all of them in registers.
+using Ints = int32_t __attribute__((vector_size(64)));
 using Weights = __m512i;
 using Inputs = __m512i;
 constexpr int kTileTokens = 6;
 constexpr int kTileLanes = 64;
 
-inline Ints ints(int32_t x) { return _mm512_set1_epi32(x); }
-inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
-inline Ints larger(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
-inline int32_t largest_of(Ints x) { return _mm512_reduce_max_epi32(x); }
-inline int32_t total_of(Ints x) { return _mm512_reduce_add_epi32(x); }
-inline Ints magnitude_bits(F x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)); }
-inline Ints to_ints(F x) { return _mm512_cvtps_epi32(x); }
-inline F to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+inline __m512i raw(Ints x) { return reinterpret_cast<__m512i>(x); }
+inline Ints ints(__m512i x) { return reinterpret_cast<Ints>(x); }
+inline Ints ints(int32_t x) { return ints(_mm512_set1_epi32(x)); }
+inline Ints add(Ints a, Ints b) { return ints(_mm512_add_epi32(raw(a), raw(b))); }
+inline Ints larger(Ints a, Ints b) { return ints(_mm512_max_epi32(raw(a), raw(b))); }
+inline int32_t largest_of(Ints x) { return _mm512_reduce_max_epi32(raw(x)); }
+inline int32_t total_of(Ints x) { return _mm512_reduce_add_epi32(raw(x)); }
+inline Ints magnitude_bits(F x) { return ints(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff))); }
+inline Ints to_ints(F x) { return ints(_mm512_cvtps_epi32(x)); }
+inline F to_floats(Ints x) { return _mm512_cvtepi32_ps(raw(x)); }
 inline F plus(F a, F b) { return _mm512_add_ps(a, b); }
 inline F times(F a, F b) { return _mm512_mul_ps(a, b); }
-inline void store_codes(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
+inline void store_codes(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(raw(x))); }
 
 inline Weights weights_at(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Inputs inputs_at(const int8_t* p) {
@@ -28,7 +31,7 @@ inline Inputs inputs_at(const int8_t* p) {
   __builtin_memcpy(&quad, p, sizeof(quad));
   return _mm512_set1_epi32(quad);
 }
-inline Ints add_quads(Ints sum, Weights w, Inputs x) { return _mm512_dpbusd_epi32(sum, w, x); }
+inline Ints add_quads(Ints sum, Weights w, Inputs x) { return ints(_mm512_dpbusd_epi32(raw(sum), w, x)); }
 
 }  // namespace alisa::ALISA_ISA
 
