@@ -34,8 +34,8 @@ from alisa.engine.requests import Sequence as RunningSequence
 from alisa.engine.runner import Runner
 from alisa.engine.score import ScoredItem, Scorer
 from alisa.engine.text import TextStream
-from alisa.engine.weights import choose_linear
 from alisa.engine.verify import VerifyReport, verify
+from alisa.engine.weights import choose_linear
 from alisa.errors import InputError, PromptError
 from alisa.kv.codec import make_codec
 from alisa.model.hub import resolve_model

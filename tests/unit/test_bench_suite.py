@@ -149,7 +149,9 @@ def test_the_floor_counts_weights_rows_and_products():
     assert floor("alisa", weight_dtype="int8").gemm_s is None, "those products were not measured"
     own = Speeds(1e9, 0.2, 1.0, "int8")
     reading = reading_of("alisa", {"weight_dtype": "int8"}, "bfloat16", max(prompts) + output_len)
-    eight = floor_of(spec, "bfloat16", reading, own.reading(speeds), prompt_lens=prompts, output_len=output_len, batch=2)
+    eight = floor_of(
+        spec, "bfloat16", reading, own.reading(speeds), prompt_lens=prompts, output_len=output_len, batch=2
+    )
     assert (eight.gemm_s, eight.prefill_s, eight.weights_s) == (3 * 4 / 2 * 0.2, 1.0, dense.weights_s / 2)
 
 

@@ -55,7 +55,9 @@ def test_weights_in_8_bits_are_priced_by_their_own_products():
     hardware = PRESETS["h200"]
     sixteen = hardware.gemm["float16"]
     halved = tuple((size, tuple((rows, taken / 2) for rows, taken in points)) for size, points in sixteen.curves)
-    hardware = dataclasses.replace(hardware, gemm={**hardware.gemm, "int8": dataclasses.replace(sixteen, curves=halved)})
+    hardware = dataclasses.replace(
+        hardware, gemm={**hardware.gemm, "int8": dataclasses.replace(sixteen, curves=halved)}
+    )
     spec, work, limits = SHAPES["opt-6.7b"], Workload(4, 64, 8), Limits(10_000)
 
     def linear_s(method):

@@ -1,7 +1,7 @@
 """What `alisa bench kernels` can measure, by name. Plain values without torch, so that `--help` can list them.
 
-A case says what is done and how large it is; `decode`, `upkeep`, `ranking` and `products` build it. To add one: a line in `CASES`.
-For another kind of work: a dataclass here, and a function that makes a `Contest` of it (`bench/kernels.py`).
+A case says what is done and how large it is; `decode`, `upkeep`, `ranking` and `products` build it. To add one: a line
+in `CASES`. For another kind of work: a dataclass here, and a function that makes a `Contest` of it (`bench/kernels.py`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ own packed layers, run one after the other, in the batch of a decode step and in
 that the machine was seen to be: a virtual one may be half as fast a minute later, so it is measured before and after a
 run.
 
-    python -m alisa.bench.floor < {"shape": ..., "dtype": ..., "batch": ..., "pass_rows": ..., "threads": ..., "weight_dtype": ...}
+    python -m alisa.bench.floor < {"shape": ..., "dtype": ..., "weight_dtype": ..., "batch": ..., "pass_rows": ...,
+                                   "threads": ...}
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from alisa.bench.engines import OwnOptions
 from alisa.bench.remote.measured import Clock, Job, finish
 from alisa.bench.session import Ran, Setting, kv_dtype_of, run_batch
 from alisa.engine.kernels import choose_kernels
-from alisa.engine.weights import choose_linear
 from alisa.engine.memory import Caps, default_kv_memory
+from alisa.engine.weights import choose_linear
 from alisa.model.decoder import Decoder
 from alisa.model.loader import load_decoder
 from alisa.schedule.file import schedule_from
