@@ -67,7 +67,8 @@ def test_weights_in_8_bits_are_priced_by_their_own_products():
     eight = dataclasses.replace(SWA, weight_dtype="int8")
     assert 0.5 <= linear_s(eight) / linear_s(SWA) < 0.9
     room, larger = (room_for(spec, method, hardware, work).device_bytes for method in (SWA, eight))
-    assert larger - room > 0.95 * spec.step_weights
+    # A byte for each weight, but for the table, which the logits now have a copy of.
+    assert larger - room > 0.9 * spec.step_weights
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])

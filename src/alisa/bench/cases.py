@@ -1,7 +1,7 @@
 """What `alisa bench kernels` can measure, by name. Plain values without torch, so that `--help` can list them.
 
-A case says what is done and how large it is; `decode`, `upkeep`, `ranking` and `products` build it. To add one: a line
-in `CASES`. For another kind of work: a dataclass here, and a function that makes a `Contest` of it (`bench/kernels.py`).
+A case says what is done and how large it is; `decode`, `upkeep`, `ranking`, `products` build it. To add one: a line in
+`CASES`. For another kind of work: a dataclass here, and a function that makes a `Contest` of it (`bench/kernels.py`).
 """
 
 from __future__ import annotations
@@ -163,5 +163,15 @@ CASES: dict[str, Case] = {
 }
 """Every case by name."""
 
-DEFAULT_CASES = ("bf16-20", "int8-20", "bf16-20-gqa", "append-bf16", "append-int8", "select", "observe", "sketch")
+DEFAULT_CASES = (
+    "bf16-20",
+    "int8-20",
+    "bf16-20-gqa",
+    "append-bf16",
+    "append-int8",
+    "select",
+    "observe",
+    "sketch",
+    "product-int8-b16",
+)
 """One of each kind, and the shapes most often asked about; under a minute on two cores."""
