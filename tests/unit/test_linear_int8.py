@@ -9,8 +9,9 @@ from alisa.engine.weights import choose_linear
 from alisa.errors import InputError
 from alisa.kernels import cpu
 from alisa.model.linear import PackedLinear, PlainLinear, make_linear
-from alisa.model.linear_int8 import GROUP, QuantisedLinear, multiply_int8, quantise_weight, quantised_bytes
+from alisa.model.linear_int8 import GROUP, QuantisedLinear, multiply_int8, quantise_weight
 from alisa.model.loader import random_decoder
+from alisa.model.names import quantised_bytes
 from alisa.planner.footprint import weight_bytes
 from alisa.planner.shapes import SHAPES
 from tests.specs import small_spec

@@ -13,14 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from alisa.model.names import LANES, QUAD
+
 GROUP = 64
-"""Inputs of a token that share a step; as `kGroup` in kernels/native/product.h, like the two below."""
-_LANES = 64
-_QUAD = 4
+"""Inputs of a token that share a step; as `kGroup` in kernels/native/product.h."""
 _ZERO = 128
 _SMALLEST = 1e-30
 """A group whose largest input is below this is all zeros: its steps would not be normal numbers."""
-_ROWS_AT_ONCE = 16 * _LANES
+_ROWS_AT_ONCE = 16 * LANES
 """Output channels that are quantised together: bounds what is held in float32 beside the weight."""
 
 Multiply = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -57,16 +57,11 @@ class QuantisedLinear:
         return out.view(*x.shape[:-1], out.shape[1])
 
 
-def quantised_bytes(num_out: int, num_in: int) -> int:
-    """Bytes of codes and scales of a weight: what `QuantisedLinear` holds, its bias apart."""
-    return -(-num_out // _LANES) * -(-num_in // _QUAD) * _LANES * _QUAD + 4 * num_out
-
-
 def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes UInt8[panels, quads, 64, 4], padded with 128 (zero), and scales Float32[out] of a weight `[out, in]`."""
     num_out, num_in = weight.shape
-    num_quads = -(-num_in // _QUAD)
-    codes = torch.empty(-(-num_out // _LANES), num_quads, _LANES, _QUAD, dtype=torch.uint8)
+    num_quads = -(-num_in // QUAD)
+    codes = torch.empty(-(-num_out // LANES), num_quads, LANES, QUAD, dtype=torch.uint8)
     scales = torch.empty(num_out)
     for first in range(0, num_out, _ROWS_AT_ONCE):
         rows = weight[first : first + _ROWS_AT_ONCE].to(torch.float32)
@@ -74,11 +69,11 @@ def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         scale = rows.abs().amax(dim=1) / 127
         scales[first : first + count] = scale
         steps = (rows / torch.where(scale > 0, scale, 1.0).unsqueeze(1)).round_().clamp_(-127, 127).add_(_ZERO)
-        panels = -(-count // _LANES)
-        whole = torch.full((panels * _LANES, num_quads * _QUAD), _ZERO, dtype=torch.uint8)
+        panels = -(-count // LANES)
+        whole = torch.full((panels * LANES, num_quads * QUAD), _ZERO, dtype=torch.uint8)
         whole[:count, :num_in] = steps
-        place = codes[first // _LANES : first // _LANES + panels]
-        place.copy_(whole.view(panels, _LANES, num_quads, _QUAD).transpose(1, 2))
+        place = codes[first // LANES : first // LANES + panels]
+        place.copy_(whole.view(panels, LANES, num_quads, QUAD).transpose(1, 2))
     return codes, scales
 
 
@@ -105,8 +100,8 @@ def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None)
     x_codes, steps = quantise_inputs(x)
     total = torch.zeros(len(x), num_out)
     for group in range(steps.shape[1]):
-        quads = codes[:, group * GROUP // _QUAD : (group + 1) * GROUP // _QUAD]
-        weight = quads.transpose(1, 2).reshape(codes.shape[0] * _LANES, -1)[:num_out].to(torch.float32) - _ZERO
+        quads = codes[:, group * GROUP // QUAD : (group + 1) * GROUP // QUAD]
+        weight = quads.transpose(1, 2).reshape(codes.shape[0] * LANES, -1)[:num_out].to(torch.float32) - _ZERO
         total += steps[:, group, None] * (x_codes[:, group, : weight.shape[1]] @ weight.T)
     total *= scales
     return (total if bias is None else total + bias).to(x.dtype)

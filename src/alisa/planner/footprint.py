@@ -6,8 +6,7 @@ import math
 
 from alisa.budget import Budget
 from alisa.config import PolicyName, WeightDtypeName
-from alisa.model.linear_int8 import quantised_bytes
-from alisa.model.names import layer_shapes, model_shapes, num_weights
+from alisa.model.names import layer_shapes, model_shapes, num_weights, quantised_bytes
 from alisa.spec import DTYPE_BYTES, ModelSpec
 from alisa.types import RowFormat
 
