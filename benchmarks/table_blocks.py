@@ -244,11 +244,13 @@ def _kernels(records: Sequence[Record]) -> list[str]:
     found = {(record["isa"], case["case"]): case for record in records for case in record["cases"]}
     if not found:
         return []
+    titles = {"dense": "dense SDPA", "gather": "gather + SDPA", "packed": "torch bf16", "twin": "torch twin"}
+    roles = [role for role in titles if any(role in case["speedup"] for case in found.values())]
     rows = []
     for (isa, name), case in found.items():
         kernel = next(timing for timing in case["timings"].values() if timing["role"] == "kernel")
         times = [1e3 * kernel[part] for part in ("median_s", "low_s", "high_s")]
-        rivals = [case["speedup"][role] for role in ("dense", "gather", "twin")]
+        rivals = [case["speedup"].get(role) for role in roles]
         busy = " \\*" if case["others_share"] > QUIET_SHARE else ""
         rows.append(
             [
@@ -259,7 +261,7 @@ def _kernels(records: Sequence[Record]) -> list[str]:
                 *("" if rival is None else f"{rival:.1f}x" for rival in rivals),
             ]
         )
-    header = ["case", "ms (quartiles)", "GB/s", "of read bandwidth", "dense SDPA", "gather + SDPA", "torch twin"]
+    header = ["case", "ms (quartiles)", "GB/s", "of read bandwidth", *(titles[role] for role in roles)]
     text = ["Times as long as the kernel that torch takes, by its fastest way of each kind:", table(header, rows)]
     if any("\\*" in row[0] for row in rows):
         text.append("\\* Other programs were busy meanwhile.")

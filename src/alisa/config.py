@@ -14,6 +14,7 @@ from typing import Literal, get_args
 from alisa.errors import InputError
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+WeightDtypeName = Literal["auto", "int8"]
 KvDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 PolicyName = Literal[
@@ -132,6 +133,8 @@ class EngineConfig:
     sparsity: float = 0.8
     """Share of the earlier tokens that a decode step does not read; 1 - r in the paper (r: caching ratio)."""
     dtype: DtypeName = "auto"
+    weight_dtype: WeightDtypeName = "auto"
+    """`auto`: the dtype the model computes in. `int8`: linear layers in 8 bits, on a CPU."""
     kv_dtype: KvDtypeName = "auto"
     """`auto`: the dtype the model computes in."""
     device: DeviceName = "auto"
@@ -158,6 +161,10 @@ class EngineConfig:
                 (
                     self.policy not in get_args(PolicyName),
                     f"policy {self.policy!r} is unknown, there is {', '.join(get_args(PolicyName))}",
+                ),
+                (
+                    self.weight_dtype not in get_args(WeightDtypeName),
+                    f"weight_dtype {self.weight_dtype!r} is unknown, there is {', '.join(get_args(WeightDtypeName))}",
                 ),
                 (not 0 <= self.sparsity < 1, f"sparsity is {self.sparsity}, allowed is 0 (dense) up to but not 1"),
                 (self.max_batch < 1, f"max_batch is {self.max_batch}, at least 1 is needed"),

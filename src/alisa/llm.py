@@ -21,6 +21,7 @@ from alisa.config import (
     KvDtypeName,
     PolicyName,
     SamplingParams,
+    WeightDtypeName,
     parse_bytes,
 )
 from alisa.engine.engine import Engine
@@ -34,6 +35,7 @@ from alisa.engine.runner import Runner
 from alisa.engine.score import ScoredItem, Scorer
 from alisa.engine.text import TextStream
 from alisa.engine.verify import VerifyReport, verify
+from alisa.engine.weights import choose_linear
 from alisa.errors import InputError, PromptError
 from alisa.kv.codec import make_codec
 from alisa.model.hub import resolve_model
@@ -59,6 +61,7 @@ class LLM:
         policy: which cached tokens a decode step reads; `dense` or `swa`.
         sparsity: share of the earlier tokens that `swa` does not read.
         dtype: of the weights and the arithmetic; `auto` takes what is fastest on this machine.
+        weight_dtype: `int8` keeps the linear layers in 8 bits (on a CPU): half the memory and the reading of 16 bits.
         kv_dtype: of the cached rows, also `int8` or `int4`; `auto` is the dtype of the arithmetic.
         device: `cpu`, `cuda` or `auto`.
         kv_device_memory: hard cap of the KV rows, in bytes or like "2GiB"; None for a share of the free memory.
@@ -87,6 +90,7 @@ class LLM:
         policy: PolicyName = "sketch",
         sparsity: float = 0.8,
         dtype: DtypeName = "auto",
+        weight_dtype: WeightDtypeName = "auto",
         kv_dtype: KvDtypeName = "auto",
         device: DeviceName = "auto",
         kv_device_memory: str | int | None = None,
@@ -102,6 +106,7 @@ class LLM:
             policy=policy,
             sparsity=sparsity,
             dtype=dtype,
+            weight_dtype=weight_dtype,
             kv_dtype=kv_dtype,
             device=device,
             kv_device_memory=None if kv_device_memory is None else parse_bytes(kv_device_memory),
@@ -118,8 +123,9 @@ class LLM:
         load_spec(directory)  # before anything else is read: a wrong directory or family is refused by its config
         self.tokenizer = Tokenizer.load(directory)
         torch_device = resolve_device(device)
+        make_linear = choose_linear(weight_dtype, torch_device)
         torch_dtype = resolve_dtype(dtype, checkpoint_dtype(directory), torch_device)
-        self._decoder = load_decoder(directory, torch_dtype, torch_device, progress)
+        self._decoder = load_decoder(directory, torch_dtype, torch_device, progress, make_linear)
         self.spec = self._decoder.spec
         self._policy = make_policy(policy, sparsity)
         kv_dtype_name = str(self._decoder.dtype).removeprefix("torch.") if kv_dtype == "auto" else kv_dtype
@@ -129,6 +135,12 @@ class LLM:
         self._plans: list[StepPlan] = []
         self._memory: Memory | None = None
         self._summary: RunSummary | None = None
+
+    @property
+    def weight_dtype(self) -> str:
+        """What the linear layers are held in, `auto` resolved."""
+        asked = self.config.weight_dtype
+        return str(self._decoder.dtype).removeprefix("torch.") if asked == "auto" else asked
 
     @property
     def records(self) -> Sequence[StepRecord]:
@@ -184,14 +196,16 @@ class LLM:
     def predict(self, hardware: Hardware) -> StepCost | None:
         """What the decode steps of the last run should have cost on this machine, from the plans that were executed.
 
-        None where the machine's figures say nothing about this dtype or format of rows.
+        None where the machine's figures say nothing about this dtype, of weights or of rows.
         """
         if self._memory is None:
             raise InputError("There is no run to predict yet; call generate() or stream() first.")
         dtype, kv_dtype = str(self._decoder.dtype).removeprefix("torch."), self._codec.format.dtype
-        if dtype not in hardware.gemm or kv_dtype not in hardware.attention:
+        method = Method(
+            self.config.policy, self.config.sparsity, dtype, kv_dtype, weight_dtype=self.config.weight_dtype
+        )
+        if method.products not in hardware.gemm or kv_dtype not in hardware.attention:
             return None
-        method = Method(self.config.policy, self.config.sparsity, dtype, kv_dtype)
         memory = self._memory
         tiers = memory.scheduler.uses_tiers
         timeline = price_run(self.spec, method, hardware, self._plans, memory.limits, tiers=tiers)
@@ -229,6 +243,7 @@ class LLM:
             "parameters": self.spec.num_parameters,
             "weight_bytes": self._decoder.weight_bytes,
             "dtype": str(self._decoder.dtype).removeprefix("torch."),
+            "weight_dtype": self.weight_dtype,
             "kv_dtype": self._codec.format.dtype,
             "device": str(self._decoder.device),
             "attention": self._kernels.name,

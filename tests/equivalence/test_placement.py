@@ -101,3 +101,19 @@ def test_too_little_disk_preempts_and_changes_no_token(tiny_model):
     waiting = LLM(tiny_model("llama-gqa-tied"), dtype="float32", kv_device_memory=250 * token_bytes, kv_disk_memory=0)
     assert tokens(waiting) == expected
     assert waiting.summary().num_preempted > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["opt", "llama-gqa-tied"])
+def test_weights_in_8_bits_know_neither_place_nor_company(family, dtype, tiny_model, tmp_path):
+    options = {"policy": "dense", "dtype": dtype, "weight_dtype": "int8", "prefill_chunk": 32}
+    everything = LLM(tiny_model(family), **options)
+    expected = tokens(everything)
+    alone = LLM(tiny_model(family), **options, max_batch=1)
+    cap = 120 * everything.describe()["kv_token_bytes"]
+    schedule = schedule_file(tmp_path, **THREE_PHASES)
+    phases = LLM(tiny_model(family), **options, kv_device_memory=cap, schedule=schedule)
+    assert tokens(alone) == tokens(phases) == expected
+    assert phases.summary().traffic.rebuilt_rows > 0
+    described = everything.describe()
+    assert (described["dtype"], described["weight_dtype"]) == (dtype, "int8")

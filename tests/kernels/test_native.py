@@ -31,6 +31,8 @@ def test_native_code_is_clean(tmp_path):
     printed = build_and_run(tmp_path, ["-DALISA_SANITIZE=ON"])
     for isa in (*cpu.isa_names(), "portable"):
         assert f"{isa}: checked" in printed
+    for isa in cpu.product_isa_names():
+        assert f"{isa}: products checked" in printed
 
 
 @pytest.mark.slow
@@ -48,3 +50,4 @@ def test_native_code_runs_on_aarch64(tmp_path):
     ]
     printed = build_and_run(tmp_path, options, [emulator, "-L", "/usr/aarch64-linux-gnu"])
     assert "portable: checked" in printed
+    assert "portable: products checked" in printed

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import alisa
-from alisa.bench.cases import CASES, DEFAULT_CASES, AppendCase, DecodeCase, PolicyCase, SketchCase
+from alisa.bench.cases import CASES, DEFAULT_CASES, AppendCase, DecodeCase, PolicyCase, ProductCase, SketchCase
 from alisa.bench.contest import Contender, Contest, Outcome, Role, Timing, hold
 from alisa.bench.kernels import make_contest, make_kernels, make_record, run_case
 from alisa.bench.stamp import Stamp, checkout_commit
@@ -24,6 +24,8 @@ def small(case):
             return replace(case, num_seqs=2, num_tokens=80, num_layers=2)
         case AppendCase():
             return replace(case, num_tokens=5, num_kv_heads=2, head_dim=16)
+        case ProductCase():
+            return replace(case, num_tokens=3, num_in=80, num_out=96)
     kv_heads = 4 * case.num_kv_heads // case.num_heads
     sets = 1 if case.num_sets == 1 else kv_heads
     return replace(case, num_seqs=2, num_tokens=60, num_heads=4, num_kv_heads=kv_heads, head_dim=16, num_sets=sets)
@@ -63,7 +65,8 @@ def test_kernel_and_twin_choose_alike(name):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not isinstance(case, DecodeCase)])
 def test_upkeep_runs_against_its_twin(name):
     outcome = run_case(small(CASES[name]), make_kernels(None), runs=2, only_kernel=False)
-    assert {timing.role for timing in outcome.timings.values()} == {Role.READ, Role.KERNEL, Role.TWIN}
+    rivals = {Role.TWIN, Role.PACKED} if isinstance(CASES[name], ProductCase) else {Role.TWIN}
+    assert {timing.role for timing in outcome.timings.values()} == {Role.READ, Role.KERNEL, *rivals}
     assert outcome.bandwidth_share > 0
 
 
@@ -126,7 +129,7 @@ def test_a_record_says_what_was_measured_and_where():
     assert record["stamp"]["cpu"]
     [measured] = record["cases"]
     assert measured["shape"]["head_dim"] == 128
-    assert measured["speedup"] == {"dense": 5.0, "gather": None, "twin": None}
+    assert measured["speedup"] == {"dense": 5.0, "gather": None, "packed": None, "twin": None}
     assert measured["timings"]["kernel"]["low_s"] == 0.2
 
 

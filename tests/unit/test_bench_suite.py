@@ -146,6 +146,13 @@ def test_the_floor_counts_weights_rows_and_products():
     assert speeds.fastest(Speeds(2e9, 0.6, 1.0)) == Speeds(2e9, 0.5, 1.0)
     assert floor("openvino", variant="int8").gemm_s is None
     assert floor("openvino", variant="int8").weights_s == dense.weights_s / 2
+    assert floor("alisa", weight_dtype="int8").gemm_s is None, "those products were not measured"
+    own = Speeds(1e9, 0.2, 1.0, "int8")
+    reading = reading_of("alisa", {"weight_dtype": "int8"}, "bfloat16", max(prompts) + output_len)
+    eight = floor_of(
+        spec, "bfloat16", reading, own.reading(speeds), prompt_lens=prompts, output_len=output_len, batch=2
+    )
+    assert (eight.gemm_s, eight.prefill_s, eight.weights_s) == (3 * 4 / 2 * 0.2, 1.0, dense.weights_s / 2)
 
 
 def test_prompts_are_the_same_everywhere_and_fit(tmp_path):
@@ -264,9 +271,9 @@ else:
 def test_an_experiment_from_its_file_to_its_records(tmp_path, capsys, monkeypatch):
     measured, measure_once = [], cache(suite.measure_floor)
 
-    def floor_once(work):
+    def floor_once(work, weight_dtype="auto"):
         measured.append(work.workload.name)
-        return measure_once(work)
+        return measure_once(work, weight_dtype)
 
     monkeypatch.setattr(suite, "measure_floor", floor_once)
     (tmp_path / "transformers_engine.py").write_text(DRIVER)

@@ -120,7 +120,15 @@ def test_nothing_left_to_do_loads_no_model(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "change",
-    [("--seed", "1"), ("--sparsity", "0.5"), ("--model", "x"), ("--stop", "a"), ("--chat",), ("--dtype", "float32")],
+    [
+        ("--seed", "1"),
+        ("--sparsity", "0.5"),
+        ("--model", "x"),
+        ("--stop", "a"),
+        ("--chat",),
+        ("--dtype", "float32"),
+        ("--weight-dtype", "int8"),
+    ],
 )
 def test_other_settings_do_not_continue_a_file(tmp_path, change):
     path = tmp_path / "out.jsonl"

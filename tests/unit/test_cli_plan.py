@@ -59,6 +59,7 @@ def test_work_that_does_not_fit_is_an_answer(capsys):
         (("--shape", "opt-13b", "--hardware", "h200", "--sparsity", "1"), "--sparsity is 1"),
         (("--shape", "opt-13b", "--hardware", "h200", "--prompt-len", "2000"), "2048 positions"),
         (("--shape", "opt-13b", "--hardware", "h200", "--dtype", "float64"), "no figures for float64"),
+        (("--shape", "opt-13b", "--hardware", "h200", "--weight-dtype", "int8"), "no figures for int8 weights"),
         (("--shape", "opt-13b"), "alisa profile"),
     ],
 )

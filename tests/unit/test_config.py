@@ -42,5 +42,5 @@ def test_sampling_params_name_every_wrong_field():
 
 
 def test_engine_config_names_every_wrong_field():
-    with pytest.raises(InputError, match=r"policy 'h3o' is unknown.*sparsity is 1"):
-        EngineConfig(policy="h3o", sparsity=1)
+    with pytest.raises(InputError, match=r"policy 'h3o' is unknown.*weight_dtype 'int3' is unknown.*sparsity is 1"):
+        EngineConfig(policy="h3o", weight_dtype="int3", sparsity=1)

@@ -16,13 +16,14 @@ GIB = 1024**3
 TMP = Place("/tmp", "ext4", 50 * GIB, writable=True)
 NATIVE = Native(
     isas=("avx512", "avx2", "portable"),
+    products=("avx512_vnni", "avx2", "portable"),
     reason="",
     built=True,
     shares_threads=True,
     compiler="/usr/bin/c++",
     self_test=SelfTest(1e-7),
 )
-NO_NATIVE = replace(NATIVE, isas=(), reason="no module", built=False, compiler=None, self_test=None)
+NO_NATIVE = replace(NATIVE, isas=(), products=(), reason="no module", built=False, compiler=None, self_test=None)
 HEALTHY = Facts(
     alisa="0.1.0",
     python="3.11.7",
@@ -59,7 +60,7 @@ def test_a_healthy_machine_needs_nothing():
     text = "\n".join(finding.text for finding in findings)
     assert "torch 2.13.0 (without CUDA)" in text
     assert "Some CPU: AVX2, AVX-512" in text
-    assert "avx512 runs (also there: avx2, portable)" in text
+    assert "avx512 runs (also there: avx2, portable); int8 weights: avx512_vnni" in text
     assert "KV rows get up to 10.0 GiB of it" in text
     assert "rows that fit no memory may take 40.0 GiB" in text
 

@@ -17,7 +17,7 @@ from alisa.planner.presets import PRESETS
 from alisa.planner.saved import load_profile, save_profile
 from alisa.planner.search import Grid, _Pricer, search
 from alisa.planner.shapes import SHAPES
-from alisa.planner.simulate import Room, Workload, simulate, simulate_uniform
+from alisa.planner.simulate import Room, Workload, room_for, simulate, simulate_uniform
 from alisa.policy.table import make_policy
 from alisa.schedule.base import Limits, Tier
 from alisa.schedule.three_phase import Schedule, ThreePhase
@@ -49,6 +49,26 @@ def test_weights_are_counted_as_they_are_loaded(tied):
     spec = dataclasses.replace(small_spec(), tied_embeddings=tied)
     decoder = random_decoder(spec, torch.float32, torch.device("cpu"))
     assert weight_bytes(spec, "float32", packs_tied=True) == decoder.weight_bytes
+
+
+def test_weights_in_8_bits_are_priced_by_their_own_products():
+    hardware = PRESETS["h200"]
+    sixteen = hardware.gemm["float16"]
+    halved = tuple((size, tuple((rows, taken / 2) for rows, taken in points)) for size, points in sixteen.curves)
+    hardware = dataclasses.replace(
+        hardware, gemm={**hardware.gemm, "int8": dataclasses.replace(sixteen, curves=halved)}
+    )
+    spec, work, limits = SHAPES["opt-6.7b"], Workload(4, 64, 8), Limits(10_000)
+
+    def linear_s(method):
+        cost = CostModel(spec, method, hardware)
+        return simulate(cost, method, ThreePhase(), limits, [64] * 4, 8).total().linear_s
+
+    eight = dataclasses.replace(SWA, weight_dtype="int8")
+    assert 0.5 <= linear_s(eight) / linear_s(SWA) < 0.9
+    room, larger = (room_for(spec, method, hardware, work).device_bytes for method in (SWA, eight))
+    # A byte for each weight, but for the table, which the logits now have a copy of.
+    assert larger - room > 0.9 * spec.step_weights
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])

@@ -272,11 +272,12 @@ def status(key):
 
 directory, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
 # What torch brings with its first packed product belongs to the baseline, not to the weights.
-from alisa.model.linear import make_linear
+from alisa.engine.weights import choose_linear
+make_linear = choose_linear(sys.argv[3], torch.device("cpu"))
 make_linear(torch.ones(64, 64, dtype=dtype), None, torch.device("cpu"))(torch.ones(2, 64, dtype=dtype))
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
-decoder = load_decoder(directory, dtype, torch.device("cpu"))
+decoder = load_decoder(directory, dtype, torch.device("cpu"), make_linear=make_linear)
 print(before, status("VmHWM"), status("VmRSS"), decoder.weight_bytes)
 """
 
@@ -304,25 +305,26 @@ def large(tmp_path_factory) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize(
-    ("format", "dtype"),
+    ("format", "dtype", "weights", "share"),
     [
-        ("safetensors", "float32"),
-        pytest.param("safetensors", "bfloat16", marks=pytest.mark.slow),
-        pytest.param("bin", "float32", marks=pytest.mark.slow),
+        ("safetensors", "float32", "auto", 1.0),
+        pytest.param("safetensors", "bfloat16", "auto", 0.5, marks=pytest.mark.slow),
+        pytest.param("safetensors", "bfloat16", "int8", 0.264, marks=pytest.mark.slow),
+        pytest.param("bin", "float32", "auto", 1.0, marks=pytest.mark.slow),
     ],
 )
-def test_nothing_is_held_twice_while_loading(large, format, dtype, tmp_path):
+def test_nothing_is_held_twice_while_loading(large, format, dtype, weights, share, tmp_path):
     directory = large
     stored_bytes = (large / "model.safetensors").stat().st_size
     if format == "bin":
         directory = tmp_path
         (directory / "config.json").write_bytes((large / "config.json").read_bytes())
         torch.save(load_file(large / "model.safetensors"), directory / "pytorch_model.bin")
-    command = [sys.executable, "-c", MEASURE, str(directory), dtype]
+    command = [sys.executable, "-c", MEASURE, str(directory), dtype, weights]
     source = str(Path(__file__).parents[2] / "src")
     result = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": source})
     before, peak, after, weight_bytes = map(int, result.stdout.split())
-    assert weight_bytes == pytest.approx(stored_bytes * (1.0 if dtype == "float32" else 0.5), rel=0.01)
+    assert weight_bytes == pytest.approx(stored_bytes * share, rel=0.01)
     # The largest tensor exists three times at the worst (as stored, as cast or joined, packed), a mapped file adds what
     # is read of it before it is opened anew, and the allocator keeps some holes.
     largest_bytes = 2 * 2048 * 768 * 4

@@ -1,7 +1,7 @@
 """What `alisa bench kernels` can measure, by name. Plain values without torch, so that `--help` can list them.
 
-A case says what is done and how large it is; `decode`, `upkeep` and `ranking` build it. To add one: a line in `CASES`.
-For another kind of work: a dataclass here, and a function that makes a `Contest` of it (`bench/kernels.py`).
+A case says what is done and how large it is; `decode`, `upkeep`, `ranking`, `products` build it. To add one: a line in
+`CASES`. For another kind of work: a dataclass here, and a function that makes a `Contest` of it (`bench/kernels.py`).
 """
 
 from __future__ import annotations
@@ -112,7 +112,21 @@ class SketchCase:
         return self.num_seqs * self.num_tokens * (self.key_bytes + other_bytes)
 
 
-Case: TypeAlias = DecodeCase | AppendCase | PolicyCase | SketchCase
+@dataclass(frozen=True, kw_only=True)
+class ProductCase:
+    """One linear layer with weights in 8 bits, on N tokens in bfloat16."""
+
+    num_tokens: int
+    num_in: int = 2048
+    num_out: int = 8192
+
+    @property
+    def num_bytes(self) -> int:
+        """Weights read, inputs read and outputs written."""
+        return self.num_in * self.num_out + 4 * self.num_out + 2 * self.num_tokens * (self.num_in + self.num_out)
+
+
+Case: TypeAlias = DecodeCase | AppendCase | PolicyCase | SketchCase | ProductCase
 
 CASES: dict[str, Case] = {
     "bf16-20": DecodeCase(dtype="bfloat16", share=0.2),
@@ -142,8 +156,22 @@ CASES: dict[str, Case] = {
     "sketch-gqa-b1-16k": SketchCase(work="scores", num_kv_heads=8, num_seqs=1, num_tokens=16384),
     "sketch-opt1.3b": SketchCase(work="scores", num_tokens=640, head_dim=64),
     "sketch-append": SketchCase(work="append", num_seqs=1, num_tokens=1024),
+    "product-int8-b1": ProductCase(num_tokens=1),
+    "product-int8-b4": ProductCase(num_tokens=4),
+    "product-int8-b16": ProductCase(num_tokens=16),
+    "product-int8-prefill": ProductCase(num_tokens=1024),
 }
 """Every case by name."""
 
-DEFAULT_CASES = ("bf16-20", "int8-20", "bf16-20-gqa", "append-bf16", "append-int8", "select", "observe", "sketch")
+DEFAULT_CASES = (
+    "bf16-20",
+    "int8-20",
+    "bf16-20-gqa",
+    "append-bf16",
+    "append-int8",
+    "select",
+    "observe",
+    "sketch",
+    "product-int8-b16",
+)
 """One of each kind, and the shapes most often asked about; under a minute on two cores."""

@@ -32,6 +32,8 @@ class Role(StrEnum):
     """The same arguments and results in plain torch."""
     DENSE = "dense"
     """Torch's fused attention over all rows, not only the chosen ones."""
+    PACKED = "packed"
+    """Torch's packed product, with weights in the dtype of the inputs."""
     GATHER = "gather"
     """The chosen rows copied together, then torch's fused attention."""
 

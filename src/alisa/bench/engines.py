@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from alisa.budget import reads_of
-from alisa.config import EngineConfig, KvDtypeName, PolicyName
+from alisa.config import EngineConfig, KvDtypeName, PolicyName, WeightDtypeName
 from alisa.errors import InputError
 from alisa.planner.hardware import from_values
 
@@ -72,6 +72,7 @@ class OwnOptions:
     policy: PolicyName = "swa"
     sparsity: float = 0.8
     kv_dtype: KvDtypeName = "auto"
+    weight_dtype: WeightDtypeName = "auto"
     schedule: dict[str, float | str] | None = None
     """As in a schedule file (docs/scheduling.md); None: what the cap demands."""
     prefetch: bool = True
@@ -133,7 +134,8 @@ def reading_of(engine: str, options: Mapping[str, Any], dtype: str, final_len: i
     if engine == OWN:
         own = OwnOptions.of(options)
         reads = reads_of(own.policy, own.sparsity)
-        return Reading("dtype", dtype if own.kv_dtype == "auto" else own.kv_dtype, lambda n: sum(reads(n)) + 1)
+        weights = "int8" if own.weight_dtype == "int8" else "dtype"
+        return Reading(weights, dtype if own.kv_dtype == "auto" else own.kv_dtype, lambda n: sum(reads(n)) + 1)
     if engine == "kvpress":
         kept = round(options.get("keep", KEPT) * final_len)
         return Reading("dtype", dtype, lambda n: min(n, kept) + 1)

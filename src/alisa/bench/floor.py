@@ -5,7 +5,8 @@ own packed layers, run one after the other, in the batch of a decode step and in
 that the machine was seen to be: a virtual one may be half as fast a minute later, so it is measured before and after a
 run.
 
-    python -m alisa.bench.floor < {"shape": ..., "dtype": ..., "batch": ..., "pass_rows": ..., "threads": ...}
+    python -m alisa.bench.floor < {"shape": ..., "dtype": ..., "weight_dtype": ..., "batch": ..., "pass_rows": ...,
+                                   "threads": ...}
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 
 import torch
 
 from alisa.bench.engines import Reading
-from alisa.model.linear import Linear, make_linear
+from alisa.config import WeightDtypeName
+from alisa.engine.weights import choose_linear
+from alisa.model.linear import Linear
 from alisa.model.names import layer_shapes
 from alisa.planner.footprint import row_bytes
 from alisa.planner.hardware import from_values
@@ -43,14 +46,21 @@ class Speeds:
     """All linear layers of the model and its logits, for the batch of a decode step."""
     prefill_gemm_s: float
     """All linear layers, without logits, for the tokens of a prompt's pass."""
+    weight_dtype: WeightDtypeName = "auto"
+    """What the layers of both products hold; `auto`: the dtype of the arithmetic."""
 
     def fastest(self, other: Speeds) -> Speeds:
-        """The better of both in each."""
+        """The better of both in each, of the same weights."""
         return Speeds(
             max(self.read_bytes_per_s, other.read_bytes_per_s),
             min(self.decode_gemm_s, other.decode_gemm_s),
             min(self.prefill_gemm_s, other.prefill_gemm_s),
+            self.weight_dtype,
         )
+
+    def reading(self, other: Speeds) -> Speeds:
+        """The same products, with the better of both in reading: the other's weights may be others."""
+        return replace(self, read_bytes_per_s=max(self.read_bytes_per_s, other.read_bytes_per_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +118,11 @@ def floor_of(
     weight_bytes = spec.step_weights * (1 if reading.weights == "int8" else DTYPE_BYTES[dtype])
     tokens = sum(reading.tokens(length + step) for length in prompt_lens for step in range(output_len - 1))
     read_bytes = tokens * spec.num_layers * row_bytes(spec, reading.rows)
+    measured = "int8" if speeds.weight_dtype == "int8" else "dtype"
     return Floor(
         weights_s=steps * weight_bytes / speeds.read_bytes_per_s,
         rows_s=read_bytes / speeds.read_bytes_per_s,
-        gemm_s=steps * speeds.decode_gemm_s if reading.weights == "dtype" else None,
+        gemm_s=steps * speeds.decode_gemm_s if measured == reading.weights else None,
         prefill_s=sum(prompt_lens) / pass_rows(prompt_lens) * speeds.prefill_gemm_s,
         read_bytes_per_s=speeds.read_bytes_per_s,
     )
@@ -122,7 +133,9 @@ def pass_rows(prompt_lens: Sequence[int]) -> int:
     return min(PREFILL_CHUNK, sum(prompt_lens))
 
 
-def measure_speeds(spec: ModelSpec, dtype: torch.dtype, *, batch: int, rows: int) -> Speeds:
+def measure_speeds(
+    spec: ModelSpec, dtype: torch.dtype, *, batch: int, rows: int, weight_dtype: WeightDtypeName = "auto"
+) -> Speeds:
     """Speeds of this machine, on one to two gigabytes of random numbers.
 
     Args:
@@ -130,10 +143,11 @@ def measure_speeds(spec: ModelSpec, dtype: torch.dtype, *, batch: int, rows: int
         dtype: of the arithmetic.
         batch: sequences of a decode step.
         rows: tokens of a prompt's pass.
+        weight_dtype: what the layers hold.
     """
-    layers = _Layers(spec, dtype)
+    layers = _Layers(spec, dtype, weight_dtype)
     decode_s = layers.seconds(batch) + layers.logits_seconds(batch)
-    return Speeds(read_bandwidth(), decode_s, layers.seconds(rows))
+    return Speeds(read_bandwidth(), decode_s, layers.seconds(rows), weight_dtype)
 
 
 def read_bandwidth() -> float:
@@ -145,9 +159,10 @@ def read_bandwidth() -> float:
 class _Layers:
     """Linear layers of a model with random weights, as the decoder packs them."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, weight_dtype: WeightDtypeName) -> None:
         self._spec, self._dtype = spec, dtype
         self._device = torch.device("cpu")
+        self._make_linear = choose_linear(weight_dtype, self._device)
         shapes = [shape for name, shape in layer_shapes(spec).items() if len(shape) == 2 and name.endswith("weight")]
         self._sizes = [shape[1] for shape in shapes] * _LAYERS
         self._layers = [self._linear(*shape) for shape in shapes * _LAYERS]
@@ -169,7 +184,7 @@ class _Layers:
         return _fastest(lambda: self._logits(hidden))
 
     def _linear(self, num_out: int, num_in: int) -> Linear:
-        return make_linear(torch.randn(num_out, num_in, dtype=self._dtype), None, self._device)
+        return self._make_linear(torch.randn(num_out, num_in, dtype=self._dtype), None, self._device)
 
 
 def _fastest(work: Callable[[], object]) -> float:
@@ -188,7 +203,7 @@ def _main() -> None:
     job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
     spec, dtype = from_values(ModelSpec, job["shape"]), getattr(torch, job["dtype"])
-    found = measure_speeds(spec, dtype, batch=job["batch"], rows=job["pass_rows"])
+    found = measure_speeds(spec, dtype, batch=job["batch"], rows=job["pass_rows"], weight_dtype=job["weight_dtype"])
     sys.stdout.write(json.dumps(asdict(found)) + "\n")
 
 

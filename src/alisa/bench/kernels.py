@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from alisa.bench.cases import AppendCase, Case, DecodeCase, PolicyCase, SketchCase
+from alisa.bench.cases import AppendCase, Case, DecodeCase, PolicyCase, ProductCase, SketchCase
 from alisa.bench.contest import Contest, Outcome, Role, hold
 from alisa.bench.decode import decode_contest
+from alisa.bench.products import product_contest
 from alisa.bench.ranking import sketch_contest
 from alisa.bench.stamp import Stamp
 from alisa.bench.upkeep import append_contest, policy_contest
@@ -39,11 +40,16 @@ def make_contest(case: Case, kernels: cpu.CpuKernels) -> Contest:
             return policy_contest(case, kernels)
         case SketchCase():
             return sketch_contest(case, kernels)
+        case ProductCase():
+            return product_contest(case, kernels)
 
 
 def run_case(case: Case, kernels: cpu.CpuKernels, *, runs: int, only_kernel: bool) -> Outcome:
     """Measure one case."""
     return hold(make_contest(case, kernels), runs, only_kernel=only_kernel)
+
+
+_RIVALS = (Role.DENSE, Role.GATHER, Role.PACKED, Role.TWIN)
 
 
 def make_record(stamp: Stamp, isa: str, runs: int, cases: Mapping[str, tuple[Case, Outcome]]) -> dict[str, object]:
@@ -62,7 +68,7 @@ def make_record(stamp: Stamp, isa: str, runs: int, cases: Mapping[str, tuple[Cas
                 "read_bytes_per_s": outcome.read_bytes_per_s,
                 "kernel_bytes_per_s": outcome.bytes_per_s,
                 "bandwidth_share": outcome.bandwidth_share,
-                "speedup": {role.value: outcome.speedup(role) for role in (Role.DENSE, Role.GATHER, Role.TWIN)},
+                "speedup": {role.value: outcome.speedup(role) for role in _RIVALS},
                 "timings": {label: asdict(timing) for label, timing in outcome.timings.items()},
             }
             for name, (case, outcome) in cases.items()

@@ -22,6 +22,7 @@ from alisa.bench.floor import Speeds, floor_of, pass_rows
 from alisa.bench.remote.measured import Job
 from alisa.bench.shapes import SHAPES
 from alisa.bench.stamp import Stamp
+from alisa.config import WeightDtypeName
 from alisa.errors import InputError
 from alisa.model.loader import load_spec
 from alisa.model.tokenizer import Tokenizer
@@ -147,14 +148,15 @@ def _random_prompts(workload: Workload, spec: ModelSpec, lengths: Sequence[int])
     return [[rng.randrange(FIRST_ORDINARY_ID, spec.vocab_size) for _ in range(length)] for length in lengths]
 
 
-def measure_floor(work: Work) -> Speeds:
-    """What the machine can do, measured in a process of its own whose memory is gone afterwards."""
+def measure_floor(work: Work, weight_dtype: WeightDtypeName = "auto") -> Speeds:
+    """What the machine can do with such weights, measured in a process of its own whose memory is gone afterwards."""
     job = {
         "shape": asdict(work.spec),
         "dtype": work.workload.dtype,
         "batch": min(work.workload.batch, len(work.prompts)),
         "pass_rows": pass_rows(work.prompt_lens),
         "threads": work.threads,
+        "weight_dtype": weight_dtype,
     }
     result = _last_line([sys.executable, "-m", "alisa.bench.floor"], job, work, path=None)
     if result.get("status") == "failed":
@@ -195,11 +197,14 @@ def measure(measurement: Measurement, work: Work, before: Speeds, places: Places
     after = measure_floor(work)
     final_len = max(work.prompt_lens) + work.workload.output_len
     reading = reading_of(run.engine, run.options, work.workload.dtype, final_len)
+    speeds = before.fastest(after)
+    if run.engine == OWN and reading.weights == "int8":
+        speeds = measure_floor(work, "int8").reading(speeds)
     floor = floor_of(
         work.spec,
         work.workload.dtype,
         reading,
-        before.fastest(after),
+        speeds,
         prompt_lens=work.prompt_lens,
         output_len=work.workload.output_len,
         batch=work.workload.batch,

@@ -14,6 +14,7 @@ from alisa.bench.remote.measured import Clock, Job, finish
 from alisa.bench.session import Ran, Setting, kv_dtype_of, run_batch
 from alisa.engine.kernels import choose_kernels
 from alisa.engine.memory import Caps, default_kv_memory
+from alisa.engine.weights import choose_linear
 from alisa.model.decoder import Decoder
 from alisa.model.loader import load_decoder
 from alisa.schedule.file import schedule_from
@@ -60,11 +61,14 @@ def main() -> None:
     torch.set_num_threads(job.threads)
     options = OwnOptions.of(job.options)
     setting = setting_of(job, options)
-    decoder = load_decoder(Path(job.model), getattr(torch, job.dtype), torch.device("cpu"))
+    device = torch.device("cpu")
+    make_linear = choose_linear(options.weight_dtype, device)
+    decoder = load_decoder(Path(job.model), getattr(torch, job.dtype), device, make_linear=make_linear)
     generate(decoder, setting, job.warm_up())
     clock, ran = generate(decoder, setting, job)
     kernels = choose_kernels(decoder.device)
-    notes = [f"{job.dtype} weights, {kv_dtype_of(decoder, options.kv_dtype)} KV rows", f"kernels {kernels.name}"]
+    weights = job.dtype if options.weight_dtype == "auto" else options.weight_dtype
+    notes = [f"{weights} weights, {kv_dtype_of(decoder, options.kv_dtype)} KV rows", f"kernels {kernels.name}"]
     notes += [] if options.prefetch else ["no prefetching"]
     notes += [] if options.overlap else ["no overlap of moves with arithmetic"]
     finish(job, clock, packages=["alisa", "torch"], num_output=ran.num_output, notes=notes, details=ran.details())

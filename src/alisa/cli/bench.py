@@ -106,7 +106,12 @@ def kernels_table(outcomes: Mapping[str, Outcome]) -> Table:
     """One line for each case; of the rivals that were measured, how many times longer they take than the kernel."""
     from alisa.bench.contest import Role
 
-    rivals = {Role.DENSE: "dense SDPA", Role.GATHER: "gather + SDPA", Role.TWIN: "torch twin"}
+    rivals = {
+        Role.DENSE: "dense SDPA",
+        Role.GATHER: "gather + SDPA",
+        Role.PACKED: "torch bf16",
+        Role.TWIN: "torch twin",
+    }
     measured = {timing.role for outcome in outcomes.values() for timing in outcome.timings.values()}
     shown = [role for role in rivals if role in measured]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")

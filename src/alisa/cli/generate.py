@@ -65,6 +65,8 @@ class Generate:
             "policy": engine.policy,
             "sparsity": engine.sparsity,
             "dtype": engine.dtype,
+            # Left out where it is as before, so that older files of results go on.
+            **({} if engine.weight_dtype == "auto" else {"weight_dtype": engine.weight_dtype}),
             "kv_dtype": engine.kv_dtype,
             "device": engine.device,
             "chat": self.chat,
@@ -82,6 +84,7 @@ def load_llm(options: EngineOptions, progress: Callable[[int, int], None]) -> LL
         policy=options.policy,
         sparsity=options.sparsity,
         dtype=options.dtype,
+        weight_dtype=options.weight_dtype,
         kv_dtype=options.kv_dtype,
         device=options.device,
         kv_device_memory=options.kv_device_memory,

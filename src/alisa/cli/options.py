@@ -12,7 +12,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from alisa.config import DeviceName, DtypeName, EngineConfig, KvDtypeName, PolicyName, parse_bytes
+from alisa.config import DeviceName, DtypeName, EngineConfig, KvDtypeName, PolicyName, WeightDtypeName, parse_bytes
 
 _DEFAULT = EngineConfig()
 
@@ -41,6 +41,9 @@ class EngineOptions:
     """Share of the earlier tokens that a step does not read, 0 up to but not 1; dense ignores it."""
     dtype: DtypeName = _DEFAULT.dtype
     """What the model computes in; auto: what the checkpoint and the device suit."""
+    weight_dtype: WeightDtypeName = _DEFAULT.weight_dtype
+    """What the linear layers are kept in; auto: the same as --dtype. int8, on a CPU: half the memory and the reading of
+    16 bits, every output channel with a scale."""
     kv_dtype: KvDtypeName = _DEFAULT.kv_dtype
     """What K and V are kept in; auto: the same as --dtype, so that dense attention is exact. int8 and int4 keep a
     scale for each token and head: about half or a quarter of the memory of 16 bits; int8 costs 0.03 % of perplexity
@@ -78,6 +81,7 @@ class EngineOptions:
             policy=self.policy,
             sparsity=self.sparsity,
             dtype=self.dtype,
+            weight_dtype=self.weight_dtype,
             kv_dtype=self.kv_dtype,
             device=self.device,
             kv_device_memory=memory,

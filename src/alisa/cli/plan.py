@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import OmitArgPrefixes, arg
 
 from alisa.cli.options import DisplayOptions
-from alisa.config import KvDtypeName, PolicyName, parse_bytes
+from alisa.config import KvDtypeName, PolicyName, WeightDtypeName, parse_bytes
 from alisa.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class Plan:
     """Share of the earlier tokens that a step does not read."""
     dtype: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: what suits the machine)")] = None
     """What the model computes in: float32, bfloat16 or float16."""
+    weight_dtype: WeightDtypeName = "auto"
+    """What the linear layers are kept in; auto: the same as --dtype."""
     kv_dtype: KvDtypeName = "auto"
     """What rows are kept in; auto: the same as --dtype, or int8 where that is faster."""
     kv_device_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: what is left)")] = None
@@ -148,13 +150,19 @@ class Plan:
     def _methods(self, hardware: Hardware) -> tuple[Method, ...]:
         from alisa.planner.load import Method
 
-        dtype = self.dtype or next(iter(hardware.gemm))
-        if dtype not in hardware.gemm:
-            raise InputError(f"{hardware.name} has no figures for {dtype}; there are {', '.join(hardware.gemm)}.")
+        known = [name for name in hardware.gemm if name != "int8"]
+        dtype = self.dtype or known[0]
+        if dtype not in known:
+            raise InputError(f"{hardware.name} has no figures for {dtype}; there are {', '.join(known)}.")
+        if self.weight_dtype != "auto" and self.weight_dtype not in hardware.gemm:
+            raise InputError(
+                f"{hardware.name} has no figures for {self.weight_dtype} weights, which are for CPUs; an older profile "
+                "gets them from another `alisa profile`."
+            )
         kinds = (dtype, "int8") if self.kv_dtype == "auto" else (self.kv_dtype,)
         if missing := [kind for kind in kinds if kind not in hardware.attention]:
             raise InputError(f"{hardware.name} has no figures for rows of {missing[0]}.")
-        return tuple(Method(self.policy, self.sparsity, dtype, kind) for kind in kinds)
+        return tuple(Method(self.policy, self.sparsity, dtype, kind, weight_dtype=self.weight_dtype) for kind in kinds)
 
     def _room(self, spec: ModelSpec, hardware: Hardware, method: Method, workload: Workload) -> Room | None:
         """The caps; on this machine what is free now, shared out as `alisa generate` does."""
@@ -163,7 +171,9 @@ class Plan:
 
         room = room_for(spec, method, hardware, workload)
         if self.hardware == "this":
-            free = hardware.device_bytes - weight_bytes(spec, method.dtype, packs_tied=hardware.packs_tied)
+            free = hardware.device_bytes - weight_bytes(
+                spec, method.dtype, packs_tied=hardware.packs_tied, weight_dtype=method.weight_dtype
+            )
             room = Room(int(free * _FREE_SHARE), room.below_bytes)
         elif self.kv_device_memory is None and self.kv_below_memory is None:
             return None  # what is left depends on how many run together
@@ -200,8 +210,9 @@ def find_hardware(name: str) -> Hardware:
 
 def _use(record: dict[str, Any], path: Path) -> str:
     """How to run what was planned: a schedule alone says nothing about policy, rows and batch."""
+    weights = " --weight-dtype int8" if record["weight_dtype"] == "int8" else ""
     return (
-        f"use it with: alisa generate --policy {record['policy']} --sparsity {record['sparsity']:g} "
+        f"use it with: alisa generate --policy {record['policy']} --sparsity {record['sparsity']:g}{weights} "
         f"--kv-dtype {record['kv_dtype']} --max-batch {record['together']} --schedule {path}"
     )
 

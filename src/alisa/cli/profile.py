@@ -42,13 +42,16 @@ class Profile:
 
         from alisa.bench.calibration import calibrate
         from alisa.engine.kernels import choose_kernels
+        from alisa.engine.weights import choose_linear
         from alisa.planner.profile.machine import Tools, measure_machine
         from alisa.planner.saved import machine_stamp, save_profile
 
-        kernels = choose_kernels(torch.device("cpu"))
+        cpu = torch.device("cpu")
+        kernels = choose_kernels(cpu)
         stamp = machine_stamp()
         date = datetime.now(UTC).date().isoformat()
-        tools = Tools(kernels.attend, kernels.append, kernels.selection, kernels.move_rows)
+        make_int8 = choose_linear("int8", cpu)
+        tools = Tools(kernels.attend, kernels.append, kernels.selection, kernels.move_rows, make_int8)
         directory = self.kv_disk_path or Path(tempfile.gettempdir())
         where = f"measured on {stamp['cpu']}, {stamp['cores']} cores, torch {stamp['torch']}, {date}"
         with error_console().status("measuring") as status, torch.inference_mode():

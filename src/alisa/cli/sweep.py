@@ -16,7 +16,15 @@ from tyro.conf import arg
 
 from alisa.cli.options import DisplayOptions
 from alisa.cli.screen import error_console, loading_bar
-from alisa.config import DeviceName, DtypeName, EngineConfig, KvDtypeName, PolicyName, parse_bytes
+from alisa.config import (
+    DeviceName,
+    DtypeName,
+    EngineConfig,
+    KvDtypeName,
+    PolicyName,
+    WeightDtypeName,
+    parse_bytes,
+)
 from alisa.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,6 +55,8 @@ class SweepOptions:
     """What K and V are kept in: auto (as the model computes), float32, bfloat16, float16, int8, int4."""
     dtype: DtypeName = _DEFAULT.dtype
     """What the model computes in; auto: what the checkpoint and the device suit."""
+    weight_dtype: WeightDtypeName = _DEFAULT.weight_dtype
+    """What the linear layers are kept in; auto: the same as --dtype. int8: on a CPU, for every variant alike."""
     device: DeviceName = _DEFAULT.device
     """auto: the GPU if there is one."""
     kv_device_memory: Annotated[
@@ -132,6 +142,7 @@ def load_subject(options: SweepOptions, progress: Callable[[int, int], None]) ->
     llm = LLM(
         options.model,
         dtype=options.dtype,
+        weight_dtype=options.weight_dtype,
         device=options.device,
         kv_device_memory=options.kv_device_memory,
         max_batch=options.max_batch,

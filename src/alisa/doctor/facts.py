@@ -32,6 +32,8 @@ class Native:
 
     isas: tuple[str, ...]
     """Instruction sets that build and processor have in common, the one that runs first; empty without kernels."""
+    products: tuple[str, ...]
+    """The same of products with 8-bit weights."""
     reason: str
     """Why there are none; empty where there are."""
     built: bool
@@ -136,6 +138,7 @@ def gather(temporary: Path, disk_tier: Path) -> Facts:
 def _native() -> Native:
     return Native(
         isas=cpu.isa_names(),
+        products=cpu.product_isa_names(),
         reason=cpu.unavailable_reason(),
         built=find_spec("alisa.kernels._native") is not None,
         shares_threads=cpu.openmp_entry() != 0,

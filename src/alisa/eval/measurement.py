@@ -106,6 +106,7 @@ def measure_cells(
                 "policy": variant.policy,
                 "sparsity": variant.sparsity,
                 "kv_dtype": subject.kv_dtype(variant),
+                "weight_dtype": subject.weight_dtype,
                 "metric": evaluation.metric,
                 **_figures("value", "standard_error", evaluation.value(units)),
                 **_figures("versus_dense", "versus_dense_error", evaluation.versus(units, baseline)),
@@ -132,6 +133,9 @@ def measure_cells(
 def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
     """Digest of everything that decides the numbers of one cell."""
     decoder = subject.scorer.decoder
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    # Said where it is not the dtype of the arithmetic alone, so that cells measured before there was a choice stay.
+    weights = {} if subject.weight_dtype == dtype else {"weight_dtype": subject.weight_dtype}
     return fingerprint(
         {
             "kind": evaluation.kind,
@@ -143,6 +147,7 @@ def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
             "policy": variant.policy,
             "sparsity": variant.sparsity,
             "kv_dtype": subject.kv_dtype(variant),
+            **weights,
         }
     )
 

@@ -53,11 +53,13 @@ class Subject:
     name: str
     scorer: Scorer
     tokenizer: Tokenizer
+    weight_dtype: str
+    """What the linear layers are held in."""
 
     @classmethod
     def of(cls, llm: LLM) -> Subject:
         """The model of an `LLM`; its policy, sparsity and row format play no part."""
-        return cls(llm.name, llm.scorer(), llm.tokenizer)
+        return cls(llm.name, llm.scorer(), llm.tokenizer, llm.weight_dtype)
 
     @property
     def spec(self) -> ModelSpec:

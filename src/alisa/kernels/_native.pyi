@@ -125,6 +125,24 @@ class Workspace:
         num_seqs: int,
     ) -> None: ...
 
+class ProductWorkspace:
+    def multiply(
+        self,
+        *,
+        isa: str,
+        threads: Threads,
+        x: int,
+        dtype: int,
+        x_stride: int,
+        codes: int,
+        scales: int,
+        bias: int,
+        out: int,
+        num_tokens: int,
+        num_in: int,
+        num_out: int,
+    ) -> None: ...
+
 def select(
     *,
     threads: Threads,
@@ -154,4 +172,5 @@ def observe(
 def move_rows(
     *, write: bool, file: int, offsets: int, memory: int, stride: int, rows: int, count: int, row_bytes: int
 ) -> int: ...
+def product_isa_names() -> list[str]: ...
 def isa_names() -> list[str]: ...

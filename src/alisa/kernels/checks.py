@@ -35,6 +35,18 @@ def check_decode(q: Tensor, rows: Tensor, row_format: RowFormat, slots: Tensor, 
         raise TypeError(f"slots and counts are int32 and q is a float, not {slots.dtype}, {counts.dtype}, {q.dtype}")
 
 
+def check_multiply(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+    """The arguments of a product with 8-bit weights fit each other; raises otherwise."""
+    num_out = len(scales)
+    panels = (-(-num_out // 64), -(-x.shape[1] // 4), 64, 4)
+    if codes.shape != panels or not (codes.is_contiguous() and scales.is_contiguous()):
+        raise ValueError(f"codes {tuple(codes.shape)} are not {panels}, the panels of {x.shape[1]} x {num_out} weights")
+    if x.dtype not in VALUE_DTYPES or codes.dtype != torch.uint8 or scales.dtype != torch.float32:
+        raise TypeError(f"x is a float, codes are uint8, scales float32, not {x.dtype}, {codes.dtype}, {scales.dtype}")
+    if bias is not None and (bias.shape != (num_out,) or bias.dtype != torch.float32 or not bias.is_contiguous()):
+        raise ValueError(f"the bias is {tuple(bias.shape)} in {bias.dtype}, not {num_out} numbers in float32")
+
+
 def check_append(rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """New tokens fit the rows they go to; raises otherwise."""
     _check_rows(rows, row_format)

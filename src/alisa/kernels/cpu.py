@@ -24,6 +24,7 @@ from alisa.kernels.checks import (
     check_decode,
     check_mean_add,
     check_mean_blend,
+    check_multiply,
     check_observe,
     check_select,
     check_sketch_append,
@@ -61,6 +62,11 @@ def unavailable_reason() -> str:
 def isa_names() -> tuple[str, ...]:
     """Instruction sets that this build and this CPU have in common, fastest first; empty without the library."""
     return tuple(_native.isa_names()) if _native is not None else ()
+
+
+def product_isa_names() -> tuple[str, ...]:
+    """The same of products with 8-bit weights, which have instruction sets of their own."""
+    return tuple(_native.product_isa_names()) if _native is not None else ()
 
 
 @cache
@@ -443,6 +449,54 @@ class CpuKernels:
             assert layout.row_bytes == row_format.row_bytes, "RowFormat and RowLayout count bytes differently"
             self._layouts[row_format] = layout
         return layout
+
+
+class CpuProducts:
+    """The native products with 8-bit weights, with their working memory.
+
+    Args:
+        isa: one of `product_isa_names()`; by default the fastest.
+        num_threads: threads to use; by default as many as torch uses at the time of the call.
+    """
+
+    def __init__(self, isa: str | None = None, *, num_threads: int | None = None) -> None:
+        if _native is None:
+            raise RuntimeError(_MISSING)
+        if isa is not None and isa not in product_isa_names():
+            raise ValueError(f"{isa} products cannot run here; there are {', '.join(product_isa_names())}")
+        self.isa = isa or product_isa_names()[0]
+        self._num_threads = num_threads
+        self._entry = openmp_entry()
+        self._workspace = _native.ProductWorkspace()
+
+    def __call__(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        """Product of `x [M, in]` with a weight in 8 bits, plus the bias: `[M, out]` in the dtype of x.
+
+        Args:
+            x: float32, bfloat16 or float16.
+            codes: UInt8[ceil(out / 64), ceil(in / 4), 64, 4], contiguous, padded with 128.
+            scales: Float32[out].
+            bias: Float32[out], or None.
+        """
+        check_multiply(x, codes, scales, bias)
+        x = x.contiguous()
+        num_tokens, num_in = x.shape
+        out = x.new_empty(num_tokens, len(scales))
+        self._workspace.multiply(
+            isa=self.isa,
+            threads=_library().Threads(self._entry, self._num_threads or torch.get_num_threads()),
+            x=x.data_ptr(),
+            dtype=_VALUE_DTYPES[x.dtype],
+            x_stride=num_in * x.element_size(),
+            codes=codes.data_ptr(),
+            scales=scales.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(),
+            out=out.data_ptr(),
+            num_tokens=num_tokens,
+            num_in=num_in,
+            num_out=len(scales),
+        )
+        return out
 
 
 def _sketch_task(

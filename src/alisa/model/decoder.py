@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alisa.model.layer import Builder, Layer, Progress
-from alisa.model.linear import PlainLinear, make_linear
+from alisa.model.linear import MakeLinear, PlainLinear, make_linear
 from alisa.model.rope import Rotation, inverse_frequencies
 from alisa.model.source import WeightSource
 from alisa.spec import ModelSpec
@@ -51,6 +51,7 @@ class Decoder:
         dtype: what the model computes in.
         device: where it runs.
         progress: told after each tensor.
+        make_linear: turns a weight into a linear layer.
 
     Raises:
         ModelError: from the source, when a tensor is missing, damaged or of another shape.
@@ -64,11 +65,12 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None = None,
+        make_linear: MakeLinear = make_linear,
     ) -> None:
         self.spec = spec
         self.dtype = dtype
         self.device = device
-        build = Builder(spec, source, dtype=dtype, device=device, progress=progress)
+        build = Builder(spec, source, dtype=dtype, device=device, progress=progress, make_linear=make_linear)
         self._embed = build.tensor("embed.weight")
         self._positions = build.tensor("positions.weight") if spec.rope is None else None
         self._frequencies = None if spec.rope is None else inverse_frequencies(spec.rope, device)

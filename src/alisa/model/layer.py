@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alisa.model.linear import Linear, make_linear
+from alisa.model.linear import Linear, MakeLinear
 from alisa.model.names import layer_name, layer_shapes, model_shapes, num_weights
 from alisa.model.source import WeightSource
 from alisa.spec import ModelSpec
@@ -74,6 +74,7 @@ class Builder:
         dtype: what the model computes in.
         device: where the weights go.
         progress: told after each tensor; None: nobody asks.
+        make_linear: turns a weight into a layer.
     """
 
     def __init__(
@@ -84,12 +85,14 @@ class Builder:
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None,
+        make_linear: MakeLinear,
     ) -> None:
         self._spec = spec
         self._source = source
         self._dtype = dtype
         self._device = device
         self._progress = progress
+        self._make_linear = make_linear
         self._shapes = model_shapes(spec)
         for layer in range(spec.num_layers):
             self._shapes |= {layer_name(layer, part): shape for part, shape in layer_shapes(spec).items()}
@@ -114,7 +117,7 @@ class Builder:
         """The named linear layer with its bias if the spec gives it one, packed for the device."""
         has_bias = f"{name}.bias" in self._shapes
         weight = self.tensor(f"{name}.weight")
-        return make_linear(weight, self.tensor(f"{name}.bias") if has_bias else None, self._device)
+        return self._make_linear(weight, self.tensor(f"{name}.bias") if has_bias else None, self._device)
 
     def layer(self, index: int) -> Layer:
         """All weights of one layer."""

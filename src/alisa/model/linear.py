@@ -6,6 +6,7 @@ costs more than the product. `PackedLinear` does it once, at load. Either class 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -32,6 +33,10 @@ class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """Product of `x [..., in]` with the weight, plus the bias: `[..., out]`."""
         ...
+
+
+MakeLinear = Callable[[Tensor, Tensor | None, torch.device], Linear]
+"""weight `[out, in]`, bias `[out]` or None, device -> the layer; `make_linear` below, or one that rounds the weight."""
 
 
 class PlainLinear:

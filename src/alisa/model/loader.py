@@ -15,6 +15,7 @@ from alisa.model.decoder import Decoder
 from alisa.model.families import find_family
 from alisa.model.families.family import Family
 from alisa.model.layer import Progress
+from alisa.model.linear import MakeLinear, make_linear
 from alisa.model.source import RandomSource
 from alisa.model.weights import Checkpoint, CheckpointSource
 from alisa.spec import ModelSpec
@@ -46,7 +47,11 @@ def checkpoint_dtype(directory: Path) -> str | None:
 
 
 def load_decoder(
-    directory: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+    make_linear: MakeLinear = make_linear,
 ) -> Decoder:
     """A decoder with the weights of a directory, read one tensor at a time.
 
@@ -55,6 +60,7 @@ def load_decoder(
         dtype: what to compute in; the weights are cast to it.
         device: where to run.
         progress: receives (bytes done, bytes in total), in bytes of `dtype`.
+        make_linear: turns a weight into a linear layer.
 
     Raises:
         ModelError: the config or the weights are missing, damaged, unsupported or do not fit each other.
@@ -67,12 +73,15 @@ def load_decoder(
     if source.unties_output:
         spec = dataclasses.replace(spec, tied_embeddings=False)
         source = CheckpointSource(checkpoint, family, spec)
-    return Decoder(spec, source, dtype=dtype, device=device, progress=progress)
+    return Decoder(spec, source, dtype=dtype, device=device, progress=progress, make_linear=make_linear)
 
 
-def random_decoder(spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Decoder:
+def random_decoder(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, make_linear: MakeLinear = make_linear
+) -> Decoder:
     """A decoder of this shape with random weights, for benchmarks; built exactly as a loaded one."""
-    return Decoder(spec, RandomSource(dtype=dtype, device=device, seed=seed), dtype=dtype, device=device)
+    source = RandomSource(dtype=dtype, device=device, seed=seed)
+    return Decoder(spec, source, dtype=dtype, device=device, make_linear=make_linear)
 
 
 def read_config(directory: Path) -> Mapping[str, Any]:

@@ -12,6 +12,16 @@ from alisa.spec import ModelSpec
 
 Shape = tuple[int, ...]
 
+LANES = 64
+"""Output channels that lie together in a weight of 8 bits; as `kLanes` in kernels/native/product.h."""
+QUAD = 4
+"""Inputs that lie together in it; as `kQuad`."""
+
+
+def quantised_bytes(num_out: int, num_in: int) -> int:
+    """Bytes of a weight in 8 bits and its scales, as `alisa.model.linear_int8` holds them."""
+    return -(-num_out // LANES) * -(-num_in // QUAD) * LANES * QUAD + 4 * num_out
+
 
 def layer_name(layer: int, part: str) -> str:
     """Full name of a part of one layer: `layer_name(3, "q.weight")` is `layers.3.q.weight`."""

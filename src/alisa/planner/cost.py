@@ -69,7 +69,7 @@ class CostModel:
         self._spec = spec
         self.method = method
         self._hardware = hardware
-        self._gemm = hardware.gemm[method.dtype]
+        self._gemm = hardware.gemm[method.products]
         self._attention = hardware.attention[method.kv_dtype]
         self._row_bytes = row_bytes(spec, method.kv_dtype)
         self._remnant_bytes = remnant_row_bytes(spec, method.dtype)

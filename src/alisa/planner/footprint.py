@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from alisa.budget import Budget
-from alisa.config import PolicyName
-from alisa.model.names import num_weights
+from alisa.config import PolicyName, WeightDtypeName
+from alisa.model.names import layer_shapes, model_shapes, num_weights, quantised_bytes
 from alisa.spec import DTYPE_BYTES, ModelSpec
 from alisa.types import RowFormat
 
@@ -15,10 +15,26 @@ _SWA_BUCKETS = 64
 """As `SparseWindow.max_buckets`; a test compares the bytes with a real state."""
 
 
-def weight_bytes(spec: ModelSpec, dtype: str, *, packs_tied: bool) -> int:
+def weight_bytes(spec: ModelSpec, dtype: str, *, packs_tied: bool, weight_dtype: WeightDtypeName = "auto") -> int:
     """As `Decoder.weight_bytes`: every tensor, and a tied table twice where it is packed for the logits."""
+    if weight_dtype == "int8":
+        return _int8_weight_bytes(spec, dtype)
     again = spec.vocab_size * spec.token_embed_dim if packs_tied and spec.tied_embeddings else 0
     return (num_weights(spec) + again) * DTYPE_BYTES[dtype]
+
+
+def _int8_weight_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Linear layers in 8 bits, biases in float32, tables and norms in `dtype`; the logits' layer is never shared."""
+
+    def of(name: str, shape: tuple[int, ...]) -> int:
+        if len(shape) == 2 and name not in ("embed.weight", "positions.weight"):
+            return quantised_bytes(*shape)
+        return math.prod(shape) * (4 if name.endswith(".bias") and "norm" not in name else DTYPE_BYTES[dtype])
+
+    layer = sum(of(name, shape) for name, shape in layer_shapes(spec).items())
+    rest = sum(of(name, shape) for name, shape in model_shapes(spec).items())
+    again = quantised_bytes(spec.vocab_size, spec.token_embed_dim) if spec.tied_embeddings else 0
+    return spec.num_layers * layer + rest + again
 
 
 def kv_token_bytes(spec: ModelSpec, kv_dtype: str) -> int:

@@ -100,7 +100,7 @@ class Hardware:
     packs_tied: bool
     """Whether an output projection that is tied to the embedding is held a second time, packed."""
     gemm: dict[str, Gemm]
-    """By dtype."""
+    """By dtype of the weights; `int8` where the arithmetic between the products is in the first of the others."""
     attention: dict[str, Attention]
     """By dtype of the rows."""
     selection: dict[str, Selection]

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from alisa.budget import Reads, reads_of
-from alisa.config import PolicyName
+from alisa.config import PolicyName, WeightDtypeName
 from alisa.schedule.base import Limits
 from alisa.schedule.rollout import PREFILL_CHUNK, lower_bounds
 from alisa.types import Phase, Segment, StepPlan
@@ -47,6 +47,13 @@ class Method:
     kv_dtype: str
     hit_rate: float | None = None
     """Share of the rows wanted from below that the hot cache holds, where it was measured."""
+    weight_dtype: WeightDtypeName = "auto"
+    """What the linear layers are held in; `auto`: `dtype`."""
+
+    @property
+    def products(self) -> str:
+        """Which of `Hardware.gemm` its linear layers are priced with."""
+        return self.dtype if self.weight_dtype == "auto" else self.weight_dtype
 
     @property
     def reads(self) -> Reads:

@@ -54,6 +54,7 @@ def make_plan(question: Question) -> dict[str, Any]:
             "policy": best.method.policy,
             "sparsity": best.method.sparsity,
             "kv_dtype": best.method.kv_dtype,
+            "weight_dtype": best.method.products,
             "together": best.workload.batch,
             "waves": best.waves,
             "schedule": schedule_values(best.scheduler),
@@ -116,7 +117,9 @@ def _bytes(question: Question) -> dict[str, int]:
     spec, work, method = question.spec, question.workload, question.methods[0]
     tokens = min(PREFILL_CHUNK, work.batch * work.prompt_len)
     return {
-        "weights": weight_bytes(spec, method.dtype, packs_tied=question.hardware.packs_tied),
+        "weights": weight_bytes(
+            spec, method.dtype, packs_tied=question.hardware.packs_tied, weight_dtype=method.weight_dtype
+        ),
         "activations": activation_bytes(spec, method.dtype, work.batch, tokens),
         "policy": policy_bytes(spec, method.policy, method.sparsity, work.batch, work.num_rows),
         "kv_token": kv_token_bytes(spec, method.kv_dtype),
@@ -168,6 +171,9 @@ def _helps(question: Question, found: Found | None) -> Iterator[dict[str, Any]]:
         (f"batch {double.batch}", double, list(question.methods)),
         ("INT8 rows", question.workload, [replace(base, kv_dtype="int8")]),
     ]
+    if base.weight_dtype == "auto" and "int8" in question.hardware.gemm:
+        eight = [replace(method, weight_dtype="int8") for method in question.methods]
+        changes.append(("INT8 weights", question.workload, eight))
     if base.policy != "dense":
         sparser = round(1 - (1 - base.sparsity) / 2, 3)
         changes.append(

@@ -66,7 +66,7 @@ class Room:
 def room_for(spec: ModelSpec, method: Method, hardware: Hardware, workload: Workload) -> Room:
     """What weights, activations and policy leave."""
     pass_tokens = min(PREFILL_CHUNK, workload.batch * workload.prompt_len)
-    taken = weight_bytes(spec, method.dtype, packs_tied=hardware.packs_tied)
+    taken = weight_bytes(spec, method.dtype, packs_tied=hardware.packs_tied, weight_dtype=method.weight_dtype)
     taken += activation_bytes(spec, method.dtype, workload.batch, pass_tokens)
     taken += policy_bytes(spec, method.policy, method.sparsity, workload.batch, workload.num_rows)
     return Room(hardware.device_bytes - taken, hardware.below_bytes)

@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "product_workspace.h"
 #include "workspace.h"
 #include "select.h"
 
@@ -259,6 +260,45 @@ void check_select() {
   expect(positions[50] == 0 && positions[51] == 0, "padding", "select", {});
 }
 
+// Whole numbers whose groups have steps of 1: the product is exact.
+void check_product(const ProductIsa& isa, int num_tokens, int num_in, int num_out, std::mt19937& random) {
+  std::uniform_int_distribution<int> code(-127, 127);
+  Exact<float> x(static_cast<size_t>(num_tokens) * num_in), scales(num_out), bias(num_out);
+  Exact<float> out(static_cast<size_t>(num_tokens) * num_out);
+  Exact<uint8_t> codes(static_cast<size_t>((num_out + kLanes - 1) / kLanes) * ((num_in + kQuad - 1) / kQuad) * kLanes * kQuad);
+  const auto place = [&](int n, int k) {
+    const int quads = (num_in + kQuad - 1) / kQuad;
+    return ((static_cast<size_t>(n / kLanes) * quads + k / kQuad) * kLanes + n % kLanes) * kQuad + k % kQuad;
+  };
+  for (size_t i = 0; i < codes.size; ++i) codes[i] = 128;
+  for (int n = 0; n < num_out; ++n) {
+    scales[n] = 2;
+    bias[n] = static_cast<float>(n);
+    for (int k = 0; k < num_in; ++k) codes[place(n, k)] = static_cast<uint8_t>(128 + code(random));
+  }
+  for (size_t i = 0; i < x.size; ++i) x[i] = static_cast<float>(i % num_in % kGroup ? code(random) : 127);
+  ProductTask task = {};
+  task.x = x.get();
+  task.dtype = Dtype::kFloat32;
+  task.x_stride = static_cast<size_t>(num_in) * sizeof(float);
+  task.codes = codes.get();
+  task.scales = scales.get();
+  task.bias = bias.get();
+  task.out = out.get();
+  task.num_tokens = num_tokens;
+  task.num_in = num_in;
+  task.num_out = num_out;
+  ProductWorkspace workspace;
+  workspace.multiply(isa, task, {nullptr, 2});
+  for (int m = 0; m < num_tokens; ++m) {
+    for (int n = 0; n < num_out; ++n) {
+      double exact = n;
+      for (int k = 0; k < num_in; ++k) exact += 2.0 * x[static_cast<size_t>(m) * num_in + k] * (codes[place(n, k)] - 128);
+      expect(exact == out[static_cast<size_t>(m) * num_out + n], "product", isa.name, {Dtype::kFloat32, num_out, num_in});
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -284,6 +324,16 @@ int main() {
       }
     }
     std::printf("%s: checked\n", name);
+  }
+  for (const char* name : {"avx512_vnni", "avx2", "portable"}) {
+    const ProductIsa* isa = find_product_isa(name);
+    if (isa == nullptr) continue;
+    for (const int num_tokens : {1, 2, 5, 7, 24, 97}) {
+      for (const int num_in : {1, 33, 64, 131}) {
+        for (const int num_out : {1, 64, 65, 200}) check_product(*isa, num_tokens, num_in, num_out, random);
+      }
+    }
+    std::printf("%s: products checked\n", name);
   }
   check_select();
   return failures ? 1 : 0;

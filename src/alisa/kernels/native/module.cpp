@@ -10,6 +10,7 @@
 
 #include "workspace.h"
 #include "isa.h"
+#include "product_workspace.h"
 #include "row_io.h"
 #include "select.h"
 #include "threads.h"
@@ -32,6 +33,20 @@ const alisa::Isa& isa_named(const std::string& name) {
   const alisa::Isa* isa = alisa::find_isa(name.c_str());
   if (isa == nullptr) throw std::invalid_argument("this CPU or build has no " + name + " kernels");
   return *isa;
+}
+
+const alisa::ProductIsa& product_isa_named(const std::string& name) {
+  const alisa::ProductIsa* isa = alisa::find_product_isa(name.c_str());
+  if (isa == nullptr) throw std::invalid_argument("this CPU or build has no " + name + " products");
+  return *isa;
+}
+
+std::vector<std::string> product_isa_names() {
+  std::vector<std::string> names;
+  for (const char* name : {"avx512_vnni", "avx2", "portable"}) {
+    if (alisa::find_product_isa(name) != nullptr) names.emplace_back(name);
+  }
+  return names;
 }
 
 std::vector<std::string> isa_names() {
@@ -192,6 +207,31 @@ NB_MODULE(_native, m) {
           "isa"_a, "threads"_a, "sums"_a, "num_kv_heads"_a, "head_dim"_a, "num_heads"_a, "read"_a, "out"_a, "dtype"_a,
           "shares"_a, "lanes"_a, "lengths"_a, "num_seqs"_a);
 
+  nb::class_<alisa::ProductWorkspace>(m, "ProductWorkspace")
+      .def(nb::init<>())
+      .def(
+          "multiply",
+          [](alisa::ProductWorkspace& self, const std::string& isa, const Threads& threads, uintptr_t x, int dtype,
+             size_t x_stride, uintptr_t codes, uintptr_t scales, uintptr_t bias, uintptr_t out, int64_t num_tokens, int num_in,
+             int num_out) {
+            const alisa::ProductIsa& kernels = product_isa_named(isa);
+            alisa::ProductTask task = {};
+            task.x = at<const void>(x);
+            task.dtype = static_cast<Dtype>(dtype);
+            task.x_stride = x_stride;
+            task.codes = at<const uint8_t>(codes);
+            task.scales = at<const float>(scales);
+            task.bias = at<const float>(bias);
+            task.out = at<void>(out);
+            task.num_tokens = num_tokens;
+            task.num_in = num_in;
+            task.num_out = num_out;
+            const nb::gil_scoped_release unlocked;
+            self.multiply(kernels, task, threads);
+          },
+          "isa"_a, "threads"_a, "x"_a, "dtype"_a, "x_stride"_a, "codes"_a, "scales"_a, "bias"_a, "out"_a, "num_tokens"_a,
+          "num_in"_a, "num_out"_a);
+
   m.def(
       "select",
       [](const Threads& threads, uintptr_t scores, bool wide, size_t lane_stride, uintptr_t lanes, uintptr_t older_ends,
@@ -233,5 +273,6 @@ NB_MODULE(_native, m) {
         return write ? alisa::write_rows(task) : alisa::read_rows(task);
       },
       "write"_a, "file"_a, "offsets"_a, "memory"_a, "stride"_a, "rows"_a, "count"_a, "row_bytes"_a);
+  m.def("product_isa_names", product_isa_names, "Instruction sets with products that this CPU can run, fastest first.");
   m.def("isa_names", isa_names, "Instruction sets that this CPU can run, fastest first.");
 }

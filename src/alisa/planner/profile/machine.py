@@ -14,6 +14,7 @@ import torch
 from alisa.attention.decode import DecodeKernel
 from alisa.kv.base import AppendKernel
 from alisa.kv.tiers import MoveRows
+from alisa.model.linear import MakeLinear
 from alisa.planner.hardware import Hardware
 from alisa.planner.profile.products import measure_gemm, measure_layer, measure_logits, measure_values
 from alisa.planner.profile.rows import measure_attention, measure_prompt, measure_selection
@@ -33,6 +34,8 @@ class Tools(NamedTuple):
     append: AppendKernel | None
     selection: SelectionKernels | None
     move_rows: MoveRows
+    make_int8: MakeLinear
+    """Makes linear layers with weights in 8 bits."""
 
 
 def measure_machine(tools: Tools, directory: Path, where: str, progress: Callable[[str], None]) -> Hardware:
@@ -50,6 +53,8 @@ def measure_machine(tools: Tools, directory: Path, where: str, progress: Callabl
         progress(f"matrix products in {name}")
         gemm[name] = measure_gemm(dtype)
     first = torch.bfloat16
+    progress("matrix products with int8 weights")
+    gemm["int8"] = measure_gemm(first, tools.make_int8)
     attention = {}
     for name in ROW_DTYPES:
         progress(f"attention over {name} rows")

@@ -1,0 +1,48 @@
+"""A linear layer with weights in 8 bits, against torch's packed product with weights in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from alisa.bench.cases import ProductCase
+from alisa.bench.contest import Call, Contender, Contest, Role
+from alisa.kernels.cpu import CpuKernels, CpuProducts, product_isa_names
+from alisa.model.linear import Linear, make_linear
+from alisa.model.linear_int8 import QuantisedLinear, multiply_int8
+
+_LAYERS = 8
+"""Used in turn, so that each finds its weights in memory and not in a cache."""
+_TWIN_TOKENS = 16
+"""The twin unpacks all weights in every call: with more tokens it shows nothing else."""
+
+
+def product_contest(case: ProductCase, kernels: CpuKernels) -> Contest:
+    """The case with random weights and inputs."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(case.num_out, case.num_in, generator=generator).bfloat16()
+    x = torch.randn(case.num_tokens, case.num_in, generator=generator).bfloat16()
+    multiply = CpuProducts(_isa(kernels.isa))
+    few = case.num_tokens <= _TWIN_TOKENS
+    layers = [QuantisedLinear(weight, None, multiply) for _ in range(_LAYERS)]
+
+    def rivals() -> Iterator[Contender]:
+        device = torch.device("cpu")
+        packed = [make_linear(weight, None, device) for _ in range(_LAYERS)]
+        yield Contender(Role.PACKED, "torch bf16", _in_turn(packed, x))
+        if few:
+            twin = QuantisedLinear(weight, None, multiply_int8)
+            yield Contender(Role.TWIN, "torch twin", lambda _: twin(x))
+
+    return Contest(_in_turn(layers, x), rivals, case.num_bytes)
+
+
+def _in_turn(layers: Sequence[Linear], x: Tensor) -> Call:
+    return lambda number: layers[number % _LAYERS](x)
+
+
+def _isa(kernels: str) -> str:
+    """The products that go with these kernels: those of AVX-512 need an extension of it."""
+    return product_isa_names()[0] if kernels == "avx512" else kernels

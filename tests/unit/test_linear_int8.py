@@ -1,0 +1,106 @@
+"""Linear layers with weights in 8 bits: how far they are from float, what they hold, and what they leave alone."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from alisa.engine.weights import choose_linear
+from alisa.errors import InputError
+from alisa.kernels import cpu
+from alisa.model.linear import PackedLinear, PlainLinear, make_linear
+from alisa.model.linear_int8 import GROUP, QuantisedLinear, multiply_int8, quantise_weight
+from alisa.model.loader import random_decoder
+from alisa.model.names import quantised_bytes
+from alisa.planner.footprint import weight_bytes
+from alisa.planner.shapes import SHAPES
+from tests.specs import small_spec
+
+CPU = torch.device("cpu")
+
+
+def unpacked(codes, scales, num_in):
+    rows = codes.transpose(1, 2).reshape(codes.shape[0] * 64, -1)[: len(scales), :num_in]
+    return (rows.double() - 128) * scales.double().unsqueeze(1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (64, 64), (70, 130), (1030, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_moves_by_half_a_step_at_most(shape, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before = weight.clone()
+    codes, scales = quantise_weight(weight)
+    assert torch.equal(weight, before), "the caller's tensor is left alone: it may be the embedding"
+    assert codes.nbytes + scales.nbytes == quantised_bytes(*shape)
+    assert ((unpacked(codes, scales, shape[1]) - weight.double()).abs() <= 0.5001 * scales.double().unsqueeze(1)).all()
+    padding = codes.transpose(1, 2).reshape(codes.shape[0] * 64, -1)
+    assert (padding[shape[0] :] == 128).all()
+    assert (padding[:, shape[1] :] == 128).all()
+
+
+def test_a_row_of_zeros_stays_zero():
+    codes, scales = quantise_weight(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
+    assert unpacked(codes, scales, 2).tolist()[0] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("make", [multiply_int8, None], ids=["twin", "kernel"])
+@pytest.mark.parametrize("num_in", [64, 200, 2048])
+def test_a_product_errs_by_what_rounding_explains(make, num_in):
+    if make is None and not cpu.available():
+        pytest.skip(cpu.unavailable_reason())
+    generator = torch.Generator().manual_seed(num_in)
+    weight, bias = torch.randn(96, num_in, generator=generator), torch.randn(96, generator=generator)
+    x = torch.randn(3, 5, num_in, generator=generator)
+    layer = QuantisedLinear(weight, bias, make or cpu.CpuProducts())
+    got = layer(x)
+    assert got.shape == (3, 5, 96)
+    exact = x.double() @ weight.double().T + bias.double()
+    # An input is off by half a step of its group, a weight by half a step of its row: each term by the sum of both
+    # times the other factor. Then float32: a rounding or two for each group.
+    groups = torch.nn.functional.pad(x, (0, -num_in % GROUP)).unflatten(-1, (-1, GROUP)).abs().amax(-1)
+    x_error = (groups / 254).repeat_interleave(GROUP, -1)[..., :num_in].double()
+    w_error = (weight.abs().amax(1, keepdim=True) / 254).double()
+    bound = x_error @ weight.abs().double().T + (x.abs().double() + x_error) @ w_error.expand_as(weight).T
+    assert ((got.double() - exact).abs() <= 1.001 * bound).all()
+    # The bound adds all errors up with one sign; that of a sum of independent ones is much smaller.
+    assert (got.double() - exact).pow(2).mean().sqrt() < 0.015 * exact.pow(2).mean().sqrt()
+
+
+def test_large_inputs_do_not_coarsen_those_of_other_groups():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(4, 4 * GROUP, generator=generator)
+    x[:, 0] = 1000.0
+    weight = torch.randn(64, 4 * GROUP, generator=generator)
+    weight[:, :GROUP] = 0
+    got, exact = QuantisedLinear(weight, None, multiply_int8)(x), x @ weight.T
+    assert (got - exact).pow(2).mean() < 0.015**2 * exact.pow(2).mean()
+
+
+def test_the_name_chooses_the_layer():
+    weight = torch.ones(8, 16)
+    assert choose_linear("auto", CPU) is make_linear
+    assert type(make_linear(weight, None, CPU)) in (PackedLinear, PlainLinear)
+    assert type(choose_linear("int8", CPU)(weight, None, CPU)) is QuantisedLinear
+    with pytest.raises(InputError, match="is for a CPU, and the model runs on cuda"):
+        choose_linear("int8", torch.device("cuda"))
+
+
+def test_without_the_library_the_twin_works(monkeypatch):
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    layer = choose_linear("int8", CPU)(torch.ones(8, 16), None, CPU)
+    assert layer(torch.ones(2, 16)).tolist() == [[16.0] * 8] * 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_decoder_holds_what_the_planner_says(tied, dtype):
+    spec = dataclasses.replace(small_spec(), tied_embeddings=tied, qkv_bias=True)
+    decoder = random_decoder(spec, dtype, CPU, make_linear=choose_linear("int8", CPU))
+    name = str(dtype).removeprefix("torch.")
+    assert decoder.weight_bytes == weight_bytes(spec, name, packs_tied=True, weight_dtype="int8")
+
+
+def test_large_models_take_about_half_of_16_bits():
+    spec = SHAPES["opt-6.7b"]
+    half = weight_bytes(spec, "bfloat16", packs_tied=True)
+    assert 0.5 < weight_bytes(spec, "bfloat16", packs_tied=True, weight_dtype="int8") / half < 0.53
