@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alisa.kernels import cpu
+from alisa.kernels import cpu, cpu_prefill
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +31,7 @@ def test_native_code_is_clean(tmp_path):
     printed = build_and_run(tmp_path, ["-DALISA_SANITIZE=ON"])
     for isa in (*cpu.isa_names(), "portable"):
         assert f"{isa}: checked" in printed
+    assert "prefill: checked" in printed or not cpu_prefill.available()
 
 
 @pytest.mark.slow

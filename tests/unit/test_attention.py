@@ -115,9 +115,9 @@ def test_attention_after_cached_blocks_is_the_definition(
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     for num_sets in (1, kv_heads):
         mass = torch.zeros(num_new, num_sets, num_past + num_new)
-        for row, block, part in mass_after(q, log_sum_exp, num_past, [*past, own], num_sets):
-            rows = slice(row - num_past, row - num_past + len(part))
-            mass[rows, :, block.start : block.start + len(block.k)] += part
+        for first, start, part in mass_after(q, log_sum_exp, num_past, [*past, own], num_sets):
+            rows = slice(first - num_past, first - num_past + len(part))
+            mass[rows, :, start : start + part.shape[2]] += part
         weights = full_weights(q, k).view(num_sets, -1, num_new, num_past + num_new).sum(1)
         torch.testing.assert_close(mass.double(), weights.transpose(0, 1), rtol=1e-5, atol=1e-5)
 

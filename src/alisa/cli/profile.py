@@ -48,7 +48,7 @@ class Profile:
         kernels = choose_kernels(torch.device("cpu"))
         stamp = machine_stamp()
         date = datetime.now(UTC).date().isoformat()
-        tools = Tools(kernels.attend, kernels.append, kernels.selection, kernels.move_rows)
+        tools = Tools(kernels.prefill, kernels.attend, kernels.append, kernels.selection, kernels.move_rows)
         directory = self.kv_disk_path or Path(tempfile.gettempdir())
         where = f"measured on {stamp['cpu']}, {stamp['cores']} cores, torch {stamp['torch']}, {date}"
         with error_console().status("measuring") as status, torch.inference_mode():
