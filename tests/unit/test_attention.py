@@ -123,10 +123,12 @@ def test_attention_after_cached_blocks_is_the_definition(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention_after_cached_blocks_in_sixteen_bits_is_that_of_plain_torch(dtype):
+@pytest.mark.parametrize("codes", [False, True])
+def test_attention_after_cached_blocks_in_sixteen_bits_is_that_of_plain_torch(dtype, codes):
     q, k, v, _ = causal_case(5, 6, 2)
     q, k, v = (100 * q).to(dtype), k.to(dtype), v.to(dtype)  # weights from one to nearly nothing
-    case = q, KeyBlock(6, k[6:], v[6:]), blocks_of(k, v, 6, 4)
+    past = (k.float(), v.float()) if codes else (k, v)  # rows of codes are read as float32
+    case = q, KeyBlock(6, k[6:], v[6:]), blocks_of(*past, 6, 4)
     (out, log_sum_exp), (plain, plain_log_sum_exp) = attend_after(*case), attend_after_plain(*case)
     assert out.dtype == dtype
     # Weights and each block's output are rounded to 16 bits before they are merged.

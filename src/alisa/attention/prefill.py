@@ -105,8 +105,9 @@ def attend_after(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tuple[Te
     for block in chain(past, (own,)):
         out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q.transpose(0, 1)[None],
-            block.k.transpose(0, 1)[None],
-            block.v.transpose(0, 1)[None],
+            # Rows of codes are read as float32.
+            block.k.to(q.dtype).transpose(0, 1)[None],
+            block.v.to(q.dtype).transpose(0, 1)[None],
             is_causal=block is own,
         )
         merged.add(out[0].transpose(0, 1), log_sum_exp[0].transpose(0, 1), slice(None))
