@@ -53,7 +53,9 @@ def main() -> None:
             caps = Caps(int(args.cap * total), 0, 2 * total, None, eviction)
             memory = make_memory(decoder, policy, codec, kernels, [length] * args.batch, caps, None, args.batch)
             state = policy.start(spec, args.batch, length, decoder.device, kernels.selection)
-            runner = Runner(decoder, policy, memory.store, state, kernels.attend, Stopwatch(), looks_ahead=True)
+            runner = Runner(
+                decoder, policy, memory.store, state, kernels.prefill, kernels.attend, Stopwatch(), looks_ahead=True
+            )
             placement = Placement(memory.scheduler, memory.limits, memory.store, policy)
             engine = Engine(runner, placement, eos_ids=frozenset(), prefill_chunk=1024)
             for index in range(args.batch):

@@ -268,6 +268,42 @@ def _kernels(records: Sequence[Record]) -> list[str]:
     return text
 
 
+def prompts(results: Results) -> str:
+    """Attention while a prompt is read, against torch's and against the products in it."""
+    records = lines(results / "prompt_pieces.jsonl")
+    if not records:
+        return ""
+    rows = []
+    for case in records[-1]["results"]:
+        low, middle, high = (1e3 * value for value in case["native_s"])
+        busy = " \\*" if case["others_share"] > QUIET_SHARE else ""
+        rows.append(
+            [
+                case["name"] + busy,
+                f"{case['num_heads']} / {case['num_kv_heads']} x {case['head_dim']}",
+                f"{middle:.3g} ({low:.3g} to {high:.3g})",
+                number(1e3 * case["floor_s"]),
+                *(
+                    f"{case[name][1] / case['native_s'][1]:.1f}x" if name in case else ""
+                    for name in ("flash_s", "plain_s")
+                ),
+            ]
+        )
+    header = [
+        "attention of a prompt",
+        "heads / KV heads",
+        "ms (quartiles)",
+        "products alone, ms",
+        "flash SDPA",
+        "torch twin",
+    ]
+    text = ["Prompts in bfloat16; the products alone at the rate of a large matrix product in the same rounds:"]
+    text.append(table(header, rows))
+    if any("\\*" in row[0] for row in rows):
+        text.append("\\* Other programs were busy meanwhile.")
+    return "\n\n".join([*text, "`python benchmarks/prompt_pieces.py --record benchmarks/results/prompt_pieces.jsonl`"])
+
+
 def decode_step(results: Results) -> str:
     """One decode step against the matrix products in it."""
     rows = []

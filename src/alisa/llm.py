@@ -331,6 +331,7 @@ class LLM:
             self._policy,
             memory.store,
             state,
+            self._kernels.prefill,
             self._kernels.attend,
             Stopwatch(),
             looks_ahead=memory.scheduler.uses_tiers,

@@ -7,13 +7,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alisa import LLM, SamplingParams
+from alisa.attention.prefill import prefill_attention
 from alisa.config import PolicyName
 from alisa.engine.kernels import choose_kernels
+from alisa.engine.prefill import NativePrefill
 from alisa.engine.score import ScoredItem, teacher_forced
-from alisa.kernels import cpu
+from alisa.kernels import cpu, cpu_prefill
 from alisa.kv.codec import make_codec
 from alisa.model.loader import load_decoder
 from alisa.policy.dense import Dense
+from alisa.policy.table import make_policy
 from alisa.types import RowFormat
 from tests.equivalence.plain_swa import teacher_forced_logits
 from tests.shared import stories260k
@@ -155,6 +158,35 @@ def test_quantised_rows_hardly_change_the_distributions(kv_dtype, most_kl):
     ]
     mean = float(torch.cat(divergences).mean())
     assert 0 < mean < most_kl
+
+
+@pytest.mark.parametrize(("kv_dtype", "prefill_chunk"), [("bfloat16", 1024), ("bfloat16", 16), ("int8", 16)])
+def test_the_prefill_kernel_is_as_near_to_float32_as_torch_is(kv_dtype, prefill_chunk):
+    if not cpu_prefill.available():
+        pytest.skip("this CPU or build has no prefill kernels")
+    wide, decoder = (
+        load_decoder(stories260k(), dtype, torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16)
+    )
+    generator = torch.Generator().manual_seed(5)
+    prompts = torch.randint(10, decoder.spec.vocab_size, (3, 90), generator=generator).tolist()
+    items = [ScoredItem(tuple(prompt), tuple(prompt[:NEW_TOKENS])) for prompt in prompts]
+    kernels = choose_kernels(decoder.device)
+    assert isinstance(kernels.prefill, NativePrefill)
+    torch_kernels = kernels._replace(prefill=prefill_attention)
+
+    def logits(decoder, kernels, kv_dtype):
+        codec = make_codec(RowFormat(kv_dtype, decoder.spec.num_kv_heads, decoder.spec.head_dim))
+        policy = make_policy("swa", 0.3)  # asks for seeds
+        steps = teacher_forced(decoder, policy, codec, kernels, items, prefill_chunk=prefill_chunk)
+        return torch.cat([step.logits for step in steps]).log_softmax(-1)
+
+    exact = logits(wide, torch_kernels, "float32")
+    native, twin = (
+        float((exact.exp() * (exact - logits(decoder, chosen, kv_dtype))).sum(-1).mean())
+        for chosen in (kernels, torch_kernels)
+    )
+    # Both err by the rounding of bfloat16, each in its own way; a wrong scale or mask costs a hundred times as much.
+    assert 0 < native < 1.5 * twin, (native, twin)
 
 
 def test_long_prompts_in_pieces_equal_one_pass(tiny_model):

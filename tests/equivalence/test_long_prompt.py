@@ -38,7 +38,7 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 memory = make_memory(decoder, policy, codec, kernels, [length + 7], Caps(int(share * total), 0, None, None), None, 1)
 state = policy.start(spec, 1, length + 7, decoder.device, kernels.selection)
-runner = Runner(decoder, policy, memory.store, state, kernels.attend, Stopwatch(), looks_ahead=True)
+runner = Runner(decoder, policy, memory.store, state, kernels.prefill, kernels.attend, Stopwatch(), looks_ahead=True)
 engine = Engine(
     runner, Placement(memory.scheduler, memory.limits, memory.store, policy), eos_ids=frozenset(), prefill_chunk=1024
 )

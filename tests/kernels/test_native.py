@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alisa.kernels import cpu
+from alisa.kernels import cpu, cpu_prefill
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +33,7 @@ def test_native_code_is_clean(tmp_path):
         assert f"{isa}: checked" in printed
     for isa in cpu.product_isa_names():
         assert f"{isa}: products checked" in printed
+    assert "prefill: checked" in printed or not cpu_prefill.available()
 
 
 @pytest.mark.slow

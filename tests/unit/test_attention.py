@@ -115,18 +115,20 @@ def test_attention_after_cached_blocks_is_the_definition(
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     for num_sets in (1, kv_heads):
         mass = torch.zeros(num_new, num_sets, num_past + num_new)
-        for row, block, part in mass_after(q, log_sum_exp, num_past, [*past, own], num_sets):
-            rows = slice(row - num_past, row - num_past + len(part))
-            mass[rows, :, block.start : block.start + len(block.k)] += part
+        for first, start, part in mass_after(q, log_sum_exp, num_past, [*past, own], num_sets):
+            rows = slice(first - num_past, first - num_past + len(part))
+            mass[rows, :, start : start + part.shape[2]] += part
         weights = full_weights(q, k).view(num_sets, -1, num_new, num_past + num_new).sum(1)
         torch.testing.assert_close(mass.double(), weights.transpose(0, 1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention_after_cached_blocks_in_sixteen_bits_is_that_of_plain_torch(dtype):
+@pytest.mark.parametrize("codes", [False, True])
+def test_attention_after_cached_blocks_in_sixteen_bits_is_that_of_plain_torch(dtype, codes):
     q, k, v, _ = causal_case(5, 6, 2)
     q, k, v = (100 * q).to(dtype), k.to(dtype), v.to(dtype)  # weights from one to nearly nothing
-    case = q, KeyBlock(6, k[6:], v[6:]), blocks_of(k, v, 6, 4)
+    past = (k.float(), v.float()) if codes else (k, v)  # rows of codes are read as float32
+    case = q, KeyBlock(6, k[6:], v[6:]), blocks_of(*past, 6, 4)
     (out, log_sum_exp), (plain, plain_log_sum_exp) = attend_after(*case), attend_after_plain(*case)
     assert out.dtype == dtype
     # Weights and each block's output are rounded to 16 bits before they are merged.

@@ -41,7 +41,7 @@ def test_the_parts_can_be_measured(tmp_path):
     assert min(layer.rope_s, layer.step_s) >= 0
     assert measure_values(torch.float32) > 0
     assert measure_logits() > 0
-    assert all(price > 0 for price in measure_prompt(torch.float32))
+    assert all(price > 0 for price in measure_prompt(torch.float32, KERNELS.prefill))
     read, write = measure_link(tmp_path, KERNELS.move_rows)
     assert min(read.bytes_per_s, write.bytes_per_s) > 0
     assert measure_lookup(tmp_path, KERNELS.move_rows, KERNELS.append).call_s >= 0

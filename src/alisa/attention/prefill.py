@@ -3,13 +3,15 @@
 No S x S matrix is ever built: attention goes through torch's fused kernel, and only the last rows of the prompt, the
 ones that the policy asks for, get explicit weights, in blocks of bounded size. The later pieces of a long prompt attend
 to what is cached block by block, so that a prompt may be larger than any memory that its rows pass through.
+
+This is what runs where there is no native kernel (`engine/prefill.py`), and the slow twin of the one that there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +29,52 @@ class KeyBlock(NamedTuple):
     start: int
     k: Tensor
     v: Tensor
+
+
+class Seed(NamedTuple):
+    """What rows of attention show of consecutive tokens."""
+
+    first: int
+    """Position of the first row."""
+    start: int
+    """Position of the first token attended."""
+    mass: Tensor
+    """Float32[rows, J, N]: weights summed over the heads of each index set."""
+
+
+class PrefillKernel(Protocol):
+    """Dense attention of one piece of a prompt, and the weights of its last rows."""
+
+    def __call__(
+        self, q: Tensor, own: KeyBlock, past: Callable[[], Iterable[KeyBlock]], num_seeds: int, num_sets: int
+    ) -> tuple[Tensor, Iterator[Seed]]:
+        """Attend causally with q `[T, H, D]` to `own`, its T tokens, and to everything before them.
+
+        Args:
+            q: `[T, H, D]`.
+            own: keys and values of the same tokens.
+            past: reads the blocks before them, in order; asked again for the seeds. Empty when `own` starts at 0.
+            num_seeds: how many of the last rows are wanted, 0 to T.
+            num_sets: J, 1 for one index set per layer or G for one per KV head.
+
+        Returns:
+            The output `[T, H, D]`, and the weights of the last rows, computed as they are asked for.
+        """
+        ...
+
+
+def prefill_attention(
+    q: Tensor, own: KeyBlock, past: Callable[[], Iterable[KeyBlock]], num_seeds: int, num_sets: int
+) -> tuple[Tensor, Iterator[Seed]]:
+    """See `PrefillKernel`; torch's fused attention, and weights in float32."""
+    last = slice(len(q) - num_seeds, None)
+    if not own.start:
+        rows = causal_mass(q[last], own.k, num_sets) if num_seeds else ()
+        return causal_attention(q, own.k, own.v), (Seed(first, 0, mass) for first, mass in rows)
+    out, log_sum_exp = attend_after(q, own, past())
+    if not num_seeds:
+        return out, iter(())
+    return out, mass_after(q[last], log_sum_exp[last], own.start + last.start, chain(past(), (own,)), num_sets)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -57,8 +105,9 @@ def attend_after(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tuple[Te
     for block in chain(past, (own,)):
         out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q.transpose(0, 1)[None],
-            block.k.transpose(0, 1)[None],
-            block.v.transpose(0, 1)[None],
+            # Rows of codes are read as float32.
+            block.k.to(q.dtype).transpose(0, 1)[None],
+            block.v.to(q.dtype).transpose(0, 1)[None],
             is_causal=block is own,
         )
         merged.add(out[0].transpose(0, 1), log_sum_exp[0].transpose(0, 1), slice(None))
@@ -78,9 +127,7 @@ def attend_after_plain(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tu
     return merged.out.to(q.dtype), merged.log_sum_exp
 
 
-def mass_after(
-    q: Tensor, log_sum_exp: Tensor, first: int, blocks: Iterable[KeyBlock], num_sets: int
-) -> Iterator[tuple[int, KeyBlock, Tensor]]:
+def mass_after(q: Tensor, log_sum_exp: Tensor, first: int, blocks: Iterable[KeyBlock], num_sets: int) -> Iterator[Seed]:
     """Attention weights of W consecutive tokens whose log-sum-exp is known, summed over the heads of each index set.
 
     Args:
@@ -91,7 +138,7 @@ def mass_after(
         num_sets: J, 1 for one index set per layer or G for one per KV head.
 
     Yields:
-        (row, block, mass): mass Float32[rows, J, N] of the queries at positions row, row + 1, ... on the block.
+        What some of the rows show of one block.
     """
     for block in blocks:
         positions = block.start + torch.arange(len(block.k), device=q.device)
@@ -102,7 +149,7 @@ def mass_after(
             total = log_sum_exp[rows].view(-1, num_kv_heads, group).permute(1, 2, 0)[..., None]
             weights = (scores - total).exp_().sum(dim=1)  # [G, rows, N]
             mass = weights.transpose(0, 1) if num_sets > 1 else weights.sum(dim=0)[:, None]
-            yield first + rows.start, block, mass
+            yield Seed(first + rows.start, block.start, mass)
 
 
 def _scores(q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -128,7 +128,8 @@ def run_batch(
     memory = make_memory(decoder, policy, codec, kernels, sizes, setting.caps, setting.scheduler, num_lanes)
     state = policy.start(decoder.spec, num_lanes, max(sizes), decoder.device, kernels.selection)
     ahead = setting.prefetch and memory.scheduler.uses_tiers
-    runner = Runner(decoder, policy, memory.store, state, kernels.attend, Stopwatch(), looks_ahead=ahead)
+    watch = Stopwatch()
+    runner = Runner(decoder, policy, memory.store, state, kernels.prefill, kernels.attend, watch, looks_ahead=ahead)
     placement = Placement(memory.scheduler, memory.limits, memory.store, policy)
     engine = Engine(runner, placement, eos_ids=frozenset(), prefill_chunk=setting.prefill_chunk)
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)

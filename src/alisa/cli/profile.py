@@ -51,7 +51,7 @@ class Profile:
         stamp = machine_stamp()
         date = datetime.now(UTC).date().isoformat()
         make_int8 = choose_linear("int8", cpu)
-        tools = Tools(kernels.attend, kernels.append, kernels.selection, kernels.move_rows, make_int8)
+        tools = Tools(kernels.prefill, kernels.attend, kernels.append, kernels.selection, kernels.move_rows, make_int8)
         directory = self.kv_disk_path or Path(tempfile.gettempdir())
         where = f"measured on {stamp['cpu']}, {stamp['cores']} cores, torch {stamp['torch']}, {date}"
         with error_console().status("measuring") as status, torch.inference_mode():

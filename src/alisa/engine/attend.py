@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from alisa.attention.decode import DecodeKernel, head_scores
 from alisa.attention.merge import PartialAttention
-from alisa.attention.prefill import KeyBlock, attend_after, causal_attention, causal_mass, mass_after
+from alisa.attention.prefill import KeyBlock, PrefillKernel
 from alisa.engine.recorder import Part, Stopwatch
 from alisa.kv.base import Part as RowPart
 from alisa.kv.base import RowStore
@@ -42,11 +43,13 @@ class PrefillAttend:
         state: PolicyState,
         num_sets: int,
         pieces: tuple[PrefillSegment, ...],
+        kernel: PrefillKernel,
         device: torch.device,
         watch: Stopwatch,
     ) -> None:
         self._store = store
         self._state = state
+        self._kernel = kernel
         self._num_sets = num_sets
         self._pieces = pieces
         self._watch = watch
@@ -72,24 +75,13 @@ class PrefillAttend:
     def _piece(self, layer: int, piece: PrefillSegment, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one piece `[t, H, D]`; its last rows seed the policy."""
         segment = piece.segment
-        rows = None if piece.seed_from is None else slice(piece.seed_from - segment.start, None)
-        if not segment.start:
-            with self._watch.measure(Part.ATTENTION):
-                out = causal_attention(q, k, v)
-            if rows is not None:
-                with self._watch.measure(Part.SELECTION):
-                    for first, mass in causal_mass(q[rows], k, self._num_sets):
-                        self._state.seed(layer, segment.lane, first, 0, mass)
-            return out
+        num_seeds = 0 if piece.seed_from is None else segment.end - piece.seed_from
         own = KeyBlock(segment.start, k, v)
         with self._watch.measure(Part.ATTENTION):
-            out, log_sum_exp = attend_after(q, own, self._past(layer, segment))
-        if rows is not None:
-            with self._watch.measure(Part.SELECTION):
-                blocks = (block for blocks in (self._past(layer, segment), (own,)) for block in blocks)
-                first = segment.end - len(q[rows])
-                for row, block, mass in mass_after(q[rows], log_sum_exp[rows], first, blocks, self._num_sets):
-                    self._state.seed(layer, segment.lane, row, block.start, mass)
+            out, seeds = self._kernel(q, own, partial(self._past, layer, segment), num_seeds, self._num_sets)
+        with self._watch.measure(Part.SELECTION):
+            for first, start, mass in seeds:
+                self._state.seed(layer, segment.lane, first, start, mass)
         return out
 
     def _past(self, layer: int, segment: Segment) -> Iterator[KeyBlock]:

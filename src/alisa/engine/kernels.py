@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 
 from alisa.attention.decode import DecodeKernel, decode_attention
-from alisa.kernels import cpu
+from alisa.attention.prefill import PrefillKernel, prefill_attention
+from alisa.engine.prefill import NativePrefill
+from alisa.kernels import cpu, cpu_prefill
 from alisa.kv.base import AppendKernel
 from alisa.kv.tiers import MoveRows, move_rows
 from alisa.policy.base import SelectionKernels
@@ -18,8 +20,9 @@ _LOG = logging.getLogger("alisa")
 
 
 class Kernels(NamedTuple):
-    """What runs on the hot path of a decode step, and what to call it in a report."""
+    """What runs on the hot path, and what to call it in a report."""
 
+    prefill: PrefillKernel
     attend: DecodeKernel
     selection: SelectionKernels | None
     append: AppendKernel | None
@@ -28,7 +31,7 @@ class Kernels(NamedTuple):
     """`avx512`, `avx2` or `portable` for the native ones, `triton` on a GPU, `torch` for their twins."""
 
 
-TORCH_KERNELS = Kernels(decode_attention, None, None, move_rows, "torch")
+TORCH_KERNELS = Kernels(prefill_attention, decode_attention, None, None, move_rows, "torch")
 
 
 def choose_kernels(device: torch.device) -> Kernels:
@@ -44,7 +47,8 @@ def choose_kernels(device: torch.device) -> Kernels:
         _warn_once(cpu.unavailable_reason())
         return TORCH_KERNELS
     native = cpu.CpuKernels()
-    return Kernels(native, native, native.append, cpu.move_rows, native.isa)
+    prefill = NativePrefill(cpu_prefill.CpuPrefill()) if cpu_prefill.available() else prefill_attention
+    return Kernels(prefill, native, native, native.append, cpu.move_rows, native.isa)
 
 
 def _triton_kernels() -> Kernels:
@@ -56,7 +60,8 @@ def _triton_kernels() -> Kernels:
         return TORCH_KERNELS
     kernels = TritonKernels()
     # Rows on disk go through the memory of the host, whatever the device.
-    return Kernels(kernels, kernels, kernels.append, cpu.move_rows if cpu.available() else move_rows, "triton")
+    move = cpu.move_rows if cpu.available() else move_rows
+    return Kernels(prefill_attention, kernels, kernels, kernels.append, move, "triton")
 
 
 @cache

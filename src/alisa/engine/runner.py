@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alisa.attention.decode import DecodeKernel
+from alisa.attention.prefill import PrefillKernel
 from alisa.engine.attend import DecodeAttend, PrefillAttend, PrefillSegment
 from alisa.engine.recorder import Part, Stopwatch
 from alisa.kv.base import RowStore
@@ -51,6 +52,7 @@ class Runner:
         policy: which tokens are read.
         store: where their rows lie.
         state: what the policy remembers.
+        prefill_kernel: attention while prompts are read.
         kernel: decode attention.
         watch: where the time goes.
         looks_ahead: with a policy that decides by history, choose a step's tokens when the step before it has been
@@ -63,6 +65,7 @@ class Runner:
         policy: SelectionPolicy,
         store: RowStore,
         state: PolicyState,
+        prefill_kernel: PrefillKernel,
         kernel: DecodeKernel,
         watch: Stopwatch,
         *,
@@ -72,6 +75,7 @@ class Runner:
         self.policy = policy
         self.store = store
         self.state = state
+        self.prefill_kernel = prefill_kernel
         self.kernel = kernel
         self.watch = watch
         self._looks_ahead = looks_ahead and policy.timing == "ahead"
@@ -100,6 +104,7 @@ class Runner:
                 self.state,
                 self.policy.num_sets(self.decoder.spec),
                 tuple(PrefillSegment(piece.segment, self._seed_from(piece)) for piece in pieces),
+                self.prefill_kernel,
                 self.decoder.device,
                 self.watch,
             )

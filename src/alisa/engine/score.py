@@ -165,7 +165,8 @@ def teacher_forced(
     )
     state = policy.start(decoder.spec, len(items), max(lengths), decoder.device, kernels.selection)
     probe = _LostMass(kernels.attend, store)
-    runner = Runner(decoder, policy, store, state, probe if measure_lost_mass else kernels.attend, Stopwatch())
+    attend = probe if measure_lost_mass else kernels.attend
+    runner = Runner(decoder, policy, store, state, kernels.prefill, attend, Stopwatch())
     lanes = []
     for length in lengths:
         lanes.append(store.open(length))

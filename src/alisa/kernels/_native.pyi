@@ -124,6 +124,40 @@ class Workspace:
         lengths: int,
         num_seqs: int,
     ) -> None: ...
+    def prefill(
+        self,
+        *,
+        threads: Threads,
+        q: tuple[int, int, int],
+        k: tuple[int, int, int],
+        v: tuple[int, int, int],
+        num_queries: int,
+        num_keys: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        causal: bool,
+        before: int,
+        after: int,
+        out: int,
+        log_sum_exp: int,
+    ) -> None: ...
+    def prefill_mass(
+        self,
+        *,
+        threads: Threads,
+        q: tuple[int, int, int],
+        k: tuple[int, int, int],
+        num_queries: int,
+        num_keys: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_sets: int,
+        ahead: int,
+        log_sum_exp: int,
+        mass: int,
+    ) -> None: ...
 
 class ProductWorkspace:
     def multiply(
@@ -173,4 +207,5 @@ def move_rows(
     *, write: bool, file: int, offsets: int, memory: int, stride: int, rows: int, count: int, row_bytes: int
 ) -> int: ...
 def product_isa_names() -> list[str]: ...
+def has_prefill() -> bool: ...
 def isa_names() -> list[str]: ...

@@ -163,6 +163,14 @@ def check_mean_blend(sums: Tensor, lane_ids: Tensor, lengths: Tensor, out: Tenso
         )
 
 
+def check_prefill(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Queries `[T, H, D]`, keys and values `[S, G, D]` fit each other; raises otherwise."""
+    if k.shape != v.shape or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit each other")
+    if any(values.dtype != torch.bfloat16 for values in (q, k, v)):
+        raise TypeError(f"q, k and v are bfloat16, not {q.dtype}, {k.dtype}, {v.dtype}")
+
+
 def _check_sums(sums: Tensor, num_heads: int, head_dim: int) -> None:
     if sums.dtype != torch.float64 or sums.shape[1:] != (num_heads, head_dim) or not sums.is_contiguous():
         raise ValueError(

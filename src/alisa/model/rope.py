@@ -64,4 +64,5 @@ class Rotation:
         return torch.cat((turned, x[..., self._rotary_dim :]), dim=-1)
 
     def _turn(self, x: Tensor) -> Tensor:
-        return torch.addcmul(x * self._cos, x.roll(self._half, -1), self._sin).to(x.dtype)
+        # In place: for a prompt's q, each further float32 result is as large as the model's products of a layer.
+        return (x * self._cos).addcmul_(x.roll(self._half, -1), self._sin).to(x.dtype)

@@ -244,6 +244,80 @@ void check_sketch(const Isa& isa, const SketchLayout& layout, int group, bool pe
   }
 }
 
+uint16_t bfloat16_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+double bfloat16_value(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+// Two blocks of `num` tokens: everything in the first, causal in the second; then the weights on the first.
+void check_prefill(const PrefillIsa& isa, int num, int dim, int kv_heads, int group, std::mt19937& random) {
+  const int heads = kv_heads * group;
+  const RowLayout place = {Dtype::kBFloat16, kv_heads, dim};
+  std::normal_distribution<float> normal;
+  const auto filled = [&](size_t count) {
+    Exact<uint16_t> values(count);
+    for (size_t i = 0; i < count; ++i) values[i] = bfloat16_bits(normal(random));
+    return values;
+  };
+  const size_t token = static_cast<size_t>(kv_heads) * dim;
+  Exact<uint16_t> q = filled(num * token * group), out(num * token * group);
+  Exact<uint16_t> past_k = filled(num * token), past_v = filled(num * token), k = filled(num * token), v = filled(num * token);
+  Exact<float> between(num * token * group), log_sum_exp(static_cast<size_t>(num) * heads);
+  const auto strided = [&](const Exact<uint16_t>& x, size_t token_stride) {
+    return Heads{x.data.get(), token_stride, static_cast<size_t>(dim)};
+  };
+  const size_t d = static_cast<size_t>(dim);
+  Workspace workspace;
+  const Threads threads{nullptr, 3};
+  PrefillTask task = {strided(q, heads * d), strided(past_k, token), strided(past_v, token), num, num, heads, kv_heads, dim,
+                      false, nullptr, between.get(), nullptr, log_sum_exp.get()};
+  workspace.prefill(isa, task, threads);
+  task.k = strided(k, token), task.v = strided(v, token), task.causal = true;
+  task.before = between.get(), task.after = nullptr, task.out = out.get();
+  workspace.prefill(isa, task, threads);
+  Exact<float> mass(static_cast<size_t>(num) * num);
+  workspace.prefill_mass(isa, {task.q, strided(past_k, token), num, num, heads, kv_heads, dim, 1, num, log_sum_exp.get(), mass.get()},
+                         threads);
+
+  for (int t = 0; t < num; ++t) {
+    double missing = 0;
+    for (int i = 0; i < num; ++i) missing += mass[static_cast<size_t>(t) * num + i];
+    for (int h = 0; h < heads; ++h) {
+      const size_t at = (static_cast<size_t>(t) * heads + h) * d;
+      const size_t head = static_cast<size_t>(h / group) * d;
+      std::vector<double> weights(num + t + 1);
+      double total = 0;
+      double past = 0;
+      for (int i = 0; i < num + t + 1; ++i) {
+        const uint16_t* key = (i < num ? past_k.get() + i * token : k.get() + (i - num) * token) + head;
+        double score = 0;
+        for (int j = 0; j < dim; ++j) score += bfloat16_value(q[at + j]) * bfloat16_value(key[j]);
+        total += weights[i] = std::exp(score / std::sqrt(dim));
+        if (i < num) past += weights[i];
+      }
+      missing -= past / total;
+      expect(std::fabs(std::log(total) - log_sum_exp[at / d]) < 1e-4, "log-sum-exp", "prefill", place);
+      for (int j = 0; j < dim; ++j) {
+        double sum = 0;
+        for (int i = 0; i < num + t + 1; ++i) {
+          sum += weights[i] / total * bfloat16_value((i < num ? past_v.get() + i * token : v.get() + (i - num) * token)[head + j]);
+        }
+        // Weights and result are bfloat16, values below 6.
+        expect(std::fabs(sum - bfloat16_value(out[at + j])) < 0.04, "output", "prefill", place);
+      }
+    }
+    expect(std::fabs(missing) < 1e-3, "mass", "prefill", place);
+  }
+}
+
 void check_select() {
   const int capacity = 300;
   Exact<double> scores(2 * capacity);
@@ -334,6 +408,14 @@ int main() {
       }
     }
     std::printf("%s: products checked\n", name);
+  }
+  if (const PrefillIsa* isa = find_prefill()) {
+    for (const int num : {1, 65, 100}) {
+      for (const int dim : {1, 33, 64, 80}) {
+        for (const int group : {1, 3}) check_prefill(*isa, num, dim, 2, group, random);
+      }
+    }
+    std::printf("prefill: checked\n");
   }
   check_select();
   return failures ? 1 : 0;

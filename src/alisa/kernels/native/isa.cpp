@@ -4,6 +4,8 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "prefill.h"
+
 namespace alisa {
 namespace {
 
@@ -34,6 +36,14 @@ const Isa* best_isa() {
     if (const Isa* isa = find_isa(name)) return isa;
   }
   return &kPortable;
+}
+
+const PrefillIsa* find_prefill() {
+#ifdef ALISA_X86
+  __builtin_cpu_init();
+  if (has_avx512() && __builtin_cpu_supports("avx512bf16")) return &kPrefillAvx512Bf16;
+#endif
+  return nullptr;
 }
 
 }  // namespace alisa

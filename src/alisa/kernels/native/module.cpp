@@ -2,14 +2,17 @@
 // torch, so one build serves every version of it; alisa/kernels/cpu.py checks dtypes, shapes and strides.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "workspace.h"
 #include "isa.h"
+#include "prefill.h"
 #include "product_workspace.h"
 #include "row_io.h"
 #include "select.h"
@@ -47,6 +50,17 @@ std::vector<std::string> product_isa_names() {
     if (alisa::find_product_isa(name) != nullptr) names.emplace_back(name);
   }
   return names;
+}
+
+// Address, and the strides from one token and from one head to the next, in values.
+alisa::Heads heads_at(const std::tuple<uintptr_t, size_t, size_t>& place) {
+  return {at<const uint16_t>(std::get<0>(place)), std::get<1>(place), std::get<2>(place)};
+}
+
+const alisa::PrefillIsa& prefill_isa() {
+  const alisa::PrefillIsa* isa = alisa::find_prefill();
+  if (isa == nullptr) throw std::invalid_argument("this CPU or build has no prefill kernels");
+  return *isa;
 }
 
 std::vector<std::string> isa_names() {
@@ -205,7 +219,37 @@ NB_MODULE(_native, m) {
                             num_seqs, threads);
           },
           "isa"_a, "threads"_a, "sums"_a, "num_kv_heads"_a, "head_dim"_a, "num_heads"_a, "read"_a, "out"_a, "dtype"_a,
-          "shares"_a, "lanes"_a, "lengths"_a, "num_seqs"_a);
+          "shares"_a, "lanes"_a, "lengths"_a, "num_seqs"_a)
+      .def(
+          "prefill",
+          [](alisa::Workspace& self, const Threads& threads, std::tuple<uintptr_t, size_t, size_t> q,
+             std::tuple<uintptr_t, size_t, size_t> k, std::tuple<uintptr_t, size_t, size_t> v, int num_queries, int num_keys,
+             int num_heads, int num_kv_heads, int head_dim, bool causal, uintptr_t before, uintptr_t after, uintptr_t out,
+             uintptr_t log_sum_exp) {
+            const alisa::PrefillIsa& kernels = prefill_isa();
+            const alisa::PrefillTask task = {heads_at(q),          heads_at(k),      heads_at(v),         num_queries,
+                                             num_keys,             num_heads,        num_kv_heads,        head_dim,
+                                             causal,               at<const float>(before), at<float>(after), at<uint16_t>(out),
+                                             at<float>(log_sum_exp)};
+            const nb::gil_scoped_release unlocked;
+            self.prefill(kernels, task, threads);
+          },
+          "threads"_a, "q"_a, "k"_a, "v"_a, "num_queries"_a, "num_keys"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+          "causal"_a, "before"_a, "after"_a, "out"_a, "log_sum_exp"_a)
+      .def(
+          "prefill_mass",
+          [](alisa::Workspace& self, const Threads& threads, std::tuple<uintptr_t, size_t, size_t> q,
+             std::tuple<uintptr_t, size_t, size_t> k, int num_queries, int num_keys, int num_heads, int num_kv_heads,
+             int head_dim, int num_sets, int ahead, uintptr_t log_sum_exp, uintptr_t mass) {
+            const alisa::PrefillIsa& kernels = prefill_isa();
+            const alisa::MassTask task = {heads_at(q),  heads_at(k), num_queries, num_keys,
+                                          num_heads,    num_kv_heads, head_dim,   num_sets,
+                                          ahead,        at<const float>(log_sum_exp), at<float>(mass)};
+            const nb::gil_scoped_release unlocked;
+            self.prefill_mass(kernels, task, threads);
+          },
+          "threads"_a, "q"_a, "k"_a, "num_queries"_a, "num_keys"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+          "num_sets"_a, "ahead"_a, "log_sum_exp"_a, "mass"_a);
 
   nb::class_<alisa::ProductWorkspace>(m, "ProductWorkspace")
       .def(nb::init<>())
@@ -274,5 +318,7 @@ NB_MODULE(_native, m) {
       },
       "write"_a, "file"_a, "offsets"_a, "memory"_a, "stride"_a, "rows"_a, "count"_a, "row_bytes"_a);
   m.def("product_isa_names", product_isa_names, "Instruction sets with products that this CPU can run, fastest first.");
+  m.def(
+      "has_prefill", [] { return alisa::find_prefill() != nullptr; }, "Whether this CPU can run `prefill` and `prefill_mass`.");
   m.def("isa_names", isa_names, "Instruction sets that this CPU can run, fastest first.");
 }

@@ -15,6 +15,10 @@ constexpr size_t kSerialBytes = 1 << 16;
 
 constexpr size_t kLineFloats = 64 / sizeof(float);
 
+// Packed keys and values of as many KV heads as this are held at once: they stay in a shared cache from being packed to
+// being read, and a long prompt takes no more memory than one head of it asks for.
+constexpr size_t kPackedBytes = size_t{4} << 20;
+
 size_t whole_lines(size_t floats) { return (floats + kLineFloats - 1) / kLineFloats * kLineFloats; }
 
 }  // namespace
@@ -188,6 +192,48 @@ void Workspace::mean_blend(const Isa& isa, const MeanBlendTask& task, int num_se
   run_tokens(threads, num_seqs, seq_bytes, isa.mean_floats(task.head_dim), [&](int64_t first, int64_t last, float* mine) {
     for (int64_t seq = first; seq < last; ++seq) isa.mean_blend(task, static_cast<int>(seq), mine);
   });
+}
+
+template <class Work>
+void Workspace::run_count(const Threads& threads, int num_items, size_t scratch_words, const Work& work) {
+  const size_t words = whole_lines(scratch_words);
+  auto* memory = reinterpret_cast<uint32_t*>(scratch_.room(words * static_cast<size_t>(threads.count)));
+  std::atomic<int> next_item{0};
+  std::atomic<int> next_thread{0};
+  parallel(threads, [&]() {
+    uint32_t* mine = memory + words * static_cast<size_t>(next_thread.fetch_add(1));
+    for (int item = next_item.fetch_add(1); item < num_items; item = next_item.fetch_add(1)) work(item, mine);
+  });
+}
+
+void Workspace::prefill(const PrefillIsa& isa, const PrefillTask& task, const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const int num_blocks = task.num_blocks();
+  const int num_tiles = (task.num_queries * task.group() + isa.tile - 1) / isa.tile;
+  const size_t block_words = isa.block_words(task);
+  const size_t head_words = block_words * static_cast<size_t>(num_blocks);
+  const size_t heads = kPackedBytes / sizeof(uint32_t) / head_words;
+  const int step = std::max(1, std::min(static_cast<int>(heads), task.num_kv_heads));
+  auto* packed = reinterpret_cast<uint32_t*>(plan_.room(head_words * static_cast<size_t>(step)));
+  for (int first = 0; first < task.num_kv_heads; first += step) {
+    const int count = std::min(step, task.num_kv_heads - first);
+    run_count(threads, count * num_blocks, 0, [&](int item, uint32_t*) {
+      isa.pack(task, first + item / num_blocks, item % num_blocks, packed + block_words * static_cast<size_t>(item));
+    });
+    run_count(threads, count * num_tiles, isa.scratch_words(task), [&](int item, uint32_t* mine) {
+      // From the end: the last tiles see the most keys, and a short piece of work should be the last to finish.
+      const int tile = num_tiles - 1 - item / count;
+      isa.attend(task, first + item % count, tile, packed + head_words * static_cast<size_t>(item % count), mine);
+    });
+  }
+}
+
+void Workspace::prefill_mass(const PrefillIsa& isa, const MassTask& task, const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const int num_blocks = task.num_blocks();
+  const int num_tiles = (task.num_queries + isa.mass_tile - 1) / isa.mass_tile;
+  run_count(threads, num_tiles * num_blocks, isa.mass_scratch_words(task),
+            [&](int item, uint32_t* mine) { isa.mass(task, item / num_blocks, item % num_blocks, mine); });
 }
 
 }  // namespace alisa

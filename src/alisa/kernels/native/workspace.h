@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "prefill.h"
 #include "select.h"
 #include "threads.h"
 
@@ -38,6 +39,9 @@ class Workspace {
   // One thread: tokens of one sequence must not meet.
   void mean_add(const Isa& isa, const MeanAddTask& task);
   void mean_blend(const Isa& isa, const MeanBlendTask& task, int num_seqs, const Threads& threads);
+  // Attention of a prompt's tokens, and the weights of its last ones.
+  void prefill(const PrefillIsa& isa, const PrefillTask& task, const Threads& threads);
+  void prefill_mass(const PrefillIsa& isa, const MassTask& task, const Threads& threads);
 
  private:
   // Weighs all tokens and calls finish(seq, scratch) for every sequence; `room` further floats of the plan become the
@@ -52,6 +56,9 @@ class Workspace {
   // Calls write(first, last, scratch) for runs of tokens.
   template <class Write>
   void run_tokens(const Threads& threads, int64_t num_tokens, size_t token_bytes, size_t scratch_floats, const Write& write);
+  // Calls work(item, scratch) for items 0 to num_items - 1.
+  template <class Work>
+  void run_count(const Threads& threads, int num_items, size_t scratch_words, const Work& work);
 
   std::mutex mutex_;
   std::vector<Item> items_;

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from alisa.attention.decode import DecodeKernel
+from alisa.attention.prefill import PrefillKernel
 from alisa.kv.base import AppendKernel
 from alisa.kv.tiers import MoveRows
 from alisa.model.linear import MakeLinear
@@ -30,6 +31,7 @@ _FREE_DISK_SHARE = 0.8
 class Tools(NamedTuple):
     """The kernels that the engine would use."""
 
+    prefill: PrefillKernel
     attend: DecodeKernel
     append: AppendKernel | None
     selection: SelectionKernels | None
@@ -70,7 +72,7 @@ def measure_machine(tools: Tools, directory: Path, where: str, progress: Callabl
     lookup = measure_lookup(directory, tools.move_rows, tools.append)
     rebuild_call_s, rebuild_row_s = measure_rebuild(directory, tools.move_rows, first)
     progress("prompts and layers")
-    prefill_value_s, seed_value_s = measure_prompt(first)
+    prefill_value_s, seed_value_s = measure_prompt(first, tools.prefill)
     layer = measure_layer(first, gemm["bfloat16"])
     return Hardware(
         name="this",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from statistics import median
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from alisa.attention.decode import DecodeKernel
-from alisa.attention.prefill import causal_attention, causal_mass
+from alisa.attention.prefill import KeyBlock, PrefillKernel
 from alisa.kv.base import AppendKernel
 from alisa.kv.codec import make_codec
 from alisa.kv.store import KVStore
@@ -23,6 +25,7 @@ _LAYOUTS = ((12, 12, 64), (4, 32, 64), (32, 32, 128))
 """(KV heads, query heads, values of a head)."""
 _ARENA_BYTES = 1 << 27
 _CPU = torch.device("cpu")
+_SEED_REPEATS = 9
 
 
 def measure_attention(
@@ -89,15 +92,24 @@ def _calls(
     return seconds(read, repeats=50), times[1], row_s
 
 
-def measure_prompt(dtype: torch.dtype) -> tuple[float, float]:
+def measure_prompt(dtype: torch.dtype, kernel: PrefillKernel) -> tuple[float, float]:
     """(causal attention, explicit weights of the last rows): seconds for each pair of positions and query value."""
-    length, num_heads, head_dim = 256, 12, 64
+    length, num_heads, head_dim, num_seeds = 256, 12, 64, 26
     q = torch.randn(length, num_heads, head_dim).to(dtype)
-    taken = seconds(lambda: causal_attention(q, q, q))
+    own = KeyBlock(0, q, q)
+    taken = seconds(lambda: kernel(q, own, tuple, 0, 1))
+
+    def seed() -> float:
+        """The weights alone: they are computed when they are asked for."""
+        _, seeds = kernel(q, own, tuple, num_seeds, 1)
+        started = perf_counter()
+        list(seeds)
+        return perf_counter() - started
+
+    seed()
+    seeded = median(seed() for _ in range(_SEED_REPEATS))
     values = length * (length + 1) / 2 * num_heads * head_dim
-    rows = 26
-    seeded = seconds(lambda: [mass for _, mass in causal_mass(q[-rows:], q, 1)])
-    return taken / values, seeded / (rows * length * num_heads * head_dim)
+    return taken / values, seeded / (num_seeds * length * num_heads * head_dim)
 
 
 def measure_selection(policy: SelectionPolicy, spec: ModelSpec, kernels: SelectionKernels | None) -> Selection:

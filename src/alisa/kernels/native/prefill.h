@@ -1,0 +1,90 @@
+// Dense attention of a prompt's tokens, by products of bfloat16 pairs: what a call is asked to do and who can do it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "task.h"
+
+namespace alisa {
+
+// Keys that are scored at once.
+constexpr int kKeyBlock = 64;
+
+// A run of heads of tokens, bfloat16 bits; strides in values. The values of a head are consecutive.
+struct Heads {
+  const uint16_t* values;
+  size_t token_stride;
+  size_t head_stride;
+
+  ALISA_INLINE const uint16_t* at(int token, int head) const {
+    return values + static_cast<size_t>(token) * token_stride + static_cast<size_t>(head) * head_stride;
+  }
+};
+
+// Attention of T tokens to one block of S keys, merged with what they have seen before.
+struct PrefillTask {
+  Heads q;  // [T, H, D]
+  Heads k;  // [S, G, D]
+  Heads v;
+  int num_queries;   // T
+  int num_keys;      // S
+  int num_heads;     // H
+  int num_kv_heads;  // G
+  int head_dim;      // D
+  bool causal;       // T = S: token t sees keys 0 to t
+  const float* before;  // [T, H, D]: attention to the blocks before this one, log_sum_exp being theirs; null: there are none
+  float* after;         // [T, H, D]: for the next block; null: `out` is written
+  uint16_t* out;        // [T, H, D] bfloat16
+  float* log_sum_exp;   // [T, H]
+
+  ALISA_INLINE int group() const { return num_heads / num_kv_heads; }
+  ALISA_INLINE int pairs() const { return (head_dim + 1) / 2; }
+  ALISA_INLINE int width() const { return round_up(head_dim, kPad); }
+  ALISA_INLINE int num_blocks() const { return (num_keys + kKeyBlock - 1) / kKeyBlock; }
+};
+
+// Attention weights of W consecutive tokens on one block of S keys, summed over the heads of each index set.
+struct MassTask {
+  Heads q;  // [W, H, D]
+  Heads k;  // [S, G, D]
+  int num_queries;           // W
+  int num_keys;              // S
+  int num_heads;             // H
+  int num_kv_heads;          // G
+  int head_dim;              // D
+  int num_sets;              // J: 1 or G
+  int ahead;                 // token w sees the keys before `ahead + w + 1`
+  const float* log_sum_exp;  // [W, H], over everything that they attend to
+  float* mass;               // [W, J, S]
+
+  ALISA_INLINE int group() const { return num_heads / num_kv_heads; }
+  ALISA_INLINE int pairs() const { return (head_dim + 1) / 2; }
+  ALISA_INLINE int num_blocks() const { return (num_keys + kKeyBlock - 1) / kKeyBlock; }
+};
+
+struct PrefillIsa {
+  // Queries in one piece of work: consecutive (token, head) rows that share a KV head.
+  int tile;
+  // 32-bit words of one packed block of keys and values, and of what a thread needs.
+  size_t (*block_words)(const PrefillTask& task);
+  size_t (*scratch_words)(const PrefillTask& task);
+  // Pairs in the order in which `attend` reads them: keys and values of one KV head, one block.
+  void (*pack)(const PrefillTask& task, int kv_head, int block, uint32_t* packed);
+  // One tile of queries against the packed blocks of its KV head.
+  void (*attend)(const PrefillTask& task, int kv_head, int tile, const uint32_t* packed, uint32_t* scratch);
+
+  // The same for the weights of one block, whose tiles are whole tokens.
+  int mass_tile;
+  size_t (*mass_scratch_words)(const MassTask& task);
+  void (*mass)(const MassTask& task, int tile, int block, uint32_t* scratch);
+};
+
+// Null where this build or this CPU lacks it.
+const PrefillIsa* find_prefill();
+
+#ifdef ALISA_X86
+extern const PrefillIsa kPrefillAvx512Bf16;
+#endif
+
+}  // namespace alisa
