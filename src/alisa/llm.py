@@ -58,8 +58,8 @@ class LLM:
 
     Args:
         model: Hugging Face model directory or hub id; None for the small model inside the package.
-        policy: which cached tokens a decode step reads; `dense` or `swa`.
-        sparsity: share of the earlier tokens that `swa` does not read.
+        policy: which cached tokens a decode step reads; `PolicyName` in alisa.config has all.
+        sparsity: share of the earlier tokens that a step does not read; `dense` reads all.
         dtype: of the weights and the arithmetic; `auto` takes what is fastest on this machine.
         weight_dtype: `int8` keeps the linear layers in 8 bits (on a CPU): half the memory and the reading of 16 bits.
         kv_dtype: of the cached rows, also `int8` or `int4`; `auto` is the dtype of the arithmetic.

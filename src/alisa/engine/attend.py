@@ -150,10 +150,13 @@ class DecodeAttend:
             with self._watch.measure(Part.ATTENTION):
                 return self._kernel(query, part.rows, self._store.codec, part.slots, part.counts)
         merged = PartialAttention(query)
+        # Parts come out in the dtype of the query: rounded to 16 bits before they are merged, they would not be what one
+        # part is.
+        exact = query.float()
         scores: list[tuple[RowPart, Tensor]] = []
         while part is not None:
             assert part.sequences is not None, "a part that is not the whole selection names its sequences"
-            some = query[part.sequences]
+            some = exact[part.sequences]
             with self._watch.measure(Part.ATTENTION):
                 attended = self._kernel(some, part.rows, self._store.codec, part.slots, part.counts)
                 merged.add(attended.out, attended.log_sum_exp, part.sequences)
