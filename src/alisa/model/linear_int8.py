@@ -20,7 +20,7 @@ GROUP = 64
 _ZERO = 128
 _SMALLEST = 1e-30
 """A group whose largest input is below this is all zeros: its steps would not be normal numbers."""
-_ROWS_AT_ONCE = 16 * LANES
+_ROWS_AT_ONCE = 4 * LANES
 """Output channels that are quantised together: bounds what is held in float32 beside the weight."""
 
 Multiply = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
