@@ -150,8 +150,8 @@ class DecodeAttend:
             with self._watch.measure(Part.ATTENTION):
                 return self._kernel(query, part.rows, self._store.codec, part.slots, part.counts)
         merged = PartialAttention(query)
-        # Parts come out in the dtype of the query: rounded to 16 bits before they are merged, they would not be what one
-        # part is.
+        # Parts come out in the dtype of the query: rounded to 16 bits before they are merged, they would not be what
+        # one part is.
         exact = query.float()
         scores: list[tuple[RowPart, Tensor]] = []
         while part is not None:
