@@ -78,6 +78,15 @@ def test_zeros_and_tiny_groups_are_zero_and_nan_shows(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_inputs_with_strides_are_those_of_a_copy(isa):
+    codes, scales = quantise_weight(torch.randn(70, 130))
+    multiply = cpu.CpuProducts(isa)
+    wide = torch.randn(5, 300)
+    for x in (wide[:, 20:150], wide[:, ::2][:, :130]):
+        assert torch.equal(multiply(x, codes, scales, None), multiply(x.contiguous(), codes, scales, None))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_no_tokens_no_outputs(isa):
     x, codes, scales, bias = case(3, 20, 30, torch.float32)
     assert cpu.CpuProducts(isa)(x[:0], codes, scales, bias).shape == (0, 30)

@@ -30,9 +30,11 @@ def choose_linear(weight_dtype: WeightDtypeName, device: torch.device) -> MakeLi
             f"weight_dtype {weight_dtype} is for a CPU, and the model runs on {device.type}; use --device cpu, or "
             "--weight-dtype auto."
         )
-    multiply = cpu.CpuProducts() if cpu.available() else multiply_int8
-    if not cpu.available():
+    if cpu.available():
+        multiply = cpu.CpuProducts()
+    else:
         _warn_once(cpu.unavailable_reason())
+        multiply = multiply_int8
 
     def make(weight: Tensor, bias: Tensor | None, device: torch.device) -> Linear:
         return QuantisedLinear(weight, bias, multiply)

@@ -98,7 +98,7 @@ def move_rows(
     Raises:
         OSError: the system refused.
     """
-    moved = _library().move_rows(
+    moved = library().move_rows(
         write=write,
         file=file,
         offsets=offsets.ctypes.data,
@@ -227,7 +227,7 @@ class CpuKernels:
         """
         check_select(scores, lanes, older_ends, older_counts, counts)
         positions = torch.empty(len(lanes), num_slots, dtype=torch.int32)
-        _library().select(
+        library().select(
             threads=self._threads(),
             scores=scores.data_ptr(),
             wide=scores.dtype == torch.float64,
@@ -265,7 +265,7 @@ class CpuKernels:
         """
         check_observe(sums, buckets, sum_starts, bucket_starts, positions, counts, mass)
         num_seqs, num_slots = positions.shape
-        _library().observe(
+        library().observe(
             sums=sums.data_ptr(),
             buckets=buckets.data_ptr(),
             sum_starts=sum_starts.data_ptr(),
@@ -440,12 +440,12 @@ class CpuKernels:
         return blended
 
     def _threads(self) -> Threads:
-        return _library().Threads(self._entry, self._num_threads or torch.get_num_threads())
+        return library().Threads(self._entry, self._num_threads or torch.get_num_threads())
 
     def _layout(self, row_format: RowFormat) -> RowLayout:
         layout = self._layouts.get(row_format)
         if layout is None:
-            layout = _library().RowLayout(_ROW_DTYPES[row_format.dtype], row_format.num_kv_heads, row_format.head_dim)
+            layout = library().RowLayout(_ROW_DTYPES[row_format.dtype], row_format.num_kv_heads, row_format.head_dim)
             assert layout.row_bytes == row_format.row_bytes, "RowFormat and RowLayout count bytes differently"
             self._layouts[row_format] = layout
         return layout
@@ -479,15 +479,15 @@ class CpuProducts:
             bias: Float32[out], or None.
         """
         check_multiply(x, codes, scales, bias)
-        x = x.contiguous()
+        x = x if x.stride(1) == 1 else x.contiguous()
         num_tokens, num_in = x.shape
         out = x.new_empty(num_tokens, len(scales))
         self._workspace.multiply(
             isa=self.isa,
-            threads=_library().Threads(self._entry, self._num_threads or torch.get_num_threads()),
+            threads=library().Threads(self._entry, self._num_threads or torch.get_num_threads()),
             x=x.data_ptr(),
             dtype=_VALUE_DTYPES[x.dtype],
-            x_stride=num_in * x.element_size(),
+            x_stride=x.stride(0) * x.element_size(),
             codes=codes.data_ptr(),
             scales=scales.data_ptr(),
             bias=0 if bias is None else bias.data_ptr(),
@@ -511,7 +511,7 @@ def _sketch_task(
 ) -> SketchTask:
     """Checked, contiguous tensors as addresses: they must live as long as it is used."""
     num_seqs, num_heads, head_dim = query.shape
-    return _library().SketchTask(
+    return library().SketchTask(
         bits=bits,
         num_kv_heads=codes.shape[1],
         head_dim=head_dim,
@@ -528,7 +528,12 @@ def _sketch_task(
     )
 
 
-def _library():  # noqa: ANN202 - the module itself, or an error
+def library():  # noqa: ANN201 - the module itself, or an error
+    """The native module, for the other files of this package; see `available`.
+
+    Raises:
+        RuntimeError: there is none.
+    """
     if _native is None:
         raise RuntimeError(_MISSING)
     return _native

@@ -8,22 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from alisa.kernels import cpu
 from alisa.kernels.checks import check_prefill
-from alisa.kernels.cpu import openmp_entry
 
 if TYPE_CHECKING:
     from alisa.kernels._native import Threads
-
-try:
-    from alisa.kernels import _native
-except ImportError:
-    _native = None
 
 
 def available() -> bool:
     """Whether this build and this CPU have the kernels, and torch has nothing faster (its AMX tiles)."""
     # Private to torch; the public query of capabilities came after the oldest version that we run with.
-    return _native is not None and _native.has_prefill() and not torch.cpu._is_amx_tile_supported()
+    return cpu.available() and cpu.library().has_prefill() and not torch.cpu._is_amx_tile_supported()
 
 
 class CpuPrefill:
@@ -37,12 +32,12 @@ class CpuPrefill:
     """
 
     def __init__(self, *, num_threads: int | None = None, share_threads: bool = True) -> None:
-        if _native is None or not _native.has_prefill():
+        if not (cpu.available() and cpu.library().has_prefill()):
             raise RuntimeError("this CPU or build has no prefill kernels: they need AVX512-BF16")
-        self._new_threads = _native.Threads
+        self._new_threads = cpu.library().Threads
         self._num_threads = num_threads
-        self._entry = openmp_entry() if share_threads else 0
-        self._workspace = _native.Workspace()
+        self._entry = cpu.openmp_entry() if share_threads else 0
+        self._workspace = cpu.library().Workspace()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, past: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Attention of T tokens to all of `past`, block by block, and to the tokens up to their own in k and v.

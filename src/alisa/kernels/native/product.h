@@ -8,7 +8,7 @@
 //   out  = sum * scale + bias
 //
 // for every output in the same order: neither the instruction set nor the other tokens of a call change a bit of it.
-// `QuantisedWeight` in alisa.model.linear_int8 is the same arithmetic in torch.
+// `multiply_int8` in alisa.model.linear_int8 is the same arithmetic in torch.
 #pragma once
 
 #include "task.h"

@@ -1,4 +1,4 @@
-// Products with 8-bit weights for any CPU. CMakeLists.txt gives this file its own compiler flags.
+// Products with 8-bit weights for any CPU.
 #define ALISA_ISA portable
 #include "vec_portable.h"
 
