@@ -23,8 +23,9 @@ from alisa.bench.floor import measure_speeds
 from alisa.bench.others import OthersMeter
 from alisa.bench.session import Setting, run_batch
 from alisa.bench.stamp import Stamp
-from alisa.config import PolicyName
+from alisa.config import KvDtypeName, PolicyName, WeightDtypeName
 from alisa.engine.memory import Caps, default_kv_memory
+from alisa.engine.weights import choose_linear
 from alisa.model.decoder import Decoder
 from alisa.model.loader import random_decoder
 from alisa.planner.shapes import SHAPES
@@ -34,7 +35,7 @@ from alisa.types import StepRecord
 def run(decoder: Decoder, policy: PolicyName, args: argparse.Namespace) -> tuple[StepRecord, ...]:
     """All steps of one batch."""
     caps = Caps(default_kv_memory(decoder.device), 0, 0, None)
-    setting = Setting(policy=policy, sparsity=args.sparsity, caps=caps, max_batch=args.batch)
+    setting = Setting(policy=policy, sparsity=args.sparsity, kv_dtype=args.kv_dtype, caps=caps, max_batch=args.batch)
     rng = random.Random(args.seed)
     prompts = [[rng.randrange(10, decoder.spec.vocab_size) for _ in range(args.prompt_len)] for _ in range(args.batch)]
     return run_batch(decoder, setting, prompts, args.output_len).records
@@ -45,6 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="opt-1.3b")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--weight-dtype", choices=get_args(WeightDtypeName), default="auto")
+    parser.add_argument("--kv-dtype", choices=get_args(KvDtypeName), default="auto")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
@@ -55,11 +58,13 @@ def main() -> None:
     args = parser.parse_args()
     meter = OthersMeter()
     spec, dtype = SHAPES[args.shape], getattr(torch, args.dtype)
-    speeds = measure_speeds(spec, dtype, batch=args.batch, rows=args.batch)
+    speeds = measure_speeds(spec, dtype, batch=args.batch, rows=args.batch, weight_dtype=args.weight_dtype)
     bandwidth, floor_s = speeds.read_bytes_per_s, speeds.decode_gemm_s
-    read_s = spec.step_weight_bytes(args.dtype) / bandwidth
-    decoder = random_decoder(spec, dtype, torch.device("cpu"), args.seed)
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s; weights {spec.step_weight_bytes(args.dtype) / 1e9:.2f} GB")
+    weight_bytes = spec.step_weights if args.weight_dtype == "int8" else spec.step_weight_bytes(args.dtype)
+    read_s = weight_bytes / bandwidth
+    device = torch.device("cpu")
+    decoder = random_decoder(spec, dtype, device, args.seed, choose_linear(args.weight_dtype, device))
+    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s; weights {weight_bytes / 1e9:.2f} GB")
     print(f"floor of one step: GEMMs alone {floor_s * 1e3:.0f} ms, reading the weights {read_s * 1e3:.0f} ms")
     columns = ("step", "linear", "/floor", "attend", "select", "sample", "other")
     print(f"{'medians, ms':14}" + "".join(f"{column:>8}" for column in columns))

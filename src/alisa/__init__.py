@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = ["LLM", "SamplingParams", "__version__"]
+
+# Where the kernel gives huge pages to those who ask, torch asks if this says so when it first allocates: a step that
+# wrote every row to a fresh page of 4 KiB took a fifth longer. Set to 0 in the environment, it stays 0.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOMES = {"LLM": "alisa.llm", "SamplingParams": "alisa.config"}
 

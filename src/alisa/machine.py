@@ -16,7 +16,10 @@ from pathlib import Path
 import psutil
 
 ASK_FOR_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-"""Set to 1, this environment variable makes torch ask the kernel for huge pages (c10/core/impl/alloc_cpu.cpp)."""
+"""Set to 1, this environment variable makes torch ask the kernel for huge pages (c10/core/impl/alloc_cpu.cpp).
+
+Importing alisa sets it, unless it is set already.
+"""
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")

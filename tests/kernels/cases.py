@@ -11,6 +11,7 @@ from alisa.types import RowFormat
 
 ROW_DTYPES = ["float32", "bfloat16", "float16", "int8", "int4"]
 ISAS = ["avx512", "avx2", "portable"]
+SKETCH_ISAS = ["avx512_vnni", *ISAS]
 
 
 @dataclass

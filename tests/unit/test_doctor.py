@@ -15,7 +15,7 @@ from alisa.machine import Cpu, Place
 GIB = 1024**3
 TMP = Place("/tmp", "ext4", 50 * GIB, writable=True)
 NATIVE = Native(
-    isas=("avx512", "avx2", "portable"),
+    isas=("avx512_vnni", "avx512", "avx2", "portable"),
     products=("avx512_vnni", "avx2", "portable"),
     reason="",
     built=True,
@@ -60,7 +60,7 @@ def test_a_healthy_machine_needs_nothing():
     text = "\n".join(finding.text for finding in findings)
     assert "torch 2.13.0 (without CUDA)" in text
     assert "Some CPU: AVX2, AVX-512" in text
-    assert "avx512 runs (also there: avx2, portable); int8 weights: avx512_vnni" in text
+    assert "avx512_vnni runs (also there: avx512, avx2, portable); int8 weights: avx512_vnni" in text
     assert "KV rows get up to 10.0 GiB of it" in text
     assert "rows that fit no memory may take 40.0 GiB" in text
 
@@ -106,7 +106,7 @@ def test_a_healthy_machine_needs_nothing():
         ({"disk_tier": Place("/x", "ext4", 10**6, True)}, "disk", "note", "976.6 KiB free", "make room"),
         ({"disk_tier": Place("/x", "ext4", GIB, False)}, "disk", "problem", "cannot be written", "choose another"),
         ({"disk_tier": Place("/x", None, None, False)}, "disk", "problem", "/x is not a directory", "make it"),
-        ({"huge_pages": "madvise"}, "huge pages", "note", "does not ask", "THP_MEM_ALLOC_ENABLE=1"),
+        ({"huge_pages": "madvise"}, "huge pages", "note", "says not to ask", "THP_MEM_ALLOC_ENABLE=1"),
         ({"huge_pages": "never"}, "huge pages", "note", "never", "transparent_hugepage"),
         ({"extras": {"lm_eval": None, "triton": None}}, "extras", "note", "not there: lm_eval", "pip install lm_eval"),
         ({"embedded_model": False}, "model", "note", "not inside the package", "--model"),

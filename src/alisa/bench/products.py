@@ -44,5 +44,5 @@ def _in_turn(layers: Sequence[Linear], x: Tensor) -> Call:
 
 
 def _isa(kernels: str) -> str:
-    """The products that go with these kernels: those of AVX-512 need an extension of it."""
-    return product_isa_names()[0] if kernels == "avx512" else kernels
+    """The products that go with these kernels: AVX-512 without VNNI has none of its own."""
+    return kernels if kernels in product_isa_names() else "avx2"

@@ -24,6 +24,7 @@ from alisa.bench.shapes import SHAPES
 from alisa.bench.stamp import Stamp
 from alisa.config import WeightDtypeName
 from alisa.errors import InputError
+from alisa.machine import ASK_FOR_HUGE_PAGES
 from alisa.model.loader import load_spec
 from alisa.model.tokenizer import Tokenizer
 from alisa.planner.footprint import kv_token_bytes
@@ -37,6 +38,9 @@ Record = dict[str, Any]
 
 _TOLD = ("others_share", "versions", "notes", "details", "step_quartiles_s", "num_steps")
 """What a record takes from a driver as it is."""
+
+_HUGE_PAGES = {ASK_FOR_HUGE_PAGES: "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Every engine asks for them, as this one does by itself: by torch, or by malloc."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +258,7 @@ def _last_line(command: Sequence[str], job: Mapping[str, Any], work: Work, *, pa
     """The JSON that the last line of standard output holds; a process that fails gives `failed` and its last words."""
     environment = dict(os.environ)
     # Most engines read the number of threads from here before their own options are looked at.
-    environment |= {"OMP_NUM_THREADS": str(work.threads), "HF_HUB_OFFLINE": "1"}
+    environment |= {"OMP_NUM_THREADS": str(work.threads), "HF_HUB_OFFLINE": "1"} | _HUGE_PAGES
     if path is not None:
         environment["PYTHONPATH"] = str(path)
     timeout_s = work.workload.timeout_s

@@ -42,7 +42,7 @@ class BenchKernels:
     ] = DEFAULT_CASES
     runs: Annotated[int, arg(metavar="N")] = 9
     """Rounds that count, after two that do not."""
-    isa: Literal["auto", "avx512", "avx2", "portable"] = "auto"
+    isa: Literal["auto", "avx512_vnni", "avx512", "avx2", "portable"] = "auto"
     """Kernels for this instruction set; auto: the fastest that runs here."""
     only_kernel: bool = False
     """The kernel and the memory bandwidth, nothing else."""

@@ -28,7 +28,7 @@ class Kernels(NamedTuple):
     append: AppendKernel | None
     move_rows: MoveRows
     name: str
-    """`avx512`, `avx2` or `portable` for the native ones, `triton` on a GPU, `torch` for their twins."""
+    """`avx512_vnni`, `avx512`, `avx2` or `portable` for the native ones, `triton` on a GPU, `torch` for their twins."""
 
 
 TORCH_KERNELS = Kernels(prefill_attention, decode_attention, None, None, move_rows, "torch")

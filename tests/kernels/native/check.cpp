@@ -377,7 +377,7 @@ void check_product(const ProductIsa& isa, int num_tokens, int num_in, int num_ou
 
 int main() {
   std::mt19937 random(1);
-  for (const char* name : {"avx512", "avx2", "portable"}) {
+  for (const char* name : {"avx512_vnni", "avx512", "avx2", "portable"}) {
     const Isa* isa = find_isa(name);
     if (isa == nullptr) {
       std::printf("%s: not on this machine\n", name);

@@ -18,6 +18,17 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+// The kernels of AVX-512, with others for sketches.
+const Isa& avx512_vnni() {
+  static const Isa isa = [] {
+    Isa with_vnni = kAvx512;
+    with_vnni.name = "avx512_vnni";
+    with_vnni.sketch = kSketchVnni;
+    return with_vnni;
+  }();
+  return isa;
+}
 #endif
 
 }  // namespace
@@ -25,6 +36,9 @@ bool has_avx512() {
 const Isa* find_isa(const char* name) {
 #ifdef ALISA_X86
   __builtin_cpu_init();
+  if (std::strcmp(name, "avx512_vnni") == 0) {
+    return has_avx512() && __builtin_cpu_supports("avx512vnni") ? &avx512_vnni() : nullptr;
+  }
   if (std::strcmp(name, kAvx512.name) == 0) return has_avx512() ? &kAvx512 : nullptr;
   if (std::strcmp(name, kAvx2.name) == 0) return has_avx2() ? &kAvx2 : nullptr;
 #endif
@@ -32,7 +46,7 @@ const Isa* find_isa(const char* name) {
 }
 
 const Isa* best_isa() {
-  for (const char* name : {"avx512", "avx2"}) {
+  for (const char* name : {"avx512_vnni", "avx512", "avx2"}) {
     if (const Isa* isa = find_isa(name)) return isa;
   }
   return &kPortable;

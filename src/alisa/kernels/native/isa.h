@@ -7,6 +7,21 @@
 
 namespace alisa {
 
+// Of a sketch of keys.
+struct SketchKernels {
+  // Floats of scratch that the others need.
+  size_t (*floats)(const SketchLayout& layout, int num_heads);
+  // One partial result.
+  void (*scores)(const SketchTask& task, int item, float* scratch);
+  // Merges the partial results of one sequence and writes its scores.
+  void (*finish)(const SketchTask& task, int seq, float* scratch);
+  // The share of weight of what was then chosen.
+  void (*shares)(const SketchTask& task, int seq, const int32_t* positions, size_t stride, int count, float* shares,
+                 float* scratch);
+  // Keys [first, last) into the sketch.
+  void (*append)(const SketchAppendTask& task, int64_t first, int64_t last, float* scratch);
+};
+
 struct Isa {
   const char* name;
   // Floats of scratch that `attend`, `finish` and `encode` need; it begins at a whole cache line, as every buffer does.
@@ -18,13 +33,7 @@ struct Isa {
   // Tokens [first, last) into their rows.
   void (*encode)(const EncodeTask& task, int64_t first, int64_t last, float* scratch);
 
-  // The same for a sketch of keys, and the share of weight of what was chosen.
-  size_t (*sketch_floats)(const SketchLayout& layout, int num_heads);
-  void (*sketch_scores)(const SketchTask& task, int item, float* scratch);
-  void (*sketch_finish)(const SketchTask& task, int seq, float* scratch);
-  void (*sketch_shares)(const SketchTask& task, int seq, const int32_t* positions, size_t stride, int count, float* shares,
-                        float* scratch);
-  void (*sketch_append)(const SketchAppendTask& task, int64_t first, int64_t last, float* scratch);
+  SketchKernels sketch;
 
   // The mean of values: scratch floats, all tokens of a call added up, one sequence blended.
   size_t (*mean_floats)(int head_dim);
@@ -42,6 +51,7 @@ extern const Isa kPortable;
 #ifdef ALISA_X86
 extern const Isa kAvx2;
 extern const Isa kAvx512;
+extern const SketchKernels kSketchVnni;
 #endif
 
 }  // namespace alisa

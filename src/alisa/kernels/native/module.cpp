@@ -65,7 +65,7 @@ const alisa::PrefillIsa& prefill_isa() {
 
 std::vector<std::string> isa_names() {
   std::vector<std::string> names;
-  for (const char* name : {"avx512", "avx2", "portable"}) {
+  for (const char* name : {"avx512_vnni", "avx512", "avx2", "portable"}) {
     if (alisa::find_isa(name) != nullptr) names.emplace_back(name);
   }
   return names;

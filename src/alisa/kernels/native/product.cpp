@@ -38,7 +38,7 @@ const ProductIsa* find_product_isa(const char* name) {
 #ifdef ALISA_X86
   __builtin_cpu_init();
   if (std::strcmp(name, kProductVnni.name) == 0) {
-    return find_isa("avx512") != nullptr && __builtin_cpu_supports("avx512vnni") ? &kProductVnni : nullptr;
+    return find_isa("avx512_vnni") != nullptr ? &kProductVnni : nullptr;
   }
   if (std::strcmp(name, kProductAvx2.name) == 0) return find_isa("avx2") != nullptr ? &kProductAvx2 : nullptr;
 #endif

@@ -1,7 +1,7 @@
 // Approximate attention weights of every token from a low-bit copy of its keys: what ranks tokens for the current query.
 //
-// The query is rounded to 15 bits and a sign for each head (an error far below that of the sketch), so that its products
-// with the codes are sums of small integers. One vector holds the scores of one token for as many heads as it has lanes:
+// The query is rounded to whole numbers for each head (an error far below that of the sketch), so that its products with
+// the codes are sums of small integers: sketch_dot.h, or its like for VNNI, which comes before. One vector holds the scores of one token for as many heads as it has lanes:
 // nothing has to be turned round between the dot products, the ranges and the softmax, whose maximum and sum run over
 // tokens, lane by lane. As in attend.h, weights relative to a running maximum are kept for every block, and whoever
 // completes a sequence scales them and adds up its heads. They stay where they are, for the shares of what is then chosen.
@@ -25,19 +25,15 @@ struct SketchScratch {
   float* pairs;        // [2, kSketchBlock * G, padded]: the same for each K/V head
   float* values;       // [D] padded: one head of the query
   int32_t* offsets;    // [heads]: where the codes of a head begin in those of a token
-  Word* query;         // [heads, chunks, planes, kWords]
+  QueryWord* query;         // head_words() for each head, in an order that the products know
 
-  static int chunks(const SketchLayout& layout) { return (layout.code_bytes() + kWords - 1) / kWords; }
-  static size_t head_words(const SketchLayout& layout) {
-    return static_cast<size_t>(chunks(layout)) * layout.planes() * kWords;
-  }
   static size_t pair_floats(const SketchLayout& layout) {
     return static_cast<size_t>(round_up(kSketchBlock * layout.num_kv_heads, kPad) + 2 * kPad);
   }
   static size_t floats(const SketchLayout& layout, int num_heads) {
     const auto heads = static_cast<size_t>(round_up(num_heads, kPad));
     return (3 + 2 * kSketchBlock) * heads + 2 * pair_floats(layout) + static_cast<size_t>(round_up(layout.head_dim, kPad)) +
-           heads * head_words(layout) * sizeof(Word) / sizeof(float);
+           heads * head_words(layout) * sizeof(QueryWord) / sizeof(float);
   }
   SketchScratch(const SketchTask& task, float* memory) {
     const auto heads = static_cast<size_t>(task.heads());
@@ -53,13 +49,12 @@ struct SketchScratch {
     pairs = take(2 * pair_floats(task.layout));
     values = take(static_cast<size_t>(round_up(task.layout.head_dim, kPad)));
     offsets = reinterpret_cast<int32_t*>(take(heads));
-    query = reinterpret_cast<Word*>(memory);
+    query = reinterpret_cast<QueryWord*>(memory);
   }
 };
 
-// One head of the query as whole numbers in the order of the codes; returns what one of them is worth.
-inline float round_query(float* values, const SketchLayout& layout, Word* words, float& total) {
-  const int dim = layout.head_dim;
+// One head of the query becomes whole numbers up to kQueryReach; returns what one of them is worth.
+inline float round_query(float* values, int dim) {
   for (int i = dim; i < round_up(dim, kWidth); ++i) values[i] = 0.0F;
   F largest = set1(0.0F);
   for (int i = 0; i < dim; i += kWidth) {
@@ -68,40 +63,29 @@ inline float round_query(float* values, const SketchLayout& layout, Word* words,
   }
   const float reach = max_of(largest);
   // Smaller queries give every token the same weight, to the last bit.
-  const float inverse = reach > 1e-30F ? 32767.0F / reach : 0.0F;
+  const float inverse = reach > 1e-30F ? kQueryReach / reach : 0.0F;
   for (int i = 0; i < dim; i += kWidth) store(values + i, round_even(load(values + i) * set1(inverse)));
-  const int code_bytes = layout.code_bytes();
-  int32_t sum = 0;
-  for (int plane = 0; plane < layout.planes(); ++plane) {
-    for (int i = 0; i < round_up(code_bytes, kWords); ++i) {
-      const int at = plane * code_bytes + i;
-      const int32_t value = i < code_bytes && at < dim ? static_cast<int32_t>(values[at]) : 0;
-      words[(i / kWords * layout.planes() + plane) * kWords + i % kWords] = static_cast<Word>(value);
-      sum += value;
-    }
-  }
-  const float unit = reach / 32767.0F / __builtin_sqrtf(static_cast<float>(dim));
-  total = static_cast<float>(sum) * unit;
-  return unit;
+  return reach / kQueryReach / __builtin_sqrtf(static_cast<float>(dim));
 }
 
 inline void prepare_query(const SketchTask& task, int seq, const SketchScratch& scratch) {
   const SketchLayout& layout = task.layout;
-  const size_t head_words = SketchScratch::head_words(layout);
-  const size_t head_bytes = static_cast<size_t>(layout.head_dim) * value_bytes(task.q_dtype);
+  const int dim = layout.head_dim;
+  const size_t head_bytes = static_cast<size_t>(dim) * value_bytes(task.q_dtype);
   const int group = task.num_heads / layout.num_kv_heads;
   for (int h = 0; h < task.heads(); ++h) {
-    Word* words = scratch.query + h * head_words;
     const bool real = h < task.num_heads;
     scratch.offsets[h] = (real ? h / group : layout.num_kv_heads - 1) * layout.code_bytes();
+    float unit = 0.0F;
     if (real) {
       const size_t index = static_cast<size_t>(seq) * task.num_heads + h;
-      widen(task.q_dtype, static_cast<const uint8_t*>(task.q) + index * head_bytes, layout.head_dim, scratch.values);
-      scratch.query_scale[h] = round_query(scratch.values, layout, words, scratch.query_sum[h]);
+      widen(task.q_dtype, static_cast<const uint8_t*>(task.q) + index * head_bytes, dim, scratch.values);
+      unit = round_query(scratch.values, dim);
     } else {
-      std::memset(words, 0, head_words * sizeof(Word));
-      scratch.query_scale[h] = scratch.query_sum[h] = 0.0F;
+      for (int i = 0; i < dim; ++i) scratch.values[i] = 0.0F;
     }
+    scratch.query_scale[h] = unit;
+    scratch.query_sum[h] = static_cast<float>(put_query(scratch.values, layout, h, scratch.query)) * unit;
   }
 }
 
@@ -111,8 +95,10 @@ inline void widen_ranges(const SketchTask& task, size_t token, int count, const 
   const int group = task.num_heads / num_kv_heads;
   const int total = count * num_kv_heads;
   const uint16_t* source = task.ranges + token * num_kv_heads * 2;
-  float* steps = scratch.pairs;
-  float* minima = scratch.pairs + SketchScratch::pair_floats(task.layout);
+  // Where every query head has a key of its own, and no head is padded, they are in place already.
+  const bool in_place = num_kv_heads == task.heads();
+  float* steps = in_place ? scratch.steps : scratch.pairs;
+  float* minima = in_place ? scratch.minima : scratch.pairs + SketchScratch::pair_floats(task.layout);
   F step, minimum;
   int i = 0;
   for (; i + kWidth <= total; i += kWidth) {
@@ -120,6 +106,7 @@ inline void widen_ranges(const SketchTask& task, size_t token, int count, const 
     store(steps + i, step);
     store(minima + i, minimum);
   }
+  if (in_place) return;
   uint16_t padded[2 * kWidth] = {};
   std::memcpy(padded, source + 2 * i, static_cast<size_t>(total - i) * 2 * sizeof(uint16_t));
   load_f16_pairs(padded, step, minimum);
@@ -155,45 +142,6 @@ inline void widen_ranges(const SketchTask& task, size_t token, int count, const 
   }
 }
 
-template <int kBits, int kPlane, int kShared>
-inline void add_planes(Words bytes, const Word* query, size_t head_words, Sums* sums) {
-  const Words codes = bits_of<kPlane * kBits, (1 << kBits) - 1>(bytes);
-  for (int s = 0; s < kShared; ++s) sums[s] = add_products(sums[s], codes, query + s * head_words + kPlane * kWords);
-  if constexpr ((kPlane + 1) * kBits < 8) add_planes<kBits, kPlane + 1, kShared>(bytes, query, head_words, sums);
-}
-
-// How the codes of a head are read: `whole` vectors of bytes, and one more that may be shorter.
-struct CodeRuns {
-  explicit CodeRuns(const SketchLayout& layout)
-      : whole((layout.code_bytes() - 1) / kWords),
-        last(run_of(layout.code_bytes() - whole * kWords)),
-        head_words(SketchScratch::head_words(layout)) {}
-  int whole;
-  Run last;
-  size_t head_words;
-};
-
-// Products of one token's codes with kWidth heads of the query; kShared heads in a row read the same key. kWhole is
-// `runs.whole` where the compiler may know it: with the usual heads of 64 to 128 values there is no loop.
-template <int kBits, int kShared, int kWhole>
-inline F tile_products(const uint8_t* codes, const int32_t* offsets, const Word* query, const CodeRuns& runs) {
-  constexpr int kStep = 8 / kBits * kWords;
-  const int whole = kWhole < 0 ? runs.whole : kWhole;
-  const size_t head_words = kWhole < 0 ? runs.head_words : (kWhole + 1) * kStep;
-  Sums sums[kWidth];
-#pragma GCC unroll 16
-  for (int first = 0; first < kWidth; first += kShared) {
-    const uint8_t* key = codes + offsets[first];
-    const Word* q = query + first * head_words;
-    for (int s = 0; s < kShared; ++s) sums[first + s] = no_sums();
-    for (int i = 0; i < whole; ++i) {
-      add_planes<kBits, 0, kShared>(load_bytes(key + i * kWords), q + i * kStep, head_words, sums + first);
-    }
-    add_planes<kBits, 0, kShared>(load_run(key + whole * kWords, runs.last), q + whole * kStep, head_words, sums + first);
-  }
-  return totals(sums);
-}
-
 // Scores of one block into weights [tokens, heads].
 template <int kBits, int kShared, int kWhole>
 inline void score_block(const SketchTask& task, size_t token, int count, const SketchScratch& scratch, float* weights) {
@@ -212,7 +160,7 @@ inline void score_block(const SketchTask& task, size_t token, int count, const S
     for (size_t i = 0; i < token_ranges; i += 32) __builtin_prefetch(ranges + i, 0, 3);
     for (int h = 0; h < heads; h += kWidth) {
       const F products =
-          tile_products<kBits, kShared, kWhole>(codes, scratch.offsets + h, scratch.query + h * runs.head_words, runs);
+          tile_products<kBits, kShared, kWhole>(codes, scratch.offsets + h, scratch.query + h * runs.words, runs);
       const size_t at = static_cast<size_t>(t) * heads + h;
       const F shift = load(scratch.minima + at) * load(scratch.query_sum + h);
       store(weights + at, fma(products * load(scratch.query_scale + h), load(scratch.steps + at), shift));
@@ -261,9 +209,9 @@ void sketch_item(const SketchTask& task, int index, float* memory) {
 
 template <int kBits, int kShared>
 inline void sketch_item_of(const SketchTask& task, int item, float* memory) {
-  switch (CodeRuns(task.layout).whole) {
-    case 0: return sketch_item<kBits, kShared, 0>(task, item, memory);
+  switch (CodeRuns(task.layout).known()) {
     case 1: return sketch_item<kBits, kShared, 1>(task, item, memory);
+    case 2: return sketch_item<kBits, kShared, 2>(task, item, memory);
     default: return sketch_item<kBits, kShared, -1>(task, item, memory);
   }
 }

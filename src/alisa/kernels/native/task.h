@@ -103,6 +103,9 @@ struct SketchLayout {
   ALISA_INLINE constexpr int code_bytes() const { return (head_dim + planes() - 1) / planes(); }  // P
 };
 
+// The largest number in a rounded query: two digits of eight bits, each with a sign (127 * 256 + 127).
+constexpr float kQueryReach = 32639.0F;
+
 // Tokens of a sketch that are weighed together, 32 of them: their scores stay in L1 until their weights are known.
 constexpr int kSketchBlock = 32;
 

@@ -149,13 +149,13 @@ void Workspace::run_sketch(const Isa& isa, SketchTask& task, size_t room, const 
   task.partial_sum = task.partial_max + partials;
   if (room > 0) task.out = task.partial_sum + partials;
   run_items(
-      team, isa.sketch_floats(task.layout, task.num_heads), [&](int item, float* mine) { isa.sketch_scores(task, item, mine); },
+      team, isa.sketch.floats(task.layout, task.num_heads), [&](int item, float* mine) { isa.sketch.scores(task, item, mine); },
       finish);
 }
 
 void Workspace::sketch_scores(const Isa& isa, SketchTask task, const Threads& threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  run_sketch(isa, task, 0, threads, [&](int seq, float* mine) { isa.sketch_finish(task, seq, mine); });
+  run_sketch(isa, task, 0, threads, [&](int seq, float* mine) { isa.sketch.finish(task, seq, mine); });
 }
 
 void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float> chosen, float* shares,
@@ -164,21 +164,21 @@ void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float>
   const auto width = static_cast<size_t>(task.width);
   const auto stride = static_cast<size_t>(chosen.num_slots);
   run_sketch(isa, task, width * static_cast<size_t>(task.num_seqs) * task.num_sets, threads, [&](int seq, float* mine) {
-    isa.sketch_finish(task, seq, mine);
+    isa.sketch.finish(task, seq, mine);
     SelectTask<float> rows = chosen;
     rows.scores = task.out;
     rows.lane_stride = width;
     const int first = seq * task.num_sets;
     for (int set = 0; set < task.num_sets; ++set) select_row(rows, first + set);
-    isa.sketch_shares(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, chosen.counts[first],
+    isa.sketch.shares(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, chosen.counts[first],
                       shares + static_cast<size_t>(seq) * task.num_heads, mine);
   });
 }
 
 void Workspace::sketch_append(const Isa& isa, const SketchAppendTask& task, int64_t num_tokens, const Threads& threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  run_tokens(threads, num_tokens, task.stride, isa.sketch_floats(task.layout, task.layout.num_kv_heads),
-             [&](int64_t first, int64_t last, float* mine) { isa.sketch_append(task, first, last, mine); });
+  run_tokens(threads, num_tokens, task.stride, isa.sketch.floats(task.layout, task.layout.num_kv_heads),
+             [&](int64_t first, int64_t last, float* mine) { isa.sketch.append(task, first, last, mine); });
 }
 
 void Workspace::mean_add(const Isa& isa, const MeanAddTask& task) {

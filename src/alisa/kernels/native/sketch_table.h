@@ -1,0 +1,20 @@
+// The kernels of a sketch as a table, behind a vec_*.h and a sketch_dot*.h.
+#pragma once
+
+#include "isa.h"
+#include "sketch.h"
+#include "sketch_append.h"
+
+namespace alisa::ALISA_ISA {
+
+inline size_t sketch_floats(const SketchLayout& layout, int num_heads) {
+  const size_t scoring = SketchScratch::floats(layout, num_heads);
+  const size_t appending = sketch_append_floats(layout);
+  return scoring > appending ? scoring : appending;
+}
+
+constexpr SketchKernels sketch_kernels() {
+  return {sketch_floats, sketch_scores, sketch_finish, sketch_shares, sketch_append};
+}
+
+}  // namespace alisa::ALISA_ISA
