@@ -11,6 +11,11 @@ from typing import Literal
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+LANES = 64
+"""Output channels that lie together in a weight of 8 bits; as `kLanes` in kernels/native/product.h."""
+QUAD = 4
+"""Inputs that lie together in it; as `kQuad`."""
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:

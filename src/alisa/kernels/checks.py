@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from alisa.spec import LANES, QUAD
 from alisa.types import RowFormat
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +39,7 @@ def check_decode(q: Tensor, rows: Tensor, row_format: RowFormat, slots: Tensor, 
 def check_multiply(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
     """The arguments of a product with 8-bit weights fit each other; raises otherwise."""
     num_out = len(scales)
-    panels = (-(-num_out // 64), -(-x.shape[1] // 4), 64, 4)
+    panels = (-(-num_out // LANES), -(-x.shape[1] // QUAD), LANES, QUAD)
     if codes.shape != panels or not (codes.is_contiguous() and scales.is_contiguous()):
         raise ValueError(f"codes {tuple(codes.shape)} are not {panels}, the panels of {x.shape[1]} x {num_out} weights")
     if x.dtype not in VALUE_DTYPES or codes.dtype != torch.uint8 or scales.dtype != torch.float32:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from alisa.model.names import LANES, QUAD
+from alisa.spec import LANES, QUAD
 
 GROUP = 64
 """Inputs of a token that share a step; as `kGroup` in kernels/native/product.h."""

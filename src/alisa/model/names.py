@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import math
 
-from alisa.spec import ModelSpec
+from alisa.spec import LANES, QUAD, ModelSpec
 
 Shape = tuple[int, ...]
-
-LANES = 64
-"""Output channels that lie together in a weight of 8 bits; as `kLanes` in kernels/native/product.h."""
-QUAD = 4
-"""Inputs that lie together in it; as `kQuad`."""
 
 
 def quantised_bytes(num_out: int, num_in: int) -> int:

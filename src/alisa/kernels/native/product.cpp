@@ -2,34 +2,26 @@
 #include "product_workspace.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 namespace alisa {
 namespace {
 
-// Inputs below this many are rounded by the calling thread alone, and products below this many bytes of weights times
-// tokens are made by it: waking another takes a few microseconds.
-constexpr int64_t kSerialInputs = 1 << 14;
+// Products below this many bytes of weights times tokens are made by the calling thread alone: waking another takes a few
+// microseconds.
 constexpr size_t kSerialWork = 1 << 17;
+
+// Up to this many inputs, counted once for each thread, every thread rounds all of them for itself: what another has written
+// costs more to fetch from its cache, and to wait for.
+constexpr int64_t kOwnInputs = 1 << 19;
 
 // Pieces of work for each thread, as in workspace.cpp.
 constexpr int64_t kItemsPerThread = 8;
 
 constexpr size_t kSumFloats = static_cast<size_t>(kBlockTokens) * kLanes;
 
-// body(first, last) for runs of [0, count).
-template <class Body>
-void in_runs(const Threads& threads, int64_t count, const Body& body) {
-  std::atomic<int64_t> next{0};
-  std::atomic<int> next_thread{0};
-  const int64_t step = std::max<int64_t>(1, count / (kItemsPerThread * threads.count));
-  parallel(threads, [&]() {
-    const int thread = next_thread.fetch_add(1);
-    for (int64_t first = next.fetch_add(step); first < count; first = next.fetch_add(step)) {
-      body(thread, first, std::min(first + step, count));
-    }
-  });
+int64_t step_of(const Threads& threads, int64_t count) {
+  return std::max<int64_t>(1, count / (kItemsPerThread * threads.count));
 }
 
 }  // namespace
@@ -47,28 +39,42 @@ const ProductIsa* find_product_isa(const char* name) {
 
 void ProductWorkspace::multiply(const ProductIsa& isa, ProductTask task, const Threads& threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  const size_t work = static_cast<size_t>(task.panels()) * task.panel_bytes() * static_cast<size_t>(task.num_tokens);
+  const Threads team = {threads.entry, work < kSerialWork ? 1 : threads.count};
+  const bool own_inputs = task.num_tokens * task.num_in * team.count <= kOwnInputs;
+
   const auto places = static_cast<size_t>(task.groups()) * static_cast<size_t>(task.num_tokens);
   const size_t code_floats = places * kGroup / sizeof(float);
-  float* inputs = inputs_.room(code_floats + 2 * places);
-  task.x_codes = reinterpret_cast<int8_t*>(inputs);
-  task.steps = inputs + code_floats;
-  task.starts = reinterpret_cast<int32_t*>(task.steps + places);
-  float* sums = sums_.room(kSumFloats * static_cast<size_t>(threads.count));
+  const size_t floats = code_floats + 2 * static_cast<size_t>(round_up(static_cast<int>(places), kPad));
+  float* inputs = inputs_.room(floats * static_cast<size_t>(own_inputs ? team.count : 1));
+  const auto inputs_in = [&](float* place) {
+    ProductTask mine = task;
+    mine.x_codes = reinterpret_cast<int8_t*>(place);
+    mine.steps = place + code_floats;
+    mine.starts = reinterpret_cast<int32_t*>(mine.steps + places);
+    return mine;
+  };
+  if (!own_inputs) {
+    share_out(team, task.num_tokens, step_of(team, task.num_tokens), [&](int) {
+      return [&, shared = inputs_in(inputs)](int64_t first, int64_t last) { isa.quantise(shared, first, last); };
+    });
+  }
 
-  const Threads alone = {threads.entry, 1};
-  const bool few_inputs = task.num_tokens * task.num_in < kSerialInputs;
-  in_runs(few_inputs ? alone : threads, task.num_tokens,
-          [&](int, int64_t first, int64_t last) { isa.quantise(task, first, last); });
-
+  float* sums = sums_.room(kSumFloats * static_cast<size_t>(team.count));
   // The blocks of one panel follow each other: its weights stay in L2 meanwhile.
   const int64_t blocks = (task.num_tokens + kBlockTokens - 1) / kBlockTokens;
-  const size_t work = static_cast<size_t>(task.panels()) * task.panel_bytes() * static_cast<size_t>(task.num_tokens);
-  in_runs(work < kSerialWork ? alone : threads, task.panels() * blocks, [&](int thread, int64_t first, int64_t last) {
-    for (int64_t item = first; item < last; ++item) {
-      const int64_t block = item % blocks;
-      isa.multiply(task, static_cast<int>(item / blocks), task.num_tokens * block / blocks,
-                   task.num_tokens * (block + 1) / blocks, sums + kSumFloats * static_cast<size_t>(thread));
-    }
+  const int64_t items = task.panels() * blocks;
+  share_out(team, items, step_of(team, items), [&](int thread) {
+    const auto number = static_cast<size_t>(thread);
+    const ProductTask mine = inputs_in(own_inputs ? inputs + floats * number : inputs);
+    if (own_inputs) isa.quantise(mine, 0, mine.num_tokens);
+    return [&isa, mine, blocks, my_sums = sums + kSumFloats * number](int64_t first, int64_t last) {
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t block = item % blocks;
+        isa.multiply(mine, static_cast<int>(item / blocks), mine.num_tokens * block / blocks,
+                     mine.num_tokens * (block + 1) / blocks, my_sums);
+      }
+    };
   });
 }
 

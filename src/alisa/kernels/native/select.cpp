@@ -6,7 +6,6 @@
 #include "select.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -116,14 +115,11 @@ void select_row(const SelectTask<Score>& task, int seq, Selector<Score>& selecto
 
 template <class Score>
 void select_positions(const SelectTask<Score>& task, const Threads& threads) {
-  std::atomic<int> next{0};
-  const auto work = [&]() {
-    Selector<Score> selector;
-    for (int seq = next.fetch_add(1); seq < task.num_seqs; seq = next.fetch_add(1)) select_row(task, seq, selector);
-  };
   Threads team = threads;
   team.count = std::min(team.count, task.num_seqs);
-  parallel(team, work);
+  share_out(team, task.num_seqs, 1, [&](int) {
+    return [&, selector = Selector<Score>()](int64_t seq, int64_t) mutable { select_row(task, static_cast<int>(seq), selector); };
+  });
 }
 
 void select_row(const SelectTask<float>& task, int row) {

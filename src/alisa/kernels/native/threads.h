@@ -5,6 +5,9 @@
 // runs on the same pool as torch's operators.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
 
 namespace alisa {
 
@@ -18,10 +21,24 @@ struct Threads {
 
 void run_on(const Threads& threads, void (*fn)(void*), void* data);
 
-// body() on every thread; whoever comes first takes the next piece of work.
+// body() on every thread.
 template <class Body>
 void parallel(const Threads& threads, const Body& body) {
   run_on(threads, [](void* data) { (*static_cast<const Body*>(data))(); }, const_cast<Body*>(&body));
+}
+
+// Runs of `step` of [0, count): whoever comes first takes the next one. start(thread) makes what a thread does with
+// (first, last); threads are numbered as they come.
+template <class Start>
+void share_out(const Threads& threads, int64_t count, int64_t step, const Start& start) {
+  std::atomic<int64_t> next{0};
+  std::atomic<int> next_thread{0};
+  parallel(threads, [&]() {
+    auto body = start(next_thread.fetch_add(1));
+    for (int64_t first = next.fetch_add(step); first < count; first = next.fetch_add(step)) {
+      body(first, std::min(first + step, count));
+    }
+  });
 }
 
 }  // namespace alisa

@@ -65,19 +65,14 @@ void Workspace::run_items(const Threads& threads, size_t scratch_floats, const A
 
   const size_t floats = whole_lines(scratch_floats);
   float* memory = scratch_.room(floats * static_cast<size_t>(threads.count));
-  std::atomic<int> next_item{0};
-  std::atomic<int> next_thread{0};
-  const int num_items = static_cast<int>(items_.size());
-  const auto work = [&]() {
-    float* mine = memory + floats * static_cast<size_t>(next_thread.fetch_add(1));
-    for (int item = next_item.fetch_add(1); item < num_items; item = next_item.fetch_add(1)) {
-      attend(item, mine);
+  share_out(threads, static_cast<int64_t>(items_.size()), 1, [&](int thread) {
+    return [&, mine = memory + floats * static_cast<size_t>(thread)](int64_t item, int64_t) {
+      attend(static_cast<int>(item), mine);
       // Whoever completes a sequence merges its partial results: no thread waits for another.
-      const int seq = items_[item].seq;
+      const int seq = items_[static_cast<size_t>(item)].seq;
       if (open_items_[seq].fetch_sub(1) == 1) finish(seq, mine);
-    }
-  };
-  parallel(threads, work);
+    };
+  });
 }
 
 template <class Write>
@@ -87,16 +82,10 @@ void Workspace::run_tokens(const Threads& threads, int64_t num_tokens, size_t to
   if (static_cast<size_t>(num_tokens) * token_bytes < kSerialBytes) team.count = 1;
   const size_t floats = whole_lines(scratch_floats);
   float* memory = scratch_.room(floats * static_cast<size_t>(team.count));
-  std::atomic<int64_t> next_token{0};
-  std::atomic<int> next_thread{0};
   const int64_t step = std::max<int64_t>(1, std::min<int64_t>(64, num_tokens / (4 * team.count)));
-  const auto work = [&]() {
-    float* mine = memory + floats * static_cast<size_t>(next_thread.fetch_add(1));
-    for (int64_t first = next_token.fetch_add(step); first < num_tokens; first = next_token.fetch_add(step)) {
-      write(first, std::min(first + step, num_tokens), mine);
-    }
-  };
-  parallel(team, work);
+  share_out(team, num_tokens, step, [&](int thread) {
+    return [&, mine = memory + floats * static_cast<size_t>(thread)](int64_t first, int64_t last) { write(first, last, mine); };
+  });
 }
 
 void Workspace::decode(const Isa& isa, DecodeTask task, const Threads& threads) {
@@ -198,11 +187,8 @@ template <class Work>
 void Workspace::run_count(const Threads& threads, int num_items, size_t scratch_words, const Work& work) {
   const size_t words = whole_lines(scratch_words);
   auto* memory = reinterpret_cast<uint32_t*>(scratch_.room(words * static_cast<size_t>(threads.count)));
-  std::atomic<int> next_item{0};
-  std::atomic<int> next_thread{0};
-  parallel(threads, [&]() {
-    uint32_t* mine = memory + words * static_cast<size_t>(next_thread.fetch_add(1));
-    for (int item = next_item.fetch_add(1); item < num_items; item = next_item.fetch_add(1)) work(item, mine);
+  share_out(threads, num_items, 1, [&](int thread) {
+    return [&, mine = memory + words * static_cast<size_t>(thread)](int64_t item, int64_t) { work(static_cast<int>(item), mine); };
   });
 }
 
