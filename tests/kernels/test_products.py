@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alisa.kernels import cpu
+from alisa.kernels import cpu, cpu_product
 from alisa.model.linear_int8 import GROUP, multiply_int8, quantise_inputs, quantise_weight
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
 
-ISAS = cpu.product_isa_names()
+ISAS = cpu_product.product_isa_names()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 3 * GROUP + 5), st.integers(1, 200))
@@ -38,7 +38,7 @@ def test_sums_are_those_of_whole_numbers(isa, shape, seed, num_threads):
     weight[:, 0] = -127
     codes, scales = quantise_weight(weight.float())
     assert (scales == 1).all()
-    product = cpu.CpuProducts(isa, num_threads=num_threads)(x.float(), codes, scales, None)
+    product = cpu_product.CpuProducts(isa, num_threads=num_threads)(x.float(), codes, scales, None)
     # At most 197 * 127^2, which float32 holds exactly.
     assert torch.equal(product.long(), x @ weight.T)
 
@@ -49,7 +49,7 @@ def test_sums_are_those_of_whole_numbers(isa, shape, seed, num_threads):
 def test_kernels_and_twin_agree_to_the_bit(isa, shape, dtype, biased, seed):
     x, codes, scales, bias = case(*shape, dtype, seed)
     offset = bias if biased else None
-    got = cpu.CpuProducts(isa)(x, codes, scales, offset)
+    got = cpu_product.CpuProducts(isa)(x, codes, scales, offset)
     assert got.dtype == dtype
     assert torch.equal(got, multiply_int8(x, codes, scales, offset))
 
@@ -58,7 +58,7 @@ def test_kernels_and_twin_agree_to_the_bit(isa, shape, dtype, biased, seed):
 @pytest.mark.parametrize("num_tokens", [1, 5, 7, 16, 96, 97, 130, 200])
 def test_a_token_does_not_depend_on_its_company(isa, num_tokens):
     x, codes, scales, bias = case(num_tokens, 200, 130, torch.bfloat16)
-    multiply = cpu.CpuProducts(isa)
+    multiply = cpu_product.CpuProducts(isa)
     alone = torch.cat([multiply(row[None], codes, scales, bias) for row in x])
     assert torch.equal(multiply(x, codes, scales, bias), alone)
     assert torch.equal(alone, multiply_int8(x, codes, scales, bias))
@@ -71,7 +71,7 @@ def test_zeros_and_tiny_groups_are_zero_and_nan_shows(isa):
     x[1] = 1e-38
     x[2, 3] = float("nan")
     x[3, GROUP + 1] = float("inf")
-    got = cpu.CpuProducts(isa)(x, codes, scales, bias)
+    got = cpu_product.CpuProducts(isa)(x, codes, scales, bias)
     assert torch.equal(got[:2], bias.expand(2, -1))
     assert got[2].isnan().all()
     assert not got[3].isfinite().any()
@@ -80,7 +80,7 @@ def test_zeros_and_tiny_groups_are_zero_and_nan_shows(isa):
 @pytest.mark.parametrize("isa", ISAS)
 def test_inputs_with_strides_are_those_of_a_copy(isa):
     codes, scales = quantise_weight(torch.randn(70, 130))
-    multiply = cpu.CpuProducts(isa)
+    multiply = cpu_product.CpuProducts(isa)
     wide = torch.randn(5, 300)
     for x in (wide[:, 20:150], wide[:, ::2][:, :130]):
         assert torch.equal(multiply(x, codes, scales, None), multiply(x.contiguous(), codes, scales, None))
@@ -89,7 +89,7 @@ def test_inputs_with_strides_are_those_of_a_copy(isa):
 @pytest.mark.parametrize("isa", ISAS)
 def test_no_tokens_no_outputs(isa):
     x, codes, scales, bias = case(3, 20, 30, torch.float32)
-    assert cpu.CpuProducts(isa)(x[:0], codes, scales, bias).shape == (0, 30)
+    assert cpu_product.CpuProducts(isa)(x[:0], codes, scales, bias).shape == (0, 30)
 
 
 def test_inputs_are_rounded_to_half_a_step():
@@ -102,7 +102,7 @@ def test_inputs_are_rounded_to_half_a_step():
 
 def test_arguments_that_do_not_fit_are_refused():
     x, codes, scales, bias = case(2, 64, 70, torch.float32)
-    multiply = cpu.CpuProducts()
+    multiply = cpu_product.CpuProducts()
     with pytest.raises(ValueError, match="panels of 64 x 64 weights"):
         multiply(x, codes, scales[:64], bias)
     with pytest.raises(ValueError, match="bias"):
@@ -110,4 +110,4 @@ def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match="uint8"):
         multiply(x, codes.to(torch.int8), scales, bias)
     with pytest.raises(ValueError, match="cannot run here"):
-        cpu.CpuProducts("avx1024")
+        cpu_product.CpuProducts("avx1024")

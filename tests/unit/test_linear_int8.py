@@ -7,7 +7,7 @@ import torch
 
 from alisa.engine.weights import choose_linear
 from alisa.errors import InputError
-from alisa.kernels import cpu
+from alisa.kernels import cpu, cpu_product
 from alisa.model.linear import PackedLinear, PlainLinear, make_linear
 from alisa.model.linear_int8 import GROUP, QuantisedLinear, multiply_int8, quantise_weight
 from alisa.model.loader import random_decoder
@@ -51,7 +51,7 @@ def test_a_product_errs_by_what_rounding_explains(make, num_in):
     generator = torch.Generator().manual_seed(num_in)
     weight, bias = torch.randn(96, num_in, generator=generator), torch.randn(96, generator=generator)
     x = torch.randn(3, 5, num_in, generator=generator)
-    layer = QuantisedLinear(weight, bias, make or cpu.CpuProducts())
+    layer = QuantisedLinear(weight, bias, make or cpu_product.CpuProducts())
     got = layer(x)
     assert got.shape == (3, 5, 96)
     exact = x.double() @ weight.double().T + bias.double()

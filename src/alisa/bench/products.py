@@ -9,7 +9,8 @@ from torch import Tensor
 
 from alisa.bench.cases import ProductCase
 from alisa.bench.contest import Call, Contender, Contest, Role
-from alisa.kernels.cpu import CpuKernels, CpuProducts, product_isa_names
+from alisa.kernels.cpu import CpuKernels
+from alisa.kernels.cpu_product import CpuProducts, product_isa_names
 from alisa.model.linear import Linear, make_linear
 from alisa.model.linear_int8 import QuantisedLinear, multiply_int8
 

@@ -16,7 +16,7 @@ import torch
 from alisa import __version__
 from alisa.doctor.self_test import SelfTest, run_self_test
 from alisa.engine.memory import Caps, default_kv_memory
-from alisa.kernels import cpu
+from alisa.kernels import cpu, cpu_product
 from alisa.llm import embedded_model
 from alisa.machine import Cpu, Place, free_memory, huge_pages, huge_pages_asked, memory_limit, num_cpus
 from alisa.model.linear import PackedLinear, make_linear
@@ -138,7 +138,7 @@ def gather(temporary: Path, disk_tier: Path) -> Facts:
 def _native() -> Native:
     return Native(
         isas=cpu.isa_names(),
-        products=cpu.product_isa_names(),
+        products=cpu_product.product_isa_names(),
         reason=cpu.unavailable_reason(),
         built=find_spec("alisa.kernels._native") is not None,
         shares_threads=cpu.openmp_entry() != 0,

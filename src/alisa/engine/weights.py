@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alisa.config import WeightDtypeName
 from alisa.errors import InputError
-from alisa.kernels import cpu
+from alisa.kernels import cpu, cpu_product
 from alisa.model.linear import Linear, MakeLinear, make_linear
 from alisa.model.linear_int8 import QuantisedLinear, multiply_int8
 
@@ -31,7 +31,7 @@ def choose_linear(weight_dtype: WeightDtypeName, device: torch.device) -> MakeLi
             "--weight-dtype auto."
         )
     if cpu.available():
-        multiply = cpu.CpuProducts()
+        multiply = cpu_product.CpuProducts()
     else:
         _warn_once(cpu.unavailable_reason())
         multiply = multiply_int8

@@ -24,7 +24,6 @@ from alisa.kernels.checks import (
     check_decode,
     check_mean_add,
     check_mean_blend,
-    check_multiply,
     check_observe,
     check_select,
     check_sketch_append,
@@ -46,7 +45,8 @@ else:
 
 # The numbers of `Dtype` in native/task.h.
 _ROW_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
-_VALUE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+VALUE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The numbers of `Dtype` in native/task.h, of inputs and outputs."""
 
 
 def available() -> bool:
@@ -62,11 +62,6 @@ def unavailable_reason() -> str:
 def isa_names() -> tuple[str, ...]:
     """Instruction sets that this build and this CPU have in common, fastest first; empty without the library."""
     return tuple(_native.isa_names()) if _native is not None else ()
-
-
-def product_isa_names() -> tuple[str, ...]:
-    """The same of products with 8-bit weights, which have instruction sets of their own."""
-    return tuple(_native.product_isa_names()) if _native is not None else ()
 
 
 @cache
@@ -131,6 +126,26 @@ def check_slots(rows: Tensor, slots: Tensor, counts: Tensor) -> None:
                 raise ValueError(f"sequence {seq} reads a slot twice: its weight would count twice")
 
 
+class Team:
+    """The threads that native calls run on.
+
+    Args:
+        num_threads: how many; None: as many as torch uses at the time of the call.
+        share: on torch's OpenMP threads where they can be found.
+    """
+
+    __slots__ = ("_entry", "_make", "_num_threads")
+
+    def __init__(self, num_threads: int | None = None, *, share: bool = True) -> None:
+        self._make = library().Threads
+        self._num_threads = num_threads
+        self._entry = openmp_entry() if share else 0
+
+    def threads(self) -> Threads:
+        """The team of one call."""
+        return self._make(self._entry, self._num_threads or torch.get_num_threads())
+
+
 class CpuKernels:
     """The native kernels with their working memory; calling it is decode attention (see `DecodeKernel`).
 
@@ -146,8 +161,7 @@ class CpuKernels:
         if isa is not None and isa not in isa_names():
             raise ValueError(f"{isa} kernels cannot run here; there are {', '.join(isa_names())}")
         self.isa = isa or isa_names()[0]
-        self._num_threads = num_threads
-        self._entry = openmp_entry() if share_threads else 0
+        self._team = Team(num_threads, share=share_threads)
         self._workspace = _native.Workspace()
         self._layouts: dict[RowFormat, RowLayout] = {}
 
@@ -166,10 +180,10 @@ class CpuKernels:
         log_sum_exp = torch.empty(num_seqs, num_heads)
         self._workspace.decode(
             isa=self.isa,
-            threads=self._threads(),
+            threads=self._team.threads(),
             layout=self._layout(row_format),
             q=q.data_ptr(),
-            q_dtype=_VALUE_DTYPES[q.dtype],
+            q_dtype=VALUE_CODES[q.dtype],
             rows=rows.data_ptr(),
             row_stride=rows.stride(0),
             slots=slots.data_ptr(),
@@ -190,11 +204,11 @@ class CpuKernels:
         k, v, slots = _dense_tokens(k), _dense_tokens(v), slots.contiguous()
         self._workspace.encode(
             isa=self.isa,
-            threads=self._threads(),
+            threads=self._team.threads(),
             layout=self._layout(row_format),
             k=k.data_ptr(),
             v=v.data_ptr(),
-            dtype=_VALUE_DTYPES[k.dtype],
+            dtype=VALUE_CODES[k.dtype],
             k_stride=k.stride(0) * k.element_size(),
             v_stride=v.stride(0) * v.element_size(),
             rows=rows.data_ptr(),
@@ -228,7 +242,7 @@ class CpuKernels:
         check_select(scores, lanes, older_ends, older_counts, counts)
         positions = torch.empty(len(lanes), num_slots, dtype=torch.int32)
         library().select(
-            threads=self._threads(),
+            threads=self._team.threads(),
             scores=scores.data_ptr(),
             wide=scores.dtype == torch.float64,
             lane_stride=scores.stride(0),
@@ -293,12 +307,12 @@ class CpuKernels:
         keys, ids = _dense_tokens(keys), ids.contiguous()
         self._workspace.sketch_append(
             isa=self.isa,
-            threads=self._threads(),
+            threads=self._team.threads(),
             bits=bits,
             num_kv_heads=num_heads,
             head_dim=head_dim,
             keys=keys.data_ptr(),
-            dtype=_VALUE_DTYPES[keys.dtype],
+            dtype=VALUE_CODES[keys.dtype],
             stride=keys.stride(0) * keys.element_size(),
             codes=codes.data_ptr(),
             ranges=ranges.data_ptr(),
@@ -337,7 +351,7 @@ class CpuKernels:
         scores = torch.empty(len(query), num_sets, width)
         self._workspace.sketch_scores(
             isa=self.isa,
-            threads=self._threads(),
+            threads=self._team.threads(),
             task=_sketch_task(query, codes, ranges, bits, starts, lengths, width, num_sets),
             out=scores.data_ptr(),
         )
@@ -385,7 +399,7 @@ class CpuKernels:
         shares = torch.empty(num_seqs, num_heads)
         self._workspace.sketch_select(
             isa=self.isa,
-            threads=self._threads(),
+            threads=self._team.threads(),
             task=_sketch_task(query, codes, ranges, bits, starts, lengths, width, num_sets),
             older_ends=older_ends.data_ptr(),
             older_counts=older_counts.data_ptr(),
@@ -407,7 +421,7 @@ class CpuKernels:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             values=values.data_ptr(),
-            dtype=_VALUE_DTYPES[values.dtype],
+            dtype=VALUE_CODES[values.dtype],
             stride=values.stride(0) * values.element_size(),
             lanes=lane_ids.data_ptr(),
             num_tokens=num_tokens,
@@ -424,23 +438,20 @@ class CpuKernels:
         blended = torch.empty_like(out)
         self._workspace.mean_blend(
             isa=self.isa,
-            threads=self._threads(),
+            threads=self._team.threads(),
             sums=sums.data_ptr(),
             num_kv_heads=sums.shape[1],
             head_dim=head_dim,
             num_heads=num_heads,
             read=out.data_ptr(),
             out=blended.data_ptr(),
-            dtype=_VALUE_DTYPES[out.dtype],
+            dtype=VALUE_CODES[out.dtype],
             shares=shares.data_ptr(),
             lanes=lane_ids.data_ptr(),
             lengths=lengths.data_ptr(),
             num_seqs=num_seqs,
         )
         return blended
-
-    def _threads(self) -> Threads:
-        return library().Threads(self._entry, self._num_threads or torch.get_num_threads())
 
     def _layout(self, row_format: RowFormat) -> RowLayout:
         layout = self._layouts.get(row_format)
@@ -449,54 +460,6 @@ class CpuKernels:
             assert layout.row_bytes == row_format.row_bytes, "RowFormat and RowLayout count bytes differently"
             self._layouts[row_format] = layout
         return layout
-
-
-class CpuProducts:
-    """The native products with 8-bit weights, with their working memory.
-
-    Args:
-        isa: one of `product_isa_names()`; by default the fastest.
-        num_threads: threads to use; by default as many as torch uses at the time of the call.
-    """
-
-    def __init__(self, isa: str | None = None, *, num_threads: int | None = None) -> None:
-        if _native is None:
-            raise RuntimeError(_MISSING)
-        if isa is not None and isa not in product_isa_names():
-            raise ValueError(f"{isa} products cannot run here; there are {', '.join(product_isa_names())}")
-        self.isa = isa or product_isa_names()[0]
-        self._num_threads = num_threads
-        self._entry = openmp_entry()
-        self._workspace = _native.ProductWorkspace()
-
-    def __call__(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        """Product of `x [M, in]` with a weight in 8 bits, plus the bias: `[M, out]` in the dtype of x.
-
-        Args:
-            x: float32, bfloat16 or float16.
-            codes: UInt8[ceil(out / 64), ceil(in / 4), 64, 4], contiguous, padded with 128.
-            scales: Float32[out].
-            bias: Float32[out], or None.
-        """
-        check_multiply(x, codes, scales, bias)
-        x = x if x.stride(1) == 1 else x.contiguous()
-        num_tokens, num_in = x.shape
-        out = x.new_empty(num_tokens, len(scales))
-        self._workspace.multiply(
-            isa=self.isa,
-            threads=library().Threads(self._entry, self._num_threads or torch.get_num_threads()),
-            x=x.data_ptr(),
-            dtype=_VALUE_DTYPES[x.dtype],
-            x_stride=x.stride(0) * x.element_size(),
-            codes=codes.data_ptr(),
-            scales=scales.data_ptr(),
-            bias=0 if bias is None else bias.data_ptr(),
-            out=out.data_ptr(),
-            num_tokens=num_tokens,
-            num_in=num_in,
-            num_out=len(scales),
-        )
-        return out
 
 
 def _sketch_task(
@@ -516,7 +479,7 @@ def _sketch_task(
         num_kv_heads=codes.shape[1],
         head_dim=head_dim,
         q=query.data_ptr(),
-        q_dtype=_VALUE_DTYPES[query.dtype],
+        q_dtype=VALUE_CODES[query.dtype],
         codes=codes.data_ptr(),
         ranges=ranges.data_ptr(),
         starts=starts.data_ptr(),

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from alisa.kernels import cpu
 from alisa.kernels.checks import check_prefill
-
-if TYPE_CHECKING:
-    from alisa.kernels._native import Threads
 
 
 def available() -> bool:
@@ -34,9 +30,7 @@ class CpuPrefill:
     def __init__(self, *, num_threads: int | None = None, share_threads: bool = True) -> None:
         if not (cpu.available() and cpu.library().has_prefill()):
             raise RuntimeError("this CPU or build has no prefill kernels: they need AVX512-BF16")
-        self._new_threads = cpu.library().Threads
-        self._num_threads = num_threads
-        self._entry = cpu.openmp_entry() if share_threads else 0
+        self._team = cpu.Team(num_threads, share=share_threads)
         self._workspace = cpu.library().Workspace()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, past: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -77,7 +71,7 @@ class CpuPrefill:
             raise ValueError(f"log-sum-exp is Float32{list(q.shape[:2])}, not {log_sum_exp.dtype} {log_sum_exp.shape}")
         mass = torch.empty(len(q), num_sets, len(k))
         self._workspace.prefill_mass(
-            threads=self._threads(),
+            threads=self._team.threads(),
             q=_place(q),
             k=_place(k),
             num_queries=len(q),
@@ -108,7 +102,7 @@ class CpuPrefill:
         assert not causal or len(q) == len(k), "causal attention is that of tokens among themselves"
         k, v = _runs(k), _runs(v)
         self._workspace.prefill(
-            threads=self._threads(),
+            threads=self._team.threads(),
             q=_place(q),
             k=_place(k),
             v=_place(v),
@@ -123,9 +117,6 @@ class CpuPrefill:
             out=out.data_ptr(),
             log_sum_exp=log_sum_exp.data_ptr(),
         )
-
-    def _threads(self) -> Threads:
-        return self._new_threads(self._entry, self._num_threads or torch.get_num_threads())
 
 
 def _runs(values: Tensor) -> Tensor:
