@@ -19,8 +19,9 @@ __version__ = "0.1.0"
 
 __all__ = ["LLM", "SamplingParams", "__version__"]
 
-# Where the kernel gives huge pages to those who ask, torch asks if this says so when it first allocates: a step that
-# wrote every row to a fresh page of 4 KiB took a fifth longer. Set to 0 in the environment, it stays 0.
+# Where the kernel gives huge pages to those who ask, torch asks if this says so when it first allocates; a step writes
+# its rows to fresh memory, and pages of 4 KiB are many to fault in. Set to 0 in the environment, it stays 0. The name
+# is also `ASK_FOR_HUGE_PAGES` in alisa.machine, which brings psutil and so is not imported here.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOMES = {"LLM": "alisa.llm", "SamplingParams": "alisa.config"}

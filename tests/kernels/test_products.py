@@ -87,6 +87,14 @@ def test_inputs_with_strides_are_those_of_a_copy(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_inputs_too_many_for_each_thread_are_rounded_once(isa, num_threads):
+    x, codes, scales, bias = case(270, 2000, 70, torch.bfloat16)  # more than kOwnInputs of product.cpp
+    got = cpu_product.CpuProducts(isa, num_threads=num_threads)(x, codes, scales, bias)
+    assert torch.equal(got, multiply_int8(x, codes, scales, bias))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_no_tokens_no_outputs(isa):
     x, codes, scales, bias = case(3, 20, 30, torch.float32)
     assert cpu_product.CpuProducts(isa)(x[:0], codes, scales, bias).shape == (0, 30)

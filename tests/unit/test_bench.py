@@ -58,7 +58,7 @@ def test_kernel_and_twin_choose_alike(name):
     if name == "select":
         assert torch.equal(kernel.positions, twin.positions)
     else:
-        torch.testing.assert_close(kernel, twin, rtol=1e-2, atol=1e-4)  # the kernel rounds the query to 15 bits
+        torch.testing.assert_close(kernel, twin, rtol=1e-2, atol=1e-4)  # the kernel rounds the query
 
 
 @needs_kernels

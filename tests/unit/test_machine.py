@@ -1,12 +1,15 @@
 """What the operating system says, read from files that a test can write."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from alisa import machine
-from alisa.machine import Cpu, Place
+from alisa.machine import ASK_FOR_HUGE_PAGES, Cpu, Place
 
 X86 = "processor\t: 0\nmodel name\t: Some CPU @ 2GHz\nflags\t\t: fpu avx2 avx512f\n\nprocessor\t: 1\nmodel name\t: B\n"
 ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd bf16\n"
@@ -97,3 +100,12 @@ def test_a_containers_limit_bounds_the_free_memory(monkeypatch):
     assert machine.free_memory() < 10**7
     monkeypatch.setattr(machine, "memory_limit", lambda: None)
     assert machine.free_memory() > 10**7
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "1"), ("0", "0")])
+def test_importing_asks_for_huge_pages_unless_told_otherwise(before, after):
+    environment = {name: value for name, value in os.environ.items() if name != ASK_FOR_HUGE_PAGES}
+    environment |= {} if before is None else {ASK_FOR_HUGE_PAGES: before}
+    program = f"import os, alisa; print(os.environ[{ASK_FOR_HUGE_PAGES!r}])"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == after

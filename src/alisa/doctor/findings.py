@@ -167,7 +167,8 @@ def _place(topic: str, place: Place, use: str) -> Finding:
 
 
 def _huge_pages(facts: Facts) -> Finding:
-    # A decode step of OPT-1.3B at batch 16 took 74 to 88 ms without and 64 to 65 ms with them (two Zen 5 cores).
+    # Three pairs of runs of OPT-1.3B, batch 16, 8-bit weights and rows, on two shared Zen 5 cores: a decode step took
+    # 88, 80 and 74 ms without and 65, 64 and 86 ms with them; the last fell in a slow minute.
     if facts.huge_pages is None:
         return Finding(Status.OK, "huge pages", "this kernel does not say")
     if facts.huge_pages == "always" or (facts.huge_pages == "madvise" and facts.huge_pages_asked):

@@ -334,7 +334,7 @@ class CpuKernels:
         """Approximate attention weights Float32[B, num_sets, width] of tokens starts[b] .. starts[b] + lengths[b] - 1.
 
         Softmax of query times sketched key over sqrt(D), for each head on its own, summed over the heads of each index
-        set; 0 from lengths[b] on. The query is rounded to 15 bits and a sign, relative to its largest value.
+        set; 0 from lengths[b] on. The query is rounded to 1/32639 of its largest value.
 
         Args:
             query: `[B, H, D]` in a float dtype.

@@ -1,9 +1,9 @@
 // Approximate attention weights of every token from a low-bit copy of its keys: what ranks tokens for the current query.
 //
 // The query is rounded to whole numbers for each head (an error far below that of the sketch), so that its products with
-// the codes are sums of small integers: sketch_dot.h, or its like for VNNI, which comes before. One vector holds the scores of one token for as many heads as it has lanes:
-// nothing has to be turned round between the dot products, the ranges and the softmax, whose maximum and sum run over
-// tokens, lane by lane. As in attend.h, weights relative to a running maximum are kept for every block, and whoever
+// the codes are sums of small integers: sketch_dot.h, or its like for VNNI, which comes before. One vector holds the scores
+// of one token for as many heads as it has lanes: nothing has to be turned round between the dot products, the ranges and
+// the softmax, whose maximum and sum run over tokens, lane by lane. As in attend.h, weights relative to a running maximum are kept for every block, and whoever
 // completes a sequence scales them and adds up its heads. They stay where they are, for the shares of what is then chosen.
 #pragma once
 
@@ -25,7 +25,7 @@ struct SketchScratch {
   float* pairs;        // [2, kSketchBlock * G, padded]: the same for each K/V head
   float* values;       // [D] padded: one head of the query
   int32_t* offsets;    // [heads]: where the codes of a head begin in those of a token
-  QueryWord* query;         // head_words() for each head, in an order that the products know
+  QueryWord* query;    // head_words() for each head, in an order that the products know
 
   static size_t pair_floats(const SketchLayout& layout) {
     return static_cast<size_t>(round_up(kSketchBlock * layout.num_kv_heads, kPad) + 2 * kPad);
