@@ -11,7 +11,7 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-ch
 CODE = src tests examples
 # A GPU machine may have no environment of ours: its own torch will do.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
-SET_UP_FROM = pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/alisa/kernels/native/*)
+SET_UP_FROM = pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/alisa/kernels/native/csrc/**/*)
 
 .PHONY: help demo test slow-test gpu-check check format clean distclean
 

@@ -19,17 +19,17 @@ from typing import get_args
 
 import torch
 
-from alisa.bench.floor import measure_speeds
-from alisa.bench.others import OthersMeter
-from alisa.bench.session import Setting, run_batch
-from alisa.bench.stamp import Stamp
-from alisa.config import KvDtypeName, PolicyName, WeightDtypeName
-from alisa.engine.memory import Caps, default_kv_memory
-from alisa.engine.weights import choose_linear
+from alisa.lab.bench.floor import measure_speeds
+from alisa.lab.bench.others import OthersMeter
+from alisa.lab.bench.session import (Setting, run_batch,)
+from alisa.lab.bench.stamp import Stamp
+from alisa.config import (KvDtypeName, PolicyName, WeightDtypeName,)
+from alisa.engine.builder import (Caps, default_kv_memory,)
+from alisa.model.choose_linear import choose_linear
 from alisa.model.decoder import Decoder
 from alisa.model.loader import random_decoder
 from alisa.planner.shapes import SHAPES
-from alisa.types import StepRecord
+from alisa.outputs import StepRecord
 
 
 def run(decoder: Decoder, policy: PolicyName, args: argparse.Namespace) -> tuple[StepRecord, ...]:

@@ -13,19 +13,20 @@ import torch
 
 from alisa.config import SamplingParams
 from alisa.engine.engine import Engine
-from alisa.engine.kernels import choose_kernels
-from alisa.engine.memory import Caps, make_memory
+from alisa.kernels.choose import choose_backend
+from alisa.engine.builder import (Caps, build_kv_cache,)
 from alisa.engine.placement import Placement
-from alisa.engine.recorder import Stopwatch
-from alisa.engine.requests import Request
-from alisa.engine.runner import Runner
-from alisa.kv.codec import make_codec
-from alisa.kv.residency import EVICTIONS
+from alisa.attention.timing import Stopwatch
+from alisa.scheduler.request import Request
+from alisa.engine.runner import ModelRunner
+from alisa.cache.codec import make_codec
+from alisa.cache.offload.residency import EVICTIONS
 from alisa.llm import embedded_model
 from alisa.model.loader import load_decoder
 from alisa.model.tokenizer import Tokenizer
-from alisa.policy.table import make_policy
-from alisa.types import RowFormat, Traffic
+from alisa.policy.registry import make_policy
+from alisa.spec import RowFormat
+from alisa.outputs import Traffic
 
 
 def main() -> None:
@@ -49,11 +50,11 @@ def main() -> None:
     results = []
     for name in args.policy:
         for eviction in EVICTIONS:
-            policy, kernels = make_policy(name, args.sparsity), choose_kernels(decoder.device)
+            policy, kernels = make_policy(name, args.sparsity), choose_backend(decoder.device)
             caps = Caps(int(args.cap * total), 0, 2 * total, None, eviction)
-            memory = make_memory(decoder, policy, codec, kernels, [length] * args.batch, caps, None, args.batch)
+            memory = build_kv_cache(decoder, policy, codec, kernels, [length] * args.batch, caps, None, args.batch)
             state = policy.start(spec, args.batch, length, decoder.device, kernels.selection)
-            runner = Runner(
+            runner = ModelRunner(
                 decoder, policy, memory.store, state, kernels.prefill, kernels.attend, Stopwatch(), looks_ahead=True
             )
             placement = Placement(memory.scheduler, memory.limits, memory.store, policy)

@@ -29,10 +29,10 @@ from typing import Any
 
 import torch
 
-from alisa.bench.cases import CASES, DecodeCase
-from alisa.bench.remote.measured import Job
-from alisa.bench.shapes import SHAPES
-from alisa.bench.stamp import Stamp
+from alisa.lab.bench.cases import (CASES, DecodeCase,)
+from alisa.lab.bench.remote.measured import Job
+from alisa.lab.bench.shapes import SHAPES
+from alisa.lab.bench.stamp import Stamp
 from alisa.planner.footprint import kv_token_bytes
 
 ROOT = Path(__file__).parents[1]

@@ -17,21 +17,21 @@ from typing import Any
 
 import torch
 
-from alisa.bench.cases import DecodeCase
-from alisa.bench.contest import hold
-from alisa.bench.decode import decode_contest
-from alisa.bench.kernels import make_record
-from alisa.bench.remote.measured import Clock, Job, finish
-from alisa.bench.session import Setting, run_batch
-from alisa.bench.stamp import Stamp
-from alisa.engine.kernels import choose_kernels
-from alisa.engine.memory import Caps
+from alisa.lab.bench.cases import DecodeCase
+from alisa.lab.bench.contest import hold
+from alisa.lab.bench.decode import decode_contest
+from alisa.lab.bench.kernels import make_record
+from alisa.lab.bench.remote.measured import (Clock, Job, finish,)
+from alisa.lab.bench.session import (Setting, run_batch,)
+from alisa.lab.bench.stamp import Stamp
+from alisa.kernels.choose import choose_backend
+from alisa.engine.builder import Caps
 from alisa.model.loader import random_decoder
-from alisa.planner.footprint import activation_bytes, policy_bytes, row_bytes
+from alisa.planner.footprint import (activation_bytes, policy_bytes, row_bytes,)
 from alisa.planner.hardware import from_values
-from alisa.schedule.file import schedule_from
+from alisa.scheduler.placement.file import schedule_from
 from alisa.spec import ModelSpec
-from alisa.types import StepRecord
+from alisa.outputs import StepRecord
 
 RESERVE_BYTES = 512 << 20
 """Of the device's memory, left for cuBLAS and what torch's allocator cannot join."""
@@ -93,14 +93,14 @@ def ours(job: Job) -> None:
     generate(job.warm_up())
     clock, details, num_output = generate(job)
     details |= {"peak_device_bytes": peak_device_bytes(device), "kv_cap_bytes": room, "kv_need_bytes": need}
-    notes = [f"kernels {choose_kernels(device).name}", f"schedule {schedule or 'as the cap demands'}"]
+    notes = [f"kernels {choose_backend(device).name}", f"schedule {schedule or 'as the cap demands'}"]
     finish(job, clock, packages=["torch"], num_output=num_output, notes=notes, details=details)
 
 
 def kernels(job: dict[str, Any]) -> None:
     """Measure decode attention on the device."""
     device = torch.device(job["device"])
-    chosen = choose_kernels(device)
+    chosen = choose_backend(device)
     outcomes = {}
     for name, values in job["cases"].items():
         case = from_values(DecodeCase, values)

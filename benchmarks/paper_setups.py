@@ -19,8 +19,8 @@ from alisa.planner.presets import PRESETS
 from alisa.planner.search import search
 from alisa.planner.shapes import SHAPES
 from alisa.planner.simulate import Workload
-from alisa.plot.canvas import save
-from alisa.plot.ratios import draw_ratios
+from alisa.lab.plot.canvas import save
+from alisa.lab.plot.ratios import draw_ratios
 
 SETUPS = {
     "opt-6.7b": "v100-16gb",

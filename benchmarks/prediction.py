@@ -19,20 +19,20 @@ from statistics import median
 
 import torch
 
-from alisa.bench.session import Ran
-from alisa.bench.trial import Trial, run_trial
-from alisa.config import KvDtypeName, PolicyName
+from alisa.lab.bench.session import Ran
+from alisa.lab.bench.trial import (Trial, run_trial,)
+from alisa.config import (KvDtypeName, PolicyName,)
 from alisa.model.loader import random_decoder
-from alisa.planner.cost import CostModel, StepCost
+from alisa.planner.cost import (CostModel, StepCost,)
 from alisa.planner.hardware import Hardware
-from alisa.planner.load import Load, Method
+from alisa.planner.load import (Load, Method,)
 from alisa.planner.saved import load_profile
-from alisa.planner.shapes import SHAPES, llama_shape
+from alisa.planner.shapes import (SHAPES, llama_shape,)
 from alisa.planner.simulate import simulate
-from alisa.schedule.base import Scheduler
-from alisa.schedule.static import StaticSplit
-from alisa.schedule.three_phase import Schedule, ThreePhase
-from alisa.types import Traffic
+from alisa.scheduler.placement.base import PlacementPolicy
+from alisa.scheduler.placement.static import StaticSplit
+from alisa.scheduler.placement.three_phase import (Schedule, ThreePhase,)
+from alisa.outputs import Traffic
 
 MODELS = {"opt-125m": SHAPES["opt-125m"], "llama-gqa": llama_shape(10, 1024, 16, num_kv_heads=4, ffn_size=2816)}
 SKIPPED = 3
@@ -49,7 +49,7 @@ class Case:
     cap: float = 1.0
     """Of what all rows take."""
     kv_dtype: KvDtypeName = "bfloat16"
-    scheduler: Scheduler | None = None
+    scheduler: PlacementPolicy | None = None
     placement: str = "device"
     prompt_len: int = 192
     output_len: int = 64

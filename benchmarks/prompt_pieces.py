@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from alisa.attention.prefill import KeyBlock, attend_after, attend_after_plain
-from alisa.bench.others import OthersMeter
-from alisa.bench.stamp import Stamp
+from alisa.kernels.base import KeyBlock
+from alisa.kernels.reference.prefill import (attend_after, attend_after_plain,)
+from alisa.lab.bench.others import OthersMeter
+from alisa.lab.bench.stamp import Stamp
 from alisa.errors import InputError
-from alisa.kernels import cpu_prefill
+from alisa.kernels.native import prefill as cpu_prefill
 from alisa.model.linear import make_linear
 
 ROUNDS = 15

@@ -21,16 +21,16 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from alisa.bench.others import OthersMeter
-from alisa.bench.stamp import Stamp
-from alisa.engine.kernels import choose_kernels
-from alisa.kv.codec import make_codec
-from alisa.kv.remnant import Remnants, remnant_format
-from alisa.kv.tiers import DiskTier
-from alisa.kv.transfer import Transfers
+from alisa.lab.bench.others import OthersMeter
+from alisa.lab.bench.stamp import Stamp
+from alisa.kernels.choose import choose_backend
+from alisa.cache.codec import make_codec
+from alisa.cache.offload.hidden import (Remnants, remnant_format,)
+from alisa.cache.offload.tiers import DiskTier
+from alisa.cache.offload.transfer import Transfers
 from alisa.model.loader import random_decoder
 from alisa.planner.shapes import SHAPES
-from alisa.types import RowFormat
+from alisa.spec import RowFormat
 
 NUM_TOKENS = 4096
 LAYERS = 4
@@ -58,7 +58,7 @@ def measure(shape: str, dtype: str, rows: int, rounds: int, directory: Path) -> 
     )
     codec = make_codec(RowFormat(dtype, spec.num_kv_heads, spec.head_dim))
     remnant_codec = make_codec(remnant_format(dtype, spec.hidden_size))
-    move = choose_kernels(decoder.device).move_rows
+    move = choose_backend(decoder.device).move_rows
     transfers = Transfers()
     generator = np.random.default_rng(0)
     result: dict[str, object] = {

@@ -17,17 +17,17 @@ from statistics import median
 
 import torch
 
-from alisa.bench.stamp import Stamp
-from alisa.bench.trial import Trial, run_trial
+from alisa.lab.bench.stamp import Stamp
+from alisa.lab.bench.trial import (Trial, run_trial,)
 from alisa.model.loader import random_decoder
 from alisa.planner.footprint import kv_token_bytes
 from alisa.planner.load import Method
 from alisa.planner.saved import load_profile
 from alisa.planner.search import search
 from alisa.planner.shapes import SHAPES
-from alisa.planner.simulate import Room, Workload
-from alisa.schedule.base import Scheduler
-from alisa.schedule.three_phase import Schedule, ThreePhase
+from alisa.planner.simulate import (Room, Workload,)
+from alisa.scheduler.placement.base import PlacementPolicy
+from alisa.scheduler.placement.three_phase import (Schedule, ThreePhase,)
 
 
 def by_hand(last: int) -> dict[str, ThreePhase]:
@@ -50,7 +50,7 @@ def by_hand(last: int) -> dict[str, ThreePhase]:
     }
 
 
-def describe(scheduler: Scheduler) -> dict[str, float] | str:
+def describe(scheduler: PlacementPolicy) -> dict[str, float] | str:
     """Its four numbers; its name when there are none."""
     planned = isinstance(scheduler, ThreePhase) and scheduler.schedule is not None
     return asdict(scheduler.schedule) if planned else scheduler.name
@@ -76,7 +76,7 @@ def main() -> None:
     total = args.batch * workload.num_rows * kv_token_bytes(spec, "bfloat16")
     found = search(spec, workload, hardware, [method], room=Room(int(args.cap * total), 2 * total))
     assert found is not None, "disk takes everything"
-    schedulers: dict[str, Scheduler] = {"the search's choice": found.best.scheduler, **by_hand(args.output_len)}
+    schedulers: dict[str, PlacementPolicy] = {"the search's choice": found.best.scheduler, **by_hand(args.output_len)}
     decoder = random_decoder(spec, torch.bfloat16, torch.device("cpu"), 0)
     directory = Path(tempfile.gettempdir())
     run_trial(Trial("dense", 2, 64, 8), decoder, directory)

@@ -14,8 +14,8 @@ from typing import Any
 
 import accuracy_tables
 
-from alisa.bench.compare import Line, lines_of
-from alisa.bench.others import QUIET_SHARE
+from alisa.lab.bench.compare import (Line, lines_of,)
+from alisa.lab.bench.others import QUIET_SHARE
 
 Record = dict[str, Any]
 Results = Path
@@ -244,7 +244,7 @@ def _kernels(records: Sequence[Record]) -> list[str]:
     found = {(record["isa"], case["case"]): case for record in records for case in record["cases"]}
     if not found:
         return []
-    titles = {"dense": "dense SDPA", "gather": "gather + SDPA", "packed": "torch bf16", "twin": "torch twin"}
+    titles = {"dense": "dense SDPA", "gather": "gather + SDPA", "packed": "torch bf16", "reference": "torch reference"}
     roles = [role for role in titles if any(role in case["speedup"] for case in found.values())]
     rows = []
     for (isa, name), case in found.items():
@@ -295,7 +295,7 @@ def prompts(results: Results) -> str:
         "ms (quartiles)",
         "products alone, ms",
         "flash SDPA",
-        "torch twin",
+        "torch reference",
     ]
     text = ["Prompts in bfloat16; the products alone at the rate of a large matrix product in the same rounds:"]
     text.append(table(header, rows))

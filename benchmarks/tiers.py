@@ -19,23 +19,23 @@ from time import perf_counter
 
 import torch
 
-from alisa.bench.floor import read_bandwidth
-from alisa.bench.others import OthersMeter
-from alisa.bench.session import Setting, kv_dtype_of, run_batch
-from alisa.bench.stamp import Stamp
-from alisa.engine.memory import Caps
+from alisa.lab.bench.floor import read_bandwidth
+from alisa.lab.bench.others import OthersMeter
+from alisa.lab.bench.session import (Setting, kv_dtype_of, run_batch,)
+from alisa.lab.bench.stamp import Stamp
+from alisa.engine.builder import Caps
 from alisa.model.decoder import Decoder
 from alisa.model.loader import random_decoder
 from alisa.planner.footprint import kv_token_bytes
 from alisa.planner.shapes import SHAPES
-from alisa.schedule.base import Scheduler
-from alisa.schedule.static import StaticSplit
-from alisa.schedule.three_phase import Schedule, ThreePhase
-from alisa.types import StepRecord
+from alisa.scheduler.placement.base import PlacementPolicy
+from alisa.scheduler.placement.static import StaticSplit
+from alisa.scheduler.placement.three_phase import (Schedule, ThreePhase,)
+from alisa.outputs import StepRecord
 
 
 def run(
-    decoder: Decoder, policy: str, cap: float, scheduler: Scheduler | None, args: argparse.Namespace
+    decoder: Decoder, policy: str, cap: float, scheduler: PlacementPolicy | None, args: argparse.Namespace
 ) -> tuple[tuple[StepRecord, ...], dict[str, object]]:
     """Steps of one batch under a cap of `cap` times the KV cache."""
     kv_dtype = args.kv_dtype or "auto"
@@ -93,7 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     meter = OthersMeter()
     decoder = random_decoder(SHAPES[args.shape], getattr(torch, args.dtype), torch.device("cpu"), args.seed)
-    jobs: list[tuple[str, float, Scheduler | None]] = [(name, cap, None) for name in args.policy for cap in args.cap]
+    jobs: list[tuple[str, float, PlacementPolicy | None]] = [(name, cap, None) for name in args.policy for cap in args.cap]
     # As FlexGen would be set: as much on the device as fits, the rest below.
     jobs += [("dense", cap, StaticSplit(1 - 0.9 * cap)) for cap in args.static]
     if args.phases:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alisa import LLM, SamplingParams
+from alisa.lab.verify import verify_outputs
 
 SPARSITY = 0.8
 PARAMS = SamplingParams(max_tokens=80, temperature=0.7, top_p=0.9, ignore_eos=True)
@@ -37,7 +38,7 @@ def main(model: str | None = None) -> None:
     for llm in (dense, sparse):
         with console.status(f"{llm.config.policy}: generating, then comparing with dense attention"):
             outputs = llm.generate(PROMPTS, PARAMS)
-            summary, verified = llm.summary(), llm.verify(outputs, num_samples=2)
+            summary, verified = llm.summary(), verify_outputs(llm, outputs, num_samples=2)
         columns.append(
             (
                 f"{summary.tokens_attended / summary.tokens_dense:.0%}",

@@ -8,9 +8,12 @@ from concurrent.futures import Executor, Future
 import numpy as np
 import torch
 
-from alisa.kv.codec import FloatCodec
-from alisa.kv.remnant import Remnants, remnant_format
-from alisa.types import Phase, RowFormat, Selection, StepPlan
+from alisa.cache.codec import FloatCodec
+from alisa.cache.offload.hidden import Remnants, remnant_format
+from alisa.kernels.base import Selection
+from alisa.outputs import Phase
+from alisa.scheduler.plan import StepPlan
+from alisa.spec import RowFormat
 
 FORMAT = RowFormat("float32", num_kv_heads=2, head_dim=3)
 CODEC = FloatCodec(FORMAT)

@@ -19,17 +19,7 @@ import torch.nn.functional as F
 from common import HERE, WORK, load_config, parser
 from model import Llama, ModelConfig, initialise
 from optimiser import build_optimisers
-from recall import (
-    ANSWER,
-    COPY,
-    KINDS,
-    STATEMENT,
-    Prose,
-    Sample,
-    Vocabulary,
-    make_batch,
-    make_vocabulary,
-)
+from recall import ANSWER, COPY, KINDS, STATEMENT, Prose, Sample, Vocabulary, make_batch, make_vocabulary
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 

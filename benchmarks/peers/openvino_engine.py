@@ -1,6 +1,6 @@
 """OpenVINO GenAI: its continuous batching pipeline over a model exported by optimum-intel.
 
-Started by `alisa bench run` (src/alisa/bench/remote/measured.py). Set up for its best here: inference precision
+Started by `alisa bench run` (src/alisa/lab/bench/remote/measured.py). Set up for its best here: inference precision
 bfloat16, as many threads as cores, all prompts of the batch in one pass, a cache allocated at once, no prefix caching.
 Precision of the KV rows stays the plugin's choice (8 bits, which the result states) unless the option `kv_precision`
 asks for another. Variants (`variant`) are the weights of the export (fp16, which become bfloat16 in memory, or int8)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from alisa import __version__
+from alisa.attention.timing import Stopwatch
+from alisa.cache.codec import make_codec
 from alisa.config import (
     DeviceName,
     DtypeName,
@@ -24,33 +26,29 @@ from alisa.config import (
     WeightDtypeName,
     parse_bytes,
 )
+from alisa.engine.builder import Caps, Memory, build_kv_cache, default_kv_memory
 from alisa.engine.engine import Engine
-from alisa.engine.kernels import choose_kernels
-from alisa.engine.memory import Caps, Memory, default_kv_memory, make_memory
+from alisa.engine.output import TextStream
 from alisa.engine.placement import Placement
-from alisa.engine.recorder import Stopwatch
-from alisa.engine.requests import Request
-from alisa.engine.requests import Sequence as RunningSequence
-from alisa.engine.runner import Runner
-from alisa.engine.score import ScoredItem, Scorer
-from alisa.engine.text import TextStream
-from alisa.engine.verify import VerifyReport, verify
-from alisa.engine.weights import choose_linear
+from alisa.engine.runner import ModelRunner
 from alisa.errors import InputError, PromptError
-from alisa.kv.codec import make_codec
+from alisa.kernels.choose import choose_backend
+from alisa.model.choose_linear import choose_linear
 from alisa.model.hub import resolve_model
 from alisa.model.loader import checkpoint_dtype, load_decoder, load_spec
 from alisa.model.precision import resolve_device, resolve_dtype
 from alisa.model.tokenizer import Tokenizer
-from alisa.outputs import RequestOutput, RequestReport, RunSummary, TextDelta
+from alisa.outputs import RequestOutput, RequestReport, RunSummary, StepRecord, TextDelta, Traffic
 from alisa.planner.cost import StepCost
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import Method
 from alisa.planner.simulate import price_run
-from alisa.policy.dense import Dense
-from alisa.policy.table import make_policy
-from alisa.schedule.file import load_schedule
-from alisa.types import RowFormat, StepPlan, StepRecord, Traffic
+from alisa.policy.registry import make_policy
+from alisa.scheduler.placement.file import load_schedule
+from alisa.scheduler.plan import StepPlan
+from alisa.scheduler.request import Request
+from alisa.scheduler.request import Sequence as RunningSequence
+from alisa.spec import RowFormat
 
 
 class LLM:
@@ -125,12 +123,12 @@ class LLM:
         torch_device = resolve_device(device)
         make_linear = choose_linear(weight_dtype, torch_device)
         torch_dtype = resolve_dtype(dtype, checkpoint_dtype(directory), torch_device)
-        self._decoder = load_decoder(directory, torch_dtype, torch_device, progress, make_linear)
-        self.spec = self._decoder.spec
-        self._policy = make_policy(policy, sparsity)
-        kv_dtype_name = str(self._decoder.dtype).removeprefix("torch.") if kv_dtype == "auto" else kv_dtype
-        self._codec = make_codec(RowFormat(kv_dtype_name, self.spec.num_kv_heads, self.spec.head_dim))
-        self._kernels = choose_kernels(self._decoder.device)
+        self.decoder = load_decoder(directory, torch_dtype, torch_device, progress, make_linear)
+        self.spec = self.decoder.spec
+        self.policy = make_policy(policy, sparsity)
+        kv_dtype_name = str(self.decoder.dtype).removeprefix("torch.") if kv_dtype == "auto" else kv_dtype
+        self.codec = make_codec(RowFormat(kv_dtype_name, self.spec.num_kv_heads, self.spec.head_dim))
+        self._kernels = choose_backend(self.decoder.device)
         self._records: list[StepRecord] = []
         self._plans: list[StepPlan] = []
         self._memory: Memory | None = None
@@ -140,7 +138,7 @@ class LLM:
     def weight_dtype(self) -> str:
         """What the linear layers are held in, `auto` resolved."""
         asked = self.config.weight_dtype
-        return str(self._decoder.dtype).removeprefix("torch.") if asked == "auto" else asked
+        return str(self.decoder.dtype).removeprefix("torch.") if asked == "auto" else asked
 
     @property
     def records(self) -> Sequence[StepRecord]:
@@ -200,7 +198,7 @@ class LLM:
         """
         if self._memory is None:
             raise InputError("There is no run to predict yet; call generate() or stream() first.")
-        dtype, kv_dtype = str(self._decoder.dtype).removeprefix("torch."), self._codec.format.dtype
+        dtype, kv_dtype = str(self.decoder.dtype).removeprefix("torch."), self.codec.format.dtype
         method = Method(
             self.config.policy, self.config.sparsity, dtype, kv_dtype, weight_dtype=self.config.weight_dtype
         )
@@ -211,46 +209,22 @@ class LLM:
         timeline = price_run(self.spec, method, hardware, self._plans, memory.limits, tiers=tiers)
         return timeline.total(prefill=False)
 
-    def verify(self, outputs: Sequence[RequestOutput], num_samples: int = 4) -> VerifyReport:
-        """Re-run a spread sample of outputs densely, on the same tokens, and compare the distributions.
-
-        Only outputs whose rows fit the device cap are taken: scoring does not use the tiers.
-
-        Raises:
-            CapacityError: none of them fits.
-        """
-        num_rows = self._kv_cap() // (self.spec.num_layers * self._codec.format.row_bytes)
-        fitting = [o for o in outputs if len(o.prompt_ids) + len(o.token_ids) <= num_rows] or list(outputs)
-        stride = max(1, len(fitting) // num_samples)
-        sample = [ScoredItem(o.prompt_ids, o.token_ids) for o in fitting[::stride][:num_samples]]
-        return verify(self.scorer(), self._policy, Dense(), self._codec, sample)
-
-    def scorer(self) -> Scorer:
-        """This model made ready for teacher-forced scoring, under the same memory cap and with its own kernels."""
-        return Scorer(
-            decoder=self._decoder,
-            kernels=choose_kernels(self._decoder.device),
-            kv_cap_bytes=self._kv_cap(),
-            max_batch=self.config.max_batch,
-            prefill_chunk=self.config.prefill_chunk,
-        )
-
     def describe(self) -> dict[str, Any]:
         """Model, settings and machine, as plain values for a report."""
         return {
             "model": self.name,
             "family": self.spec.family,
             "parameters": self.spec.num_parameters,
-            "weight_bytes": self._decoder.weight_bytes,
-            "dtype": str(self._decoder.dtype).removeprefix("torch."),
+            "weight_bytes": self.decoder.weight_bytes,
+            "dtype": str(self.decoder.dtype).removeprefix("torch."),
             "weight_dtype": self.weight_dtype,
-            "kv_dtype": self._codec.format.dtype,
-            "device": str(self._decoder.device),
+            "kv_dtype": self.codec.format.dtype,
+            "device": str(self.decoder.device),
             "attention": self._kernels.name,
             "policy": self.config.policy,
             "sparsity": self.config.sparsity if self.config.policy != "dense" else 0.0,
             "max_batch": self.config.max_batch,
-            "kv_token_bytes": self.spec.num_layers * self._codec.format.row_bytes,
+            "kv_token_bytes": self.spec.num_layers * self.codec.format.row_bytes,
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
             "versions": {"alisa": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -314,21 +288,21 @@ class LLM:
     def _engine(self, requests: Sequence[Request]) -> tuple[Engine, Memory, int]:
         """An engine with room for this work and no more: rows and state are sized by the largest requests that meet."""
         sizes = [request.num_rows for request in requests]
-        num_lanes = min(self.config.max_batch, len(sizes))
-        memory = make_memory(
-            self._decoder,
-            self._policy,
-            self._codec,
+        max_num_seqs = min(self.config.max_batch, len(sizes))
+        memory = build_kv_cache(
+            self.decoder,
+            self.policy,
+            self.codec,
             self._kernels,
             sizes,
-            Caps(self._kv_cap(), self._host_cap(), self.config.kv_disk_memory, self.config.kv_disk_path),
+            Caps(self.kv_cap_bytes(), self._host_cap(), self.config.kv_disk_memory, self.config.kv_disk_path),
             self._scheduler,
-            num_lanes,
+            max_num_seqs,
         )
-        state = self._policy.start(self.spec, num_lanes, max(sizes), self._decoder.device, self._kernels.selection)
-        runner = Runner(
-            self._decoder,
-            self._policy,
+        state = self.policy.start(self.spec, max_num_seqs, max(sizes), self.decoder.device, self._kernels.selection)
+        runner = ModelRunner(
+            self.decoder,
+            self.policy,
             memory.store,
             state,
             self._kernels.prefill,
@@ -336,18 +310,19 @@ class LLM:
             Stopwatch(),
             looks_ahead=memory.scheduler.uses_tiers,
         )
-        placement = Placement(memory.scheduler, memory.limits, memory.store, self._policy)
+        placement = Placement(memory.scheduler, memory.limits, memory.store, self.policy)
         engine = Engine(runner, placement, eos_ids=self.tokenizer.eos_ids, prefill_chunk=self.config.prefill_chunk)
         return engine, memory, state.nbytes
 
-    def _kv_cap(self) -> int:
+    def kv_cap_bytes(self) -> int:
+        """Hard cap of the rows on the device."""
         if self.config.kv_device_memory is not None:
             return self.config.kv_device_memory
-        return default_kv_memory(self._decoder.device)
+        return default_kv_memory(self.decoder.device)
 
     def _host_cap(self) -> int:
         """Main memory for rows below a GPU."""
-        if self._decoder.device.type == "cpu":
+        if self.decoder.device.type == "cpu":
             return 0
         if self.config.kv_host_memory is not None:
             return self.config.kv_host_memory
@@ -372,7 +347,7 @@ class LLM:
             sampling_s=sum(record.sampling_s for record in decode),
             other_s=sum(record.other_s for record in decode),
             decode_tokens=sum(record.num_tokens for record in decode),
-            kv_cap_bytes=self._kv_cap(),
+            kv_cap_bytes=self.kv_cap_bytes(),
             kv_peak_bytes=max((record.kv_bytes for record in self._records), default=0),
             host_cap_bytes=memory.host_bytes,
             host_peak_bytes=max((record.host_bytes for record in self._records), default=0),

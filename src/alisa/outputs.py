@@ -2,14 +2,104 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from enum import StrEnum
 from typing import Literal
 
-from alisa.types import Traffic
+
+class Medium(StrEnum):
+    """Where a row lies. On a CPU-only machine DEVICE is a capped pool in RAM and HOST is absent."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+class Phase(StrEnum):
+    """The three phases of token-level scheduling (ALISA, section 5)."""
+
+    DEVICE = "device"
+    DEVICE_HOST = "device-host"
+    RECOMPUTE = "recompute"
+
 
 FinishReason = Literal["length", "stop", "eos", "error"]
 """`length`: all tokens asked for, or no position left; `stop`: a stop string or id; `eos`: the model's own end token;
 `error`: rows of the KV cache were lost, the output up to there is sound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What the KV store moved and looked up in one step; a row is one token of one layer."""
+
+    fetched_rows: int = 0
+    """Read from a lower tier."""
+    stored_rows: int = 0
+    """Written to a lower tier, remnants included."""
+    deleted_rows: int = 0
+    rebuilt_rows: int = 0
+    """Recomputed from their remnants because a layer wanted to read them."""
+    moved_bytes: int = 0
+    """Between the device and lower tiers, both ways, remnants included."""
+    lookups: int = 0
+    """Selected rows that have left the device's own part: each is in the hot cache or must be brought."""
+    hits: int = 0
+    """Those of them that the hot cache held."""
+    wait_s: float = 0.0
+    """Time the model stood still for rows that were on their way."""
+    busy_s: float = 0.0
+    """Time that transfers took in their own threads; what is not waited for is hidden behind the arithmetic."""
+
+    @property
+    def hidden_share(self) -> float:
+        """Share of the transfer time that the model did not wait for; 1 when nothing was moved."""
+        return max(0.0, 1 - self.wait_s / self.busy_s) if self.busy_s > 0 else 1.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the look-ups that the hot cache answered; 1 when there were none."""
+        return self.hits / self.lookups if self.lookups else 1.0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one step did, measured. Times are host seconds; the parts add up to `wall_s`."""
+
+    step: int
+    phase: Phase
+    prefill: bool
+    num_sequences: int
+    num_tokens: int
+    tokens_attended: int
+    """Cached tokens read by decode attention, summed over sequences and layers."""
+    tokens_dense: int
+    """What dense attention would have read, counted the same way."""
+    kv_rows: int
+    """Tokens that are cached after the step, wherever their rows lie, deleted ones not counted."""
+    kv_bytes: int
+    """Bytes of the device pool in use after the step, over all layers, the hot cache included."""
+    host_bytes: int
+    disk_bytes: int
+    """Bytes in use in the lower tiers, remnants included."""
+    deleted_tokens: int
+    """Tokens of running sequences whose rows are deleted."""
+    num_preempted: int
+    """Sequences that had to give way before this step."""
+    traffic: Traffic
+    linear_s: float
+    """The decoder without the attend seam: linear layers, norms, activations, embedding and logits."""
+    attention_s: float
+    """Writing new rows and attending over rows."""
+    selection_s: float
+    """Choosing the tokens to read and keeping the scores that choose them."""
+    transfer_s: float
+    """Looking rows up, asking for them, and waiting for those that were not there in time."""
+    sampling_s: float
+    other_s: float
+    wall_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,3 +136,37 @@ class ModelSpec:
     def kv_token_bytes(self, dtype: str) -> int:
         """Bytes of K and V of one token over all layers, unquantised (paper: 4*l*h in FP16 without shared heads)."""
         return 2 * self.kv_size * self.num_layers * DTYPE_BYTES[dtype]
+
+
+CODE_BITS: dict[str, int] = {"int8": 8, "int4": 4}
+"""Bits of one value in an integer row."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowFormat:
+    """What the bytes of one row mean: K then V of one token of one layer, `[2, G, D]` of `dtype`.
+
+        float       [ K: G x D values        ][ V: G x D values        ]
+        int8, int4  [ K: G x head_bytes codes ][ V: G x head_bytes codes ][ (scale, minimum) float16: G of K, G of V ]
+
+    A head of int4 codes has ceil(D / 2) bytes; byte i holds code i (low half) and code i + ceil(D / 2) (high half).
+    """
+
+    dtype: str
+    num_kv_heads: int
+    """G"""
+    head_dim: int
+    """D"""
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the values or codes of one head of K or of V."""
+        if self.dtype in CODE_BITS:
+            return -(-self.head_dim * CODE_BITS[self.dtype] // 8)
+        return self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token of one layer."""
+        scale_bytes = 4 if self.dtype in CODE_BITS else 0
+        return 2 * self.num_kv_heads * (self.head_bytes + scale_bytes)

@@ -14,10 +14,9 @@ from alisa.cli.main import main
 from alisa.cli.options import EngineOptions
 from alisa.config import SamplingParams
 from alisa.errors import InputError
-from alisa.outputs import RequestOutput, RequestReport, RunSummary, TextDelta
+from alisa.outputs import Phase, RequestOutput, RequestReport, RunSummary, StepRecord, TextDelta, Traffic
 from alisa.planner.cost import StepCost
 from alisa.planner.hardware import Hardware
-from alisa.types import Phase, StepRecord, Traffic
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alisa import LLM, SamplingParams
-from alisa.attention.prefill import prefill_attention
+from alisa.cache.codec import make_codec
 from alisa.config import PolicyName
-from alisa.engine.kernels import choose_kernels
-from alisa.engine.prefill import NativePrefill
-from alisa.engine.score import ScoredItem, teacher_forced
-from alisa.kernels import cpu, cpu_prefill
-from alisa.kv.codec import make_codec
+from alisa.kernels.choose import choose_backend
+from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import prefill as cpu_prefill
+from alisa.kernels.native.prefill_engine import NativePrefill
+from alisa.kernels.reference.prefill import prefill_attention
+from alisa.lab.scoring import ScoredItem, teacher_forced
 from alisa.model.loader import load_decoder
 from alisa.policy.dense import Dense
-from alisa.policy.table import make_policy
-from alisa.types import RowFormat
+from alisa.policy.registry import make_policy
+from alisa.spec import RowFormat
 from tests.equivalence.plain_swa import teacher_forced_logits
 from tests.shared import stories260k
 from tests.tiny_models import TINY_MODELS
@@ -128,10 +129,10 @@ def test_native_kernels_give_the_tokens_of_the_torch_twin(policy, kv_dtype, tiny
     directory = tiny_model("llama-gqa-tied")
     native = LLM(directory, policy=policy, dtype="float32", kv_dtype=kv_dtype)
     monkeypatch.setattr(cpu, "available", lambda: False)
-    twin = LLM(directory, policy=policy, dtype="float32", kv_dtype=kv_dtype)
-    assert (native.describe()["attention"], twin.describe()["attention"]) == (cpu.isa_names()[0], "torch")
+    reference = LLM(directory, policy=policy, dtype="float32", kv_dtype=kv_dtype)
+    assert (native.describe()["attention"], reference.describe()["attention"]) == (cpu.isa_names()[0], "torch")
     prompts = make_prompts(native.spec.vocab_size)
-    assert greedy(native, prompts) == greedy(twin, prompts)
+    assert greedy(native, prompts) == greedy(reference, prompts)
 
 
 @pytest.mark.parametrize(("kv_dtype", "most_kl"), [("int8", 1e-3), ("int4", 0.4)])
@@ -146,7 +147,7 @@ def test_quantised_rows_hardly_change_the_distributions(kv_dtype, most_kl):
             decoder,
             Dense(),
             make_codec(RowFormat(dtype, decoder.spec.num_kv_heads, decoder.spec.head_dim)),
-            choose_kernels(decoder.device),
+            choose_backend(decoder.device),
             items,
             prefill_chunk=64,
         )
@@ -170,7 +171,7 @@ def test_the_prefill_kernel_is_as_near_to_float32_as_torch_is(kv_dtype, prefill_
     generator = torch.Generator().manual_seed(5)
     prompts = torch.randint(10, decoder.spec.vocab_size, (3, 90), generator=generator).tolist()
     items = [ScoredItem(tuple(prompt), tuple(prompt[:NEW_TOKENS])) for prompt in prompts]
-    kernels = choose_kernels(decoder.device)
+    kernels = choose_backend(decoder.device)
     assert isinstance(kernels.prefill, NativePrefill)
     torch_kernels = kernels._replace(prefill=prefill_attention)
 
@@ -181,12 +182,12 @@ def test_the_prefill_kernel_is_as_near_to_float32_as_torch_is(kv_dtype, prefill_
         return torch.cat([step.logits for step in steps]).log_softmax(-1)
 
     exact = logits(wide, torch_kernels, "float32")
-    native, twin = (
+    native, reference = (
         float((exact.exp() * (exact - logits(decoder, chosen, kv_dtype))).sum(-1).mean())
         for chosen in (kernels, torch_kernels)
     )
     # Both err by the rounding of bfloat16, each in its own way; a wrong scale or mask costs a hundred times as much.
-    assert 0 < native < 1.5 * twin, (native, twin)
+    assert 0 < native < 1.5 * reference, (native, reference)
 
 
 def test_long_prompts_in_pieces_equal_one_pass(tiny_model):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from alisa import LLM, SamplingParams
-from alisa.engine import memory
+from alisa.cache.offload.tiers import DiskTier
+from alisa.engine import builder as memory
 from alisa.errors import CapacityError
-from alisa.kv.tiers import DiskTier
 from alisa.outputs import RequestOutput
 from tests.kv_cases import WornTier
 

@@ -15,7 +15,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an ext
 
 @pytest.fixture(scope="module")
 def harness(tiny_model_dir):
-    from alisa.eval.harness import HarnessModel
+    from alisa.lab.eval.harness import HarnessModel
 
     llm = LLM(tiny_model_dir, policy="dense", dtype="float32")
     return llm, HarnessModel(llm, prefill=3), AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)

@@ -12,17 +12,18 @@ import json, resource, sys
 import torch
 from alisa.config import SamplingParams
 from alisa.engine.engine import Engine
-from alisa.engine.kernels import choose_kernels
-from alisa.engine.memory import Caps, make_memory
+from alisa.kernels.choose import choose_backend
+from alisa.engine.builder import Caps, build_kv_cache
 from alisa.engine.placement import Placement
-from alisa.engine.recorder import Stopwatch
-from alisa.engine.requests import Request
-from alisa.engine.runner import Runner
-from alisa.kv.codec import make_codec
+from alisa.attention.timing import Stopwatch
+from alisa.scheduler.request import Request
+from alisa.engine.runner import ModelRunner
+from alisa.cache.codec import make_codec
 from alisa.model.loader import random_decoder
-from alisa.policy.table import make_policy
+from alisa.policy.registry import make_policy
 from alisa.spec import ModelSpec, Rope
-from alisa.types import Medium, RowFormat
+from alisa.outputs import Medium
+from alisa.spec import RowFormat
 
 length, share = int(sys.argv[1]), float(sys.argv[2])
 spec = ModelSpec(
@@ -31,15 +32,15 @@ spec = ModelSpec(
     rope=Rope(10000.0, 64),
 )
 decoder = random_decoder(spec, torch.float32, torch.device("cpu"), 0)
-policy, kernels = make_policy("swa", 0.95), choose_kernels(decoder.device)
+policy, kernels = make_policy("swa", 0.95), choose_backend(decoder.device)
 codec = make_codec(RowFormat("float32", 8, 64))
 total = (length + 7) * 6 * codec.format.row_bytes
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-memory = make_memory(decoder, policy, codec, kernels, [length + 7], Caps(int(share * total), 0, None, None), None, 1)
+memory = build_kv_cache(decoder, policy, codec, kernels, [length + 7], Caps(int(share * total), 0, None, None), None, 1)
 state = policy.start(spec, 1, length + 7, decoder.device, kernels.selection)
-runner = Runner(decoder, policy, memory.store, state, kernels.prefill, kernels.attend, Stopwatch(), looks_ahead=True)
-engine = Engine(
+runner = ModelRunner(decoder, policy, memory.store, state, kernels.prefill, kernels.attend, Stopwatch(),
+looks_ahead=True) engine = Engine(
     runner, Placement(memory.scheduler, memory.limits, memory.store, policy), eos_ids=frozenset(), prefill_chunk=1024
 )
 ids = torch.randint(0, 512, (length,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -61,16 +62,16 @@ def run(length, share):
 
 
 @pytest.mark.slow
-def test_a_prompt_ten_times_larger_than_the_arena_stays_under_the_cap():
+def test_a_prompt_ten_times_larger_than_the_pool_stays_under_the_cap():
     capped = run(32 * 1024, 0.1)
     assert len(capped["tokens"]) == 8
     assert capped["kv_peak"] <= capped["cap"]
-    # What it adds to the process: the arena, the policy's state, and bounded working memory (64 MiB of rows going
+    # What it adds to the process: the pool, the policy's state, and bounded working memory (64 MiB of rows going
     # down, blocks of 32 MiB of scores, a chunk's activations).
     assert capped["grown"] < capped["cap"] + capped["state"] + (400 << 20)
     assert capped["grown"] < 0.75 * capped["total"] + capped["state"]
 
 
 @pytest.mark.slow
-def test_the_tokens_are_those_of_a_roomy_arena():
+def test_the_tokens_are_those_of_a_roomy_pool():
     assert run(6 * 1024, 0.1)["tokens"] == run(6 * 1024, 1.0)["tokens"]

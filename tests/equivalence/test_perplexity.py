@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from alisa import LLM
 from alisa.config import PolicyName
-from alisa.engine.score import ScoredItem
-from alisa.eval.layerwise import score_layerwise
-from alisa.eval.perplexity import perplexity_of
-from alisa.eval.subject import BASELINE, Subject, Variant
+from alisa.lab.eval.layerwise import score_layerwise
+from alisa.lab.eval.perplexity import perplexity_of
+from alisa.lab.eval.subject import BASELINE, Subject, Variant
+from alisa.lab.scoring import ScoredItem
 from tests.shared import shared_path, stories260k
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alisa import LLM, SamplingParams
-from alisa.types import Phase
+from alisa.outputs import Phase
 
 PROMPT_LENGTHS = (3, 41, 17, 60, 33, 25)
 NEW_TOKENS = 60

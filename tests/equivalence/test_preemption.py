@@ -47,7 +47,7 @@ def test_a_sequence_that_gives_way_says_what_it_would_have_said(policy, keeps_ro
 
 
 def test_a_new_sequence_is_not_read_by_the_history_of_the_one_before_it(tiny_model, tmp_path):
-    """Same lane, same length: what was chosen ahead for the old one must not be used for the new one."""
+    """Same req_idx, same length: what was chosen ahead for the old one must not be used for the new one."""
     schedule = tmp_path / "schedule.json"
     schedule.write_text(json.dumps({"schedule": "three-phase"}))
     generator = torch.Generator().manual_seed(5)

@@ -9,8 +9,8 @@ import alisa.llm
 from alisa import LLM, SamplingParams
 from alisa.budget import reads_of
 from alisa.engine.placement import Placement
-from alisa.engine.runner import Runner
-from alisa.schedule.rollout import rollout
+from alisa.engine.runner import ModelRunner
+from alisa.scheduler.simulate import rollout
 
 PROMPT_LENGTHS = (3, 41, 17, 60, 33, 25)
 NEW_TOKENS = 30
@@ -27,15 +27,15 @@ STATIC = {"schedule": "static", "offload_ratio": 0.75}
 def executed(monkeypatch, llm):
     """The plans that a run executed, and the memory it had."""
     plans, memories = [], []
-    begin, make_memory = Runner.begin, alisa.llm.make_memory
-    monkeypatch.setattr(Runner, "begin", lambda self, plan: (plans.append(plan), begin(self, plan))[1])
+    begin, build_kv_cache = ModelRunner.begin, alisa.llm.build_kv_cache
+    monkeypatch.setattr(ModelRunner, "begin", lambda self, plan: (plans.append(plan), begin(self, plan))[1])
     monkeypatch.setattr(Placement, "keeps_rows", lambda self, sequence: True)
 
     def kept(*args, **options):
-        memories.append(make_memory(*args, **options))
+        memories.append(build_kv_cache(*args, **options))
         return memories[-1]
 
-    monkeypatch.setattr(alisa.llm, "make_memory", kept)
+    monkeypatch.setattr(alisa.llm, "build_kv_cache", kept)
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, llm.spec.vocab_size, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
     llm.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))

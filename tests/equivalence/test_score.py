@@ -6,13 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alisa import LLM, SamplingParams
-from alisa.engine import score, verify
-from alisa.engine.score import ScoredItem
+from alisa.cache.codec import make_codec
 from alisa.errors import CapacityError
-from alisa.kv.codec import make_codec
+from alisa.lab import scoring as score
+from alisa.lab import verify
+from alisa.lab.scoring import ScoredItem, Scorer
+from alisa.lab.verify import verify_outputs
 from alisa.policy.dense import Dense
-from alisa.policy.table import make_policy
-from alisa.types import RowFormat
+from alisa.policy.registry import make_policy
+from alisa.spec import RowFormat
 
 LENGTHS = ((3, 40), (41, 20), (17, 33), (60, 12), (33, 1))
 
@@ -42,9 +44,9 @@ def test_batches_under_a_tight_cap_change_no_likelihood(policy, tiny_model):
     cap = max(item.num_tokens for item in items) * free.describe()["kv_token_bytes"]
     tight = LLM(directory, dtype="float32", prefill_chunk=50, kv_device_memory=cap)
     chosen, codec = make_policy(policy, 0.5), float_codec(free)
-    assert len(list(tight.scorer().batches(items, codec))) > len(list(free.scorer().batches(items, codec)))
+    assert len(list(Scorer.of(tight).batches(items, codec))) > len(list(Scorer.of(free).batches(items, codec)))
     for one, other in zip(
-        free.scorer().score(chosen, codec, items), tight.scorer().score(chosen, codec, items), strict=True
+        Scorer.of(free).score(chosen, codec, items), Scorer.of(tight).score(chosen, codec, items), strict=True
     ):
         torch.testing.assert_close(one.log_likelihoods, other.log_likelihoods, rtol=0, atol=1e-4)
         assert one.greedy.tolist() == other.greedy.tolist()
@@ -53,7 +55,7 @@ def test_batches_under_a_tight_cap_change_no_likelihood(policy, tiny_model):
 def test_an_item_that_can_never_fit_is_refused_with_its_size(tiny_model):
     llm = LLM(tiny_model("llama"), dtype="float32", kv_device_memory=10 * 3 * 2 * 4 * 16 * 4)
     with pytest.raises(CapacityError, match=r"Scoring 72 tokens needs .* and the cap is 15.0 KiB"):
-        llm.scorer().score(Dense(), float_codec(llm), make_items(llm.spec.vocab_size))
+        Scorer.of(llm).score(Dense(), float_codec(llm), make_items(llm.spec.vocab_size))
 
 
 def test_verify_is_the_same_in_small_samples_and_never_holds_more_rows_than_the_cap(tiny_model, monkeypatch):
@@ -61,7 +63,7 @@ def test_verify_is_the_same_in_small_samples_and_never_holds_more_rows_than_the_
     free = LLM(directory, dtype="float32", sparsity=0.5)
     prompts = [item.prompt_ids for item in make_items(free.spec.vocab_size)]
     outputs = free.generate(prompts, SamplingParams(max_tokens=24, ignore_eos=True))
-    expected = free.verify(outputs, num_samples=5)
+    expected = verify_outputs(free, outputs, num_samples=5)
     assert (expected.num_requests, expected.num_tokens) == (5, 5 * 24)
     assert 0 < expected.mean_kl < 10
 
@@ -76,7 +78,7 @@ def test_verify_is_the_same_in_small_samples_and_never_holds_more_rows_than_the_
     )
     # 30 distributions at a time: fewer than any two outputs have
     monkeypatch.setattr(verify, "KEPT_BYTES", 30 * 4 * free.spec.vocab_size)
-    found = tight.verify(outputs, num_samples=5)
+    found = verify_outputs(tight, outputs, num_samples=5)
     assert len(open_rows) == 2 * 5
     assert max(open_rows) <= most_rows
     assert (found.num_requests, found.num_tokens) == (5, 5 * 24)
@@ -89,6 +91,6 @@ def test_verify_compares_a_very_long_output_as_far_as_it_keeps_distributions(tin
     llm = LLM(tiny_model("llama"), policy="dense", dtype="float32")
     outputs = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=40, ignore_eos=True))
     monkeypatch.setattr(verify, "KEPT_BYTES", 10 * 4 * llm.spec.vocab_size)
-    report = llm.verify(outputs)
+    report = verify_outputs(llm, outputs)
     assert (report.num_tokens, report.top1_agreement, report.lost_mass) == (10, 1.0, 0.0)
     assert report.mean_kl == pytest.approx(0, abs=1e-6)

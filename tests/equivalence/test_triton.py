@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alisa import LLM, SamplingParams
-from alisa.engine.kernels import TORCH_KERNELS, choose_kernels
+from alisa.kernels.choose import REFERENCE_BACKEND, choose_backend
 from tests.kernels.triton_device import on_each_device
 
 
@@ -13,8 +13,8 @@ from tests.kernels.triton_device import on_each_device
 def test_tokens_are_those_of_the_torch_twin(device, policy, kv_dtype, tiny_model, monkeypatch):
     pytest.importorskip("triton")
     tokens = []
-    for kernels in (choose_kernels(torch.device("cuda")), TORCH_KERNELS):
-        monkeypatch.setattr("alisa.llm.choose_kernels", lambda _, chosen=kernels: chosen)
+    for kernels in (choose_backend(torch.device("cuda")), REFERENCE_BACKEND):
+        monkeypatch.setattr("alisa.llm.choose_backend", lambda _, chosen=kernels: chosen)
         llm = LLM(
             tiny_model("llama-gqa-tied"), policy=policy, sparsity=0.5, dtype="float32", kv_dtype=kv_dtype, device=device
         )

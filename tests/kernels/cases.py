@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from alisa.kernels import cpu
-from alisa.kv import codec as codecs
-from alisa.types import RowFormat
+from alisa.cache import codec as codecs
+from alisa.kernels.native import kernels as cpu
+from alisa.spec import RowFormat
 
 ROW_DTYPES = ["float32", "bfloat16", "float16", "int8", "int4"]
 ISAS = ["avx512", "avx2", "portable"]
@@ -43,7 +43,7 @@ def make_problem(
     generator = torch.Generator().manual_seed(seed)
     codec = codecs.make_codec(RowFormat(row_dtype, kv_heads, head_dim))
     k, v = (torch.randn(num_rows, kv_heads, head_dim, generator=generator) * scale for _ in range(2))
-    # The arena begins 4 bytes off any alignment: an aligned load would show.
+    # The pool begins 4 bytes off any alignment: an aligned load would show.
     room = torch.zeros(num_rows * codec.format.row_bytes + 4, dtype=torch.uint8)[4:]
     rows = room.view(num_rows, codec.format.row_bytes)
     rows.copy_(codec.encode(k, v))

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from alisa.kernels.gpu.kernels import TritonKernels
+from alisa.kernels.triton.kernels import TritonKernels
 from alisa.policy.sketch import sketch
 from tests.kernels.cases import make_problem
 

@@ -1,11 +1,11 @@
-"""Native decode attention against the definition and against its torch twin."""
+"""Native decode attention against the definition and against its torch reference."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from alisa.attention.decode import decode_attention
-from alisa.kernels import cpu
+from alisa.kernels.native import kernels as cpu
+from alisa.kernels.reference.decode import decode_attention
 from tests.kernels.cases import ISAS, ROW_DTYPES, Problem, assert_agrees, kernels, make_problem, problems
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
@@ -37,7 +37,7 @@ def test_extreme_values_stay_finite(isa, problem):
 @pytest.mark.parametrize("per_head", [False, True])
 def test_it_does_what_the_torch_twin_does(isa, row_dtype, per_head):
     problem = make_problem(row_dtype, num_seqs=3, num_rows=500, kv_heads=4, group=3, per_head=per_head)
-    problem.slots.clamp_(max=499)  # the twin gathers padding too
+    problem.slots.clamp_(max=499)  # the reference gathers padding too
     fast, slow = kernels(isa)(*problem.args()), decode_attention(*problem.args())
     for ours, theirs in zip(fast, slow, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -89,7 +89,7 @@ def test_arguments_that_do_not_fit_are_refused():
         kernel(q, rows, codec, slots.long(), counts)
     with pytest.raises(ValueError, match="do not fit"):
         kernel(q[:, :3], rows, codec, slots, counts)
-    with pytest.raises(ValueError, match="arena"):
+    with pytest.raises(ValueError, match="pool"):
         kernel(q, rows[:, :-1], codec, slots, counts)
     with pytest.raises(ValueError, match="cannot run here"):
         cpu.CpuKernels("mmx")
@@ -101,7 +101,7 @@ def test_slots_are_checked_on_request():
     cpu.check_slots(rows, torch.tensor([[[3, 0, 9]]], dtype=torch.int32), counts)
     with pytest.raises(ValueError, match="twice"):
         cpu.check_slots(rows, torch.tensor([[[3, 3]]], dtype=torch.int32), counts)
-    with pytest.raises(ValueError, match="arena of 4"):
+    with pytest.raises(ValueError, match="pool of 4"):
         cpu.check_slots(rows, torch.tensor([[[3, 4]]], dtype=torch.int32), counts)
     with pytest.raises(ValueError, match="between 1 and 1"):
         cpu.check_slots(rows, torch.tensor([[[3]]], dtype=torch.int32), counts)
@@ -109,8 +109,8 @@ def test_slots_are_checked_on_request():
 
 def test_views_are_read_where_they_lie():
     problem = make_problem("bfloat16", kv_heads=2, group=2, head_dim=16)
-    arena = torch.zeros(3, *problem.rows.shape, dtype=torch.uint8)
-    arena[1] = problem.rows
+    pool = torch.zeros(3, *problem.rows.shape, dtype=torch.uint8)
+    pool[1] = problem.rows
     strided_q = torch.stack((problem.q, problem.q * 2), dim=2)[:, :, 0]
-    moved = Problem(strided_q, arena[1], problem.codec, problem.slots, problem.counts)
+    moved = Problem(strided_q, pool[1], problem.codec, problem.slots, problem.counts)
     assert_agrees(cpu.CpuKernels()(*moved.args()), problem)

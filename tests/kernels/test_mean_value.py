@@ -1,11 +1,11 @@
-"""Sums of values and what their mean adds to attention: native and Triton kernels against the torch twins."""
+"""Sums of values and what their mean adds to attention: native and Triton kernels against the torch references."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alisa.kernels import cpu
+from alisa.kernels.native import kernels as cpu
 from alisa.policy.mean_value import mean_add, mean_blend
 from tests.kernels.cases import ISAS, kernels
 from tests.kernels.triton_device import on_each_device, triton_kernels
@@ -69,7 +69,7 @@ def test_arguments_that_do_not_fit_are_refused():
     lengths, shares = torch.ones(2, dtype=torch.int32), torch.ones(2, 2)
     with pytest.raises(ValueError, match="Float64"):
         kernel.mean_add(sums.float(), lanes, values)
-    with pytest.raises(ValueError, match="as many lanes"):
+    with pytest.raises(ValueError, match="as many req_indices"):
         kernel.mean_add(sums, lanes[:1], values)
     with pytest.raises(TypeError, match="lanes are int64"):
         kernel.mean_add(sums, lanes.int(), values)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from alisa.kernels import cpu, cpu_prefill, cpu_product
+from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import prefill as cpu_prefill
+from alisa.kernels.native import product as cpu_product
 
 ROOT = Path(__file__).parents[2]
 

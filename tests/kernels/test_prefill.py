@@ -1,4 +1,4 @@
-"""Native prefill attention against its float32 twin, in shapes that fill no block, strip or vector."""
+"""Native prefill attention against its float32 reference, in shapes that fill no block, strip or vector."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alisa.attention.prefill import KeyBlock, attend_after_plain, mass_after, prefill_attention
-from alisa.engine.prefill import NativePrefill
-from alisa.kernels import cpu_prefill
-from alisa.kernels.cpu_prefill import CpuPrefill
+from alisa.kernels.base import KeyBlock
+from alisa.kernels.native import prefill as cpu_prefill
+from alisa.kernels.native.prefill import CpuPrefill
+from alisa.kernels.native.prefill_engine import NativePrefill
+from alisa.kernels.reference.prefill import attend_after_plain, mass_after, prefill_attention
 
 pytestmark = pytest.mark.skipif(not cpu_prefill.available(), reason="this CPU or build has no prefill kernels")
 

@@ -1,11 +1,12 @@
-"""Products with 8-bit weights: every instruction set against whole numbers and against the torch twin."""
+"""Products with 8-bit weights: every instruction set against whole numbers and against the torch reference."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alisa.kernels import cpu, cpu_product
+from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import product as cpu_product
 from alisa.model.linear_int8 import GROUP, multiply_int8, quantise_inputs, quantise_weight
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alisa.kernels import cpu
-from alisa.kv import codec as codecs
-from alisa.types import RowFormat
+from alisa.cache import codec as codecs
+from alisa.kernels.native import kernels as cpu
+from alisa.spec import RowFormat
 from tests.kernels.cases import ISAS, ROW_DTYPES, kernels
 
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alisa.kernels import cpu
+from alisa.kernels.native import kernels as cpu
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
 
@@ -18,9 +18,9 @@ def by_sorting(scores, lane, older_end, older, count, num_slots):
 
 
 @st.composite
-def scores_of_all_kinds(draw, num_lanes, capacity):
+def scores_of_all_kinds(draw, max_num_seqs, capacity):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    scores = torch.rand(num_lanes, capacity, generator=generator, dtype=torch.float64)
+    scores = torch.rand(max_num_seqs, capacity, generator=generator, dtype=torch.float64)
     kind = draw(st.sampled_from(["even", "steep", "ties", "zeros", "tiny negative", "huge"]))
     if kind == "steep":
         scores = scores**40
@@ -38,9 +38,9 @@ def scores_of_all_kinds(draw, num_lanes, capacity):
 @settings(max_examples=150)
 @given(data=st.data())
 def test_selection_is_a_stable_sort(data):
-    num_lanes, capacity = 5, data.draw(st.sampled_from([8, 70, 600]))
-    scores = data.draw(scores_of_all_kinds(num_lanes, capacity))
-    lanes = data.draw(st.permutations(range(num_lanes)))[: data.draw(st.integers(1, num_lanes))]
+    max_num_seqs, capacity = 5, data.draw(st.sampled_from([8, 70, 600]))
+    scores = data.draw(scores_of_all_kinds(max_num_seqs, capacity))
+    lanes = data.draw(st.permutations(range(max_num_seqs)))[: data.draw(st.integers(1, max_num_seqs))]
     older_ends = [data.draw(st.integers(0, capacity - 1)) for _ in lanes]
     older = [data.draw(st.integers(0, end)) for end in older_ends]
     counts = [o + data.draw(st.integers(1, capacity - end)) for o, end in zip(older, older_ends, strict=True)]

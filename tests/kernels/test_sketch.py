@@ -1,4 +1,5 @@
-"""Native key sketches: codes of the torch twin bit for bit, weights of the definition, and the same tokens chosen."""
+"""Native key sketches: codes of the torch reference bit for bit, weights of the definition, and the same tokens
+chosen."""
 
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alisa.kernels import cpu
+from alisa.kernels.native import kernels as cpu
 from alisa.policy.sketch import sketch, sketch_append, sketch_scores, sketch_weights, unsketch
 from tests.kernels.cases import SKETCH_ISAS, kernels
 from tests.kernels.test_select import by_sorting
@@ -114,7 +115,7 @@ def test_any_shape_is_the_definition(isa, problem):
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems(scales=(0.0, 1e-30, 1e4)))
 def test_extreme_values_stay_finite(isa, problem):
-    problem.ranges[problem.ranges.isnan()] = 0  # a twin gathers them, a kernel does not
+    problem.ranges[problem.ranges.isnan()] = 0  # a reference gathers them, a kernel does not
     weights = kernels(isa).sketch_scores(*problem.args())
     assert weights.isfinite().all()
     assert (weights >= 0).all()
@@ -147,14 +148,14 @@ def budgets_of(problem, data):
 
 
 def assert_chosen(positions, shares, problem, scores, budgets):
-    """What a stable sort of the scores chooses, and the share of every head's weight by the torch twin."""
+    """What a stable sort of the scores chooses, and the share of every head's weight by the torch reference."""
     older_ends, older_counts, counts, num_slots = budgets
     num_seqs, num_heads, _ = problem.query.shape
     rows = zip(older_ends.tolist(), older_counts.tolist(), counts.tolist(), strict=True)
     flat = scores.flatten(0, 1).double()
     expected = [by_sorting(flat, row, *budget, num_slots) for row, budget in enumerate(rows)]
     assert positions.tolist() == expected
-    problem.ranges[problem.ranges.isnan()] = 0  # the twin gathers them
+    problem.ranges[problem.ranges.isnan()] = 0  # the reference gathers them
     weights = sketch_weights(*problem.args()[:-1])
     assert shares.shape == (num_seqs, num_heads)
     for seq, length in enumerate(problem.lengths.tolist()):

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from alisa.kernels import cpu
+from alisa.kernels.native import kernels as cpu
 from tests.kernels.cases import assert_agrees, make_problem
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
@@ -25,7 +25,7 @@ def test_a_call_starts_no_threads_beside_torchs():
         pytest.skip("no OpenMP runtime to share")
     script = """
         import os, torch
-        from alisa.kernels.cpu import CpuKernels
+        from alisa.kernels.native.kernels import CpuKernels
         from tests.kernels.cases import make_problem
         torch.set_num_threads(2)
         (torch.ones(1 << 22) + 1).sum()  # torch's team is up

@@ -1,11 +1,11 @@
-"""Triton decode attention against the definition and against its torch twin."""
+"""Triton decode attention against the definition and against its torch reference."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from alisa.attention.decode import decode_attention
-from alisa.types import Attended
+from alisa.kernels.base import Attended
+from alisa.kernels.reference.decode import decode_attention
 from tests.kernels.cases import ROW_DTYPES, assert_agrees, make_problem, problems
 from tests.kernels.triton_device import moved, on_each_device, triton_kernels
 
@@ -45,7 +45,7 @@ def test_extreme_values_stay_finite(device, problem):
 def test_it_does_what_the_torch_twin_does(device, row_dtype, per_head, group):
     problem = make_problem(row_dtype, num_seqs=2, num_rows=300, group=group, per_head=per_head, head_dim=48)
     fast = attend(problem, device)
-    problem.slots.clamp_(max=299)  # the twin gathers padding too
+    problem.slots.clamp_(max=299)  # the reference gathers padding too
     for ours, theirs in zip(fast, decode_attention(*problem.args()), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -86,9 +86,9 @@ def test_the_comparison_notices_a_token_too_few(device):
 @on_each_device
 def test_views_are_read_where_they_lie(device):
     problem = make_problem("bfloat16", kv_heads=2, group=2, head_dim=16)
-    arena = torch.zeros(3, *problem.rows.shape, dtype=torch.uint8)
-    arena[1] = problem.rows
-    problem.rows = moved(arena, device)[1]
+    pool = torch.zeros(3, *problem.rows.shape, dtype=torch.uint8)
+    pool[1] = problem.rows
+    problem.rows = moved(pool, device)[1]
     problem.q = torch.stack((problem.q, problem.q * 2), dim=2).to(device)[:, :, 0]
     attended = attend(problem, device)
     problem.q, problem.rows = problem.q.cpu(), problem.rows.cpu()
@@ -101,10 +101,10 @@ def test_rows_beyond_two_gigabytes_are_reached():
     problem = make_problem("bfloat16", num_rows=200, kv_heads=8, head_dim=128)
     row_bytes = problem.codec.format.row_bytes
     num_rows = (5 << 30) // row_bytes
-    arena = torch.empty(num_rows, row_bytes, dtype=torch.uint8, device="cuda")
-    arena[-200:] = problem.rows.cuda()
+    pool = torch.empty(num_rows, row_bytes, dtype=torch.uint8, device="cuda")
+    pool[-200:] = problem.rows.cuda()
     slots = problem.slots.cuda() + (num_rows - 200)
-    attended = triton_kernels()(problem.q.cuda(), arena, problem.codec, slots, problem.counts.cuda())
+    attended = triton_kernels()(problem.q.cuda(), pool, problem.codec, slots, problem.counts.cuda())
     assert_agrees(Attended(*(result.cpu() for result in attended)), problem)
 
 
@@ -115,5 +115,5 @@ def test_arguments_that_do_not_fit_are_refused():
         kernels(q, rows, codec, slots.long(), counts)
     with pytest.raises(ValueError, match="do not fit"):
         kernels(q[:, :3], rows, codec, slots, counts)
-    with pytest.raises(ValueError, match="arena"):
+    with pytest.raises(ValueError, match="pool"):
         kernels(q, rows[:, :-1], codec, slots, counts)

@@ -1,12 +1,12 @@
-"""Rows and sketches written by the Triton kernels are those of the torch twins, bit for bit."""
+"""Rows and sketches written by the Triton kernels are those of the torch references, bit for bit."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alisa.kv import codec as codecs
+from alisa.cache import codec as codecs
 from alisa.policy.sketch import sketch_append
-from alisa.types import RowFormat
+from alisa.spec import RowFormat
 from tests.kernels.cases import ROW_DTYPES
 from tests.kernels.test_rows import SCALES, make_values
 from tests.kernels.triton_device import on_each_device, triton_kernels

@@ -18,9 +18,9 @@ from tests.kernels.triton_device import on_each_device, triton_kernels
 @settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_selection_is_a_stable_sort(device, data):
-    num_lanes, capacity = 4, data.draw(st.sampled_from([8, 70, 600]))
-    scores = data.draw(scores_of_all_kinds(num_lanes, capacity))
-    lanes = data.draw(st.permutations(range(num_lanes)))[: data.draw(st.integers(1, 2))]
+    max_num_seqs, capacity = 4, data.draw(st.sampled_from([8, 70, 600]))
+    scores = data.draw(scores_of_all_kinds(max_num_seqs, capacity))
+    lanes = data.draw(st.permutations(range(max_num_seqs)))[: data.draw(st.integers(1, 2))]
     older_ends = [data.draw(st.integers(0, capacity - 1)) for _ in lanes]
     older = [data.draw(st.integers(0, end)) for end in older_ends]
     counts = [o + data.draw(st.integers(1, capacity - end)) for o, end in zip(older, older_ends, strict=True)]
@@ -104,7 +104,7 @@ def test_extreme_sketches_stay_finite(device, problem):
 def test_sketch_scores_are_the_twins(device, bits, per_head, group):
     problem = make_sketch_problem(bits, lengths=[300, 41], group=group, per_head=per_head)
     fast = score(problem, device)
-    problem.ranges[problem.ranges.isnan()] = 0  # the twin gathers them
+    problem.ranges[problem.ranges.isnan()] = 0  # the reference gathers them
     torch.testing.assert_close(fast, sketch_scores(*problem.args()), rtol=1e-4, atol=1e-7)
 
 

@@ -19,7 +19,7 @@ on_each_device = pytest.mark.parametrize("device", [INTERPRETED, NATIVE])
 def triton_kernels():
     """The kernels, or a skip where triton is missing."""
     pytest.importorskip("triton")
-    from alisa.kernels.gpu.kernels import TritonKernels
+    from alisa.kernels.triton.kernels import TritonKernels
 
     return TritonKernels()
 

@@ -7,9 +7,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from alisa.cache.store import CHUNK_TOKENS, KVStore
 from alisa.errors import CapacityError
-from alisa.kv.store import CHUNK_TOKENS, KVStore
-from alisa.types import Medium, Segment
+from alisa.outputs import Medium
+from alisa.scheduler.plan import Segment
 from tests.kv_cases import CODEC, FORMAT, layer_inputs, plan_of, project, read_parts, selection_of, some_positions
 
 # Few enough rows that sequences compete for them, enough that there is a reserve to hand out.
@@ -21,14 +22,14 @@ def make_store():
         num_layers=NUM_LAYERS,
         codec=CODEC,
         num_rows=NUM_ROWS,
-        num_lanes=NUM_LANES,
+        max_num_seqs=NUM_LANES,
         max_length=MAX_LENGTH,
         device=torch.device("cpu"),
     )
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """`model` maps a lane to the rows of its tokens, UInt8[L, n, row_bytes]."""
+    """`model` maps a request index to the rows of its tokens, UInt8[L, n, row_bytes]."""
 
     def __init__(self):
         super().__init__()
@@ -36,34 +37,36 @@ class StoreMachine(RuleBasedStateMachine):
         self.model = {}
         self.num_written = 0
 
-    def length(self, lane):
-        return self.model[lane].shape[1]
+    def length(self, req_idx):
+        return self.model[req_idx].shape[1]
 
     @property
     def used(self):
-        return sum(self.length(lane) for lane in self.model)
+        return sum(self.length(req_idx) for req_idx in self.model)
 
     @rule(num_tokens=st.integers(1, MAX_LENGTH + 2))
     def open(self, num_tokens):
-        """Opening takes a lane and no rows."""
-        assert self.store.has_free_lane == (len(self.model) < NUM_LANES)
+        """Opening takes a request index and no rows."""
+        assert self.store.has_free_req_idx == (len(self.model) < NUM_LANES)
         if num_tokens <= MAX_LENGTH and len(self.model) < NUM_LANES:
-            lane = self.store.open(num_tokens)
-            assert lane not in self.model
-            self.model[lane] = np.empty((NUM_LAYERS, 0, FORMAT.row_bytes), np.uint8)
+            req_idx = self.store.open(num_tokens)
+            assert req_idx not in self.model
+            self.model[req_idx] = np.empty((NUM_LAYERS, 0, FORMAT.row_bytes), np.uint8)
         else:
             with pytest.raises(CapacityError, match=str(num_tokens)):
                 self.store.open(num_tokens)
 
-    @precondition(lambda self: any(self.length(lane) < MAX_LENGTH for lane in self.model))
+    @precondition(lambda self: any(self.length(req_idx) < MAX_LENGTH for req_idx in self.model))
     @rule(seed=st.integers(0, 2**32 - 1), most=st.sampled_from((1, MAX_LENGTH)))
     def step(self, seed, most):
         """New tokens of some sequences; refused exactly when there are more than free rows, whoever holds a reserve."""
         draw = np.random.default_rng(seed)
-        growing = [lane for lane in sorted(self.model) if self.length(lane) < MAX_LENGTH]
-        lanes = draw.permutation(growing)[: draw.integers(1, len(growing) + 1)].tolist()
-        counts = [int(draw.integers(1, min(most, MAX_LENGTH - self.length(lane)) + 1)) for lane in lanes]
-        segments = [Segment(lane, self.length(lane), count) for lane, count in zip(lanes, counts, strict=True)]
+        growing = [req_idx for req_idx in sorted(self.model) if self.length(req_idx) < MAX_LENGTH]
+        req_indices = draw.permutation(growing)[: draw.integers(1, len(growing) + 1)].tolist()
+        counts = [int(draw.integers(1, min(most, MAX_LENGTH - self.length(req_idx)) + 1)) for req_idx in req_indices]
+        segments = [
+            Segment(req_idx, self.length(req_idx), count) for req_idx, count in zip(req_indices, counts, strict=True)
+        ]
         if self.used + sum(counts) > NUM_ROWS:
             with pytest.raises(CapacityError, match=f"{sum(counts)} new tokens need .* of {NUM_ROWS} rows are free"):
                 self.store.begin(plan_of(segments))
@@ -77,33 +80,33 @@ class StoreMachine(RuleBasedStateMachine):
             k, v = project(layer, hidden, positions)
             self.store.append(layer, k, v, hidden)
             written.append(CODEC.encode(k, v).numpy())
-        for lane, rows in zip(lanes, np.split(np.stack(written), np.cumsum(counts)[:-1], axis=1), strict=True):
-            self.model[lane] = np.concatenate((self.model[lane], rows), axis=1)
+        for req_idx, rows in zip(req_indices, np.split(np.stack(written), np.cumsum(counts)[:-1], axis=1), strict=True):
+            self.model[req_idx] = np.concatenate((self.model[req_idx], rows), axis=1)
         chosen = [some_positions(draw, segment.end) for segment in segments]
         selection = selection_of(chosen)
         for layer in range(NUM_LAYERS):
             found = read_parts(self.store.parts(layer, selection), FORMAT.row_bytes, selection)
-            for lane, at, rows in zip(lanes, chosen, found, strict=True):
-                assert np.array_equal(rows[: len(at)], self.model[lane][layer, at])
+            for req_idx, at, rows in zip(req_indices, chosen, found, strict=True):
+                assert np.array_equal(rows[: len(at)], self.model[req_idx][layer, at])
 
     @precondition(lambda self: self.model)
     @rule(data=st.data(), excess=st.integers(1, 3))
     def refuse(self, data, excess):
         """Positions beyond the longest sequence, or with a gap, are refused and change nothing."""
-        lane = data.draw(st.sampled_from(sorted(self.model)))
-        length = self.length(lane)
-        growing = [other for other in sorted(self.model) if other != lane and self.length(other) < MAX_LENGTH]
+        req_idx = data.draw(st.sampled_from(sorted(self.model)))
+        length = self.length(req_idx)
+        growing = [other for other in sorted(self.model) if other != req_idx and self.length(other) < MAX_LENGTH]
         others = [Segment(other, self.length(other), 1) for other in growing]
-        for wrong in (Segment(lane, length, MAX_LENGTH - length + excess), Segment(lane, length + excess, 1)):
-            with pytest.raises(CapacityError, match=f"Lane {lane}"):
+        for wrong in (Segment(req_idx, length, MAX_LENGTH - length + excess), Segment(req_idx, length + excess, 1)):
+            with pytest.raises(CapacityError, match=f"Request index {req_idx}"):
                 self.store.begin(plan_of([*others, wrong]))
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def release(self, data):
-        lane = data.draw(st.sampled_from(sorted(self.model)))
-        self.store.release(lane)
-        del self.model[lane]
+        req_idx = data.draw(st.sampled_from(sorted(self.model)))
+        self.store.release(req_idx)
+        del self.model[req_idx]
 
     @invariant()
     def agrees(self):
@@ -111,11 +114,11 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.used_rows == self.used <= NUM_ROWS
         assert self.store.nbytes(Medium.DEVICE) == self.used * NUM_LAYERS * FORMAT.row_bytes
         assert self.store.nbytes(Medium.DISK) == 0
-        for lane, layers in self.model.items():
-            assert self.store.length(lane) == layers.shape[1]
-            table = self.store.slot_table(torch.tensor([lane]), layers.shape[1])[0].long()
+        for req_idx, layers in self.model.items():
+            assert self.store.length(req_idx) == layers.shape[1]
+            table = self.store.slot_table(torch.tensor([req_idx]), layers.shape[1])[0].long()
             for layer, rows in enumerate(layers):
-                assert np.array_equal(CODEC.encode(*self.store.read(layer, lane, 0, len(rows))).numpy(), rows)
+                assert np.array_equal(CODEC.encode(*self.store.read(layer, req_idx, 0, len(rows))).numpy(), rows)
                 assert np.array_equal(self.store.rows(layer)[table].numpy(), rows)
 
 

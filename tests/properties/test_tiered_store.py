@@ -15,15 +15,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from alisa.cache.offload.buffers import DeviceShelf, shelves
+from alisa.cache.offload.residency import EVICTIONS
+from alisa.cache.offload.store import TieredStore
+from alisa.cache.offload.tiers import DiskTier, HostTier
+from alisa.cache.offload.transfer import CopyStream
 from alisa.errors import CapacityError
-from alisa.kv.residency import EVICTIONS
-from alisa.kv.shelf import DeviceShelf, shelves
-from alisa.kv.tiered import TieredStore
-from alisa.kv.tiers import DiskTier, HostTier
-from alisa.kv.transfer import CopyStream
-from alisa.schedule.base import LaneView, Limits, Tier, moves_down
-from alisa.schedule.three_phase import ThreePhase
-from alisa.types import Medium, Segment
+from alisa.outputs import Medium
+from alisa.scheduler.placement.base import Limits, SeqView, Tier, moves_down
+from alisa.scheduler.placement.three_phase import ThreePhase
+from alisa.scheduler.plan import Segment
 from tests.kv_cases import (
     CODEC,
     FORMAT,
@@ -54,7 +55,7 @@ def staged(rows):
     return tuple(DeviceShelf(part, stream) for part in rows)
 
 
-class _Lane:
+class _Seq:
     """What must be true of an open sequence: its rows UInt8[L, n, row_bytes], and where they lie."""
 
     def __init__(self, num_tokens, num_bounds):
@@ -69,14 +70,15 @@ class _Lane:
 
 
 def some_range(draw, model):
-    """A lane that has rows, and some of its positions, [start, end)."""
-    index = int(draw.choice([index for index, lane in sorted(model.items()) if lane.length]))
+    """A request index that has rows, and some of its positions, [start, end)."""
+    index = int(draw.choice([index for index, req_idx in sorted(model.items()) if req_idx.length]))
     start, last = sorted(draw.integers(0, model[index].length, 2).tolist())
     return index, start, last + 1
 
 
 class TieredMachine(RuleBasedStateMachine):
-    """`model` maps a lane to its `_Lane`; `doomed` lanes had a row that the tier refused to read or write."""
+    """`model` maps a request index to its `_Seq`; `doomed` req_indices had a row that the tier refused to read or
+    write."""
 
     @initialize(
         eviction=st.sampled_from(EVICTIONS),
@@ -96,7 +98,7 @@ class TieredMachine(RuleBasedStateMachine):
             num_layers=NUM_LAYERS,
             codec=CODEC,
             num_rows=num_rows,
-            num_lanes=NUM_LANES,
+            max_num_seqs=NUM_LANES,
             max_length=MAX_LENGTH,
             tiers=self.tiers,
             remnants=remnants_in(self.remnant_tier),
@@ -131,11 +133,11 @@ class TieredMachine(RuleBasedStateMachine):
 
     @rule(num_tokens=st.integers(1, MAX_LENGTH + 2))
     def open(self, num_tokens):
-        assert self.store.has_free_lane == (len(self.model) < NUM_LANES)
+        assert self.store.has_free_req_idx == (len(self.model) < NUM_LANES)
         if num_tokens <= MAX_LENGTH and len(self.model) < NUM_LANES:
-            lane = self.store.open(num_tokens)
-            assert lane not in self.model
-            self.model[lane] = _Lane(num_tokens, len(self.tiers) + 1)
+            req_idx = self.store.open(num_tokens)
+            assert req_idx not in self.model
+            self.model[req_idx] = _Seq(num_tokens, len(self.tiers) + 1)
         else:
             with pytest.raises(CapacityError, match=str(num_tokens)):
                 self.store.open(num_tokens)
@@ -145,24 +147,24 @@ class TieredMachine(RuleBasedStateMachine):
     def release(self, data):
         self.let_go(data.draw(st.sampled_from(sorted(self.model))))
 
-    def let_go(self, lane):
-        self.store.release(lane)
-        del self.model[lane]
-        self.doomed.discard(lane)
+    def let_go(self, req_idx):
+        self.store.release(req_idx)
+        del self.model[req_idx]
+        self.doomed.discard(req_idx)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data(), excess=st.integers(1, 3))
     def refuse(self, data, excess):
         """Positions beyond the longest sequence, or with a gap, are refused and change nothing."""
-        lane = data.draw(st.sampled_from(sorted(self.model)))
-        length = self.model[lane].length
-        for wrong in (Segment(lane, length, MAX_LENGTH - length + excess), Segment(lane, length + excess, 1)):
-            with pytest.raises(CapacityError, match=f"Lane {lane}"):
+        req_idx = data.draw(st.sampled_from(sorted(self.model)))
+        length = self.model[req_idx].length
+        for wrong in (Segment(req_idx, length, MAX_LENGTH - length + excess), Segment(req_idx, length + excess, 1)):
+            with pytest.raises(CapacityError, match=f"Request index {req_idx}"):
                 self.store.begin(plan_of([wrong]))
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: any(lane.length < lane.most for lane in self.model.values()))
+    @precondition(lambda self: any(req_idx.length < req_idx.most for req_idx in self.model.values()))
     @rule(
         seed=st.integers(0, 2**32 - 1),
         most=st.sampled_from((1, 1, MAX_LENGTH)),
@@ -172,12 +174,14 @@ class TieredMachine(RuleBasedStateMachine):
     def step(self, seed, most, wild, guesses):
         """New tokens of some sequences: moves, rows in, selected rows out, guesses about the next step."""
         draw = np.random.default_rng(seed)
-        growing = [index for index, lane in sorted(self.model.items()) if lane.length < lane.most]
-        lanes = draw.permutation(growing)[: draw.integers(1, len(growing) + 1)].tolist()
+        growing = [index for index, req_idx in sorted(self.model.items()) if req_idx.length < req_idx.most]
+        req_indices = draw.permutation(growing)[: draw.integers(1, len(growing) + 1)].tolist()
         segments = []
-        for index in lanes:
-            lane = self.model[index]
-            segments.append(Segment(index, lane.length, int(draw.integers(1, min(most, lane.most - lane.length) + 1))))
+        for index in req_indices:
+            req_idx = self.model[index]
+            segments.append(
+                Segment(index, req_idx.length, int(draw.integers(1, min(most, req_idx.most - req_idx.length) + 1)))
+            )
         moves = self.moves(draw, segments, wild=wild)
         if moves is None:
             return
@@ -190,7 +194,7 @@ class TieredMachine(RuleBasedStateMachine):
             self.read_prompts(draw, segments)
             self.check_traffic(stored, deleted, 0)
         else:
-            lookups = self.look(draw, lanes)
+            lookups = self.look(draw, req_indices)
             self.check_traffic(stored, deleted, lookups)
             self.guess, self.num_ahead = {}, 0
             if guesses != "none":
@@ -199,19 +203,19 @@ class TieredMachine(RuleBasedStateMachine):
 
     def moves(self, draw, segments, *, wild):
         """Any legal moves, or those that a scheduler wants; None: this step has no room."""
-        ends = {segment.lane: segment.end for segment in segments}
+        ends = {segment.req_idx: segment.end for segment in segments}
         views = [
-            LaneView(
+            SeqView(
                 index,
                 0,
-                ends.get(index, lane.length),
-                tuple(lane.bounds),
-                int(draw.integers(0, ends.get(index, lane.length) + 1)),
+                ends.get(index, req_idx.length),
+                tuple(req_idx.bounds),
+                int(draw.integers(0, ends.get(index, req_idx.length) + 1)),
                 int(draw.integers(0, 5)),
-                lane.rebuildable,
+                req_idx.rebuildable,
                 index in ends,
             )
-            for index, lane in self.model.items()
+            for index, req_idx in self.model.items()
         ]
         if wild:
             bounds = [self.lower(draw, view) for view in views]
@@ -241,17 +245,17 @@ class TieredMachine(RuleBasedStateMachine):
         media = [Medium.DEVICE, *(tier.medium for tier in self.tiers), None]
         rows, deleted = 0, 0
         for move in moves:
-            lane = self.model[move.lane]
+            req_idx = self.model[move.req_idx]
             source, target = media.index(move.source), media.index(move.target)
             assert target > source
             rows += move.num_tokens if move.target is not None else 0
-            deleted += max(min(move.end, lane.length) - move.start, 0) if move.target is None else 0
+            deleted += max(min(move.end, req_idx.length) - move.start, 0) if move.target is None else 0
             for level in range(source, target):
-                assert move.start <= lane.bounds[level] <= move.end, "a move leaves a gap"
-                lane.bounds[level] = move.end
+                assert move.start <= req_idx.bounds[level] <= move.end, "a move leaves a gap"
+                req_idx.bounds[level] = move.end
         remnants = 0
         for segment in segments:
-            remnants += max(min(segment.end, self.model[segment.lane].rebuildable) - segment.start, 0)
+            remnants += max(min(segment.end, self.model[segment.req_idx].rebuildable) - segment.start, 0)
         return (rows * NUM_LAYERS, remnants * NUM_LAYERS), deleted * NUM_LAYERS
 
     def write(self, segments):
@@ -263,8 +267,8 @@ class TieredMachine(RuleBasedStateMachine):
         self.pending = [(k, v, hidden) for k, v in pairs]
         written = np.stack([CODEC.encode(k, v).numpy() for k, v in pairs])
         for segment, rows in zip(segments, np.split(written, np.cumsum(counts)[:-1], axis=1), strict=True):
-            lane = self.model[segment.lane]
-            lane.rows = np.concatenate((lane.rows, rows), axis=1)
+            req_idx = self.model[segment.req_idx]
+            req_idx.rows = np.concatenate((req_idx.rows, rows), axis=1)
 
     def read_prompts(self, draw, segments):
         """Every layer writes its rows and reads those before them, a block at a time."""
@@ -273,37 +277,37 @@ class TieredMachine(RuleBasedStateMachine):
             for segment in segments:
                 block = int(draw.integers(1, MAX_LENGTH))
                 for first in range(0, segment.start, block):
-                    self.read(layer, segment.lane, first, min(first + block, segment.start))
+                    self.read(layer, segment.req_idx, first, min(first + block, segment.start))
 
-    def look(self, draw, lanes):
+    def look(self, draw, req_indices):
         """Every layer writes its rows and reads a selection; how many selected rows lay below the device."""
         lookups = 0
         for layer in range(NUM_LAYERS):
             self.store.append(layer, *self.pending[layer])
             guess = self.guess.get(layer, {})
-            if all(guess.get(index, [-1])[-1] == self.model[index].length - 1 for index in lanes):
-                chosen = [guess[index] for index in lanes]
+            if all(guess.get(index, [-1])[-1] == self.model[index].length - 1 for index in req_indices):
+                chosen = [guess[index] for index in req_indices]
             else:
-                chosen = [some_positions(draw, self.model[index].length) for index in lanes]
+                chosen = [some_positions(draw, self.model[index].length) for index in req_indices]
             selection = selection_of(chosen)
             found = read_parts(self.store.parts(layer, selection), ROW_BYTES, selection)
-            for index, at, rows in zip(lanes, chosen, found, strict=True):
+            for index, at, rows in zip(req_indices, chosen, found, strict=True):
                 lookups += sum(position < self.model[index].bounds[0] for position in at)
                 if index not in self.doomed:
                     assert np.array_equal(rows[: len(at)], self.model[index].rows[layer, at])
         return lookups
 
     def look_ahead(self, draw, *, keep):
-        """Announce selections of a next step of some lanes, which comes as announced or not."""
-        growing = [index for index, lane in sorted(self.model.items()) if lane.length < MAX_LENGTH]
-        lanes = tuple(draw.permutation(growing)[: draw.integers(1, NUM_LANES + 1)].tolist())
-        if not lanes:
+        """Announce selections of a next step of some req_indices, which comes as announced or not."""
+        growing = [index for index, req_idx in sorted(self.model.items()) if req_idx.length < MAX_LENGTH]
+        req_indices = tuple(draw.permutation(growing)[: draw.integers(1, NUM_LANES + 1)].tolist())
+        if not req_indices:
             return
         for layer in range(NUM_LAYERS):
-            chosen = [some_positions(draw, self.model[index].length + 1) for index in lanes]
-            self.store.prefetch(layer, lanes, selection_of(chosen))
+            chosen = [some_positions(draw, self.model[index].length + 1) for index in req_indices]
+            self.store.prefetch(layer, req_indices, selection_of(chosen))
             if keep:
-                self.guess[layer] = dict(zip(lanes, chosen, strict=True))
+                self.guess[layer] = dict(zip(req_indices, chosen, strict=True))
         traffic = self.store.traffic()
         self.num_ahead += traffic.fetched_rows + traffic.rebuilt_rows
         assert traffic.lookups == traffic.hits == 0
@@ -325,7 +329,7 @@ class TieredMachine(RuleBasedStateMachine):
 
     # --- reading, waiting, failing -----------------------------------------------------------------------------------
 
-    @precondition(lambda self: any(lane.length for lane in self.model.values()))
+    @precondition(lambda self: any(req_idx.length for req_idx in self.model.values()))
     @rule(seed=st.integers(0, 2**32 - 1))
     def read_back(self, seed):
         draw = np.random.default_rng(seed)
@@ -352,46 +356,46 @@ class TieredMachine(RuleBasedStateMachine):
 
     @rule()
     def settle(self):
-        """When nothing is on its way, all lanes that lost something are known."""
+        """When nothing is on its way, all req_indices that lost something are known."""
         self.store._settle()
         failed = self.store.failed()
         assert set(failed) == self.doomed
         assert set(failed.values()) <= {"Input/output error"}
-        for lane in failed:
-            self.let_go(lane)
+        for req_idx in failed:
+            self.let_go(req_idx)
 
     def fail(self):
-        """Lanes that lost rows are known and go, no others."""
+        """ReqIndices that lost rows are known and go, no others."""
         failed = self.store.failed()
         assert set(failed) <= self.doomed
-        for lane in failed:
-            self.let_go(lane)
+        for req_idx in failed:
+            self.let_go(req_idx)
 
     @invariant()
     def agrees(self):
         self.store.check()
-        lengths = {index: lane.length for index, lane in self.model.items()}
+        lengths = {index: req_idx.length for index, req_idx in self.model.items()}
         assert {index: self.store.length(index) for index in self.model} == lengths
-        assert all(self.store.bounds(index) == tuple(lane.bounds) for index, lane in self.model.items())
-        deleted = sum(lane.bounds[-1] for lane in self.model.values())
+        assert all(self.store.bounds(index) == tuple(req_idx.bounds) for index, req_idx in self.model.items())
+        deleted = sum(req_idx.bounds[-1] for req_idx in self.model.values())
         assert self.store.deleted_tokens == deleted
         assert self.store.used_rows == sum(lengths.values()) - deleted
         token_bytes = NUM_LAYERS * ROW_BYTES
         assert self.store.nbytes(Medium.DEVICE) <= self.num_rows * token_bytes
-        kept = sum(min(lane.length, lane.rebuildable) for lane in self.model.values())
+        kept = sum(min(req_idx.length, req_idx.rebuildable) for req_idx in self.model.values())
         expected = dict.fromkeys(Medium, 0) | {self.remnant_tier.medium: kept * NUM_LAYERS * REMNANT_BYTES}
         for level, tier in enumerate(self.tiers):
             expected[tier.medium] += token_bytes * sum(
-                lane.bounds[level] - lane.bounds[level + 1] for lane in self.model.values()
+                req_idx.bounds[level] - req_idx.bounds[level + 1] for req_idx in self.model.values()
             )
         assert self.store.nbytes(Medium.HOST) == expected[Medium.HOST]
         assert self.store.nbytes(Medium.DISK) == expected[Medium.DISK]
 
     def teardown(self):
         for layer in range(NUM_LAYERS):
-            for index, lane in self.model.items():
-                if lane.length:
-                    self.read(layer, index, 0, lane.length)
+            for index, req_idx in self.model.items():
+                if req_idx.length:
+                    self.read(layer, index, 0, req_idx.length)
         self.settle()
         for index in list(self.model):
             self.let_go(index)

@@ -7,18 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alisa.attention import prefill
-from alisa.attention.decode import decode_attention
-from alisa.attention.prefill import (
-    KeyBlock,
-    attend_after,
-    attend_after_plain,
-    causal_attention,
-    causal_mass,
-    mass_after,
-)
-from alisa.kv.codec import FloatCodec
-from alisa.types import RowFormat
+from alisa.cache.codec import FloatCodec
+from alisa.kernels.base import KeyBlock
+from alisa.kernels.reference import prefill
+from alisa.kernels.reference.decode import decode_attention
+from alisa.kernels.reference.prefill import attend_after, attend_after_plain, causal_attention, causal_mass, mass_after
+from alisa.spec import RowFormat
 
 
 def by_definition(q, k, v):

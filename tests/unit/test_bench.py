@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import alisa
-from alisa.bench.cases import CASES, DEFAULT_CASES, AppendCase, DecodeCase, PolicyCase, ProductCase, SketchCase
-from alisa.bench.contest import Contender, Contest, Outcome, Role, Timing, hold
-from alisa.bench.kernels import make_contest, make_kernels, make_record, run_case
-from alisa.bench.stamp import Stamp, checkout_commit
 from alisa.errors import InputError
-from alisa.kernels import cpu
+from alisa.kernels.native import kernels as cpu
+from alisa.lab.bench.cases import CASES, DEFAULT_CASES, AppendCase, DecodeCase, PolicyCase, ProductCase, SketchCase
+from alisa.lab.bench.contest import Contender, Contest, Outcome, Role, Timing, hold
+from alisa.lab.bench.kernels import make_contest, make_kernels, make_record, run_case
+from alisa.lab.bench.stamp import Stamp, checkout_commit
 
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
 
@@ -42,7 +42,7 @@ def test_contenders_attend_to_the_same_rows(name):
     # Queries and results of bfloat16 are rounded to 8 bits, and outputs are sums of values of size 1.
     tolerance = 1e-5 if case.dtype == "float32" else 4 * 2**-8
     for label, result in results.items():
-        out = result.out if label == "torch twin" else result
+        out = result.out if label == "torch reference" else result
         if label.startswith("dense") and case.share < 1.0:
             assert out.shape == attended.out.shape
         else:
@@ -54,11 +54,11 @@ def test_contenders_attend_to_the_same_rows(name):
 @pytest.mark.parametrize("name", ["select", "sketch", "sketch-2bit", "sketch-per-head"])
 def test_kernel_and_twin_choose_alike(name):
     contest = make_contest(small(CASES[name]), make_kernels(None))
-    kernel, twin = (contender.call(1) for contender in contest.contenders())
+    kernel, reference = (contender.call(1) for contender in contest.contenders())
     if name == "select":
-        assert torch.equal(kernel.positions, twin.positions)
+        assert torch.equal(kernel.positions, reference.positions)
     else:
-        torch.testing.assert_close(kernel, twin, rtol=1e-2, atol=1e-4)  # the kernel rounds the query
+        torch.testing.assert_close(kernel, reference, rtol=1e-2, atol=1e-4)  # the kernel rounds the query
 
 
 @needs_kernels
@@ -88,14 +88,14 @@ def test_contenders_take_turns():
     calls = []
 
     def rivals():
-        yield Contender(Role.TWIN, "twin", lambda number: calls.append(("twin", number)))
+        yield Contender(Role.TWIN, "reference", lambda number: calls.append(("reference", number)))
 
     contest = Contest(lambda number: calls.append(("kernel", number)), rivals, num_bytes=8, num_calls=2)
     outcome = hold(contest, runs=3)
-    first, second = [("kernel", 0), ("kernel", 1), ("twin", 0), ("twin", 1)], [("kernel", 2), ("kernel", 3)]
+    first, second = [("kernel", 0), ("kernel", 1), ("reference", 0), ("reference", 1)], [("kernel", 2), ("kernel", 3)]
     assert calls[:6] == first + second
     assert len(calls) == 2 * 2 * (2 + 3)
-    assert set(outcome.timings) == {"memory read", "kernel", "twin"}
+    assert set(outcome.timings) == {"memory read", "kernel", "reference"}
     assert outcome.read_bytes_per_s > 1e8
     assert 0 <= outcome.others_share <= 1
     assert set(hold(contest, runs=2, only_kernel=True).timings) == {"memory read", "kernel"}
@@ -129,7 +129,7 @@ def test_a_record_says_what_was_measured_and_where():
     assert record["stamp"]["cpu"]
     [measured] = record["cases"]
     assert measured["shape"]["head_dim"] == 128
-    assert measured["speedup"] == {"dense": 5.0, "gather": None, "packed": None, "twin": None}
+    assert measured["speedup"] == {"dense": 5.0, "gather": None, "packed": None, "reference": None}
     assert measured["timings"]["kernel"]["low_s"] == 0.2
 
 

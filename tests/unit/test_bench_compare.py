@@ -2,7 +2,7 @@
 
 import pytest
 
-from alisa.bench.compare import lines_of, with_best_floors
+from alisa.lab.bench.compare import lines_of, with_best_floors
 
 
 def record(run, gemm_s, bandwidth, *, weight_bytes=1e9, prefill_s=2.0, wall_s=20.0):

@@ -5,13 +5,13 @@ import random
 import pytest
 import torch
 
-from alisa.bench.session import Setting, run_batch
-from alisa.bench.shapes import SHAPES
-from alisa.engine.memory import Caps
-from alisa.kv.transfer import Transfers
+from alisa.cache.offload.transfer import Transfers
+from alisa.engine.builder import Caps
+from alisa.lab.bench.session import Setting, run_batch
+from alisa.lab.bench.shapes import SHAPES
 from alisa.model.loader import random_decoder
 from alisa.planner.footprint import kv_token_bytes
-from alisa.schedule.static import StaticSplit
+from alisa.scheduler.placement.static import StaticSplit
 
 SPEC = SHAPES["llama-tiny"]
 

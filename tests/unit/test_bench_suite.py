@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from alisa.bench import suite
-from alisa.bench.compare import lines_of, pairs, ratio, read_runs
-from alisa.bench.engines import reading_of
-from alisa.bench.experiment import Workload, experiment_from, load_experiment
-from alisa.bench.floor import Floor, Speeds, floor_of, pass_rows
-from alisa.bench.others import wait_for_quiet
-from alisa.bench.remote import measured
-from alisa.bench.remote.measured import Clock, Job, NoRoom
-from alisa.bench.shapes import SHAPES
-from alisa.bench.suite import Places, make_work
 from alisa.cli.main import main
 from alisa.errors import InputError
-from alisa.plot.runs import draw_runs
+from alisa.lab.bench import suite
+from alisa.lab.bench.compare import lines_of, pairs, ratio, read_runs
+from alisa.lab.bench.engines import reading_of
+from alisa.lab.bench.experiment import Workload, experiment_from, load_experiment
+from alisa.lab.bench.floor import Floor, Speeds, floor_of, pass_rows
+from alisa.lab.bench.others import wait_for_quiet
+from alisa.lab.bench.remote import measured
+from alisa.lab.bench.remote.measured import Clock, Job, NoRoom
+from alisa.lab.bench.shapes import SHAPES
+from alisa.lab.bench.suite import Places, make_work
+from alisa.lab.plot.runs import draw_runs
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "benchmarks" / "experiments").glob("*.toml"))
 WORKLOAD = {"name": "w", "model": "llama-tiny", "batch": 2, "prompt_len": 8, "output_len": 4}

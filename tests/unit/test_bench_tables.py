@@ -10,7 +10,7 @@ import tables
 from table_blocks import engines, kernels, machine
 from tables import BLOCKS, filled
 
-from alisa.bench.floor import Floor
+from alisa.lab.bench.floor import Floor
 
 FIGURES = {"tokens_per_s": 123.4, "decode_tokens_per_s": None, "wall_s": 10.0, "first_token_median_s": 1.234}
 FIGURES |= {"first_token_last_s": 2.0, "peak_rss_bytes": 3 * 2**30}
@@ -74,7 +74,7 @@ def test_engines_side_by_side(tmp_path):
 def test_kernels(tmp_path):
     timing = {"role": "kernel", "median_s": 0.0123, "low_s": 0.012, "high_s": 0.013}
     case = {"case": "bf16-20", "others_share": 0.2, "kernel_bytes_per_s": 2e10, "bandwidth_share": 0.75}
-    case |= {"speedup": {"dense": 5.0, "gather": None, "twin": 7.0}, "timings": {"kernel": timing}}
+    case |= {"speedup": {"dense": 5.0, "gather": None, "reference": 7.0}, "timings": {"kernel": timing}}
     write(tmp_path / "kernels.jsonl", [{"isa": "avx2", "cases": [case]}])
     expected = "| bf16-20 (avx2) \\* | 12.3 (12 to 13) | 20.0 | 75 % | 5.0x |  | 7.0x |"
     assert expected in kernels(tmp_path).splitlines()

@@ -4,7 +4,7 @@ import pytest
 
 from alisa.budget import reads_of
 from alisa.config import PolicyName
-from alisa.policy.table import make_policy
+from alisa.policy.registry import make_policy
 
 
 @pytest.mark.parametrize("policy", get_args(PolicyName))

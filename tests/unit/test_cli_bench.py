@@ -2,13 +2,13 @@ import json
 
 import pytest
 
-from alisa.bench.cases import CASES, DEFAULT_CASES, PolicyCase
 from alisa.cli import bench
 from alisa.cli.bench import BenchKernels, kernels_table
 from alisa.cli.main import main, parse
 from alisa.cli.screen import output_console
 from alisa.errors import InputError
-from alisa.kernels import cpu
+from alisa.kernels.native import kernels as cpu
+from alisa.lab.bench.cases import CASES, DEFAULT_CASES, PolicyCase
 from tests.unit.test_bench import OUTCOME, small
 
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
@@ -51,7 +51,7 @@ def test_the_table_leaves_out_what_nobody_measured(capsys):
     output_console().print(kernels_table({"bf16-20": OUTCOME}))
     head, line = capsys.readouterr().out.splitlines()
     assert "dense SDPA" in head
-    assert "torch twin" not in head
+    assert "torch reference" not in head
     assert line.split() == ["bf16-20", "200", "(200", "300)", "1.3", "50%", "1000", "5.0x"]
 
 

@@ -13,6 +13,11 @@ from alisa.errors import InputError
 from tests.cli.fake import FakeLLM
 
 
+@pytest.fixture(autouse=True)
+def _the_fake_verifies(monkeypatch):
+    monkeypatch.setattr("alisa.lab.verify.verify_outputs", lambda llm, outputs: llm.verify(outputs))
+
+
 def generate(*options: str) -> tuple[int, list[FakeLLM]]:
     """Exit status of `alisa generate` with these options, and the models it made."""
     made: list[FakeLLM] = []

@@ -5,7 +5,7 @@ import pytest
 from alisa.cli.main import main
 from alisa.planner.presets import PRESETS
 from alisa.planner.saved import save_profile
-from alisa.schedule.file import load_schedule
+from alisa.scheduler.placement.file import load_schedule
 from tests.tiny_models import config_of
 
 

@@ -5,19 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alisa.bench.trial import Trial, run_trial
+from alisa.lab.bench.trial import Trial, run_trial
 from alisa.model.loader import random_decoder
+from alisa.outputs import Medium
 from alisa.planner.cost import CostModel
 from alisa.planner.load import Method
 from alisa.planner.presets import PRESETS
 from alisa.planner.profile.correction import Observation, corrected
 from alisa.planner.shapes import SHAPES
 from alisa.planner.simulate import simulate
-from alisa.schedule.all_device import AllDevice
-from alisa.schedule.base import Limits, Tier
-from alisa.schedule.static import StaticSplit
-from alisa.schedule.three_phase import Schedule, ThreePhase
-from alisa.types import Medium
+from alisa.scheduler.placement.all_device import AllDevice
+from alisa.scheduler.placement.base import Limits, Tier
+from alisa.scheduler.placement.static import StaticSplit
+from alisa.scheduler.placement.three_phase import Schedule, ThreePhase
 from tests.specs import small_spec
 
 ALONE = replace(PRESETS["v100-16gb"], overlap=0.0, write_overlap=0.0, place_s=1e-5, lookup_row_s=2e-8)

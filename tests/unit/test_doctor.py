@@ -9,7 +9,7 @@ from alisa.doctor.facts import Facts, Gpu, Native, gather
 from alisa.doctor.finding import Status
 from alisa.doctor.findings import diagnose
 from alisa.doctor.self_test import SelfTest, run_self_test
-from alisa.kernels import cpu
+from alisa.kernels.native import kernels as cpu
 from alisa.machine import Cpu, Place
 
 GIB = 1024**3

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from alisa import LLM
-from alisa.engine.score import ScoredItem
-from alisa.eval.attention_study import AttentionStudy, _movements, _small_share
-from alisa.eval.ranks import spearman
-from alisa.eval.shadow import ShadowAttend
-from alisa.eval.subject import BASELINE, Subject, Variant
-from alisa.eval.windows import Window
+from alisa.lab.eval.attention_study import AttentionStudy, _movements, _small_share
+from alisa.lab.eval.ranks import spearman
+from alisa.lab.eval.shadow import ShadowAttend
+from alisa.lab.eval.subject import BASELINE, Subject, Variant
+from alisa.lab.eval.windows import Window
+from alisa.lab.scoring import ScoredItem
 
 LENGTH, PROMPT = 90, 30
 

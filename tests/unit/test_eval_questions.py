@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from alisa import LLM
-from alisa.engine.score import ScoredOutput
 from alisa.errors import InputError
-from alisa.eval.multiple_choice import multiple_choice_of
-from alisa.eval.questions import Question, load_questions
-from alisa.eval.subject import BASELINE, Subject, Variant
+from alisa.lab.eval.multiple_choice import multiple_choice_of
+from alisa.lab.eval.questions import Question, load_questions
+from alisa.lab.eval.subject import BASELINE, Subject, Variant
+from alisa.lab.scoring import ScoredOutput
 from tests.shared import shared_path
 
 

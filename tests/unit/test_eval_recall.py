@@ -8,11 +8,11 @@ import pytest
 
 from alisa import LLM
 from alisa.errors import InputError
-from alisa.eval.filler import DEFAULT_TEXT, Filler
-from alisa.eval.recall import recalls_of
-from alisa.eval.recall_tasks import TASKS, Scene
-from alisa.eval.subject import BASELINE, Subject, Variant
-from alisa.eval.wording import NUMBERS, WORDS, choose_wording
+from alisa.lab.eval.filler import DEFAULT_TEXT, Filler
+from alisa.lab.eval.recall import recalls_of
+from alisa.lab.eval.recall_tasks import TASKS, Scene
+from alisa.lab.eval.subject import BASELINE, Subject, Variant
+from alisa.lab.eval.wording import NUMBERS, WORDS, choose_wording
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import pytest
 
 from alisa import LLM
 from alisa.errors import InputError
-from alisa.eval.measurement import Measurement, measure_cells
-from alisa.eval.record_file import RecordFile
-from alisa.eval.statistics import difference, mean
-from alisa.eval.subject import BASELINE, Subject, Variant, variants
-from alisa.eval.tables import tables
+from alisa.lab.eval.measurement import Measurement, measure_cells
+from alisa.lab.eval.record_file import RecordFile
+from alisa.lab.eval.statistics import difference, mean
+from alisa.lab.eval.subject import BASELINE, Subject, Variant, variants
+from alisa.lab.eval.tables import tables
 
 
 class Counting:

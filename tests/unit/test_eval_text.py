@@ -7,9 +7,9 @@ import pytest
 
 from alisa import LLM
 from alisa.errors import InputError
-from alisa.eval.documents import read_documents
-from alisa.eval.statistics import difference, exponential, mean
-from alisa.eval.windows import cut_windows
+from alisa.lab.eval.documents import read_documents
+from alisa.lab.eval.statistics import difference, exponential, mean
+from alisa.lab.eval.windows import cut_windows
 from tests.shared import shared_path
 
 

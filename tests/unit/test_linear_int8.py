@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from alisa.engine.weights import choose_linear
 from alisa.errors import InputError
-from alisa.kernels import cpu, cpu_product
+from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import product as cpu_product
+from alisa.model.choose_linear import choose_linear
 from alisa.model.linear import PackedLinear, PlainLinear, make_linear
 from alisa.model.linear_int8 import GROUP, QuantisedLinear, multiply_int8, quantise_weight
 from alisa.model.loader import random_decoder
@@ -43,7 +44,7 @@ def test_a_row_of_zeros_stays_zero():
     assert unpacked(codes, scales, 2).tolist()[0] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("make", [multiply_int8, None], ids=["twin", "kernel"])
+@pytest.mark.parametrize("make", [multiply_int8, None], ids=["reference", "kernel"])
 @pytest.mark.parametrize("num_in", [64, 200, 2048])
 def test_a_product_errs_by_what_rounding_explains(make, num_in):
     if make is None and not cpu.available():

@@ -8,6 +8,7 @@ from alisa import LLM, SamplingParams
 from alisa.cli.report import prediction_line
 from alisa.errors import InputError
 from alisa.model.loader import random_decoder
+from alisa.outputs import Medium
 from alisa.planner.baselines import Baselines
 from alisa.planner.cost import CostModel
 from alisa.planner.footprint import kv_token_bytes, policy_bytes, weight_bytes
@@ -18,10 +19,9 @@ from alisa.planner.saved import load_profile, save_profile
 from alisa.planner.search import Grid, _Pricer, search
 from alisa.planner.shapes import SHAPES
 from alisa.planner.simulate import Room, Workload, room_for, simulate, simulate_uniform
-from alisa.policy.table import make_policy
-from alisa.schedule.base import Limits, Tier
-from alisa.schedule.three_phase import Schedule, ThreePhase
-from alisa.types import Medium
+from alisa.policy.registry import make_policy
+from alisa.scheduler.placement.base import Limits, Tier
+from alisa.scheduler.placement.three_phase import Schedule, ThreePhase
 from tests.specs import small_spec
 
 PAPER = Workload(64, 128, 512)

@@ -64,7 +64,7 @@ def test_each_kind_gets_its_figure(files, tmp_path, capsys):
 def test_shares_by_distance_are_those_of_all_tasks_together(tmp_path):
     """2 of 4 needles and 6 of 6 look-ups within 64 tokens are 80 %; copied tokens do not count."""
     pytest.importorskip("matplotlib")
-    from alisa.plot.recall_distance import draw_recall_distance, has_distances
+    from alisa.lab.plot.recall_distance import draw_recall_distance, has_distances
 
     cell = CELL | {"kind": "recall", "policy": "swa", "sparsity": 0.8}
     records = [

@@ -7,16 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alisa.budget import Budget
 from alisa.config import PolicyName
-from alisa.kernels import cpu
-from alisa.policy.base import Budget
+from alisa.kernels.base import Attended, StepBatch
+from alisa.kernels.native import kernels as cpu
 from alisa.policy.dense import Dense
 from alisa.policy.h2o import HeavyHitters
 from alisa.policy.pattern import Pattern
+from alisa.policy.registry import make_policy
 from alisa.policy.sketch import KeySketch, sketch, unsketch
 from alisa.policy.swa import SparseWindow
-from alisa.policy.table import make_policy
-from alisa.types import Attended, StepBatch
 from tests.specs import small_spec
 
 CPU = torch.device("cpu")
@@ -43,14 +43,16 @@ def test_budget_takes_the_sparsity_as_written():
     assert Budget(0.8, dense_until=0).recent(5 * 5) == 3
 
 
-def make_batch(lengths, lanes=None):
-    lanes = tuple(lanes or range(len(lengths)))
-    return StepBatch(lanes, tuple(lengths), torch.tensor(lanes), torch.tensor(list(lengths), dtype=torch.int32))
+def make_batch(lengths, req_indices=None):
+    req_indices = tuple(req_indices or range(len(lengths)))
+    return StepBatch(
+        req_indices, tuple(lengths), torch.tensor(req_indices), torch.tensor(list(lengths), dtype=torch.int32)
+    )
 
 
 def test_dense_selects_every_position_of_a_ragged_batch():
     state = Dense().start(small_spec(), 3, 8, CPU)
-    state.begin(make_batch([3, 5], lanes=[2, 0]))
+    state.begin(make_batch([3, 5], req_indices=[2, 0]))
     selection = state.select(0, torch.empty(0))
     assert selection.positions.tolist() == [[[0, 1, 2, 0, 0]], [[0, 1, 2, 3, 4]]]
     assert selection.counts.tolist() == [3, 5]
@@ -98,7 +100,7 @@ class Plain:
 @pytest.mark.parametrize("native", [False, True])
 @given(data=st.data(), kind=st.sampled_from(["swa", "swa-head", "h2o"]))
 def test_scored_policies_select_what_their_definition_says(native, data, kind):
-    """Ragged lanes that join at different times, random mass, bucket of one row: equal to the definition at every
+    """Ragged req_indices that join at different times, random mass, bucket of one row: equal to the definition at every
     step."""
     sparsity = data.draw(st.sampled_from([0.3, 0.5, 0.8, 0.9]))
     prompts = data.draw(st.lists(st.integers(2, 60), min_size=1, max_size=4))
@@ -108,24 +110,24 @@ def test_scored_policies_select_what_their_definition_says(native, data, kind):
     num_steps, capacity, num_sets = 25, 100, policy.num_sets(small_spec())
     kernels = selection_kernels(native)
     state = policy.start(small_spec(), 5, capacity, CPU, kernels)
-    lanes = list(range(len(prompts)))[::-1]
+    req_indices = list(range(len(prompts)))[::-1]
     plain = [[Plain(kind, budget) for _ in range(num_sets)] for _ in prompts]
-    for lane, prompt, references in zip(lanes, prompts, plain, strict=True):
-        state.open(lane, capacity)
+    for req_idx, prompt, references in zip(req_indices, prompts, plain, strict=True):
+        state.open(req_idx, capacity)
         num_rows = policy.seed_rows(prompt)
         rows = torch.rand(num_rows, num_sets, prompt, generator=generator)
         # two blocks, as a long prompt would give them
         half = num_rows // 2
         for first, block in ((prompt - num_rows, rows[:half]), (prompt - num_rows + half, rows[half:])):
             if len(block):
-                state.seed(1, lane, first, 0, block)
+                state.seed(1, req_idx, first, 0, block)
         for i, row in enumerate(rows):
             for reference, weights in zip(references, row.tolist(), strict=True):
                 reference.rows[prompt - num_rows + i] = dict(enumerate(weights))
     for step in range(num_steps):
         joined = [i for i in range(len(prompts)) if step >= 3 * i]
         lengths = [prompts[i] + step - 3 * i + 1 for i in joined]
-        state.begin(make_batch(lengths, [lanes[i] for i in joined]))
+        state.begin(make_batch(lengths, [req_indices[i] for i in joined]))
         selection = state.select(1, torch.empty(0))
         assert selection.counts.tolist() == list(selection.num_tokens)
         mass = torch.rand(selection.positions.shape, generator=generator)
@@ -167,7 +169,7 @@ def test_patterns_pad_a_ragged_batch():
     assert selection.counts.tolist() == [3, 5]
 
 
-def test_swa_forgets_the_former_owner_of_a_lane():
+def test_swa_forgets_the_former_owner_of_a_req_idx():
     policy = SparseWindow(Budget(0.5, dense_until=0))
     used, fresh = (policy.start(small_spec(), 1, 64, CPU) for _ in range(2))
     used.open(0, 64)
@@ -252,23 +254,23 @@ def test_the_oracle_reads_the_tokens_with_the_largest_true_weight(native, per_he
     kernels = selection_kernels(native)
     states = [KeySketch(budget, bits, per_head).start(spec, 2, capacity, CPU, kernels) for bits in (None, 8, 4, 2)]
     for state in states:
-        for lane, length in enumerate(lengths):
+        for req_idx, length in enumerate(lengths):
             state.remember(
-                1, torch.full((length,), lane), torch.arange(length), keys[lane, :length], keys[lane, :length]
+                1, torch.full((length,), req_idx), torch.arange(length), keys[req_idx, :length], keys[req_idx, :length]
             )
         state.begin(make_batch(lengths))
     exact, *sketched = (state.select(1, query) for state in states)
     num_sets = spec.num_kv_heads if per_head else 1
-    for lane, length in enumerate(lengths):
-        repeated = keys[lane, :length].repeat_interleave(spec.num_heads // spec.num_kv_heads, dim=1)
-        weights = (torch.einsum("hd,shd->hs", query[lane], repeated) / spec.head_dim**0.5).softmax(-1)
+    for req_idx, length in enumerate(lengths):
+        repeated = keys[req_idx, :length].repeat_interleave(spec.num_heads // spec.num_kv_heads, dim=1)
+        weights = (torch.einsum("hd,shd->hs", query[req_idx], repeated) / spec.head_dim**0.5).softmax(-1)
         recent, older = budget.split(length - 1)
         for j, of_set in enumerate(weights.view(num_sets, -1, length).sum(1)):
             best = of_set[: length - 1 - recent].topk(older).indices.tolist()
             expected = sorted([*best, *range(length - 1 - recent, length)])
-            assert exact.positions[lane, j, : exact.num_tokens[lane]].tolist() == expected
+            assert exact.positions[req_idx, j, : exact.num_tokens[req_idx]].tolist() == expected
             for selection, least in zip(sketched, (0.97, 0.9, 0.7), strict=True):
-                chosen = selection.positions[lane, j, : selection.num_tokens[lane]].tolist()
+                chosen = selection.positions[req_idx, j, : selection.num_tokens[req_idx]].tolist()
                 assert of_set[chosen].sum() > least * of_set[expected].sum()
     sizes = [state.nbytes for state in states]
     assert sizes == sorted(sizes, reverse=True)
@@ -299,7 +301,8 @@ def plain_attention(query, keys, values, chosen=None):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_the_mean_takes_the_weight_that_is_not_read(native, data):
-    """Ragged lanes that held others before, prompts in pieces: out = a out(read) + (1 - a) mean(V), a for each head."""
+    """Ragged req_indices that held others before, prompts in pieces: out = a out(read) + (1 - a) mean(V), a for each
+    head."""
     num_kv_heads = data.draw(st.sampled_from([1, 2, 3]))
     spec = small_spec(num_kv_heads=num_kv_heads, num_heads=num_kv_heads * data.draw(st.sampled_from([1, 2, 4])))
     bits, per_head = data.draw(st.sampled_from([None, 8])), data.draw(st.booleans())
@@ -309,18 +312,20 @@ def test_the_mean_takes_the_weight_that_is_not_read(native, data):
     state = KeySketch(budget, bits, per_head).start(spec, 4, capacity, CPU, selection_kernels(native))
     keys, values = torch.randn(2, 3, capacity, spec.num_kv_heads, spec.head_dim, generator=generator).unbind()
     query = torch.randn(len(lengths), spec.num_heads, spec.head_dim, generator=generator)
-    lanes = [3, 0, 2][: len(lengths)]
-    for lane, length in zip(lanes, lengths, strict=True):
-        state.open(lane, capacity)
+    req_indices = [3, 0, 2][: len(lengths)]
+    for req_idx, length in zip(req_indices, lengths, strict=True):
+        state.open(req_idx, capacity)
         former = torch.randn(9, spec.num_kv_heads, spec.head_dim, generator=generator)
-        state.remember(1, torch.full((9,), lane), torch.arange(9), former, former)
-        state.open(lane, capacity)
+        state.remember(1, torch.full((9,), req_idx), torch.arange(9), former, former)
+        state.open(req_idx, capacity)
         cut = data.draw(st.integers(0, length - 1))
         for piece in (range(cut), range(cut, length)):
             rows = slice(piece.start, piece.stop)
-            owner, places = torch.full((len(piece),), lane), torch.tensor(list(piece), dtype=torch.int64)
-            state.remember(1, owner, places, keys[lanes.index(lane), rows], values[lanes.index(lane), rows])
-    state.begin(make_batch(lengths, lanes))
+            owner, places = torch.full((len(piece),), req_idx), torch.tensor(list(piece), dtype=torch.int64)
+            state.remember(
+                1, owner, places, keys[req_indices.index(req_idx), rows], values[req_indices.index(req_idx), rows]
+            )
+    state.begin(make_batch(lengths, req_indices))
     selection = state.select(1, query)
     out = torch.randn(query.shape, generator=generator)
     completed = state.complete(1, Attended(out, torch.empty(0), torch.empty(0)))
@@ -355,12 +360,12 @@ def test_the_mean_brings_thinly_spread_attention_closer():
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 50, spec.num_kv_heads, spec.head_dim, generator=generator).unbind()
     query = torch.randn(1, spec.num_heads, spec.head_dim, generator=generator) * 0.5
-    lanes = torch.zeros(50, dtype=torch.int64)
+    req_indices = torch.zeros(50, dtype=torch.int64)
     errors = []
     for completes in (True, False):
         state = KeySketch(Budget(0.8, dense_until=0), completes=completes).start(spec, 1, 50, CPU)
         state.open(0, 50)
-        state.remember(0, lanes, torch.arange(50), keys, values)
+        state.remember(0, req_indices, torch.arange(50), keys, values)
         state.begin(make_batch([50]))
         chosen = state.select(0, query).positions[0, 0].tolist()
         out, _ = plain_attention(query[0], keys, values, [chosen] * spec.num_heads)

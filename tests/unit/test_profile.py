@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from alisa.engine.kernels import choose_kernels
+from alisa.kernels.choose import choose_backend
 from alisa.planner.hardware import Gemm
 from alisa.planner.profile.clock import fit, seconds
 from alisa.planner.profile.products import measure_layer, measure_logits, measure_values
 from alisa.planner.profile.rows import measure_prompt, measure_selection
 from alisa.planner.profile.tiers import measure_link, measure_lookup, measure_rebuild
-from alisa.policy.table import make_policy
+from alisa.policy.registry import make_policy
 from tests.specs import small_spec
 
-KERNELS = choose_kernels(torch.device("cpu"))
+KERNELS = choose_backend(torch.device("cpu"))
 
 
 def test_a_fit_finds_the_prices():

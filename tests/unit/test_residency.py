@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alisa.kv.residency import EVICTIONS, NOWHERE, Residency
+from alisa.cache.offload.residency import EVICTIONS, NOWHERE, Residency
 
 NUM_LAYERS, NUM_LANES, MAX_LENGTH = 2, 3, 50
 
@@ -14,16 +14,16 @@ def residency(num_slots=6, eviction="lru"):
     return Residency(NUM_LAYERS, num_slots, NUM_LANES, MAX_LENGTH, eviction)
 
 
-def place(map_, positions, *, layer=0, lane=0, **options):
-    return map_.place(layer, np.full(len(positions), lane), np.array(positions), **options)
+def place(map_, positions, *, layer=0, req_idx=0, **options):
+    return map_.place(layer, np.full(len(positions), req_idx), np.array(positions), **options)
 
 
-def touch(map_, positions, *, layer=0, lane=0, ahead=False):
-    map_.touch(layer, map_.slots[layer, lane, positions], ahead=ahead)
+def touch(map_, positions, *, layer=0, req_idx=0, ahead=False):
+    map_.touch(layer, map_.slots[layer, req_idx, positions], ahead=ahead)
 
 
-def present(map_, layer=0, lane=0):
-    return np.flatnonzero(map_.slots[layer, lane] != NOWHERE).tolist()
+def present(map_, layer=0, req_idx=0):
+    return np.flatnonzero(map_.slots[layer, req_idx] != NOWHERE).tolist()
 
 
 def test_placed_rows_have_slots_of_their_own_in_their_layer():
@@ -100,13 +100,13 @@ def test_the_oldest_token_leaves_first():
     map_ = residency(eviction="age")
     map_.safe[:] = 40
     place(map_, [30, 8, 20])
-    place(map_, [25, 5, 10], lane=1)
+    place(map_, [25, 5, 10], req_idx=1)
     map_.tick()
     touch(map_, [8])  # that it is read makes no difference once the step is over
     map_.tick()
-    for position, (lane, gone) in ((41, (1, 5)), (42, (0, 8)), (43, (1, 10)), (44, (0, 20)), (45, (1, 25))):
-        place(map_, [position], lane=2)
-        assert gone not in present(map_, lane=lane)
+    for position, (req_idx, gone) in ((41, (1, 5)), (42, (0, 8)), (43, (1, 10)), (44, (0, 20)), (45, (1, 25))):
+        place(map_, [position], req_idx=2)
+        assert gone not in present(map_, req_idx=req_idx)
     assert present(map_) == [30]
 
 
@@ -121,14 +121,14 @@ def test_a_large_cache_makes_room_for_several_at_once(eviction):
     map_.check()
 
 
-def test_a_released_lane_leaves_nothing_behind():
+def test_a_released_req_idx_leaves_nothing_behind():
     map_ = residency()
-    place(map_, [0, 1, 2], lane=1)
-    place(map_, [0], lane=2)
+    place(map_, [0, 1, 2], req_idx=1)
+    place(map_, [0], req_idx=2)
     map_.safe[1] = 3
     map_.release(1, 3)
-    assert present(map_, lane=1) == []
-    assert present(map_, lane=2) == [0]
+    assert present(map_, req_idx=1) == []
+    assert present(map_, req_idx=2) == [0]
     assert map_.safe.tolist() == [0, 0, 0]
     map_.check()
 

@@ -9,24 +9,25 @@ from hypothesis import strategies as st
 
 from alisa.budget import reads_of
 from alisa.errors import InputError
-from alisa.schedule.all_device import AllDevice
-from alisa.schedule.base import LaneView, Limits, Tier, latest_phase, phase_of
-from alisa.schedule.crowd import fresh_view, lane_view
-from alisa.schedule.file import load_schedule, schedule_from, schedule_values
-from alisa.schedule.static import StaticSplit
-from alisa.schedule.three_phase import CHUNK_TOKENS, Schedule, ThreePhase
-from alisa.types import Medium, Move, Phase
+from alisa.outputs import Medium, Phase
+from alisa.scheduler.placement.all_device import AllDevice
+from alisa.scheduler.placement.base import Limits, SeqView, Tier, latest_phase, phase_of
+from alisa.scheduler.placement.file import load_schedule, schedule_from, schedule_values
+from alisa.scheduler.placement.static import StaticSplit
+from alisa.scheduler.placement.three_phase import CHUNK_TOKENS, Schedule, ThreePhase
+from alisa.scheduler.placement.views import fresh_view, seq_view
+from alisa.scheduler.plan import Move
 
 MEDIA = (Medium.HOST, Medium.DISK)
 
 
 @st.composite
-def situations(draw, most_lanes=3, most_tokens=40, num_tiers=None):
+def situations(draw, most_seqs=3, most_tokens=40, num_tiers=None):
     """Sequences whose rows lie within the caps, and how long they are to become."""
     tiers = draw(st.integers(0, 2)) if num_tiers is None else num_tiers
     rebuildable = draw(st.integers(0, most_tokens)) if tiers else 0
-    lanes, resident, held = [], 0, [0] * tiers
-    for lane in range(draw(st.integers(1, most_lanes))):
+    req_indices, resident, held = [], 0, [0] * tiers
+    for req_idx in range(draw(st.integers(1, most_seqs))):
         before = draw(st.integers(0, most_tokens))
         bounds = [draw(st.integers(0, max(before - 1, 0))) if tiers else 0]
         for level in range(tiers):
@@ -39,11 +40,11 @@ def situations(draw, most_lanes=3, most_tokens=40, num_tiers=None):
         window = draw(st.integers(min(1, length), length))
         older = draw(st.integers(0, length - window))
         prompt_len = draw(st.integers(0, length))
-        lanes.append(LaneView(lane, prompt_len, length, tuple(bounds), window, older, rebuildable, active))
+        req_indices.append(SeqView(req_idx, prompt_len, length, tuple(bounds), window, older, rebuildable, active))
     slack = st.integers(0, most_tokens)
     sizes = [count + draw(slack) for count in held]
     tiers = tuple(Tier(medium, size) for medium, size in zip(MEDIA[-tiers:] if tiers else (), sizes, strict=True))
-    return lanes, Limits(max(resident + draw(slack), 1), tiers, rebuildable)
+    return req_indices, Limits(max(resident + draw(slack), 1), tiers, rebuildable)
 
 
 def schedules():
@@ -68,12 +69,12 @@ def schedulers():
     return st.one_of(three_phases(), splits, st.just(AllDevice()))
 
 
-def carried_out(lanes, limits, moves):
+def carried_out(req_indices, limits, moves):
     """Where the moves take every sequence; on the way no tier may be too full, nor a gap arise."""
     media = [Medium.DEVICE, *(tier.medium for tier in limits.tiers), None]
-    bounds = {view.lane: list(view.bounds) for view in lanes}
+    bounds = {view.req_idx: list(view.bounds) for view in req_indices}
     for move in moves:
-        ends, source, target = bounds[move.lane], media.index(move.source), media.index(move.target)
+        ends, source, target = bounds[move.req_idx], media.index(move.source), media.index(move.target)
         assert move.start < move.end
         assert source < target, "rows go down only"
         if source:
@@ -86,10 +87,10 @@ def carried_out(lanes, limits, moves):
     return list(bounds.values())
 
 
-def assert_sound(lanes, limits, decision):
-    bounds = carried_out(lanes, limits, decision.moves)
+def assert_sound(req_indices, limits, decision):
+    bounds = carried_out(req_indices, limits, decision.moves)
     resident = 0
-    for view, ends in zip(lanes, bounds, strict=True):
+    for view, ends in zip(req_indices, bounds, strict=True):
         assert all(after >= before for after, before in zip(ends, view.bounds, strict=True))
         assert sorted(ends, reverse=True) == ends
         assert ends[0] <= view.length - view.active or ends[0] == view.bounds[0]
@@ -100,7 +101,7 @@ def assert_sound(lanes, limits, decision):
     return bounds
 
 
-def fits_somehow(lanes, limits):
+def fits_somehow(req_indices, limits):
     """Whether any bounds within the caps can be reached, tried one by one; a running sequence's newest token stays."""
 
     def reachable(view):
@@ -109,14 +110,14 @@ def fits_somehow(lanes, limits):
         return [ends for ends in product(*ranges, last) if list(ends) == sorted(ends, reverse=True)]
 
     if not limits.tiers:
-        return sum(view.length for view in lanes) <= limits.device_tokens
+        return sum(view.length for view in req_indices) <= limits.device_tokens
     return any(
-        sum(view.length - ends[0] for view, ends in zip(lanes, bounds, strict=True)) <= limits.device_tokens
+        sum(view.length - ends[0] for view, ends in zip(req_indices, bounds, strict=True)) <= limits.device_tokens
         and all(
             sum(ends[level] - ends[level + 1] for ends in bounds) <= tier.num_tokens
             for level, tier in enumerate(limits.tiers)
         )
-        for bounds in product(*map(reachable, lanes))
+        for bounds in product(*map(reachable, req_indices))
     )
 
 
@@ -126,19 +127,19 @@ def fits_somehow(lanes, limits):
 @given(situations(), schedulers())
 @settings(max_examples=300)
 def test_decisions_keep_every_cap_and_move_rows_down_only(situation, scheduler):
-    lanes, limits = situation
-    assume(scheduler.uses_tiers or not any(view.bounds[0] for view in lanes))
-    decision = scheduler.plan(lanes, limits)
+    req_indices, limits = situation
+    assume(scheduler.uses_tiers or not any(view.bounds[0] for view in req_indices))
+    decision = scheduler.plan(req_indices, limits)
     if decision is not None:
-        assert_sound(lanes, limits, decision)
+        assert_sound(req_indices, limits, decision)
 
 
-@given(situations(most_lanes=2, most_tokens=6), three_phases())
+@given(situations(most_seqs=2, most_tokens=6), three_phases())
 @settings(max_examples=300)
 def test_three_phases_find_a_placement_if_there_is_one(situation, scheduler):
-    lanes, limits = situation
-    decision = scheduler.plan(lanes, limits)
-    assert (decision is not None) == fits_somehow(lanes, limits)
+    req_indices, limits = situation
+    decision = scheduler.plan(req_indices, limits)
+    assert (decision is not None) == fits_somehow(req_indices, limits)
 
 
 @given(
@@ -165,7 +166,7 @@ def test_a_sequence_that_fits_in_the_end_has_room_all_the_way(
     while length < num_tokens:
         length = min(length + piece, prompt_len) if length < prompt_len else length + 1
         kept = min(limits.rebuildable, num_tokens)
-        view = lane_view(0, prompt_len, length, bounds, kept, reads, active=True)
+        view = seq_view(0, prompt_len, length, bounds, kept, reads, active=True)
         decision = scheduler.plan([view], limits)
         assert decision is not None, f"no room for {length} of {num_tokens} tokens"
         [ends] = assert_sound([view], limits, decision)
@@ -177,8 +178,8 @@ def test_a_sequence_that_fits_in_the_end_has_room_all_the_way(
 ROOMY = Limits(1000, (Tier(Medium.DISK, 1000),), rebuildable=200)
 
 
-def one(length, bounds=(0, 0), prompt_len=100, window=20, older=20, rebuildable=200, lane=0, active=True):
-    return LaneView(lane, prompt_len, length, bounds, window, older, rebuildable, active)
+def one(length, bounds=(0, 0), prompt_len=100, window=20, older=20, rebuildable=200, req_idx=0, active=True):
+    return SeqView(req_idx, prompt_len, length, bounds, window, older, rebuildable, active)
 
 
 def test_a_schedule_changes_the_phase_at_p1_and_p2_and_moves_alpha_and_beta():
@@ -211,7 +212,7 @@ def test_what_can_be_deleted_is_planned_for_and_no_more_is():
     assert ThreePhase(schedule).most_deleted(100) == 40
     limits = Limits(1000, (Tier(Medium.DISK, 1000),), rebuildable=10)
     [ends] = assert_sound(
-        *(lanes := [one(150, rebuildable=10)], limits), ThreePhase(schedule, 1).plan(*(lanes, limits))
+        *(req_indices := [one(150, rebuildable=10)], limits), ThreePhase(schedule, 1).plan(*(req_indices, limits))
     )
     assert ends == [120, 10]
 
@@ -247,26 +248,26 @@ def test_moves_come_in_chunks_where_there_is_room_for_them():
 
 
 def test_a_parked_sequence_may_leave_the_device_altogether():
-    lanes = [one(50, lane=0, window=10, older=0), one(50, lane=1, active=False)]
+    req_indices = [one(50, req_idx=0, window=10, older=0), one(50, req_idx=1, active=False)]
     limits = Limits(10, (Tier(Medium.DISK, 100),))
-    bounds = assert_sound(lanes, limits, ThreePhase(chunk=1).plan(lanes, limits))
+    bounds = assert_sound(req_indices, limits, ThreePhase(chunk=1).plan(req_indices, limits))
     assert bounds == [[40, 0], [50, 0]]
 
 
 def test_a_full_tier_gets_room_before_others_need_it():
     """What one sequence sends to a full disk takes the room that another one's deletion leaves."""
-    lanes = [one(20, (0, 0), lane=0, window=4, older=0), one(30, (28, 0), lane=1, window=2, older=0)]
+    req_indices = [one(20, (0, 0), req_idx=0, window=4, older=0), one(30, (28, 0), req_idx=1, window=2, older=0)]
     limits = Limits(16, (Tier(Medium.DISK, 28),), rebuildable=200)
-    decision = ThreePhase(chunk=1).plan(lanes, limits)
-    assert_sound(lanes, limits, decision)
+    decision = ThreePhase(chunk=1).plan(req_indices, limits)
+    assert_sound(req_indices, limits, decision)
     assert [move.target for move in decision.moves] == [None, Medium.DISK]
-    assert [move.lane for move in decision.moves] == [1, 0]
+    assert [move.req_idx for move in decision.moves] == [1, 0]
 
 
 def test_rows_of_a_sequence_that_may_be_deleted_pass_a_full_tier_first():
-    lanes = [one(12, (6, 0, 0), lane=0, rebuildable=0), one(8, (6, 0, 0), lane=1, rebuildable=6)]
+    req_indices = [one(12, (6, 0, 0), req_idx=0, rebuildable=0), one(8, (6, 0, 0), req_idx=1, rebuildable=6)]
     limits = Limits(7, (Tier(Medium.HOST, 12), Tier(Medium.DISK, 0)), rebuildable=6)
-    bounds = assert_sound(lanes, limits, ThreePhase(chunk=1).plan(lanes, limits))
+    bounds = assert_sound(req_indices, limits, ThreePhase(chunk=1).plan(req_indices, limits))
     assert bounds[0][1:] == [0, 0]
 
 
@@ -274,9 +275,9 @@ def test_rows_of_a_sequence_that_may_be_deleted_pass_a_full_tier_first():
 
 
 def test_all_device_says_what_fits():
-    lanes = [one(30), one(20, lane=1)]
-    assert AllDevice().plan(lanes, Limits(50)) == (Phase.DEVICE, ())
-    assert AllDevice().plan(lanes, Limits(49)) is None
+    req_indices = [one(30), one(20, req_idx=1)]
+    assert AllDevice().plan(req_indices, Limits(50)) == (Phase.DEVICE, ())
+    assert AllDevice().plan(req_indices, Limits(49)) is None
 
 
 def test_a_static_split_holds_from_the_first_token_on():

@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 
 from alisa import LLM, SamplingParams
-from alisa.engine import memory
-from alisa.kv.shelf import DeviceShelf
-from alisa.kv.tiered import TieredStore
-from alisa.kv.transfer import CopyStream
+from alisa.cache.offload.buffers import DeviceShelf
+from alisa.cache.offload.store import TieredStore
+from alisa.cache.offload.transfer import CopyStream
+from alisa.engine import builder as memory
 
 
 def staged(rows):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from alisa.bench.session import Setting, run_batch
-from alisa.bench.shapes import SHAPES
-from alisa.engine.memory import Caps
-from alisa.kv.shelf import DeviceShelf, HostShelf, shelves
-from alisa.kv.tiers import HostTier
-from alisa.kv.transfer import CopyStream, Transfers
+from alisa.cache.offload.buffers import DeviceShelf, HostShelf, shelves
+from alisa.cache.offload.tiers import HostTier
+from alisa.cache.offload.transfer import CopyStream, Transfers
+from alisa.engine.builder import Caps
+from alisa.lab.bench.session import Setting, run_batch
+from alisa.lab.bench.shapes import SHAPES
 from alisa.model.loader import random_decoder
 from alisa.planner.footprint import kv_token_bytes
 

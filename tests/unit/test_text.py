@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alisa.engine.text import TextStream
+from alisa.engine.output import TextStream
 
 
 class Pieces:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from alisa.cache.offload.store import TieredStore
+from alisa.cache.offload.tiers import DiskTier, HostTier
 from alisa.errors import CapacityError
-from alisa.kv.tiered import TieredStore
-from alisa.kv.tiers import DiskTier, HostTier
-from alisa.types import Medium, Move, Segment
+from alisa.outputs import Medium
+from alisa.scheduler.plan import Move, Segment
 from tests.kv_cases import (
     CODEC,
     FORMAT,
@@ -30,7 +31,7 @@ DEVICE, HOST, DISK = Medium.DEVICE, Medium.HOST, Medium.DISK
 
 
 class Rows:
-    """A small store, and what its rows must be; token n of lane l is number 100 * l + n, in any store."""
+    """A small store, and what its rows must be; token n of req_idx l is number 100 * l + n, in any store."""
 
     def __init__(self, num_rows=8, tiers=None, rebuildable=0, staging_rows=4, late=False):
         self.tiers = tiers or [HostTier(NUM_LAYERS, 32, FORMAT.row_bytes)]
@@ -39,7 +40,7 @@ class Rows:
             num_layers=NUM_LAYERS,
             codec=CODEC,
             num_rows=num_rows,
-            num_lanes=4,
+            max_num_seqs=4,
             max_length=32,
             tiers=self.tiers,
             remnants=remnants_in(remnant_tier) if rebuildable else None,
@@ -50,46 +51,46 @@ class Rows:
         if late:
             self.store._transfers._pool = self.pool
 
-    def expected(self, layer, lane, positions):
+    def expected(self, layer, req_idx, positions):
         at = torch.tensor(positions)
-        hidden = torch.cat([layer_inputs(100 * lane + position, 1) for position in positions])
+        hidden = torch.cat([layer_inputs(100 * req_idx + position, 1) for position in positions])
         return CODEC.encode(*project(layer, hidden, at)).numpy()
 
     def step(self, counts, moves=(), *, prefill=False):
-        """New tokens for some lanes: {lane: how many}."""
-        segments = [Segment(lane, self.store.length(lane), count) for lane, count in counts.items()]
+        """New tokens for some req_indices: {req_idx: how many}."""
+        segments = [Segment(req_idx, self.store.length(req_idx), count) for req_idx, count in counts.items()]
         self.store.begin(plan_of(segments, moves, prefill=prefill))
-        hidden = torch.cat([layer_inputs(100 * s.lane + s.start, s.count) for s in segments])
+        hidden = torch.cat([layer_inputs(100 * s.req_idx + s.start, s.count) for s in segments])
         positions = torch.cat([torch.arange(s.start, s.end) for s in segments])
         for layer in range(NUM_LAYERS):
             self.store.append(layer, *project(layer, hidden, positions), hidden)
 
     def select(self, chosen, layers=range(NUM_LAYERS)):
-        """Read {lane: positions} of the running step's lanes in some layers; which lanes are right."""
+        """Read {req_idx: positions} of the running step's req_indices in some layers; which req_indices are right."""
         selection = selection_of(list(chosen.values()))
         right = set(chosen)
         for layer in layers:
             found = read_parts(self.store.parts(layer, selection), FORMAT.row_bytes, selection)
-            for (lane, at), rows in zip(chosen.items(), found, strict=True):
-                if not np.array_equal(rows[: len(at)], self.expected(layer, lane, at)):
-                    right.discard(lane)
+            for (req_idx, at), rows in zip(chosen.items(), found, strict=True):
+                if not np.array_equal(rows[: len(at)], self.expected(layer, req_idx, at)):
+                    right.discard(req_idx)
         return right
 
     def prefetch(self, chosen):
         for layer in range(NUM_LAYERS):
             self.store.prefetch(layer, tuple(chosen), selection_of(list(chosen.values())))
 
-    def is_right(self, lane):
-        """Whether every row of a lane reads back as it was written."""
-        length = self.store.length(lane)
-        found = [CODEC.encode(*self.store.read(layer, lane, 0, length)).numpy() for layer in range(NUM_LAYERS)]
-        wanted = [self.expected(layer, lane, list(range(length))) for layer in range(NUM_LAYERS)]
+    def is_right(self, req_idx):
+        """Whether every row of a request index reads back as it was written."""
+        length = self.store.length(req_idx)
+        found = [CODEC.encode(*self.store.read(layer, req_idx, 0, length)).numpy() for layer in range(NUM_LAYERS)]
+        wanted = [self.expected(layer, req_idx, list(range(length))) for layer in range(NUM_LAYERS)]
         return np.array_equal(found, wanted)
 
 
-def fill(rows, lane, count, moves=()):
-    assert rows.store.open(32) == lane
-    rows.step({lane: count}, moves, prefill=True)
+def fill(rows, req_idx, count, moves=()):
+    assert rows.store.open(32) == req_idx
+    rows.step({req_idx: count}, moves, prefill=True)
 
 
 # --- transfers that are late -----------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def test_a_deleted_row_that_is_still_being_fetched_keeps_its_slot_until_then():
     rows.step({0: 1})
     assert rows.select({0: [8]}) == {0}
     rows.prefetch({0: [0, 1, 9]})
-    # Lane 0's rows are deleted while they are fetched, and lane 1 gets their slots below at once.
+    # Request index 0's rows are deleted while they are fetched, and req_idx 1 gets their slots below at once.
     rows.step({0: 1}, [Move(0, 0, 4, HOST, None), Move(1, 0, 4, DEVICE, HOST)])
     for index in reversed(range(len(rows.pool.pending))):
         rows.pool.run(index)
@@ -155,21 +156,21 @@ def worn():
     return WornTier(HostTier(NUM_LAYERS, 32, FORMAT.row_bytes))
 
 
-def slot_of(rows, lane, position):
-    return int(rows.store._tables[0].slots[lane, position])
+def slot_of(rows, req_idx, position):
+    return int(rows.store._tables[0].slots[req_idx, position])
 
 
 @pytest.mark.parametrize("staging_rows", [1, 8])
 @pytest.mark.parametrize("num_rows", [8, 24])
 def test_a_row_that_cannot_be_read_costs_its_own_sequence_only(num_rows, staging_rows):
-    """In one part and in pieces: three lanes share the reads."""
+    """In one part and in pieces: three req_indices share the reads."""
     tier = worn()
     rows = Rows(num_rows, [tier], staging_rows=staging_rows)
-    for lane in range(3):
-        fill(rows, lane, 6, [Move(lane, 0, 5, DEVICE, HOST)])
+    for req_idx in range(3):
+        fill(rows, req_idx, 6, [Move(req_idx, 0, 5, DEVICE, HOST)])
     tier.bad.add((1, slot_of(rows, 1, 3)))
     rows.step({0: 1, 1: 1, 2: 1})
-    chosen = {lane: [0, 3, 4, 6] for lane in range(3)}
+    chosen = {req_idx: [0, 3, 4, 6] for req_idx in range(3)}
     assert rows.select(chosen) >= {0, 2}
     assert rows.store.failed() == {1: "Input/output error"}
     assert rows.store.failed() == {}
@@ -187,16 +188,16 @@ def test_a_row_that_cannot_be_read_costs_its_own_sequence_only(num_rows, staging
 def test_a_row_that_cannot_be_written_past_the_device_costs_its_own_sequence_only():
     tier = worn()
     rows = Rows(4, [tier])
-    for lane in range(3):
-        assert rows.store.open(32) == lane
+    for req_idx in range(3):
+        assert rows.store.open(32) == req_idx
     tier.bad.add((0, 5))
-    moves = [Move(lane, 0, 4, DEVICE, HOST) for lane in range(3)]
+    moves = [Move(req_idx, 0, 4, DEVICE, HOST) for req_idx in range(3)]
     rows.step({0: 5, 1: 5, 2: 5}, moves, prefill=True)
-    [lane] = [lane for lane in range(3) if 5 in rows.store._tables[0].slots[lane]]
+    [req_idx] = [req_idx for req_idx in range(3) if 5 in rows.store._tables[0].slots[req_idx]]
     rows.store._settle()
-    assert rows.store.failed() == {lane: "Input/output error"}
-    rows.store.release(lane)
-    assert all(rows.is_right(other) for other in range(3) if other != lane)
+    assert rows.store.failed() == {req_idx: "Input/output error"}
+    rows.store.release(req_idx)
+    assert all(rows.is_right(other) for other in range(3) if other != req_idx)
 
 
 def test_a_row_that_cannot_be_pushed_down_costs_its_own_sequence_only():
@@ -240,8 +241,8 @@ def test_a_truncated_tier_file_fails_the_sequences_whose_rows_are_gone(size, tmp
     for message in failed.values():
         assert message.startswith("the tier file gave ")
         assert message.endswith(f" of {2 * row_bytes} bytes")
-    for lane in (0, 1):
-        rows.store.release(lane)
+    for req_idx in (0, 1):
+        rows.store.release(req_idx)
     rows.store.check()
     rows.store.close()
 
@@ -296,5 +297,5 @@ def test_a_wrong_guess_is_no_miss():
 def test_too_many_rows_for_a_tier_are_refused_with_the_numbers():
     rows = Rows(8, [HostTier(NUM_LAYERS, 2, FORMAT.row_bytes)])
     fill(rows, 0, 6)
-    with pytest.raises(CapacityError, match="4 tokens of lane 0 are to go to a tier that has room for 2"):
+    with pytest.raises(CapacityError, match="4 tokens of req_idx 0 are to go to a tier that has room for 2"):
         rows.step({0: 1}, [Move(0, 0, 4, DEVICE, HOST)])

@@ -10,16 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alisa.cache.offload.tiers import DiskTier, HostTier
 from alisa.errors import CapacityError, InputError
-from alisa.kernels import cpu
-from alisa.kv.tiers import DiskTier, HostTier, move_rows
-from alisa.types import Medium
+from alisa.kernels.native import kernels as cpu
+from alisa.kernels.reference.rows import move_rows
+from alisa.outputs import Medium
 
 NUM_LAYERS, NUM_ROWS, ROW_BYTES = 2, 700, 12
 
 
 def movers():
-    """The mover of rows and its native twin, where that was built."""
+    """The mover of rows and its native reference, where that was built."""
     return [move_rows, *([cpu.move_rows] if cpu.available() else [])]
 
 

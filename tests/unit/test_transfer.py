@@ -6,7 +6,7 @@ from time import sleep
 import numpy as np
 import pytest
 
-from alisa.kv.transfer import NUM_THREADS, Ticket, Transfers
+from alisa.cache.offload.transfer import NUM_THREADS, Ticket, Transfers
 
 
 @pytest.fixture
@@ -16,13 +16,13 @@ def transfers():
     made.close()
 
 
-def lanes(*numbers):
+def req_indices(*numbers):
     return np.array(numbers, np.int64)
 
 
 def test_a_ticket_is_done_when_its_work_is(transfers):
     go = threading.Event()
-    ticket = transfers.start(lambda some: go.wait(10), lanes(0))
+    ticket = transfers.start(lambda some: go.wait(10), req_indices(0))
     assert not ticket.is_done
     go.set()
     transfers.wait(ticket)
@@ -33,26 +33,26 @@ def test_a_ticket_is_done_when_its_work_is(transfers):
 
 def test_transfers_run_beside_each_other(transfers):
     meet = threading.Barrier(NUM_THREADS)
-    tickets = [transfers.start(lambda some: meet.wait(10), lanes(0)) for _ in range(NUM_THREADS)]
+    tickets = [transfers.start(lambda some: meet.wait(10), req_indices(0)) for _ in range(NUM_THREADS)]
     for ticket in tickets:
         transfers.wait(ticket)  # a BrokenBarrierError if they had not all been there
 
 
 def test_what_is_not_waited_for_is_hidden(transfers):
-    ticket = transfers.start(lambda some: sleep(0.05), lanes(0))
+    ticket = transfers.start(lambda some: sleep(0.05), req_indices(0))
     while not ticket.is_done:
         sleep(0.005)
     transfers.wait(ticket)
     assert transfers.busy_s >= 0.05
     assert transfers.wait_s < transfers.busy_s
-    waited = transfers.start(lambda some: sleep(0.05), lanes(0))
+    waited = transfers.start(lambda some: sleep(0.05), req_indices(0))
     transfers.wait(waited)
     assert transfers.wait_s > 0.04
 
 
 def test_what_is_left_to_do_is_done_once_by_the_waiting_thread(transfers):
     threads = []
-    ticket = transfers.start(lambda some: threads.append(threading.current_thread()), lanes(0))
+    ticket = transfers.start(lambda some: threads.append(threading.current_thread()), req_indices(0))
     ticket.finish = lambda: threads.append(threading.current_thread())
     transfers.wait(ticket)
     transfers.wait(ticket)
@@ -61,14 +61,14 @@ def test_what_is_left_to_do_is_done_once_by_the_waiting_thread(transfers):
     assert threads[1] is threading.current_thread()
 
 
-def test_work_that_fails_is_repeated_lane_by_lane(transfers):
-    owners = lanes(3, 1, 3, 2, 1)
+def test_work_that_fails_is_repeated_sequence_by_sequence(transfers):
+    owners = req_indices(3, 1, 3, 2, 1)
     calls, moved = [], np.zeros(5, bool)
 
     def work(some):
         rows = np.arange(5)[some]
         calls.append(owners[rows].tolist())
-        if 3 in rows:  # a row of lane 2
+        if 3 in rows:  # a row of req_idx 2
             raise OSError(5, "Input/output error")
         moved[rows] = True
 
@@ -79,38 +79,38 @@ def test_work_that_fails_is_repeated_lane_by_lane(transfers):
     assert moved.tolist() == [True, True, True, False, True]
 
 
-def test_work_for_one_lane_is_tried_once(transfers):
+def test_work_for_one_sequence_is_tried_once(transfers):
     calls = []
 
     def work(some):
         calls.append(some)
         raise OSError("no number, no name")
 
-    transfers.wait(transfers.start(work, lanes(4, 4)))
+    transfers.wait(transfers.start(work, req_indices(4, 4)))
     assert transfers.take_failed() == {4: "no number, no name"}
     assert len(calls) == 1
 
 
-def test_who_comes_after_a_failed_lane_has_not_failed(transfers):
+def test_who_comes_after_a_failed_sequence_has_not_failed(transfers):
     def work(some):
         raise OSError(5, "Input/output error")
 
-    for lane in (1, 2):
-        transfers.wait(transfers.start(work, lanes(lane)))
+    for req_idx in (1, 2):
+        transfers.wait(transfers.start(work, req_indices(req_idx)))
     transfers.forgive(1)
     transfers.forgive(7)
     assert transfers.take_failed() == {2: "Input/output error"}
 
 
 def test_a_mistake_in_the_work_is_not_taken_for_a_bad_disk(transfers):
-    ticket = transfers.start(lambda some: 1 / 0, lanes(0))
+    ticket = transfers.start(lambda some: 1 / 0, req_indices(0))
     with pytest.raises(ZeroDivisionError):
         transfers.wait(ticket)
 
 
 def test_no_thread_is_left_after_closing():
     transfers = Transfers()
-    for ticket in [transfers.start(lambda some: sleep(0.01), lanes(0)) for _ in range(4)]:
+    for ticket in [transfers.start(lambda some: sleep(0.01), req_indices(0)) for _ in range(4)]:
         transfers.wait(ticket)
     assert any(thread.name.startswith("alisa-kv") for thread in threading.enumerate())
     transfers.close()

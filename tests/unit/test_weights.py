@@ -272,7 +272,7 @@ def status(key):
 
 directory, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
 # What torch brings with its first packed product belongs to the baseline, not to the weights.
-from alisa.engine.weights import choose_linear
+from alisa.model.choose_linear import choose_linear
 make_linear = choose_linear(sys.argv[3], torch.device("cpu"))
 make_linear(torch.ones(64, 64, dtype=dtype), None, torch.device("cpu"))(torch.ones(2, 64, dtype=dtype))
 before = status("VmRSS")

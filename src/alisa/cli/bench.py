@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 from rich.table import Table
 from tyro.conf import arg
 
-from alisa.bench.cases import CASES, DEFAULT_CASES
-from alisa.bench.others import QUIET_SHARE
 from alisa.cli.screen import output_console, say, waiting
 from alisa.errors import InputError
+from alisa.lab.bench.cases import CASES, DEFAULT_CASES
+from alisa.lab.bench.others import QUIET_SHARE
 
 if TYPE_CHECKING:
-    from alisa.bench.contest import Outcome, Role
+    from alisa.lab.bench.contest import Outcome, Role
 
 _EVERY = "all"
 
@@ -66,8 +66,8 @@ class BenchKernels:
 
     def run(self) -> int:
         """Do it; returns the exit status."""
-        from alisa.bench.kernels import make_kernels, make_record, run_case
-        from alisa.bench.stamp import Stamp
+        from alisa.lab.bench.kernels import make_kernels, make_record, run_case
+        from alisa.lab.bench.stamp import Stamp
 
         kernels = make_kernels(None if self.isa == "auto" else self.isa)
         stamp = Stamp.now()
@@ -104,13 +104,13 @@ def _appending(path: Path) -> TextIO:
 
 def kernels_table(outcomes: Mapping[str, Outcome]) -> Table:
     """One line for each case; of the rivals that were measured, how many times longer they take than the kernel."""
-    from alisa.bench.contest import Role
+    from alisa.lab.bench.contest import Role
 
     rivals = {
         Role.DENSE: "dense SDPA",
         Role.GATHER: "gather + SDPA",
         Role.PACKED: "torch bf16",
-        Role.TWIN: "torch twin",
+        Role.TWIN: "torch reference",
     }
     measured = {timing.role for outcome in outcomes.values() for timing in outcome.timings.values()}
     shown = [role for role in rivals if role in measured]

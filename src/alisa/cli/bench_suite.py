@@ -12,15 +12,15 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
 
-from alisa.bench.others import QUIET_SHARE, wait_for_quiet
 from alisa.cli.prompts import read_prompts
 from alisa.cli.screen import output_console, say
 from alisa.errors import InputError
+from alisa.lab.bench.others import QUIET_SHARE, wait_for_quiet
 
 if TYPE_CHECKING:
-    from alisa.bench.compare import Line, Ratio
-    from alisa.bench.experiment import Experiment, Workload
-    from alisa.bench.suite import Record
+    from alisa.lab.bench.compare import Line, Ratio
+    from alisa.lab.bench.experiment import Experiment, Workload
+    from alisa.lab.bench.suite import Record
 
 _INTERRUPTED = 130
 _DONE = ("ran", "unavailable")
@@ -31,8 +31,8 @@ _DONE = ("ran", "unavailable")
 class BenchRun:
     """Run an experiment: engines on the same workloads, one after the other, a JSON line for each measurement.
 
-    An experiment is a TOML file; src/alisa/bench/experiment.py shows how to write one, benchmarks/experiments has some.
-    Every record carries the machine, the versions, the commit, how busy other programs were, and the floor: what
+    An experiment is a TOML file; src/alisa/lab/bench/experiment.py shows how to write one, benchmarks/experiments has
+    some. Every record carries the machine, the versions, the commit, how busy other programs were, and the floor: what
     reading the weights and rows and multiplying the matrices takes at least. Run it in the checkout, where the drivers
     and environments of other engines are (make peer-NAME). For instance:
       alisa bench run benchmarks/experiments/tiny.toml
@@ -69,7 +69,7 @@ class BenchRun:
 
     def run(self) -> int:
         """Do it; returns the exit status."""
-        from alisa.bench.experiment import load_experiment
+        from alisa.lab.bench.experiment import load_experiment
 
         experiment = load_experiment(self.experiment)
         if self.rounds is not None:
@@ -82,8 +82,8 @@ class BenchRun:
             return _INTERRUPTED
 
     def _measure(self, experiment: Experiment, workloads: set[str]) -> int:
-        from alisa.bench.suite import Places, make_work, measure, measure_floor
-        from alisa.eval.record_file import RecordFile
+        from alisa.lab.bench.suite import Places, make_work, measure, measure_floor
+        from alisa.lab.eval.record_file import RecordFile
         from alisa.machine import num_cpus
 
         places = Places(self.drivers, self.environments, self.models)
@@ -171,7 +171,7 @@ class BenchCompare:
 
     def run(self) -> int:
         """Do it; returns the exit status."""
-        from alisa.bench.compare import pairs, ratio, read_runs
+        from alisa.lab.bench.compare import pairs, ratio, read_runs
 
         first, *others = [read_runs(path) for path in self.files]
         console = output_console()
@@ -229,9 +229,9 @@ class BenchPlot:
 
     def run(self) -> int:
         """Do it; returns the exit status."""
-        from alisa.bench.compare import read_runs
-        from alisa.plot.canvas import save
-        from alisa.plot.runs import draw_runs
+        from alisa.lab.bench.compare import read_runs
+        from alisa.lab.plot.canvas import save
+        from alisa.lab.plot.runs import draw_runs
 
         records = [record for record in read_runs(self.file) if record["status"] == "ran"]
         if not records:

@@ -17,8 +17,8 @@ from alisa.cli.options import DisplayOptions
 from alisa.cli.sweep import SweepOptions, known_names, numbers, run_sweep
 
 if TYPE_CHECKING:
-    from alisa.eval.measurement import Evaluation
-    from alisa.eval.subject import Subject
+    from alisa.lab.eval.measurement import Evaluation
+    from alisa.lab.eval.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Ppl:
 
     def evaluations(self, subject: Subject) -> Sequence[Evaluation]:
         """One text."""
-        from alisa.eval.perplexity import perplexity_of
+        from alisa.lab.eval.perplexity import perplexity_of
 
         return [
             perplexity_of(
@@ -95,7 +95,7 @@ class Qa:
 
     def evaluations(self, subject: Subject) -> Sequence[Evaluation]:
         """One for each task."""
-        from alisa.eval.multiple_choice import multiple_choice_of
+        from alisa.lab.eval.multiple_choice import multiple_choice_of
 
         return [
             multiple_choice_of(
@@ -152,9 +152,9 @@ class Recall:
 
     def evaluations(self, subject: Subject) -> Sequence[Evaluation]:
         """One for each task and length."""
-        from alisa.eval.recall import recalls_of
-        from alisa.eval.recall_tasks import TASKS
-        from alisa.eval.wording import choose_wording
+        from alisa.lab.eval.recall import recalls_of
+        from alisa.lab.eval.recall_tasks import TASKS
+        from alisa.lab.eval.wording import choose_wording
 
         return recalls_of(
             subject,
@@ -198,7 +198,7 @@ class Sparsity:
 
     def evaluations(self, subject: Subject) -> Sequence[Evaluation]:
         """One text."""
-        from alisa.eval.attention_study import attention_study_of
+        from alisa.lab.eval.attention_study import attention_study_of
 
         return [
             attention_study_of(

@@ -16,7 +16,7 @@ from alisa.errors import CapacityError, PromptError
 from alisa.outputs import RequestOutput, RunSummary
 
 if TYPE_CHECKING:
-    from alisa.engine.verify import VerifyReport
+    from alisa.lab.verify import VerifyReport
     from alisa.llm import LLM
 
 
@@ -125,7 +125,10 @@ def _verified(llm: LLM, outputs: list[RequestOutput]) -> VerifyReport | None:
     if not outputs:
         return None
     try:
-        return llm.verify(outputs)
+        # Here and not above: the command line is read without torch.
+        from alisa.lab.verify import verify_outputs
+
+        return verify_outputs(llm, outputs)
     except CapacityError as error:  # the results are there all the same
         say(f"not verified: {error}")
         return None

@@ -80,8 +80,8 @@ class Plan:
             for table in plan_tables(record):
                 error_console().print(table)
         if self.plot is not None:
-            from alisa.plot.canvas import save
-            from alisa.plot.plan import draw_plan
+            from alisa.lab.plot.canvas import save
+            from alisa.lab.plot.plan import draw_plan
 
             save(draw_plan([record]), self.plot)
         if self.save is not None:

@@ -37,9 +37,9 @@ class Plot:
 
     def run(self) -> int:
         """Do it; returns the exit status."""
-        from alisa.plot.canvas import save
-        from alisa.plot.drawings import DRAWINGS
-        from alisa.plot.records import read_lines
+        from alisa.lab.plot.canvas import save
+        from alisa.lab.plot.drawings import DRAWINGS
+        from alisa.lab.plot.records import read_lines
 
         if not self.files:
             raise InputError("There is nothing to draw; name a file that alisa eval or alisa generate --report wrote.")

@@ -40,14 +40,14 @@ class Profile:
         """Do it; returns the exit status."""
         import torch
 
-        from alisa.bench.calibration import calibrate
-        from alisa.engine.kernels import choose_kernels
-        from alisa.engine.weights import choose_linear
+        from alisa.kernels.choose import choose_backend
+        from alisa.lab.bench.calibration import calibrate
+        from alisa.model.choose_linear import choose_linear
         from alisa.planner.profile.machine import Tools, measure_machine
         from alisa.planner.saved import machine_stamp, save_profile
 
         cpu = torch.device("cpu")
-        kernels = choose_kernels(cpu)
+        kernels = choose_backend(cpu)
         stamp = machine_stamp()
         date = datetime.now(UTC).date().isoformat()
         make_int8 = choose_linear("int8", cpu)

@@ -17,7 +17,7 @@ from alisa.errors import InputError
 
 if TYPE_CHECKING:
     from alisa.config import EngineConfig
-    from alisa.engine.verify import VerifyReport
+    from alisa.lab.verify import VerifyReport
     from alisa.llm import LLM
     from alisa.outputs import RunSummary
     from alisa.planner.cost import StepCost

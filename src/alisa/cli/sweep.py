@@ -16,20 +16,12 @@ from tyro.conf import arg
 
 from alisa.cli.options import DisplayOptions
 from alisa.cli.screen import error_console, loading_bar
-from alisa.config import (
-    DeviceName,
-    DtypeName,
-    EngineConfig,
-    KvDtypeName,
-    PolicyName,
-    WeightDtypeName,
-    parse_bytes,
-)
+from alisa.config import DeviceName, DtypeName, EngineConfig, KvDtypeName, PolicyName, WeightDtypeName, parse_bytes
 from alisa.errors import InputError
 
 if TYPE_CHECKING:
-    from alisa.eval.measurement import Evaluation
-    from alisa.eval.subject import Subject
+    from alisa.lab.eval.measurement import Evaluation
+    from alisa.lab.eval.subject import Subject
 
 _DEFAULT = EngineConfig()
 _T = TypeVar("_T", bound=str)
@@ -104,10 +96,10 @@ def run_sweep(
     Raises:
         AlisaError: something the caller can mend; cells finished until then are kept.
     """
-    from alisa.eval.measurement import measure_cells
-    from alisa.eval.record_file import RecordFile
-    from alisa.eval.subject import variants
-    from alisa.eval.tables import tables
+    from alisa.lab.eval.measurement import measure_cells
+    from alisa.lab.eval.record_file import RecordFile
+    from alisa.lab.eval.subject import variants
+    from alisa.lab.eval.tables import tables
 
     show = sys.stderr.isatty() and not display.quiet
     with RecordFile(options.output) as file:
@@ -136,7 +128,7 @@ def run_sweep(
 
 def load_subject(options: SweepOptions, progress: Callable[[int, int], None]) -> Subject:
     """The model that the options ask for; the first place where torch is imported."""
-    from alisa.eval.subject import Subject
+    from alisa.lab.eval.subject import Subject
     from alisa.llm import LLM
 
     llm = LLM(

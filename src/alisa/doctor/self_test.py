@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from alisa.attention.decode import decode_attention
-from alisa.kernels.cpu import CpuKernels
-from alisa.kv.codec import make_codec
-from alisa.types import RowFormat
+from alisa.cache.codec import make_codec
+from alisa.kernels.native.kernels import CpuKernels
+from alisa.kernels.reference.decode import decode_attention
+from alisa.spec import RowFormat
 
 ROW_DTYPES = ("float32", "bfloat16", "int8", "int4")
 _NUM_ROWS, _NUM_SEQS, _NUM_SLOTS, _HEAD_DIM = 100, 2, 33, 64
@@ -34,7 +34,7 @@ class SelfTest:
 
 
 def run_self_test(kernels: CpuKernels) -> SelfTest:
-    """Append and attend with `kernels` and with their torch twins on the same values."""
+    """Append and attend with `kernels` and with their torch references on the same values."""
     try:
         return SelfTest(max(_largest_difference(kernels, dtype) for dtype in ROW_DTYPES))
     except Exception as error:  # a library of another version fails in ways that nobody can list
@@ -52,8 +52,8 @@ def _largest_difference(kernels: CpuKernels, row_dtype: str) -> float:
     rows = torch.empty(_NUM_ROWS, codec.format.row_bytes, dtype=torch.uint8)
     kernels.append(rows, codec.format, torch.arange(_NUM_ROWS), k, v)
     ours = kernels(q, rows, codec, slots, counts)
-    twin = decode_attention(q, codec.encode(k, v), codec, slots, counts)
+    reference = decode_attention(q, codec.encode(k, v), codec, slots, counts)
     # nan, which compares as false with everything, must not pass for agreement; JSON knows no infinity.
     largest = torch.finfo(torch.float32).max
-    differences = [(a - b).abs().nan_to_num(largest, largest).max() for a, b in zip(ours, twin, strict=True)]
+    differences = [(a - b).abs().nan_to_num(largest, largest).max() for a, b in zip(ours, reference, strict=True)]
     return float(max(differences))

@@ -8,17 +8,17 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from alisa.attention.timing import Part
 from alisa.config import format_bytes
-from alisa.engine.batching import Waiting, WaitingLine
 from alisa.engine.placement import Placement
-from alisa.engine.recorder import Part
-from alisa.engine.requests import Request, Sequence
-from alisa.engine.runner import PromptPiece, Runner
+from alisa.engine.runner import ModelRunner, PromptPiece
 from alisa.engine.sampler import sample
 from alisa.errors import CapacityError
-from alisa.outputs import FinishReason
-from alisa.schedule.work import Work, next_work
-from alisa.types import Medium, StepPlan, StepRecord
+from alisa.outputs import FinishReason, Medium, StepRecord
+from alisa.scheduler.plan import StepPlan
+from alisa.scheduler.request import Request, Sequence
+from alisa.scheduler.waiting import Waiting, WaitingLine
+from alisa.scheduler.work import Work, next_work
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,9 @@ class Engine:
         prefill_chunk: prompt tokens in one pass at the most.
     """
 
-    def __init__(self, runner: Runner, placement: Placement, *, eos_ids: frozenset[int], prefill_chunk: int) -> None:
+    def __init__(
+        self, runner: ModelRunner, placement: Placement, *, eos_ids: frozenset[int], prefill_chunk: int
+    ) -> None:
         self._runner = runner
         self._store = runner.store
         self._watch = runner.watch
@@ -65,7 +67,7 @@ class Engine:
         self._num_preempted = 0
 
     def submit(self, request: Request) -> None:
-        """Queue a request; it starts as soon as a lane and its rows are free.
+        """Queue a request; it starts as soon as a request index and its rows are free.
 
         Raises:
             CapacityError: it needs more rows than the caps allow even when it runs alone.
@@ -93,8 +95,8 @@ class Engine:
         if plan is None:
             return None
         self._num_steps += 1
-        by_lane = {sequence.lane: sequence for sequence in self._running}
-        sequences = [by_lane[segment.lane] for segment in plan.segments]
+        by_req_idx = {sequence.req_idx: sequence for sequence in self._running}
+        sequences = [by_req_idx[segment.req_idx] for segment in plan.segments]
         self._runner.begin(plan)
         done = self._read(plan, sequences) if plan.prefill else self._decode(plan, sequences)
         failed = self._fail()
@@ -117,7 +119,7 @@ class Engine:
     def _plan(self) -> StepPlan | None:
         """What the next step does and moves; the newest sequences give way until it can be done."""
         while (work := next_work(self._running, self._prefill_chunk)) is not None:
-            if self._placement.is_crowded(self._running) and self._park(work):
+            if self._placement.is_oversubscribed(self._running) and self._park(work):
                 continue
             decision = self._placement.decide(self._running, self._parked, work.segments)
             if decision is not None:
@@ -132,13 +134,13 @@ class Engine:
         leaving = (self._parked or self._running).pop()
         self._num_preempted += 1
         leaving.num_preempted += 1
-        self._store.release(leaving.lane)
+        self._store.release(leaving.req_idx)
         self._waiting.step_back(leaving)
 
     def _park(self, work: Work) -> bool:
         """Take the newest sequence out of the batch and keep its rows below, if that is possible and worth it."""
         newest = self._running[-1]
-        others = [segment for segment in work.segments if segment.lane != newest.lane]
+        others = [segment for segment in work.segments if segment.req_idx != newest.req_idx]
         fits = self._placement.decide(self._running[:-1], [*self._parked, newest], others) is not None
         if newest.in_prefill or not (fits and self._placement.keeps_rows(newest)):
             return False
@@ -149,37 +151,37 @@ class Engine:
 
     def _resume(self) -> None:
         """Sequences that were taken out of the batch come back as soon as they do not crowd it, oldest first."""
-        while self._parked and not self._placement.is_crowded([*self._running, self._parked[0]]):
+        while self._parked and not self._placement.is_oversubscribed([*self._running, self._parked[0]]):
             self._running.append(self._parked.pop(0))
 
     def _admit(self) -> None:
-        while not self._parked and (waiting := self._waiting.first()) is not None and self._store.has_free_lane:
+        while not self._parked and (waiting := self._waiting.first()) is not None and self._store.has_free_req_idx:
             if not self._placement.has_room(self._running, self._parked, len(waiting.request.prompt_ids)):
                 return
             self._waiting.admit()
             request = waiting.request
-            lane = self._store.open(request.num_rows)
-            self._runner.state.open(lane, request.num_rows)
+            req_idx = self._store.open(request.num_rows)
+            self._runner.state.open(req_idx, request.num_rows)
             sequence = waiting.former
             if sequence is None:
-                sequence = Sequence(request, lane, waiting.since_s, perf_counter(), list(request.prompt_ids))
-            sequence.lane, sequence.num_cached = lane, 0
+                sequence = Sequence(request, req_idx, waiting.since_s, perf_counter(), list(request.prompt_ids))
+            sequence.req_idx, sequence.num_cached = req_idx, 0
             self._running.append(sequence)
 
     def _fail(self) -> list[Sequence]:
         """Sequences whose rows were lost in this step: they end with what they have."""
         failed = self._store.failed()
-        lost = [sequence for sequence in (*self._running, *self._parked) if sequence.lane in failed]
+        lost = [sequence for sequence in (*self._running, *self._parked) if sequence.req_idx in failed]
         for sequence in lost:
             sequence.finish_reason = "error"
-            sequence.error = failed[sequence.lane]
+            sequence.error = failed[sequence.req_idx]
         return lost
 
     def _leave(self, sequence: Sequence) -> None:
         sequence.finished_s = perf_counter()
         if not sequence.output_ids:  # it failed while its prompt was read: all its time was prefill
             sequence.first_token_s = sequence.finished_s
-        self._store.release(sequence.lane)
+        self._store.release(sequence.req_idx)
         (self._running if sequence in self._running else self._parked).remove(sequence)
 
     def _read(self, plan: StepPlan, sequences: list[Sequence]) -> _Pass:
@@ -195,10 +197,10 @@ class Engine:
 
     def _decode(self, plan: StepPlan, sequences: list[Sequence]) -> _Pass:
         """Pass one new token of every sequence through the model."""
-        lanes = tuple(segment.lane for segment in plan.segments)
+        req_indices = tuple(segment.req_idx for segment in plan.segments)
         lengths = tuple(segment.end for segment in plan.segments)
         tokens = [sequence.token_ids[sequence.num_cached] for sequence in sequences]
-        logits, tokens_attended = self._runner.decode(lanes, lengths, tokens)
+        logits, tokens_attended = self._runner.decode(req_indices, lengths, tokens)
         for sequence, length, attended in zip(sequences, lengths, tokens_attended, strict=True):
             sequence.num_cached = length
             sequence.tokens_attended += attended

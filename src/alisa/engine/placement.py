@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from alisa.engine.requests import Sequence
-from alisa.kv.base import RowStore
+from alisa.cache.base import RowStore
+from alisa.outputs import StepRecord
 from alisa.policy.base import SelectionPolicy
-from alisa.schedule.base import Decision, LaneView, Limits, Scheduler
-from alisa.schedule.crowd import HEADROOM_TOKENS, fresh_view, is_crowded, lane_view
-from alisa.types import Segment, StepRecord
+from alisa.scheduler.placement.base import Limits, PlacementDecision, PlacementPolicy, SeqView
+from alisa.scheduler.placement.views import HEADROOM_TOKENS, fresh_view, is_oversubscribed, seq_view
+from alisa.scheduler.plan import Segment
+from alisa.scheduler.request import Sequence
 
 _FIRST_GUESS_BYTES_PER_S = 1e9
 
@@ -63,7 +64,7 @@ class Placement:
         policy: knows how many tokens a step reads.
     """
 
-    def __init__(self, scheduler: Scheduler, limits: Limits, store: RowStore, policy: SelectionPolicy) -> None:
+    def __init__(self, scheduler: PlacementPolicy, limits: Limits, store: RowStore, policy: SelectionPolicy) -> None:
         self.limits = limits
         self.rates = Rates()
         self._scheduler = scheduler
@@ -72,25 +73,25 @@ class Placement:
 
     def decide(
         self, running: Iterable[Sequence], parked: Iterable[Sequence], segments: Iterable[Segment]
-    ) -> Decision | None:
+    ) -> PlacementDecision | None:
         """Moves for a step of these segments; None when they do not fit together."""
-        ends = {segment.lane: segment.end for segment in segments}
-        views = [self._view(s, ends.get(s.lane, s.num_cached), active=True) for s in running]
+        ends = {segment.req_idx: segment.end for segment in segments}
+        views = [self._view(s, ends.get(s.req_idx, s.num_cached), active=True) for s in running]
         views += [self._view(s, s.num_cached, active=False) for s in parked]
         return self._scheduler.plan(views, self.limits)
 
     def has_room(self, running: Iterable[Sequence], parked: Iterable[Sequence], num_tokens: int) -> bool:
-        """Whether a sequence of `num_tokens` more fits beside the others for a while, without crowding them."""
+        """Whether one more sequence of `num_tokens` fits for a while without oversubscription."""
         views = [self._view(s, min(s.num_cached + HEADROOM_TOKENS, s.request.num_rows), active=True) for s in running]
         if not views:
             return True
         views += [self._view(s, s.num_cached, active=False) for s in parked]
         views.append(self._fresh(num_tokens))
-        return self._scheduler.plan(views, self.limits) is not None and not self._is_crowded(views)
+        return self._scheduler.plan(views, self.limits) is not None and not self._is_oversubscribed(views)
 
-    def is_crowded(self, running: Iterable[Sequence]) -> bool:
+    def is_oversubscribed(self, running: Iterable[Sequence]) -> bool:
         """Whether what the running sequences read in one layer is more than the device holds, and one could wait."""
-        if not (self.limits.tiers and self._scheduler.avoids_crowds):
+        if not (self.limits.tiers and self._scheduler.avoids_oversubscription):
             return False
         reads = [1 + sum(self._policy.reads(sequence.num_cached)) for sequence in running]
         return len(reads) > 1 and sum(reads) > self.limits.device_tokens
@@ -104,14 +105,14 @@ class Placement:
         num_bytes = sequence.num_cached * self._store.token_bytes
         return self.rates.refetch_s(num_bytes) <= self.rates.recompute_s(sequence)
 
-    def _is_crowded(self, views: Iterable[LaneView]) -> bool:
-        return is_crowded(self._scheduler, views, self.limits)
+    def _is_oversubscribed(self, views: Iterable[SeqView]) -> bool:
+        return is_oversubscribed(self._scheduler, views, self.limits)
 
-    def _view(self, sequence: Sequence, length: int, *, active: bool) -> LaneView:
-        lane, prompt_len = sequence.lane, sequence.prompt_len
-        bounds, rebuildable = self._store.bounds(lane), self._store.rebuildable(lane)
-        return lane_view(lane, prompt_len, length, bounds, rebuildable, self._policy.reads, active=active)
+    def _view(self, sequence: Sequence, length: int, *, active: bool) -> SeqView:
+        req_idx, prompt_len = sequence.req_idx, sequence.prompt_len
+        bounds, rebuildable = self._store.bounds(req_idx), self._store.rebuildable(req_idx)
+        return seq_view(req_idx, prompt_len, length, bounds, rebuildable, self._policy.reads, active=active)
 
-    def _fresh(self, num_tokens: int) -> LaneView:
-        """A sequence that has no lane yet."""
+    def _fresh(self, num_tokens: int) -> SeqView:
+        """A sequence that has no request index yet."""
         return fresh_view(num_tokens, self.limits, self._policy.reads)

@@ -11,14 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alisa.attention.decode import DecodeKernel
-from alisa.attention.prefill import PrefillKernel
-from alisa.engine.attend import DecodeAttend, PrefillAttend, PrefillSegment
-from alisa.engine.recorder import Part, Stopwatch
-from alisa.kv.base import RowStore
+from alisa.attention.session import DecodeAttend, PrefillAttend, PrefillSegment
+from alisa.attention.timing import Part, Stopwatch
+from alisa.cache.base import RowStore
+from alisa.kernels.base import DecodeKernel, PrefillKernel, Selection, StepBatch
 from alisa.model.decoder import Decoder
 from alisa.policy.base import PolicyState, SelectionPolicy
-from alisa.types import Segment, Selection, StepBatch, StepPlan
+from alisa.scheduler.plan import Segment, StepPlan
 
 
 class PromptPiece(NamedTuple):
@@ -39,12 +38,12 @@ class Decoded(NamedTuple):
 class _Ahead(NamedTuple):
     """Selections of every layer for a step that has not come yet."""
 
-    lanes: tuple[int, ...]
+    req_indices: tuple[int, ...]
     lengths: tuple[int, ...]
     selections: tuple[Selection, ...]
 
 
-class Runner:
+class ModelRunner:
     """A decoder, a store, and a policy with its state, wired together by `attend`.
 
     Args:
@@ -88,7 +87,7 @@ class Runner:
 
     def prefill(self, pieces: Sequence[PromptPiece]) -> Tensor:
         """Read pieces of prompts, packed; logits Float32[N, V] of the N prompts that are complete now, in order."""
-        # A prompt may have the lane, and come to the length, of a sequence that the choice made ahead was for.
+        # A prompt may have the request index, and come to the length, of a sequence that the choice made ahead was for.
         self._ahead = None
         tokens: list[int] = []
         positions: list[int] = []
@@ -111,9 +110,9 @@ class Runner:
             hidden = self.decoder.forward(self.ids([tokens]), self.ids([positions]), attend)
             return self.decoder.logits(hidden[0, self.ids(last_rows)])
 
-    def decode(self, lanes: tuple[int, ...], lengths: tuple[int, ...], token_ids: Sequence[int]) -> Decoded:
-        """One new token of each lane; `lengths` count it."""
-        batch = self._batch(lanes, lengths)
+    def decode(self, req_indices: tuple[int, ...], lengths: tuple[int, ...], token_ids: Sequence[int]) -> Decoded:
+        """One new token of each request index; `lengths` count it."""
+        batch = self._batch(req_indices, lengths)
         with self.watch.measure(Part.MODEL):
             attend = DecodeAttend(
                 self.store,
@@ -130,13 +129,13 @@ class Runner:
                 self._look_ahead(batch)
             return Decoded(self.decoder.logits(hidden[:, 0]), attend.tokens_attended)
 
-    def _batch(self, lanes: tuple[int, ...], lengths: tuple[int, ...]) -> StepBatch:
-        return StepBatch(lanes, lengths, self.ids(list(lanes)), self.ids(list(lengths)).to(torch.int32))
+    def _batch(self, req_indices: tuple[int, ...], lengths: tuple[int, ...]) -> StepBatch:
+        return StepBatch(req_indices, lengths, self.ids(list(req_indices)), self.ids(list(lengths)).to(torch.int32))
 
     def _chosen(self, batch: StepBatch) -> tuple[Selection, ...] | None:
         """The selections made ahead, if they are for just this step; else the state is told that it begins."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and (ahead.lanes, ahead.lengths) == (batch.lanes, batch.lengths):
+        if ahead is not None and (ahead.req_indices, ahead.lengths) == (batch.req_indices, batch.lengths):
             return ahead.selections
         with self.watch.measure(Part.SELECTION):
             self.state.begin(batch)
@@ -144,7 +143,11 @@ class Runner:
 
     def _look_ahead(self, batch: StepBatch) -> None:
         """Choose for the next step of the same sequences. If it turns out another, choosing again gives the same."""
-        longer = {lane: n + 1 for lane, n in zip(batch.lanes, batch.lengths, strict=True) if n < self.store.max_length}
+        longer = {
+            req_idx: n + 1
+            for req_idx, n in zip(batch.req_indices, batch.lengths, strict=True)
+            if n < self.store.max_length
+        }
         if not longer:
             return
         following = self._batch(tuple(longer), tuple(longer.values()))
@@ -155,8 +158,8 @@ class Runner:
             selections = tuple(self.state.select(layer, no_query) for layer in layers)
         with self.watch.measure(Part.TRANSFER):
             for layer, selection in enumerate(selections):
-                self.store.prefetch(layer, following.lanes, selection)
-        self._ahead = _Ahead(following.lanes, following.lengths, selections)
+                self.store.prefetch(layer, following.req_indices, selection)
+        self._ahead = _Ahead(following.req_indices, following.lengths, selections)
 
     def ids(self, values: list[int] | list[list[int]]) -> Tensor:
         """Int64 tensor on the decoder's device."""

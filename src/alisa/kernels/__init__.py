@@ -1,1 +1,1 @@
-"""Kernels that read rows in place, by slot. `cpu` is the native library; each kernel has a slow twin in plain torch."""
+"""Kernels that read rows in place, by slot. `cpu` is the native library; each kernel has a reference in plain torch."""

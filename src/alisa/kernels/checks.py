@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alisa.spec import LANES, QUAD
-from alisa.types import RowFormat
+from alisa.spec import LANES, QUAD, RowFormat
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of queries, keys and values."""
@@ -58,16 +57,16 @@ def check_append(rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, 
         raise TypeError(f"slots are int64, k and v the same float, not {slots.dtype}, {k.dtype}, {v.dtype}")
 
 
-def check_select(scores: Tensor, lanes: Tensor, older_ends: Tensor, older_counts: Tensor, counts: Tensor) -> None:
+def check_select(scores: Tensor, req_indices: Tensor, older_ends: Tensor, older_counts: Tensor, counts: Tensor) -> None:
     """The arguments of a selection fit each other; raises otherwise."""
     if scores.dtype not in (torch.float32, torch.float64) or scores.stride(1) != 1:
         raise TypeError(f"scores are rows of float32 or float64, not {scores.dtype} of strides {scores.stride()}")
     integers = (older_ends, older_counts, counts)
-    if lanes.dtype != torch.int64 or any(values.dtype != torch.int32 for values in integers):
-        raise TypeError("lanes are int64; older_ends, older_counts and counts are int32")
-    if not all(values.is_contiguous() and values.numel() == len(lanes) for values in (lanes, *integers)):
+    if req_indices.dtype != torch.int64 or any(values.dtype != torch.int32 for values in integers):
+        raise TypeError("req_indices are int64; older_ends, older_counts and counts are int32")
+    if not all(values.is_contiguous() and values.numel() == len(req_indices) for values in (req_indices, *integers)):
         raise ValueError(
-            f"lanes, older_ends, older_counts and counts hold one number for each of {len(lanes)} sequences"
+            f"req_indices, older_ends, older_counts and counts hold one number for each of {len(req_indices)} sequences"
         )
 
 
@@ -134,33 +133,33 @@ def check_sketch_select(query: Tensor, num_sets: int, older_ends: Tensor, older_
         raise TypeError(f"budgets are int32, not {[values.dtype for values in budgets]}")
 
 
-def check_mean_add(sums: Tensor, lane_ids: Tensor, values: Tensor) -> None:
+def check_mean_add(sums: Tensor, req_index: Tensor, values: Tensor) -> None:
     """New values fit the sums they go to; raises otherwise."""
     _check_sums(sums, values.shape[1], values.shape[2])
-    if lane_ids.shape != values.shape[:1]:
-        raise ValueError(f"{len(values)} values need as many lanes, not {tuple(lane_ids.shape)}")
-    if lane_ids.dtype != torch.int64 or values.dtype not in VALUE_DTYPES:
-        raise TypeError(f"lanes are int64 and values a float, not {lane_ids.dtype}, {values.dtype}")
+    if req_index.shape != values.shape[:1]:
+        raise ValueError(f"{len(values)} values need as many req_indices, not {tuple(req_index.shape)}")
+    if req_index.dtype != torch.int64 or values.dtype not in VALUE_DTYPES:
+        raise TypeError(f"req_indices are int64 and values a float, not {req_index.dtype}, {values.dtype}")
 
 
-def check_mean_blend(sums: Tensor, lane_ids: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> None:
+def check_mean_blend(sums: Tensor, req_index: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> None:
     """Sequences, their outputs and the sums fit each other; raises otherwise."""
     num_seqs, num_heads, head_dim = out.shape
     _check_sums(sums, sums.shape[1], head_dim)
     if (
         num_heads % sums.shape[1]
-        or lane_ids.shape != (num_seqs,)
+        or req_index.shape != (num_seqs,)
         or lengths.shape != (num_seqs,)
         or shares.shape != (num_seqs, num_heads)
     ):
         raise ValueError(
-            f"output {tuple(out.shape)}, lanes {tuple(lane_ids.shape)}, lengths {tuple(lengths.shape)} and shares "
-            f"{tuple(shares.shape)} do not fit each other or sums of {sums.shape[1]} heads"
+            f"output {tuple(out.shape)}, req_index {tuple(req_index.shape)}, lengths {tuple(lengths.shape)} and "
+            f"shares {tuple(shares.shape)} do not fit each other or sums of {sums.shape[1]} heads"
         )
-    dtypes = (lane_ids.dtype, lengths.dtype, shares.dtype)
+    dtypes = (req_index.dtype, lengths.dtype, shares.dtype)
     if dtypes != (torch.int64, torch.int32, torch.float32) or out.dtype not in VALUE_DTYPES:
         raise TypeError(
-            f"lanes, lengths and shares are int64, int32, float32 and the output a float, not {dtypes}, {out.dtype}"
+            f"req_index, lengths and shares are int64, int32, float32 and the output a float, not {dtypes}, {out.dtype}"
         )
 
 
@@ -175,14 +174,14 @@ def check_prefill(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _check_sums(sums: Tensor, num_heads: int, head_dim: int) -> None:
     if sums.dtype != torch.float64 or sums.shape[1:] != (num_heads, head_dim) or not sums.is_contiguous():
         raise ValueError(
-            f"sums are contiguous Float64[lanes, {num_heads}, {head_dim}], not {sums.dtype} {tuple(sums.shape)}"
+            f"sums are contiguous Float64[req_indices, {num_heads}, {head_dim}], not {sums.dtype} {tuple(sums.shape)}"
         )
 
 
 def _check_rows(rows: Tensor, row_format: RowFormat) -> None:
     if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != row_format.row_bytes or rows.stride(1) != 1:
         raise ValueError(
-            f"an arena of {row_format} is UInt8[R, {row_format.row_bytes}] with whole rows, not {rows.dtype} "
+            f"a pool of {row_format} is UInt8[R, {row_format.row_bytes}] with whole rows, not {rows.dtype} "
             f"{tuple(rows.shape)} of strides {rows.stride()}"
         )
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from alisa.outputs import Phase
 from alisa.planner.cost import CostModel, StepCost
 from alisa.planner.footprint import kv_token_bytes, row_bytes
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import Load, Method
 from alisa.planner.simulate import Workload, room_for
 from alisa.spec import ModelSpec
-from alisa.types import Phase
 
 BLOCK_TOKENS = 16
 """vLLM's default block."""

@@ -8,7 +8,7 @@ from alisa.model.names import layer_shapes
 from alisa.planner.footprint import SKETCH_BITS, remnant_row_bytes, row_bytes
 from alisa.planner.hardware import Hardware, Selection
 from alisa.planner.load import Load, Method
-from alisa.schedule.share import staging_rows
+from alisa.scheduler.placement.capacity import staging_rows
 from alisa.spec import ModelSpec
 
 _RANKED = ("swa", "swa-head", "h2o")

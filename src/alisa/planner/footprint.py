@@ -7,8 +7,7 @@ import math
 from alisa.budget import Budget
 from alisa.config import PolicyName, WeightDtypeName
 from alisa.model.names import layer_shapes, model_shapes, num_weights, quantised_bytes
-from alisa.spec import DTYPE_BYTES, ModelSpec
-from alisa.types import RowFormat
+from alisa.spec import DTYPE_BYTES, ModelSpec, RowFormat
 
 SKETCH_BITS = {"sketch": 4, "sketch-plain": 4, "sketch-head": 4, "sketch-2bit": 2, "sketch-8bit": 8}
 _SWA_BUCKETS = 64
@@ -63,11 +62,11 @@ def activation_bytes(spec: ModelSpec, dtype: str, batch: int, pass_tokens: int) 
     return max(pass_tokens * values * DTYPE_BYTES[dtype], logits)
 
 
-def policy_bytes(spec: ModelSpec, policy: PolicyName, sparsity: float, num_lanes: int, capacity: int) -> int:
+def policy_bytes(spec: ModelSpec, policy: PolicyName, sparsity: float, max_num_seqs: int, capacity: int) -> int:
     """As `PolicyState.nbytes` for these policies; those without a state of note count as nothing."""
-    tokens = spec.num_layers * num_lanes * capacity
+    tokens = spec.num_layers * max_num_seqs * capacity
     if policy in SKETCH_BITS:
-        means = 0 if policy == "sketch-plain" else 8 * spec.num_layers * num_lanes * spec.kv_size
+        means = 0 if policy == "sketch-plain" else 8 * spec.num_layers * max_num_seqs * spec.kv_size
         return tokens * spec.num_kv_heads * (math.ceil(spec.head_dim * SKETCH_BITS[policy] / 8) + 4) + means
     if policy in ("swa", "swa-head"):
         widest = Budget(sparsity).recent(capacity)

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 from alisa.budget import Reads, reads_of
 from alisa.config import PolicyName, WeightDtypeName
-from alisa.schedule.base import Limits
-from alisa.schedule.rollout import PREFILL_CHUNK, lower_bounds
-from alisa.types import Phase, Segment, StepPlan
+from alisa.outputs import Phase
+from alisa.scheduler.placement.base import Limits
+from alisa.scheduler.plan import Segment, StepPlan
+from alisa.scheduler.simulate import PREFILL_CHUNK, lower_bounds
 
 CHURN = {"dense": 0.0, "local": 0.0, "strided": 0.5, "streaming": 0.0, "swa": 0.004, "h2o": 0.004}
 """Share of the older selection that changes from one step to the next, by policy; others: `_CHURN_BY_QUERY`.
@@ -104,7 +105,7 @@ class Load:
 
 
 @dataclass(slots=True)
-class _Lane:
+class _Seq:
     bounds: list[int]
     length: int = 0
 
@@ -124,25 +125,26 @@ def loads(
         plans: of one batch, as `rollout` gives them.
         limits: what they were made for.
         method: how the model is run.
-        prompt_lens: of every lane, or of all alike; None: unknown, a piece shorter than a pass ends its prompt.
-        copies: sequences that each lane stands for; `limits` are then the share of one.
+        prompt_lens: of every request index, or of all alike; None: unknown, a piece shorter than a pass ends its
+            prompt.
+        copies: sequences that each request index stands for; `limits` are then the share of one.
         stride: decode steps that each decode plan stands for: its moves are those of all of them.
     """
-    lanes: dict[int, _Lane] = {}
+    req_indices: dict[int, _Seq] = {}
     reads = method.reads
     for plan in plans:
         for segment in plan.segments:
             if segment.start == 0:  # a new sequence, or one that reads its prompt again
-                lanes[segment.lane] = _Lane([0] * (len(limits.tiers) + 1))
+                req_indices[segment.req_idx] = _Seq([0] * (len(limits.tiers) + 1))
         stored = 0
         for move in plan.moves:
-            lower_bounds(lanes[move.lane].bounds, move, limits)
+            lower_bounds(req_indices[move.req_idx].bounds, move, limits)
             stored += move.num_tokens if move.target is not None else 0
         pairs = num_read = candidates = finished = remnants = 0
         wanted = deleted = population = 0.0
         for segment in plan.segments:
-            lane = lanes[segment.lane]
-            lane.length = segment.end
+            req_idx = req_indices[segment.req_idx]
+            req_idx.length = segment.end
             remnants += max(min(segment.end, limits.rebuildable) - segment.start, 0)
             if plan.prefill:
                 pairs += segment.count * (segment.start + segment.end + 1) // 2
@@ -153,7 +155,7 @@ def loads(
             recent, older = reads(earlier)
             num_read += recent + older + 1
             candidates += earlier
-            below, gone = lane.bounds[0], lane.bounds[-1]
+            below, gone = req_idx.bounds[0], req_idx.bounds[-1]
             open_to_choice = earlier - recent
             if below and open_to_choice:
                 share = min(below, open_to_choice) / open_to_choice
@@ -161,8 +163,8 @@ def loads(
                 deleted += older * min(gone, open_to_choice) / open_to_choice
                 population += below
         # Whoever takes no part in a decode step has finished, or has gone down to wait.
-        there = lanes.values() if plan.prefill else [lanes[segment.lane] for segment in plan.segments]
-        own = sum(lane.length - lane.bounds[0] for lane in there)
+        there = req_indices.values() if plan.prefill else [req_indices[segment.req_idx] for segment in plan.segments]
+        own = sum(req_idx.length - req_idx.bounds[0] for req_idx in there)
         hot = max(limits.device_tokens - own, 0)
         missing = _missing(method, wanted, population, hot)
         rebuilt = missing * deleted / wanted if wanted else 0.0
@@ -182,16 +184,16 @@ def loads(
             stored=copies * stored / (1 if plan.prefill else stride),
             remnants=copies * remnants,
             device_tokens=copies * int(own + min(hot, population)),
-            below_tokens=copies * sum(lane.bounds[0] - lane.bounds[-1] for lane in there),
-            deleted_tokens=copies * sum(lane.bounds[-1] for lane in there),
-            remnant_tokens=copies * sum(min(lane.length, limits.rebuildable) for lane in there),
+            below_tokens=copies * sum(req_idx.bounds[0] - req_idx.bounds[-1] for req_idx in there),
+            deleted_tokens=copies * sum(req_idx.bounds[-1] for req_idx in there),
+            remnant_tokens=copies * sum(min(req_idx.length, limits.rebuildable) for req_idx in there),
         )
 
 
 def _ends_prompt(segment: Segment, prompt_lens: dict[int, int] | int | None) -> bool:
     if prompt_lens is None:
         return segment.count < PREFILL_CHUNK
-    return segment.end == (prompt_lens if isinstance(prompt_lens, int) else prompt_lens[segment.lane])
+    return segment.end == (prompt_lens if isinstance(prompt_lens, int) else prompt_lens[segment.req_idx])
 
 
 def _missing(method: Method, wanted: float, population: float, hot: float) -> float:

@@ -13,8 +13,8 @@ from alisa.planner.hardware import Hardware
 from alisa.planner.load import Method
 from alisa.planner.search import Candidate, Found, search
 from alisa.planner.simulate import Room, Workload
-from alisa.schedule.file import schedule_values
-from alisa.schedule.rollout import PREFILL_CHUNK
+from alisa.scheduler.placement.file import schedule_values
+from alisa.scheduler.simulate import PREFILL_CHUNK
 from alisa.spec import ModelSpec
 
 

@@ -16,10 +16,10 @@ from alisa.planner.cost import CostModel
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import Method
 from alisa.planner.simulate import Room, Timeline, Workload, room_for, simulate_uniform
-from alisa.schedule.all_device import AllDevice
-from alisa.schedule.base import Limits, Scheduler
-from alisa.schedule.crowd import fresh_view, is_crowded
-from alisa.schedule.three_phase import Schedule, ThreePhase
+from alisa.scheduler.placement.all_device import AllDevice
+from alisa.scheduler.placement.base import Limits, PlacementPolicy
+from alisa.scheduler.placement.three_phase import Schedule, ThreePhase
+from alisa.scheduler.placement.views import fresh_view, is_oversubscribed
 from alisa.spec import ModelSpec
 
 _PRICED_STEPS = 48
@@ -56,7 +56,7 @@ class Candidate:
     """Of one wave: `batch` sequences run together."""
     waves: int
     method: Method
-    scheduler: Scheduler
+    scheduler: PlacementPolicy
     limits: Limits
     room: Room
     timeline: Timeline
@@ -129,7 +129,7 @@ def _schedule(start: int, later: int, ratio: float, deleted: float) -> Schedule:
     return Schedule(offload_from=start, recompute_from=later, offload_ratio=ratio, recompute_ratio=deleted)
 
 
-_SIMPLEST: tuple[Scheduler, ...] = (AllDevice(), ThreePhase())
+_SIMPLEST: tuple[PlacementPolicy, ...] = (AllDevice(), ThreePhase())
 """Without a schedule, pressure moves and deletes what must be."""
 
 
@@ -152,12 +152,12 @@ class _Pricer:
         """Less is better: time to a microsecond, then what has to move behind the arithmetic."""
         return round(self.seconds(candidate), 6), candidate.seconds(overlap=False)
 
-    def price(self, workload: Workload, batch: int, method: Method, scheduler: Scheduler) -> Candidate | None:
+    def price(self, workload: Workload, batch: int, method: Method, scheduler: PlacementPolicy) -> Candidate | None:
         """This way to do the work; None when it does not fit."""
         wave = replace(workload, batch=batch)
         room = self._room or room_for(self._spec, method, self._hardware, wave)
         limits = room.limits(self._spec, method, scheduler, wave)
-        if limits.device_tokens < batch or _crowded(scheduler, limits, method, wave):
+        if limits.device_tokens < batch or _oversubscribed(scheduler, limits, method, wave):
             return None
         stride = max(1, workload.output_len // _PRICED_STEPS)
         cost = self._costs.setdefault(method, CostModel(self._spec, method, self._hardware))
@@ -168,12 +168,12 @@ class _Pricer:
         return Candidate(wave, -(-workload.batch // batch), method, scheduler, limits, room, timeline)
 
 
-def _crowded(scheduler: Scheduler, limits: Limits, method: Method, wave: Workload) -> bool:
+def _oversubscribed(scheduler: PlacementPolicy, limits: Limits, method: Method, wave: Workload) -> bool:
     """Whether the engine would take sequences out of the batch before it ends."""
     if wave.batch == 1:
         return False
     view = fresh_view(wave.num_rows, limits, method.reads)
-    return is_crowded(scheduler, [view] * wave.batch, limits)
+    return is_oversubscribed(scheduler, [view] * wave.batch, limits)
 
 
 def _batches(most: int) -> list[int]:

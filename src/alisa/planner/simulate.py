@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from alisa.outputs import Medium
 from alisa.planner.cost import CostModel, StepCost
 from alisa.planner.footprint import activation_bytes, kv_token_bytes, policy_bytes, remnant_row_bytes, weight_bytes
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import Load, Method, loads
-from alisa.schedule.base import Limits, Scheduler, Tier
-from alisa.schedule.crowd import lane_view
-from alisa.schedule.rollout import PREFILL_CHUNK, lower_bounds, rollout
-from alisa.schedule.share import share_below
-from alisa.schedule.work import Work
+from alisa.scheduler.placement.base import Limits, PlacementPolicy, Tier
+from alisa.scheduler.placement.capacity import share_below
+from alisa.scheduler.placement.views import seq_view
+from alisa.scheduler.plan import Segment, StepPlan
+from alisa.scheduler.simulate import PREFILL_CHUNK, lower_bounds, rollout
+from alisa.scheduler.work import Work
 from alisa.spec import ModelSpec
-from alisa.types import Medium, Segment, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Room:
     """On the device, beside weights, activations and what the policy keeps; below 0: not even they fit."""
     below_bytes: int
 
-    def limits(self, spec: ModelSpec, method: Method, scheduler: Scheduler, workload: Workload) -> Limits:
+    def limits(self, spec: ModelSpec, method: Method, scheduler: PlacementPolicy, workload: Workload) -> Limits:
         """Capacities in tokens, as the engine works them out; no tiers where even the remnants do not fit."""
         token_bytes = kv_token_bytes(spec, method.kv_dtype)
         sizes = [workload.num_rows] * workload.batch
@@ -92,7 +93,7 @@ class Timeline:
 def simulate(
     cost: CostModel,
     method: Method,
-    scheduler: Scheduler,
+    scheduler: PlacementPolicy,
     limits: Limits,
     prompt_lens: Sequence[int],
     output_len: int,
@@ -100,7 +101,7 @@ def simulate(
     max_batch: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Timeline:
-    """Every step that the engine will make, lane by lane.
+    """Every step that the engine will make, req_idx by req_idx.
 
     Raises:
         CapacityError: a sequence does not fit even alone.
@@ -142,7 +143,7 @@ def price_run(
 
 
 def simulate_uniform(
-    cost: CostModel, method: Method, scheduler: Scheduler, limits: Limits, workload: Workload, *, stride: int = 1
+    cost: CostModel, method: Method, scheduler: PlacementPolicy, limits: Limits, workload: Workload, *, stride: int = 1
 ) -> Timeline | None:
     """The steps of a batch of equal sequences that all run together, from one that has its share of everything.
 
@@ -179,14 +180,14 @@ def simulate_uniform(
 
 
 def _plans_of_one(
-    scheduler: Scheduler, limits: Limits, method: Method, workload: Workload, stride: int
+    scheduler: PlacementPolicy, limits: Limits, method: Method, workload: Workload, stride: int
 ) -> Iterator[StepPlan | None]:
     bounds = [0] * (len(limits.tiers) + 1)
     reads = method.reads
     rebuildable = min(limits.rebuildable, workload.num_rows)
     lengths = [workload.prompt_len, *range(workload.prompt_len + 1, workload.num_rows + 1, stride)]
     for step, length in enumerate(lengths):
-        view = lane_view(0, workload.prompt_len, length, tuple(bounds), rebuildable, reads, active=True)
+        view = seq_view(0, workload.prompt_len, length, tuple(bounds), rebuildable, reads, active=True)
         decision = scheduler.plan([view], limits)
         if decision is None:
             yield None
@@ -199,11 +200,11 @@ def _plans_of_one(
 
 
 def _first_owners(plans: Sequence[StepPlan], prompt_lens: Sequence[int]) -> dict[int, int]:
-    """Prompt length by lane: lanes are handed out in the order of the prompts; later owners are taken to be alike."""
+    """Prompt length by request index, handed out in the order of the prompts; later owners are taken to be alike."""
     owners: dict[int, int] = {}
     waiting = iter(prompt_lens)
     for plan in plans:
         for segment in plan.segments:
-            if segment.start == 0 and segment.lane not in owners:
-                owners[segment.lane] = next(waiting, prompt_lens[-1])
+            if segment.start == 0 and segment.req_idx not in owners:
+                owners[segment.req_idx] = next(waiting, prompt_lens[-1])
     return owners

@@ -12,9 +12,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from alisa.budget import Budget as Budget  # policies take it from here
+from alisa.kernels.base import Attended, Selection, SelectionKernels, StepBatch
 from alisa.spec import ModelSpec
-from alisa.types import Attended, Selection, StepBatch
 
 
 class PolicyState(Protocol):
@@ -25,19 +24,19 @@ class PolicyState(Protocol):
         """Memory of the state: counted in every comparison."""
         ...
 
-    def open(self, lane: int, num_tokens: int) -> None:
-        """A new sequence of up to `num_tokens` tokens takes this lane; nothing of its former owner remains."""
+    def open(self, req_idx: int, num_tokens: int) -> None:
+        """A new sequence of up to `num_tokens` tokens takes this request index; nothing of its former owner remains."""
         ...
 
-    def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
+    def seed(self, layer: int, req_idx: int, first: int, start: int, mass: Tensor) -> None:
         """Take in prompt rows: mass Float32[rows, J, N] of the queries at positions first, first + 1, ...
 
         The columns are positions start, start + 1, ...; a row may come in several pieces.
         """
         ...
 
-    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """New tokens at (lane, position), Int64[N] each, have these keys and values `[N, G, D]`; before `select`."""
+    def remember(self, layer: int, req_index: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """New tokens at (req_idx, position), Int64[N] each, have these keys and values `[N, G, D]`; before `select`."""
         ...
 
     def begin(self, batch: StepBatch) -> None:
@@ -93,88 +92,10 @@ class SelectionPolicy(Protocol):
     def start(
         self,
         spec: ModelSpec,
-        num_lanes: int,
+        max_num_seqs: int,
         capacity: int,
         device: torch.device,
         kernels: SelectionKernels | None = None,
     ) -> PolicyState:
-        """A fresh state for up to `num_lanes` sequences of up to `capacity` tokens."""
-        ...
-
-
-class SelectionKernels(Protocol):
-    """Native forms of what a scored policy does for each layer of each step; None: plain torch, their slow twin."""
-
-    def select(
-        self,
-        scores: Tensor,
-        lanes: Tensor,
-        older_ends: Tensor,
-        older_counts: Tensor,
-        counts: Tensor,
-        num_slots: int,
-    ) -> Tensor:
-        """Positions Int32[N, num_slots], ascending, 0 behind `counts[i]`.
-
-        Of positions [0, older_ends[i]) the `older_counts[i]` with the largest `scores[lanes[i]]` (the older of two
-        equals), then those from `older_ends[i]` on. Scores are float rows; lanes Int64[N], the others Int32[N].
-        """
-        ...
-
-    def observe(
-        self,
-        sums: Tensor,
-        buckets: Tensor,
-        sum_starts: Tensor,
-        bucket_starts: Tensor,
-        positions: Tensor,
-        counts: Tensor,
-        mass: Tensor,
-    ) -> None:
-        """Add mass Float32[N, K] at positions Int32[N, K] to sums (Float64) and buckets (Float32).
-
-        Row i begins at element `sum_starts[i]` and `bucket_starts[i]` (Int64[N]); `counts[i]` entries are real.
-        """
-        ...
-
-    def sketch_append(self, codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
-        """The sketch holds keys `[N, G, D]`, a float dtype, at rows `ids` Int64[N]: see `alisa.policy.sketch`.
-
-        `codes` is UInt8[T, G, P] with P = ceil(D * bits / 8), `ranges` Float16[T, G, 2]; bits are 2, 4 or 8.
-        """
-        ...
-
-    def sketch_select(
-        self,
-        query: Tensor,
-        codes: Tensor,
-        ranges: Tensor,
-        bits: int,
-        starts: Tensor,
-        lengths: Tensor,
-        older_ends: Tensor,
-        older_counts: Tensor,
-        counts: Tensor,
-        num_slots: int,
-        width: int,
-        num_sets: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Positions Int32[B * J, num_slots] to read for query `[B, H, D]`, and each head's share of weight `[B, H]`.
-
-        Sequence b has rows `starts[b]` (Int64[B]) to `starts[b] + lengths[b] - 1` (Int32[B], at most `width`) of the
-        sketch. Their approximate attention weights, summed over the heads of an index set (J = `num_sets`: one set for
-        all heads, or G, one for those of each KV head), rank them; the others are as in `select`, Int32[B * J]. A share
-        is the part of a head's approximate weight that lies on the tokens read.
-        """
-        ...
-
-    def mean_add(self, sums: Tensor, lane_ids: Tensor, values: Tensor) -> None:
-        """Sums Float64[lanes, G, D] have grown by the values `[N, G, D]` of tokens of lanes Int64[N]."""
-        ...
-
-    def mean_blend(self, sums: Tensor, lane_ids: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> Tensor:
-        """Blend: share * out + (1 - share) * mean, `[B, H, D]` as out; see `alisa.policy.mean_value`.
-
-        The mean of lane `lane_ids[b]` (Int64[B]) is its sum by `lengths[b]` (Int32[B]); shares are Float32[B, H].
-        """
+        """A fresh state for up to `max_num_seqs` sequences of up to `capacity` tokens."""
         ...

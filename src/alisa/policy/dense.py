@@ -8,9 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alisa.policy.base import SelectionKernels
+from alisa.kernels.base import Attended, Selection, SelectionKernels, StepBatch
 from alisa.spec import ModelSpec
-from alisa.types import Attended, Selection, StepBatch
 
 
 class DenseState:
@@ -25,13 +24,13 @@ class DenseState:
         """One row of positions."""
         return self._positions.nbytes
 
-    def open(self, lane: int, num_tokens: int) -> None:
+    def open(self, req_idx: int, num_tokens: int) -> None:
         """Nothing to reset."""
 
-    def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
+    def seed(self, layer: int, req_idx: int, first: int, start: int, mass: Tensor) -> None:
         """Never asked for: `seed_rows` is 0."""
 
-    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+    def remember(self, layer: int, req_index: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keys decide nothing here."""
 
     def begin(self, batch: StepBatch) -> None:
@@ -81,7 +80,7 @@ class Dense:
     def start(
         self,
         spec: ModelSpec,
-        num_lanes: int,
+        max_num_seqs: int,
         capacity: int,
         device: torch.device,
         kernels: SelectionKernels | None = None,

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alisa.policy.base import Budget, SelectionKernels
+from alisa.budget import Budget
+from alisa.kernels.base import Attended, Selection, SelectionKernels, StepBatch
 from alisa.policy.ranked import RankedStep
 from alisa.spec import ModelSpec
-from alisa.types import Attended, Selection, StepBatch
 
 
 @dataclass(frozen=True)
@@ -47,30 +47,30 @@ class HeavyHitters:
     def start(
         self,
         spec: ModelSpec,
-        num_lanes: int,
+        max_num_seqs: int,
         capacity: int,
         device: torch.device,
         kernels: SelectionKernels | None = None,
     ) -> HeavyHittersState:
         """A state of one number per position, layer and sequence."""
-        return HeavyHittersState(self.budget, spec.num_layers, num_lanes, capacity, device, kernels)
+        return HeavyHittersState(self.budget, spec.num_layers, max_num_seqs, capacity, device, kernels)
 
 
 class HeavyHittersState:
-    """Accumulated mass `[L, lanes, capacity]`; 0 for tokens that were evicted."""
+    """Accumulated mass `[L, req_indices, capacity]`; 0 for tokens that were evicted."""
 
     def __init__(
         self,
         budget: Budget,
         num_layers: int,
-        num_lanes: int,
+        max_num_seqs: int,
         capacity: int,
         device: torch.device,
         kernels: SelectionKernels | None,
     ) -> None:
         self._kernels = kernels
         self._budget = budget
-        self._sums = torch.zeros(num_layers, num_lanes, capacity, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(num_layers, max_num_seqs, capacity, dtype=torch.float64, device=device)
         self._step: RankedStep | None = None
 
     @property
@@ -78,16 +78,16 @@ class HeavyHittersState:
         """The sums."""
         return self._sums.nbytes
 
-    def open(self, lane: int, num_tokens: int) -> None:
-        """Clear the lane."""
-        self._sums[:, lane, :num_tokens].zero_()
+    def open(self, req_idx: int, num_tokens: int) -> None:
+        """Clear the request index."""
+        self._sums[:, req_idx, :num_tokens].zero_()
 
-    def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
+    def seed(self, layer: int, req_idx: int, first: int, start: int, mass: Tensor) -> None:
         """Add prompt rows."""
         columns = slice(start, start + mass.shape[2])
-        self._sums[layer, lane, columns] += mass[:, 0].sum(dim=0, dtype=torch.float64)
+        self._sums[layer, req_idx, columns] += mass[:, 0].sum(dim=0, dtype=torch.float64)
 
-    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+    def remember(self, layer: int, req_index: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keys decide nothing here."""
 
     def complete(self, layer: int, attended: Attended) -> Tensor:

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alisa.policy.base import Budget, SelectionKernels
+from alisa.budget import Budget
+from alisa.kernels.base import Attended, Selection, SelectionKernels, StepBatch
 from alisa.spec import ModelSpec
-from alisa.types import Attended, Selection, StepBatch
 
 PatternName = Literal["local", "strided", "streaming"]
 
@@ -53,7 +53,7 @@ class Pattern:
     def start(
         self,
         spec: ModelSpec,
-        num_lanes: int,
+        max_num_seqs: int,
         capacity: int,
         device: torch.device,
         kernels: SelectionKernels | None = None,
@@ -79,13 +79,13 @@ class PatternState:
         """Nothing is kept between steps."""
         return 0
 
-    def open(self, lane: int, num_tokens: int) -> None:
+    def open(self, req_idx: int, num_tokens: int) -> None:
         """Nothing to reset."""
 
-    def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
+    def seed(self, layer: int, req_idx: int, first: int, start: int, mass: Tensor) -> None:
         """Never asked for: `seed_rows` is 0."""
 
-    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+    def remember(self, layer: int, req_index: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keys decide nothing here."""
 
     def begin(self, batch: StepBatch) -> None:
@@ -93,7 +93,7 @@ class PatternState:
         lists = [[*self._pattern.earlier(length - 1), length - 1] for length in batch.lengths]
         counts = tuple(len(positions) for positions in lists)
         padded = [positions + [0] * (max(counts) - len(positions)) for positions in lists]
-        device = batch.lane_ids.device
+        device = batch.req_index.device
         self._selection = Selection(
             torch.tensor(padded, dtype=torch.int32, device=device)[:, None],
             torch.tensor(counts, dtype=torch.int32, device=device),

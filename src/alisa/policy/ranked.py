@@ -4,7 +4,7 @@
                 [ older: top k by score     ][ k recent    ][ new token ]
 
 A policy of this kind keeps one score per position, layer and index set; how scores come about is what tells them apart.
-Index sets are rows: with J sets per layer, the row of set j of a lane is `lane * J + j`.
+Index sets are rows: with J sets per layer, the row of set j of a request index is `req_idx * J + j`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alisa.policy.base import Budget, SelectionKernels
-from alisa.types import Selection, StepBatch
+from alisa.budget import Budget
+from alisa.kernels.base import Selection, SelectionKernels, StepBatch
 
 _PADDING = torch.iinfo(torch.int32).max
 """Sorts behind every position."""
@@ -61,7 +61,7 @@ class RankedStep:
     @classmethod
     def plan(cls, batch: StepBatch, budget: Budget, num_sets: int, kernels: SelectionKernels | None) -> RankedStep:
         """Lay out a step of these sequences."""
-        device = batch.lane_ids.device
+        device = batch.req_index.device
         splits = [budget.split(length - 1) for length in batch.lengths]
         counts = tuple(recent + older + 1 for recent, older in splits)
 
@@ -85,9 +85,9 @@ class RankedStep:
             )
         sets = torch.arange(num_sets, device=device)
         return cls(
-            num_seqs=len(batch.lanes),
+            num_seqs=len(batch.req_indices),
             num_sets=num_sets,
-            rows=(batch.lane_ids[:, None] * num_sets + sets).view(-1),
+            rows=(batch.req_index[:, None] * num_sets + sets).view(-1),
             width=width,
             counts=torch.tensor(counts, dtype=torch.int32, device=device),
             num_tokens=counts,
@@ -119,7 +119,7 @@ class RankedStep:
         return Selection(positions.view(self.num_seqs, self.num_sets, -1), self.counts, self.num_tokens)
 
     def _select(self, scores: Tensor, rows: Tensor, num_slots: int) -> Tensor:
-        """The twin in plain torch: contiguous Int32[B*J, K]."""
+        """The reference in plain torch: contiguous Int32[B*J, K]."""
         masks = self.masks
         assert masks is not None, "a step without kernels has masks"
         positions = masks.recent

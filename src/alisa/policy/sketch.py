@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from alisa.policy.base import Budget, SelectionKernels
+from alisa.budget import Budget
+from alisa.kernels.base import Attended, Selection, SelectionKernels, StepBatch
 from alisa.policy.mean_value import MeanValues
 from alisa.policy.ranked import RankedStep
 from alisa.spec import ModelSpec
-from alisa.types import Attended, Selection, StepBatch
 
 SketchBits = Literal[2, 4, 8]
 
@@ -70,7 +70,7 @@ class KeySketch:
     def start(
         self,
         spec: ModelSpec,
-        num_lanes: int,
+        max_num_seqs: int,
         capacity: int,
         device: torch.device,
         kernels: SelectionKernels | None = None,
@@ -78,10 +78,10 @@ class KeySketch:
         """A state of `bits / 8` bytes per key value and 4 bytes per key, and 8 for each value of the mean."""
         keys: KeyTable
         if self.bits is None:
-            keys = ExactKeys(spec, num_lanes * capacity, device)
+            keys = ExactKeys(spec, max_num_seqs * capacity, device)
         else:
-            keys = SketchedKeys(spec, num_lanes * capacity, self.bits, device, kernels)
-        means = MeanValues(spec, num_lanes, device, kernels) if self.completes else None
+            keys = SketchedKeys(spec, max_num_seqs * capacity, self.bits, device, kernels)
+        means = MeanValues(spec, max_num_seqs, device, kernels) if self.completes else None
         return KeySketchState(self.budget, self.num_sets(spec), keys, means, capacity, kernels)
 
 
@@ -168,7 +168,7 @@ KeyTable = ExactKeys | SketchedKeys
 
 
 class KeySketchState:
-    """A key, or its sketch, for every token; position p of a lane is row `lane * capacity + p`."""
+    """A key, or its sketch, for every token; position p of a request index is row `req_idx * capacity + p`."""
 
     def __init__(
         self,
@@ -186,32 +186,32 @@ class KeySketchState:
         self._capacity = capacity
         self._kernels = kernels
         self._step: RankedStep | None = None
-        self._lane_ids = self._starts = self._lengths = self._shares = torch.empty(0)
+        self._req_index = self._starts = self._lengths = self._shares = torch.empty(0)
 
     @property
     def nbytes(self) -> int:
         """The table of keys and the sums of values."""
         return self._keys.nbytes + (self._means.nbytes if self._means is not None else 0)
 
-    def open(self, lane: int, num_tokens: int) -> None:
+    def open(self, req_idx: int, num_tokens: int) -> None:
         """Values are summed anew; a key is written before it is read."""
         if self._means is not None:
-            self._means.open(lane)
+            self._means.open(req_idx)
 
-    def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
+    def seed(self, layer: int, req_idx: int, first: int, start: int, mass: Tensor) -> None:
         """Never asked for: `seed_rows` is 0."""
 
-    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+    def remember(self, layer: int, req_index: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep the new keys, and add the values."""
-        self._keys.append(layer, torch.add(positions, lane_ids, alpha=self._capacity), keys)
+        self._keys.append(layer, torch.add(positions, req_index, alpha=self._capacity), keys)
         if self._means is not None:
-            self._means.add(layer, lane_ids, values)
+            self._means.add(layer, req_index, values)
 
     def begin(self, batch: StepBatch) -> None:
         """Lay out the step."""
         self._step = RankedStep.plan(batch, self._budget, self._num_sets, self._kernels)
-        self._lane_ids = batch.lane_ids
-        self._starts = batch.lane_ids * self._capacity
+        self._req_index = batch.req_index
+        self._starts = batch.req_index * self._capacity
         self._lengths = batch.length_counts
 
     def select(self, layer: int, query: Tensor) -> Selection:
@@ -230,7 +230,7 @@ class KeySketchState:
         """The mean of all values takes the weight that the layer's last selection left out."""
         if self._means is None:
             return attended.out
-        return self._means.blend(layer, self._lane_ids, self._lengths, attended.out, self._shares)
+        return self._means.blend(layer, self._req_index, self._lengths, attended.out, self._shares)
 
 
 def sketch(keys: Tensor, bits: SketchBits) -> tuple[Tensor, Tensor]:
@@ -269,7 +269,7 @@ def _shifts(bits: SketchBits, device: torch.device) -> Tensor:
 
 
 def sketch_append(codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: SketchBits) -> None:
-    """The slow twin of `SelectionKernels.sketch_append`."""
+    """The reference of `SelectionKernels.sketch_append`."""
     new_codes, new_ranges = sketch(keys, bits)
     codes.index_copy_(0, ids, new_codes)
     ranges.index_copy_(0, ids, new_ranges)
@@ -287,7 +287,7 @@ def sketch_scores(
 ) -> Tensor:
     """Approximate weights Float32[B, num_sets, width], summed over the heads of each set: what tokens are ranked by.
 
-    The slow twin of the native kernels' scores; arguments as in `SelectionKernels.sketch_select`.
+    The reference of the native kernels' scores; arguments as in `SelectionKernels.sketch_select`.
     """
     return sketch_weights(query, codes, ranges, bits, starts, lengths, width).unflatten(1, (num_sets, -1)).sum(dim=2)
 

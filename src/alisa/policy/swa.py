@@ -17,10 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alisa.policy.base import Budget, SelectionKernels
+from alisa.budget import Budget
+from alisa.kernels.base import Attended, Selection, SelectionKernels, StepBatch
 from alisa.policy.ranked import RankedStep
 from alisa.spec import ModelSpec
-from alisa.types import Attended, Selection, StepBatch
 
 
 @dataclass(frozen=True)
@@ -63,24 +63,24 @@ class SparseWindow:
     def start(
         self,
         spec: ModelSpec,
-        num_lanes: int,
+        max_num_seqs: int,
         capacity: int,
         device: torch.device,
         kernels: SelectionKernels | None = None,
     ) -> SparseWindowState:
         """A state of `buckets + 2` floats per position, index set and sequence."""
-        return SparseWindowState(self, spec.num_layers, self.num_sets(spec), num_lanes, capacity, device, kernels)
+        return SparseWindowState(self, spec.num_layers, self.num_sets(spec), max_num_seqs, capacity, device, kernels)
 
 
 class SparseWindowState:
-    """Local sums `[L, lanes*J, capacity]`, and the buckets of rows they are made of."""
+    """Local sums `[L, req_indices*J, capacity]`, and the buckets of rows they are made of."""
 
     def __init__(
         self,
         policy: SparseWindow,
         num_layers: int,
         num_sets: int,
-        num_lanes: int,
+        max_num_seqs: int,
         capacity: int,
         device: torch.device,
         kernels: SelectionKernels | None,
@@ -94,10 +94,10 @@ class SparseWindowState:
         self._num_buckets = -(-widest // self._bucket_rows) + 2
         self._capacity = capacity
         # float64: rows are added and later subtracted thousands of times, and a forgotten token must come back to 0.
-        num_rows = num_lanes * num_sets
+        num_rows = max_num_seqs * num_sets
         self._sums = torch.zeros(num_layers, num_rows, capacity, dtype=torch.float64, device=device)
         self._buckets = torch.empty(num_layers, self._num_buckets, num_rows, capacity, device=device)
-        self._first_bucket: dict[int, int] = {}  # lane -> oldest bucket that still counts
+        self._first_bucket: dict[int, int] = {}  # req_idx -> oldest bucket that still counts
         self._step: RankedStep | None = None
         self._sum_starts = self._bucket_starts = torch.empty(0)  # where each row of the step lies, flattened
 
@@ -106,23 +106,23 @@ class SparseWindowState:
         """Sums and buckets."""
         return self._sums.nbytes + self._buckets.nbytes
 
-    def open(self, lane: int, num_tokens: int) -> None:
-        """Clear the lane."""
-        rows = self._rows(lane)
+    def open(self, req_idx: int, num_tokens: int) -> None:
+        """Clear the request index."""
+        rows = self._rows(req_idx)
         self._sums[:, rows, :num_tokens].zero_()
         self._buckets[:, :, rows, :num_tokens].zero_()
-        self._first_bucket.pop(lane, None)
+        self._first_bucket.pop(req_idx, None)
 
-    def seed(self, layer: int, lane: int, first: int, start: int, mass: Tensor) -> None:
+    def seed(self, layer: int, req_idx: int, first: int, start: int, mass: Tensor) -> None:
         """Add prompt rows to the buckets they belong to."""
         num_rows = len(mass)
         columns = slice(start, start + mass.shape[2])
-        self._first_bucket.setdefault(lane, first // self._bucket_rows)
+        self._first_bucket.setdefault(req_idx, first // self._bucket_rows)
         buckets = (torch.arange(first, first + num_rows, device=mass.device) // self._bucket_rows) % self._num_buckets
-        self._buckets[layer, :, self._rows(lane), columns].index_add_(0, buckets, mass)
-        self._sums[layer, self._rows(lane), columns] += mass.sum(dim=0, dtype=torch.float64)
+        self._buckets[layer, :, self._rows(req_idx), columns].index_add_(0, buckets, mass)
+        self._sums[layer, self._rows(req_idx), columns] += mass.sum(dim=0, dtype=torch.float64)
 
-    def remember(self, layer: int, lane_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+    def remember(self, layer: int, req_index: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keys decide nothing here."""
 
     def complete(self, layer: int, attended: Attended) -> Tensor:
@@ -156,21 +156,21 @@ class SparseWindowState:
         for table, starts in ((sums, self._sum_starts), (buckets, self._bucket_starts)):
             table.view(-1).index_add_(0, (starts[:, None] + positions).view(-1), rows.reshape(-1).to(table.dtype))
 
-    def _rows(self, lane: int) -> slice:
-        """Rows of the tables that belong to a lane."""
-        return slice(lane * self._num_sets, (lane + 1) * self._num_sets)
+    def _rows(self, req_idx: int) -> slice:
+        """Rows of the tables that belong to a request index."""
+        return slice(req_idx * self._num_sets, (req_idx + 1) * self._num_sets)
 
     def _expire(self, batch: StepBatch) -> None:
         """Subtract the buckets whose rows have all left their sequence's window, for every layer at once."""
         buckets: list[int] = []
         rows: list[int] = []
-        for lane, length in zip(batch.lanes, batch.lengths, strict=True):
+        for req_idx, length in zip(batch.req_indices, batch.lengths, strict=True):
             num_earlier = length - 1
             first_bucket = max(num_earlier - self._budget.recent(num_earlier), 0) // self._bucket_rows
-            for bucket in range(self._first_bucket.get(lane, first_bucket), first_bucket):
+            for bucket in range(self._first_bucket.get(req_idx, first_bucket), first_bucket):
                 buckets += [bucket % self._num_buckets] * self._num_sets
-                rows += range(lane * self._num_sets, (lane + 1) * self._num_sets)
-            self._first_bucket[lane] = first_bucket
+                rows += range(req_idx * self._num_sets, (req_idx + 1) * self._num_sets)
+            self._first_bucket[req_idx] = first_bucket
         if not rows:
             return
         width = max(batch.lengths) - 1

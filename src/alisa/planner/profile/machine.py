@@ -11,18 +11,14 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from alisa.attention.decode import DecodeKernel
-from alisa.attention.prefill import PrefillKernel
-from alisa.kv.base import AppendKernel
-from alisa.kv.tiers import MoveRows
+from alisa.kernels.base import AppendKernel, DecodeKernel, MoveRows, PrefillKernel, SelectionKernels
 from alisa.model.linear import MakeLinear
 from alisa.planner.hardware import Hardware
 from alisa.planner.profile.products import measure_gemm, measure_layer, measure_logits, measure_values
 from alisa.planner.profile.rows import measure_attention, measure_prompt, measure_selection
 from alisa.planner.profile.tiers import measure_link, measure_lookup, measure_rebuild
 from alisa.planner.shapes import SHAPES
-from alisa.policy.base import SelectionKernels
-from alisa.policy.table import make_policy
+from alisa.policy.registry import make_policy
 
 ROW_DTYPES = ("float32", "bfloat16", "int8", "int4")
 _FREE_DISK_SHARE = 0.8

@@ -9,17 +9,24 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from alisa.attention.decode import DecodeKernel
-from alisa.attention.prefill import KeyBlock, PrefillKernel
-from alisa.kv.base import AppendKernel
-from alisa.kv.codec import make_codec
-from alisa.kv.store import KVStore
+from alisa.cache.codec import make_codec
+from alisa.cache.store import KVStore
+from alisa.kernels.base import (
+    AppendKernel,
+    Attended,
+    DecodeKernel,
+    KeyBlock,
+    PrefillKernel,
+    SelectionKernels,
+    StepBatch,
+)
+from alisa.kernels.base import Selection as Chosen
+from alisa.outputs import Phase
 from alisa.planner.hardware import Attention, Selection
 from alisa.planner.profile.clock import fit, seconds
-from alisa.policy.base import PolicyState, SelectionKernels, SelectionPolicy
-from alisa.spec import ModelSpec
-from alisa.types import Attended, Phase, RowFormat, Segment, StepBatch, StepPlan
-from alisa.types import Selection as Chosen
+from alisa.policy.base import PolicyState, SelectionPolicy
+from alisa.scheduler.plan import Segment, StepPlan
+from alisa.spec import ModelSpec, RowFormat
 
 _LAYOUTS = ((12, 12, 64), (4, 32, 64), (32, 32, 128))
 """(KV heads, query heads, values of a head)."""
@@ -39,12 +46,12 @@ def measure_attention(
         row_bytes = codec.format.row_bytes
         num_rows = min(_ARENA_BYTES // row_bytes, 1 << 15)
         k = torch.randn(256, num_kv_heads, head_dim)
-        arena = codec.encode(k, k).repeat(-(-num_rows // 256), 1)[:num_rows]
+        pool = codec.encode(k, k).repeat(-(-num_rows // 256), 1)[:num_rows]
         for batch, share in ((1, 0.25), (8, 0.25), (8, 1.0)):
             slots = _slots(num_rows, batch, share)
             counts = torch.full((batch,), slots.shape[2], dtype=torch.int32)
             q = torch.randn(batch, num_heads, head_dim).to(dtype)
-            taken = seconds(lambda q=q, s=slots, c=counts, a=arena, codec=codec: attend(q, a, codec, s, c), repeats=3)
+            taken = seconds(lambda q=q, s=slots, c=counts, a=pool, codec=codec: attend(q, a, codec, s, c), repeats=3)
             rows = batch * slots.shape[2]
             amounts.append((1.0, rows * row_bytes, rows * num_heads * head_dim))
             times.append(taken)
@@ -56,10 +63,10 @@ def measure_attention(
 
 
 def _slots(num_rows: int, batch: int, share: float) -> torch.Tensor:
-    """Int32[B, 1, K]: an ascending share of each sequence's own stretch of the arena."""
+    """Int32[B, 1, K]: an ascending share of each sequence's own stretch of the pool."""
     stretch = num_rows // batch
     count = max(1, int(stretch * share))
-    chosen = [torch.randperm(stretch)[:count].sort().values + lane * stretch for lane in range(batch)]
+    chosen = [torch.randperm(stretch)[:count].sort().values + req_idx * stretch for req_idx in range(batch)]
     return torch.stack(chosen).to(torch.int32)[:, None]
 
 
@@ -68,18 +75,20 @@ def _calls(
 ) -> tuple[float, float, float]:
     """(reading next to nothing, appending, appending a row more), through the store."""
     codec = make_codec(RowFormat(kv_dtype, 8, 64))
-    store = KVStore(num_layers=1, codec=codec, num_rows=512, num_lanes=64, max_length=8, device=_CPU, append=append)
-    lanes = [store.open(8) for _ in range(64)]
+    store = KVStore(num_layers=1, codec=codec, num_rows=512, max_num_seqs=64, max_length=8, device=_CPU, append=append)
+    req_indices = [store.open(8) for _ in range(64)]
     hidden = torch.randn(64, 512).to(dtype)
     k = torch.randn(64, 8, 64).to(dtype)
     times = {}
     for batch in (1, 64):
-        plan = StepPlan(0, Phase.DEVICE, False, tuple(Segment(lane, store.length(lane), 1) for lane in lanes[:batch]))
+        plan = StepPlan(
+            0, Phase.DEVICE, False, tuple(Segment(req_idx, store.length(req_idx), 1) for req_idx in req_indices[:batch])
+        )
         store.begin(plan)
         few = k[:batch]
         times[batch] = seconds(lambda few=few: store.append(0, few, few, hidden), repeats=30)
     row_s = max(times[64] - times[1], 0.0) / 63
-    plan = StepPlan(0, Phase.DEVICE, False, (Segment(lanes[0], store.length(lanes[0]), 1),))
+    plan = StepPlan(0, Phase.DEVICE, False, (Segment(req_indices[0], store.length(req_indices[0]), 1),))
     store.begin(plan)
     one = torch.zeros(1, 1, 1, dtype=torch.int32)
     counts = torch.ones(1, dtype=torch.int32)
@@ -114,17 +123,17 @@ def measure_prompt(dtype: torch.dtype, kernel: PrefillKernel) -> tuple[float, fl
 
 def measure_selection(policy: SelectionPolicy, spec: ModelSpec, kernels: SelectionKernels | None) -> Selection:
     """Choosing and keeping scores with this policy, for four layers of this shape."""
-    capacity, num_lanes = 1024, 16
-    state = policy.start(spec, num_lanes, capacity, _CPU, kernels)
+    capacity, max_num_seqs = 1024, 16
+    state = policy.start(spec, max_num_seqs, capacity, _CPU, kernels)
     amounts: list[tuple[float, ...]] = []
     times: list[float] = []
     begins: list[float] = []
     for batch, length in ((1, 64), (1, 1000), (4, 500), (16, 128), (16, 1000)):
-        lanes, lengths = tuple(range(batch)), (length,) * batch
-        for lane in lanes:
-            state.open(lane, capacity)
-        lane_ids, counts = torch.tensor(lanes), torch.tensor(lengths, dtype=torch.int32)
-        step = StepBatch(lanes, lengths, lane_ids, counts)
+        req_indices, lengths = tuple(range(batch)), (length,) * batch
+        for req_idx in req_indices:
+            state.open(req_idx, capacity)
+        req_index, counts = torch.tensor(req_indices), torch.tensor(lengths, dtype=torch.int32)
+        step = StepBatch(req_indices, lengths, req_index, counts)
         begins.append(seconds(lambda step=step: state.begin(step)))
         query = torch.randn(batch, spec.num_heads, spec.head_dim)
         keys = torch.randn(batch, spec.num_kv_heads, spec.head_dim)
@@ -134,9 +143,9 @@ def measure_selection(policy: SelectionPolicy, spec: ModelSpec, kernels: Selecti
             positions = torch.arange(length).repeat(batch)
             every = keys.repeat_interleave(length, dim=0)
             for layer in range(spec.num_layers):
-                state.remember(layer, lane_ids.repeat_interleave(length), positions, every, every)
+                state.remember(layer, req_index.repeat_interleave(length), positions, every, every)
 
-        work = partial(_choose, state, spec.num_layers, lane_ids, counts.long() - 1, keys, query, mass)
+        work = partial(_choose, state, spec.num_layers, req_index, counts.long() - 1, keys, query, mass)
         times.append(seconds(work) / spec.num_layers)
         ranked = batch * (length - 1)
         read = batch * (recent + older + 1)
@@ -154,10 +163,10 @@ def measure_selection(policy: SelectionPolicy, spec: ModelSpec, kernels: Selecti
 
 
 def _choose(
-    state: PolicyState, num_layers: int, lane_ids: Tensor, positions: Tensor, keys: Tensor, query: Tensor, mass: Tensor
+    state: PolicyState, num_layers: int, req_index: Tensor, positions: Tensor, keys: Tensor, query: Tensor, mass: Tensor
 ) -> None:
     """What a step asks of the policy, in every layer."""
     for layer in range(num_layers):
-        state.remember(layer, lane_ids, positions, keys, keys)
+        state.remember(layer, req_index, positions, keys, keys)
         state.observe(layer, state.select(layer, query), mass)
         state.complete(layer, Attended(query, mass, query[..., 0]))

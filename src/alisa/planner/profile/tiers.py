@@ -10,15 +10,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from alisa.kv.base import AppendKernel
-from alisa.kv.codec import make_codec
-from alisa.kv.remnant import Remnants, remnant_format
-from alisa.kv.tiered import TieredStore
-from alisa.kv.tiers import Bytes, DiskTier, MoveRows, Slots
-from alisa.kv.transfer import Some, Ticket, Transfers
+from alisa.cache.codec import make_codec
+from alisa.cache.offload.hidden import Remnants, remnant_format
+from alisa.cache.offload.store import TieredStore
+from alisa.cache.offload.tiers import Bytes, DiskTier, Slots
+from alisa.cache.offload.transfer import Some, Ticket, Transfers
+from alisa.kernels.base import AppendKernel, MoveRows, Selection
+from alisa.outputs import Medium, Phase
 from alisa.planner.hardware import Link
 from alisa.planner.profile.clock import fit, seconds
-from alisa.types import Medium, Move, Phase, RowFormat, Segment, Selection, StepPlan
+from alisa.scheduler.plan import Move, Segment, StepPlan
+from alisa.spec import RowFormat
 
 _JOB_ROWS = 64
 """As the store shares rows out among threads."""
@@ -77,27 +79,27 @@ def _move_rows(transfers: Transfers, work: Callable[..., None], slots: Slots, me
 
 def measure_lookup(directory: Path, move_rows: MoveRows, append: AppendKernel | None) -> Lookup:
     """Finding rows that all are on the device, and making room for new ones."""
-    num_layers, num_lanes, length = 4, 16, 256
+    num_layers, max_num_seqs, length = 4, 16, 256
     codec = make_codec(RowFormat("bfloat16", 4, 64))
     store = TieredStore(
         num_layers=num_layers,
         codec=codec,
-        num_rows=num_lanes * length,
-        num_lanes=num_lanes,
+        num_rows=max_num_seqs * length,
+        max_num_seqs=max_num_seqs,
         max_length=length,
-        tiers=(DiskTier(directory, num_layers, num_lanes * length, codec.format.row_bytes, move_rows),),
+        tiers=(DiskTier(directory, num_layers, max_num_seqs * length, codec.format.row_bytes, move_rows),),
         append=append,
     )
     amounts: list[tuple[float, ...]] = []
     times: list[float] = []
     places: list[float] = []
-    lanes = [store.open(length) for _ in range(num_lanes)]
-    store.begin(StepPlan(0, Phase.DEVICE, True, tuple(Segment(lane, 0, 128) for lane in lanes)))
-    moves = tuple(Move(lane, 0, 64, Medium.DEVICE, Medium.DISK) for lane in lanes)
+    req_indices = [store.open(length) for _ in range(max_num_seqs)]
+    store.begin(StepPlan(0, Phase.DEVICE, True, tuple(Segment(req_idx, 0, 128) for req_idx in req_indices)))
+    moves = tuple(Move(req_idx, 0, 64, Medium.DEVICE, Medium.DISK) for req_idx in req_indices)
     step = 1
     for batch in (1, 16):
         for count in (16, 120):
-            segments = tuple(Segment(lane, store.length(lane), 1) for lane in lanes[:batch])
+            segments = tuple(Segment(req_idx, store.length(req_idx), 1) for req_idx in req_indices[:batch])
             places.append(seconds(lambda s=segments, m=moves, n=step: _begin(store, s, m, n), repeats=1))
             moves = ()
             positions = torch.arange(count, dtype=torch.int32).expand(batch, 1, count).contiguous()
@@ -112,8 +114,8 @@ def measure_lookup(directory: Path, move_rows: MoveRows, append: AppendKernel | 
 
 def _begin(store: TieredStore, segments: tuple[Segment, ...], moves: tuple[Move, ...], step: int) -> None:
     """One step later; called twice by the clock, so that the segments move on with the lengths."""
-    now = tuple(Segment(s.lane, store.length(s.lane), 1) for s in segments)
-    below = moves if store.bounds(segments[0].lane)[0] == 0 else ()
+    now = tuple(Segment(s.req_idx, store.length(s.req_idx), 1) for s in segments)
+    below = moves if store.bounds(segments[0].req_idx)[0] == 0 else ()
     store.begin(StepPlan(step, Phase.DEVICE_HOST, False, now, below))
 
 

@@ -1,0 +1,133 @@
+"""What the attend seam needs of a KV store, whether its rows are all on the device or lie in several tiers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from alisa.kernels.base import Codec, Selection
+from alisa.outputs import Medium, Traffic
+from alisa.scheduler.plan import StepPlan
+
+
+class Part(NamedTuple):
+    """Rows that one call of a decode kernel attends to; a selection is one part unless it is larger than the pool."""
+
+    rows: Tensor
+    """UInt8[N, row_bytes]: a pool, or a buffer that is valid until the next part is asked for."""
+    slots: Tensor
+    """Int32[b, J, K] into `rows`."""
+    counts: Tensor
+    """Int32[b], at least 1."""
+    sequences: Tensor | None
+    """Int64[b]: which sequences of the batch have rows in this part; None: all of them."""
+    columns: Tensor | None
+    """Int64[b, K]: columns of the selection that the slots stand for, padded with 0; None: all, in order."""
+
+
+class RowStore(Protocol):
+    """Rows by (req_idx, position); see `KVStore` and `TieredStore`."""
+
+    @property
+    def codec(self) -> Codec:
+        """Writes and reads rows."""
+        ...
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token over all layers."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence that can be opened, in tokens."""
+        ...
+
+    @property
+    def has_free_req_idx(self) -> bool:
+        """Whether another sequence can be opened."""
+        ...
+
+    def open(self, num_tokens: int) -> int:
+        """A request index for a sequence of up to `num_tokens` tokens; no rows are taken yet.
+
+        Raises:
+            CapacityError: no request index is free, or sequences of this length were not provided for; nothing has
+            changed.
+        """
+        ...
+
+    def release(self, req_idx: int) -> None:
+        """Every row of the sequence is gone from every tier; its request index may be reused at once."""
+        ...
+
+    def length(self, req_idx: int) -> int:
+        """Tokens stored for an open sequence, deleted ones included."""
+        ...
+
+    def bounds(self, req_idx: int) -> tuple[int, ...]:
+        """Where each lower tier ends, see `alisa.scheduler.placement.base`; `(0,)` with no tiers."""
+        ...
+
+    def rebuildable(self, req_idx: int) -> int:
+        """Positions below this have a remnant."""
+        ...
+
+    def begin(self, plan: StepPlan) -> None:
+        """The plan's moves are under way and its segments have room; rows then come through `append`, layer by layer.
+
+        Raises:
+            CapacityError: a segment does not continue its sequence (nothing has changed), or there is no room.
+        """
+        ...
+
+    def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor) -> None:
+        """Write K and V `[N, G, D]` of one layer, tokens in the order of the step's segments.
+
+        hidden `[N, C]` is what they were projected from; a store that may delete rows keeps it.
+        """
+        ...
+
+    def parts(self, layer: int, selection: Selection) -> Iterator[Part]:
+        """The selected rows, ready to be read; usually one part."""
+        ...
+
+    def prefetch(self, layer: int, req_indices: tuple[int, ...], selection: Selection) -> None:
+        """A hint: the next step asks for this selection of these sequences. Missing rows start to load."""
+        ...
+
+    def read(self, layer: int, req_idx: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """K and V `[end - start, G, D]` of these positions, wherever they lie."""
+        ...
+
+    @property
+    def used_rows(self) -> int:
+        """Tokens whose rows exist somewhere."""
+        ...
+
+    @property
+    def deleted_tokens(self) -> int:
+        """Tokens of open sequences whose rows are deleted."""
+        ...
+
+    def nbytes(self, medium: Medium) -> int:
+        """Bytes in use in one medium."""
+        ...
+
+    def traffic(self) -> Traffic:
+        """What was moved since the last call."""
+        ...
+
+    def failed(self) -> dict[int, str]:
+        """Sequences whose rows could not be read or written since the last call, and why."""
+        ...
+
+    def check(self) -> None:
+        """Assert that the bookkeeping is sound; callable whenever no step is running."""
+        ...
+
+    def close(self) -> None:
+        """Files and threads are gone; the store is not used any more."""
+        ...

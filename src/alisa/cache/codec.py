@@ -1,0 +1,99 @@
+"""Row codecs: K and V of one token as one contiguous run of bytes.
+
+Movers and tiers see bytes only; kernels read the same bytes by `RowFormat`. A float codec is a plain copy with a cast;
+an integer codec keeps 8 or 4 bits of each value and a scale and minimum for each head of K and of V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alisa.kernels.base import Codec
+from alisa.spec import CODE_BITS, RowFormat
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FloatCodec:
+    """Rows `[2, G, D]` in a float dtype, K first; lossless when the dtype is the one the model computes in."""
+
+    format: RowFormat
+
+    def encode(self, k: Tensor, v: Tensor) -> Tensor:
+        """K and V `[N, G, D]` as rows `UInt8[N, row_bytes]`."""
+        rows = torch.stack((k, v), dim=1).to(TORCH_DTYPES[self.format.dtype])
+        return rows.flatten(1).view(torch.uint8)
+
+    def decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows `UInt8[N, row_bytes]` as k, v `[N, G, D]` in the row's dtype; views, no copy."""
+        shape = (len(rows), 2, self.format.num_kv_heads, self.format.head_dim)
+        pairs = rows.view(TORCH_DTYPES[self.format.dtype]).view(shape)
+        return pairs[:, 0], pairs[:, 1]
+
+
+FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class IntCodec:
+    """Rows of 8-bit or 4-bit codes: value = minimum + scale * code, for each token and head of K and of V.
+
+    The minimum is rounded down to float16 and the scale that reaches the maximum is rounded up, so nothing is clipped
+    and a value moves by at most half a step. Minima saturate at -65504.
+    """
+
+    format: RowFormat
+
+    def encode(self, k: Tensor, v: Tensor) -> Tensor:
+        """K and V `[N, G, D]` as rows `UInt8[N, row_bytes]`."""
+        num_steps = 2 ** CODE_BITS[self.format.dtype] - 1
+        values = torch.stack((k, v), dim=1).float()  # [N, 2, G, D]
+        minimum = _float16_below(values.amin(-1).clamp(-FLOAT16_MAX, FLOAT16_MAX) + 0.0)  # + 0: no negative zero
+        reach = (values.amax(-1) - minimum.float()) / num_steps
+        scale = _float16_above(reach.clamp(0, FLOAT16_MAX) + 0.0)
+        inverse = torch.where(scale > 0, 1 / scale.float(), 0.0)
+        codes = ((values - minimum.float()[..., None]) * inverse[..., None]).clamp(0, num_steps).round().to(torch.uint8)
+        if self.format.dtype == "int4":
+            low, high = codes[..., : self.format.head_bytes], codes[..., self.format.head_bytes :]
+            codes = low | torch.nn.functional.pad(high, (0, low.shape[-1] - high.shape[-1])) << 4
+        pairs = torch.stack((scale, minimum), dim=-1).flatten(1).view(torch.uint8)
+        return torch.cat((codes.flatten(1), pairs), dim=1)
+
+    def decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows `UInt8[N, row_bytes]` as k, v `Float32[N, G, D]`."""
+        num_heads, head_bytes = self.format.num_kv_heads, self.format.head_bytes
+        split = 2 * num_heads * head_bytes
+        codes = rows[:, :split].view(len(rows), 2, num_heads, head_bytes)
+        if self.format.dtype == "int4":
+            codes = torch.cat((codes & 15, codes >> 4), dim=-1)[..., : self.format.head_dim]
+        pairs = rows[:, split:].contiguous().view(torch.float16).view(len(rows), 2, num_heads, 2).float()
+        values = pairs[..., 1:] + pairs[..., :1] * codes.float()
+        return values[:, 0], values[:, 1]
+
+
+def make_codec(row_format: RowFormat) -> Codec:
+    """The codec that writes rows of this format."""
+    return IntCodec(row_format) if row_format.dtype in CODE_BITS else FloatCodec(row_format)
+
+
+def _float16_below(values: Tensor) -> Tensor:
+    """The largest float16 that is not above each value."""
+    half = values.half()
+    bits = half.view(torch.int16)
+    below = torch.where(bits < 0, bits + 1, torch.where(bits == 0, torch.full_like(bits, -32767), bits - 1))
+    return torch.where(half.float() > values, below, bits).view(torch.float16)
+
+
+def _float16_above(values: Tensor) -> Tensor:
+    """The smallest float16 that is not below each value; values are not negative."""
+    half = values.half()
+    bits = half.view(torch.int16)
+    return torch.where(half.float() < values, bits + 1, bits).view(torch.float16)

@@ -1,0 +1,229 @@
+"""Every protocol between the kernels and those who call them, documented once.
+
+`alisa.kernels.choose` finds who implements it.
+Values that cross the border are plain tuples of tensors: counts are known on the host, indices lie on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alisa.spec import RowFormat
+
+Bytes = NDArray[np.uint8]
+Slots = NDArray[np.int64]
+
+
+class Codec(Protocol):
+    """Turns K and V into rows of bytes and back; the only place besides the kernels that knows what a row holds."""
+
+    @property
+    def format(self) -> RowFormat:
+        """Layout of the rows this codec writes."""
+        ...
+
+    def encode(self, k: Tensor, v: Tensor) -> Tensor:
+        """K and V `[N, G, D]` of any float dtype as rows `UInt8[N, row_bytes]`."""
+        ...
+
+    def decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows `UInt8[N, row_bytes]` as k, v `[N, G, D]` in a float dtype."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The sequences of one decode step: counts on the host, indices on the device."""
+
+    req_indices: tuple[int, ...]
+    lengths: tuple[int, ...]
+    """Tokens of each sequence, the one of this step included; its position is `length - 1`."""
+    req_index: Tensor
+    """Int64[B], the req_indices on the device."""
+    length_counts: Tensor
+    """Int32[B], the lengths on the device."""
+
+
+Rebuild = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""layer, hidden `[N, C]`, positions Int64[N] -> k, v `[N, G, D]`: what a deleted row is made from again."""
+
+
+class Selection(NamedTuple):
+    """The tokens one layer attends to in one decode step."""
+
+    positions: Tensor
+    """Int32[B, J, K]: logical positions, ascending, without duplicates; entries from `counts[b]` on are padding (0)."""
+    counts: Tensor
+    """Int32[B]: how many entries of each row are real."""
+    num_tokens: tuple[int, ...]
+    """The same counts, known on the host without asking the device."""
+
+
+class Attended(NamedTuple):
+    """What a decode-attention kernel returns."""
+
+    out: Tensor
+    """[B, H, D], in the dtype of the queries."""
+    mass: Tensor
+    """Float32[B, J, K]: attention weights summed over the heads that share the index set; 0 on padding."""
+    log_sum_exp: Tensor
+    """Float32[B, H]: log of the sum of exponentials of the scaled scores; merges partial results exactly."""
+
+
+class DecodeKernel(Protocol):
+    """Attention of one new token per sequence over selected rows of one layer."""
+
+    def __call__(self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor) -> Attended:
+        """Attend with q `[B, H, D]` to rows UInt8[R, row_bytes] at slots Int32[B, J, K].
+
+        The first `counts[b]` (Int32[B], at least 1) slots of each set are real, the rest is padding. J = 1: one index
+        set for all heads; J = G: one for each KV head.
+        """
+        ...
+
+
+class KeyBlock(NamedTuple):
+    """Consecutive cached tokens: k and v `[N, G, D]` of positions start, start + 1, ..."""
+
+    start: int
+    k: Tensor
+    v: Tensor
+
+
+class Seed(NamedTuple):
+    """What rows of attention show of consecutive tokens."""
+
+    first: int
+    """Position of the first row."""
+    start: int
+    """Position of the first token attended."""
+    mass: Tensor
+    """Float32[rows, J, N]: weights summed over the heads of each index set."""
+
+
+class PrefillKernel(Protocol):
+    """Dense attention of one piece of a prompt, and the weights of its last rows."""
+
+    def __call__(
+        self, q: Tensor, own: KeyBlock, past: Callable[[], Iterable[KeyBlock]], num_seeds: int, num_sets: int
+    ) -> tuple[Tensor, Iterator[Seed]]:
+        """Attend causally with q `[T, H, D]` to `own`, its T tokens, and to everything before them.
+
+        Args:
+            q: `[T, H, D]`.
+            own: keys and values of the same tokens.
+            past: reads the blocks before them, in order; asked again for the seeds. Empty when `own` starts at 0.
+            num_seeds: how many of the last rows are wanted, 0 to T.
+            num_sets: J, 1 for one index set per layer or G for one per KV head.
+
+        Returns:
+            The output `[T, H, D]`, and the weights of the last rows, computed as they are asked for.
+        """
+        ...
+
+
+class AppendKernel(Protocol):
+    """Writes new rows where they will stay, as the codec of the format would."""
+
+    def __call__(self, rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """K and V `[N, G, D]` stand as rows at `slots` Int64[N] of one layer's pool UInt8[R, row_bytes]."""
+        ...
+
+
+class MoveRows(Protocol):
+    """Moves rows between a file and memory; a native one does not hold the interpreter."""
+
+    def __call__(self, file: int, offsets: Slots, memory: Bytes, rows: Slots, *, write: bool) -> int:
+        """Rows Int64[n] of memory UInt8[N, row_bytes] are read from, or written to, ascending offsets Int64[n].
+
+        Returns the bytes moved: fewer than asked for if the file ends.
+
+        Raises:
+            OSError: the system refused.
+        """
+        ...
+
+
+class SelectionKernels(Protocol):
+    """Native forms of what a scored policy does for each layer of each step; None: plain torch, their reference."""
+
+    def select(
+        self,
+        scores: Tensor,
+        req_indices: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+    ) -> Tensor:
+        """Positions Int32[N, num_slots], ascending, 0 behind `counts[i]`.
+
+        Of positions [0, older_ends[i]) the `older_counts[i]` with the largest `scores[req_indices[i]]` (the older of
+        two equals), then those from `older_ends[i]` on. Scores are float rows; req_indices Int64[N], the others
+        Int32[N].
+        """
+        ...
+
+    def observe(
+        self,
+        sums: Tensor,
+        buckets: Tensor,
+        sum_starts: Tensor,
+        bucket_starts: Tensor,
+        positions: Tensor,
+        counts: Tensor,
+        mass: Tensor,
+    ) -> None:
+        """Add mass Float32[N, K] at positions Int32[N, K] to sums (Float64) and buckets (Float32).
+
+        Row i begins at element `sum_starts[i]` and `bucket_starts[i]` (Int64[N]); `counts[i]` entries are real.
+        """
+        ...
+
+    def sketch_append(self, codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
+        """The sketch holds keys `[N, G, D]`, a float dtype, at rows `ids` Int64[N]: see `alisa.policy.sketch`.
+
+        `codes` is UInt8[T, G, P] with P = ceil(D * bits / 8), `ranges` Float16[T, G, 2]; bits are 2, 4 or 8.
+        """
+        ...
+
+    def sketch_select(
+        self,
+        query: Tensor,
+        codes: Tensor,
+        ranges: Tensor,
+        bits: int,
+        starts: Tensor,
+        lengths: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+        width: int,
+        num_sets: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Positions Int32[B * J, num_slots] to read for query `[B, H, D]`, and each head's share of weight `[B, H]`.
+
+        Sequence b has rows `starts[b]` (Int64[B]) to `starts[b] + lengths[b] - 1` (Int32[B], at most `width`) of the
+        sketch. Their approximate attention weights, summed over the heads of an index set (J = `num_sets`: one set for
+        all heads, or G, one for those of each KV head), rank them; the others are as in `select`, Int32[B * J]. A share
+        is the part of a head's approximate weight that lies on the tokens read.
+        """
+        ...
+
+    def mean_add(self, sums: Tensor, req_index: Tensor, values: Tensor) -> None:
+        """Sums Float64[req_indices, G, D] have grown by the values `[N, G, D]` of tokens of req_indices Int64[N]."""
+        ...
+
+    def mean_blend(self, sums: Tensor, req_index: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> Tensor:
+        """Blend: share * out + (1 - share) * mean, `[B, H, D]` as out; see `alisa.policy.mean_value`.
+
+        The mean of req_idx `req_index[b]` (Int64[B]) is its sum by `lengths[b]` (Int32[B]); shares are Float32[B, H].
+        """
+        ...

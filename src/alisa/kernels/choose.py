@@ -1,0 +1,70 @@
+"""Which kernels run: native ones on a CPU, Triton on a GPU, plain torch where neither can."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from alisa.kernels.base import AppendKernel, DecodeKernel, MoveRows, PrefillKernel, SelectionKernels
+from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import prefill as cpu_prefill
+from alisa.kernels.native.prefill_engine import NativePrefill
+from alisa.kernels.reference.decode import decode_attention
+from alisa.kernels.reference.prefill import prefill_attention
+from alisa.kernels.reference.rows import move_rows
+
+_LOG = logging.getLogger("alisa")
+
+
+class AttentionBackend(NamedTuple):
+    """What runs on the hot path, and what to call it in a report."""
+
+    prefill: PrefillKernel
+    attend: DecodeKernel
+    selection: SelectionKernels | None
+    append: AppendKernel | None
+    move_rows: MoveRows
+    name: str
+    """`avx512_vnni`, `avx512`, `avx2` or `portable` for the native ones, `triton` on a GPU, `torch` for their
+    references."""
+
+
+REFERENCE_BACKEND = AttentionBackend(prefill_attention, decode_attention, None, None, move_rows, "torch")
+
+
+def choose_backend(device: torch.device) -> AttentionBackend:
+    """The fastest kernels for this device; they own working memory, so that each engine should have its own.
+
+    Where faster ones could run but are not installed, one warning says so.
+    """
+    if device.type == "cuda":
+        return _triton_kernels()
+    if device.type != "cpu":
+        return REFERENCE_BACKEND
+    if not cpu.available():
+        _warn_once(cpu.unavailable_reason())
+        return REFERENCE_BACKEND
+    native = cpu.CpuKernels()
+    prefill = NativePrefill(cpu_prefill.CpuPrefill()) if cpu_prefill.available() else prefill_attention
+    return AttentionBackend(prefill, native, native, native.append, cpu.move_rows, native.isa)
+
+
+def _triton_kernels() -> AttentionBackend:
+    try:
+        # Here and not above: triton comes with torch for GPUs, and takes a second to import.
+        from alisa.kernels.triton.kernels import TritonKernels
+    except ImportError as error:
+        _warn_once(f"the GPU kernels need triton ({error})")
+        return REFERENCE_BACKEND
+    kernels = TritonKernels()
+    # Rows on disk go through the memory of the host, whatever the device.
+    move = cpu.move_rows if cpu.available() else move_rows
+    return AttentionBackend(prefill_attention, kernels, kernels, kernels.append, move, "triton")
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    _LOG.warning("sparse attention runs in plain torch, several times slower: %s.", reason)

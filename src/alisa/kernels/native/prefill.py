@@ -1,0 +1,129 @@
+"""Attention while a prompt is read, native: products of bfloat16 pairs, as functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from alisa.kernels.checks import check_prefill
+from alisa.kernels.native import kernels as cpu
+
+
+def available() -> bool:
+    """Whether this build and this CPU have the kernels, and torch has nothing faster (its AMX tiles)."""
+    # Private to torch; the public query of capabilities came after the oldest version that we run with.
+    return cpu.available() and cpu.library().has_prefill() and not torch.cpu._is_amx_tile_supported()
+
+
+class CpuPrefill:
+    """The prefill kernels with their working memory: as much as keys and values of one KV head, packed.
+
+    What a token gets does not depend on the tokens beside it, nor on the number of threads.
+
+    Args:
+        num_threads: threads to use; by default as many as torch uses at the time of the call.
+        share_threads: run on torch's OpenMP threads where they can be found.
+    """
+
+    def __init__(self, *, num_threads: int | None = None, share_threads: bool = True) -> None:
+        if not (cpu.available() and cpu.library().has_prefill()):
+            raise RuntimeError("this CPU or build has no prefill kernels: they need AVX512-BF16")
+        self._team = cpu.Team(num_threads, share=share_threads)
+        self._workspace = cpu.library().Workspace()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, past: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Attention of T tokens to all of `past`, block by block, and to the tokens up to their own in k and v.
+
+        Args:
+            q: BFloat16[T, H, D].
+            k: BFloat16[T, G, D].
+            v: BFloat16[T, G, D].
+            past: (k, v) BFloat16[S, G, D] of earlier tokens, S at least 1.
+
+        Returns:
+            BFloat16[T, H, D] and the log-sum-exp Float32[T, H] of the scaled scores.
+        """
+        q, out = _runs(q), torch.empty(q.shape, dtype=q.dtype)
+        log_sum_exp = torch.empty(q.shape[:2])
+        before: Tensor | None = None
+        for past_k, past_v in past:
+            merged = torch.empty(q.shape) if before is None else before
+            self._attend(q, past_k, past_v, False, before, merged, out, log_sum_exp)
+            before = merged
+        self._attend(q, k, v, True, before, None, out, log_sum_exp)
+        return out, log_sum_exp
+
+    def mass(self, q: Tensor, k: Tensor, log_sum_exp: Tensor, ahead: int, num_sets: int) -> Tensor:
+        """Attention weights Float32[W, J, S] of W tokens on S, summed over the heads of each index set.
+
+        Args:
+            q: BFloat16[W, H, D].
+            k: BFloat16[S, G, D].
+            log_sum_exp: Float32[W, H], over everything that the tokens attend to.
+            ahead: token w sees keys 0 to `ahead + w`; from S on it sees all of them, below 0 none.
+            num_sets: J, 1 for all heads together or G for those of a KV head each.
+        """
+        check_prefill(q, k, k)
+        q, k, log_sum_exp = _runs(q), _runs(k), log_sum_exp.contiguous()
+        if log_sum_exp.shape != q.shape[:2] or log_sum_exp.dtype != torch.float32:
+            raise ValueError(f"log-sum-exp is Float32{list(q.shape[:2])}, not {log_sum_exp.dtype} {log_sum_exp.shape}")
+        mass = torch.empty(len(q), num_sets, len(k))
+        self._workspace.prefill_mass(
+            threads=self._team.threads(),
+            q=_place(q),
+            k=_place(k),
+            num_queries=len(q),
+            num_keys=len(k),
+            num_heads=q.shape[1],
+            num_kv_heads=k.shape[1],
+            head_dim=q.shape[2],
+            num_sets=num_sets,
+            ahead=ahead,
+            log_sum_exp=log_sum_exp.data_ptr(),
+            mass=mass.data_ptr(),
+        )
+        return mass
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        before: Tensor | None,
+        after: Tensor | None,
+        out: Tensor,
+        log_sum_exp: Tensor,
+    ) -> None:
+        """One block: merged with `before` into `after`, or into `out` at the end."""
+        check_prefill(q, k, v)
+        assert not causal or len(q) == len(k), "causal attention is that of tokens among themselves"
+        k, v = _runs(k), _runs(v)
+        self._workspace.prefill(
+            threads=self._team.threads(),
+            q=_place(q),
+            k=_place(k),
+            v=_place(v),
+            num_queries=len(q),
+            num_keys=len(k),
+            num_heads=q.shape[1],
+            num_kv_heads=k.shape[1],
+            head_dim=q.shape[2],
+            causal=causal,
+            before=0 if before is None else before.data_ptr(),
+            after=0 if after is None else after.data_ptr(),
+            out=out.data_ptr(),
+            log_sum_exp=log_sum_exp.data_ptr(),
+        )
+
+
+def _runs(values: Tensor) -> Tensor:
+    """`[N, heads, D]` with each head's values in one run; a copy only where they are not."""
+    return values if values.stride(2) == 1 else values.contiguous()
+
+
+def _place(values: Tensor) -> tuple[int, int, int]:
+    """Address, and the strides from one token and from one head to the next."""
+    return values.data_ptr(), values.stride(0), values.stride(1)

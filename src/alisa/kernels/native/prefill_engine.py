@@ -1,0 +1,39 @@
+"""The native prefill kernel as the engine calls it: bfloat16 goes there, everything else to torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from alisa.kernels.base import KeyBlock, Seed
+from alisa.kernels.native.prefill import CpuPrefill
+from alisa.kernels.reference.prefill import prefill_attention
+
+
+class NativePrefill:
+    """See `PrefillKernel`."""
+
+    def __init__(self, kernel: CpuPrefill) -> None:
+        self._kernel = kernel
+
+    def __call__(
+        self, q: Tensor, own: KeyBlock, past: Callable[[], Iterable[KeyBlock]], num_seeds: int, num_sets: int
+    ) -> tuple[Tensor, Iterator[Seed]]:
+        """Rows of codes are read as float32: the past is rounded to bfloat16, as the model's own keys are."""
+        if q.dtype != torch.bfloat16:
+            return prefill_attention(q, own, past, num_seeds, num_sets)
+        earlier = ((block.k.to(q.dtype), block.v.to(q.dtype)) for block in past())
+        out, log_sum_exp = self._kernel.attend(q, own.k, own.v, earlier)
+        last = slice(len(q) - num_seeds, None)
+        blocks = chain(past(), (own,)) if num_seeds else ()
+        return out, self._seeds(q[last], log_sum_exp[last], own.start + last.start, blocks, num_sets)
+
+    def _seeds(
+        self, q: Tensor, log_sum_exp: Tensor, first: int, blocks: Iterable[KeyBlock], num_sets: int
+    ) -> Iterator[Seed]:
+        for block in blocks:
+            mass = self._kernel.mass(q, block.k.to(q.dtype), log_sum_exp, first - block.start, num_sets)
+            yield Seed(first, block.start, mass)

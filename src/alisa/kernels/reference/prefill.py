@@ -1,0 +1,154 @@
+"""Attention while a prompt is read: dense and causal, and the few rows that seed a selection policy.
+
+No S x S matrix is ever built: attention goes through torch's fused kernel, and only the last rows of the prompt, the
+ones that the policy asks for, get explicit weights, in blocks of bounded size. The later pieces of a long prompt attend
+to what is cached block by block, so that a prompt may be larger than any memory that its rows pass through.
+
+This is what runs where there is no native kernel (`engine/prefill.py`), and the reference of the one that there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from alisa.kernels.base import KeyBlock, Seed
+from alisa.kernels.reference.merge import PartialAttention
+
+MASS_BLOCK_SCORES = 1 << 23
+"""Scores held at once: 32 MiB in float32, small beside the weights of any model and large enough for a GEMM."""
+
+
+def prefill_attention(
+    q: Tensor, own: KeyBlock, past: Callable[[], Iterable[KeyBlock]], num_seeds: int, num_sets: int
+) -> tuple[Tensor, Iterator[Seed]]:
+    """See `PrefillKernel`; torch's fused attention, and weights in float32."""
+    last = slice(len(q) - num_seeds, None)
+    if not own.start:
+        rows = causal_mass(q[last], own.k, num_sets) if num_seeds else ()
+        return causal_attention(q, own.k, own.v), (Seed(first, 0, mass) for first, mass in rows)
+    out, log_sum_exp = attend_after(q, own, past())
+    if not num_seeds:
+        return out, iter(())
+    return out, mass_after(q[last], log_sum_exp[last], own.start + last.start, chain(past(), (own,)), num_sets)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention among T tokens: q `[T, H, D]`, k and v `[T, G, D]` -> `[T, H, D]`."""
+    out = scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        is_causal=len(q) > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+def attend_after(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tuple[Tensor, Tensor]:
+    """Causal attention of T tokens among themselves (`own`) and to everything before them, block by block.
+
+    On a CPU each block goes through torch's flash attention (`benchmarks/prompt_pieces.py` compares it with its
+    reference, `attend_after_plain`). The operator is private, because the public function keeps the log-sum-exp that
+    merging needs to itself; torch's own context parallelism calls it, too.
+
+    Returns:
+        `[T, H, D]` in the dtype of q `[T, H, D]`, and the log-sum-exp Float32[T, H] of the scaled scores.
+    """
+    if q.device.type != "cpu":
+        return attend_after_plain(q, own, past)
+    merged = PartialAttention(q)
+    for block in chain(past, (own,)):
+        out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q.transpose(0, 1)[None],
+            # Rows of codes are read as float32.
+            block.k.to(q.dtype).transpose(0, 1)[None],
+            block.v.to(q.dtype).transpose(0, 1)[None],
+            is_causal=block is own,
+        )
+        merged.add(out[0].transpose(0, 1), log_sum_exp[0].transpose(0, 1), slice(None))
+    return merged.out.to(q.dtype), merged.log_sum_exp
+
+
+def attend_after_plain(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tuple[Tensor, Tensor]:
+    """As `attend_after`, in plain torch and float32 throughout."""
+    merged = PartialAttention(q)
+    for block in past:
+        for rows, scores in _scores(q, block.k):
+            _add(merged, rows, scores, block.v)
+    columns = torch.arange(len(q), device=q.device)
+    for rows, scores in _scores(q, own.k):
+        hidden = columns > columns[rows, None]
+        _add(merged, rows, scores.masked_fill_(hidden, -torch.inf), own.v)
+    return merged.out.to(q.dtype), merged.log_sum_exp
+
+
+def mass_after(q: Tensor, log_sum_exp: Tensor, first: int, blocks: Iterable[KeyBlock], num_sets: int) -> Iterator[Seed]:
+    """Attention weights of W consecutive tokens whose log-sum-exp is known, summed over the heads of each index set.
+
+    Args:
+        q: `[W, H, D]`, the queries at positions first, first + 1, ...
+        log_sum_exp: Float32[W, H], over everything they attend to.
+        first: position of the first query.
+        blocks: everything they attend to.
+        num_sets: J, 1 for one index set per layer or G for one per KV head.
+
+    Yields:
+        What some of the rows show of one block.
+    """
+    for block in blocks:
+        positions = block.start + torch.arange(len(block.k), device=q.device)
+        for rows, scores in _scores(q, block.k):
+            queries = first + torch.arange(rows.start, rows.stop, device=q.device)
+            scores = scores.masked_fill_(positions > queries[:, None], -torch.inf)
+            num_kv_heads, group = scores.shape[:2]
+            total = log_sum_exp[rows].view(-1, num_kv_heads, group).permute(1, 2, 0)[..., None]
+            weights = (scores - total).exp_().sum(dim=1)  # [G, rows, N]
+            mass = weights.transpose(0, 1) if num_sets > 1 else weights.sum(dim=0)[:, None]
+            yield Seed(first + rows.start, block.start, mass)
+
+
+def _scores(q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Scaled scores Float32[G, H/G, rows, N] of blocks of queries with k `[N, G, D]`, of bounded size."""
+    num_rows, num_heads, head_dim = q.shape
+    num_total, num_kv_heads = k.shape[:2]
+    keys = k.float().permute(1, 2, 0)[:, None]  # [G, 1, D, N]
+    block = max(1, MASS_BLOCK_SCORES // (num_heads * num_total))
+    for start in range(0, num_rows, block):
+        rows = slice(start, min(start + block, num_rows))
+        grouped = (q[rows].float() * head_dim**-0.5).view(-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        yield rows, grouped.permute(1, 2, 0, 3) @ keys
+
+
+def _add(merged: PartialAttention, rows: slice, scores: Tensor, v: Tensor) -> None:
+    """One block of scores `[G, H/G, rows, N]` and the values `[N, G, D]` behind them."""
+    log_sum_exp = scores.logsumexp(dim=-1, keepdim=True)
+    weights = (scores - log_sum_exp).exp_()
+    out = weights @ v.float().transpose(0, 1)[:, None]  # [G, H/G, rows, D]
+    out = out.permute(2, 0, 1, 3).flatten(1, 2)
+    merged.add(out, log_sum_exp[..., 0].permute(2, 0, 1).flatten(1, 2), rows)
+
+
+def causal_mass(q: Tensor, k: Tensor, num_sets: int) -> Iterator[tuple[int, Tensor]]:
+    """Attention weights of the last W of S tokens, summed over the heads of each index set, in blocks of rows.
+
+    Args:
+        q: `[W, H, D]`, the last W queries.
+        k: `[S, G, D]`.
+        num_sets: J, 1 for one index set per layer or G for one per KV head.
+
+    Yields:
+        (first, mass): mass Float32[rows, J, S] of the queries at positions first, first + 1, ...
+    """
+    num_total = len(k)
+    columns = torch.arange(num_total, device=q.device)
+    for rows, scores in _scores(q, k):
+        first = num_total - len(q) + rows.start
+        positions = first + torch.arange(rows.stop - rows.start, device=q.device)
+        scores = scores.masked_fill_(columns > positions[:, None], -torch.inf)
+        weights = scores.softmax(dim=-1).sum(dim=1)  # [G, rows, S]
+        yield first, weights.transpose(0, 1) if num_sets > 1 else weights.sum(dim=0)[:, None]

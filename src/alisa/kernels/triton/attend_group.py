@@ -1,0 +1,130 @@
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
+"""Attention of the query heads that share one head of K and V, over one split of the selected tokens.
+
+Rows are read once for the whole group. The group is padded to 16 heads, the least that a tensor core takes, and the
+products run there in three TF32 terms ("tf32x3"), which keeps the accuracy of float32: values of 16 bits and codes are
+exact in TF32, and of float32 values and of the weights the first 21 bits count. Padding wastes arithmetic that memory
+would otherwise wait for. With one head to a group it is not worth it (attend_single.py).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from alisa.kernels.triton.rows import LOWEST, high_plane, load_tile, low_plane
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def attend_group(
+    q_ptr,
+    values_ptr,
+    pairs_ptr,
+    slots_ptr,
+    counts_ptr,
+    scores_ptr,
+    outs_ptr,
+    tops_ptr,
+    totals_ptr,
+    value_stride,
+    pair_stride,
+    num_slots,
+    split_len,
+    scale,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_LEN: tl.constexpr,
+    PLANES: tl.constexpr,
+    CODED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Scores, and for each split its maximum, sum and weighted values.
+
+    Grid (splits, G, B). Scores are in powers of two: q . k / sqrt(D) * log2(e), which is what `scale` holds.
+    """
+    split, num_splits = tl.program_id(0), tl.num_programs(0)
+    kv_head, num_kv_heads = tl.program_id(1), NUM_HEADS // GROUP
+    seq = tl.program_id(2).to(tl.int64)
+    start = split * split_len
+    count = tl.load(counts_ptr + seq)
+    if start >= count:
+        return
+    end = tl.minimum(start + split_len, count)
+
+    members = tl.arange(0, PADDED)
+    real = members < GROUP
+    heads = seq * NUM_HEADS + kv_head * GROUP + members
+    columns = tl.arange(0, WIDTH)
+    q_ptrs = q_ptr + heads[:, None] * HEAD_DIM + columns[None, :]
+    q_low = tl.load(q_ptrs, mask=real[:, None] & (columns < HEAD_LEN)[None, :], other=0.0).to(tl.float32) * scale
+    q_sum = tl.sum(q_low, axis=1)
+    if PLANES == 2:
+        mask = real[:, None] & (HEAD_LEN + columns < HEAD_DIM)[None, :]
+        q_high = tl.load(q_ptrs + HEAD_LEN, mask=mask, other=0.0).to(tl.float32) * scale
+        q_sum += tl.sum(q_high, axis=1)
+
+    if PER_HEAD:
+        slots_ptr += (seq * num_kv_heads + kv_head) * num_slots
+    else:
+        slots_ptr += seq * num_slots
+    k_place = kv_head * HEAD_LEN
+    v_place = (num_kv_heads + kv_head) * HEAD_LEN
+    pairs_ptr += num_kv_heads * HEAD_LEN
+
+    lanes = tl.arange(0, BLOCK)
+    top = tl.full([PADDED], LOWEST, tl.float32)
+    total = tl.zeros([PADDED], tl.float32)
+    low = tl.zeros([PADDED, WIDTH], tl.float32)
+    if PLANES == 2:
+        high = tl.zeros([PADDED, WIDTH], tl.float32)
+    if CODED:
+        base = tl.zeros([PADDED], tl.float32)
+    for first in range(start, end, BLOCK):
+        ids = first + lanes
+        live = ids < end
+        slots = tl.load(slots_ptr + ids, mask=live, other=0).to(tl.int64)
+        places = slots * value_stride
+        k = load_tile(values_ptr, places + k_place, columns, live, HEAD_LEN)
+        v = load_tile(values_ptr, places + v_place, columns, live, HEAD_LEN)
+
+        scores = tl.dot(q_low, tl.trans(low_plane(k, PLANES)), input_precision="tf32x3")
+        if PLANES == 2:
+            scores += tl.dot(q_high, tl.trans(high_plane(k)), input_precision="tf32x3")
+        if CODED:
+            k_pair = pairs_ptr + slots * pair_stride + 2 * kv_head
+            step = tl.load(k_pair, mask=live, other=0.0).to(tl.float32)
+            minimum = tl.load(k_pair + 1, mask=live, other=0.0).to(tl.float32)
+            scores = scores * step[None, :] + q_sum[:, None] * minimum[None, :]
+        tl.store(scores_ptr + heads[:, None] * num_slots + ids[None, :], scores, mask=real[:, None] & live[None, :])
+
+        scores = tl.where(live[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        fade = tl.exp2(top - new_top)
+        weights = tl.exp2(scores - new_top[:, None])
+        top = new_top
+        total = total * fade + tl.sum(weights, axis=1)
+        if CODED:
+            v_pair = pairs_ptr + slots * pair_stride + 2 * (num_kv_heads + kv_head)
+            step = tl.load(v_pair, mask=live, other=0.0).to(tl.float32)
+            minimum = tl.load(v_pair + 1, mask=live, other=0.0).to(tl.float32)
+            base = base * fade + tl.sum(weights * minimum[None, :], axis=1)
+            weights *= step[None, :]
+        low = low * fade[:, None] + tl.dot(weights, low_plane(v, PLANES), input_precision="tf32x3")
+        if PLANES == 2:
+            high = high * fade[:, None] + tl.dot(weights, high_plane(v), input_precision="tf32x3")
+
+    parts = heads * num_splits + split
+    tl.store(tops_ptr + parts, top, mask=real)
+    tl.store(totals_ptr + parts, total, mask=real)
+    out_ptrs = outs_ptr + parts[:, None] * HEAD_DIM + columns[None, :]
+    if CODED:
+        low += base[:, None]
+    tl.store(out_ptrs, low, mask=real[:, None] & (columns < HEAD_LEN)[None, :])
+    if PLANES == 2:
+        mask = real[:, None] & (HEAD_LEN + columns < HEAD_DIM)[None, :]
+        tl.store(out_ptrs + HEAD_LEN, high + base[:, None], mask=mask)

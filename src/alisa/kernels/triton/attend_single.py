@@ -1,0 +1,131 @@
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
+"""Attention of a query head that has its K and V to itself, over one split of the selected tokens.
+
+A program walks through its split a block of tokens at a time. Each token of a block is a lane with an online softmax of
+its own (maximum, sum, weighted values), so no maximum or sum is exchanged between warps inside the loop; the lanes are
+merged once, when the split has been read. The products are plain multiply-adds: one query leaves a tensor core nothing
+to share, and float32 multiply-adds keep up with memory.
+
+The scaled scores go to scratch: they become the attention mass once the sum over all splits is known (mass.py).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from alisa.kernels.triton.rows import LOWEST, high_plane, load_tile, low_plane
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def attend_single(
+    q_ptr,
+    values_ptr,
+    pairs_ptr,
+    slots_ptr,
+    counts_ptr,
+    scores_ptr,
+    outs_ptr,
+    tops_ptr,
+    totals_ptr,
+    value_stride,
+    pair_stride,
+    num_slots,
+    split_len,
+    scale,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_LEN: tl.constexpr,
+    PLANES: tl.constexpr,
+    CODED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Scores, and for each split its maximum, sum and weighted values; arguments as in attend_group."""
+    split, num_splits = tl.program_id(0), tl.num_programs(0)
+    head = tl.program_id(1)
+    seq = tl.program_id(2).to(tl.int64)
+    start = split * split_len
+    count = tl.load(counts_ptr + seq)
+    if start >= count:
+        return
+    end = tl.minimum(start + split_len, count)
+
+    columns = tl.arange(0, WIDTH)
+    q_ptr += (seq * NUM_HEADS + head) * HEAD_DIM
+    q_low = tl.load(q_ptr + columns, mask=columns < HEAD_LEN, other=0.0).to(tl.float32) * scale
+    q_sum = tl.sum(q_low)
+    if PLANES == 2:
+        q_high = tl.load(q_ptr + HEAD_LEN + columns, mask=HEAD_LEN + columns < HEAD_DIM, other=0.0)
+        q_high = q_high.to(tl.float32) * scale
+        q_sum += tl.sum(q_high)
+
+    if PER_HEAD:
+        slots_ptr += (seq * NUM_HEADS + head) * num_slots
+    else:
+        slots_ptr += seq * num_slots
+    scores_ptr += (seq * NUM_HEADS + head) * num_slots
+    k_place = head * HEAD_LEN
+    v_place = (NUM_HEADS + head) * HEAD_LEN
+    pairs_ptr += NUM_HEADS * HEAD_LEN
+
+    lanes = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    low = tl.zeros([BLOCK, WIDTH], tl.float32)
+    if PLANES == 2:
+        high = tl.zeros([BLOCK, WIDTH], tl.float32)
+    if CODED:
+        base = tl.zeros([BLOCK], tl.float32)
+    for first in range(start, end, BLOCK):
+        ids = first + lanes
+        live = ids < end
+        slots = tl.load(slots_ptr + ids, mask=live, other=0).to(tl.int64)
+        places = slots * value_stride
+        k = load_tile(values_ptr, places + k_place, columns, live, HEAD_LEN)
+        v = load_tile(values_ptr, places + v_place, columns, live, HEAD_LEN)
+
+        scores = tl.sum(low_plane(k, PLANES) * q_low[None, :], axis=1)
+        if PLANES == 2:
+            scores += tl.sum(high_plane(k) * q_high[None, :], axis=1)
+        if CODED:
+            k_pair = pairs_ptr + slots * pair_stride + 2 * head
+            step = tl.load(k_pair, mask=live, other=0.0).to(tl.float32)
+            minimum = tl.load(k_pair + 1, mask=live, other=0.0).to(tl.float32)
+            scores = scores * step + minimum * q_sum
+        tl.store(scores_ptr + ids, scores, mask=live)
+
+        scores = tl.where(live, scores, float("-inf"))
+        new_top = tl.maximum(top, scores)
+        fade = tl.exp2(top - new_top)
+        weights = tl.exp2(scores - new_top)
+        top = new_top
+        total = total * fade + weights
+        if CODED:
+            v_pair = pairs_ptr + slots * pair_stride + 2 * (NUM_HEADS + head)
+            step = tl.load(v_pair, mask=live, other=0.0).to(tl.float32)
+            minimum = tl.load(v_pair + 1, mask=live, other=0.0).to(tl.float32)
+            base = base * fade + weights * minimum
+            weights *= step
+        low = low * fade[:, None] + weights[:, None] * low_plane(v, PLANES)
+        if PLANES == 2:
+            high = high * fade[:, None] + weights[:, None] * high_plane(v)
+
+    best = tl.max(top, axis=0)
+    fade = tl.exp2(top - best)
+    part = (seq * NUM_HEADS + head) * num_splits + split
+    tl.store(tops_ptr + part, best)
+    tl.store(totals_ptr + part, tl.sum(total * fade))
+    out = tl.sum(low * fade[:, None], axis=0)
+    if CODED:
+        shift = tl.sum(base * fade)
+        out += shift
+    outs_ptr += part * HEAD_DIM
+    tl.store(outs_ptr + columns, out, mask=columns < HEAD_LEN)
+    if PLANES == 2:
+        out = tl.sum(high * fade[:, None], axis=0) + shift
+        tl.store(outs_ptr + HEAD_LEN + columns, out, mask=HEAD_LEN + columns < HEAD_DIM)

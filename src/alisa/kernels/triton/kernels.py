@@ -1,0 +1,174 @@
+"""The GPU kernels as functions of tensors, with the arguments and results of `CpuKernels`.
+
+Each kernel's own file launches it. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alisa.kernels.base import Attended, Codec
+from alisa.kernels.checks import (
+    check_append,
+    check_decode,
+    check_mean_add,
+    check_mean_blend,
+    check_observe,
+    check_select,
+    check_sketch_append,
+    check_sketch_scores,
+    check_sketch_select,
+)
+from alisa.kernels.triton.append import launch_append
+from alisa.kernels.triton.decode import launch_decode
+from alisa.kernels.triton.mean_blend import launch_blend
+from alisa.kernels.triton.observe import launch_observe
+from alisa.kernels.triton.select import launch_select
+from alisa.kernels.triton.sketch_append import launch_sketch_append
+from alisa.kernels.triton.sketch_scores import launch_sketch_scores
+from alisa.kernels.triton.sketch_shares import launch_shares
+from alisa.spec import RowFormat
+
+
+class TritonKernels:
+    """The Triton kernels; calling it is decode attention (see `DecodeKernel`).
+
+    All tensors lie on the current CUDA device, or on the CPU where the kernels are interpreted.
+    """
+
+    def __call__(self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor) -> Attended:
+        """Attend with q `[B, H, D]` to `slots` Int32[B, J, K] of `rows` UInt8[R, row_bytes]; `counts` Int32[B] count.
+
+        Counts are at least 1, slots valid and without duplicates within a set.
+        """
+        check_decode(q, rows, codec.format, slots, counts)
+        return launch_decode(q.contiguous(), rows, codec.format, slots.contiguous(), counts.contiguous())
+
+    def append(self, rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """K and V `[N, G, D]` stand as rows at `slots` Int64[N] of one layer's pool; nothing else is touched."""
+        check_append(rows, row_format, slots, k, v)
+        launch_append(rows, row_format, slots.contiguous(), _whole_heads(k), _whole_heads(v))
+
+    def select(
+        self,
+        scores: Tensor,
+        req_indices: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+    ) -> Tensor:
+        """Positions Int32[N, num_slots] that each row reads: ascending, 0 behind `counts` Int32[N].
+
+        Of positions [0, older_ends[i]) those `older_counts[i]` with the largest `scores[req_indices[i]]` (of equal
+        ones, the older), then the positions from `older_ends[i]` on. Scores are Float64 or Float32 rows, req_indices
+        Int64[N], the others Int32[N]; `older_counts` is at most `older_ends`, and `counts` lies between it and
+        `num_slots`.
+        """
+        check_select(scores, req_indices, older_ends, older_counts, counts)
+        return launch_select(scores, req_indices, older_ends, older_counts, counts, num_slots)
+
+    def observe(
+        self,
+        sums: Tensor,
+        buckets: Tensor,
+        sum_starts: Tensor,
+        bucket_starts: Tensor,
+        positions: Tensor,
+        counts: Tensor,
+        mass: Tensor,
+    ) -> None:
+        """Sums and buckets have grown by the mass of the tokens attended.
+
+        Args:
+            sums: Float64, contiguous; token p of row i is its element `sum_starts[i] + p`.
+            buckets: Float32, contiguous, addressed by `bucket_starts` in the same way.
+            sum_starts: Int64[N].
+            bucket_starts: Int64[N].
+            positions: Int32[N, K], none of them twice among the real ones of a row.
+            counts: Int32[N], the real ones of each row.
+            mass: Float32[N, K].
+        """
+        check_observe(sums, buckets, sum_starts, bucket_starts, positions, counts, mass)
+        launch_observe(sums, buckets, sum_starts, bucket_starts, positions, counts, mass)
+
+    def sketch_append(self, codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
+        """Tokens `ids` Int64[N] of codes UInt8[T, G, P] and ranges Float16[T, G, 2] stand for the keys `[N, G, D]`.
+
+        Each head lies between its own minimum and maximum: value = minimum + step * code, (step, minimum) in `ranges`.
+        """
+        check_sketch_append(codes, ranges, ids, keys, bits)
+        launch_sketch_append(codes, ranges, ids.contiguous(), _whole_heads(keys), bits)
+
+    def sketch_scores(
+        self,
+        query: Tensor,
+        codes: Tensor,
+        ranges: Tensor,
+        bits: int,
+        starts: Tensor,
+        lengths: Tensor,
+        width: int,
+        num_sets: int,
+    ) -> Tensor:
+        """Approximate attention weights Float32[B, num_sets, width], summed over the heads of each index set.
+
+        For the query `[B, H, D]` over tokens `starts[b]` to `starts[b] + lengths[b] - 1` of the sketch (Int64[B] and
+        Int32[B], at least 1 and at most `width`); 0 from `lengths[b]` on. One set is all heads, G sets are the heads of
+        each KV head.
+        """
+        check_sketch_scores(query, codes, ranges, bits, starts, lengths, num_sets)
+        return launch_sketch_scores(
+            query.contiguous(), codes, ranges, bits, starts.contiguous(), lengths.contiguous(), width, num_sets
+        ).mass
+
+    def sketch_select(
+        self,
+        query: Tensor,
+        codes: Tensor,
+        ranges: Tensor,
+        bits: int,
+        starts: Tensor,
+        lengths: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+        width: int,
+        num_sets: int,
+    ) -> tuple[Tensor, Tensor]:
+        """What `select` chooses by these scores, Int32[B * J, num_slots], and the share of each head's weight on it.
+
+        The query, the sketch, `width` and `num_sets` (J) are as in `sketch_scores`, the budgets Int32[B * J] as in
+        `select`; shares are Float32[B, H], exactly 1 where everything is read.
+        """
+        check_sketch_scores(query, codes, ranges, bits, starts, lengths, num_sets)
+        check_sketch_select(query, num_sets, older_ends, older_counts, counts)
+        lengths = lengths.contiguous()
+        weighed = launch_sketch_scores(
+            query.contiguous(), codes, ranges, bits, starts.contiguous(), lengths, width, num_sets
+        )
+        rows = torch.arange(len(counts), device=counts.device)
+        positions = launch_select(weighed.mass.flatten(0, 1), rows, older_ends, older_counts, counts, num_slots)
+        return positions, launch_shares(weighed, positions, counts, lengths)
+
+    def mean_add(self, sums: Tensor, req_index: Tensor, values: Tensor) -> None:
+        """Sums Float64[N, G, D], contiguous, have grown by values `[n, G, D]` of sequences Int64[n]."""
+        check_mean_add(sums, req_index, values)
+        # In any order: in double precision no order shows in a mean of float32.
+        sums.index_add_(0, req_index, values.to(torch.float64))
+
+    def mean_blend(self, sums: Tensor, req_index: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> Tensor:
+        """`[B, H, D]`: out, and the mean sums / lengths for what its share of weight Float32[B, H] lacks of 1.
+
+        Sums are Float64[req_indices, G, D], contiguous, req_indices Int64[B], lengths Int32[B], out `[B, H, D]` in a
+        float dtype.
+        """
+        check_mean_blend(sums, req_index, lengths, out, shares)
+        return launch_blend(sums, req_index.contiguous(), lengths.contiguous(), out.contiguous(), shares.contiguous())
+
+
+def _whole_heads(values: Tensor) -> Tensor:
+    """`[N, G, D]` with each head in one run; a copy only where they are not."""
+    return values if values.stride(2) == 1 else values.contiguous()

@@ -1,0 +1,57 @@
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
+"""The mean of a sequence's values at the weight of what attention did not read: one launch in place of seven."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alisa.kernels.triton.settings import power_of_two
+
+
+@triton.jit
+def blend_head(
+    sums_ptr,
+    lanes_ptr,
+    lengths_ptr,
+    read_ptr,
+    shares_ptr,
+    out_ptr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One head. Grid (H, B)."""
+    num_heads = tl.num_programs(0)
+    seq = tl.program_id(1).to(tl.int64)
+    head = seq * num_heads + tl.program_id(0)
+    columns = tl.arange(0, WIDTH)
+    real = columns < HEAD_DIM
+    owner = tl.load(lanes_ptr + seq) * (num_heads // GROUP) + tl.program_id(0) // GROUP
+    sums = tl.load(sums_ptr + owner * HEAD_DIM + columns, mask=real, other=0.0)
+    mean = (sums / tl.load(lengths_ptr + seq)).to(tl.float32)
+    share = tl.load(shares_ptr + head)
+    read = tl.load(read_ptr + head * HEAD_DIM + columns, mask=real, other=0.0).to(tl.float32)
+    out = tl.where(share >= 1.0, read, mean + share * (read - mean))
+    tl.store(out_ptr + head * HEAD_DIM + columns, out.to(out_ptr.dtype.element_ty), mask=real)
+
+
+def launch_blend(sums: Tensor, lane_ids: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> Tensor:
+    """Output `[B, H, D]` as `SelectionKernels.mean_blend` describes it."""
+    num_seqs, num_heads, head_dim = out.shape
+    blended = torch.empty_like(out)
+    blend_head[(num_heads, num_seqs)](
+        sums,
+        lane_ids,
+        lengths,
+        out,
+        shares,
+        blended,
+        GROUP=num_heads // sums.shape[1],
+        HEAD_DIM=head_dim,
+        WIDTH=power_of_two(head_dim),
+    )
+    return blended

@@ -1,0 +1,69 @@
+# Functions under @triton.jit are Triton's language, not Python's.
+# pyrefly: ignore-errors
+"""The bytes of rows as the kernels address them: `RowFormat` in units of the pointers they hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alisa.spec import CODE_BITS, RowFormat
+
+LOWEST = tl.constexpr(-3.0e38)
+"""Below every score, and finite: the difference of two such maxima is 0, not NaN."""
+
+_VALUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class RowView:
+    """One layer's pool, twice: as values or codes, and as the float16 pairs of integer rows.
+
+    A row is a whole number of elements of either, so that an address is a slot times a stride plus a place in the row.
+    The (scale, minimum) pairs, behind 2 G head_len bytes of codes, begin at element G head_len of the float16 view.
+    """
+
+    values: Tensor
+    """`[R, ...]` in the dtype of float rows, UInt8 for codes."""
+    pairs: Tensor
+    """Float16 `[R, row_bytes / 2]`; the values again where rows hold no scales."""
+    head_len: int
+    """Elements of `values` in one head of K or of V."""
+    planes: int
+    """Codes in a byte: 2 for int4, else 1."""
+    coded: bool
+
+    @classmethod
+    def of(cls, rows: Tensor, row_format: RowFormat) -> RowView:
+        """Views of rows UInt8[R, row_bytes]; no copy."""
+        bits = CODE_BITS.get(row_format.dtype)
+        if bits is not None:
+            return cls(rows, rows.view(torch.float16), row_format.head_bytes, 8 // bits, True)
+        values = rows.view(_VALUE_DTYPES[row_format.dtype])
+        return cls(values, values, row_format.head_dim, 1, False)
+
+
+@triton.jit
+def load_tile(values_ptr, places, columns, live, HEAD_LEN: tl.constexpr):
+    """One head of some tokens: values or bytes of codes [tokens, WIDTH], 0 outside."""
+    mask = live[:, None] & (columns < HEAD_LEN)[None, :]
+    return tl.load(values_ptr + places[:, None] + columns[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def low_plane(tile, PLANES: tl.constexpr):
+    """Values, or the first code of each byte, in float32."""
+    if PLANES == 2:
+        return (tile & 15).to(tl.float32)
+    else:
+        return tile.to(tl.float32)
+
+
+@triton.jit
+def high_plane(tile):
+    """The second code of each byte in float32."""
+    return (tile >> 4).to(tl.float32)

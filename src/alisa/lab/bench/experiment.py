@@ -1,0 +1,182 @@
+"""Experiments as files: which workloads, and which engines do them. No torch.
+
+name = "paper"
+rounds = 3                      # every measurement so often, in turns
+
+[defaults]                      # for every workload
+model = "opt-1.3b"              # a shape (weights are random), or the directory of a model
+prompt_len = 128
+output_len = 512
+
+[[workload]]
+name = "b16"
+batch = 16
+
+[[run]]
+name = "alisa swa"
+engine = "alisa"                # or one of `alisa.lab.bench.engines.PEERS`; all other fields are options of the engine
+policy = "swa"
+sparsity = 0.8
+workloads = ["b16"]             # default: all
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from alisa.errors import InputError
+from alisa.lab.bench.engines import check_options
+from alisa.planner.hardware import from_values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Prompts that arrive together, each continued by exactly `output_len` tokens."""
+
+    name: str
+    model: str
+    """A shape (`alisa.lab.bench.shapes`), whose weights are random, or the directory of a model."""
+    batch: int
+    """Sequences worked on together at the most."""
+    output_len: int
+    prompt_len: int | None = None
+    """Of every prompt, which are then `batch` prompts of random ids."""
+    prompts: str | None = None
+    """File of prompts instead, as `alisa generate --input` reads it; environment variables in it are replaced."""
+    num_prompts: int | None = None
+    """Of the file, so many from its beginning; None: as many as the batch."""
+    dtype: str = "bfloat16"
+    seed: int = 0
+    kv_share: float | None = None
+    """Cap of the memory for K and V, as a share of what they take in `dtype`; None: none."""
+    timeout_s: int = 3600
+    """After this a run is given up."""
+
+    def __post_init__(self) -> None:
+        if (self.prompt_len is None) == (self.prompts is None):
+            raise InputError(f"workload {self.name!r} needs either prompt_len or prompts.")
+        for name in ("batch", "output_len", "prompt_len", "num_prompts", "kv_share"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InputError(f"workload {self.name!r}: {name} is {value}, it must be above 0.")
+
+    @property
+    def what(self) -> dict[str, Any]:
+        """All that decides the work, without its name."""
+        return {key: value for key, value in asdict(self).items() if key not in ("name", "timeout_s")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """An engine and its options."""
+
+    name: str
+    engine: str
+    options: Mapping[str, Any]
+    workloads: tuple[str, ...]
+    """Names of those that it does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One engine doing one workload once."""
+
+    experiment: str
+    workload: Workload
+    run: Run
+    round: int
+
+    @property
+    def cell(self) -> str:
+        """A digest of all that decides the work: the same measurement has the same, whatever it is called."""
+        parts = (self.workload.what, self.run.engine, self.run.options, self.round)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What a file describes."""
+
+    name: str
+    workloads: tuple[Workload, ...]
+    runs: tuple[Run, ...]
+    rounds: int
+
+    def measurements(self, only: Sequence[str] = ()) -> tuple[Measurement, ...]:
+        """All measurements, engine by engine in each workload, and all of them again in the next round.
+
+        Args:
+            only: names of runs or workloads; of each kind that is named, just these.
+
+        Raises:
+            InputError: a name is not there.
+        """
+        runs, workloads = {run.name for run in self.runs}, {workload.name for workload in self.workloads}
+        if unknown := [name for name in only if name not in runs | workloads]:
+            there = ", ".join(sorted(runs | workloads))
+            raise InputError(f"{self.name} has no run and no workload {unknown[0]!r}; there is {there}.")
+        return tuple(
+            Measurement(experiment=self.name, workload=workload, run=run, round=number)
+            for number in range(self.rounds)
+            for workload in self.workloads
+            for run in self.runs
+            if workload.name in run.workloads
+            and _wanted(run.name, only, runs)
+            and _wanted(workload.name, only, workloads)
+        )
+
+
+def _wanted(name: str, only: Sequence[str], kind: set[str]) -> bool:
+    return name in only or kind.isdisjoint(only)
+
+
+def load_experiment(path: Path) -> Experiment:
+    """The experiment that a file describes.
+
+    Raises:
+        InputError: the file is missing, no TOML, or describes something else.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not TOML: {error}.") from error
+    try:
+        return experiment_from(values)
+    except (InputError, TypeError, KeyError) as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error).removesuffix(".")
+        raise InputError(f"{path}: {reason}; src/alisa/lab/bench/experiment.py shows what belongs there.") from error
+
+
+def experiment_from(values: Mapping[str, Any]) -> Experiment:
+    """The experiment of these values, checked; raises InputError, TypeError or KeyError."""
+    if unknown := sorted(set(values) - {"name", "rounds", "defaults", "workload", "run"}):
+        raise InputError(f"it does not know {unknown[0]!r}")
+    defaults = values.get("defaults", {})
+    workloads = tuple(from_values(Workload, defaults | table) for table in values["workload"])
+    runs = tuple(_runs(values["run"], tuple(workload.name for workload in workloads)))
+    for names in ([workload.name for workload in workloads], [run.name for run in runs]):
+        if len(set(names)) != len(names):
+            raise InputError("two runs, or two workloads, have the same name")
+    rounds = values.get("rounds", 1)
+    if not isinstance(rounds, int) or rounds < 1:
+        raise InputError(f"rounds is {rounds!r}, at least 1 is needed")
+    return Experiment(name=str(values["name"]), workloads=workloads, runs=runs, rounds=rounds)
+
+
+def _runs(tables: Sequence[Mapping[str, Any]], there: tuple[str, ...]) -> Iterator[Run]:
+    for table in tables:
+        options = {key: value for key, value in table.items() if key not in ("name", "engine", "workloads")}
+        name, engine = str(table["name"]), str(table["engine"])
+        chosen = tuple(table.get("workloads", there))
+        if unknown := sorted(set(chosen) - set(there)):
+            raise InputError(f"run {name!r} names the workload {unknown[0]!r}, which is not there")
+        check_options(engine, options)
+        yield Run(name=name, engine=engine, options=options, workloads=chosen)

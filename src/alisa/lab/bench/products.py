@@ -1,0 +1,49 @@
+"""A linear layer with weights in 8 bits, against torch's packed product with weights in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from alisa.kernels.native.kernels import CpuKernels
+from alisa.kernels.native.product import CpuProducts, product_isa_names
+from alisa.lab.bench.cases import ProductCase
+from alisa.lab.bench.contest import Call, Contender, Contest, Role
+from alisa.model.linear import Linear, make_linear
+from alisa.model.linear_int8 import QuantisedLinear, multiply_int8
+
+_LAYERS = 8
+"""Used in turn, so that each finds its weights in memory and not in a cache."""
+_TWIN_TOKENS = 16
+"""The reference unpacks all weights in every call: with more tokens it shows nothing else."""
+
+
+def product_contest(case: ProductCase, kernels: CpuKernels) -> Contest:
+    """The case with random weights and inputs."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(case.num_out, case.num_in, generator=generator).bfloat16()
+    x = torch.randn(case.num_tokens, case.num_in, generator=generator).bfloat16()
+    multiply = CpuProducts(_isa(kernels.isa))
+    few = case.num_tokens <= _TWIN_TOKENS
+    layers = [QuantisedLinear(weight, None, multiply) for _ in range(_LAYERS)]
+
+    def rivals() -> Iterator[Contender]:
+        device = torch.device("cpu")
+        packed = [make_linear(weight, None, device) for _ in range(_LAYERS)]
+        yield Contender(Role.PACKED, "torch bf16", _in_turn(packed, x))
+        if few:
+            reference = QuantisedLinear(weight, None, multiply_int8)
+            yield Contender(Role.TWIN, "torch reference", lambda _: reference(x))
+
+    return Contest(_in_turn(layers, x), rivals, case.num_bytes)
+
+
+def _in_turn(layers: Sequence[Linear], x: Tensor) -> Call:
+    return lambda number: layers[number % _LAYERS](x)
+
+
+def _isa(kernels: str) -> str:
+    """The products that go with these kernels: AVX-512 without VNNI has none of its own."""
+    return kernels if kernels in product_isa_names() else "avx2"

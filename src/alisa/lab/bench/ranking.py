@@ -1,0 +1,31 @@
+"""Key sketches: ranking every token for a query, and sketching new keys, each against its torch reference."""
+
+from __future__ import annotations
+
+import torch
+
+from alisa.kernels.native.kernels import CpuKernels
+from alisa.lab.bench.cases import SketchCase
+from alisa.lab.bench.contest import Contender, Contest, Role
+from alisa.policy.sketch import sketch_append, sketch_scores
+
+
+def sketch_contest(case: SketchCase, kernels: CpuKernels) -> Contest:
+    """The case with random keys, the same for every sequence: what they are does not change the time."""
+    generator = torch.Generator().manual_seed(0)
+    num_rows = case.num_seqs * case.num_tokens
+    codes = torch.empty(num_rows, case.num_kv_heads, -(-case.head_dim * case.bits // 8), dtype=torch.uint8)
+    ranges = torch.empty(num_rows, case.num_kv_heads, 2, dtype=torch.float16)
+    ids = torch.arange(num_rows).view(case.num_seqs, case.num_tokens)
+    keys = torch.randn(case.num_tokens, case.num_kv_heads, case.head_dim, generator=generator).bfloat16()
+    for own_ids in ids:
+        kernels.sketch_append(codes, ranges, own_ids, keys, case.bits)
+    if case.work == "append":
+        new = (codes, ranges, ids[0], keys, case.bits)
+        reference = Contender(Role.TWIN, "torch reference", lambda _: sketch_append(*new))
+        return Contest(lambda _: kernels.sketch_append(*new), lambda: [reference], case.num_bytes)
+    query = torch.randn(case.num_seqs, case.num_heads, case.head_dim, generator=generator).bfloat16()
+    lengths = torch.full((case.num_seqs,), case.num_tokens, dtype=torch.int32)
+    table = (query, codes, ranges, case.bits, ids[:, 0].contiguous(), lengths, case.num_tokens, case.num_sets)
+    reference = Contender(Role.TWIN, "torch reference", lambda _: sketch_scores(*table))
+    return Contest(lambda _: kernels.sketch_scores(*table), lambda: [reference], case.num_bytes)

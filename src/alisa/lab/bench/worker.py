@@ -1,0 +1,78 @@
+"""The driver of this package's own engine: a job on standard input, one result on standard output.
+
+python -m alisa.lab.bench.worker < job.json
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from alisa.engine.builder import Caps, default_kv_memory
+from alisa.kernels.choose import choose_backend
+from alisa.lab.bench.engines import OwnOptions
+from alisa.lab.bench.remote.measured import Clock, Job, finish
+from alisa.lab.bench.session import Ran, Setting, kv_dtype_of, run_batch
+from alisa.model.choose_linear import choose_linear
+from alisa.model.decoder import Decoder
+from alisa.model.loader import load_decoder
+from alisa.outputs import StepRecord
+from alisa.scheduler.placement.file import schedule_from
+
+
+def setting_of(job: Job, options: OwnOptions) -> Setting:
+    """How the job is to be run: with a budget, the rest goes to disk; without, all of it stays in memory."""
+    device_bytes = job.kv_budget_bytes
+    tiers = device_bytes is not None or options.schedule is not None
+    return Setting(
+        policy=options.policy,
+        sparsity=options.sparsity,
+        kv_dtype=options.kv_dtype,
+        caps=Caps(
+            default_kv_memory(torch.device("cpu")) if device_bytes is None else device_bytes,
+            0,
+            None if tiers else 0,
+            None if options.disk_path is None else Path(options.disk_path),
+            overlap=options.overlap,
+        ),
+        scheduler=None if options.schedule is None else schedule_from(options.schedule),
+        prefetch=options.prefetch,
+        max_batch=job.batch,
+    )
+
+
+def generate(decoder: Decoder, setting: Setting, job: Job) -> tuple[Clock, Ran]:
+    """Run the job."""
+    clock = Clock(len(job.prompts))
+
+    def on_step(record: StepRecord) -> None:
+        if not record.prefill:
+            clock.step()
+
+    ran = run_batch(decoder, setting, job.prompts, job.output_len, on_first=clock.first, on_step=on_step)
+    clock.stop()
+    return clock, ran
+
+
+def main() -> None:
+    """Measure."""
+    job = Job.read()
+    torch.set_num_threads(job.threads)
+    options = OwnOptions.of(job.options)
+    setting = setting_of(job, options)
+    device = torch.device("cpu")
+    make_linear = choose_linear(options.weight_dtype, device)
+    decoder = load_decoder(Path(job.model), getattr(torch, job.dtype), device, make_linear=make_linear)
+    generate(decoder, setting, job.warm_up())
+    clock, ran = generate(decoder, setting, job)
+    kernels = choose_backend(decoder.device)
+    weights = job.dtype if options.weight_dtype == "auto" else options.weight_dtype
+    notes = [f"{weights} weights, {kv_dtype_of(decoder, options.kv_dtype)} KV rows", f"kernels {kernels.name}"]
+    notes += [] if options.prefetch else ["no prefetching"]
+    notes += [] if options.overlap else ["no overlap of moves with arithmetic"]
+    finish(job, clock, packages=["alisa", "torch"], num_output=ran.num_output, notes=notes, details=ran.details())
+
+
+if __name__ == "__main__":
+    main()

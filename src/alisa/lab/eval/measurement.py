@@ -1,0 +1,172 @@
+"""What an evaluation is: a fixed set of units that any variant of the model can be measured on.
+
+A unit is a window of text or a question; units do not depend on each other, so that their spread says how sure a mean
+is. All variants are measured on the same units and compared with the baseline unit by unit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from math import isnan
+from time import perf_counter
+from typing import NamedTuple, Protocol
+
+import torch
+
+from alisa import __version__
+from alisa.errors import InputError
+from alisa.lab.eval.record_file import Record, RecordFile
+from alisa.lab.eval.statistics import Estimate
+from alisa.lab.eval.subject import BASELINE, Subject, Variant
+
+
+class Measurement(NamedTuple):
+    """What one variant gave."""
+
+    units: list[float]
+    """One number for each unit, in their order."""
+    details: dict[str, object]
+    """Further figures for the record."""
+
+
+class Evaluation(Protocol):
+    """Units, and how their numbers become one."""
+
+    @property
+    def kind(self) -> str:
+        """Which table and which drawing its records belong to."""
+        ...
+
+    @property
+    def task(self) -> str:
+        """What is measured on: a text, a task."""
+        ...
+
+    @property
+    def metric(self) -> str:
+        """What the value is."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest unit."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """All that decides the numbers besides the model and the variant."""
+        ...
+
+    def measure(self, subject: Subject, variant: Variant) -> Measurement:
+        """Run one variant over all units."""
+        ...
+
+    def value(self, units: Sequence[float]) -> Estimate:
+        """The metric."""
+        ...
+
+    def versus(self, units: Sequence[float], baseline: Sequence[float]) -> Estimate:
+        """The metric against the baseline's, paired by unit."""
+        ...
+
+
+def fingerprint(value: object) -> str:
+    """Twelve hexadecimal digits that stand for plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def measure_cells(
+    subject: Subject, evaluation: Evaluation, variants: Sequence[Variant], file: RecordFile
+) -> Iterator[Record]:
+    """The record of every variant, from the file or measured now; the baseline is among the variants.
+
+    Raises:
+        AlisaError: what the evaluation raises, or the file cannot be written; finished cells are kept.
+        InputError: the file's record of the baseline was shortened.
+    """
+    baseline: Sequence[float] = ()
+    for variant in sorted(variants, key=lambda variant: variant != BASELINE):
+        cell = _cell(subject, evaluation, variant)
+        record = file.get(cell)
+        if record is None:
+            started = perf_counter()
+            measured = evaluation.measure(subject, variant)
+            seconds = perf_counter() - started
+            units = [round(unit, 6) for unit in measured.units]
+            baseline = baseline or units
+            record = {
+                "kind": evaluation.kind,
+                "cell": cell,
+                "model": subject.name,
+                "task": evaluation.task,
+                "policy": variant.policy,
+                "sparsity": variant.sparsity,
+                "kv_dtype": subject.kv_dtype(variant),
+                "weight_dtype": subject.weight_dtype,
+                "metric": evaluation.metric,
+                **_figures("value", "standard_error", evaluation.value(units)),
+                **_figures("versus_dense", "versus_dense_error", evaluation.versus(units, baseline)),
+                "seconds": round(seconds, 3),
+                "kv_token_bytes": subject.row_bytes(variant),
+                "policy_token_bytes": round(subject.state_bytes(variant, evaluation.length), 1),
+                **measured.details,
+                "units": units,
+                "settings": dict(evaluation.settings),
+                "stamp": _stamp(subject),
+            }
+            file.append(record)
+        if not baseline:
+            units_read = record.get("units")
+            if not isinstance(units_read, list):
+                raise InputError(
+                    "The output file has the figures of dense attention as a whole only, not by window or question, so "
+                    "that nothing can be compared with it; choose another --output."
+                )
+            baseline = units_read
+        yield record
+
+
+def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
+    """Digest of everything that decides the numbers of one cell."""
+    decoder = subject.scorer.decoder
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    # Said where it is not the dtype of the arithmetic alone, so that cells measured before there was a choice stay.
+    weights = {} if subject.weight_dtype == dtype else {"weight_dtype": subject.weight_dtype}
+    return fingerprint(
+        {
+            "kind": evaluation.kind,
+            "task": evaluation.task,
+            "settings": dict(evaluation.settings),
+            "model": subject.name,
+            "dtype": str(decoder.dtype),
+            "device": decoder.device.type,
+            "policy": variant.policy,
+            "sparsity": variant.sparsity,
+            "kv_dtype": subject.kv_dtype(variant),
+            **weights,
+        }
+    )
+
+
+def _figures(name: str, error_name: str, estimate: Estimate) -> dict[str, float | None]:
+    """An estimate as two fields; JSON has no NaN."""
+    error = estimate.standard_error
+    return {name: round(estimate.value, 6), error_name: None if isnan(error) else round(error, 6)}
+
+
+def _stamp(subject: Subject) -> dict[str, object]:
+    """When and with what a cell was measured."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "alisa": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "attention": subject.scorer.kernels.name,
+        "dtype": str(subject.scorer.decoder.dtype).removeprefix("torch."),
+    }

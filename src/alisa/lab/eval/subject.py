@@ -1,0 +1,98 @@
+"""The model under evaluation, and the combinations of policy, sparsity and row format that it is run with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from alisa.cache.codec import make_codec
+from alisa.config import KvDtypeName, PolicyName
+from alisa.errors import InputError
+from alisa.kernels.base import Codec
+from alisa.lab.scoring import Scorer
+from alisa.llm import LLM
+from alisa.model.tokenizer import Tokenizer
+from alisa.policy.base import SelectionPolicy
+from alisa.policy.registry import make_policy
+from alisa.spec import ModelSpec, RowFormat
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to run the model: a column, row or cell of a table."""
+
+    policy: PolicyName
+    sparsity: float
+    kv_dtype: KvDtypeName
+    """`auto`: what the model computes in."""
+
+    def selection_policy(self) -> SelectionPolicy:
+        """The policy object."""
+        return make_policy(self.policy, self.sparsity)
+
+
+BASELINE = Variant("dense", 0.0, "auto")
+"""What every other variant is compared with: everything read, rows as precise as the arithmetic."""
+
+
+def variants(
+    policies: Sequence[PolicyName], sparsities: Sequence[float], kv_dtypes: Sequence[KvDtypeName]
+) -> tuple[Variant, ...]:
+    """Every combination once, the baseline first; dense has one sparsity, 0."""
+    found = [BASELINE]
+    for kv_dtype in kv_dtypes:
+        for policy in policies:
+            found += [Variant(policy, sparsity, kv_dtype) for sparsity in ((0.0,) if policy == "dense" else sparsities)]
+    return tuple(dict.fromkeys(found))
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A loaded model with all that scoring needs."""
+
+    name: str
+    scorer: Scorer
+    tokenizer: Tokenizer
+    weight_dtype: str
+    """What the linear layers are held in."""
+
+    @classmethod
+    def of(cls, llm: LLM) -> Subject:
+        """The model of an `LLM`; its policy, sparsity and row format play no part."""
+        return cls(llm.name, Scorer.of(llm), llm.tokenizer, llm.weight_dtype)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Shape of the model."""
+        return self.scorer.decoder.spec
+
+    def kv_dtype(self, variant: Variant) -> str:
+        """The row format of a variant, `auto` resolved."""
+        dtype = str(self.scorer.decoder.dtype).removeprefix("torch.")
+        return dtype if variant.kv_dtype == "auto" else variant.kv_dtype
+
+    def codec(self, variant: Variant) -> Codec:
+        """Writes and reads the rows of a variant."""
+        return make_codec(RowFormat(self.kv_dtype(variant), self.spec.num_kv_heads, self.spec.head_dim))
+
+    def row_bytes(self, variant: Variant) -> int:
+        """KV bytes of one token over all layers."""
+        return self.spec.num_layers * self.codec(variant).format.row_bytes
+
+    def state_bytes(self, variant: Variant, length: int) -> float:
+        """Bytes of policy state for each token of a sequence of `length` tokens: the memory a policy costs on top."""
+        scorer = self.scorer
+        state = variant.selection_policy().start(self.spec, 1, length, scorer.decoder.device, scorer.kernels.selection)
+        return state.nbytes / length
+
+    def check_length(self, length: int, what: str) -> None:
+        """Refuse sequences that the model has no positions for.
+
+        Raises:
+            InputError: `length` is too long.
+        """
+        if length > self.spec.max_positions:
+            raise InputError(
+                f"{what} has {length} tokens and {self.name} has {self.spec.max_positions} positions; choose at most "
+                f"that many."
+            )
