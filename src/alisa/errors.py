@@ -27,6 +27,18 @@ class PromptError(InputError):
         self.problem = problem
 
 
+class RequestError(InputError):
+    """One request is not usable.
+
+    Args:
+        problem: the rest of the sentence after "The prompt".
+    """
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"The prompt {problem}")
+        self.problem = problem
+
+
 class ModelError(AlisaError):
     """A model directory or hub id cannot be turned into a working decoder."""
 

@@ -23,9 +23,10 @@ class Phase(StrEnum):
     RECOMPUTE = "recompute"
 
 
-FinishReason = Literal["length", "stop", "eos", "error"]
+FinishReason = Literal["length", "stop", "eos", "error", "abort"]
 """`length`: all tokens asked for, or no position left; `stop`: a stop string or id; `eos`: the model's own end token;
-`error`: rows of the KV cache were lost, the output up to there is sound."""
+`error`: rows of the KV cache were lost, or the logits were no numbers; the output up to there is sound; `abort`: the
+caller did not want the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,8 @@ class StepRecord:
     sampling_s: float
     other_s: float
     wall_s: float
+    state_bytes: int = 0
+    """Bytes of the selection policy's state after the step; they are under the device cap too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +139,21 @@ class RequestOutput:
     report: RequestReport
     error: str = ""
     """What went wrong, when that is why it ended."""
+    request_id: str = ""
+    """Its name in the engine."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New text of a running request."""
+    """What a step added to a running request."""
 
     index: int
+    """Place of the prompt in the list that was given."""
     text: str
+    """Text that became certain; it may be empty, since a stop string or a character may not be complete yet."""
+    request_id: str = ""
+    token_ids: tuple[int, ...] = ()
+    """The new tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +189,7 @@ class RunSummary:
     """How often a sequence had to give way."""
     traffic: Traffic
     policy_state_bytes: int
-    """Memory of the selection policy, not part of the cap."""
+    """Most memory that the selection policy held; part of the device cap, beside `kv_peak_bytes`."""
     tokens_attended: int
     tokens_dense: int
     peak_rss_bytes: int

@@ -1,185 +1,244 @@
-"""What the model's `attend` is: the paper on one screen.
+"""What the model's `attend` is: the paper on one screen, and the only place where cache, policy and kernels meet.
 
 The decoder hands over q, k and v of one layer and gets the attention output back; it does not know that a cache exists.
-`PrefillAttend` reads prompts, `DecodeAttend` makes one step of Sparse Window Attention (or of any other policy).
+Whoever runs a model over cached rows (the engine, teacher-forced scoring, the evaluations) goes through one session:
+
+    session.begin(plan)                             rows and state have room, moves are under way
+    decoder.forward(tokens, positions, session.attend)
+    session.end()                                   what was read and moved
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from alisa.attention.timing import Part, Stopwatch
-from alisa.cache.base import Part as RowPart
-from alisa.cache.base import RowStore
-from alisa.kernels.base import Attended, DecodeKernel, KeyBlock, PrefillKernel, Selection, StepBatch
-from alisa.kernels.reference.decode import head_scores
-from alisa.kernels.reference.merge import PartialAttention
-from alisa.policy.base import PolicyState
-from alisa.scheduler.plan import Segment
-
-PAST_BLOCK_TOKENS = 1024
-"""Cached tokens that prefill reads back at once: what it holds of the past does not grow with the prompt."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillSegment:
-    """A piece of a prompt, and from which position on its rows of attention seed the policy (None: none of them)."""
-
-    segment: Segment
-    seed_from: int | None
+from alisa.attention.pieces import attend_in_pieces
+from alisa.attention.prefill import PrefillStep
+from alisa.attention.timing import StepSection, StepTimer
+from alisa.cache.base import KVChunk, RowStore
+from alisa.cache.manager import CacheManager
+from alisa.kernels.base import Attended, Selection, StepBatch
+from alisa.kernels.choose import AttentionBackend
+from alisa.outputs import Traffic
+from alisa.policy.base import PolicyState, SelectionPolicy
+from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
+from alisa.spec import AttentionShape
 
 
-class PrefillAttend:
-    """Dense causal attention over pieces of prompts, packed one behind the other: q `[1, T, H, D]`."""
+class StepTraffic(NamedTuple):
+    """What a step read and moved."""
 
-    def __init__(
-        self,
-        store: RowStore,
-        state: PolicyState,
-        num_sets: int,
-        pieces: tuple[PrefillSegment, ...],
-        kernel: PrefillKernel,
-        device: torch.device,
-        watch: Stopwatch,
-    ) -> None:
-        self._store = store
-        self._state = state
-        self._kernel = kernel
-        self._num_sets = num_sets
-        self._pieces = pieces
-        self._watch = watch
-        segments = [piece.segment for piece in pieces]
-        places = [(segment.req_idx, position) for segment in segments for position in range(segment.start, segment.end)]
-        self._req_index, self._positions = torch.tensor(places, device=device).unbind(1)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-        """One layer of prefill; k and v `[1, T, G, D]`, returns `[1, T, H, D]`."""
-        q, k, v = q[0], k[0], v[0]
-        out = torch.empty_like(q)
-        with self._watch.measure(Part.ATTENTION):
-            self._store.append(layer, k, v, hidden[0])
-        with self._watch.measure(Part.SELECTION):
-            self._state.remember(layer, self._req_index, self._positions, k, v)
-        start = 0
-        for piece in self._pieces:
-            span = slice(start, start + piece.segment.count)
-            start = span.stop
-            out[span] = self._piece(layer, piece, q[span], k[span], v[span])
-        return out[None]
-
-    def _piece(self, layer: int, piece: PrefillSegment, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of one piece `[t, H, D]`; its last rows seed the policy."""
-        segment = piece.segment
-        num_seeds = 0 if piece.seed_from is None else segment.end - piece.seed_from
-        own = KeyBlock(segment.start, k, v)
-        with self._watch.measure(Part.ATTENTION):
-            out, seeds = self._kernel(q, own, partial(self._past, layer, segment), num_seeds, self._num_sets)
-        with self._watch.measure(Part.SELECTION):
-            for first, start, mass in seeds:
-                self._state.seed(layer, segment.req_idx, first, start, mass)
-        return out
-
-    def _past(self, layer: int, segment: Segment) -> Iterator[KeyBlock]:
-        """K and V of the tokens before the piece, from wherever their rows lie."""
-        for first in range(0, segment.start, PAST_BLOCK_TOKENS):
-            k, v = self._store.read(layer, segment.req_idx, first, min(first + PAST_BLOCK_TOKENS, segment.start))
-            yield KeyBlock(first, k, v)
+    tokens_attended: tuple[int, ...]
+    """Cached tokens that decode attention read for each chunk of the plan, summed over layers; 0 in prefill."""
+    traffic: Traffic
+    failed: dict[int, str]
+    """Request indices whose rows were lost, and why: their output is worthless."""
 
 
-class DecodeAttend:
-    """One new token per sequence: write its row, choose what to read, read it in place, remember what it showed.
+class _Ahead(NamedTuple):
+    """Selections of every layer for a step that has not come yet."""
+
+    req_indices: tuple[int, ...]
+    lengths: tuple[int, ...]
+    selections: tuple[Selection, ...]
+
+
+class KVSession:
+    """A cache and a policy's state, driven step by step.
 
     Args:
-        store: the rows, already told about this step.
-        state: what the policy knows, already told about this step.
-        batch: the sequences.
-        kernel: attention over rows by slot.
-        watch: where the time goes.
-        chosen: selections of all layers that are known already; None: the state is asked in every layer.
-        keeps_mass: whether the policy wants to see the attention mass.
+        cache: where rows lie.
+        policy: which tokens are read.
+        state: what the policy remembers.
+        backend: the kernels.
+        shape: of the attention.
+        device: of the model.
+        timer: told where the time goes.
+        looks_ahead: choose a step's tokens when the step before it has been through all layers, and let the cache fetch
+            what is missing while logits and tokens are computed. Only for policies that do not look at the query.
     """
 
     def __init__(
         self,
-        store: RowStore,
+        cache: CacheManager,
+        policy: SelectionPolicy,
         state: PolicyState,
-        batch: StepBatch,
-        kernel: DecodeKernel,
-        watch: Stopwatch,
+        backend: AttentionBackend,
+        shape: AttentionShape,
+        device: torch.device,
+        timer: StepTimer,
         *,
-        chosen: Sequence[Selection] | None,
-        keeps_mass: bool,
+        looks_ahead: bool = False,
     ) -> None:
-        self._store = store
-        self._state = state
-        self._kernel = kernel
-        self._watch = watch
-        self._chosen = chosen
-        self._keeps_mass = keeps_mass
-        self.tokens_attended = [0] * len(batch.req_indices)
-        """Cached tokens read for each sequence, summed over the layers so far."""
-        self._req_index, self._positions = batch.req_index, batch.length_counts.to(torch.int64) - 1
+        self.cache = cache
+        self.policy = policy
+        self.state = state
+        self._shape = shape
+        self._device = device
+        self._looks_ahead = looks_ahead and not policy.query_aware
+        self._timer = timer
+        self._prefill_kernel = timer.timed(StepSection.ATTENTION, backend.prefill)
+        self._kernel = timer.timed(StepSection.ATTENTION, backend.attend)
+        self._on_append = timer.timed(StepSection.SELECTION, state.on_append)
+        self._select = timer.timed(StepSection.SELECTION, state.select)
+        self._on_attended = timer.timed(StepSection.SELECTION, state.on_attended)
+        self._combine = timer.timed(StepSection.SELECTION, state.combine)
+        self._observe_prompt = timer.timed(StepSection.SELECTION, state.observe_prompt)
+        self._begin_policy = timer.timed(StepSection.SELECTION, state.begin)
+        self._begin_cache = timer.timed(StepSection.BEGIN, cache.begin)
+        self._next_chunk = timer.timed(StepSection.TRANSFER, _first)
+        self.selection = Selection(torch.empty(0), torch.empty(0), ())
+        """What the last layer of a decode step read; evaluations look at it."""
+        self._prompt_lens: dict[int, int] = {}
+        self._bind(cache.store)
+        self._ahead: _Ahead | None = None
+        self._prefill: PrefillStep | None = None
+        self._batch = StepBatch((), (), torch.empty(0), torch.empty(0))
+        self._positions = torch.empty(0)
+        self._chosen: Sequence[Selection] | None = None
+        self._read: list[tuple[int, ...]] = []
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-        """One layer of decode: q `[B, 1, H, D]`, k and v `[B, 1, G, D]`, returns `[B, 1, H, D]`."""
-        query = q[:, 0]
-        with self._watch.measure(Part.ATTENTION):
-            self._store.append(layer, k[:, 0], v[:, 0], hidden[:, 0])
-        with self._watch.measure(Part.SELECTION):
-            self._state.remember(layer, self._req_index, self._positions, k[:, 0], v[:, 0])
-            selection = self._chosen[layer] if self._chosen is not None else self._state.select(layer, query)
+    def open(self, sequence: Opened) -> None:
+        """A sequence takes a request index; nothing of its former owner remains.
+
+        Raises:
+            CapacityError: sequences of this length were not provided for; nothing has changed.
+        """
+        self.cache.open(sequence.req_idx, sequence.num_tokens)
+        self.state.open(sequence.req_idx)
+        self._prompt_lens[sequence.req_idx] = sequence.prompt_len
+
+    def close(self, req_idx: int) -> None:
+        """Every row and every other trace of the sequence is gone; its index may be given away at once."""
+        self.cache.release(req_idx)
+        self.state.close(req_idx)
+        del self._prompt_lens[req_idx]
+        self._ahead = None
+
+    def begin(self, plan: StepPlan) -> None:
+        """Sequences of the plan are closed and opened, its moves are under way, and its chunks have room.
+
+        Raises:
+            CapacityError: a chunk does not continue its sequence, or there is no room.
+        """
+        for req_idx in plan.closed:
+            self.close(req_idx)
+        for sequence in plan.opened:
+            self.open(sequence)
+        for chunk in plan.chunks:
+            self.state.reserve(chunk.req_idx, chunk.end)
+        store = self._begin_cache(plan)
+        if store is not self._store:
+            self._bind(store)
+        self._read = []
+        if plan.prefill:
+            # A prompt may have the index, and come to the length, of a sequence that the choice made ahead was for.
+            self._ahead = None
+            self._prefill = self._prefill_step(plan.chunks)
+        else:
+            self._prefill = None
+            self._begin_decode(plan.chunks)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        """One layer: q `[B, T, H, D]`, k and v `[B, T, G, D]`, hidden `[B, T, C]`; returns `[B, T, H, D]`.
+
+        Decode: B sequences of one token each. Prefill: B = 1, chunks of prompts packed one after the other.
+        """
+        if self._prefill is not None:
+            return self._prefill.attend(layer, q, k, v, hidden)
+        query, key, value = q[:, 0], k[:, 0], v[:, 0]
+        self._append(layer, key, value, hidden[:, 0])
+        self._on_append(layer, self._batch.req_index, self._positions, key, value)
+        selection = self._select(layer, query) if self._chosen is None else self._chosen[layer]
         attended = self._attend(layer, query, selection)
-        with self._watch.measure(Part.SELECTION):
-            self._state.observe(layer, selection, attended.mass)
-            out = self._state.complete(layer, attended)
-        for row, count in enumerate(selection.num_tokens):
-            self.tokens_attended[row] += count
-        return out[:, None]
+        self._on_attended(layer, selection, attended.mass)
+        self.selection = selection
+        self._read.append(selection.num_tokens)
+        return self._combine(layer, attended)[:, None]
+
+    def end(self) -> StepTraffic:
+        """The step is over; the next one's selections are made and asked for, where history alone decides them."""
+        if self._prefill is None and self._looks_ahead:
+            self._look_ahead()
+        num_chunks = len(self._batch.req_indices)
+        attended = tuple(map(sum, zip(*self._read, strict=True))) if self._read else (0,) * num_chunks
+        return StepTraffic(attended, self._store.traffic(), self._store.failed())
+
+    def _bind(self, store: RowStore) -> None:
+        """From now on rows come from this store."""
+        self._store = store
+        self._append = self._timer.timed(StepSection.ATTENTION, store.append)
+        self._prefetch = self._timer.timed(StepSection.TRANSFER, store.prefetch)
+
+    def _prefill_step(self, chunks: tuple[ScheduledChunk, ...]) -> PrefillStep:
+        observed_from: list[int | None] = []
+        for chunk in chunks:
+            prompt_len = self._prompt_lens[chunk.req_idx]
+            first = max(chunk.start, prompt_len - self.policy.observation_window(prompt_len))
+            observed_from.append(first if first < chunk.end else None)
+        self._batch = self._batch_of((), ())
+        return PrefillStep(
+            self._store,
+            self._append,
+            self._on_append,
+            self._observe_prompt,
+            self._prefill_kernel,
+            chunks,
+            observed_from,
+            self.policy.num_sets(self._shape),
+            self._device,
+        )
+
+    def _begin_decode(self, chunks: tuple[ScheduledChunk, ...]) -> None:
+        """Lay out the step; selections that were made ahead for just this step are taken."""
+        req_indices, lengths = tuple(c.req_idx for c in chunks), tuple(c.end for c in chunks)
+        self._batch = self._batch_of(req_indices, lengths)
+        self._positions = self._batch.length_counts.to(torch.int64) - 1
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and (ahead.req_indices, ahead.lengths) == (req_indices, lengths):
+            self._chosen = ahead.selections
+            return
+        self._chosen = None
+        self._begin_policy(self._batch)
 
     def _attend(self, layer: int, query: Tensor, selection: Selection) -> Attended:
-        """Attention over the selected rows, in one part or merged from several."""
-        parts = self._store.parts(layer, selection)
-        part = self._next(parts)
-        assert part is not None, "every sequence reads at least its own token"
-        if part.sequences is None:
-            with self._watch.measure(Part.ATTENTION):
-                return self._kernel(query, part.rows, self._store.codec, part.slots, part.counts)
-        merged = PartialAttention(query)
-        # Parts come out in the dtype of the query: rounded to 16 bits before they are merged, they would not be what
-        # one part is.
-        exact = query.float()
-        scores: list[tuple[RowPart, Tensor]] = []
-        while part is not None:
-            assert part.sequences is not None, "a part that is not the whole selection names its sequences"
-            some = exact[part.sequences]
-            with self._watch.measure(Part.ATTENTION):
-                attended = self._kernel(some, part.rows, self._store.codec, part.slots, part.counts)
-                merged.add(attended.out, attended.log_sum_exp, part.sequences)
-                if self._keeps_mass:
-                    scores.append((part, head_scores(some, part.rows, self._store.codec, part.slots)))
-            part = self._next(parts)
-        with self._watch.measure(Part.ATTENTION):
-            mass = _mass(scores, merged.log_sum_exp, selection)
-        return Attended(merged.out.to(query.dtype), mass, merged.log_sum_exp)
+        """Attention over the selected rows, in one call or merged from several."""
+        chunks = self._store.chunks(layer, selection)
+        chunk = self._next_chunk(chunks)
+        assert chunk is not None, "every sequence reads at least its own token"
+        if chunk.sequences is None:
+            return self._kernel(query, chunk.rows, self._store.codec, chunk.slots, chunk.counts)
+        rest = iter(lambda: self._next_chunk(chunks), None)
+        return attend_in_pieces(
+            self._kernel, query, chunk, rest, self._store.codec, selection, uses_mass=self.policy.uses_mass
+        )
 
-    def _next(self, parts: Iterator[RowPart]) -> RowPart | None:
-        """The next part, once its rows are there."""
-        with self._watch.measure(Part.TRANSFER):
-            return next(parts, None)
+    def _look_ahead(self) -> None:
+        """Choose for the next step of the same sequences. If it turns out another, choosing again gives the same."""
+        lengths = zip(self._batch.req_indices, self._batch.lengths, strict=True)
+        longer = {req_idx: n + 1 for req_idx, n in lengths if n < self._store.max_length}
+        if not longer:
+            return
+        for req_idx, length in longer.items():
+            self.state.reserve(req_idx, length)
+        following = self._batch_of(tuple(longer), tuple(longer.values()))
+        self._begin_policy(following)
+        no_query = torch.empty(0)
+        selections = tuple(self._select(layer, no_query) for layer in range(self._shape.num_layers))
+        for layer, selection in enumerate(selections):
+            self._prefetch(layer, following.req_indices, selection)
+        self._ahead = _Ahead(following.req_indices, following.lengths, selections)
+
+    def _batch_of(self, req_indices: tuple[int, ...], lengths: tuple[int, ...]) -> StepBatch:
+        index = torch.tensor(req_indices, dtype=torch.int64, device=self._device)
+        counts = torch.tensor(lengths, dtype=torch.int32, device=self._device)
+        return StepBatch(req_indices, lengths, index, counts)
 
 
-def _mass(scores: Sequence[tuple[RowPart, Tensor]], log_sum_exp: Tensor, selection: Selection) -> Tensor:
-    """Mass Float32[B, 1, K] from the scores `[b, H, w]` of every part: weights need the sum over all parts first."""
-    mass = log_sum_exp.new_zeros(selection.positions.shape)
-    for part, of_heads in scores:
-        assert part.sequences is not None, "parts of a selection say which entries they are"
-        assert part.columns is not None, "parts of a selection say which entries they are"
-        weights = (of_heads - log_sum_exp[part.sequences, :, None]).exp().sum(dim=1)
-        weights *= torch.arange(weights.shape[1], device=weights.device) < part.counts[:, None]
-        mass[:, 0].index_put_((part.sequences[:, None], part.columns), weights, accumulate=True)
-    return mass
+def _first(chunks: Iterator[KVChunk]) -> KVChunk | None:
+    """The next chunk, once its rows are there."""
+    return next(chunks, None)

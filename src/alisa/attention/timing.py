@@ -1,18 +1,21 @@
-"""Where the time of a step goes: a stopwatch of named parts, always on, cheap enough not to matter.
+"""Where the time of a step goes: a timer of named sections, cheap enough to be always on.
 
-Host clocks: exact on a CPU, where calls return when the work is done. On a GPU the parts show the time to launch the
+Host clocks: exact on a CPU, where calls return when the work is done. On a GPU the sections show the time to launch the
 work and only the whole step, which ends by reading the sampled tokens, is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from time import perf_counter
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class Part(StrEnum):
+class StepSection(StrEnum):
     """What the time of a step is divided into."""
 
     BEGIN = "begin"
@@ -26,30 +29,38 @@ class Part(StrEnum):
     SAMPLING = "sampling"
 
 
-class Stopwatch:
-    """Seconds per part since the last `reset`."""
+class StepTimer:
+    """Seconds of each section since the last `reset`.
+
+    Sections are measured by wrapping the calls that they consist of, once, when the parts are put together (`timed`):
+    the code that makes the calls reads as if nobody measured it.
+    """
 
     def __init__(self) -> None:
-        self._seconds = dict.fromkeys(Part, 0.0)
+        self._seconds = dict.fromkeys(StepSection, 0.0)
         self._start = perf_counter()
 
     def reset(self) -> None:
-        """Begin a step."""
-        self._seconds = dict.fromkeys(Part, 0.0)
+        """A step begins."""
+        # In place: the wrapped calls hold this dictionary.
+        self._seconds.update(dict.fromkeys(StepSection, 0.0))
         self._start = perf_counter()
 
-    @contextmanager
-    def measure(self, part: Part) -> Iterator[None]:
-        """Add the time of the block to a part."""
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[part] += perf_counter() - start
+    def timed(self, section: StepSection, call: Callable[P, T]) -> Callable[P, T]:
+        """The same call, its time added to a section."""
+        seconds = self._seconds
 
-    def seconds(self, part: Part) -> float:
-        """Time of one part so far."""
-        return self._seconds[part]
+        def timed_call(*args: P.args, **kwargs: P.kwargs) -> T:
+            start = perf_counter()
+            result = call(*args, **kwargs)
+            seconds[section] += perf_counter() - start
+            return result
+
+        return timed_call
+
+    def seconds(self, section: StepSection) -> float:
+        """Time of one section so far."""
+        return self._seconds[section]
 
     @property
     def wall_s(self) -> float:

@@ -1,264 +1,212 @@
-"""The step loop: sequences are admitted, read, decoded together, and leave; waiting ones join between steps."""
+"""The engine: requests come and go between steps, and every step moves each of them on by a chunk or a token."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import os
+from collections.abc import Sequence
 from time import perf_counter
 
-import torch
-from torch import Tensor
-
-from alisa.attention.timing import Part
-from alisa.config import format_bytes
-from alisa.engine.placement import Placement
-from alisa.engine.runner import ModelRunner, PromptPiece
+from alisa.attention.timing import StepSection
+from alisa.config import SamplingParams
+from alisa.engine.costs import MeasuredRestoreCosts
+from alisa.engine.output import EngineOutput, RequestText, request_output
+from alisa.engine.prompt import PromptReader
+from alisa.engine.report import step_record
+from alisa.engine.runner import ModelRunner, StepResult
 from alisa.engine.sampler import sample
-from alisa.errors import CapacityError
-from alisa.outputs import FinishReason, Medium, StepRecord
+from alisa.errors import InputError
+from alisa.model.tokenizer import Tokenizer
+from alisa.outputs import FinishReason, RequestOutput, StepRecord, TextDelta
 from alisa.scheduler.plan import StepPlan
-from alisa.scheduler.request import Request, Sequence
-from alisa.scheduler.waiting import Waiting, WaitingLine
-from alisa.scheduler.work import Work, next_work
+from alisa.scheduler.request import Request
+from alisa.scheduler.scheduler import Scheduler
 
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step was, what it took, and the sequences that got a token or ended."""
-
-    plan: StepPlan
-    record: StepRecord
-    advanced: tuple[Sequence, ...]
-    """Each got one token, the last of its `output_ids`, or ended with an error; the first tokens come from prefill."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """Logits of sequences that went through the model, and what decode attention read (0 in prefill)."""
-
-    logits: Tensor
-    sequences: list[Sequence]
-    tokens_attended: int = 0
-    tokens_dense: int = 0
+NOT_FINITE = (
+    "the model gave a logit that is no finite number; a weight is damaged, or --dtype float16 overflows with this model"
+)
 
 
 class Engine:
-    """Runs requests: decides who takes part in a step, and what becomes of the tokens it gives.
+    """Runs requests that are added and aborted at any time. One thread at a time may call it; see `SharedEngine`.
 
     Args:
-        runner: the model, its KV store and its selection policy.
-        placement: where rows go, and who fits together.
+        scheduler: who runs next, and where rows go.
+        runner: the model with its cache.
+        costs: what restoring a preempted sequence costs, learnt here.
+        tokenizer: None: prompts are token ids, and no text comes out.
+        prompts: checks what is asked.
         eos_ids: token ids that end a request unless it ignores them.
-        prefill_chunk: prompt tokens in one pass at the most.
     """
 
     def __init__(
-        self, runner: ModelRunner, placement: Placement, *, eos_ids: frozenset[int], prefill_chunk: int
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        costs: MeasuredRestoreCosts,
+        tokenizer: Tokenizer | None,
+        prompts: PromptReader,
+        *,
+        eos_ids: frozenset[int],
     ) -> None:
+        self.scheduler = scheduler
         self._runner = runner
-        self._store = runner.store
-        self._watch = runner.watch
-        self._placement = placement
+        self._session = runner.session
+        self._costs = costs
+        self._tokenizer = tokenizer
+        self._prompts = prompts
         self._eos_ids = eos_ids
-        self._prefill_chunk = prefill_chunk
-        self._waiting = WaitingLine()
-        self._running: list[Sequence] = []
-        self._parked: list[Sequence] = []
-        self._num_steps = 0
-        self._num_preempted = 0
+        self._texts: dict[str, RequestText] = {}
+        self._names = itertools.count()
+        self._sampled = runner.timer.timed(StepSection.SAMPLING, sample)
+        self._process = os.getpid()
+        self._closed = False
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; it starts as soon as a request index and its rows are free.
+    @property
+    def has_requests(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.scheduler.has_requests
+
+    def add_request(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> str:
+        """Queue a request; it starts as soon as there is room.
+
+        Args:
+            prompt: text, or token ids that are taken as they are.
+            params: how to continue it.
+            request_id: a name of the caller's; None: one is made.
+            priority: lower ones are admitted first.
+
+        Returns:
+            The request's name.
 
         Raises:
-            CapacityError: it needs more rows than the caps allow even when it runs alone.
+            RequestError: the prompt cannot be used.
+            InputError: the name is taken, or the engine is closed.
+            CapacityError: the request cannot fit even when it runs alone.
         """
-        if not self._placement.fits_alone(request.num_rows):
-            limits, token_bytes = self._placement.limits, self._store.token_bytes
-            caps = [f"{format_bytes(limits.device_tokens * token_bytes)} on the device"]
-            caps += [f"{format_bytes(tier.num_tokens * token_bytes)} on {tier.medium}" for tier in limits.tiers]
-            raise CapacityError(
-                f"A request of {len(request.prompt_ids)} prompt and up to {request.max_new_tokens} new tokens needs "
-                f"{format_bytes(request.num_rows * token_bytes)} of KV memory ({format_bytes(token_bytes)} a token) "
-                f"and the cap is {' and '.join(caps)}; raise --kv-device-memory or --kv-disk-memory, or lower "
-                "--max-tokens."
-            )
-        self._waiting.join(Waiting(request, perf_counter()))
+        self._check_usable()
+        prompt_ids, max_new_tokens = self._prompts.read(prompt, params)
+        name = f"request-{next(self._names)}" if request_id is None else request_id
+        request = Request(name, prompt_ids, params, max_new_tokens, priority, perf_counter())
+        self.scheduler.add(request)
+        self._texts[name] = RequestText(prompt, params, self._tokenizer)
+        return name
 
-    @torch.inference_mode()
-    def step(self) -> StepResult | None:
-        """Do the next piece of work; None when nothing is left to do."""
-        self._watch.reset()
-        self._num_preempted = 0
-        self._resume()
-        self._admit()
-        plan = self._plan()
-        if plan is None:
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """The request is over, in whatever state it was, and everything it held is free; None: there is none."""
+        request = self.scheduler.abort(request_id)
+        if request is None:
             return None
-        self._num_steps += 1
-        by_req_idx = {sequence.req_idx: sequence for sequence in self._running}
-        sequences = [by_req_idx[segment.req_idx] for segment in plan.segments]
-        self._runner.begin(plan)
-        done = self._read(plan, sequences) if plan.prefill else self._decode(plan, sequences)
-        failed = self._fail()
-        ready = [i for i, s in enumerate(done.sequences) if s.wants_token and s not in failed]
-        advanced = [done.sequences[i] for i in ready]
-        self._advance(advanced, done.logits[ready] if len(ready) < len(done.sequences) else done.logits)
-        record = self._record(plan, done)
-        self._placement.rates.learn(record)
-        for sequence in (*advanced, *failed):
-            if sequence.finish_reason is not None:
-                self._leave(sequence)
-        return StepResult(plan, record, (*advanced, *failed))
+        request.finished_s = perf_counter()
+        if request.req_idx is not None:
+            self._session.close(request.req_idx)
+        return self._output(request)
 
-    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a running sequence from outside: its text has reached a stop string."""
-        if sequence.finish_reason is None:
-            self._leave(sequence)
-        sequence.finish_reason = reason
-
-    def _plan(self) -> StepPlan | None:
-        """What the next step does and moves; the newest sequences give way until it can be done."""
-        while (work := next_work(self._running, self._prefill_chunk)) is not None:
-            if self._placement.is_oversubscribed(self._running) and self._park(work):
-                continue
-            decision = self._placement.decide(self._running, self._parked, work.segments)
-            if decision is not None:
-                return StepPlan(self._num_steps, decision.phase, work.prefill, work.segments, decision.moves)
-            self._give_way()
-        return None
-
-    def _give_way(self) -> None:
-        """Rows of the newest sequence are gone, and it has to wait; a parked one goes first."""
-        if not self._parked and len(self._running) == 1:
-            raise CapacityError("the only sequence that runs has no room, although it was found to fit when it came.")
-        leaving = (self._parked or self._running).pop()
-        self._num_preempted += 1
-        leaving.num_preempted += 1
-        self._store.release(leaving.req_idx)
-        self._waiting.step_back(leaving)
-
-    def _park(self, work: Work) -> bool:
-        """Take the newest sequence out of the batch and keep its rows below, if that is possible and worth it."""
-        newest = self._running[-1]
-        others = [segment for segment in work.segments if segment.req_idx != newest.req_idx]
-        fits = self._placement.decide(self._running[:-1], [*self._parked, newest], others) is not None
-        if newest.in_prefill or not (fits and self._placement.keeps_rows(newest)):
-            return False
-        self._parked.append(self._running.pop())
-        self._num_preempted += 1
-        newest.num_preempted += 1
-        return True
-
-    def _resume(self) -> None:
-        """Sequences that were taken out of the batch come back as soon as they do not crowd it, oldest first."""
-        while self._parked and not self._placement.is_oversubscribed([*self._running, self._parked[0]]):
-            self._running.append(self._parked.pop(0))
-
-    def _admit(self) -> None:
-        while not self._parked and (waiting := self._waiting.first()) is not None and self._store.has_free_req_idx:
-            if not self._placement.has_room(self._running, self._parked, len(waiting.request.prompt_ids)):
-                return
-            self._waiting.admit()
-            request = waiting.request
-            req_idx = self._store.open(request.num_rows)
-            self._runner.state.open(req_idx, request.num_rows)
-            sequence = waiting.former
-            if sequence is None:
-                sequence = Sequence(request, req_idx, waiting.since_s, perf_counter(), list(request.prompt_ids))
-            sequence.req_idx, sequence.num_cached = req_idx, 0
-            self._running.append(sequence)
-
-    def _fail(self) -> list[Sequence]:
-        """Sequences whose rows were lost in this step: they end with what they have."""
-        failed = self._store.failed()
-        lost = [sequence for sequence in (*self._running, *self._parked) if sequence.req_idx in failed]
-        for sequence in lost:
-            sequence.finish_reason = "error"
-            sequence.error = failed[sequence.req_idx]
-        return lost
-
-    def _leave(self, sequence: Sequence) -> None:
-        sequence.finished_s = perf_counter()
-        if not sequence.output_ids:  # it failed while its prompt was read: all its time was prefill
-            sequence.first_token_s = sequence.finished_s
-        self._store.release(sequence.req_idx)
-        (self._running if sequence in self._running else self._parked).remove(sequence)
-
-    def _read(self, plan: StepPlan, sequences: list[Sequence]) -> _Pass:
-        """Pass pieces of prompts through the model."""
-        pieces = [
-            PromptPiece(segment, sequence.token_ids[segment.start : segment.end], sequence.prompt_len)
-            for segment, sequence in zip(plan.segments, sequences, strict=True)
-        ]
-        logits = self._runner.prefill(pieces)
-        for segment, sequence in zip(plan.segments, sequences, strict=True):
-            sequence.num_cached = segment.end
-        return _Pass(logits, [sequence for sequence in sequences if not sequence.in_prefill])
-
-    def _decode(self, plan: StepPlan, sequences: list[Sequence]) -> _Pass:
-        """Pass one new token of every sequence through the model."""
-        req_indices = tuple(segment.req_idx for segment in plan.segments)
-        lengths = tuple(segment.end for segment in plan.segments)
-        tokens = [sequence.token_ids[sequence.num_cached] for sequence in sequences]
-        logits, tokens_attended = self._runner.decode(req_indices, lengths, tokens)
-        for sequence, length, attended in zip(sequences, lengths, tokens_attended, strict=True):
-            sequence.num_cached = length
-            sequence.tokens_attended += attended
-            sequence.tokens_dense += length * self._runner.decoder.spec.num_layers
-        dense = sum(lengths) * self._runner.decoder.spec.num_layers
-        return _Pass(logits, sequences, sum(tokens_attended), dense)
-
-    def _advance(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Sample one token for each sequence and see whether it was the last."""
-        if not sequences:
-            return
-        with self._watch.measure(Part.SAMPLING):
-            chosen = sample(
-                logits,
-                [sequence.request.params for sequence in sequences],
-                [sequence.token_ids for sequence in sequences],
-                [len(sequence.output_ids) for sequence in sequences],
-            )
-        now = perf_counter()
-        for sequence, token_id in zip(sequences, chosen, strict=True):
-            if not sequence.output_ids:
-                sequence.first_token_s = now
-            sequence.append(token_id)
-            sequence.finish_reason = self._finish_reason(sequence, token_id)
-
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        params = sequence.request.params
-        if token_id in self._eos_ids and not params.ignore_eos:
-            return "eos"
-        if token_id in params.stop_ids:
-            return "stop"
-        return "length" if len(sequence.output_ids) == sequence.request.max_new_tokens else None
-
-    def _record(self, plan: StepPlan, done: _Pass) -> StepRecord:
-        watch = self._watch
-        attention_s, selection_s = watch.seconds(Part.ATTENTION), watch.seconds(Part.SELECTION)
-        begin_s, transfer_s = watch.seconds(Part.BEGIN), watch.seconds(Part.TRANSFER)
-        model_s, sampling_s, wall_s = watch.seconds(Part.MODEL), watch.seconds(Part.SAMPLING), watch.wall_s
-        return StepRecord(
-            step=plan.step,
-            phase=plan.phase,
-            prefill=plan.prefill,
-            num_sequences=len(plan.segments),
-            num_tokens=plan.num_tokens,
-            tokens_attended=done.tokens_attended,
-            tokens_dense=done.tokens_dense,
-            kv_rows=self._store.used_rows,
-            kv_bytes=self._store.nbytes(Medium.DEVICE),
-            host_bytes=self._store.nbytes(Medium.HOST),
-            disk_bytes=self._store.nbytes(Medium.DISK),
-            deleted_tokens=self._store.deleted_tokens,
-            num_preempted=self._num_preempted,
-            traffic=self._store.traffic(),
-            linear_s=model_s - attention_s - selection_s - transfer_s,
-            attention_s=attention_s,
-            selection_s=selection_s,
-            transfer_s=transfer_s + begin_s,
-            sampling_s=sampling_s,
-            other_s=wall_s - model_s - sampling_s - begin_s,
-            wall_s=wall_s,
+    def step(self) -> EngineOutput:
+        """Do the next piece of work; an empty output when there is none."""
+        self._check_usable()
+        self._runner.timer.reset()
+        plan = self.scheduler.schedule(self._session.cache)
+        if plan is None:
+            return EngineOutput()
+        requests = self.scheduler.requests_of(plan)
+        result = self._run(plan, requests)
+        failed = self._advance(plan, requests, result)
+        record = step_record(
+            plan,
+            result.traffic,
+            self._runner,
+            tokens_dense=0 if plan.prefill else sum(c.end for c in plan.chunks) * self._runner.decoder.spec.num_layers,
+            num_preempted=self.scheduler.num_preempted,
         )
+        self._costs.learn(record)
+        return self._collect(plan, requests, failed, record)
+
+    def close(self) -> None:
+        """Requests are forgotten; rows, files and threads are given back. Closing again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._session.cache.close()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise InputError("This engine is closed; make another one.")
+        if os.getpid() != self._process:
+            raise InputError(
+                "This model was loaded in another process, and its threads do not survive a fork; load it after the "
+                "fork, or start processes with the method 'spawn'."
+            )
+
+    def _run(self, plan: StepPlan, requests: Sequence[Request]) -> StepResult:
+        """The plan's tokens have been through the model."""
+        tokens = [r.token_ids[c.start : c.end] for r, c in zip(requests, plan.chunks, strict=True)]
+        # A prompt that is not read to its end, and a sequence that catches up with what it had said, choose no token.
+        wanted = [len(r.token_ids) == c.end for r, c in zip(requests, plan.chunks, strict=True)]
+        return self._runner.run(plan, tokens, wanted)
+
+    def _advance(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> dict[int, str]:
+        """Every request that is up to date has one more token, or has failed: request indices and why."""
+        num_layers = self._runner.decoder.spec.num_layers
+        for request, chunk, attended in zip(requests, plan.chunks, result.traffic.tokens_attended, strict=True):
+            request.tokens_attended += attended
+            request.tokens_dense += 0 if plan.prefill else chunk.end * num_layers
+        ready = [r for r, c in zip(requests, plan.chunks, strict=True) if len(r.token_ids) == c.end]
+        failed = dict(result.traffic.failed)
+        if not ready:
+            return failed
+        params = [request.params for request in ready]
+        tokens = self._sampled(result.logits, params, [r.token_ids for r in ready], [len(r.output_ids) for r in ready])
+        now = perf_counter()
+        for request, token_id in zip(ready, tokens, strict=True):
+            assert request.req_idx is not None, "a request that runs has an index"
+            if request.req_idx in failed:
+                continue
+            if token_id is None:
+                failed[request.req_idx] = NOT_FINITE
+                continue
+            if not request.output_ids:
+                request.first_token_s = now
+            request.append(token_id)
+            request.finish_reason = self._finish_reason(request, token_id)
+        return failed
+
+    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
+        if token_id in self._eos_ids and not request.params.ignore_eos:
+            return "eos"
+        if token_id in request.params.stop_ids or token_id in self._texts[request.request_id].stop_ids:
+            return "stop"
+        return "length" if len(request.output_ids) == request.max_new_tokens else None
+
+    def _collect(
+        self, plan: StepPlan, requests: Sequence[Request], failed: dict[int, str], record: StepRecord
+    ) -> EngineOutput:
+        """Text of the step's tokens; requests that are over have left, with everything they held."""
+        deltas: list[TextDelta] = []
+        grown = [r for r, c in zip(requests, plan.chunks, strict=True) if len(r.token_ids) > c.end]
+        for request in grown:
+            text = self._texts[request.request_id]
+            new = text.feed(request.output_ids[-1], ended=request.finish_reason)
+            if text.stopped:
+                request.finish_reason = "stop"
+            deltas.append(TextDelta(0, new, request.request_id, (request.output_ids[-1],)))
+        over = self.scheduler.update(plan, [r for r in grown if r.finish_reason is not None], failed)
+        outputs = []
+        for request in over:
+            request.finished_s = perf_counter()
+            if request.req_idx is not None:
+                self._session.close(request.req_idx)
+            if rest := self._texts[request.request_id].flush():  # of one that failed: the others have shown all
+                deltas.append(TextDelta(0, rest, request.request_id))
+            outputs.append(self._output(request))
+        names = tuple(request.request_id for request in requests)
+        return EngineOutput(tuple(deltas), tuple(outputs), record, plan, names)
+
+    def _output(self, request: Request) -> RequestOutput:
+        return request_output(request, self._texts.pop(request.request_id))

@@ -17,8 +17,8 @@ from alisa.config import SamplingParams
 
 def sample(
     logits: Tensor, params: Sequence[SamplingParams], token_ids: Sequence[Sequence[int]], drawn: Sequence[int]
-) -> list[int]:
-    """One token id per row.
+) -> list[int | None]:
+    """One token id per row; None where the logits say nothing, because one is not a number or is plus infinity.
 
     Args:
         logits: Float32[B, V]; changed in place.
@@ -29,9 +29,13 @@ def sample(
     for row, rules in enumerate(params):
         if rules.repetition_penalty != 1:
             _penalise(logits[row], token_ids[row], rules.repetition_penalty)
-    chosen = logits.argmax(dim=-1).tolist()
-    for row, rules in enumerate(params):
-        if rules.temperature > 0:
+    # One pass tells both: NaN wins every comparison, and so does plus infinity.
+    largest, likeliest = logits.max(dim=-1)
+    chosen: list[int | None] = likeliest.tolist()
+    for row, (rules, is_sound) in enumerate(zip(params, largest.isfinite().tolist(), strict=True)):
+        if not is_sound:
+            chosen[row] = None
+        elif rules.temperature > 0:
             chosen[row] = _draw(logits[row], rules, uniform(rules.seed, drawn[row]))
     return chosen
 

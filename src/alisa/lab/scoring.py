@@ -14,10 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alisa.attention.timing import Stopwatch
+from alisa.attention.build import build_session
+from alisa.attention.timing import StepTimer
+from alisa.budget import state_tokens
+from alisa.cache.manager import CacheManager
 from alisa.cache.store import KVStore
 from alisa.config import format_bytes
-from alisa.engine.runner import ModelRunner, PromptPiece
+from alisa.engine.runner import ModelRunner
 from alisa.errors import CapacityError
 from alisa.kernels.base import Attended, Codec, DecodeKernel
 from alisa.kernels.choose import AttentionBackend, choose_backend
@@ -25,7 +28,7 @@ from alisa.llm import LLM
 from alisa.model.decoder import Decoder
 from alisa.outputs import Phase
 from alisa.policy.base import SelectionPolicy
-from alisa.scheduler.plan import Segment, StepPlan
+from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
 
 
 class ScoredItem(NamedTuple):
@@ -169,34 +172,44 @@ def teacher_forced(
     row once more per step: slow, and free of any effect on the logits.
     """
     lengths = [item.num_tokens for item in items]
-    store = KVStore(
-        num_layers=decoder.spec.num_layers,
-        codec=codec,
-        num_rows=sum(lengths),
-        max_num_seqs=len(items),
-        max_length=max(lengths),
-        device=decoder.device,
-    )
-    state = policy.start(decoder.spec, len(items), max(lengths), decoder.device, kernels.selection)
+    store = flat_store(decoder, codec, kernels, num_rows=sum(lengths), num_seqs=len(items), max_length=max(lengths))
     probe = _LostMass(kernels.attend, store)
-    attend = probe if measure_lost_mass else kernels.attend
-    runner = ModelRunner(decoder, policy, store, state, kernels.prefill, attend, Stopwatch())
-    req_indices = []
-    for length in lengths:
-        req_indices.append(store.open(length))
-        state.open(req_indices[-1], length)
-    yield ScoredStep(0, tuple(range(len(items))), _read_prompts(runner, req_indices, items, prefill_chunk), None)
+    session = build_session(
+        CacheManager(store),
+        policy,
+        kernels._replace(attend=probe) if measure_lost_mass else kernels,
+        decoder.spec.attention,
+        decoder.device,
+        max_num_seqs=len(items),
+        state_tokens=sum(map(state_tokens, lengths)),
+        max_len=max(lengths),
+    )
+    runner = ModelRunner(decoder, session, StepTimer())
+    for index, item in enumerate(items):
+        session.open(Opened(index, str(index), item.num_tokens, len(item.prompt_ids)))
+    yield ScoredStep(0, tuple(range(len(items))), _read_prompts(runner, items, prefill_chunk), None)
     for step in range(1, max(len(item.output_ids) for item in items)):
         active = tuple(index for index, item in enumerate(items) if len(item.output_ids) > step)
-        segments = [Segment(req_indices[index], len(items[index].prompt_ids) + step - 1, 1) for index in active]
-        runner.begin(StepPlan(step, Phase.DEVICE, prefill=False, segments=tuple(segments)))
-        probe.begin([req_indices[index] for index in active], [len(items[index].prompt_ids) + step for index in active])
-        decoded = runner.decode(
-            tuple(req_indices[index] for index in active),
-            tuple(len(items[index].prompt_ids) + step for index in active),
-            [items[index].output_ids[step - 1] for index in active],
-        )
-        yield ScoredStep(step, active, decoded.logits, probe.mean() if measure_lost_mass else None)
+        chunks = tuple(ScheduledChunk(index, len(items[index].prompt_ids) + step - 1, 1) for index in active)
+        probe.begin(list(active), [chunk.end for chunk in chunks])
+        tokens = [[items[index].output_ids[step - 1]] for index in active]
+        result = runner.run(StepPlan(step, Phase.DEVICE, prefill=False, chunks=chunks), tokens, [True] * len(active))
+        yield ScoredStep(step, active, result.logits, probe.mean() if measure_lost_mass else None)
+
+
+def flat_store(
+    decoder: Decoder, codec: Codec, kernels: AttentionBackend, *, num_rows: int, num_seqs: int, max_length: int
+) -> KVStore:
+    """A pool for rows that all stay on the device."""
+    return KVStore(
+        num_layers=decoder.spec.num_layers,
+        codec=codec,
+        num_rows=num_rows,
+        max_num_seqs=num_seqs,
+        max_length=max_length,
+        device=decoder.device,
+        append=kernels.append,
+    )
 
 
 def groups(order: Sequence[int], sizes: Sequence[int], most: int, most_items: int) -> Iterator[tuple[int, ...]]:
@@ -214,37 +227,34 @@ def groups(order: Sequence[int], sizes: Sequence[int], most: int, most_items: in
         yield tuple(group)
 
 
-def _read_prompts(
-    runner: ModelRunner, req_indices: Sequence[int], items: Sequence[ScoredItem], prefill_chunk: int
-) -> Tensor:
-    """Prefill every prompt in pieces of the engine's size, short ones packed; logits Float32[B, V] of the last tokens.
+def _read_prompts(runner: ModelRunner, items: Sequence[ScoredItem], prefill_chunk: int) -> Tensor:
+    """Prefill every prompt in chunks of the engine's size, short ones packed; logits Float32[B, V] of the last tokens.
 
-    Pieces start at multiples of `prefill_chunk`, as in the engine, whatever they are packed with.
+    Chunks start at multiples of `prefill_chunk`, as in the engine, whatever they are packed with.
     """
-    pieces = [
-        PromptPiece(Segment(req_idx, start, len(tokens)), tokens, len(item.prompt_ids))
-        for req_idx, item in zip(req_indices, items, strict=True)
+    chunks = [
+        ScheduledChunk(index, start, min(prefill_chunk, len(item.prompt_ids) - start))
+        for index, item in enumerate(items)
         for start in range(0, len(item.prompt_ids), prefill_chunk)
-        if (tokens := item.prompt_ids[start : start + prefill_chunk])
     ]
-    # A prompt's pieces must not meet in one pass: a later one reads the rows of the earlier.
+    # A prompt's chunks must not meet in one pass: a later one reads the rows of the earlier.
     logits: list[Tensor] = []
-    packed: list[PromptPiece] = []
-    for piece in pieces:
-        size = sum(other.segment.count for other in packed)
-        if packed and (size + piece.segment.count > prefill_chunk or piece.segment.start):
-            logits.append(_prefill(runner, packed))
+    packed: list[ScheduledChunk] = []
+    for chunk in chunks:
+        if packed and (sum(other.count for other in packed) + chunk.count > prefill_chunk or chunk.start):
+            logits.append(_prefill(runner, packed, items))
             packed = []
-        packed.append(piece)
-    logits.append(_prefill(runner, packed))
+        packed.append(chunk)
+    logits.append(_prefill(runner, packed, items))
     return torch.cat(logits)
 
 
-def _prefill(runner: ModelRunner, pieces: Sequence[PromptPiece]) -> Tensor:
-    """One pass of these pieces through the model."""
-    segments = tuple(piece.segment for piece in pieces)
-    runner.begin(StepPlan(0, Phase.DEVICE, prefill=True, segments=segments))
-    return runner.prefill(pieces)
+def _prefill(runner: ModelRunner, chunks: Sequence[ScheduledChunk], items: Sequence[ScoredItem]) -> Tensor:
+    """One pass of these chunks through the model."""
+    prompts = [items[chunk.req_idx].prompt_ids for chunk in chunks]
+    tokens = [prompt[chunk.start : chunk.end] for prompt, chunk in zip(prompts, chunks, strict=True)]
+    wanted = [chunk.end == len(prompt) for prompt, chunk in zip(prompts, chunks, strict=True)]
+    return runner.run(StepPlan(0, Phase.DEVICE, prefill=True, chunks=tuple(chunks)), tokens, wanted).logits
 
 
 class _LostMass:

@@ -3,8 +3,8 @@
 Decoding feeds one token through all layers and then the next. When the tokens are given, the order may be turned: all
 tokens pass layer 0, then layer 1, and so on. Every linear layer is then one large product that reads the weights once,
 instead of once per token, which is what makes scoring with a large model slow. What is read by attention stays as it
-is: in each layer the policy is asked row by row, sees the keys, queries and attention weights of the rows before, and
-the row attends through the same kernel to the same encoded bytes. The prompt part is dense, as prefill is.
+is: every layer passes through a session of its own (`LayerSession`), the prompt densely, as prefill does, and then row
+by row as decode steps do.
 
 It holds for policies whose layers do not look at each other, which is true of all in `alisa.policy`; a policy that
 chooses from another layer's attention would have to be decoded. Rounding differs from that of decoding, because the
@@ -14,15 +14,22 @@ products have other shapes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Codec, StepBatch
-from alisa.kernels.reference.prefill import causal_attention, causal_mass
+from alisa.attention.build import build_session
+from alisa.budget import state_tokens
+from alisa.cache.manager import CacheManager
+from alisa.cache.store import KVStore
+from alisa.kernels.base import Codec, Selection
+from alisa.kernels.reference.prefill import causal_attention
 from alisa.lab.scoring import ScoredItem, ScoredOutput, Scorer, groups
+from alisa.outputs import Phase
 from alisa.policy.base import SelectionPolicy
 from alisa.policy.dense import Dense
+from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
 
 LOGITS_BYTES = 1 << 28
 """Most memory for logits that are held at once."""
@@ -72,7 +79,7 @@ class LayerwiseAttend:
 
     Args:
         scorer: gives the decoder's spec and the kernels.
-        policy: asked anew in every layer; one state serves them all, cleared in between.
+        policy: asked anew in every layer.
         codec: what the rows go through.
         num_seqs: B.
         prompt_len: tokens of the dense part.
@@ -82,60 +89,96 @@ class LayerwiseAttend:
     def __init__(
         self, scorer: Scorer, policy: SelectionPolicy, codec: Codec, num_seqs: int, prompt_len: int, length: int
     ) -> None:
-        spec, device = scorer.decoder.spec, scorer.decoder.device
-        self._policy = policy
+        self._layer = LayerSession(scorer, policy, codec, num_seqs, prompt_len, length)
         self._codec = codec
-        self._kernel = scorer.kernels.attend
-        self._prompt_len, self._length = prompt_len, length
-        self._num_sets = policy.num_sets(spec)
-        self._state = policy.start(spec, num_seqs, length, device, scorer.kernels.selection)
-        self._req_indices = tuple(range(num_seqs))
-        self._req_index = torch.arange(num_seqs, device=device)
+        self._reads_all = isinstance(policy, Dense)
+        self._num_seqs, self._prompt_len, self._length = num_seqs, prompt_len, length
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """One layer: q `[B, T, H, D]`, k and v `[B, T, G, D]`, returns `[B, T, H, D]`."""
-        rows = self._codec.encode(k.flatten(0, 1), v.flatten(0, 1))
         out = torch.empty_like(q)
-        for req_idx in self._req_indices:
-            self._state.open(req_idx, self._length)
-            self._read_prompt(layer, req_idx, q[req_idx], k[req_idx], v[req_idx], out[req_idx])
-        if isinstance(self._policy, Dense):
-            self._read_all(q, rows, out)
+        out[:, : self._prompt_len] = self._layer.prefill(q, k, v, hidden)
+        if self._reads_all:
+            self._read_all(q, k, v, out)
         else:
-            self._decode(layer, q, k, v, rows, out)
+            for position in range(self._prompt_len, self._length):
+                out[:, position] = self._layer.decode(position, q, k, v, hidden)
         return out
 
-    def _read_prompt(self, layer: int, req_idx: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """Dense causal attention of one sequence's prompt, and the rows that seed the policy."""
-        span = slice(self._prompt_len)
-        positions = torch.arange(self._prompt_len, device=q.device)
-        self._state.remember(layer, torch.full_like(positions, req_idx), positions, k[span], v[span])
-        out[span] = causal_attention(q[span], k[span], v[span])
-        seed_rows = self._policy.seed_rows(self._prompt_len)
-        if seed_rows:
-            for first, mass in causal_mass(q[span][-seed_rows:], k[span], self._num_sets):
-                self._state.seed(layer, req_idx, first, 0, mass)
+    def _read_all(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        """Everything after the prompt attends to everything before it: no need to go row by row."""
+        for seq in range(self._num_seqs):
+            keys, values = self._codec.decode(self._codec.encode(k[seq], v[seq]))
+            attended = causal_attention(q[seq], keys.to(q.dtype), values.to(q.dtype))
+            out[seq, self._prompt_len :] = attended[self._prompt_len :]
 
-    def _read_all(self, q: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Everything behind the prompt attends to everything before it: no need to go row by row."""
-        for req_idx in self._req_indices:
-            start = req_idx * self._length
-            keys, values = self._codec.decode(rows[start : start + self._length])
-            attended = causal_attention(q[req_idx], keys.to(q.dtype), values.to(q.dtype))
-            out[req_idx, self._prompt_len :] = attended[self._prompt_len :]
 
-    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, out: Tensor) -> None:
-        """The rows behind the prompt, each as a decode step makes it."""
-        first_slots = (self._req_index * self._length)[:, None, None]
-        for position in range(self._prompt_len, self._length):
-            lengths = torch.full_like(self._req_index, position + 1, dtype=torch.int32)
-            self._state.begin(
-                StepBatch(self._req_indices, (position + 1,) * len(self._req_indices), self._req_index, lengths)
-            )
-            self._state.remember(layer, self._req_index, lengths.to(torch.int64) - 1, k[:, position], v[:, position])
-            query = q[:, position].contiguous()
-            selection = self._state.select(layer, query)
-            slots = (selection.positions + first_slots).to(torch.int32)
-            attended = self._kernel(query, rows, self._codec, slots, selection.counts)
-            self._state.observe(layer, selection, attended.mass)
-            out[:, position] = self._state.complete(layer, attended)
+class LayerSession:
+    """A session of one layer, that whole sequences of equal length pass through, each layer of a model in its turn.
+
+    Args:
+        scorer: gives the decoder's spec and the kernels.
+        policy: started anew for every layer.
+        codec: what the rows go through.
+        num_seqs: B.
+        prompt_len: tokens that are read densely.
+        length: T, tokens of each sequence.
+    """
+
+    def __init__(
+        self, scorer: Scorer, policy: SelectionPolicy, codec: Codec, num_seqs: int, prompt_len: int, length: int
+    ) -> None:
+        decoder, backend = scorer.decoder, scorer.kernels
+        self._prompt_len = prompt_len
+        self._sequences = tuple(Opened(seq, str(seq), length, prompt_len) for seq in range(num_seqs))
+        store = KVStore(
+            num_layers=1,
+            codec=codec,
+            num_rows=num_seqs * length,
+            max_num_seqs=num_seqs,
+            max_length=length,
+            device=decoder.device,
+            append=backend.append,
+        )
+        self._session = build_session(
+            CacheManager(store),
+            policy,
+            backend,
+            replace(decoder.spec.attention, num_layers=1),
+            decoder.device,
+            max_num_seqs=num_seqs,
+            state_tokens=num_seqs * state_tokens(length),
+            max_len=length,
+        )
+        self._is_open = False
+
+    @property
+    def selection(self) -> Selection:
+        """What the last decode step read."""
+        return self._session.selection
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        """A new layer begins: its prompts are read; the output `[B, prompt_len, H, D]`."""
+        indices = tuple(sequence.req_idx for sequence in self._sequences)
+        plan = StepPlan(
+            0,
+            Phase.DEVICE,
+            prefill=True,
+            chunks=tuple(ScheduledChunk(req_idx, 0, self._prompt_len) for req_idx in indices),
+            opened=self._sequences,
+            closed=indices if self._is_open else (),
+        )
+        self._is_open = True
+        self._session.begin(plan)
+        packed = [values[:, : self._prompt_len].flatten(0, 1)[None] for values in (q, k, v, hidden)]
+        out = self._session.attend(0, *packed)
+        self._session.end()
+        return out.view(len(indices), self._prompt_len, *q.shape[2:])
+
+    def decode(self, position: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        """The token at this position of every sequence, as a decode step makes it; the output `[B, H, D]`."""
+        chunks = tuple(ScheduledChunk(sequence.req_idx, position, 1) for sequence in self._sequences)
+        self._session.begin(StepPlan(position, Phase.DEVICE, prefill=False, chunks=chunks))
+        out = self._session.attend(0, *(values[:, position : position + 1] for values in (q, k, v, hidden)))
+        self._session.end()
+        return out[:, 0]

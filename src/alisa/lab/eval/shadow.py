@@ -1,8 +1,8 @@
 """What every policy would read if it ran beside dense attention: its selections for the same queries and keys.
 
 The model runs densely, all tokens of a window at once, so that every policy is judged by the same attention weights and
-no difference comes from what it did to the layers before. The policy sees what it would see in decoding: the queries,
-and the weights over the tokens that it selects, which add up to one for each head.
+no difference comes from what it did to the layers before. The policy runs in a session of its own and sees what it would
+see in decoding; what comes out of that is dropped.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Codec, StepBatch
-from alisa.kernels.reference.prefill import causal_attention, causal_mass
+from alisa.kernels.base import Codec
+from alisa.kernels.reference.prefill import causal_attention
+from alisa.lab.eval.layerwise import LayerSession
 from alisa.lab.scoring import Scorer
 from alisa.policy.base import SelectionPolicy
 
@@ -59,14 +60,10 @@ class ShadowAttend:
         length: int,
         tell: Callable[[ShadowLayer], None],
     ) -> None:
-        spec, device = scorer.decoder.spec, scorer.decoder.device
-        self._policy = policy
+        self._layer = LayerSession(scorer, policy, codec, num_seqs, prompt_len, length)
         self._codec = codec
         self._prompt_len, self._length = prompt_len, length
-        self._num_sets = policy.num_sets(spec)
-        self._state = policy.start(spec, num_seqs, length, device, scorer.kernels.selection)
-        self._req_indices = tuple(range(num_seqs))
-        self._req_index = torch.arange(num_seqs, device=device)
+        self._num_sets = policy.num_sets(scorer.decoder.spec.attention)
         self._tell = tell
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
@@ -75,23 +72,9 @@ class ShadowAttend:
             half.view(k.shape).to(q.dtype)
             for half in self._codec.decode(self._codec.encode(k.flatten(0, 1), v.flatten(0, 1)))
         )
-        for req_idx in self._req_indices:
-            self._state.open(req_idx, self._length)
-            self._seed(layer, req_idx, q[req_idx], keys[req_idx], values[req_idx])
-        weights = self._weights(q, keys)
-        self._tell(ShadowLayer(layer, weights, self._select(layer, q, keys, values, weights)))
-        return torch.stack(
-            [causal_attention(q[req_idx], keys[req_idx], values[req_idx]) for req_idx in self._req_indices]
-        )
-
-    def _seed(self, layer: int, req_idx: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """What the policy wants to know of the prompt."""
-        span = slice(self._prompt_len)
-        positions = torch.arange(self._prompt_len, device=q.device)
-        self._state.remember(layer, torch.full_like(positions, req_idx), positions, k[span], v[span])
-        if seed_rows := self._policy.seed_rows(self._prompt_len):
-            for first, mass in causal_mass(q[span][-seed_rows:], k[span], self._num_sets):
-                self._state.seed(layer, req_idx, first, 0, mass)
+        read = self._select(q, k, v, hidden)
+        self._tell(ShadowLayer(layer, self._weights(q, keys), read))
+        return torch.stack([causal_attention(*sequence) for sequence in zip(q, keys, values, strict=True)])
 
     def _weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Dense weights of the decoded rows, Float32[B, H, R, T]."""
@@ -102,23 +85,17 @@ class ShadowAttend:
         places = torch.arange(self._length, device=q.device)
         return scores.masked_fill_(places > places[self._prompt_len :, None], -torch.inf).softmax(dim=-1)
 
-    def _select(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
+    def _select(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """Selections of all decoded rows, Bool[B, J, R, T]."""
-        num_seqs, num_heads, num_rows, length = weights.shape
-        read = torch.zeros(num_seqs, self._num_sets, num_rows, length, dtype=torch.bool, device=weights.device)
-        by_set = (num_seqs, self._num_sets, num_heads // self._num_sets, length)
+        num_rows = self._length - self._prompt_len
+        read = torch.zeros(len(q), self._num_sets, num_rows, self._length, dtype=torch.bool, device=q.device)
+        self._layer.prefill(q, k, v, hidden)
         for row in range(num_rows):
-            position = self._prompt_len + row
-            lengths = torch.full_like(self._req_index, position + 1, dtype=torch.int32)
-            self._state.begin(StepBatch(self._req_indices, (position + 1,) * num_seqs, self._req_index, lengths))
-            self._state.remember(layer, self._req_index, lengths.to(torch.int64) - 1, k[:, position], v[:, position])
-            selection = self._state.select(layer, q[:, position].contiguous())
+            self._layer.decode(self._prompt_len + row, q, k, v, hidden)
+            selection = self._layer.selection
             positions = selection.positions.to(torch.int64)
             real = torch.arange(positions.shape[-1], device=positions.device) < selection.counts[:, None, None]
-            found = torch.zeros(num_seqs, self._num_sets, length, dtype=torch.int32, device=positions.device)
+            found = torch.zeros(len(q), self._num_sets, self._length, dtype=torch.int32, device=positions.device)
             found.scatter_add_(2, positions, real.expand_as(positions).to(torch.int32))
             read[:, :, row] = found > 0
-            kept = weights[:, :, row].view(by_set) * read[:, :, row, None]
-            mass = (kept / kept.sum(dim=-1, keepdim=True)).sum(dim=2)
-            self._state.observe(layer, selection, mass.gather(2, positions) * real)
         return read

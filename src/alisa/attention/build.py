@@ -1,0 +1,52 @@
+"""Puts a session together."""
+
+from __future__ import annotations
+
+import torch
+
+from alisa.attention.session import KVSession
+from alisa.attention.timing import StepTimer
+from alisa.cache.manager import CacheManager
+from alisa.kernels.choose import AttentionBackend
+from alisa.policy.base import SelectionPolicy
+from alisa.spec import AttentionShape
+
+
+def build_session(
+    cache: CacheManager,
+    policy: SelectionPolicy,
+    backend: AttentionBackend,
+    shape: AttentionShape,
+    device: torch.device,
+    *,
+    max_num_seqs: int,
+    state_tokens: int,
+    max_len: int,
+    timer: StepTimer | None = None,
+    looks_ahead: bool = False,
+) -> KVSession:
+    """A session with a fresh policy state.
+
+    Args:
+        cache: where rows lie.
+        policy: which tokens are read.
+        backend: the kernels; they own working memory, so that each engine should have its own.
+        shape: of the attention.
+        device: of the model.
+        max_num_seqs: sequences that are open at the same time.
+        state_tokens: tokens that the policy's state has room for, over all of them.
+        max_len: longest sequence.
+        timer: told where the time goes; None: nobody asks.
+        looks_ahead: see `KVSession`.
+    """
+    state = policy.start(
+        shape,
+        max_num_seqs=max_num_seqs,
+        num_tokens=state_tokens,
+        max_len=max_len,
+        device=device,
+        kernels=backend.selection,
+    )
+    return KVSession(
+        cache, policy, state, backend, shape, device, timer or StepTimer(), looks_ahead=looks_ahead
+    )

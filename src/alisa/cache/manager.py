@@ -1,0 +1,78 @@
+"""The cache of an engine: one pool while nothing has to move, tiers below it from the first move on.
+
+A flat pool has one slot for a token in all layers and one table look-up a step; with tiers every layer keeps its own
+map. Most work fits, so the map is paid for when it is needed. Rows stay where they are: the tiers take the pool over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from alisa.cache.base import RowStore
+from alisa.cache.store import KVStore
+from alisa.outputs import Medium
+from alisa.scheduler.plan import StepPlan
+
+MakeTiers = Callable[[KVStore], RowStore]
+"""A store with lower tiers that has taken over the pool of a flat one, with every sequence in it."""
+
+
+class CacheManager:
+    """Rows of all open sequences.
+
+    Args:
+        flat: an empty pool.
+        num_tiers: lower tiers that there will be.
+        make_tiers: puts them below the pool; None: nothing ever moves.
+        starts_tiered: whether rows may have to be rebuilt later, for which their layer inputs are kept from the start.
+    """
+
+    def __init__(
+        self, flat: KVStore, *, num_tiers: int = 0, make_tiers: MakeTiers | None = None, starts_tiered: bool = False
+    ) -> None:
+        self.store: RowStore = flat
+        """Where the rows are now; another one after a `begin` that moves rows for the first time."""
+        self._num_tiers = num_tiers
+        self._make_tiers = make_tiers
+        if starts_tiered:
+            self._add_tiers(flat)
+
+    def open(self, req_idx: int, num_tokens: int) -> None:
+        """See `RowStore.open`."""
+        self.store.open(req_idx, num_tokens)
+
+    def release(self, req_idx: int) -> None:
+        """See `RowStore.release`."""
+        self.store.release(req_idx)
+
+    def bounds(self, req_idx: int) -> tuple[int, ...]:
+        """Where each lower tier ends and what is deleted, see `alisa.scheduler.placement.base`."""
+        return self.store.bounds(req_idx) if self._has_tiers else (0,) * (self._num_tiers + 1)
+
+    def rebuildable(self, req_idx: int) -> int:
+        """See `RowStore.rebuildable`."""
+        return self.store.rebuildable(req_idx)
+
+    def begin(self, plan: StepPlan) -> RowStore:
+        """The store that has begun this step; see `RowStore.begin`."""
+        if plan.moves and not self._has_tiers:
+            assert isinstance(self.store, KVStore), "without tiers there is a flat pool"
+            self._add_tiers(self.store)
+        self.store.begin(plan)
+        return self.store
+
+    def nbytes(self, medium: Medium) -> int:
+        """See `RowStore.nbytes`."""
+        return self.store.nbytes(medium)
+
+    def close(self) -> None:
+        """See `RowStore.close`."""
+        self.store.close()
+
+    @property
+    def _has_tiers(self) -> bool:
+        return not isinstance(self.store, KVStore)
+
+    def _add_tiers(self, flat: KVStore) -> None:
+        assert self._make_tiers is not None, "nothing moves where there are no tiers"
+        self.store = self._make_tiers(flat)

@@ -1,0 +1,237 @@
+"""The engine for asyncio: a thread of its own makes the steps, and every request is an asynchronous stream.
+
+Only that thread ever calls the engine. Callers hand it requests and aborts through a queue that it empties between
+steps; what comes out is put into the queues of their event loops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, suppress
+from queue import SimpleQueue
+from typing import TypeVar, cast
+
+from alisa.config import SamplingParams
+from alisa.engine.engine import Engine
+from alisa.engine.output import EngineOutput
+from alisa.errors import AlisaError, InputError
+from alisa.outputs import RequestOutput, TextDelta
+
+Event = TextDelta | RequestOutput
+T = TypeVar("T")
+
+
+class EngineDiedError(AlisaError):
+    """The thread that makes the steps has ended with an error; every open request ends with this."""
+
+
+class AsyncEngine:
+    """An engine that runs as long as this object is open.
+
+    Args:
+        engine: nobody else calls it from now on; it is closed with this object.
+
+    Example:
+        >>> async with AsyncEngine(build_engine(model, config)) as engine:
+        ...     async for event in engine.stream("It was a dark night", SamplingParams()):
+        ...         print(event)
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._names = itertools.count()
+        self._died: BaseException | None = None
+        self._takes_calls = True
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="alisa-engine", daemon=True)
+        self._thread.start()
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def add_request(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> str:
+        """Queue a request, whose events `events` gives; see `Engine.add_request`.
+
+        Raises:
+            RequestError: the prompt cannot be used.
+            InputError: the name is taken, or the engine is closed.
+            CapacityError: the request cannot fit even when it runs alone.
+            EngineDiedError: there is no engine any more.
+        """
+        stream = _Stream(asyncio.get_running_loop())
+        name = f"async-{next(self._names)}" if request_id is None else request_id
+
+        def add() -> str:
+            self._engine.add_request(prompt, params, request_id=name, priority=priority)
+            self._streams[name] = stream
+            return name
+
+        try:
+            return await self._call(add)
+        except asyncio.CancelledError:
+            # Nobody will read it. If it was refused, or is another's, its stream is not ours, and stays.
+            with suppress(EngineDiedError, InputError):
+                self._post(lambda: self._abandon(name, stream))
+            raise
+
+    async def events(self, request_id: str) -> AsyncIterator[Event]:
+        """What a request gives: text as it grows, at last its output. Leaving early aborts it.
+
+        Raises:
+            InputError: there is no such request, or it is being read already.
+            EngineDiedError: the engine has ended with an error.
+        """
+        stream = self._streams.get(request_id)
+        if stream is None:
+            raise InputError(f"There is no request {request_id!r}; it may have been read to its end.")
+        if stream.is_read:
+            raise InputError(f"The events of request {request_id!r} are being read already.")
+        stream.is_read = True
+        try:
+            while True:
+                event = await stream.events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, RequestOutput):
+                    return
+        finally:
+            # The engine may have ended meanwhile: then there is nothing left to abort.
+            with suppress(EngineDiedError, InputError):
+                self._post(lambda: self._abandon(request_id, stream))
+
+    async def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, priority: int = 0
+    ) -> AsyncIterator[Event]:
+        """`add_request` and `events` in one."""
+        request_id = await self.add_request(prompt, params, priority=priority)
+        async with aclosing(self.events(request_id)) as events:
+            async for event in events:
+                yield event
+
+    async def abort(self, request_id: str) -> bool:
+        """The request is over and what it held is free; whoever reads it gets what it had. False: there is none."""
+        return await self._call(lambda: self._abort(request_id))
+
+    async def close(self) -> None:
+        """Every request is aborted, the thread has ended, and the engine is closed. Closing again does nothing."""
+        self._calls.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        """What `work` returns or raises, called between two steps by the engine's thread."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def settle(result: T | None, error: BaseException | None) -> None:
+            if done.cancelled():
+                return
+            if error is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(cast(T, result))
+
+        def call() -> None:
+            result, error = None, None
+            try:
+                result = work()
+            except BaseException as raised:
+                error = raised
+            with suppress(RuntimeError):  # an event loop that is closed has nobody who waits
+                loop.call_soon_threadsafe(settle, result, error)
+            if error is not None and not isinstance(error, AlisaError):
+                raise error
+
+        self._post(call)
+        return await done
+
+    def _post(self, call: Callable[[], None]) -> None:
+        """`call` is made by the engine's thread, between two steps.
+
+        Raises:
+            EngineDiedError: that thread has ended with an error.
+            InputError: the engine is closed.
+        """
+        with self._lock:
+            if self._died is not None:
+                raise EngineDiedError(f"The engine has stopped: {self._died}") from self._died
+            if not self._takes_calls:
+                raise InputError("This engine is closed; make another one.")
+            self._calls.put(call)
+
+    def _abort(self, request_id: str) -> bool:
+        output = self._engine.abort(request_id)
+        if output is not None and request_id in self._streams:
+            self._streams[request_id].put(output)
+        return output is not None
+
+    def _abandon(self, request_id: str, stream: _Stream) -> None:
+        """Nobody reads this stream any more: its request ends, if it has not."""
+        if self._streams.get(request_id) is stream:
+            self._engine.abort(request_id)
+            del self._streams[request_id]
+
+    def _run(self) -> None:
+        """Make calls and steps until the queue says stop."""
+        try:
+            while self._make_calls():
+                self._deliver(self._engine.step())
+        except BaseException as error:  # whatever it is, nobody may wait forever
+            self._died = error
+            for stream in self._streams.values():
+                stream.put(EngineDiedError(f"The engine has stopped: {error}"))
+        else:
+            for request_id in list(self._streams):
+                self._abort(request_id)
+        with self._lock:
+            self._takes_calls = False
+        self._engine.close()
+        while not self._calls.empty():  # whoever still waits is told that the engine is closed
+            call = self._calls.get()
+            if call is not None:
+                call()
+
+    def _make_calls(self) -> bool:
+        """Make the calls that are there, and wait for one where there is nothing to compute; False: stop."""
+        while not (self._calls.empty() and self._engine.has_requests):
+            call = self._calls.get()
+            if call is None:
+                return False
+            call()
+        return True
+
+    def _deliver(self, output: EngineOutput) -> None:
+        for event in (*output.deltas, *output.finished):
+            # A reader that has left early is not there any more; its abort is on the way.
+            stream = self._streams.get(event.request_id)
+            if stream is not None:
+                stream.put(event)
+
+
+class _Stream:
+    """The events of one request on their way to its event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        self.is_read = False
+
+    def put(self, event: Event | BaseException) -> None:
+        """Called by the engine's thread; an event loop that is closed has no reader."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.events.put_nowait, event)

@@ -1,0 +1,73 @@
+"""A model that is in memory, ready for any number of engines, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from alisa.cache.codec import make_codec
+from alisa.config import EngineConfig
+from alisa.kernels.base import Codec
+from alisa.kernels.choose import AttentionBackend, choose_backend
+from alisa.model.choose_linear import choose_linear
+from alisa.model.decoder import Decoder
+from alisa.model.hub import resolve_model
+from alisa.model.loader import checkpoint_dtype, load_decoder, load_spec
+from alisa.model.precision import resolve_device, resolve_dtype
+from alisa.model.tokenizer import Tokenizer
+from alisa.spec import ModelSpec, RowFormat
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Weights, tokenizer and kernels."""
+
+    name: str
+    """As it was asked for; `embedded` for the model inside the package."""
+    decoder: Decoder
+    tokenizer: Tokenizer | None
+    """None: prompts are token ids."""
+    backend: AttentionBackend
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Shape and wiring."""
+        return self.decoder.spec
+
+    @property
+    def dtype(self) -> str:
+        """What the model computes in."""
+        return str(self.decoder.dtype).removeprefix("torch.")
+
+
+def embedded_model() -> Path:
+    """Directory of the small trained model inside the package."""
+    return Path(__file__).parents[1] / "embedded"
+
+
+def load_model(config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> LoadedModel:
+    """The model that a configuration asks for.
+
+    Args:
+        config: which model, and in what precision.
+        progress: called with (bytes read, bytes in all).
+
+    Raises:
+        InputError: the device or a precision is not to be had here.
+        ModelError: the model cannot be found, read or run.
+    """
+    directory = embedded_model() if config.model is None else resolve_model(config.model)
+    load_spec(directory)  # before anything else is read: a wrong directory or family is refused by its config
+    tokenizer = Tokenizer.load(directory)
+    device = resolve_device(config.device)
+    make_linear = choose_linear(config.weight_dtype, device)
+    dtype = resolve_dtype(config.dtype, checkpoint_dtype(directory), device)
+    decoder = load_decoder(directory, dtype, device, progress, make_linear)
+    return LoadedModel(config.model or "embedded", decoder, tokenizer, choose_backend(decoder.device))
+
+
+def kv_codec(model: LoadedModel, config: EngineConfig) -> Codec:
+    """The codec of the rows that this configuration asks for; `auto` is the dtype of the arithmetic."""
+    name = model.dtype if config.kv_dtype == "auto" else config.kv_dtype
+    return make_codec(RowFormat(name, model.spec.num_kv_heads, model.spec.head_dim))
