@@ -13,7 +13,7 @@ CODE = src tests examples
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 SET_UP_FROM = pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/alisa/kernels/native/csrc/**/*)
 
-.PHONY: help demo test slow-test gpu-check check format clean distclean
+.PHONY: help demo test test-isa slow-test gpu-check check format clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -21,8 +21,24 @@ help:  ## this list
 demo: $(VENV)/.ready-core  ## generate with the model inside the package, dense against sparse (about two minutes with set-up)
 	@$(VENV)/bin/python examples/demo.py
 
+# One process for each core, each with one thread (tests/conftest.py); more than eight would only take memory.
+FAST_TESTS = $(VENV)/bin/python -m pytest -m "not gpu and not slow" --numprocesses logical --maxprocesses 8 --dist worksteal
+
 test: $(VENV)/.ready-dev  ## the tests, without those that need a GPU or more than a few seconds
-	$(VENV)/bin/python -m pytest -m "not gpu and not slow"
+	$(FAST_TESTS)
+
+# Vector widths of torch, the BLAS of numpy, and threads. Two of them in each process are more than there are cores, so
+# those that wait must not spin.
+ISA_SETTINGS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 OPENBLAS_CORETYPE=Haswell OMP_NUM_THREADS=1
+
+test-isa: $(VENV)/.ready-dev  ## the same tests as another processor would run them: vector widths, BLAS, one thread
+	@failed=0; verdicts=""; \
+	for setting in $(ISA_SETTINGS); do \
+	  echo "== $$setting"; verdict=passed; \
+	  env OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive "$$setting" $(FAST_TESTS) -q || { verdict=FAILED; failed=1; }; \
+	  verdicts+="$$verdict  $$setting"$$'\n'; \
+	done; \
+	printf '\n%s' "$$verdicts"; exit $$failed
 
 slow-test: $(VENV)/.ready-dev  ## the slow tests
 	$(VENV)/bin/python -m pytest -m "slow and not gpu"

@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
+# Several test processes share the cores, and threads that wait for a core that another process has wait long. OpenMP
+# reads this when torch loads it; programs that tests start inherit it. What is set already stays: `make test-isa`.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from hypothesis import settings
 

@@ -1,0 +1,237 @@
+"""Records golden tokens: what every policy says under every placement.
+
+    python -m tests.golden.record
+
+The tokens in `tokens.json` were recorded with version 0.1. Changes that are not meant to change tokens are checked
+against them; record again only with a change that is meant to, and say so in its commit.
+
+Tokens must not depend on the processor, but the last bits of a float do: another vector width, thread count or library
+sums in another order. So each case is run under several SETTINGS, and with weights that are changed in their last
+bits, which stands for all processors that are not at hand. Of each output the file keeps the first tokens, as many as
+all settings agree on. A case that keeps less than half of its tokens is an error: choose another seed or prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from alisa.config import PolicyName
+from alisa.kernels import cpu
+from alisa.llm import embedded_model
+from tests.golden.cases import Case, Golden, run, save
+
+PROMPTS = [
+    "The old schoolmaster closed his book and looked out of the window at the rain.",
+    "When the ship came into the harbour the whole village had gathered on the quay, and the women held up their "
+    "children that they might see the flags. The captain stood upon the deck with his hat in his hand, but he did not "
+    "smile, and those who stood nearest to the water saw that one of the boats was missing.",
+    "My dear sister, you ask me how we live here, and whether the winter has been hard.",
+    "There was no sound in the house but the ticking of the great clock upon the stairs. He had been told to wait, and "
+    "so he waited, turning over in his mind what he should say to a man whom he had never seen and to whom he owed "
+    "everything that he possessed in the world.",
+    "It is often said that a man may be known by his books; I should rather say that he is known by those which he "
+    "lends, and best of all by those which he forgets to return. My uncle had a library of some four hundred volumes.",
+]
+
+THREE_PHASES = {
+    "schedule": "three-phase",
+    "offload_from": 3,
+    "recompute_from": 8,
+    "offload_ratio": 0.7,
+    "recompute_ratio": 0.6,
+}
+
+
+class Placement(NamedTuple):
+    """Caps and schedule, and what they must bring about."""
+
+    name: str
+    device_share: float | None = None
+    disk_share: float | None = None
+    schedule: dict[str, Any] | None = None
+    seen: tuple[str, ...] = ()
+    tiers: bool = True
+    """Whether rows move; a policy with an index set for each head does not allow it."""
+    batches: bool = False
+    """Whether it says nothing about one sequence."""
+
+
+PLACEMENTS = [
+    Placement("free", tiers=False),
+    Placement("capped", 0.3, seen=("disk",)),
+    Placement("static", schedule={"schedule": "static", "offload_ratio": 0.75}, seen=("disk",)),
+    Placement("phases", schedule=THREE_PHASES, seen=("disk", "deleted")),
+    Placement("capped-phases", 0.4, schedule=THREE_PHASES, seen=("disk", "deleted")),
+    Placement("short", 0.45, 0.1, seen=("disk", "preempted"), batches=True),
+    Placement("waiting", 0.5, 0.0, {"schedule": "all-device"}, ("preempted",), tiers=False, batches=True),
+]
+
+SAMPLING = [
+    {},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"repetition_penalty": 1.2},
+    {"temperature": 1.0, "top_k": 40},
+    {"temperature": 1.3, "min_p": 0.05},
+]
+CHUNKS = (1024, 48, 16)
+PER_HEAD = ("swa-head", "sketch-head")
+FAST = (0, 5)
+"""Cases whose number has one of these remainders by 11 are not slow. No turn that is taken below has that length."""
+
+
+class Setting(NamedTuple):
+    """How a process is started so that it rounds in its own way."""
+
+    name: str
+    environment: dict[str, str]
+    isa: str = ""
+    """Of the native kernels; empty: the fastest, `torch`: plain torch instead."""
+    noise: int = 0
+    """Seed of the change of the weights; 0: none."""
+
+
+SETTINGS = [
+    Setting("as it is", {"OMP_NUM_THREADS": "2"}),
+    Setting("one thread", {"OMP_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Haswell"}),
+    Setting("portable", {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}, "portable"),
+    Setting("avx2", {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}, "avx2"),
+    Setting("avx512", {"ATEN_CPU_CAPABILITY": "avx512", "OMP_NUM_THREADS": "2"}, "avx512"),
+    Setting("plain torch", {"OMP_NUM_THREADS": "1"}, "torch"),
+    *(Setting(f"other last bits {seed}", {"OMP_NUM_THREADS": "1"}, noise=seed) for seed in (1, 2, 3)),
+]
+
+RELATIVE_NOISE = 2.0**-21
+"""Of each weight: four times the distance of float32 values, what a sum of a few hundred products is off by."""
+
+
+def main() -> None:
+    """Write the file, or, as a child of this program, the tokens of one setting."""
+    parser = argparse.ArgumentParser(description="Record golden tokens.")
+    parser.add_argument("--setting", choices=[setting.name for setting in SETTINGS])
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    if args.setting is None:
+        record()
+    else:
+        setting = next(setting for setting in SETTINGS if setting.name == args.setting)
+        args.output.write_text(json.dumps(tokens_under(setting)))
+
+
+def record() -> None:
+    """Run every case under every setting and keep what all agree on."""
+    runs = []
+    with tempfile.TemporaryDirectory() as directory:
+        for setting in SETTINGS:
+            sys.stderr.write(f"{setting.name}\n")
+            output = Path(directory) / "tokens.json"
+            command = [sys.executable, "-m", __spec__.name, "--setting", setting.name, "--output", str(output)]
+            # A thread that spins while another program has its core makes a busy machine many times slower.
+            environment = os.environ | {"OMP_WAIT_POLICY": "passive"} | setting.environment
+            subprocess.run(command, env=environment, check=True)
+            runs.append(json.loads(output.read_text()))
+    kept, given = [], 0
+    for case in cases():
+        agreed = [common_prefix(outputs) for outputs in zip(*(tokens[case.name] for tokens in runs), strict=True)]
+        num_kept, num_given = sum(map(len, agreed)), len(agreed) * case.sampling["max_tokens"]
+        if 2 * num_kept < num_given:
+            sys.exit(f"{case.name} keeps {num_kept} of {num_given} tokens: choose another seed or prompt.")
+        given += num_given
+        kept.append(replace(case, tokens=agreed))
+    save(Golden(PROMPTS, kept))
+    num_kept = sum(len(tokens) for case in kept for tokens in case.tokens)
+    sys.stderr.write(f"{len(kept)} cases, {num_kept} of {given} tokens kept\n")
+
+
+def cases() -> Iterator[Case]:
+    """All policies, sparsities, row types and placements; the rest takes turns."""
+    plan = (
+        combination
+        for combination in product(get_args(PolicyName), (0.5, 0.8), ("float32", "int8"), PLACEMENTS)
+        if is_possible(*combination)
+    )
+    for i, (policy, sparsity, kv_dtype, placement) in enumerate(plan):
+        alone = i % 4 == 3 and not placement.batches
+        yield Case(
+            name=f"{policy}-{sparsity}-{kv_dtype}-{placement.name}",
+            slow=i % 11 not in FAST,
+            options={
+                "policy": policy,
+                "sparsity": sparsity,
+                "kv_dtype": kv_dtype,
+                "prefill_chunk": CHUNKS[i % len(CHUNKS)],
+            },
+            device_share=placement.device_share,
+            disk_share=placement.disk_share,
+            schedule=placement.schedule,
+            prompts=[i // 4 % len(PROMPTS)] if alone else list(range(len(PROMPTS))),
+            sampling={"max_tokens": 40 if alone else 24, **SAMPLING[i % len(SAMPLING)]},
+            seed=i,
+            seen=list(placement.seen),
+            tokens=[],
+        )
+
+
+def is_possible(policy: str, sparsity: float, kv_dtype: str, placement: Placement) -> bool:
+    """Whether there is such a run, and it is not another one again."""
+    if policy == "dense" and sparsity != 0.5:
+        return False  # it reads everything
+    return not (policy in PER_HEAD and placement.tiers)
+
+
+def tokens_under(setting: Setting) -> dict[str, list[list[int]]]:
+    """The tokens of every case in this process, which was started for it."""
+    if setting.isa == "torch":
+        cpu.available = lambda: False
+    elif setting.isa:
+        if setting.isa not in cpu.isa_names():
+            sys.exit(f"this processor has no {setting.isa}: record on one that has.")
+        cpu.isa_names = lambda: (setting.isa,)
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        model = noisy_model(directory / "model", setting.noise) if setting.noise else None
+        found = {}
+        for case in cases():
+            found[case.name], seen = run(case, PROMPTS, directory, model)
+            if missing := set(case.seen) - seen:
+                sys.exit(f"{case.name} was to show {', '.join(sorted(missing))} and did not.")
+        return found
+
+
+def noisy_model(directory: Path, seed: int) -> Path:
+    """A copy of the model inside the package whose weights differ in their last bits."""
+    shutil.copytree(embedded_model(), directory)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, weight in load_file(directory / "model.safetensors").items():
+        noise = torch.empty(weight.shape).uniform_(-RELATIVE_NOISE, RELATIVE_NOISE, generator=generator)
+        weights[name] = weight.float() * (1 + noise)
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def common_prefix(outputs: tuple[list[int], ...]) -> list[int]:
+    """The first tokens, as many as all outputs share."""
+    shared = []
+    for tokens in zip(*outputs, strict=True):
+        if len(set(tokens)) > 1:
+            break
+        shared.append(tokens[0])
+    return shared
+
+
+if __name__ == "__main__":
+    main()
