@@ -104,7 +104,6 @@ class Engine:
         request = self.scheduler.abort(request_id)
         if request is None:
             return None
-        request.finished_s = perf_counter()
         if request.req_idx is not None:
             self._session.close(request.req_idx)
         return self._output(request)
@@ -116,7 +115,8 @@ class Engine:
         plan = self.scheduler.schedule(self._session.cache)
         if plan is None:
             return EngineOutput()
-        requests = self.scheduler.requests_of(plan)
+        running = {request.req_idx: request for request in self.scheduler.running}
+        requests = [running[chunk.req_idx] for chunk in plan.chunks]
         result = self._run(plan, requests)
         failed = self._advance(plan, requests, result)
         record = step_record(
@@ -124,7 +124,7 @@ class Engine:
             result.traffic,
             self._runner,
             tokens_dense=0 if plan.prefill else sum(c.end for c in plan.chunks) * self._runner.decoder.spec.num_layers,
-            num_preempted=self.scheduler.num_preempted,
+            num_preempted=plan.num_preempted,
         )
         self._costs.learn(record)
         return self._collect(plan, requests, failed, record)
@@ -196,12 +196,13 @@ class Engine:
             if text.stopped:
                 request.finish_reason = "stop"
             deltas.append(TextDelta(0, new, request.request_id, (request.output_ids[-1],)))
-        over = self.scheduler.update(plan, [r for r in grown if r.finish_reason is not None], failed)
+        finished = [request for request in grown if request.finish_reason is not None]
+        lost = [r for r in (*self.scheduler.running, *self.scheduler.swapped) if r.req_idx in failed]
+        self.scheduler.update(plan, finished, failed)
         outputs = []
-        for request in over:
-            request.finished_s = perf_counter()
-            if request.req_idx is not None:
-                self._session.close(request.req_idx)
+        for request in (*finished, *lost):
+            assert request.req_idx is not None, "a request that was in a step has an index"
+            self._session.close(request.req_idx)
             if rest := self._texts[request.request_id].flush():  # of one that failed: the others have shown all
                 deltas.append(TextDelta(0, rest, request.request_id))
             outputs.append(self._output(request))

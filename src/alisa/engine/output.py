@@ -91,9 +91,6 @@ def request_output(request: Request, text: RequestText) -> RequestOutput:
     reason = request.finish_reason
     assert reason is not None, "only finished requests are shown"
     text.flush()
-    # One that ended before it began has no times of its own: everything was waiting, or reading its prompt.
-    admitted_s = request.admitted_s or request.finished_s
-    first_token_s = request.first_token_s or request.finished_s
     return RequestOutput(
         index=0,
         request_id=request.request_id,
@@ -105,10 +102,10 @@ def request_output(request: Request, text: RequestText) -> RequestOutput:
         report=RequestReport(
             prompt_tokens=request.prompt_len,
             output_tokens=len(request.output_ids),
-            queue_s=admitted_s - request.arrival_s,
-            prefill_s=first_token_s - admitted_s,
-            first_token_s=first_token_s - request.arrival_s,
-            decode_s=request.finished_s - first_token_s,
+            queue_s=request.admitted_s - request.arrival_s,
+            prefill_s=request.first_token_s - request.admitted_s,
+            first_token_s=request.first_token_s - request.arrival_s,
+            decode_s=request.finished_s - request.first_token_s,
             tokens_attended=request.tokens_attended,
             tokens_dense=request.tokens_dense,
         ),

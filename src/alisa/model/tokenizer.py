@@ -51,7 +51,8 @@ class Tokenizer:
         self.eos_ids = eos_ids
         """Tokens that end a text; empty when the model's files name none."""
         byte_tokens = (backend.token_to_id(f"<0x{value:02X}>") for value in range(256))
-        special_ids = (token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special)
+        self._added = backend.get_added_tokens_decoder()
+        special_ids = (token_id for token_id, token in self._added.items() if token.special)
         self._held_ids = frozenset(token_id for token_id in (*byte_tokens, *special_ids) if token_id is not None)
 
     @classmethod
@@ -112,6 +113,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def special_ids(self, texts: Sequence[str]) -> frozenset[int]:
+        """Ids of those texts that are one special token each, such as `<|im_end|>`: they never come out as text."""
+        special = {token.content: token_id for token_id, token in self._added.items() if token.special}
+        return frozenset(special[text] for text in texts if text in special)
 
     def detokenizer(self) -> Detokenizer:
         """A new stream decoder for one sequence."""
