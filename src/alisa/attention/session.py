@@ -20,7 +20,7 @@ from alisa.kernels.base import Attended, DecodeKernel, KeyBlock, PrefillKernel, 
 from alisa.kernels.reference.decode import head_scores
 from alisa.kernels.reference.merge import PartialAttention
 from alisa.policy.base import PolicyState
-from alisa.scheduler.plan import Segment
+from alisa.scheduler.plan import ScheduledChunk
 
 PAST_BLOCK_TOKENS = 1024
 """Cached tokens that prefill reads back at once: what it holds of the past does not grow with the prompt."""
@@ -30,7 +30,7 @@ PAST_BLOCK_TOKENS = 1024
 class PrefillSegment:
     """A piece of a prompt, and from which position on its rows of attention seed the policy (None: none of them)."""
 
-    segment: Segment
+    segment: ScheduledChunk
     seed_from: int | None
 
 
@@ -84,7 +84,7 @@ class PrefillAttend:
                 self._state.seed(layer, segment.req_idx, first, start, mass)
         return out
 
-    def _past(self, layer: int, segment: Segment) -> Iterator[KeyBlock]:
+    def _past(self, layer: int, segment: ScheduledChunk) -> Iterator[KeyBlock]:
         """K and V of the tokens before the piece, from wherever their rows lie."""
         for first in range(0, segment.start, PAST_BLOCK_TOKENS):
             k, v = self._store.read(layer, segment.req_idx, first, min(first + PAST_BLOCK_TOKENS, segment.start))

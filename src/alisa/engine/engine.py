@@ -96,7 +96,7 @@ class Engine:
             return None
         self._num_steps += 1
         by_req_idx = {sequence.req_idx: sequence for sequence in self._running}
-        sequences = [by_req_idx[segment.req_idx] for segment in plan.segments]
+        sequences = [by_req_idx[segment.req_idx] for segment in plan.chunks]
         self._runner.begin(plan)
         done = self._read(plan, sequences) if plan.prefill else self._decode(plan, sequences)
         failed = self._fail()
@@ -188,17 +188,17 @@ class Engine:
         """Pass pieces of prompts through the model."""
         pieces = [
             PromptPiece(segment, sequence.token_ids[segment.start : segment.end], sequence.prompt_len)
-            for segment, sequence in zip(plan.segments, sequences, strict=True)
+            for segment, sequence in zip(plan.chunks, sequences, strict=True)
         ]
         logits = self._runner.prefill(pieces)
-        for segment, sequence in zip(plan.segments, sequences, strict=True):
+        for segment, sequence in zip(plan.chunks, sequences, strict=True):
             sequence.num_cached = segment.end
         return _Pass(logits, [sequence for sequence in sequences if not sequence.in_prefill])
 
     def _decode(self, plan: StepPlan, sequences: list[Sequence]) -> _Pass:
         """Pass one new token of every sequence through the model."""
-        req_indices = tuple(segment.req_idx for segment in plan.segments)
-        lengths = tuple(segment.end for segment in plan.segments)
+        req_indices = tuple(segment.req_idx for segment in plan.chunks)
+        lengths = tuple(segment.end for segment in plan.chunks)
         tokens = [sequence.token_ids[sequence.num_cached] for sequence in sequences]
         logits, tokens_attended = self._runner.decode(req_indices, lengths, tokens)
         for sequence, length, attended in zip(sequences, lengths, tokens_attended, strict=True):
@@ -243,7 +243,7 @@ class Engine:
             step=plan.step,
             phase=plan.phase,
             prefill=plan.prefill,
-            num_sequences=len(plan.segments),
+            num_sequences=len(plan.chunks),
             num_tokens=plan.num_tokens,
             tokens_attended=done.tokens_attended,
             tokens_dense=done.tokens_dense,

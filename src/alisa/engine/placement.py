@@ -15,7 +15,7 @@ from alisa.outputs import StepRecord
 from alisa.policy.base import SelectionPolicy
 from alisa.scheduler.placement.base import Limits, PlacementDecision, PlacementPolicy, SeqView
 from alisa.scheduler.placement.views import HEADROOM_TOKENS, fresh_view, is_oversubscribed, seq_view
-from alisa.scheduler.plan import Segment
+from alisa.scheduler.plan import ScheduledChunk
 from alisa.scheduler.request import Sequence
 
 _FIRST_GUESS_BYTES_PER_S = 1e9
@@ -72,7 +72,7 @@ class Placement:
         self._policy = policy
 
     def decide(
-        self, running: Iterable[Sequence], parked: Iterable[Sequence], segments: Iterable[Segment]
+        self, running: Iterable[Sequence], parked: Iterable[Sequence], segments: Iterable[ScheduledChunk]
     ) -> PlacementDecision | None:
         """Moves for a step of these segments; None when they do not fit together."""
         ends = {segment.req_idx: segment.end for segment in segments}

@@ -17,13 +17,13 @@ from alisa.cache.base import RowStore
 from alisa.kernels.base import DecodeKernel, PrefillKernel, Selection, StepBatch
 from alisa.model.decoder import Decoder
 from alisa.policy.base import PolicyState, SelectionPolicy
-from alisa.scheduler.plan import Segment, StepPlan
+from alisa.scheduler.plan import ScheduledChunk, StepPlan
 
 
 class PromptPiece(NamedTuple):
     """Consecutive tokens of one prompt."""
 
-    segment: Segment
+    segment: ScheduledChunk
     token_ids: Sequence[int]
     prompt_len: int
 

@@ -25,7 +25,7 @@ from alisa.llm import LLM
 from alisa.model.decoder import Decoder
 from alisa.outputs import Phase
 from alisa.policy.base import SelectionPolicy
-from alisa.scheduler.plan import Segment, StepPlan
+from alisa.scheduler.plan import ScheduledChunk, StepPlan
 
 
 class ScoredItem(NamedTuple):
@@ -188,8 +188,8 @@ def teacher_forced(
     yield ScoredStep(0, tuple(range(len(items))), _read_prompts(runner, req_indices, items, prefill_chunk), None)
     for step in range(1, max(len(item.output_ids) for item in items)):
         active = tuple(index for index, item in enumerate(items) if len(item.output_ids) > step)
-        segments = [Segment(req_indices[index], len(items[index].prompt_ids) + step - 1, 1) for index in active]
-        runner.begin(StepPlan(step, Phase.DEVICE, prefill=False, segments=tuple(segments)))
+        segments = [ScheduledChunk(req_indices[index], len(items[index].prompt_ids) + step - 1, 1) for index in active]
+        runner.begin(StepPlan(step, Phase.DEVICE, prefill=False, chunks=tuple(segments)))
         probe.begin([req_indices[index] for index in active], [len(items[index].prompt_ids) + step for index in active])
         decoded = runner.decode(
             tuple(req_indices[index] for index in active),
@@ -222,7 +222,7 @@ def _read_prompts(
     Pieces start at multiples of `prefill_chunk`, as in the engine, whatever they are packed with.
     """
     pieces = [
-        PromptPiece(Segment(req_idx, start, len(tokens)), tokens, len(item.prompt_ids))
+        PromptPiece(ScheduledChunk(req_idx, start, len(tokens)), tokens, len(item.prompt_ids))
         for req_idx, item in zip(req_indices, items, strict=True)
         for start in range(0, len(item.prompt_ids), prefill_chunk)
         if (tokens := item.prompt_ids[start : start + prefill_chunk])
@@ -243,7 +243,7 @@ def _read_prompts(
 def _prefill(runner: ModelRunner, pieces: Sequence[PromptPiece]) -> Tensor:
     """One pass of these pieces through the model."""
     segments = tuple(piece.segment for piece in pieces)
-    runner.begin(StepPlan(0, Phase.DEVICE, prefill=True, segments=segments))
+    runner.begin(StepPlan(0, Phase.DEVICE, prefill=True, chunks=segments))
     return runner.prefill(pieces)
 
 

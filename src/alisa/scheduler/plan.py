@@ -11,7 +11,7 @@ from alisa.outputs import Medium, Phase
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class ScheduledChunk:
     """A run of consecutive tokens of one sequence that goes through the model in one step.
 
     Positions [start, start + count) of req_idx `req_idx`; `count` is 1 in a decode step.
@@ -23,7 +23,7 @@ class Segment:
 
     @property
     def end(self) -> int:
-        """Length of the sequence after this step: the position behind the segment."""
+        """Length of the sequence after this step: the position after the chunk."""
         return self.start + self.count
 
 
@@ -53,11 +53,11 @@ class StepPlan:
     step: int
     phase: Phase
     prefill: bool
-    """True: the segments are pieces of prompts; False: one new token for each sequence."""
-    segments: tuple[Segment, ...]
+    """True: the chunks are pieces of prompts; False: one new token for each sequence."""
+    chunks: tuple[ScheduledChunk, ...]
     moves: tuple[Move, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Tokens that go through the model."""
-        return sum(segment.count for segment in self.segments)
+        return sum(segment.count for segment in self.chunks)

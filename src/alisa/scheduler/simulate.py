@@ -17,7 +17,7 @@ from alisa.errors import CapacityError
 from alisa.outputs import Medium
 from alisa.scheduler.placement.base import Limits, PlacementDecision, PlacementPolicy, SeqView
 from alisa.scheduler.placement.views import HEADROOM_TOKENS, fresh_view, is_oversubscribed, seq_view
-from alisa.scheduler.plan import Move, Segment, StepPlan
+from alisa.scheduler.plan import Move, ScheduledChunk, StepPlan
 from alisa.scheduler.work import Work, next_work
 
 PREFILL_CHUNK = 1024
@@ -133,7 +133,7 @@ class _Rollout:
         return None
 
     def _decide(
-        self, running: Iterable[_Sequence], parked: Iterable[_Sequence], segments: Iterable[Segment]
+        self, running: Iterable[_Sequence], parked: Iterable[_Sequence], segments: Iterable[ScheduledChunk]
     ) -> PlacementDecision | None:
         ends = {segment.req_idx: segment.end for segment in segments}
         views = [self._view(s, ends.get(s.req_idx, s.num_cached), active=True) for s in running]
@@ -192,7 +192,7 @@ class _Rollout:
         for move in moves:
             lower_bounds(by_req_idx[move.req_idx].bounds, move, self._limits)
 
-    def _advance(self, segments: Sequence[Segment]) -> None:
+    def _advance(self, segments: Sequence[ScheduledChunk]) -> None:
         by_req_idx = {sequence.req_idx: sequence for sequence in self._running}
         for segment in segments:
             sequence = by_req_idx[segment.req_idx]

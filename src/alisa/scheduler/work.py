@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from alisa.scheduler.plan import Segment
+from alisa.scheduler.plan import ScheduledChunk
 
 
 class Running(Protocol):
@@ -43,12 +43,12 @@ class Work:
     """What goes through the model in a step: pieces of prompts, or one new token for each sequence."""
 
     prefill: bool
-    segments: tuple[Segment, ...]
+    segments: tuple[ScheduledChunk, ...]
 
 
 def next_work(running: Sequence[Running], prefill_chunk: int) -> Work | None:
     """Pieces of the prompts that are still unread, else one token of every running sequence; None when nobody runs."""
-    segments: list[Segment] = []
+    segments: list[ScheduledChunk] = []
     num_tokens = 0
     for sequence in running:
         if not sequence.in_prefill:
@@ -56,12 +56,12 @@ def next_work(running: Sequence[Running], prefill_chunk: int) -> Work | None:
         count = min(prefill_chunk, sequence.prompt_len - sequence.num_cached)
         if segments and num_tokens + count > prefill_chunk:
             break
-        segments.append(Segment(sequence.req_idx, sequence.num_cached, count))
+        segments.append(ScheduledChunk(sequence.req_idx, sequence.num_cached, count))
         num_tokens += count
     if segments:
         return Work(prefill=True, segments=tuple(segments))
     if not running:
         return None
     return Work(
-        prefill=False, segments=tuple(Segment(sequence.req_idx, sequence.num_cached, 1) for sequence in running)
+        prefill=False, segments=tuple(ScheduledChunk(sequence.req_idx, sequence.num_cached, 1) for sequence in running)
     )
