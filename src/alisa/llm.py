@@ -30,6 +30,8 @@ from alisa.engine.builder import Caps, Memory, build_kv_cache, default_kv_memory
 from alisa.engine.engine import Engine
 from alisa.engine.output import TextStream
 from alisa.engine.placement import Placement
+from alisa.engine.requests import Request
+from alisa.engine.requests import Sequence as RunningSequence
 from alisa.engine.runner import ModelRunner
 from alisa.errors import InputError, PromptError
 from alisa.kernels.choose import choose_backend
@@ -46,8 +48,6 @@ from alisa.planner.simulate import price_run
 from alisa.policy.registry import make_policy
 from alisa.scheduler.placement.file import load_schedule
 from alisa.scheduler.plan import StepPlan
-from alisa.scheduler.request import Request
-from alisa.scheduler.request import Sequence as RunningSequence
 from alisa.spec import RowFormat
 
 

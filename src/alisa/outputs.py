@@ -23,9 +23,9 @@ class Phase(StrEnum):
     RECOMPUTE = "recompute"
 
 
-FinishReason = Literal["length", "stop", "eos", "error"]
+FinishReason = Literal["length", "stop", "eos", "error", "abort"]
 """`length`: all tokens asked for, or no position left; `stop`: a stop string or id; `eos`: the model's own end token;
-`error`: rows of the KV cache were lost, the output up to there is sound."""
+`error`: rows of the KV cache were lost, the output up to there is sound; `abort`: the caller did not want the rest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,12 @@ from torch import Tensor
 from alisa.attention.timing import Part
 from alisa.config import format_bytes
 from alisa.engine.placement import Placement
+from alisa.engine.requests import Request, Sequence, Waiting, WaitingLine, Work, next_work
 from alisa.engine.runner import ModelRunner, PromptPiece
 from alisa.engine.sampler import sample
 from alisa.errors import CapacityError
 from alisa.outputs import FinishReason, Medium, StepRecord
 from alisa.scheduler.plan import StepPlan
-from alisa.scheduler.request import Request, Sequence
-from alisa.scheduler.waiting import Waiting, WaitingLine
-from alisa.scheduler.work import Work, next_work
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from alisa.cache.base import RowStore
+from alisa.engine.requests import Sequence
 from alisa.outputs import StepRecord
 from alisa.policy.base import SelectionPolicy
-from alisa.scheduler.placement.base import Limits, PlacementDecision, PlacementPolicy, SeqView
-from alisa.scheduler.placement.views import HEADROOM_TOKENS, fresh_view, is_oversubscribed, seq_view
+from alisa.scheduler.placement.base import (
+    Limits,
+    PlacementDecision,
+    PlacementPolicy,
+    SeqView,
+    fresh_view,
+    is_oversubscribed,
+    seq_view,
+)
 from alisa.scheduler.plan import ScheduledChunk
-from alisa.scheduler.request import Sequence
+from alisa.scheduler.scheduler import HEADROOM_TOKENS
 
 _FIRST_GUESS_BYTES_PER_S = 1e9
 
@@ -106,7 +114,7 @@ class Placement:
         return self.rates.refetch_s(num_bytes) <= self.rates.recompute_s(sequence)
 
     def _is_oversubscribed(self, views: Iterable[SeqView]) -> bool:
-        return is_oversubscribed(self._scheduler, views, self.limits)
+        return is_oversubscribed(self._scheduler, self.limits, (view.num_read for view in views if view.active))
 
     def _view(self, sequence: Sequence, length: int, *, active: bool) -> SeqView:
         req_idx, prompt_len = sequence.req_idx, sequence.prompt_len
