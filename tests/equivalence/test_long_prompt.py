@@ -16,7 +16,7 @@ from alisa.kernels.choose import choose_backend
 from alisa.engine.builder import Caps, build_kv_cache
 from alisa.engine.placement import Placement
 from alisa.attention.timing import Stopwatch
-from alisa.scheduler.request import Request
+from alisa.engine.requests import Request
 from alisa.engine.runner import ModelRunner
 from alisa.cache.codec import make_codec
 from alisa.model.loader import random_decoder

@@ -42,6 +42,11 @@ def executed(monkeypatch, llm):
     return plans, memories[0]
 
 
+def _decisions(plans):
+    """What the engine decides; only the scheduler says who takes and leaves request indices."""
+    return [(plan.step, plan.phase, plan.prefill, plan.chunks, plan.moves) for plan in plans]
+
+
 @pytest.mark.parametrize("tokens", [None, 100, 40])
 @pytest.mark.parametrize("policy", ["dense", "swa", "sketch"])
 @pytest.mark.parametrize("schedule", [None, THREE_PHASES, STATIC])
@@ -70,11 +75,11 @@ def test_the_engine_does_what_the_rollout_says(schedule, policy, tokens, tiny_mo
             PROMPT_LENGTHS,
             NEW_TOKENS,
             reads_of(policy, 0.6),
-            max_batch=4,
+            max_num_seqs=4,
             prefill_chunk=32,
         )
     )
-    assert predicted == plans
+    assert _decisions(predicted) == _decisions(plans)
 
 
 def test_sequences_that_lose_their_rows_are_read_again(tiny_model, monkeypatch):
@@ -85,4 +90,5 @@ def test_sequences_that_lose_their_rows_are_read_again(tiny_model, monkeypatch):
     plans, memory = executed(monkeypatch, llm)
     assert llm.summary().num_preempted > 0
     reads = reads_of("swa", 0.8)
-    assert list(rollout(memory.scheduler, memory.limits, PROMPT_LENGTHS, NEW_TOKENS, reads)) == plans
+    predicted = list(rollout(memory.scheduler, memory.limits, PROMPT_LENGTHS, NEW_TOKENS, reads))
+    assert _decisions(predicted) == _decisions(plans)

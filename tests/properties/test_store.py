@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from alisa.cache.store import CHUNK_TOKENS, KVStore
 from alisa.errors import CapacityError
 from alisa.outputs import Medium
-from alisa.scheduler.plan import Segment
+from alisa.scheduler.plan import ScheduledChunk
 from tests.kv_cases import CODEC, FORMAT, layer_inputs, plan_of, project, read_parts, selection_of, some_positions
 
 # Few enough rows that sequences compete for them, enough that there is a reserve to hand out.
@@ -65,7 +65,8 @@ class StoreMachine(RuleBasedStateMachine):
         req_indices = draw.permutation(growing)[: draw.integers(1, len(growing) + 1)].tolist()
         counts = [int(draw.integers(1, min(most, MAX_LENGTH - self.length(req_idx)) + 1)) for req_idx in req_indices]
         segments = [
-            Segment(req_idx, self.length(req_idx), count) for req_idx, count in zip(req_indices, counts, strict=True)
+            ScheduledChunk(req_idx, self.length(req_idx), count)
+            for req_idx, count in zip(req_indices, counts, strict=True)
         ]
         if self.used + sum(counts) > NUM_ROWS:
             with pytest.raises(CapacityError, match=f"{sum(counts)} new tokens need .* of {NUM_ROWS} rows are free"):
@@ -96,8 +97,11 @@ class StoreMachine(RuleBasedStateMachine):
         req_idx = data.draw(st.sampled_from(sorted(self.model)))
         length = self.length(req_idx)
         growing = [other for other in sorted(self.model) if other != req_idx and self.length(other) < MAX_LENGTH]
-        others = [Segment(other, self.length(other), 1) for other in growing]
-        for wrong in (Segment(req_idx, length, MAX_LENGTH - length + excess), Segment(req_idx, length + excess, 1)):
+        others = [ScheduledChunk(other, self.length(other), 1) for other in growing]
+        for wrong in (
+            ScheduledChunk(req_idx, length, MAX_LENGTH - length + excess),
+            ScheduledChunk(req_idx, length + excess, 1),
+        ):
             with pytest.raises(CapacityError, match=f"Request index {req_idx}"):
                 self.store.begin(plan_of([*others, wrong]))
 
@@ -129,11 +133,11 @@ TestStore.settings = settings(max_examples=60, stateful_step_count=30)
 def test_reserves_are_taken_back_when_rows_are_short():
     store = make_store()
     first, second = store.open(MAX_LENGTH), store.open(MAX_LENGTH)
-    store.begin(plan_of([Segment(first, 0, 1)]))
+    store.begin(plan_of([ScheduledChunk(first, 0, 1)]))
     assert len(store._free_slots) == NUM_ROWS - CHUNK_TOKENS
     third = store.open(MAX_LENGTH)
-    store.begin(plan_of([Segment(second, 0, MAX_LENGTH)]))
-    store.begin(plan_of([Segment(third, 0, MAX_LENGTH)]))
+    store.begin(plan_of([ScheduledChunk(second, 0, MAX_LENGTH)]))
+    store.begin(plan_of([ScheduledChunk(third, 0, MAX_LENGTH)]))
     store.check()
     assert store.used_rows == 2 * MAX_LENGTH + 1
 

@@ -24,7 +24,7 @@ from alisa.errors import CapacityError
 from alisa.outputs import Medium
 from alisa.scheduler.placement.base import Limits, SeqView, Tier, moves_down
 from alisa.scheduler.placement.three_phase import ThreePhase
-from alisa.scheduler.plan import Segment
+from alisa.scheduler.plan import ScheduledChunk
 from tests.kv_cases import (
     CODEC,
     FORMAT,
@@ -158,7 +158,10 @@ class TieredMachine(RuleBasedStateMachine):
         """Positions beyond the longest sequence, or with a gap, are refused and change nothing."""
         req_idx = data.draw(st.sampled_from(sorted(self.model)))
         length = self.model[req_idx].length
-        for wrong in (Segment(req_idx, length, MAX_LENGTH - length + excess), Segment(req_idx, length + excess, 1)):
+        for wrong in (
+            ScheduledChunk(req_idx, length, MAX_LENGTH - length + excess),
+            ScheduledChunk(req_idx, length + excess, 1),
+        ):
             with pytest.raises(CapacityError, match=f"Request index {req_idx}"):
                 self.store.begin(plan_of([wrong]))
 
@@ -180,7 +183,9 @@ class TieredMachine(RuleBasedStateMachine):
         for index in req_indices:
             req_idx = self.model[index]
             segments.append(
-                Segment(index, req_idx.length, int(draw.integers(1, min(most, req_idx.most - req_idx.length) + 1)))
+                ScheduledChunk(
+                    index, req_idx.length, int(draw.integers(1, min(most, req_idx.most - req_idx.length) + 1))
+                )
             )
         moves = self.moves(draw, segments, wild=wild)
         if moves is None:

@@ -11,11 +11,10 @@ from alisa.budget import reads_of
 from alisa.errors import InputError
 from alisa.outputs import Medium, Phase
 from alisa.scheduler.placement.all_device import AllDevice
-from alisa.scheduler.placement.base import Limits, SeqView, Tier, latest_phase, phase_of
+from alisa.scheduler.placement.base import Limits, SeqView, Tier, fresh_view, latest_phase, phase_of, seq_view
 from alisa.scheduler.placement.file import load_schedule, schedule_from, schedule_values
 from alisa.scheduler.placement.static import StaticSplit
 from alisa.scheduler.placement.three_phase import CHUNK_TOKENS, Schedule, ThreePhase
-from alisa.scheduler.placement.views import fresh_view, seq_view
 from alisa.scheduler.plan import Move
 
 MEDIA = (Medium.HOST, Medium.DISK)

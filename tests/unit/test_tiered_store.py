@@ -11,7 +11,7 @@ from alisa.cache.offload.store import TieredStore
 from alisa.cache.offload.tiers import DiskTier, HostTier
 from alisa.errors import CapacityError
 from alisa.outputs import Medium
-from alisa.scheduler.plan import Move, Segment
+from alisa.scheduler.plan import Move, ScheduledChunk
 from tests.kv_cases import (
     CODEC,
     FORMAT,
@@ -58,7 +58,7 @@ class Rows:
 
     def step(self, counts, moves=(), *, prefill=False):
         """New tokens for some req_indices: {req_idx: how many}."""
-        segments = [Segment(req_idx, self.store.length(req_idx), count) for req_idx, count in counts.items()]
+        segments = [ScheduledChunk(req_idx, self.store.length(req_idx), count) for req_idx, count in counts.items()]
         self.store.begin(plan_of(segments, moves, prefill=prefill))
         hidden = torch.cat([layer_inputs(100 * s.req_idx + s.start, s.count) for s in segments])
         positions = torch.cat([torch.arange(s.start, s.end) for s in segments])

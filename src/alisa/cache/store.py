@@ -100,7 +100,7 @@ class KVStore:
     def begin(self, plan: StepPlan) -> None:
         """See `RowStore.begin`; a refused plan changes nothing."""
         needed = 0
-        for segment in plan.segments:
+        for segment in plan.chunks:
             req_idx = self._open[segment.req_idx]
             if segment.start != req_idx.length or segment.end > self.max_length:
                 raise CapacityError(
@@ -110,23 +110,23 @@ class KVStore:
             needed += max(segment.end - len(req_idx.slots), 0)
         if needed > len(self._free_slots):
             self._trim()
-            needed = sum(max(segment.end - len(self._open[segment.req_idx].slots), 0) for segment in plan.segments)
+            needed = sum(max(segment.end - len(self._open[segment.req_idx].slots), 0) for segment in plan.chunks)
         if needed > len(self._free_slots):
             raise CapacityError(
                 f"{plan.num_tokens} new tokens need {format_bytes(needed * self.token_bytes)} of KV rows; "
                 f"{len(self._free_slots)} of {self.num_rows} rows are free."
             )
         assert not plan.moves, "there is nowhere to move rows to"
-        roomy = len(self._free_slots) - needed >= CHUNK_TOKENS * len(plan.segments)
+        roomy = len(self._free_slots) - needed >= CHUNK_TOKENS * len(plan.chunks)
         slots: list[int] = []
-        for segment in plan.segments:
+        for segment in plan.chunks:
             req_idx = self._open[segment.req_idx]
             self._grow(segment.req_idx, req_idx, segment.end, spare=CHUNK_TOKENS - 1 if roomy else 0)
             slots += req_idx.slots[segment.start : segment.end]
             req_idx.length = segment.end
         self._new_slots = torch.tensor(slots, dtype=torch.int64, device=self.device)
-        req_index = torch.tensor([segment.req_idx for segment in plan.segments], dtype=torch.int64, device=self.device)
-        self._step_table = self.slot_table(req_index, max((segment.end for segment in plan.segments), default=0))
+        req_index = torch.tensor([segment.req_idx for segment in plan.chunks], dtype=torch.int64, device=self.device)
+        self._step_table = self.slot_table(req_index, max((segment.end for segment in plan.chunks), default=0))
         self._last = None
 
     def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor) -> None:

@@ -20,7 +20,7 @@ from alisa.budget import Reads, reads_of
 from alisa.config import PolicyName, WeightDtypeName
 from alisa.outputs import Phase
 from alisa.scheduler.placement.base import Limits
-from alisa.scheduler.plan import Segment, StepPlan
+from alisa.scheduler.plan import ScheduledChunk, StepPlan
 from alisa.scheduler.simulate import PREFILL_CHUNK, lower_bounds
 
 CHURN = {"dense": 0.0, "local": 0.0, "strided": 0.5, "streaming": 0.0, "swa": 0.004, "h2o": 0.004}
@@ -133,7 +133,7 @@ def loads(
     req_indices: dict[int, _Seq] = {}
     reads = method.reads
     for plan in plans:
-        for segment in plan.segments:
+        for segment in plan.chunks:
             if segment.start == 0:  # a new sequence, or one that reads its prompt again
                 req_indices[segment.req_idx] = _Seq([0] * (len(limits.tiers) + 1))
         stored = 0
@@ -142,7 +142,7 @@ def loads(
             stored += move.num_tokens if move.target is not None else 0
         pairs = num_read = candidates = finished = remnants = 0
         wanted = deleted = population = 0.0
-        for segment in plan.segments:
+        for segment in plan.chunks:
             req_idx = req_indices[segment.req_idx]
             req_idx.length = segment.end
             remnants += max(min(segment.end, limits.rebuildable) - segment.start, 0)
@@ -163,7 +163,7 @@ def loads(
                 deleted += older * min(gone, open_to_choice) / open_to_choice
                 population += below
         # Whoever takes no part in a decode step has finished, or has gone down to wait.
-        there = req_indices.values() if plan.prefill else [req_indices[segment.req_idx] for segment in plan.segments]
+        there = req_indices.values() if plan.prefill else [req_indices[segment.req_idx] for segment in plan.chunks]
         own = sum(req_idx.length - req_idx.bounds[0] for req_idx in there)
         hot = max(limits.device_tokens - own, 0)
         missing = _missing(method, wanted, population, hot)
@@ -171,7 +171,7 @@ def loads(
         yield Load(
             phase=plan.phase,
             prefill=plan.prefill,
-            num_sequences=copies * len(plan.segments),
+            num_sequences=copies * len(plan.chunks),
             num_tokens=copies * plan.num_tokens,
             num_finished=copies * finished,
             pairs=copies * pairs,
@@ -190,7 +190,7 @@ def loads(
         )
 
 
-def _ends_prompt(segment: Segment, prompt_lens: dict[int, int] | int | None) -> bool:
+def _ends_prompt(segment: ScheduledChunk, prompt_lens: dict[int, int] | int | None) -> bool:
     if prompt_lens is None:
         return segment.count < PREFILL_CHUNK
     return segment.end == (prompt_lens if isinstance(prompt_lens, int) else prompt_lens[segment.req_idx])

@@ -17,9 +17,8 @@ from alisa.planner.hardware import Hardware
 from alisa.planner.load import Method
 from alisa.planner.simulate import Room, Timeline, Workload, room_for, simulate_uniform
 from alisa.scheduler.placement.all_device import AllDevice
-from alisa.scheduler.placement.base import Limits, PlacementPolicy
+from alisa.scheduler.placement.base import Limits, PlacementPolicy, fresh_view, is_oversubscribed
 from alisa.scheduler.placement.three_phase import Schedule, ThreePhase
-from alisa.scheduler.placement.views import fresh_view, is_oversubscribed
 from alisa.spec import ModelSpec
 
 _PRICED_STEPS = 48
@@ -173,7 +172,7 @@ def _oversubscribed(scheduler: PlacementPolicy, limits: Limits, method: Method, 
     if wave.batch == 1:
         return False
     view = fresh_view(wave.num_rows, limits, method.reads)
-    return is_oversubscribed(scheduler, [view] * wave.batch, limits)
+    return is_oversubscribed(scheduler, limits, [view.num_read] * wave.batch)
 
 
 def _batches(most: int) -> list[int]:

@@ -10,12 +10,10 @@ from alisa.planner.cost import CostModel, StepCost
 from alisa.planner.footprint import activation_bytes, kv_token_bytes, policy_bytes, remnant_row_bytes, weight_bytes
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import Load, Method, loads
-from alisa.scheduler.placement.base import Limits, PlacementPolicy, Tier
+from alisa.scheduler.placement.base import Limits, PlacementPolicy, Tier, seq_view
 from alisa.scheduler.placement.capacity import share_below
-from alisa.scheduler.placement.views import seq_view
-from alisa.scheduler.plan import Segment, StepPlan
+from alisa.scheduler.plan import ScheduledChunk, StepPlan
 from alisa.scheduler.simulate import PREFILL_CHUNK, lower_bounds, rollout
-from alisa.scheduler.work import Work
 from alisa.spec import ModelSpec
 
 
@@ -98,7 +96,7 @@ def simulate(
     prompt_lens: Sequence[int],
     output_len: int,
     *,
-    max_batch: int | None = None,
+    max_num_seqs: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Timeline:
     """Every step that the engine will make, req_idx by req_idx.
@@ -113,7 +111,7 @@ def simulate(
             prompt_lens,
             output_len,
             method.reads,
-            max_batch=max_batch,
+            max_num_seqs=max_num_seqs,
             prefill_chunk=prefill_chunk,
         )
     )
@@ -169,10 +167,10 @@ def simulate_uniform(
     per_pass = max(1, PREFILL_CHUNK // workload.prompt_len)
     costs = []
     weights = []
-    ends = [*(plan.segments[0].end for plan in steps[1:]), workload.num_rows + 1]
+    ends = [*(plan.chunks[0].end for plan in steps[1:]), workload.num_rows + 1]
     for load, plan, end in zip(found, steps, ends, strict=True):
         costs.append(cost.step(load, tiers=scheduler.uses_tiers))
-        weights.append(1.0 if plan.prefill else float(end - plan.segments[0].end))
+        weights.append(1.0 if plan.prefill else float(end - plan.chunks[0].end))
         if plan.prefill and batch > per_pass:  # the passes are as small as the engine makes them
             passes = batch / per_pass
             costs[-1] = costs[-1] + StepCost(other_s=(passes - 1) * cost.pass_s)
@@ -194,9 +192,8 @@ def _plans_of_one(
             return
         for move in decision.moves:
             lower_bounds(bounds, move, limits)
-        segment = Segment(0, length - 1, 1) if step else Segment(0, 0, length)
-        work = Work(step == 0, (segment,))
-        yield StepPlan(step, decision.phase, work.prefill, work.segments, decision.moves)
+        chunk = ScheduledChunk(0, length - 1, 1) if step else ScheduledChunk(0, 0, length)
+        yield StepPlan(step, decision.phase, step == 0, (chunk,), decision.moves)
 
 
 def _first_owners(plans: Sequence[StepPlan], prompt_lens: Sequence[int]) -> dict[int, int]:
@@ -204,7 +201,7 @@ def _first_owners(plans: Sequence[StepPlan], prompt_lens: Sequence[int]) -> dict
     owners: dict[int, int] = {}
     waiting = iter(prompt_lens)
     for plan in plans:
-        for segment in plan.segments:
+        for segment in plan.chunks:
             if segment.start == 0 and segment.req_idx not in owners:
                 owners[segment.req_idx] = next(waiting, prompt_lens[-1])
     return owners

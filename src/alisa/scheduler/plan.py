@@ -11,10 +11,10 @@ from alisa.outputs import Medium, Phase
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class ScheduledChunk:
     """A run of consecutive tokens of one sequence that goes through the model in one step.
 
-    Positions [start, start + count) of req_idx `req_idx`; `count` is 1 in a decode step.
+    Positions [start, start + count) of the sequence with request index `req_idx`; `count` is 1 in a decode step.
     """
 
     req_idx: int
@@ -23,7 +23,7 @@ class Segment:
 
     @property
     def end(self) -> int:
-        """Length of the sequence after this step: the position behind the segment."""
+        """Length of the sequence after this step: the position after the chunk."""
         return self.start + self.count
 
 
@@ -31,7 +31,8 @@ class Segment:
 class Move:
     """Rows [start, end) of one sequence, all layers, that go from one medium to another (None: deleted).
 
-    Moves go down only. One out of DEVICE may name positions that this step computes: they are written below at once.
+    Moves only go to lower tiers. One out of DEVICE may name positions that this step computes: they are written to the
+    lower tier at once.
     """
 
     req_idx: int
@@ -47,17 +48,35 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
+class Opened:
+    """A request that takes a request index: the cache and the policy make room for it before the step."""
+
+    req_idx: int
+    request_id: str
+    num_tokens: int
+    """Rows that it may come to need."""
+    prompt_len: int
+    """Tokens of its prompt: the last of them are what the policy observes."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """Everything that was decided about one step, before any of it is done."""
 
     step: int
     phase: Phase
     prefill: bool
-    """True: the segments are pieces of prompts; False: one new token for each sequence."""
-    segments: tuple[Segment, ...]
+    """True: the chunks are pieces of prompts; False: one new token for each sequence."""
+    chunks: tuple[ScheduledChunk, ...]
     moves: tuple[Move, ...] = ()
+    opened: tuple[Opened, ...] = ()
+    closed: tuple[int, ...] = ()
+    """Request indices whose rows are dropped before the step. They are closed before `opened` are opened: an index may
+    be in both."""
+    num_preempted: int = 0
+    """Requests that were swapped or lost their rows when this step was planned."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens that go through the model."""
-        return sum(segment.count for segment in self.segments)
+        return sum(chunk.count for chunk in self.chunks)

@@ -1,67 +1,87 @@
-"""A request as it was asked, and the sequence it becomes while it runs."""
+"""One request from its arrival to its end: what was asked, where it stands, and what it has cost so far."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from alisa.config import SamplingParams
 from alisa.outputs import FinishReason
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt, as token ids, and how to continue it."""
+class RequestStatus(StrEnum):
+    """Which of the scheduler's queues holds a request."""
 
-    request_id: int
-    prompt_ids: tuple[int, ...]
+    WAITING = "waiting"
+    """It has no request index and no rows: it is new, or it lost both to others."""
+    RUNNING = "running"
+    SWAPPED = "swapped"
+    """It keeps its request index and its rows, and takes part in no step until there is room for it."""
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt to continue. The scheduler moves it between its queues, the engine appends tokens to it.
+
+    Times are seconds on the clock of `time.perf_counter`.
+    """
+
+    request_id: str
+    prompt_ids: Sequence[int]
     params: SamplingParams
     max_new_tokens: int
     """`params.max_tokens`, or less where the model's positions end earlier."""
+    priority: int = 0
+    """Requests with a lower number go first; equal ones in the order of their arrival."""
+    arrival_s: float = 0.0
+
+    status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
+    error: str = field(default="", init=False)
+    """Why it ended with the reason `error`."""
+    req_idx: int | None = field(default=None, init=False)
+    """Its request index. A finished request still has it: the caller closes it in the cache."""
+    token_ids: list[int] = field(init=False)
+    """Prompt and output."""
+    output_ids: list[int] = field(default_factory=list, init=False)
+    num_cached: int = field(default=0, init=False)
+    """Tokens whose rows are in the cache."""
+    admitted_s: float = field(default=0.0, init=False)
+    """When it was admitted for the first time."""
+    first_token_s: float = field(default=0.0, init=False)
+    finished_s: float = field(default=0.0, init=False)
+    tokens_attended: int = field(default=0, init=False)
+    """Cached tokens that decode attention read, summed over steps and layers."""
+    tokens_dense: int = field(default=0, init=False)
+    """What dense attention would have read."""
+    num_preempted: int = field(default=0, init=False)
+    """How often it was swapped, or lost its rows, for others."""
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_ids)
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_ids)
 
     @property
     def num_rows(self) -> int:
         """KV rows the request may come to need: the last token is returned, never fed."""
         return len(self.prompt_ids) + self.max_new_tokens - 1
 
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A running request: its request index, its tokens, how far they are cached, and what it has cost so far."""
-
-    request: Request
-    req_idx: int
-    submitted_s: float
-    admitted_s: float
-    token_ids: list[int]
-    """Prompt and output."""
-    num_cached: int = 0
-    """Tokens whose rows are in the store."""
-    first_token_s: float = 0.0
-    finished_s: float = 0.0
-    finish_reason: FinishReason | None = None
-    error: str = ""
-    """Why it ended with the reason `error`."""
-    tokens_attended: int = 0
-    tokens_dense: int = 0
-    num_preempted: int = 0
-    """How often it had to give way."""
-    output_ids: list[int] = field(default_factory=list)
-
-    @property
-    def prompt_len(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_ids)
-
     @property
     def in_prefill(self) -> bool:
         """Whether part of the prompt is still unread."""
-        return self.num_cached < self.prompt_len
+        return self.num_cached < len(self.prompt_ids)
 
     @property
     def wants_token(self) -> bool:
         """Whether everything up to the newest token has been through the model, so that the next can be chosen.
 
-        False while a prompt is read, and while a sequence that lost its rows catches up with what it had said.
+        False while a prompt is read, and while a request that lost its rows catches up with what it had said.
         """
         return self.num_cached == len(self.token_ids)
 

@@ -31,7 +31,7 @@ from alisa.cache.offload.transfer import ReqIndices, Some, Ticket, Transfers
 from alisa.errors import CapacityError
 from alisa.kernels.base import AppendKernel, Codec, Selection
 from alisa.outputs import Medium, Traffic
-from alisa.scheduler.plan import Move, Segment, StepPlan
+from alisa.scheduler.plan import Move, ScheduledChunk, StepPlan
 
 _JOB_ROWS = 64
 """Rows that one thread fetches in one go; more are shared among threads."""
@@ -228,7 +228,7 @@ class TieredStore:
 
     def begin(self, plan: StepPlan) -> None:
         """See `RowStore.begin`."""
-        for segment in plan.segments:
+        for segment in plan.chunks:
             length = self._open[segment.req_idx].length
             if segment.start != length or segment.end > self.max_length:
                 raise CapacityError(
@@ -242,8 +242,8 @@ class TieredStore:
             self._arrive_everywhere()
         for move in plan.moves:
             self._move(move)
-        self._place(plan.segments)
-        for segment in plan.segments:
+        self._place(plan.chunks)
+        for segment in plan.chunks:
             self._open[segment.req_idx].length = segment.end
 
     def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor) -> None:
@@ -457,7 +457,7 @@ class TieredStore:
 
         self._transfers.wait(self._transfers.start(across, np.full(count, req_idx)))
 
-    def _place(self, segments: Sequence[Segment]) -> None:
+    def _place(self, segments: Sequence[ScheduledChunk]) -> None:
         """Decide for every new token where its rows go: device slots in each layer, or slots below."""
         req_indices = (
             np.concatenate([np.full(s.count, s.req_idx) for s in segments]) if segments else np.empty(0, np.int64)

@@ -15,13 +15,13 @@ from alisa.config import KvDtypeName, PolicyName, SamplingParams
 from alisa.engine.builder import Caps, Memory, build_kv_cache
 from alisa.engine.engine import Engine
 from alisa.engine.placement import Placement
+from alisa.engine.requests import Request
 from alisa.engine.runner import ModelRunner
 from alisa.kernels.choose import choose_backend
 from alisa.model.decoder import Decoder
 from alisa.outputs import StepRecord, Traffic
 from alisa.policy.registry import make_policy
 from alisa.scheduler.placement.base import PlacementPolicy
-from alisa.scheduler.request import Request
 from alisa.spec import RowFormat
 
 PARTS = ("linear", "attention", "selection", "transfer", "sampling", "other")

@@ -25,7 +25,7 @@ from alisa.outputs import Phase
 from alisa.planner.hardware import Attention, Selection
 from alisa.planner.profile.clock import fit, seconds
 from alisa.policy.base import PolicyState, SelectionPolicy
-from alisa.scheduler.plan import Segment, StepPlan
+from alisa.scheduler.plan import ScheduledChunk, StepPlan
 from alisa.spec import ModelSpec, RowFormat
 
 _LAYOUTS = ((12, 12, 64), (4, 32, 64), (32, 32, 128))
@@ -82,13 +82,16 @@ def _calls(
     times = {}
     for batch in (1, 64):
         plan = StepPlan(
-            0, Phase.DEVICE, False, tuple(Segment(req_idx, store.length(req_idx), 1) for req_idx in req_indices[:batch])
+            0,
+            Phase.DEVICE,
+            False,
+            tuple(ScheduledChunk(req_idx, store.length(req_idx), 1) for req_idx in req_indices[:batch]),
         )
         store.begin(plan)
         few = k[:batch]
         times[batch] = seconds(lambda few=few: store.append(0, few, few, hidden), repeats=30)
     row_s = max(times[64] - times[1], 0.0) / 63
-    plan = StepPlan(0, Phase.DEVICE, False, (Segment(req_indices[0], store.length(req_indices[0]), 1),))
+    plan = StepPlan(0, Phase.DEVICE, False, (ScheduledChunk(req_indices[0], store.length(req_indices[0]), 1),))
     store.begin(plan)
     one = torch.zeros(1, 1, 1, dtype=torch.int32)
     counts = torch.ones(1, dtype=torch.int32)

@@ -19,7 +19,7 @@ from alisa.kernels.base import AppendKernel, MoveRows, Selection
 from alisa.outputs import Medium, Phase
 from alisa.planner.hardware import Link
 from alisa.planner.profile.clock import fit, seconds
-from alisa.scheduler.plan import Move, Segment, StepPlan
+from alisa.scheduler.plan import Move, ScheduledChunk, StepPlan
 from alisa.spec import RowFormat
 
 _JOB_ROWS = 64
@@ -94,12 +94,12 @@ def measure_lookup(directory: Path, move_rows: MoveRows, append: AppendKernel | 
     times: list[float] = []
     places: list[float] = []
     req_indices = [store.open(length) for _ in range(max_num_seqs)]
-    store.begin(StepPlan(0, Phase.DEVICE, True, tuple(Segment(req_idx, 0, 128) for req_idx in req_indices)))
+    store.begin(StepPlan(0, Phase.DEVICE, True, tuple(ScheduledChunk(req_idx, 0, 128) for req_idx in req_indices)))
     moves = tuple(Move(req_idx, 0, 64, Medium.DEVICE, Medium.DISK) for req_idx in req_indices)
     step = 1
     for batch in (1, 16):
         for count in (16, 120):
-            segments = tuple(Segment(req_idx, store.length(req_idx), 1) for req_idx in req_indices[:batch])
+            segments = tuple(ScheduledChunk(req_idx, store.length(req_idx), 1) for req_idx in req_indices[:batch])
             places.append(seconds(lambda s=segments, m=moves, n=step: _begin(store, s, m, n), repeats=1))
             moves = ()
             positions = torch.arange(count, dtype=torch.int32).expand(batch, 1, count).contiguous()
@@ -112,9 +112,9 @@ def measure_lookup(directory: Path, move_rows: MoveRows, append: AppendKernel | 
     return Lookup(call_s, row_s, sum(places[1:]) / len(places[1:]) / num_layers)
 
 
-def _begin(store: TieredStore, segments: tuple[Segment, ...], moves: tuple[Move, ...], step: int) -> None:
+def _begin(store: TieredStore, segments: tuple[ScheduledChunk, ...], moves: tuple[Move, ...], step: int) -> None:
     """One step later; called twice by the clock, so that the segments move on with the lengths."""
-    now = tuple(Segment(s.req_idx, store.length(s.req_idx), 1) for s in segments)
+    now = tuple(ScheduledChunk(s.req_idx, store.length(s.req_idx), 1) for s in segments)
     below = moves if store.bounds(segments[0].req_idx)[0] == 0 else ()
     store.begin(StepPlan(step, Phase.DEVICE_HOST, False, now, below))
 

@@ -1,4 +1,4 @@
-"""What a scheduler sees and what it decides: integers only, so that an engine, a simulator and a search can share it.
+"""What a placement policy sees and what it decides: integers only, shared by an engine, a simulator and a search.
 
 A sequence's rows are placed by prefix, oldest first (ALISA, section 5): the tiers below the device hold ranges of
 positions that end where the tier above begins, and what was deleted lies before them all.
@@ -7,18 +7,22 @@ positions that end where the tier above begins, and what was deleted lies before
                [  deleted  ][   disk    ][   host    ][   device   ]
     bounds                 [2]          [1]          [0]
 
-A row that has gone down may have a copy in the device's hot cache; that is the store's business, not the scheduler's.
+A row in a lower tier may have a copy in the device's hot cache; that is the store's business, not the policy's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
+from alisa.budget import Reads
 from alisa.outputs import Medium, Phase
 from alisa.scheduler.plan import Move
+
+STATE_BLOCK_TOKENS = 64
+"""A selection policy keeps its state in blocks of this many tokens; no two sequences share one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +42,27 @@ class Limits:
     tiers: tuple[Tier, ...] = ()
     """Lower tiers, nearest first."""
     rebuildable: int = 0
-    """First tokens of every sequence that keep a remnant."""
+    """First tokens of every sequence whose hidden states are kept."""
+    state_tokens: int | None = None
+    """Tokens for which the selection policy has room in its state, over all sequences wherever their rows lie; each
+    sequence takes whole blocks of STATE_BLOCK_TOKENS. None: no limit."""
 
     @property
     def total_tokens(self) -> int:
         """Tokens that can be kept without deleting any."""
         return self.device_tokens + sum(tier.num_tokens for tier in self.tiers)
 
+    def has_state_room(self, lengths: Iterable[int]) -> bool:
+        """Whether the policy's state has room for sequences of these lengths."""
+        if self.state_tokens is None:
+            return True
+        num_blocks = sum(-(-length // STATE_BLOCK_TOKENS) for length in lengths)
+        return num_blocks * STATE_BLOCK_TOKENS <= self.state_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class SeqView:
-    """One sequence as a scheduler sees it, before a step."""
+    """One sequence as a placement policy sees it, before a step."""
 
     req_idx: int
     prompt_len: int
@@ -61,18 +75,46 @@ class SeqView:
     older: int
     """Further tokens, among all before the window, that one layer reads in this step."""
     rebuildable: int = 0
-    """Positions below this have a remnant, so that their rows may be deleted."""
+    """Positions below this have their hidden states kept, so that their rows may be deleted."""
     active: bool = True
-    """False: the sequence takes no part in this step; its rows may all go down."""
+    """False: the sequence takes no part in this step; its rows may all be offloaded."""
 
     @property
     def output_step(self) -> int:
         """J in the paper: tokens generated so far, the one of this step included; 0 or less while a prompt is read."""
         return self.length - self.prompt_len
 
+    @property
+    def num_read(self) -> int:
+        """Tokens that one layer reads in this step."""
+        return min(self.window + self.older, self.length)
+
+
+def seq_view(
+    req_idx: int, prompt_len: int, length: int, bounds: tuple[int, ...], rebuildable: int, reads: Reads, *, active: bool
+) -> SeqView:
+    """A sequence before a step after which it has `length` tokens, of which a policy reads what `reads` says."""
+    recent, older = reads(max(length - 1, 0))
+    return SeqView(
+        req_idx=req_idx,
+        prompt_len=prompt_len,
+        length=length,
+        bounds=bounds,
+        window=min(recent + 1, length),
+        older=older,
+        rebuildable=rebuildable,
+        active=active,
+    )
+
+
+def fresh_view(num_tokens: int, limits: Limits, reads: Reads) -> SeqView:
+    """A sequence of `num_tokens` tokens that has no request index yet."""
+    bounds = (0,) * (len(limits.tiers) + 1)
+    return seq_view(-1, num_tokens, num_tokens, bounds, limits.rebuildable, reads, active=True)
+
 
 class PlacementDecision(NamedTuple):
-    """What a scheduler wants done before a step."""
+    """What a placement policy wants done before a step."""
 
     phase: Phase
     moves: tuple[Move, ...]
@@ -105,6 +147,14 @@ class PlacementPolicy(Protocol):
         ...
 
 
+def is_oversubscribed(placement: PlacementPolicy, limits: Limits, num_read: Iterable[int]) -> bool:
+    """Whether running sequences read more in one layer than the device holds, and some had better wait.
+
+    `num_read`: tokens that each of them reads.
+    """
+    return bool(limits.tiers) and placement.avoids_oversubscription and sum(num_read) > limits.device_tokens
+
+
 def moves_down(req_indices: Sequence[SeqView], bounds: Sequence[Sequence[int]], limits: Limits) -> tuple[Move, ...]:
     """The moves that take every sequence from its present bounds to lower ones.
 
@@ -122,7 +172,7 @@ def moves_down(req_indices: Sequence[SeqView], bounds: Sequence[Sequence[int]], 
 
 
 def _level(position: int, bounds: Sequence[int]) -> int:
-    """0 for the device, 1 for the nearest tier, ...: how many bounds lie behind the position."""
+    """0 for the device, 1 for the nearest tier, ...: how many bounds lie after the position."""
     return sum(position < bound for bound in bounds)
 
 

@@ -1,0 +1,364 @@
+"""Who runs next: requests, their queues and request indices, and a plan for every step, in integers only.
+
+Prompts are read before running requests go on, in chunks that are cut at multiples of `prefill_chunk` tokens, whatever
+else is in the batch: a request's arithmetic does not depend on its company. When no placement of all rows fits the
+limits, or when the requests read more than the device holds, the newest one makes room. It is swapped: its rows stay,
+most of them in lower tiers, and it takes part in no step for a while. Or it is preempted: its rows are dropped, and
+later it reads its prompt again and feeds its own output once more. Both give the same tokens.
+
+The engine and the simulator call the same four methods, `add`, `abort`, `schedule` and `update`.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Mapping, Sequence
+from time import perf_counter
+from typing import Protocol
+
+from alisa.budget import Reads
+from alisa.config import format_bytes
+from alisa.errors import CapacityError, InputError
+from alisa.scheduler.placement.base import (
+    Limits,
+    PlacementDecision,
+    PlacementPolicy,
+    SeqView,
+    fresh_view,
+    is_oversubscribed,
+    seq_view,
+)
+from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
+from alisa.scheduler.request import Request, RequestStatus
+
+HEADROOM_TOKENS = 32
+"""Tokens that every running request must be able to grow by before another one is admitted: fewer, and the newest is
+preempted before it has paid for its prompt."""
+
+
+class CacheView(Protocol):
+    """Where the rows of open sequences lie; only asked about sequences that have rows."""
+
+    def bounds(self, req_idx: int) -> tuple[int, ...]:
+        """Where each lower tier ends, see `alisa.scheduler.placement.base`; `(0,)` with no tiers."""
+        ...
+
+    def rebuildable(self, req_idx: int) -> int:
+        """Positions below this have their hidden states kept."""
+        ...
+
+
+class RestoreCosts(Protocol):
+    """What it costs to bring a request back that had to make room."""
+
+    def keeps_rows(self, request: Request) -> bool:
+        """Whether fetching its rows back is cheaper than computing them again."""
+        ...
+
+
+class Scheduler:
+    """Queues of requests, and the plan of the next step.
+
+    Args:
+        limits: what there is room for.
+        placement: decides which rows move, and whether all have room.
+        reads: how many tokens a step reads.
+        restore_costs: decides between swapping and preempting.
+        max_num_seqs: requests that have a request index at the same time.
+        prefill_chunk: prompt tokens in one step at most.
+        token_bytes: bytes of one token's rows, for messages; None: they count tokens.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        placement: PlacementPolicy,
+        reads: Reads,
+        restore_costs: RestoreCosts,
+        *,
+        max_num_seqs: int,
+        prefill_chunk: int,
+        token_bytes: int | None = None,
+    ) -> None:
+        self.limits = limits
+        self.placement = placement
+        self._reads = reads
+        self._restore_costs = restore_costs
+        self._prefill_chunk = prefill_chunk
+        self._token_bytes = token_bytes
+        self._requests: dict[str, Request] = {}
+        self._waiting: list[tuple[int, int, Request]] = []
+        """(priority, turn, request), the next one first."""
+        self._running: list[Request] = []
+        self._swapped: list[Request] = []
+        self._free_req_indices = list(range(max_num_seqs - 1, -1, -1))
+        self._last_turn = 0
+        self._first_turn = 0
+        self._num_steps = 0
+        self._opened: list[Request] = []
+        self._closed: list[int] = []
+        self._num_preempted = 0
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(self._requests)
+
+    @property
+    def requests(self) -> Mapping[str, Request]:
+        """Every request that is not finished, by its id."""
+        return self._requests
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a request index."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> Sequence[Request]:
+        """Requests that take part in steps, in the order in which they were admitted within a priority."""
+        return self._running
+
+    @property
+    def swapped(self) -> Sequence[Request]:
+        """Requests that keep their rows and wait until there is room to read them."""
+        return self._swapped
+
+    def add(self, request: Request) -> None:
+        """Queue a request; it runs as soon as a request index and its rows are free.
+
+        Raises:
+            InputError: its id is in use.
+            CapacityError: it does not fit the limits even when it runs alone.
+        """
+        if request.request_id in self._requests:
+            raise InputError(f"The request id {request.request_id!r} is in use; choose another one.")
+        if not self._fits([fresh_view(request.num_rows, self.limits, self._reads)]):
+            raise CapacityError(self._refusal(request))
+        self._requests[request.request_id] = request
+        self._last_turn += 1
+        insort(self._waiting, (request.priority, self._last_turn, request))
+
+    def abort(self, request_id: str) -> Request | None:
+        """The request is finished with the reason `abort`, whatever it was doing; its request index is free.
+
+        Call it between steps: after `update`, before `schedule`.
+
+        Returns:
+            The request, whose `req_idx` is what the caller has to close in the cache (None: nothing); None when there
+            is no such request.
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.finish_reason = "abort"
+            self._leave(request)
+        return request
+
+    def schedule(self, cache: CacheView) -> StepPlan | None:
+        """The next step; None when nothing is left to do. `update` follows before the next call."""
+        self._opened.clear()
+        self._closed.clear()
+        self._num_preempted = 0
+        self._resume()
+        self._admit(cache)
+        while self._running:
+            prefill, chunks = next_chunks(self._running, self._prefill_chunk)
+            if self._is_oversubscribed(self._running) and self._swap(chunks, cache):
+                continue
+            decision = self._place(self._running, self._swapped, chunks, cache)
+            if decision is not None:
+                return self._plan(decision, chunks, prefill=prefill)
+            self._preempt()
+        return None
+
+    def update(self, plan: StepPlan, finished: Iterable[Request], failed: Mapping[int, str]) -> None:
+        """The plan has been executed: its tokens are cached, and what has ended has left.
+
+        Args:
+            plan: the last one that `schedule` gave.
+            finished: requests that got their last token; they have a `finish_reason`.
+            failed: request indices whose rows were lost, and why; these requests finish with the reason `error`.
+        """
+        running = {request.req_idx: request for request in self._running}
+        for chunk in plan.chunks:
+            running[chunk.req_idx].num_cached = chunk.end
+        for request in finished:
+            assert request.finish_reason is not None, "a finished request says why it has ended"
+            self._leave(request)
+        for request in [r for r in (*self._running, *self._swapped) if r.req_idx in failed]:
+            request.finish_reason, request.error = "error", failed[_index(request)]
+            self._leave(request)
+
+    # --- the queues ----------------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        """Swapped requests run again as soon as they do not crowd the others, the one that has waited longest first."""
+        while self._swapped and not self._is_oversubscribed([*self._running, self._swapped[0]]):
+            self._run(self._swapped.pop(0))
+
+    def _admit(self, cache: CacheView) -> None:
+        """Waiting requests get a request index while there is room for them and nobody is swapped."""
+        while self._waiting and self._free_req_indices and not self._swapped:
+            request = self._waiting[0][-1]
+            if not self._has_room(request, cache):
+                return
+            del self._waiting[0]
+            request.req_idx = self._free_req_indices.pop()
+            request.admitted_s = request.admitted_s or perf_counter()
+            self._opened.append(request)
+            self._run(request)
+
+    def _run(self, request: Request) -> None:
+        request.status = RequestStatus.RUNNING
+        insort(self._running, request, key=_priority)
+
+    def _swap(self, chunks: Iterable[ScheduledChunk], cache: CacheView) -> bool:
+        """Take the newest request out of the batch and keep its rows, if that is possible and worth it."""
+        newest = self._running[-1]
+        if newest.in_prefill or not self._restore_costs.keeps_rows(newest):
+            return False
+        others = [chunk for chunk in chunks if chunk.req_idx != newest.req_idx]
+        if self._place(self._running[:-1], [*self._swapped, newest], others, cache) is None:
+            return False
+        self._swapped.append(self._running.pop())
+        newest.status = RequestStatus.SWAPPED
+        newest.num_preempted += 1
+        self._num_preempted += 1
+        return True
+
+    def _preempt(self) -> None:
+        """The newest request loses its rows and is the next to be admitted; a swapped one goes first."""
+        assert self._swapped or len(self._running) > 1, "a request that fits alone has room when it is alone"
+        request = (self._swapped or self._running).pop()
+        if request in self._opened:
+            self._opened.remove(request)
+        else:
+            self._closed.append(_index(request))
+        self._free_req_indices.append(_index(request))
+        request.status, request.req_idx, request.num_cached = RequestStatus.WAITING, None, 0
+        request.num_preempted += 1
+        self._num_preempted += 1
+        self._first_turn -= 1
+        insort(self._waiting, (request.priority, self._first_turn, request))
+
+    def _leave(self, request: Request) -> None:
+        """The request is out of its queue, and its index is free."""
+        del self._requests[request.request_id]
+        if request.status is RequestStatus.WAITING:
+            self._waiting = [entry for entry in self._waiting if entry[-1] is not request]
+        else:
+            (self._running if request.status is RequestStatus.RUNNING else self._swapped).remove(request)
+        if request.req_idx is not None:
+            self._free_req_indices.append(request.req_idx)
+        request.status, request.finished_s = RequestStatus.FINISHED, perf_counter()
+        # All the time of one that was never admitted was waiting, of one without a token waiting and prefill.
+        request.admitted_s = request.admitted_s or request.finished_s
+        request.first_token_s = request.first_token_s or request.finished_s
+
+    # --- what fits -----------------------------------------------------------------------------------------------
+
+    def _place(
+        self, running: Iterable[Request], swapped: Iterable[Request], chunks: Iterable[ScheduledChunk], cache: CacheView
+    ) -> PlacementDecision | None:
+        """Moves for a step of these chunks; None when the requests do not fit together."""
+        ends = {chunk.req_idx: chunk.end for chunk in chunks}
+        views = [self._view(r, ends.get(_index(r), r.num_cached), cache, active=True) for r in running]
+        views += [self._view(r, r.num_cached, cache, active=False) for r in swapped]
+        return self._decide(views)
+
+    def _has_room(self, request: Request, cache: CacheView) -> bool:
+        """Whether one more request fits for a while, and does not crowd the others; alone it always does."""
+        if not self._running:
+            return True
+        lengths = [min(r.num_cached + HEADROOM_TOKENS, r.num_rows) for r in self._running]
+        views = [self._view(r, n, cache, active=True) for r, n in zip(self._running, lengths, strict=True)]
+        views.append(fresh_view(request.prompt_len, self.limits, self._reads))
+        crowded = is_oversubscribed(self.placement, self.limits, (view.num_read for view in views))
+        return not crowded and self._fits(views)
+
+    def _is_oversubscribed(self, running: Sequence[Request]) -> bool:
+        """Whether these requests read more in one layer than the device holds, and one of them could wait."""
+        num_read = (1 + sum(self._reads(request.num_cached)) for request in running)
+        return len(running) > 1 and is_oversubscribed(self.placement, self.limits, num_read)
+
+    def _fits(self, views: Sequence[SeqView]) -> bool:
+        return self._decide(views) is not None
+
+    def _decide(self, views: Sequence[SeqView]) -> PlacementDecision | None:
+        has_state_room = self.limits.has_state_room(view.length for view in views)
+        return self.placement.plan(views, self.limits) if has_state_room else None
+
+    def _view(self, request: Request, length: int, cache: CacheView, *, active: bool) -> SeqView:
+        """How the request looks before a step after which it has `length` tokens."""
+        req_idx = _index(request)
+        if request.num_cached:
+            bounds, rebuildable = cache.bounds(req_idx), cache.rebuildable(req_idx)
+        else:  # the cache may not know it yet
+            bounds = (0,) * (len(self.limits.tiers) + 1)
+            rebuildable = min(self.limits.rebuildable, request.num_rows)
+        return seq_view(req_idx, request.prompt_len, length, bounds, rebuildable, self._reads, active=active)
+
+    # --- what is said --------------------------------------------------------------------------------------------
+
+    def _plan(self, decision: PlacementDecision, chunks: tuple[ScheduledChunk, ...], *, prefill: bool) -> StepPlan:
+        opened = tuple(Opened(_index(request), request.request_id, request.num_rows) for request in self._opened)
+        self._num_steps += 1
+        return StepPlan(
+            step=self._num_steps - 1,
+            phase=decision.phase,
+            prefill=prefill,
+            chunks=chunks,
+            moves=decision.moves,
+            opened=opened,
+            closed=tuple(self._closed),
+            num_preempted=self._num_preempted,
+        )
+
+    def _refusal(self, request: Request) -> str:
+        """Why a request can never run: what it needs, what there is, what would help."""
+        one, limits = self._token_bytes, self.limits
+        asked = f"A request of {request.prompt_len} prompt and up to {request.max_new_tokens} new tokens needs"
+        if not limits.has_state_room([request.num_rows]):
+            return (
+                f"{asked} room for {request.num_rows} tokens in the state of the selection policy, and the cap leaves "
+                f"room for {limits.state_tokens}; raise --kv-device-memory, or lower --max-tokens."
+            )
+        sizes = [request.num_rows, limits.device_tokens, *(tier.num_tokens for tier in limits.tiers)]
+        needed, *caps = [f"{count} tokens" if one is None else format_bytes(count * one) for count in sizes]
+        each = "" if one is None else f" ({format_bytes(one)} a token)"
+        places = ["the device", *(tier.medium for tier in limits.tiers)]
+        room = " and ".join(f"{cap} on {place}" for cap, place in zip(caps, places, strict=True))
+        return (
+            f"{asked} {needed} of KV memory{each} and the cap is {room}; raise --kv-device-memory or --kv-disk-memory, "
+            "or lower --max-tokens."
+        )
+
+
+def next_chunks(running: Sequence[Request], prefill_chunk: int) -> tuple[bool, tuple[ScheduledChunk, ...]]:
+    """(prefill, chunks): pieces of the prompts that are still unread, else one token of every running request."""
+    chunks: list[ScheduledChunk] = []
+    num_tokens = 0
+    for request in running:
+        if not request.in_prefill:
+            continue
+        count = min(prefill_chunk, request.prompt_len - request.num_cached)
+        if chunks and num_tokens + count > prefill_chunk:
+            break
+        chunks.append(_chunk(request, count))
+        num_tokens += count
+    if chunks:
+        return True, tuple(chunks)
+    return False, tuple(_chunk(request, 1) for request in running)
+
+
+def _chunk(request: Request, count: int) -> ScheduledChunk:
+    return ScheduledChunk(_index(request), request.num_cached, count)
+
+
+def _index(request: Request) -> int:
+    assert request.req_idx is not None, "requests that run or are swapped have a request index"
+    return request.req_idx
+
+
+def _priority(request: Request) -> int:
+    return request.priority
