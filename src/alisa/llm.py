@@ -15,6 +15,7 @@ import torch
 
 from alisa import __version__
 from alisa.attention.timing import Stopwatch
+from alisa.budget import state_tokens
 from alisa.cache.codec import make_codec
 from alisa.config import (
     DeviceName,
@@ -40,6 +41,7 @@ from alisa.model.precision import resolve_device, resolve_dtype
 from alisa.model.tokenizer import Tokenizer
 from alisa.outputs import RequestOutput, RequestReport, RunSummary, StepRecord, TextDelta, Traffic
 from alisa.planner.cost import StepCost
+from alisa.planner.footprint import policy_bytes
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import Method
 from alisa.planner.simulate import price_run
@@ -299,7 +301,14 @@ class LLM:
             self._scheduler,
             max_num_seqs,
         )
-        state = self.policy.start(self.spec, max_num_seqs, max(sizes), self.decoder.device, self._kernels.selection)
+        state = self.policy.start(
+            self.spec.attention,
+            max_num_seqs=max_num_seqs,
+            num_tokens=max_num_seqs * state_tokens(max(sizes)),
+            max_len=max(sizes),
+            device=self.decoder.device,
+            kernels=self._kernels.selection,
+        )
         runner = ModelRunner(
             self.decoder,
             self.policy,
@@ -312,7 +321,8 @@ class LLM:
         )
         placement = Placement(memory.scheduler, memory.limits, memory.store, self.policy)
         engine = Engine(runner, placement, eos_ids=self.tokenizer.eos_ids, prefill_chunk=self.config.prefill_chunk)
-        return engine, memory, state.nbytes
+        state_bytes = policy_bytes(self.spec, self.config.policy, self.config.sparsity, max_num_seqs, max(sizes))
+        return engine, memory, state_bytes
 
     def kv_cap_bytes(self) -> int:
         """Hard cap of the rows on the device."""

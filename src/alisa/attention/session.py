@@ -64,7 +64,7 @@ class PrefillAttend:
         with self._watch.measure(Part.ATTENTION):
             self._store.append(layer, k, v, hidden[0])
         with self._watch.measure(Part.SELECTION):
-            self._state.remember(layer, self._req_index, self._positions, k, v)
+            self._state.on_append(layer, self._req_index, self._positions, k, v)
         start = 0
         for piece in self._pieces:
             span = slice(start, start + piece.segment.count)
@@ -81,7 +81,7 @@ class PrefillAttend:
             out, seeds = self._kernel(q, own, partial(self._past, layer, segment), num_seeds, self._num_sets)
         with self._watch.measure(Part.SELECTION):
             for first, start, mass in seeds:
-                self._state.seed(layer, segment.req_idx, first, start, mass)
+                self._state.observe_prompt(layer, segment.req_idx, first, start, mass)
         return out
 
     def _past(self, layer: int, segment: Segment) -> Iterator[KeyBlock]:
@@ -131,12 +131,12 @@ class DecodeAttend:
         with self._watch.measure(Part.ATTENTION):
             self._store.append(layer, k[:, 0], v[:, 0], hidden[:, 0])
         with self._watch.measure(Part.SELECTION):
-            self._state.remember(layer, self._req_index, self._positions, k[:, 0], v[:, 0])
+            self._state.on_append(layer, self._req_index, self._positions, k[:, 0], v[:, 0])
             selection = self._chosen[layer] if self._chosen is not None else self._state.select(layer, query)
         attended = self._attend(layer, query, selection)
         with self._watch.measure(Part.SELECTION):
-            self._state.observe(layer, selection, attended.mass)
-            out = self._state.complete(layer, attended)
+            self._state.on_attended(layer, selection, attended.mass)
+            out = self._state.combine(layer, attended)
         for row, count in enumerate(selection.num_tokens):
             self.tokens_attended[row] += count
         return out[:, None]

@@ -135,6 +135,7 @@ class Engine:
         self._num_preempted += 1
         leaving.num_preempted += 1
         self._store.release(leaving.req_idx)
+        self._runner.state.close(leaving.req_idx)
         self._waiting.step_back(leaving)
 
     def _park(self, work: Work) -> bool:
@@ -161,7 +162,8 @@ class Engine:
             self._waiting.admit()
             request = waiting.request
             req_idx = self._store.open(request.num_rows)
-            self._runner.state.open(req_idx, request.num_rows)
+            self._runner.state.open(req_idx)
+            self._runner.state.reserve(req_idx, request.num_rows)
             sequence = waiting.former
             if sequence is None:
                 sequence = Sequence(request, req_idx, waiting.since_s, perf_counter(), list(request.prompt_ids))
@@ -182,6 +184,7 @@ class Engine:
         if not sequence.output_ids:  # it failed while its prompt was read: all its time was prefill
             sequence.first_token_s = sequence.finished_s
         self._store.release(sequence.req_idx)
+        self._runner.state.close(sequence.req_idx)
         (self._running if sequence in self._running else self._parked).remove(sequence)
 
     def _read(self, plan: StepPlan, sequences: list[Sequence]) -> _Pass:

@@ -77,7 +77,7 @@ class ModelRunner:
         self.prefill_kernel = prefill_kernel
         self.kernel = kernel
         self.watch = watch
-        self._looks_ahead = looks_ahead and policy.timing == "ahead"
+        self._looks_ahead = looks_ahead and not policy.query_aware
         self._ahead: _Ahead | None = None
 
     def begin(self, plan: StepPlan) -> None:
@@ -101,7 +101,7 @@ class ModelRunner:
             attend = PrefillAttend(
                 self.store,
                 self.state,
-                self.policy.num_sets(self.decoder.spec),
+                self.policy.num_sets(self.decoder.spec.attention),
                 tuple(PrefillSegment(piece.segment, self._seed_from(piece)) for piece in pieces),
                 self.prefill_kernel,
                 self.decoder.device,
@@ -121,7 +121,7 @@ class ModelRunner:
                 self.kernel,
                 self.watch,
                 chosen=self._chosen(batch),
-                keeps_mass=self.policy.keeps_mass,
+                keeps_mass=self.policy.uses_mass,
             )
             positions = batch.length_counts.to(torch.int64)[:, None] - 1
             hidden = self.decoder.forward(self.ids(list(token_ids))[:, None], positions, attend)
@@ -167,5 +167,5 @@ class ModelRunner:
 
     def _seed_from(self, piece: PromptPiece) -> int | None:
         """First position of the piece whose attention row the policy wants; None when it wants none of them."""
-        first = max(piece.segment.start, piece.prompt_len - self.policy.seed_rows(piece.prompt_len))
+        first = max(piece.segment.start, piece.prompt_len - self.policy.observation_window(piece.prompt_len))
         return first if first < piece.segment.end else None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alisa.attention.timing import Stopwatch
+from alisa.budget import state_tokens
 from alisa.cache.store import KVStore
 from alisa.config import format_bytes
 from alisa.engine.runner import ModelRunner, PromptPiece
@@ -177,14 +178,22 @@ def teacher_forced(
         max_length=max(lengths),
         device=decoder.device,
     )
-    state = policy.start(decoder.spec, len(items), max(lengths), decoder.device, kernels.selection)
+    state = policy.start(
+        decoder.spec.attention,
+        max_num_seqs=len(items),
+        num_tokens=sum(state_tokens(length) for length in lengths),
+        max_len=max(lengths),
+        device=decoder.device,
+        kernels=kernels.selection,
+    )
     probe = _LostMass(kernels.attend, store)
     attend = probe if measure_lost_mass else kernels.attend
     runner = ModelRunner(decoder, policy, store, state, kernels.prefill, attend, Stopwatch())
     req_indices = []
     for length in lengths:
         req_indices.append(store.open(length))
-        state.open(req_indices[-1], length)
+        state.open(req_indices[-1])
+        state.reserve(req_indices[-1], length)
     yield ScoredStep(0, tuple(range(len(items))), _read_prompts(runner, req_indices, items, prefill_chunk), None)
     for step in range(1, max(len(item.output_ids) for item in items)):
         active = tuple(index for index, item in enumerate(items) if len(item.output_ids) > step)

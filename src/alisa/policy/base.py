@@ -40,7 +40,8 @@ class PolicyState:
     def reserve(self, req_idx: int, num_tokens: int) -> None:
         """There is room for `num_tokens` tokens of this open sequence; what the state knows may have moved.
 
-        The caller keeps the sum of `alisa.budget.state_tokens` of all open sequences within the `num_tokens` of `start`.
+        The caller keeps the sum of `alisa.budget.state_tokens` over all open sequences within the `num_tokens` of
+        `start`.
         """
 
     def close(self, req_idx: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,7 +17,7 @@ from alisa.spec import AttentionShape
 class Dense(SelectionPolicy):
     """Attend to every cached token."""
 
-    budget: Budget = Budget(0.0)
+    budget: Budget = field(default_factory=lambda: Budget(0.0))
     """Of no influence."""
 
     def reads(self, num_earlier: int) -> tuple[int, int]:

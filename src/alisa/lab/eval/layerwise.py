@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from alisa.budget import state_tokens
 from alisa.kernels.base import Codec, StepBatch
 from alisa.kernels.reference.prefill import causal_attention, causal_mass
 from alisa.lab.scoring import ScoredItem, ScoredOutput, Scorer, groups
@@ -87,8 +88,15 @@ class LayerwiseAttend:
         self._codec = codec
         self._kernel = scorer.kernels.attend
         self._prompt_len, self._length = prompt_len, length
-        self._num_sets = policy.num_sets(spec)
-        self._state = policy.start(spec, num_seqs, length, device, scorer.kernels.selection)
+        self._num_sets = policy.num_sets(spec.attention)
+        self._state = policy.start(
+            spec.attention,
+            max_num_seqs=num_seqs,
+            num_tokens=num_seqs * state_tokens(length),
+            max_len=length,
+            device=device,
+            kernels=scorer.kernels.selection,
+        )
         self._req_indices = tuple(range(num_seqs))
         self._req_index = torch.arange(num_seqs, device=device)
 
@@ -97,7 +105,8 @@ class LayerwiseAttend:
         rows = self._codec.encode(k.flatten(0, 1), v.flatten(0, 1))
         out = torch.empty_like(q)
         for req_idx in self._req_indices:
-            self._state.open(req_idx, self._length)
+            self._state.open(req_idx)
+            self._state.reserve(req_idx, self._length)
             self._read_prompt(layer, req_idx, q[req_idx], k[req_idx], v[req_idx], out[req_idx])
         if isinstance(self._policy, Dense):
             self._read_all(q, rows, out)
@@ -109,12 +118,12 @@ class LayerwiseAttend:
         """Dense causal attention of one sequence's prompt, and the rows that seed the policy."""
         span = slice(self._prompt_len)
         positions = torch.arange(self._prompt_len, device=q.device)
-        self._state.remember(layer, torch.full_like(positions, req_idx), positions, k[span], v[span])
+        self._state.on_append(layer, torch.full_like(positions, req_idx), positions, k[span], v[span])
         out[span] = causal_attention(q[span], k[span], v[span])
-        seed_rows = self._policy.seed_rows(self._prompt_len)
-        if seed_rows:
-            for first, mass in causal_mass(q[span][-seed_rows:], k[span], self._num_sets):
-                self._state.seed(layer, req_idx, first, 0, mass)
+        window = self._policy.observation_window(self._prompt_len)
+        if window:
+            for first, mass in causal_mass(q[span][-window:], k[span], self._num_sets):
+                self._state.observe_prompt(layer, req_idx, first, 0, mass)
 
     def _read_all(self, q: Tensor, rows: Tensor, out: Tensor) -> None:
         """Everything behind the prompt attends to everything before it: no need to go row by row."""
@@ -132,10 +141,10 @@ class LayerwiseAttend:
             self._state.begin(
                 StepBatch(self._req_indices, (position + 1,) * len(self._req_indices), self._req_index, lengths)
             )
-            self._state.remember(layer, self._req_index, lengths.to(torch.int64) - 1, k[:, position], v[:, position])
+            self._state.on_append(layer, self._req_index, lengths.to(torch.int64) - 1, k[:, position], v[:, position])
             query = q[:, position].contiguous()
             selection = self._state.select(layer, query)
             slots = (selection.positions + first_slots).to(torch.int32)
             attended = self._kernel(query, rows, self._codec, slots, selection.counts)
-            self._state.observe(layer, selection, attended.mass)
-            out[:, position] = self._state.complete(layer, attended)
+            self._state.on_attended(layer, selection, attended.mass)
+            out[:, position] = self._state.combine(layer, attended)

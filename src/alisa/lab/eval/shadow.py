@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from alisa.budget import state_tokens
 from alisa.kernels.base import Codec, StepBatch
 from alisa.kernels.reference.prefill import causal_attention, causal_mass
 from alisa.lab.scoring import Scorer
@@ -63,8 +64,15 @@ class ShadowAttend:
         self._policy = policy
         self._codec = codec
         self._prompt_len, self._length = prompt_len, length
-        self._num_sets = policy.num_sets(spec)
-        self._state = policy.start(spec, num_seqs, length, device, scorer.kernels.selection)
+        self._num_sets = policy.num_sets(spec.attention)
+        self._state = policy.start(
+            spec.attention,
+            max_num_seqs=num_seqs,
+            num_tokens=num_seqs * state_tokens(length),
+            max_len=length,
+            device=device,
+            kernels=scorer.kernels.selection,
+        )
         self._req_indices = tuple(range(num_seqs))
         self._req_index = torch.arange(num_seqs, device=device)
         self._tell = tell
@@ -76,7 +84,8 @@ class ShadowAttend:
             for half in self._codec.decode(self._codec.encode(k.flatten(0, 1), v.flatten(0, 1)))
         )
         for req_idx in self._req_indices:
-            self._state.open(req_idx, self._length)
+            self._state.open(req_idx)
+            self._state.reserve(req_idx, self._length)
             self._seed(layer, req_idx, q[req_idx], keys[req_idx], values[req_idx])
         weights = self._weights(q, keys)
         self._tell(ShadowLayer(layer, weights, self._select(layer, q, keys, values, weights)))
@@ -88,10 +97,10 @@ class ShadowAttend:
         """What the policy wants to know of the prompt."""
         span = slice(self._prompt_len)
         positions = torch.arange(self._prompt_len, device=q.device)
-        self._state.remember(layer, torch.full_like(positions, req_idx), positions, k[span], v[span])
-        if seed_rows := self._policy.seed_rows(self._prompt_len):
-            for first, mass in causal_mass(q[span][-seed_rows:], k[span], self._num_sets):
-                self._state.seed(layer, req_idx, first, 0, mass)
+        self._state.on_append(layer, torch.full_like(positions, req_idx), positions, k[span], v[span])
+        if window := self._policy.observation_window(self._prompt_len):
+            for first, mass in causal_mass(q[span][-window:], k[span], self._num_sets):
+                self._state.observe_prompt(layer, req_idx, first, 0, mass)
 
     def _weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Dense weights of the decoded rows, Float32[B, H, R, T]."""
@@ -111,7 +120,7 @@ class ShadowAttend:
             position = self._prompt_len + row
             lengths = torch.full_like(self._req_index, position + 1, dtype=torch.int32)
             self._state.begin(StepBatch(self._req_indices, (position + 1,) * num_seqs, self._req_index, lengths))
-            self._state.remember(layer, self._req_index, lengths.to(torch.int64) - 1, k[:, position], v[:, position])
+            self._state.on_append(layer, self._req_index, lengths.to(torch.int64) - 1, k[:, position], v[:, position])
             selection = self._state.select(layer, q[:, position].contiguous())
             positions = selection.positions.to(torch.int64)
             real = torch.arange(positions.shape[-1], device=positions.device) < selection.counts[:, None, None]
@@ -120,5 +129,5 @@ class ShadowAttend:
             read[:, :, row] = found > 0
             kept = weights[:, :, row].view(by_set) * read[:, :, row, None]
             mass = (kept / kept.sum(dim=-1, keepdim=True)).sum(dim=2)
-            self._state.observe(layer, selection, mass.gather(2, positions) * real)
+            self._state.on_attended(layer, selection, mass.gather(2, positions) * real)
         return read
