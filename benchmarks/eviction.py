@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from alisa.budget import state_tokens
 from alisa.config import SamplingParams
 from alisa.engine.engine import Engine
 from alisa.kernels.choose import choose_backend
@@ -53,7 +54,14 @@ def main() -> None:
             policy, kernels = make_policy(name, args.sparsity), choose_backend(decoder.device)
             caps = Caps(int(args.cap * total), 0, 2 * total, None, eviction)
             memory = build_kv_cache(decoder, policy, codec, kernels, [length] * args.batch, caps, None, args.batch)
-            state = policy.start(spec, args.batch, length, decoder.device, kernels.selection)
+            state = policy.start(
+                spec.attention,
+                max_num_seqs=args.batch,
+                num_tokens=args.batch * state_tokens(length),
+                max_len=length,
+                device=decoder.device,
+                kernels=kernels.selection,
+            )
             runner = ModelRunner(
                 decoder, policy, memory.store, state, kernels.prefill, kernels.attend, Stopwatch(), looks_ahead=True
             )

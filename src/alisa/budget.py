@@ -1,7 +1,7 @@
 """How many tokens a step may read: pure integers, shared by the policies that choose them and the planner that prices.
 
-Which tokens are read is a policy's business (`alisa.policy`); how many follows from its name and the sparsity alone, so
-that a plan needs neither weights nor torch.
+Which tokens are read is a policy's business (`alisa.policy`); how many follows from the sparsity alone, so that a plan
+needs neither weights nor torch.
 """
 
 from __future__ import annotations
@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
-from alisa.config import PolicyName
-
 Reads = Callable[[int], tuple[int, int]]
 """n earlier tokens -> (recent, older): the recent ones that every layer reads, and how many of the others."""
+
+STATE_BLOCK_TOKENS = 64
+"""The state of a selection policy is handed out in multiples of this many tokens."""
+
+
+def state_tokens(num_tokens: int) -> int:
+    """Tokens of policy state that a sequence of `num_tokens` tokens takes: whole blocks."""
+    return -(-num_tokens // STATE_BLOCK_TOKENS) * STATE_BLOCK_TOKENS
 
 
 @cache
@@ -47,13 +53,3 @@ class Budget:
             return num_earlier, 0
         recent = min(self.recent(num_earlier), num_earlier)
         return recent, min(recent, num_earlier - recent)
-
-
-def reads_of(policy: PolicyName, sparsity: float) -> Reads:
-    """What `SelectionPolicy.reads` of the policy with this name says."""
-    budget = Budget(sparsity)
-    if policy == "dense":
-        return lambda num_earlier: (0, num_earlier)
-    if policy == "local":
-        return lambda num_earlier: (sum(budget.split(num_earlier)), 0)
-    return budget.split

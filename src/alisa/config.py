@@ -9,29 +9,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from alisa.errors import InputError
+from alisa.policy.registry import POLICIES
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 WeightDtypeName = Literal["auto", "int8"]
 KvDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
-PolicyName = Literal[
-    "dense",
-    "local",
-    "strided",
-    "streaming",
-    "h2o",
-    "swa",
-    "swa-head",
-    "sketch",
-    "sketch-2bit",
-    "sketch-8bit",
-    "sketch-head",
-    "sketch-plain",
-    "oracle",
-]
+if TYPE_CHECKING:
+    PolicyName = str
+else:
+    PolicyName = Literal[tuple(POLICIES)]  # the command line offers them
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}b": factor for unit, factor in _UNITS.items() if len(unit) == 1 and unit != "b"}

@@ -38,6 +38,34 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What attention is, without the model around it: all that policies, codecs and kernels need to know of it.
+
+    Letters as in `ModelSpec`.
+    """
+
+    num_layers: int
+    """L"""
+    num_heads: int
+    """H, query heads."""
+    num_kv_heads: int
+    """G"""
+    head_dim: int
+    """D"""
+    scale: float
+    """What scores q . k are multiplied with before the softmax."""
+    window: int | None = None
+    """Tokens that a sliding window lets each query see, itself included; None: all."""
+    softcap: float | None = None
+    """Scores s become softcap * tanh(s / softcap); None: they stay as they are."""
+
+    @property
+    def kv_size(self) -> int:
+        """G * D: values in K (or V) of one token of one layer."""
+        return self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Shape and wiring of one decoder-only transformer.
 
@@ -85,6 +113,17 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} KV heads")
+
+    @property
+    def attention(self) -> AttentionShape:
+        """The part that attention, the KV cache and selection policies work with; the scale is 1 / sqrt(D)."""
+        return AttentionShape(
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
+        )
 
     @property
     def q_size(self) -> int:

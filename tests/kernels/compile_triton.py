@@ -103,7 +103,7 @@ def launch_selection(dtypes: list[torch.dtype], shapes: list[tuple[int, int]], b
     kernels = TritonKernels()
     integers = torch.ones(3, dtype=torch.int32)
     for dtype in dtypes:
-        kernels.select(torch.zeros(3, 3000, dtype=dtype), torch.arange(3), integers, integers, integers, 5)
+        kernels.select(torch.zeros(9000, dtype=dtype), torch.arange(3) * 3000, integers, integers, integers, 5, 3000)
     rows = torch.arange(3)
     mass = torch.zeros(3, 40)
     kernels.observe(torch.zeros(99).double(), torch.zeros(99), rows, rows, mass.int(), integers, mass)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from alisa.policy.mean_value import mean_add, mean_blend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alisa.kernels.native import kernels as cpu
-from alisa.policy.mean_value import mean_add, mean_blend
 from tests.kernels.cases import ISAS, kernels
 from tests.kernels.triton_device import on_each_device, triton_kernels
 

@@ -107,14 +107,14 @@ def test_a_plan_opens_a_request_once_and_its_index_is_used_again():
     for name in "abc":
         driver.add(name, 4, 2)
     driver.step()
-    assert driver.plan.opened == (Opened(0, "a", 5), Opened(1, "b", 5))
+    assert driver.plan.opened == (Opened(0, "a", 5, 4), Opened(1, "b", 5, 4))
     assert driver.plan.chunks == (ScheduledChunk(0, 0, 4), ScheduledChunk(1, 0, 4))
     assert (driver.plan.step, driver.plan.phase, driver.plan.prefill) == (0, Phase.DEVICE, True)
     assert driver.scheduler.num_waiting == 1
     driver.step()
     assert (driver.plan.opened, driver.plan.closed, driver.plan.prefill) == ((), (), False)
     driver.step()
-    assert driver.plan.opened == (Opened(1, "c", 5),)
+    assert driver.plan.opened == (Opened(1, "c", 5, 4),)
     driver.steps()
     assert driver.finished == ["a", "b", "c"]
     assert not driver.scheduler.has_requests
@@ -188,7 +188,7 @@ def test_a_request_that_is_admitted_and_preempted_for_one_step_is_never_opened()
     driver.add("a", 40, 4)
     driver.add("b", 40, 4)  # only the headroom of `a` is counted when it comes
     assert driver.step() == {"a": (0, 40)}
-    assert driver.plan.opened == (Opened(0, "a", 43),)
+    assert driver.plan.opened == (Opened(0, "a", 43, 40),)
     assert (driver.plan.closed, driver.plan.num_preempted) == ((), 1)
     driver.steps()
     assert driver.finished == ["a", "b"]
@@ -260,7 +260,7 @@ def test_the_index_of_an_aborted_request_is_free_at_once():
     driver.add("b", 4, 1)
     driver.abort("a")
     assert driver.step() == {"b": (0, 4)}
-    assert (driver.plan.opened, driver.plan.closed) == ((Opened(0, "b", 4),), ())
+    assert (driver.plan.opened, driver.plan.closed) == ((Opened(0, "b", 4, 4),), ())
 
 
 def test_a_request_whose_rows_are_lost_ends_with_the_reason():

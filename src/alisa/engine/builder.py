@@ -122,10 +122,10 @@ def build_kv_cache(
     largest = sorted(sizes, reverse=True)[:max_num_seqs]
     wanted, max_length = sum(largest), largest[0]
     num_rows = min(wanted, caps.device_bytes // token_bytes)
-    can_tier = policy.num_sets(spec) == 1
+    can_tier = policy.num_sets(spec.attention) == 1
     if scheduler is not None and scheduler.uses_tiers and not can_tier:
         raise InputError(
-            f"the schedule {scheduler.name} moves rows, and {policy.name} chooses other rows for every head; use "
+            f"the schedule {scheduler.name} moves rows, and this policy chooses other rows for every head; use "
             "another --policy, such as swa."
         )
     needs_tiers = num_rows < wanted if scheduler is None else scheduler.uses_tiers

@@ -151,22 +151,24 @@ class MoveRows(Protocol):
 
 
 class SelectionKernels(Protocol):
-    """Native forms of what a scored policy does for each layer of each step; None: plain torch, their reference."""
+    """What a scored policy does for each layer of each step; `kernels.reference.selection` is it in plain torch."""
 
     def select(
         self,
         scores: Tensor,
-        req_indices: Tensor,
+        starts: Tensor,
         older_ends: Tensor,
         older_counts: Tensor,
         counts: Tensor,
         num_slots: int,
+        width: int,
     ) -> Tensor:
-        """Positions Int32[N, num_slots], ascending, 0 behind `counts[i]`.
+        """Positions Int32[N, num_slots], ascending, 0 after `counts[i]`.
 
-        Of positions [0, older_ends[i]) the `older_counts[i]` with the largest `scores[req_indices[i]]` (the older of
-        two equals), then those from `older_ends[i]` on. Scores are float rows; req_indices Int64[N], the others
-        Int32[N].
+        Of positions [0, older_ends[i]) the `older_counts[i]` with the largest scores (the older of two equals), then
+        those from `older_ends[i]` on. Position p of row i has the score at element `starts[i] + p` (Int64[N]) of
+        scores, contiguous Float32 or Float64 `[T]`; the others are Int32[N], and `width` is at least the largest of
+        `older_ends`.
         """
         ...
 
@@ -187,8 +189,9 @@ class SelectionKernels(Protocol):
         ...
 
     def sketch_append(self, codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
-        """The sketch holds keys `[N, G, D]`, a float dtype, at rows `ids` Int64[N]: see `alisa.policy.sketch`.
+        """The sketch holds keys `[N, G, D]`, a float dtype, at rows `ids` Int64[N].
 
+        `alisa.kernels.reference.sketch` says what codes and ranges mean.
         `codes` is UInt8[T, G, P] with P = ceil(D * bits / 8), `ranges` Float16[T, G, 2]; bits are 2, 4 or 8.
         """
         ...
@@ -222,7 +225,7 @@ class SelectionKernels(Protocol):
         ...
 
     def mean_blend(self, sums: Tensor, req_index: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> Tensor:
-        """Blend: share * out + (1 - share) * mean, `[B, H, D]` as out; see `alisa.policy.mean_value`.
+        """Blend: share * out + (1 - share) * mean, `[B, H, D]` as out; see `alisa.policy.sketch`.
 
         The mean of req_idx `req_index[b]` (Int64[B]) is its sum by `lengths[b]` (Int32[B]); shares are Float32[B, H].
         """

@@ -57,17 +57,18 @@ def check_append(rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, 
         raise TypeError(f"slots are int64, k and v the same float, not {slots.dtype}, {k.dtype}, {v.dtype}")
 
 
-def check_select(scores: Tensor, req_indices: Tensor, older_ends: Tensor, older_counts: Tensor, counts: Tensor) -> None:
+def check_select(scores: Tensor, starts: Tensor, older_ends: Tensor, older_counts: Tensor, counts: Tensor) -> None:
     """The arguments of a selection fit each other; raises otherwise."""
-    if scores.dtype not in (torch.float32, torch.float64) or scores.stride(1) != 1:
-        raise TypeError(f"scores are rows of float32 or float64, not {scores.dtype} of strides {scores.stride()}")
-    integers = (older_ends, older_counts, counts)
-    if req_indices.dtype != torch.int64 or any(values.dtype != torch.int32 for values in integers):
-        raise TypeError("req_indices are int64; older_ends, older_counts and counts are int32")
-    if not all(values.is_contiguous() and values.numel() == len(req_indices) for values in (req_indices, *integers)):
-        raise ValueError(
-            f"req_indices, older_ends, older_counts and counts hold one number for each of {len(req_indices)} sequences"
+    if scores.dtype not in (torch.float32, torch.float64) or scores.dim() != 1 or not scores.is_contiguous():
+        raise TypeError(
+            f"scores are float32 or float64 in one run, not {scores.dtype} {tuple(scores.shape)} of strides "
+            f"{scores.stride()}"
         )
+    integers = (older_ends, older_counts, counts)
+    if starts.dtype != torch.int64 or any(values.dtype != torch.int32 for values in integers):
+        raise TypeError("starts are int64; older_ends, older_counts and counts are int32")
+    if not all(values.is_contiguous() and values.numel() == len(starts) for values in (starts, *integers)):
+        raise ValueError(f"starts, older_ends, older_counts and counts hold one number for each of {len(starts)} rows")
 
 
 def check_observe(

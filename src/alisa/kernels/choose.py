@@ -15,6 +15,7 @@ from alisa.kernels.native.prefill_engine import NativePrefill
 from alisa.kernels.reference.decode import decode_attention
 from alisa.kernels.reference.prefill import prefill_attention
 from alisa.kernels.reference.rows import move_rows
+from alisa.kernels.reference.selection import ReferenceSelection
 
 _LOG = logging.getLogger("alisa")
 
@@ -24,7 +25,7 @@ class AttentionBackend(NamedTuple):
 
     prefill: PrefillKernel
     attend: DecodeKernel
-    selection: SelectionKernels | None
+    selection: SelectionKernels
     append: AppendKernel | None
     move_rows: MoveRows
     name: str
@@ -32,7 +33,9 @@ class AttentionBackend(NamedTuple):
     references."""
 
 
-REFERENCE_BACKEND = AttentionBackend(prefill_attention, decode_attention, None, None, move_rows, "torch")
+REFERENCE_BACKEND = AttentionBackend(
+    prefill_attention, decode_attention, ReferenceSelection(), None, move_rows, "torch"
+)
 
 
 def choose_backend(device: torch.device) -> AttentionBackend:

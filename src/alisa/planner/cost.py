@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from alisa.budget import Budget
 from alisa.model.names import layer_shapes
-from alisa.planner.footprint import SKETCH_BITS, remnant_row_bytes, row_bytes
+from alisa.planner.footprint import remnant_row_bytes, row_bytes
 from alisa.planner.hardware import Hardware, Selection
 from alisa.planner.load import Load, Method
+from alisa.policy.registry import POLICIES
 from alisa.scheduler.placement.capacity import staging_rows
 from alisa.spec import ModelSpec
-
-_RANKED = ("swa", "swa-head", "h2o")
-_SEEDED = ("swa", "swa-head", "h2o")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +67,7 @@ class CostModel:
     def __init__(self, spec: ModelSpec, method: Method, hardware: Hardware) -> None:
         self._spec = spec
         self.method = method
+        self._policy = POLICIES[method.policy]
         self._hardware = hardware
         self._gemm = hardware.gemm[method.products]
         self._attention = hardware.attention[method.kv_dtype]
@@ -118,8 +118,7 @@ class CostModel:
     @property
     def chooser(self) -> str:
         """Which of `Hardware.selection` the policy is priced with."""
-        policy = self.method.policy
-        return "ranked" if policy in _RANKED else "sketch" if policy in SKETCH_BITS or policy == "oracle" else "none"
+        return self._policy.priced_as
 
     def waits(self, load: Load) -> float:
         """Times that one layer waits for rows: less than once if most steps lack none.
@@ -166,19 +165,17 @@ class CostModel:
         )
 
     def _seed_share(self, load: Load) -> float:
-        """Part of the prompt's rows whose weights seed the policy."""
-        if self.method.policy not in _SEEDED:
-            return 0.0
+        """Part of the prompt's rows whose weights the policy observes."""
         per_sequence = load.num_tokens // load.num_sequences
-        recent, _ = self.method.reads(per_sequence)
-        return min(1.0, 2 * recent / per_sequence)  # the last rows see all of the prompt, the average row half of it
+        window = self._policy.observation_window(Budget(self.method.sparsity), per_sequence)
+        return min(1.0, 2 * window / per_sequence)  # the last rows see all of the prompt, the average row half of it
 
     def _lookup_s(self, load: Load) -> float:
         hardware = self._hardware
         if load.prefill:
             return hardware.place_s
         # A policy that decides by history is asked a step ahead, and its rows are looked for then, too.
-        times = 1 if self.chooser == "sketch" else 2
+        times = 1 if self._policy.query_aware else 2
         return times * (hardware.lookup_call_s + load.read * hardware.lookup_row_s) + hardware.place_s
 
     def _rebuild_s(self, rows: float) -> float:

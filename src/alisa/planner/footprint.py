@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 
-from alisa.budget import Budget
 from alisa.config import PolicyName, WeightDtypeName
 from alisa.model.names import layer_shapes, model_shapes, num_weights, quantised_bytes
+from alisa.policy.registry import POLICIES
 from alisa.spec import DTYPE_BYTES, ModelSpec, RowFormat
-
-SKETCH_BITS = {"sketch": 4, "sketch-plain": 4, "sketch-head": 4, "sketch-2bit": 2, "sketch-8bit": 8}
-_SWA_BUCKETS = 64
-"""As `SparseWindow.max_buckets`; a test compares the bytes with a real state."""
 
 
 def weight_bytes(spec: ModelSpec, dtype: str, *, packs_tied: bool, weight_dtype: WeightDtypeName = "auto") -> int:
@@ -62,15 +58,6 @@ def activation_bytes(spec: ModelSpec, dtype: str, batch: int, pass_tokens: int) 
     return max(pass_tokens * values * DTYPE_BYTES[dtype], logits)
 
 
-def policy_bytes(spec: ModelSpec, policy: PolicyName, sparsity: float, max_num_seqs: int, capacity: int) -> int:
-    """As `PolicyState.nbytes` for these policies; those without a state of note count as nothing."""
-    tokens = spec.num_layers * max_num_seqs * capacity
-    if policy in SKETCH_BITS:
-        means = 0 if policy == "sketch-plain" else 8 * spec.num_layers * max_num_seqs * spec.kv_size
-        return tokens * spec.num_kv_heads * (math.ceil(spec.head_dim * SKETCH_BITS[policy] / 8) + 4) + means
-    if policy in ("swa", "swa-head"):
-        widest = Budget(sparsity).recent(capacity)
-        bucket_rows = -(-widest // _SWA_BUCKETS)
-        num_sets = spec.num_kv_heads if policy == "swa-head" else 1
-        return tokens * num_sets * (8 + 4 * (-(-widest // bucket_rows) + 2))
-    return 0
+def policy_bytes(spec: ModelSpec, policy: PolicyName, sparsity: float, max_num_seqs: int, length: int) -> int:
+    """As `PolicyState.nbytes` with `max_num_seqs` sequences of `length` tokens, none ever longer."""
+    return POLICIES[policy].total_state_bytes(spec.attention, sparsity, max_num_seqs, length)

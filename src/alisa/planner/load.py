@@ -16,21 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from alisa.budget import Reads, reads_of
+from alisa.budget import Reads
 from alisa.config import PolicyName, WeightDtypeName
 from alisa.outputs import Phase
+from alisa.policy.registry import POLICIES, reads_of
 from alisa.scheduler.placement.base import Limits
 from alisa.scheduler.plan import ScheduledChunk, StepPlan
 from alisa.scheduler.simulate import PREFILL_CHUNK, lower_bounds
-
-CHURN = {"dense": 0.0, "local": 0.0, "strided": 0.5, "streaming": 0.0, "swa": 0.004, "h2o": 0.004}
-"""Share of the older selection that changes from one step to the next, by policy; others: `_CHURN_BY_QUERY`.
-
-From benchmarks/results/eviction.jsonl (the embedded model on prose, caps of 25 and 40 %): the hot cache holds 99.6 to
-99.8 % of what swa wants, because history changes slowly, and 72 to 74 % of what sketch wants.
-"""
-
-_CHURN_BY_QUERY = 0.33
 
 _KEPT_WHEN_SMALL = 0.5
 """Share of a hot cache smaller than the selection that is of use. Rows that are read past it do not enter it, while new
@@ -63,8 +55,8 @@ class Method:
 
     @property
     def churn(self) -> float:
-        """See `CHURN`."""
-        return CHURN.get(self.policy, _CHURN_BY_QUERY)
+        """As the policy's entry says."""
+        return POLICIES[self.policy].churn
 
 
 @dataclass(frozen=True, slots=True)

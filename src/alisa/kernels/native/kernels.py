@@ -221,37 +221,39 @@ class CpuKernels:
     def select(
         self,
         scores: Tensor,
-        req_indices: Tensor,
+        starts: Tensor,
         older_ends: Tensor,
         older_counts: Tensor,
         counts: Tensor,
         num_slots: int,
+        width: int,
     ) -> Tensor:
         """Positions Int32[B, num_slots] that each sequence reads: ascending, 0 behind `counts` Int32[B].
 
-        Of positions [0, older_ends[b]) those `older_counts[b]` with the largest `scores[req_indices[b]]` (of equal
-        ones, the older), then the positions from `older_ends[b]` on.
+        Of positions [0, older_ends[b]) those `older_counts[b]` with the largest scores (of equal ones, the older), then
+        the positions from `older_ends[b]` on.
 
         Args:
-            scores: Float64 or Float32 `[req_indices, capacity]`.
-            req_indices: Int64[B].
+            scores: Float64 or Float32 `[T]`, contiguous; position p of sequence b has element `starts[b] + p`.
+            starts: Int64[B].
             older_ends: Int32[B].
             older_counts: Int32[B], each at most `older_ends`.
             counts: Int32[B], each at least `older_counts` and at most `num_slots`.
             num_slots: K.
+            width: of no influence here.
         """
-        check_select(scores, req_indices, older_ends, older_counts, counts)
-        positions = torch.empty(len(req_indices), num_slots, dtype=torch.int32)
+        check_select(scores, starts, older_ends, older_counts, counts)
+        positions = torch.empty(len(starts), num_slots, dtype=torch.int32)
         library().select(
             threads=self._team.threads(),
             scores=scores.data_ptr(),
             wide=scores.dtype == torch.float64,
-            lane_stride=scores.stride(0),
-            lanes=req_indices.data_ptr(),
+            lane_stride=1,
+            lanes=starts.data_ptr(),
             older_ends=older_ends.data_ptr(),
             older_counts=older_counts.data_ptr(),
             counts=counts.data_ptr(),
-            num_seqs=len(req_indices),
+            num_seqs=len(starts),
             num_slots=num_slots,
             positions=positions.data_ptr(),
         )

@@ -53,21 +53,22 @@ class TritonKernels:
     def select(
         self,
         scores: Tensor,
-        req_indices: Tensor,
+        starts: Tensor,
         older_ends: Tensor,
         older_counts: Tensor,
         counts: Tensor,
         num_slots: int,
+        width: int,
     ) -> Tensor:
         """Positions Int32[N, num_slots] that each row reads: ascending, 0 behind `counts` Int32[N].
 
-        Of positions [0, older_ends[i]) those `older_counts[i]` with the largest `scores[req_indices[i]]` (of equal
-        ones, the older), then the positions from `older_ends[i]` on. Scores are Float64 or Float32 rows, req_indices
-        Int64[N], the others Int32[N]; `older_counts` is at most `older_ends`, and `counts` lies between it and
-        `num_slots`.
+        Of positions [0, older_ends[i]) those `older_counts[i]` with the largest scores (of equal ones, the older), then
+        the positions from `older_ends[i]` on. Scores are Float64 or Float32 `[T]`, contiguous, and row i begins at
+        element `starts[i]` (Int64[N]); the others are Int32[N]. `older_counts` is at most `older_ends`, which is at
+        most `width`, and `counts` lies between it and `num_slots`.
         """
-        check_select(scores, req_indices, older_ends, older_counts, counts)
-        return launch_select(scores, req_indices, older_ends, older_counts, counts, num_slots)
+        check_select(scores, starts, older_ends, older_counts, counts)
+        return launch_select(scores, starts, older_ends, older_counts, counts, num_slots, width)
 
     def observe(
         self,
@@ -149,8 +150,8 @@ class TritonKernels:
         weighed = launch_sketch_scores(
             query.contiguous(), codes, ranges, bits, starts.contiguous(), lengths, width, num_sets
         )
-        rows = torch.arange(len(counts), device=counts.device)
-        positions = launch_select(weighed.mass.flatten(0, 1), rows, older_ends, older_counts, counts, num_slots)
+        rows = torch.arange(len(counts), device=counts.device) * width
+        positions = launch_select(weighed.mass.view(-1), rows, older_ends, older_counts, counts, num_slots, width)
         return positions, launch_shares(weighed, positions, counts, lengths)
 
     def mean_add(self, sums: Tensor, req_index: Tensor, values: Tensor) -> None:

@@ -33,12 +33,11 @@ def load_keys(scores_ptr, positions, end, SIGNED: tl.constexpr, KEY: tl.constexp
 @triton.jit(do_not_specialize=["num_slots"])
 def select_top(
     scores_ptr,
-    rows_ptr,
+    starts_ptr,
     older_ends_ptr,
     older_counts_ptr,
     counts_ptr,
     positions_ptr,
-    row_stride,
     num_slots,
     SIGNED: tl.constexpr,
     KEY: tl.constexpr,
@@ -47,7 +46,7 @@ def select_top(
 ):
     """Positions of one row, ascending: the best of the older tokens, then all others. Grid (N,)."""
     row = tl.program_id(0).to(tl.int64)
-    scores_ptr += tl.load(rows_ptr + row) * row_stride
+    scores_ptr += tl.load(starts_ptr + row)
     positions_ptr += row * num_slots
     end, wanted = tl.load(older_ends_ptr + row), tl.load(older_counts_ptr + row)
     lanes = tl.arange(0, BLOCK)
@@ -94,21 +93,26 @@ def select_top(
 
 
 def launch_select(
-    scores: Tensor, rows: Tensor, older_ends: Tensor, older_counts: Tensor, counts: Tensor, num_slots: int
+    scores: Tensor,
+    starts: Tensor,
+    older_ends: Tensor,
+    older_counts: Tensor,
+    counts: Tensor,
+    num_slots: int,
+    width: int,
 ) -> Tensor:
     """Positions Int32[N, num_slots] as `SelectionKernels.select` describes them."""
-    positions = torch.empty(len(rows), num_slots, dtype=torch.int32, device=scores.device)
+    positions = torch.empty(len(starts), num_slots, dtype=torch.int32, device=scores.device)
     wide = scores.dtype == torch.float64
     # 16 scores for each of 256 threads: 64 registers at most.
-    block = min(4096, max(256, power_of_two(scores.shape[1])))
-    select_top[(len(rows),)](
+    block = min(4096, max(256, power_of_two(width)))
+    select_top[(len(starts),)](
         scores,
-        rows,
+        starts,
         older_ends,
         older_counts,
         counts,
         positions,
-        scores.stride(0),
         num_slots,
         SIGNED=tl.int64 if wide else tl.int32,
         KEY=tl.uint64 if wide else tl.uint32,

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from alisa.budget import reads_of
 from alisa.config import EngineConfig, KvDtypeName, PolicyName, WeightDtypeName
 from alisa.errors import InputError
 from alisa.planner.hardware import from_values
+from alisa.policy.registry import reads_of
 
 OWN = "alisa"
 """This package's own engine."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from alisa.kernels.native.kernels import CpuKernels
+from alisa.kernels.reference.selection import ReferenceSelection
+from alisa.kernels.reference.sketch import sketch_scores
 from alisa.lab.bench.cases import SketchCase
 from alisa.lab.bench.contest import Contender, Contest, Role
-from alisa.policy.sketch import sketch_append, sketch_scores
 
 
 def sketch_contest(case: SketchCase, kernels: CpuKernels) -> Contest:
@@ -22,7 +23,7 @@ def sketch_contest(case: SketchCase, kernels: CpuKernels) -> Contest:
         kernels.sketch_append(codes, ranges, own_ids, keys, case.bits)
     if case.work == "append":
         new = (codes, ranges, ids[0], keys, case.bits)
-        reference = Contender(Role.TWIN, "torch reference", lambda _: sketch_append(*new))
+        reference = Contender(Role.TWIN, "torch reference", lambda _: ReferenceSelection().sketch_append(*new))
         return Contest(lambda _: kernels.sketch_append(*new), lambda: [reference], case.num_bytes)
     query = torch.randn(case.num_seqs, case.num_heads, case.head_dim, generator=generator).bfloat16()
     lengths = torch.full((case.num_seqs,), case.num_tokens, dtype=torch.int32)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from alisa.attention.timing import Stopwatch
+from alisa.budget import state_tokens
 from alisa.cache.codec import make_codec
 from alisa.config import KvDtypeName, PolicyName, SamplingParams
 from alisa.engine.builder import Caps, Memory, build_kv_cache
@@ -127,7 +128,14 @@ def run_batch(
         RowFormat(kv_dtype_of(decoder, setting.kv_dtype), decoder.spec.num_kv_heads, decoder.spec.head_dim)
     )
     memory = build_kv_cache(decoder, policy, codec, kernels, sizes, setting.caps, setting.scheduler, max_num_seqs)
-    state = policy.start(decoder.spec, max_num_seqs, max(sizes), decoder.device, kernels.selection)
+    state = policy.start(
+        decoder.spec.attention,
+        max_num_seqs=max_num_seqs,
+        num_tokens=max_num_seqs * state_tokens(max(sizes)),
+        max_len=max(sizes),
+        device=decoder.device,
+        kernels=kernels.selection,
+    )
     ahead = setting.prefetch and memory.scheduler.uses_tiers
     watch = Stopwatch()
     runner = ModelRunner(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from alisa.budget import Budget
+from alisa.budget import Budget, state_tokens
 from alisa.cache.codec import make_codec
 from alisa.kernels.base import SelectionKernels, StepBatch
 from alisa.kernels.native.kernels import CpuKernels
+from alisa.kernels.reference.selection import ReferenceSelection
 from alisa.lab.bench.cases import AppendCase, PolicyCase
 from alisa.lab.bench.contest import Call, Contender, Contest, Role
-from alisa.policy.swa import SparseWindow, SparseWindowState
+from alisa.policy.swa import SparseWindow
+from alisa.spec import AttentionShape
 
 _ARENA_STEPS = 16
 """The pool holds so many times the tokens of one call, and each call writes elsewhere."""
@@ -52,25 +54,33 @@ def policy_contest(case: PolicyCase, kernels: CpuKernels) -> Contest:
         num_bytes = num_slots * _OBSERVE_BYTES_PER_SLOT
     return Contest(
         _policy_call(case, kernels),
-        lambda: [Contender(Role.TWIN, "torch reference", _policy_call(case, None))],
+        lambda: [Contender(Role.TWIN, "torch reference", _policy_call(case, ReferenceSelection()))],
         case.num_seqs * num_bytes,
         num_calls=case.num_layers,
     )
 
 
-def _policy_call(case: PolicyCase, kernels: SelectionKernels | None) -> Call:
+def _policy_call(case: PolicyCase, kernels: SelectionKernels) -> Call:
     """A policy in the middle of a decode step of all sequences, and its next piece of work."""
     generator = torch.Generator().manual_seed(0)
     policy, num_earlier = SparseWindow(Budget(case.sparsity)), case.num_tokens - 1
-    device = torch.device("cpu")
-    state = SparseWindowState(policy, case.num_layers, 1, case.num_seqs, case.num_tokens, device, kernels)
-    num_rows = policy.seed_rows(num_earlier)
+    shape = AttentionShape(case.num_layers, num_heads=1, num_kv_heads=1, head_dim=1, scale=1.0)
+    state = policy.start(
+        shape,
+        max_num_seqs=case.num_seqs,
+        num_tokens=case.num_seqs * state_tokens(case.num_tokens),
+        max_len=case.num_tokens,
+        device=torch.device("cpu"),
+        kernels=kernels,
+    )
+    num_rows = policy.observation_window(num_earlier)
     # Attention mass is steep: a few tokens have most of it.
     mass = torch.rand(num_rows, 1, num_earlier, generator=generator) ** 8
     for req_idx in range(case.num_seqs):
-        state.open(req_idx, case.num_tokens)
+        state.open(req_idx)
+        state.reserve(req_idx, case.num_tokens)
         for layer in range(case.num_layers):
-            state.seed(layer, req_idx, num_earlier - num_rows, 0, mass.roll(req_idx + layer, dims=2))
+            state.observe_prompt(layer, req_idx, num_earlier - num_rows, 0, mass.roll(req_idx + layer, dims=2))
     state.begin(
         StepBatch(
             req_indices=tuple(range(case.num_seqs)),
@@ -84,4 +94,4 @@ def _policy_call(case: PolicyCase, kernels: SelectionKernels | None) -> Call:
         return lambda call: state.select(call % case.num_layers, query)
     selections = [state.select(layer, query) for layer in range(case.num_layers)]
     shares = torch.rand(selections[0].positions.shape, generator=generator)
-    return lambda call: state.observe(call % case.num_layers, selections[call % case.num_layers], shares)
+    return lambda call: state.on_attended(call % case.num_layers, selections[call % case.num_layers], shares)

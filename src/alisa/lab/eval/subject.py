@@ -12,6 +12,7 @@ from alisa.kernels.base import Codec
 from alisa.lab.scoring import Scorer
 from alisa.llm import LLM
 from alisa.model.tokenizer import Tokenizer
+from alisa.planner.footprint import policy_bytes
 from alisa.policy.base import SelectionPolicy
 from alisa.policy.registry import make_policy
 from alisa.spec import ModelSpec, RowFormat
@@ -81,9 +82,7 @@ class Subject:
 
     def state_bytes(self, variant: Variant, length: int) -> float:
         """Bytes of policy state for each token of a sequence of `length` tokens: the memory a policy costs on top."""
-        scorer = self.scorer
-        state = variant.selection_policy().start(self.spec, 1, length, scorer.decoder.device, scorer.kernels.selection)
-        return state.nbytes / length
+        return policy_bytes(self.spec, variant.policy, variant.sparsity, 1, length) / length
 
     def check_length(self, length: int, what: str) -> None:
         """Refuse sequences that the model has no positions for.

@@ -30,7 +30,7 @@ class Tools(NamedTuple):
     prefill: PrefillKernel
     attend: DecodeKernel
     append: AppendKernel | None
-    selection: SelectionKernels | None
+    selection: SelectionKernels
     move_rows: MoveRows
     make_int8: MakeLinear
     """Makes linear layers with weights in 8 bits."""

@@ -9,6 +9,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from alisa.budget import state_tokens
 from alisa.cache.codec import make_codec
 from alisa.cache.store import KVStore
 from alisa.kernels.base import (
@@ -124,17 +125,25 @@ def measure_prompt(dtype: torch.dtype, kernel: PrefillKernel) -> tuple[float, fl
     return taken / values, seeded / (num_seeds * length * num_heads * head_dim)
 
 
-def measure_selection(policy: SelectionPolicy, spec: ModelSpec, kernels: SelectionKernels | None) -> Selection:
+def measure_selection(policy: SelectionPolicy, spec: ModelSpec, kernels: SelectionKernels) -> Selection:
     """Choosing and keeping scores with this policy, for four layers of this shape."""
     capacity, max_num_seqs = 1024, 16
-    state = policy.start(spec, max_num_seqs, capacity, _CPU, kernels)
+    state = policy.start(
+        spec.attention,
+        max_num_seqs=max_num_seqs,
+        num_tokens=max_num_seqs * state_tokens(capacity),
+        max_len=capacity,
+        device=_CPU,
+        kernels=kernels,
+    )
     amounts: list[tuple[float, ...]] = []
     times: list[float] = []
     begins: list[float] = []
     for batch, length in ((1, 64), (1, 1000), (4, 500), (16, 128), (16, 1000)):
         req_indices, lengths = tuple(range(batch)), (length,) * batch
         for req_idx in req_indices:
-            state.open(req_idx, capacity)
+            state.open(req_idx)
+            state.reserve(req_idx, capacity)
         req_index, counts = torch.tensor(req_indices), torch.tensor(lengths, dtype=torch.int32)
         step = StepBatch(req_indices, lengths, req_index, counts)
         begins.append(seconds(lambda step=step: state.begin(step)))
@@ -142,17 +151,17 @@ def measure_selection(policy: SelectionPolicy, spec: ModelSpec, kernels: Selecti
         keys = torch.randn(batch, spec.num_kv_heads, spec.head_dim)
         recent, older = policy.reads(length - 1)
         mass = torch.rand(batch, 1, recent + older + 1)
-        if policy.timing == "in_layer":  # every key is written before it is scored
+        if policy.query_aware:  # every key is written before it is scored
             positions = torch.arange(length).repeat(batch)
             every = keys.repeat_interleave(length, dim=0)
             for layer in range(spec.num_layers):
-                state.remember(layer, req_index.repeat_interleave(length), positions, every, every)
+                state.on_append(layer, req_index.repeat_interleave(length), positions, every, every)
 
         work = partial(_choose, state, spec.num_layers, req_index, counts.long() - 1, keys, query, mass)
         times.append(seconds(work) / spec.num_layers)
         ranked = batch * (length - 1)
         read = batch * (recent + older + 1)
-        scored = ranked * spec.q_size if policy.timing == "in_layer" else 0
+        scored = ranked * spec.q_size if policy.query_aware else 0
         amounts.append((1.0, float(batch), 0.0 if scored else float(ranked), float(read), float(scored)))
     call_s, row_s, candidate_s, read_s, value_s = fit(amounts, times)
     return Selection(
@@ -170,6 +179,6 @@ def _choose(
 ) -> None:
     """What a step asks of the policy, in every layer."""
     for layer in range(num_layers):
-        state.remember(layer, req_index, positions, keys, keys)
-        state.observe(layer, state.select(layer, query), mass)
-        state.complete(layer, Attended(query, mass, query[..., 0]))
+        state.on_append(layer, req_index, positions, keys, keys)
+        state.on_attended(layer, state.select(layer, query), mass)
+        state.combine(layer, Attended(query, mass, query[..., 0]))

@@ -1,0 +1,99 @@
+"""What selection policies do in each layer, in plain torch.
+
+It is the reference of the native and the Triton kernels, and what runs where neither can.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alisa.kernels.reference.sketch import sketch, sketch_weights, weight_read
+
+_PADDING = torch.iinfo(torch.int32).max
+"""Sorts behind every position."""
+
+
+class ReferenceSelection:
+    """See `SelectionKernels`; on any device, without a state."""
+
+    def select(
+        self,
+        scores: Tensor,
+        starts: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+        width: int,
+    ) -> Tensor:
+        """The best older positions by a stable sort, then those behind them."""
+        columns = torch.arange(width, device=scores.device)
+        older = columns < older_ends[:, None]
+        ids = torch.where(older, starts[:, None] + columns, 0)
+        ranked = scores[ids].masked_fill_(~older, -torch.inf)
+        # A stable sort, not topk: among equal scores (0 for all that is forgotten) the older position wins, in every
+        # batch alike. For 16 rows of 640 it takes 0.5 ms and topk 0.1.
+        best = ranked.sort(dim=1, descending=True, stable=True).indices[:, :num_slots].to(torch.int32)
+        ranks = torch.arange(max(num_slots, width), dtype=torch.int32, device=scores.device)
+        best = best.masked_fill_(ranks[: best.shape[1]] >= older_counts[:, None], _PADDING)
+        recent = older_ends[:, None] + ranks[:num_slots]
+        recent = recent.masked_fill_(ranks[:num_slots] >= (counts - older_counts)[:, None], _PADDING)
+        positions = torch.cat((best, recent), dim=1).sort(dim=1).values[:, :num_slots].contiguous()
+        return positions.masked_fill_(positions == _PADDING, 0)
+
+    def observe(
+        self,
+        sums: Tensor,
+        buckets: Tensor,
+        sum_starts: Tensor,
+        bucket_starts: Tensor,
+        positions: Tensor,
+        counts: Tensor,
+        mass: Tensor,
+    ) -> None:
+        """Indexed sums; padding adds 0."""
+        real = torch.arange(positions.shape[1], device=positions.device) < counts[:, None]
+        mass = torch.where(real, mass, 0.0)
+        for table, starts in ((sums, sum_starts), (buckets, bucket_starts)):
+            ids = torch.where(real, starts[:, None] + positions, 0)
+            table.view(-1).index_add_(0, ids.view(-1), mass.view(-1).to(table.dtype))
+
+    def sketch_append(self, codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
+        """Sketched, then copied to their rows."""
+        new_codes, new_ranges = sketch(keys, bits)
+        codes.index_copy_(0, ids, new_codes)
+        ranges.index_copy_(0, ids, new_ranges)
+
+    def sketch_select(
+        self,
+        query: Tensor,
+        codes: Tensor,
+        ranges: Tensor,
+        bits: int,
+        starts: Tensor,
+        lengths: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+        width: int,
+        num_sets: int,
+    ) -> tuple[Tensor, Tensor]:
+        """All keys unpacked, weighed by a full softmax, and sorted."""
+        weights = sketch_weights(query, codes, ranges, bits, starts, lengths, width)
+        scores = weights.unflatten(1, (num_sets, -1)).sum(dim=2)
+        rows = torch.arange(len(query) * num_sets, device=query.device) * width
+        positions = self.select(scores.view(-1), rows, older_ends, older_counts, counts, num_slots, width)
+        return positions, weight_read(weights, positions, counts, lengths)
+
+    def mean_add(self, sums: Tensor, req_index: Tensor, values: Tensor) -> None:
+        """An indexed sum in float64."""
+        sums.index_add_(0, req_index, values.to(torch.float64))
+
+    def mean_blend(self, sums: Tensor, req_index: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> Tensor:
+        """Blended in float32, rounded once."""
+        means = (sums.index_select(0, req_index) / lengths[:, None, None]).float().unsqueeze(2)  # [B, G, 1, D]
+        of_groups = (len(out), sums.shape[1], -1)
+        read, share = out.float().view(*of_groups, out.shape[-1]), shares.view(*of_groups, 1)
+        return torch.lerp(means, read, share).view(out.shape).to(out.dtype)

@@ -1,0 +1,104 @@
+"""Low-bit copies of keys and the attention weights they give, in plain torch: the reference of every sketch kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+_FLOAT16_MAX = 65504.0
+
+
+def sketch(keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantise keys `[N, G, D]` between their own minimum and maximum, per token and head.
+
+    With P = ceil(D * bits / 8), byte i holds the codes i, i + P, i + 2P, ..., lowest bits first, so that a kernel gets
+    runs of consecutive codes by shifts alone. Bits are 2, 4 or 8.
+
+    Returns:
+        Codes UInt8[N, G, P] and (step, minimum) Float16[N, G, 2]: key = minimum + step * code, to half a step and what
+        float16 rounds.
+    """
+    values = keys.float()
+    low, high = values.aminmax(dim=-1, keepdim=True)
+    minimum = (low.clamp(-_FLOAT16_MAX, _FLOAT16_MAX) + 0.0).half()  # + 0: no negative zero
+    reach = (high - minimum.float()) / (2**bits - 1)
+    step = (reach.clamp(0.0, _FLOAT16_MAX) + 0.0).half()
+    inverse = torch.where(step > 0, 1 / step.float(), 0.0)
+    codes = ((values - minimum.float()) * inverse).clamp(0, 2**bits - 1).round().to(torch.uint8)
+    num_planes, head_dim = 8 // bits, keys.shape[-1]
+    planes = pad(codes, (0, -head_dim % num_planes)).unflatten(-1, (num_planes, -1))
+    packed = (planes << _shifts(bits, keys.device)).sum(dim=-2).to(torch.uint8)
+    return packed, torch.cat((step, minimum), dim=-1)
+
+
+def unsketch(codes: Tensor, ranges: Tensor, bits: int, head_dim: int) -> Tensor:
+    """The keys Float32[N, G, D] that the codes stand for."""
+    planes = (codes.unsqueeze(-2) >> _shifts(bits, codes.device)) & (2**bits - 1)
+    values = planes.flatten(-2)[..., :head_dim]
+    return values.float() * ranges[..., :1].float() + ranges[..., 1:].float()
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    """Where each plane begins in a byte, UInt8[planes, 1]."""
+    return torch.arange(0, 8, bits, device=device, dtype=torch.uint8)[:, None]
+
+
+def sketch_scores(
+    query: Tensor,
+    codes: Tensor,
+    ranges: Tensor,
+    bits: int,
+    starts: Tensor,
+    lengths: Tensor,
+    width: int,
+    num_sets: int,
+) -> Tensor:
+    """Approximate weights Float32[B, num_sets, width], summed over the heads of each set: what tokens are ranked by.
+
+    Arguments as in `SelectionKernels.sketch_select`.
+    """
+    return sketch_weights(query, codes, ranges, bits, starts, lengths, width).unflatten(1, (num_sets, -1)).sum(dim=2)
+
+
+def sketch_weights(
+    query: Tensor, codes: Tensor, ranges: Tensor, bits: int, starts: Tensor, lengths: Tensor, width: int
+) -> Tensor:
+    """Approximate weights Float32[B, H, width] of every head, 0 from `lengths[b]` on."""
+    ids = token_ids(starts, lengths, width)
+    head_dim = query.shape[-1]
+    keys = unsketch(codes.index_select(0, ids), ranges.index_select(0, ids), bits, head_dim)
+    return attention_weights(query, keys, lengths, head_dim**-0.5)
+
+
+def token_ids(starts: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """Int64[B * width]: the rows of every sequence, its last one again behind its end."""
+    columns = torch.arange(width, device=starts.device)
+    return (starts[:, None] + columns.minimum(lengths[:, None] - 1)).view(-1)
+
+
+def attention_weights(query: Tensor, keys: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """Softmax weights Float32[B, H, S] of query `[B, H, D]` over keys Float32[B * S, G, D]; 0 from `lengths[b]` on."""
+    num_seqs, num_heads, head_dim = query.shape
+    num_kv_heads = keys.shape[1]
+    keys = keys.view(num_seqs, -1, num_kv_heads, head_dim).permute(0, 2, 3, 1)  # [B, G, D, S]
+    hidden = torch.arange(keys.shape[-1], device=keys.device) >= lengths[:, None]
+    grouped = query.float().view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim) * scale
+    weights = (grouped @ keys).masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1)
+    return weights.view(num_seqs, num_heads, -1)
+
+
+def weight_read(weights: Tensor, positions: Tensor, counts: Tensor, lengths: Tensor) -> Tensor:
+    """Shares Float32[B, H]: the part of each head's weights Float32[B, H, S] that lies on the tokens read.
+
+    Positions Int32[B * J, K], of which `counts` Int32[B * J] are real; `lengths` Int32[B] tokens there are. A share is
+    exactly 1 where everything is read: rounding must not show there.
+    """
+    num_seqs, num_heads, _ = weights.shape
+    set_heads = num_seqs * num_heads // len(positions)
+    real = torch.arange(positions.shape[1], device=positions.device) < counts[:, None]
+    of_sets = weights.view(len(positions), set_heads, -1)
+    chosen = positions.to(torch.int64)[:, None].expand(-1, set_heads, -1)
+    shares = (of_sets.gather(2, chosen) * real[:, None]).sum(dim=2).view(num_seqs, num_heads)
+    everything = counts.view(num_seqs, -1)[:, :1] >= lengths[:, None]
+    return shares.masked_fill(everything, 1.0)

@@ -1,0 +1,73 @@
+"""What the states of the policies take, in bytes: no torch, so that a plan can count them.
+
+A test compares each with a state that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from alisa.budget import Budget
+from alisa.spec import AttentionShape
+
+MAX_BUCKETS = 64
+"""Buckets of rows that the local sum of `swa` is kept in."""
+
+
+class StateBytes(NamedTuple):
+    """Memory of a policy's state."""
+
+    per_token: int = 0
+    per_sequence: int = 0
+
+
+StateSize = Callable[[AttentionShape, Budget, int], StateBytes]
+"""shape, budget, longest sequence -> bytes."""
+
+
+class Buckets(NamedTuple):
+    """How the local sum of `swa` is divided."""
+
+    rows: int
+    """w: rows of attention that share a bucket."""
+    count: int
+    """One more than the window covers when it begins inside a bucket, and one for the row being added."""
+
+    @classmethod
+    def plan(cls, budget: Budget, max_len: int, most: int = MAX_BUCKETS) -> Buckets:
+        """At most `most` buckets for the window of the longest sequence."""
+        widest = budget.recent(max_len)
+        rows = -(-widest // most)
+        return cls(rows, -(-widest // rows) + 2)
+
+
+def no_state(shape: AttentionShape, budget: Budget, max_len: int) -> StateBytes:
+    """Nothing is kept between steps."""
+    return StateBytes()
+
+
+def sums_state(shape: AttentionShape, budget: Budget, max_len: int) -> StateBytes:
+    """`h2o`: a sum in float64 for each layer."""
+    return StateBytes(8 * shape.num_layers)
+
+
+def window_state(*, per_head: bool) -> StateSize:
+    """`swa`: a sum in float64 and buckets in float32 for each index set of each layer."""
+
+    def size(shape: AttentionShape, budget: Budget, max_len: int) -> StateBytes:
+        num_sets = shape.num_kv_heads if per_head else 1
+        return StateBytes(shape.num_layers * num_sets * (8 + 4 * Buckets.plan(budget, max_len).count))
+
+    return size
+
+
+def sketch_state(*, bits: int | None, uses_mean: bool) -> StateSize:
+    """`sketch`: for each KV head codes and two float16, or the key in float32; sums of values in float64."""
+
+    def size(shape: AttentionShape, budget: Budget, max_len: int) -> StateBytes:
+        key_bytes = 4 * shape.head_dim if bits is None else -(-shape.head_dim * bits // 8) + 4
+        means = 8 * shape.num_layers * shape.kv_size if uses_mean else 0
+        return StateBytes(shape.num_layers * shape.num_kv_heads * key_bytes, means)
+
+    return size

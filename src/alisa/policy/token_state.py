@@ -1,0 +1,129 @@
+"""State with something for every token: tables in one space that all sequences share.
+
+    table [..., T, ...]    token p of a sequence is entry start + p along the token dimension
+
+T is what the memory cap has room for, whoever uses it. The tables are allocated but not touched: the system backs
+their memory as tokens come.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from alisa.kernels.base import StepBatch
+from alisa.policy.base import PolicyState
+from alisa.policy.extents import Extents, TokenMove
+
+
+class _Table(NamedTuple):
+    tensor: Tensor
+    token_dim: int
+    zeroed: bool
+
+    def tokens(self, start: int, count: int) -> Tensor:
+        return self.tensor.narrow(self.token_dim, start, count)
+
+
+class TokenState(PolicyState):
+    """What states with tables share: room, moves, and where each sequence begins.
+
+    Args:
+        max_num_seqs: request indices are below it.
+        num_tokens: of all sequences together, each rounded up to whole blocks.
+        device: of the tables.
+    """
+
+    def __init__(self, *, max_num_seqs: int, num_tokens: int, device: torch.device) -> None:
+        self._extents = Extents(num_tokens)
+        self._device = device
+        self._start_table = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._tables: list[_Table] = []
+        self._sequence_bytes = 0
+        self._batch: StepBatch | None = None
+        self._appended: tuple[Tensor, Tensor] | None = None
+        self._append_ids = torch.empty(0)
+
+    @property
+    def nbytes(self) -> int:
+        """The extents of the open sequences, and what each has besides."""
+        tokens = self._extents.used_tokens
+        taken = sum(table.tensor.nbytes // self._num_tokens for table in self._tables) if tokens else 0
+        return tokens * taken + self._extents.num_open * self._sequence_bytes
+
+    def open(self, req_idx: int) -> None:
+        """The sequence has no room yet; `reserve` gives it some."""
+        self._extents.open(req_idx)
+
+    def reserve(self, req_idx: int, num_tokens: int) -> None:
+        """There is room; what is new of it is zero in the tables that want that."""
+        extents = self._extents
+        former = extents.size(req_idx)
+        moves = extents.reserve(req_idx, num_tokens)
+        size = extents.size(req_idx)
+        if size == former:
+            return
+        for move in moves:
+            self._move(move)
+        start = extents.start(req_idx)
+        for table in self._tables:
+            if table.zeroed:
+                table.tokens(start + former, size - former).zero_()
+        self._update_starts(req_idx, moved=bool(moves))
+
+    def close(self, req_idx: int) -> None:
+        """The room is free."""
+        self._extents.close(req_idx)
+
+    def begin(self, batch: StepBatch) -> None:
+        """Find the sequences."""
+        self._batch = batch
+        self._locate(batch, self._start_table.index_select(0, batch.req_index))
+
+    @property
+    def _num_tokens(self) -> int:
+        """T, the size of the space."""
+        return self._extents.num_tokens
+
+    def _new_table(
+        self, before: tuple[int, ...], after: tuple[int, ...], dtype: torch.dtype, *, zeroed: bool = False
+    ) -> Tensor:
+        """A table `[*before, T, *after]`; `zeroed`: a token begins with 0, otherwise with anything."""
+        tensor = torch.empty(*before, self._num_tokens, *after, dtype=dtype, device=self._device)
+        self._tables.append(_Table(tensor, len(before), zeroed))
+        return tensor
+
+    def _locate(self, batch: StepBatch, starts: Tensor) -> None:
+        """Sequences of the running step begin at `starts` Int64[B]; called again when one of them has moved."""
+        raise NotImplementedError
+
+    def _token_ids(self, req_index: Tensor, positions: Tensor) -> Tensor:
+        """Int64[N]: entries of these tokens; computed once for all layers, which ask with the same two tensors."""
+        asked = self._appended
+        if asked is None or asked[0] is not req_index or asked[1] is not positions:
+            self._append_ids = self._start_table.index_select(0, req_index).add_(positions)
+            self._appended = (req_index, positions)
+        return self._append_ids
+
+    def _move(self, move: TokenMove) -> None:
+        """Every table has the tokens at their new place; ranges that overlap are moved in pieces that do not."""
+        source, target, count = move
+        most = abs(target - source)
+        offsets = range(0, count, most)
+        for offset in offsets if target < source else reversed(offsets):
+            some = min(most, count - offset)
+            for table in self._tables:
+                table.tokens(target + offset, some).copy_(table.tokens(source + offset, some))
+
+    def _update_starts(self, req_idx: int, *, moved: bool) -> None:
+        """The device knows where sequences begin; a step that has begun goes on at the new places."""
+        self._appended = None
+        if not moved:
+            self._start_table[req_idx] = self._extents.start(req_idx)
+            return
+        starts = [self._extents.start(i) if i in self._extents else 0 for i in range(len(self._start_table))]
+        self._start_table.copy_(torch.tensor(starts))
+        if self._batch is not None:
+            self._locate(self._batch, self._start_table.index_select(0, self._batch.req_index))
