@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -13,7 +13,8 @@ import torch
 
 from alisa import __version__
 from alisa.config import EngineConfig, SamplingParams, per_request
-from alisa.engine.builder import LoadedModel, build_engine, kv_codec, load_model
+from alisa.engine.builder import build_engine
+from alisa.engine.loaded import kv_codec, load_model
 from alisa.engine.report import RunReport
 from alisa.engine.shared import SharedEngine, Stream
 from alisa.errors import InputError
@@ -143,7 +144,9 @@ class LLM:
         if isinstance(prompts, str):
             prompts = [prompts]
         rules = params or SamplingParams()
-        each = [per_request(rules, i) for i in range(len(prompts))] if isinstance(rules, SamplingParams) else list(rules)
+        each = (
+            [per_request(rules, i) for i in range(len(prompts))] if isinstance(rules, SamplingParams) else list(rules)
+        )
         if len(each) != len(prompts):
             raise InputError(f"{len(prompts)} prompts came with {len(each)} sampling parameters; give one or one each.")
         return self._shared().stream(prompts, each)

@@ -34,7 +34,7 @@ def test_two_half_read_streams_share_an_engine(llm, alone):
     events = ([], [])
     open_streams = [(first, events[0]), (second, events[1])]
     while open_streams:
-        for stream, seen in list(open_streams):
+        for stream, seen in open_streams:
             event = next(stream, None)
             seen.append(event) if event is not None else open_streams.remove((stream, seen))
     assert tokens_of(events[0]) == alone[:2]

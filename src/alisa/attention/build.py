@@ -47,6 +47,4 @@ def build_session(
         device=device,
         kernels=backend.selection,
     )
-    return KVSession(
-        cache, policy, state, backend, shape, device, timer or StepTimer(), looks_ahead=looks_ahead
-    )
+    return KVSession(cache, policy, state, backend, shape, device, timer or StepTimer(), looks_ahead=looks_ahead)

@@ -101,6 +101,7 @@ class KVSession:
         self._positions = torch.empty(0)
         self._chosen: Sequence[Selection] | None = None
         self._read: list[tuple[int, ...]] = []
+        self._num_chunks = 0
 
     def open(self, sequence: Opened) -> None:
         """A sequence takes a request index; nothing of its former owner remains.
@@ -135,6 +136,7 @@ class KVSession:
         if store is not self._store:
             self._bind(store)
         self._read = []
+        self._num_chunks = len(plan.chunks)
         if plan.prefill:
             # A prompt may have the index, and come to the length, of a sequence that the choice made ahead was for.
             self._ahead = None
@@ -164,8 +166,7 @@ class KVSession:
         """The step is over; the next one's selections are made and asked for, where history alone decides them."""
         if self._prefill is None and self._looks_ahead:
             self._look_ahead()
-        num_chunks = len(self._batch.req_indices)
-        attended = tuple(map(sum, zip(*self._read, strict=True))) if self._read else (0,) * num_chunks
+        attended = tuple(sum(layers) for layers in zip(*self._read, strict=True)) or (0,) * self._num_chunks
         return StepTraffic(attended, self._store.traffic(), self._store.failed())
 
     def _bind(self, store: RowStore) -> None:

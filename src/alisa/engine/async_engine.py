@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from queue import SimpleQueue
 from typing import TypeVar, cast
@@ -89,7 +89,7 @@ class AsyncEngine:
                 self._post(lambda: self._abandon(name, stream))
             raise
 
-    async def events(self, request_id: str) -> AsyncIterator[Event]:
+    async def events(self, request_id: str) -> AsyncGenerator[Event]:
         """What a request gives: text as it grows, at last its output. Leaving early aborts it.
 
         Raises:
@@ -117,7 +117,7 @@ class AsyncEngine:
 
     async def stream(
         self, prompt: str | Sequence[int], params: SamplingParams, *, priority: int = 0
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         """`add_request` and `events` in one."""
         request_id = await self.add_request(prompt, params, priority=priority)
         async with aclosing(self.events(request_id)) as events:

@@ -1,220 +1,156 @@
-"""From caps in bytes to a store: what fits where, and which store and scheduler that takes."""
+"""The only wiring: from a loaded model and a configuration to an engine.
+
+Sizes follow from the configuration (`max_model_len`, `max_num_seqs`, the caps), never from a list of prompts.
+"""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from alisa.cache.base import RowStore
-from alisa.cache.codec import make_codec
-from alisa.cache.offload.hidden import Remnants, remnant_format
+from alisa.attention.build import build_session
+from alisa.attention.timing import StepTimer
 from alisa.cache.offload.residency import Eviction
-from alisa.cache.offload.store import TieredStore
-from alisa.cache.offload.tiers import DiskTier, HostTier, LowerTier
-from alisa.cache.store import KVStore
-from alisa.config import format_bytes
-from alisa.errors import CapacityError, InputError
-from alisa.kernels.base import Codec
-from alisa.kernels.choose import AttentionBackend
+from alisa.config import EngineConfig, parse_bytes
+from alisa.engine.costs import MeasuredRestoreCosts
+from alisa.engine.engine import Engine
+from alisa.engine.kv_cache import KVCacheConfig, build_kv_cache, plan_kv_cache
+from alisa.engine.loaded import LoadedModel, kv_codec
+from alisa.engine.prompt import PromptReader
+from alisa.engine.report import EngineSetup
+from alisa.engine.runner import ModelRunner
+from alisa.errors import InputError
 from alisa.machine import free_memory
-from alisa.model.decoder import Decoder
-from alisa.policy.base import SelectionPolicy
-from alisa.scheduler.placement.all_device import AllDevice
-from alisa.scheduler.placement.base import Limits, PlacementPolicy, Tier
-from alisa.scheduler.placement.capacity import share_below, staging_rows
-from alisa.scheduler.placement.three_phase import ThreePhase
+from alisa.policy.registry import make_policy, reads_of
+from alisa.scheduler.placement.base import PlacementPolicy
+from alisa.scheduler.placement.file import load_schedule
+from alisa.scheduler.scheduler import Scheduler
 
 DEFAULT_KV_SHARE = {"cpu": 0.5, "cuda": 0.9}
-"""Share of the memory that is free after loading the model which KV rows may take when no cap is given. On a CPU the
-rest is for activations and for everybody else on the machine; on a GPU nobody else is expected."""
+"""Share of the memory that is free after loading the model which may be used for what grows with tokens when no cap is
+given. On a CPU the rest is for activations and for everybody else on the machine; on a GPU nobody else is expected."""
 
 FREE_DISK_SHARE = 0.8
 """Share of the free disk that the disk tier may take when no cap is given."""
 
 
-def default_kv_memory(device: torch.device) -> int:
-    """Bytes of rows that `device` may hold when no cap is given, as things stand now."""
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """What benchmarks switch off to see what it is worth."""
+
+    eviction: Eviction = "lru"
+    """Who leaves the hot cache first."""
+    overlap: bool = True
+    """Whether rows move beside the arithmetic."""
+    prefetch: bool = True
+    """Whether the next step's rows are asked for where history decides them."""
+    placement: PlacementPolicy | None = None
+    """Instead of what the configuration's schedule file says."""
+
+
+def build_engine(
+    model: LoadedModel, config: EngineConfig, options: CacheOptions = CacheOptions()
+) -> tuple[Engine, EngineSetup]:
+    """An engine, and what it was built as.
+
+    Raises:
+        InputError: an option does not go with another, or a directory cannot be used.
+        CapacityError: the caps hold not even one token.
+    """
+    policy = make_policy(config.policy, config.sparsity)
+    codec = kv_codec(model, config)
+    placement = options.placement
+    if placement is None and config.schedule is not None:
+        placement = load_schedule(config.schedule)
+    caps = device_cap(config, model.decoder.device), host_cap(config, model.decoder.device), disk_cap(config)
+    cache_config = plan_kv_cache(model, policy, codec, config, placement, *caps)
+    cache = build_kv_cache(model, codec, cache_config, disk_directory(config), options.eviction, overlap=options.overlap)
+    timer = StepTimer()
+    session = build_session(
+        cache,
+        policy,
+        model.backend,
+        model.spec.attention,
+        model.decoder.device,
+        max_num_seqs=config.max_num_seqs,
+        state_tokens=cache_config.state_tokens,
+        max_len=cache_config.max_model_len,
+        timer=timer,
+        looks_ahead=options.prefetch and cache_config.placement.uses_tiers,
+    )
+    costs = MeasuredRestoreCosts(cache_config.token_bytes)
+    scheduler = Scheduler(
+        cache_config.limits,
+        cache_config.placement,
+        reads_of(config.policy, config.sparsity),
+        costs,
+        max_num_seqs=config.max_num_seqs,
+        prefill_chunk=config.prefill_chunk,
+        token_bytes=cache_config.token_bytes,
+    )
+    engine = Engine(
+        scheduler,
+        ModelRunner(model.decoder, session, timer),
+        costs,
+        model.tokenizer,
+        PromptReader(model.tokenizer, model.spec.vocab_size, cache_config.max_model_len),
+        eos_ids=frozenset() if model.tokenizer is None else model.tokenizer.eos_ids,
+    )
+    return engine, _setup(model, config, cache_config, codec.format.dtype)
+
+
+def device_cap(config: EngineConfig, device: torch.device) -> int:
+    """Bytes on the device for everything that grows with tokens; by default a share of what is free now."""
+    if config.kv_device_memory is not None:
+        return parse_bytes(config.kv_device_memory)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     return int(free * DEFAULT_KV_SHARE[device.type])
 
 
-@dataclass(frozen=True, slots=True)
-class Caps:
-    """Hard caps in bytes."""
-
-    device_bytes: int
-    host_bytes: int
-    """Of main memory below a GPU; 0 when main memory is the device."""
-    disk_bytes: int | None
-    """None: what is needed, within the free room."""
-    disk_path: Path | None
-    eviction: Eviction = "lru"
-    """Who leaves the hot cache first."""
-    overlap: bool = True
-    """Whether rows move beside the arithmetic; benchmarks switch it off to see what it is worth."""
-
-    @property
-    def directory(self) -> Path:
-        """Where the disk tier lies."""
-        return self.disk_path or Path(tempfile.gettempdir())
-
-    @property
-    def most_disk_bytes(self) -> int:
-        """What the disk tier may take.
-
-        Raises:
-            InputError: the directory does not exist.
-        """
-        if self.disk_bytes is not None:
-            return self.disk_bytes
-        try:
-            return int(shutil.disk_usage(self.directory).free * FREE_DISK_SHARE)
-        except OSError as error:
-            raise InputError(f"{self.directory} cannot hold the disk tier: {error.strerror}.") from error
+def host_cap(config: EngineConfig, device: torch.device) -> int:
+    """Bytes of rows in main memory below a GPU; none where main memory is the device."""
+    if device.type == "cpu":
+        return 0
+    if config.kv_host_memory is not None:
+        return parse_bytes(config.kv_host_memory, least=0)
+    return int(free_memory() * DEFAULT_KV_SHARE["cpu"])
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """A store with everything that decides about it."""
-
-    store: RowStore
-    scheduler: PlacementPolicy
-    limits: Limits
-    host_bytes: int
-    """Size of the host tier; 0 without one."""
-    disk_bytes: int
-    """Size of the disk tier, remnants included; 0 without one."""
+def disk_directory(config: EngineConfig) -> Path:
+    """Where the disk tier lies."""
+    return config.kv_disk_path or Path(tempfile.gettempdir())
 
 
-def build_kv_cache(
-    decoder: Decoder,
-    policy: SelectionPolicy,
-    codec: Codec,
-    kernels: AttentionBackend,
-    sizes: Sequence[int],
-    caps: Caps,
-    scheduler: PlacementPolicy | None,
-    max_num_seqs: int,
-) -> Memory:
-    """The simplest store that can hold sequences of these sizes: one pool if they fit, tiers below it if not.
-
-    Args:
-        decoder: the model; rebuilds deleted rows.
-        policy: one with an index set for each head needs everything on the device.
-        codec: of the rows.
-        kernels: the append kernel, if there is one.
-        sizes: rows that every request may come to need.
-        caps: in bytes.
-        scheduler: what a schedule file asks for; None: whatever the caps demand.
-        max_num_seqs: sequences that run together at the most.
+def disk_cap(config: EngineConfig) -> int:
+    """Bytes that the disk tier may take; by default a share of what is free now.
 
     Raises:
-        CapacityError: not even a token fits, or the disk is too full.
-        InputError: tiers are asked for and cannot be had.
+        InputError: the directory does not exist.
     """
-    spec, device = decoder.spec, decoder.device
-    token_bytes = spec.num_layers * codec.format.row_bytes
-    largest = sorted(sizes, reverse=True)[:max_num_seqs]
-    wanted, max_length = sum(largest), largest[0]
-    num_rows = min(wanted, caps.device_bytes // token_bytes)
-    can_tier = policy.num_sets(spec.attention) == 1
-    if scheduler is not None and scheduler.uses_tiers and not can_tier:
-        raise InputError(
-            f"the schedule {scheduler.name} moves rows, and this policy chooses other rows for every head; use "
-            "another --policy, such as swa."
-        )
-    needs_tiers = num_rows < wanted if scheduler is None else scheduler.uses_tiers
-    if not (needs_tiers and can_tier and caps.host_bytes + caps.most_disk_bytes >= token_bytes):
-        if num_rows == 0:
-            raise CapacityError(
-                f"A KV cap of {format_bytes(caps.device_bytes)} holds not even one token of "
-                f"{format_bytes(token_bytes)}; raise --kv-device-memory."
-            )
-        store = KVStore(
-            num_layers=spec.num_layers,
-            codec=codec,
-            num_rows=num_rows,
-            max_num_seqs=max_num_seqs,
-            max_length=max_length,
-            device=device,
-            append=kernels.append,
-        )
-        return Memory(store, AllDevice(), Limits(num_rows), 0, 0)
-    return _tiered(decoder, codec, kernels, largest, caps, scheduler or ThreePhase())
+    if config.kv_disk_memory is not None:
+        return parse_bytes(config.kv_disk_memory, least=0)
+    directory = disk_directory(config)
+    try:
+        return int(shutil.disk_usage(directory).free * FREE_DISK_SHARE)
+    except OSError as error:
+        raise InputError(f"{directory} cannot hold the disk tier: {error.strerror}.") from error
 
 
-def _tiered(
-    decoder: Decoder,
-    codec: Codec,
-    kernels: AttentionBackend,
-    largest: Sequence[int],
-    caps: Caps,
-    scheduler: PlacementPolicy,
-) -> Memory:
-    spec = decoder.spec
-    num_layers, row_bytes = spec.num_layers, codec.format.row_bytes
-    token_bytes = num_layers * row_bytes
-    staging = staging_rows(caps.device_bytes // row_bytes)
-    num_rows = min((caps.device_bytes - 2 * staging * row_bytes) // token_bytes, sum(largest))
-    if num_rows < 1:
-        raise CapacityError(
-            f"A KV cap of {format_bytes(caps.device_bytes)} holds not even one token of {format_bytes(token_bytes)} "
-            f"and the buffers to read others; raise --kv-device-memory."
-        )
-    dtype_name = str(decoder.dtype).removeprefix("torch.")
-    remnant_codec = make_codec(remnant_format(dtype_name, spec.hidden_size))
-    remnant_bytes = num_layers * remnant_codec.format.row_bytes
-    disk_bytes = caps.most_disk_bytes
-    host_rows = min(caps.host_bytes // token_bytes, sum(largest))
-    planned = scheduler.most_deleted(largest[0])
-    below, rebuildable, fits = share_below(
-        disk_bytes,
-        token_bytes,
-        remnant_bytes,
-        device_tokens=num_rows,
-        host_tokens=host_rows,
-        sizes=list(largest),
-        planned=planned,
+def _setup(model: LoadedModel, config: EngineConfig, cache: KVCacheConfig, kv_dtype: str) -> EngineSetup:
+    return EngineSetup(
+        spec=model.spec,
+        policy=config.policy,
+        sparsity=config.sparsity,
+        dtype=model.dtype,
+        weight_dtype=config.weight_dtype,
+        kv_dtype=kv_dtype,
+        limits=cache.limits,
+        uses_tiers=cache.placement.uses_tiers,
+        device_bytes=cache.device_bytes,
+        host_bytes=cache.host_bytes,
+        disk_bytes=cache.disk_bytes,
     )
-    kept = rebuildable * len(largest)
-    if not fits:
-        raise CapacityError(
-            f"The schedule deletes up to {planned} tokens of each of {len(largest)} sequences, and what they are "
-            f"rebuilt from takes {format_bytes(kept * remnant_bytes)} of the {format_bytes(disk_bytes)} on disk; raise "
-            "--kv-disk-memory."
-        )
-    tiers: list[LowerTier] = []
-    if host_rows:
-        tiers.append(HostTier(num_layers, host_rows, row_bytes))
-    if below or not tiers:
-        tiers.append(_disk(caps, num_layers, below, row_bytes, kernels))
-    remnants = None
-    if kept:
-        tier = _disk(caps, num_layers, kept, remnant_codec.format.row_bytes, kernels)
-        remnants = Remnants(tier, remnant_codec, decoder.project_kv, decoder.dtype)
-    store = TieredStore(
-        num_layers=num_layers,
-        codec=codec,
-        num_rows=num_rows,
-        max_num_seqs=len(largest),
-        max_length=largest[0],
-        tiers=tiers,
-        remnants=remnants,
-        rebuildable=rebuildable,
-        eviction=caps.eviction,
-        overlap=caps.overlap,
-        staging_rows=staging,
-        device=decoder.device,
-        append=kernels.append,
-    )
-    limits = Limits(num_rows, tuple(Tier(tier.medium, tier.num_rows) for tier in tiers), rebuildable)
-    return Memory(store, scheduler, limits, host_rows * token_bytes, below * token_bytes + kept * remnant_bytes)
-
-
-def _disk(caps: Caps, num_layers: int, num_rows: int, row_bytes: int, kernels: AttentionBackend) -> DiskTier:
-    return DiskTier(caps.directory, num_layers, num_rows, row_bytes, kernels.move_rows)

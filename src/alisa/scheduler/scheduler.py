@@ -301,7 +301,10 @@ class Scheduler:
     # --- what is said --------------------------------------------------------------------------------------------
 
     def _plan(self, decision: PlacementDecision, chunks: tuple[ScheduledChunk, ...], *, prefill: bool) -> StepPlan:
-        opened = tuple(Opened(_index(request), request.request_id, request.num_rows, request.prompt_len) for request in self._opened)
+        opened = tuple(
+            Opened(_index(request), request.request_id, request.num_rows, request.prompt_len)
+            for request in self._opened
+        )
         self._num_steps += 1
         return StepPlan(
             step=self._num_steps - 1,

@@ -1,8 +1,8 @@
 """What every policy would read if it ran beside dense attention: its selections for the same queries and keys.
 
 The model runs densely, all tokens of a window at once, so that every policy is judged by the same attention weights and
-no difference comes from what it did to the layers before. The policy runs in a session of its own and sees what it would
-see in decoding; what comes out of that is dropped.
+no difference comes from what it did to the layers before. The policy runs in a session of its own and sees what it
+would see in decoding; what comes out of that is dropped.
 """
 
 from __future__ import annotations

@@ -62,3 +62,70 @@ def share_below(
     rebuildable = kept // count
     taken = rebuildable * count * remnant_bytes
     return Below(min(wanted - host_tokens, max(num_bytes - taken, 0) // token_bytes), rebuildable, taken <= num_bytes)
+
+
+class DeviceSplit(NamedTuple):
+    """How the device's cap is divided."""
+
+    device_tokens: int
+    """R: tokens whose rows lie on the device at the same time."""
+    state_tokens: int
+    """Tokens that the selection policy's state has room for, wherever their rows lie; whole blocks."""
+    staging_rows: int
+    """Of each of two buffers; 0 where nothing moves."""
+    in_flight_bytes: int
+    """For rows on their way to lower tiers; 0 where nothing moves."""
+
+
+def split_device(
+    num_bytes: int,
+    *,
+    num_layers: int,
+    row_bytes: int,
+    state: StateBytes,
+    reads: Reads,
+    max_num_seqs: int,
+    max_len: int,
+    has_tiers: bool,
+) -> DeviceSplit | None:
+    """Rows, policy state and buffers under one cap; None where it does not hold a single token.
+
+    The state of every token stays on the device, also when its row has left. With tiers it gets as much as all
+    sequences may come to need, but no more than leaves room for the rows that one step reads of these tokens; without
+    them as many tokens as there are rows, and what is lost by whole blocks.
+
+    Args:
+        num_bytes: the cap.
+        num_layers: L.
+        row_bytes: of one token of one layer.
+        state: bytes of policy state of a token and of a sequence.
+        reads: what a step reads.
+        max_num_seqs: sequences that are open at the same time.
+        max_len: longest sequence.
+        has_tiers: whether rows may leave the device.
+    """
+    token_bytes = num_layers * row_bytes
+    staging = staging_rows(num_bytes // row_bytes) if has_tiers else 0
+    in_flight = min(num_bytes // _IN_FLIGHT_SHARE, _MOST_IN_FLIGHT_BYTES) if has_tiers else 0
+    room = num_bytes - max_num_seqs * state.per_sequence - 2 * staging * row_bytes - in_flight
+    wanted = max_num_seqs * _whole_blocks(max_len)
+    if state.per_token == 0:
+        state_tokens = wanted
+    elif has_tiers:
+        read_share = (1 + sum(reads(max_len - 1))) / max_len
+        balanced = int(room / (state.per_token + read_share * token_bytes))
+        state_tokens = max(min(wanted, balanced // STATE_BLOCK_TOKENS * STATE_BLOCK_TOKENS), _whole_blocks(max_len))
+    else:
+        both = token_bytes + state.per_token
+        # A sequence's last block is half empty on average; a fifth of a small cap is the most that is spent on it.
+        spare = min(max_num_seqs * STATE_BLOCK_TOKENS, max(room, 0) // (5 * both))
+        rows = max(room - spare * state.per_token, 0) // both
+        state_tokens = min(wanted, max(_whole_blocks(rows + spare), STATE_BLOCK_TOKENS))
+    device_tokens = min((room - state_tokens * state.per_token) // token_bytes, max_num_seqs * max_len)
+    if device_tokens < 1:
+        return None
+    return DeviceSplit(device_tokens, state_tokens, staging, in_flight)
+
+
+def _whole_blocks(num_tokens: int) -> int:
+    return -(-num_tokens // STATE_BLOCK_TOKENS) * STATE_BLOCK_TOKENS

@@ -1,0 +1,230 @@
+"""From caps in bytes to a cache: what fits where, and the simplest store that holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from alisa.cache.codec import make_codec
+from alisa.cache.manager import CacheManager
+from alisa.cache.offload.hidden import HiddenStateCache, hidden_format
+from alisa.cache.offload.residency import Eviction
+from alisa.cache.offload.store import TieredStore
+from alisa.cache.offload.tiers import DiskTier, HostTier, LowerTier, require_disk
+from alisa.cache.store import KVStore
+from alisa.config import EngineConfig, format_bytes
+from alisa.engine.loaded import LoadedModel
+from alisa.errors import CapacityError, InputError
+from alisa.kernels.base import Codec
+from alisa.policy.base import SelectionPolicy
+from alisa.policy.registry import POLICIES, reads_of
+from alisa.scheduler.placement.all_device import AllDevice
+from alisa.outputs import Medium
+from alisa.scheduler.placement.base import Limits, PlacementPolicy, Tier
+from alisa.scheduler.placement.capacity import DeviceSplit, share_below, split_device
+from alisa.scheduler.placement.three_phase import ThreePhase
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheConfig:
+    """What an engine's cache is built as."""
+
+    limits: Limits
+    placement: PlacementPolicy
+    split: DeviceSplit
+    max_num_seqs: int
+    max_model_len: int
+    token_bytes: int
+    """Bytes of one token's rows over all layers."""
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    """Most bytes on disk, hidden states included; 0 without a disk tier."""
+
+    @property
+    def state_tokens(self) -> int:
+        """Tokens that the selection policy's state has room for."""
+        return self.split.state_tokens
+
+
+def plan_kv_cache(
+    model: LoadedModel,
+    policy: SelectionPolicy,
+    codec: Codec,
+    config: EngineConfig,
+    placement: PlacementPolicy | None,
+    device_bytes: int,
+    host_bytes: int,
+    disk_bytes: int,
+) -> KVCacheConfig:
+    """Capacities of a cache under these caps.
+
+    Args:
+        model: its shape, and what its rows are rebuilt from.
+        policy: one with an index set for each head needs every row on the device.
+        codec: of the rows.
+        config: sizes.
+        placement: what a schedule file asks for; None: whatever the caps demand.
+        device_bytes: hard cap.
+        host_bytes: hard cap of rows in main memory below a GPU.
+        disk_bytes: hard cap.
+
+    Raises:
+        CapacityError: not even a token fits, or the disk is too small for the schedule.
+        InputError: tiers are asked for and cannot be had.
+    """
+    spec = model.spec
+    max_len = min(config.max_model_len or spec.max_positions, spec.max_positions)
+    token_bytes = spec.num_layers * codec.format.row_bytes
+    can_tier = policy.num_sets(spec.attention) == 1 and host_bytes + disk_bytes >= token_bytes
+    if placement is not None and placement.uses_tiers and policy.num_sets(spec.attention) > 1:
+        raise InputError(
+            f"the schedule {placement.name} moves rows, and {config.policy} chooses other rows for every head; use "
+            "another --policy, such as swa."
+        )
+    has_tiers = can_tier if placement is None else placement.uses_tiers
+    split = split_device(
+        device_bytes,
+        num_layers=spec.num_layers,
+        row_bytes=codec.format.row_bytes,
+        state=POLICIES[config.policy].state_bytes(spec.attention, config.sparsity, max_len),
+        reads=reads_of(config.policy, config.sparsity),
+        max_num_seqs=config.max_num_seqs,
+        max_len=max_len,
+        has_tiers=has_tiers,
+    )
+    if split is None:
+        state = POLICIES[config.policy].state_bytes(spec.attention, config.sparsity, max_len)
+        raise CapacityError(
+            f"A KV cap of {format_bytes(device_bytes)} holds not even one token of {format_bytes(token_bytes)} beside "
+            f"the buffers and the state of {config.policy} for {max_len} tokens of {format_bytes(state.per_token)}; "
+            "raise --kv-device-memory, or lower --max-model-len or --max-num-seqs."
+        )
+    if not has_tiers:
+        return KVCacheConfig(
+            limits=Limits(split.device_tokens, state_tokens=split.state_tokens),
+            placement=placement or AllDevice(),
+            split=split,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_len,
+            token_bytes=token_bytes,
+            device_bytes=device_bytes,
+            host_bytes=0,
+            disk_bytes=0,
+        )
+    return _with_tiers(
+        model, config, placement or ThreePhase(), split, token_bytes, max_len, device_bytes, host_bytes, disk_bytes
+    )
+
+
+def _with_tiers(
+    model: LoadedModel,
+    config: EngineConfig,
+    placement: PlacementPolicy,
+    split: DeviceSplit,
+    token_bytes: int,
+    max_len: int,
+    device_bytes: int,
+    host_bytes: int,
+    disk_bytes: int,
+) -> KVCacheConfig:
+    """Lower tiers for what the device cannot hold of `max_num_seqs` sequences of the greatest length."""
+    wanted = config.max_num_seqs * max_len
+    host_tokens = min(host_bytes // token_bytes, wanted)
+    hidden_bytes = model.spec.num_layers * hidden_format(model.dtype, model.spec.hidden_size).row_bytes
+    planned = placement.most_deleted(max_len)
+    # Rows are deleted because a schedule says so, or because the disk was given less than it takes. A disk that merely
+    # has less room than the greatest work of all would need is no reason to keep a hidden state of every token.
+    is_capped = config.kv_disk_memory is not None
+    below, rebuildable, fits = share_below(
+        disk_bytes if is_capped or planned else max(disk_bytes, wanted * token_bytes),
+        token_bytes,
+        hidden_bytes,
+        device_tokens=split.device_tokens,
+        host_tokens=host_tokens,
+        sizes=[max_len] * config.max_num_seqs,
+        planned=planned,
+    )
+    kept = rebuildable * config.max_num_seqs
+    if not fits:
+        raise CapacityError(
+            f"The schedule deletes up to {planned} tokens of each of {config.max_num_seqs} sequences, and what they are "
+            f"rebuilt from takes {format_bytes(kept * hidden_bytes)} of the {format_bytes(disk_bytes)} on disk; raise "
+            "--kv-disk-memory, or lower --max-num-seqs or --max-model-len."
+        )
+    disk_tokens = min(below, (disk_bytes - kept * hidden_bytes) // token_bytes)
+    tiers = [Tier(Medium.HOST, host_tokens)] if host_tokens else []
+    if disk_tokens or not tiers:
+        tiers.append(Tier(Medium.DISK, disk_tokens))
+    return KVCacheConfig(
+        limits=Limits(split.device_tokens, tuple(tiers), rebuildable, split.state_tokens),
+        placement=placement,
+        split=split,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_len,
+        token_bytes=token_bytes,
+        device_bytes=device_bytes,
+        host_bytes=host_tokens * token_bytes,
+        disk_bytes=disk_tokens * token_bytes + kept * hidden_bytes,
+    )
+
+
+def build_kv_cache(
+    model: LoadedModel, codec: Codec, config: KVCacheConfig, directory: Path, eviction: Eviction, *, overlap: bool
+) -> CacheManager:
+    """The cache of an engine: a flat pool, and the tiers below it as soon as something has to move.
+
+    Args:
+        model: rebuilds deleted rows.
+        codec: of the rows.
+        config: sizes.
+        directory: its disk takes the disk tier.
+        eviction: who leaves the hot cache first.
+        overlap: whether rows move beside the arithmetic.
+
+    Raises:
+        CapacityError: the pool is larger than the memory, or the disk is too full.
+        InputError: the directory cannot hold files.
+    """
+    spec, backend, device = model.spec, model.backend, model.decoder.device
+    row_bytes, limits = codec.format.row_bytes, config.limits
+    flat = KVStore(
+        num_layers=spec.num_layers,
+        codec=codec,
+        num_rows=limits.device_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_length=config.max_model_len,
+        device=device,
+        append=backend.append,
+    )
+    if not limits.tiers:
+        return CacheManager(flat)
+    kept = limits.rebuildable * config.max_num_seqs
+    if config.disk_bytes:
+        require_disk(directory, config.disk_bytes)
+
+    def make_tiers(flat: KVStore) -> TieredStore:
+        tiers: list[LowerTier] = [
+            HostTier(spec.num_layers, tier.num_tokens, row_bytes)
+            if tier.medium is Medium.HOST
+            else DiskTier(directory, spec.num_layers, tier.num_tokens, row_bytes, backend.move_rows)
+            for tier in limits.tiers
+        ]
+        hidden = None
+        if kept:
+            hidden_codec = make_codec(hidden_format(model.dtype, spec.hidden_size))
+            hidden_row = hidden_codec.format.row_bytes
+            tier = DiskTier(directory, spec.num_layers, kept, hidden_row, backend.move_rows)
+            hidden = HiddenStateCache(tier, hidden_codec, model.decoder.project_kv, model.decoder.dtype)
+        return TieredStore.over(
+            flat,
+            tiers=tiers,
+            hidden=hidden,
+            rebuildable=limits.rebuildable,
+            eviction=eviction,
+            overlap=overlap,
+            staging_rows=config.split.staging_rows,
+            in_flight_bytes=config.split.in_flight_bytes,
+        )
+
+    return CacheManager(flat, num_tiers=len(limits.tiers), make_tiers=make_tiers, starts_tiered=kept > 0)
