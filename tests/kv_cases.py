@@ -38,7 +38,7 @@ def some_positions(draw, length):
     return np.flatnonzero(np.append(draw.random(length - 1) < draw.random(), True)).tolist()
 
 
-def read_parts(parts, row_bytes, selection):
+def read_chunks(parts, row_bytes, selection):
     """The rows of every selected entry, UInt8[B, K, row_bytes] and 0 on padding, as the attention kernels find them.
 
     Each entry must come in exactly one part. Parts are used up one by one: a buffer is valid until the next one.

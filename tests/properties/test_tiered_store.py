@@ -34,7 +34,7 @@ from tests.kv_cases import (
     layer_inputs,
     plan_of,
     project,
-    read_parts,
+    read_chunks,
     remnants_in,
     selection_of,
     some_positions,
@@ -131,16 +131,17 @@ class TieredMachine(RuleBasedStateMachine):
 
     # --- sequences ---------------------------------------------------------------------------------------------------
 
-    @rule(num_tokens=st.integers(1, MAX_LENGTH + 2))
-    def open(self, num_tokens):
-        assert self.store.has_free_req_idx == (len(self.model) < NUM_LANES)
-        if num_tokens <= MAX_LENGTH and len(self.model) < NUM_LANES:
-            req_idx = self.store.open(num_tokens)
-            assert req_idx not in self.model
-            self.model[req_idx] = _Seq(num_tokens, len(self.tiers) + 1)
-        else:
+    @rule(req_idx=st.integers(0, NUM_LANES - 1), num_tokens=st.integers(1, MAX_LENGTH + 2))
+    def open(self, req_idx, num_tokens):
+        if num_tokens > MAX_LENGTH:
             with pytest.raises(CapacityError, match=str(num_tokens)):
-                self.store.open(num_tokens)
+                self.store.open(req_idx, num_tokens)
+        elif req_idx in self.model:
+            with pytest.raises(AssertionError, match=f"request index {req_idx} is in use"):
+                self.store.open(req_idx, num_tokens)
+        else:
+            self.store.open(req_idx, num_tokens)
+            self.model[req_idx] = _Seq(num_tokens, len(self.tiers) + 1)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -290,7 +291,7 @@ class TieredMachine(RuleBasedStateMachine):
             else:
                 chosen = [some_positions(draw, self.model[index].length) for index in req_indices]
             selection = selection_of(chosen)
-            found = read_parts(self.store.parts(layer, selection), ROW_BYTES, selection)
+            found = read_chunks(self.store.chunks(layer, selection), ROW_BYTES, selection)
             for index, at, rows in zip(req_indices, chosen, found, strict=True):
                 lookups += sum(position < self.model[index].bounds[0] for position in at)
                 if index not in self.doomed:

@@ -21,7 +21,7 @@ from tests.kv_cases import (
     layer_inputs,
     plan_of,
     project,
-    read_parts,
+    read_chunks,
     remnants_in,
     selection_of,
 )
@@ -70,7 +70,7 @@ class Rows:
         selection = selection_of(list(chosen.values()))
         right = set(chosen)
         for layer in layers:
-            found = read_parts(self.store.parts(layer, selection), FORMAT.row_bytes, selection)
+            found = read_chunks(self.store.chunks(layer, selection), FORMAT.row_bytes, selection)
             for (req_idx, at), rows in zip(chosen.items(), found, strict=True):
                 if not np.array_equal(rows[: len(at)], self.expected(layer, req_idx, at)):
                     right.discard(req_idx)
@@ -89,7 +89,7 @@ class Rows:
 
 
 def fill(rows, req_idx, count, moves=()):
-    assert rows.store.open(32) == req_idx
+    rows.store.open(req_idx, 32)
     rows.step({req_idx: count}, moves, prefill=True)
 
 
@@ -179,7 +179,7 @@ def test_a_row_that_cannot_be_read_costs_its_own_sequence_only(num_rows, staging
     assert rows.is_right(0)
     assert rows.is_right(2)
     tier.bad.clear()
-    assert rows.store.open(32) == 1
+    rows.store.open(1, 32)
     rows.step({1: 6}, [Move(1, 0, 5, DEVICE, HOST)], prefill=True)
     assert rows.is_right(1)
     assert rows.store.failed() == {}
@@ -189,7 +189,7 @@ def test_a_row_that_cannot_be_written_past_the_device_costs_its_own_sequence_onl
     tier = worn()
     rows = Rows(4, [tier])
     for req_idx in range(3):
-        assert rows.store.open(32) == req_idx
+        rows.store.open(req_idx, 32)
     tier.bad.add((0, 5))
     moves = [Move(req_idx, 0, 4, DEVICE, HOST) for req_idx in range(3)]
     rows.step({0: 5, 1: 5, 2: 5}, moves, prefill=True)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from alisa.attention.timing import Part, Stopwatch
-from alisa.cache.base import Part as RowPart
-from alisa.cache.base import RowStore
+from alisa.cache.base import KVChunk, RowStore
 from alisa.kernels.base import Attended, DecodeKernel, KeyBlock, PrefillKernel, Selection, StepBatch
 from alisa.kernels.reference.decode import head_scores
 from alisa.kernels.reference.merge import PartialAttention
@@ -143,7 +142,7 @@ class DecodeAttend:
 
     def _attend(self, layer: int, query: Tensor, selection: Selection) -> Attended:
         """Attention over the selected rows, in one part or merged from several."""
-        parts = self._store.parts(layer, selection)
+        parts = self._store.chunks(layer, selection)
         part = self._next(parts)
         assert part is not None, "every sequence reads at least its own token"
         if part.sequences is None:
@@ -153,7 +152,7 @@ class DecodeAttend:
         # Parts come out in the dtype of the query: rounded to 16 bits before they are merged, they would not be what
         # one part is.
         exact = query.float()
-        scores: list[tuple[RowPart, Tensor]] = []
+        scores: list[tuple[KVChunk, Tensor]] = []
         while part is not None:
             assert part.sequences is not None, "a part that is not the whole selection names its sequences"
             some = exact[part.sequences]
@@ -167,13 +166,13 @@ class DecodeAttend:
             mass = _mass(scores, merged.log_sum_exp, selection)
         return Attended(merged.out.to(query.dtype), mass, merged.log_sum_exp)
 
-    def _next(self, parts: Iterator[RowPart]) -> RowPart | None:
+    def _next(self, parts: Iterator[KVChunk]) -> KVChunk | None:
         """The next part, once its rows are there."""
         with self._watch.measure(Part.TRANSFER):
             return next(parts, None)
 
 
-def _mass(scores: Sequence[tuple[RowPart, Tensor]], log_sum_exp: Tensor, selection: Selection) -> Tensor:
+def _mass(scores: Sequence[tuple[KVChunk, Tensor]], log_sum_exp: Tensor, selection: Selection) -> Tensor:
     """Mass Float32[B, 1, K] from the scores `[b, H, w]` of every part: weights need the sum over all parts first."""
     mass = log_sum_exp.new_zeros(selection.positions.shape)
     for part, of_heads in scores:

@@ -12,7 +12,7 @@ from alisa.outputs import Medium, Traffic
 from alisa.scheduler.plan import StepPlan
 
 
-class Part(NamedTuple):
+class KVChunk(NamedTuple):
     """Rows that one call of a decode kernel attends to; a selection is one part unless it is larger than the pool."""
 
     rows: Tensor
@@ -46,16 +46,17 @@ class RowStore(Protocol):
         ...
 
     @property
-    def has_free_req_idx(self) -> bool:
-        """Whether another sequence can be opened."""
+    def max_num_seqs(self) -> int:
+        """Sequences that can be open at the same time; their request indices are below this."""
         ...
 
-    def open(self, num_tokens: int) -> int:
-        """A request index for a sequence of up to `num_tokens` tokens; no rows are taken yet.
+    def open(self, req_idx: int, num_tokens: int) -> None:
+        """The request index belongs to a sequence of up to `num_tokens` tokens; no rows are taken yet.
+
+        The caller chooses an index that is not in use.
 
         Raises:
-            CapacityError: no request index is free, or sequences of this length were not provided for; nothing has
-            changed.
+            CapacityError: sequences of this length were not provided for; nothing has changed.
         """
         ...
 
@@ -90,7 +91,7 @@ class RowStore(Protocol):
         """
         ...
 
-    def parts(self, layer: int, selection: Selection) -> Iterator[Part]:
+    def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
         """The selected rows, ready to be read; usually one part."""
         ...
 

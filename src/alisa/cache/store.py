@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alisa.cache.base import Part
+from alisa.cache.base import KVChunk
 from alisa.config import format_bytes
 from alisa.errors import CapacityError
 from alisa.kernels.base import AppendKernel, Codec, Selection
@@ -70,32 +70,25 @@ class KVStore:
         self._append = append
         self.max_length = max_length
         self._free_slots = list(range(num_rows - 1, -1, -1))
-        self._free_req_indices = list(range(max_num_seqs - 1, -1, -1))
         self._open: dict[int, _Seq] = {}
         self._new_slots = torch.empty(0, dtype=torch.int64)
         self._step_table = torch.empty(0)
         self._last: tuple[Selection, Tensor] | None = None
 
-    @property
-    def has_free_req_idx(self) -> bool:
-        """Whether another sequence can be opened."""
-        return bool(self._free_req_indices)
-
-    def open(self, num_tokens: int) -> int:
+    def open(self, req_idx: int, num_tokens: int) -> None:
         """See `RowStore.open`."""
-        if num_tokens > self.max_length or not self._free_req_indices:
+        if num_tokens > self.max_length:
             raise CapacityError(
-                f"A sequence of {num_tokens} tokens is to be opened; a sequence may have {self.max_length}, and "
-                f"{len(self._free_req_indices)} of {self.max_num_seqs} request indices are free."
+                f"A sequence of {num_tokens} tokens is longer than the {self.max_length} that the KV store was made "
+                "for; raise --max-model-len."
             )
-        req_idx = self._free_req_indices.pop()
+        assert 0 <= req_idx < self.max_num_seqs, f"request index {req_idx} of {self.max_num_seqs}"
+        assert req_idx not in self._open, f"request index {req_idx} is in use"
         self._open[req_idx] = _Seq([])
-        return req_idx
 
     def release(self, req_idx: int) -> None:
         """See `RowStore.release`."""
         self._free_slots.extend(reversed(self._open.pop(req_idx).slots))
-        self._free_req_indices.append(req_idx)
 
     def begin(self, plan: StepPlan) -> None:
         """See `RowStore.begin`; a refused plan changes nothing."""
@@ -136,14 +129,14 @@ class KVStore:
         else:
             self._rows_pool[layer].index_copy_(0, self._new_slots, self.codec.encode(k, v))
 
-    def parts(self, layer: int, selection: Selection) -> Iterator[Part]:
-        """See `RowStore.parts`: always one."""
+    def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
+        """See `RowStore.chunks`: always one."""
         # Dense attention and fixed patterns choose once for all layers.
         if self._last is None or self._last[0] is not selection:
             num_seqs, num_sets, num_slots = selection.positions.shape
             slots = self._step_table.gather(1, selection.positions.view(num_seqs, -1).to(torch.int64))
             self._last = (selection, slots.view(num_seqs, num_sets, num_slots))
-        yield Part(self._rows_pool[layer], self._last[1], selection.counts, None, None)
+        yield KVChunk(self._rows_pool[layer], self._last[1], selection.counts, None, None)
 
     def prefetch(self, layer: int, req_indices: tuple[int, ...], selection: Selection) -> None:
         """Everything is there."""
@@ -198,9 +191,6 @@ class KVStore:
         """Assert that every slot and req_idx is free or owned exactly once; callable whenever no step is running."""
         owned = [slot for req_idx in self._open.values() for slot in req_idx.slots]
         assert sorted(owned + self._free_slots) == list(range(self.num_rows)), "a slot is lost or owned twice"
-        assert sorted([*self._open, *self._free_req_indices]) == list(range(self.max_num_seqs)), (
-            "a request index is lost or owned twice"
-        )
         for index, req_idx in self._open.items():
             assert req_idx.length <= len(req_idx.slots), f"req_idx {index} has rows without slots"
             assert self._table[index, : len(req_idx.slots)].tolist() == req_idx.slots, (

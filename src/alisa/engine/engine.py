@@ -155,18 +155,25 @@ class Engine:
             self._running.append(self._parked.pop(0))
 
     def _admit(self) -> None:
-        while not self._parked and (waiting := self._waiting.first()) is not None and self._store.has_free_req_idx:
+        while not self._parked and (waiting := self._waiting.first()) is not None:
+            req_idx = self._free_req_idx()
+            if req_idx is None:
+                return
             if not self._placement.has_room(self._running, self._parked, len(waiting.request.prompt_ids)):
                 return
             self._waiting.admit()
             request = waiting.request
-            req_idx = self._store.open(request.num_rows)
+            self._store.open(req_idx, request.num_rows)
             self._runner.state.open(req_idx, request.num_rows)
             sequence = waiting.former
             if sequence is None:
                 sequence = Sequence(request, req_idx, waiting.since_s, perf_counter(), list(request.prompt_ids))
             sequence.req_idx, sequence.num_cached = req_idx, 0
             self._running.append(sequence)
+
+    def _free_req_idx(self) -> int | None:
+        taken = {sequence.req_idx for sequence in (*self._running, *self._parked)}
+        return next((index for index in range(self._store.max_num_seqs) if index not in taken), None)
 
     def _fail(self) -> list[Sequence]:
         """Sequences whose rows were lost in this step: they end with what they have."""

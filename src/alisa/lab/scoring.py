@@ -181,10 +181,10 @@ def teacher_forced(
     probe = _LostMass(kernels.attend, store)
     attend = probe if measure_lost_mass else kernels.attend
     runner = ModelRunner(decoder, policy, store, state, kernels.prefill, attend, Stopwatch())
-    req_indices = []
-    for length in lengths:
-        req_indices.append(store.open(length))
-        state.open(req_indices[-1], length)
+    req_indices = list(range(len(items)))
+    for req_idx, length in enumerate(lengths):
+        store.open(req_idx, length)
+        state.open(req_idx, length)
     yield ScoredStep(0, tuple(range(len(items))), _read_prompts(runner, req_indices, items, prefill_chunk), None)
     for step in range(1, max(len(item.output_ids) for item in items)):
         active = tuple(index for index, item in enumerate(items) if len(item.output_ids) > step)

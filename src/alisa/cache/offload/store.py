@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alisa.cache.base import Part
+from alisa.cache.base import KVChunk
 from alisa.cache.offload.buffers import HostShelf, Shelf, shelves
 from alisa.cache.offload.hidden import Remnants
 from alisa.cache.offload.residency import NOWHERE, Eviction, Residency
@@ -170,7 +170,6 @@ class TieredStore:
         )
         self._staging = make_shelves(torch.empty(2, staging_rows, row_bytes, dtype=torch.uint8, device=self._device))
         self._residency = Residency(num_layers, num_rows, max_num_seqs, max_length, eviction)
-        self._free_req_indices = list(range(max_num_seqs - 1, -1, -1))
         self._open: dict[int, _Seq] = {}
         self._ends = np.zeros(max_num_seqs, np.int64)  # bounds[0] of every request index, for look-ups
         self._transfers = Transfers(overlap=overlap)
@@ -185,22 +184,17 @@ class TieredStore:
 
     # --- sequences -----------------------------------------------------------------------------------------------
 
-    @property
-    def has_free_req_idx(self) -> bool:
-        """Whether another sequence can be opened."""
-        return bool(self._free_req_indices)
-
-    def open(self, num_tokens: int) -> int:
+    def open(self, req_idx: int, num_tokens: int) -> None:
         """See `RowStore.open`."""
-        if num_tokens > self.max_length or not self._free_req_indices:
+        if num_tokens > self.max_length:
             raise CapacityError(
-                f"A sequence of {num_tokens} tokens is to be opened; a sequence may have {self.max_length}, and "
-                f"{len(self._free_req_indices)} of {self.max_num_seqs} request indices are free."
+                f"A sequence of {num_tokens} tokens is longer than the {self.max_length} that the KV store was made "
+                "for; raise --max-model-len."
             )
-        req_idx = self._free_req_indices.pop()
+        assert 0 <= req_idx < self.max_num_seqs, f"request index {req_idx} of {self.max_num_seqs}"
+        assert req_idx not in self._open, f"request index {req_idx} is in use"
         self._open[req_idx] = _Seq([0] * (len(self._tiers) + 1), min(self._rebuildable, num_tokens))
         self._ends[req_idx] = 0
-        return req_idx
 
     def release(self, req_idx: int) -> None:
         """See `RowStore.release`; waits for transfers, whose slots are about to have another owner."""
@@ -209,7 +203,6 @@ class TieredStore:
         self._residency.release(req_idx, state.length)
         for table in (*self._tables, self._remnant_table):
             table.give_back(req_idx, 0, self.max_length)
-        self._free_req_indices.append(req_idx)
         self._transfers.forgive(req_idx)
 
     def length(self, req_idx: int) -> int:
@@ -265,8 +258,8 @@ class TieredStore:
             places = np.arange(len(tokens))
             self._write_past(layer, self._remnants.tier, slots_below, remnants, places, step.owners[tokens])
 
-    def parts(self, layer: int, selection: Selection) -> Iterator[Part]:
-        """See `RowStore.parts`; one set for all heads."""
+    def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
+        """See `RowStore.chunks`; one set for all heads."""
         req_indices, positions, real = _asked(self._step.req_indices, selection)
         slots = self._residency.slots[layer][req_indices[:, None], positions]
         below = real & (positions < self._ends[req_indices][:, None])
@@ -288,7 +281,7 @@ class TieredStore:
             slots[row, column] = placed
             self._transfers.wait(self._load(layer, wanted, at, self._rows_pool[layer], placed))
         slots[~real] = 0
-        yield Part(
+        yield KVChunk(
             self._rows_pool[layer].rows, torch.from_numpy(slots)[:, None].to(self._device), selection.counts, None, None
         )
 
@@ -373,9 +366,6 @@ class TieredStore:
         self._residency.check()
         for table in (*self._tables, self._remnant_table):
             table.check()
-        assert sorted([*self._open, *self._free_req_indices]) == list(range(self.max_num_seqs)), (
-            "a request index is lost or owned twice"
-        )
         for index, req_idx in self._open.items():
             edges = [req_idx.length, *req_idx.bounds]
             assert edges == sorted(edges, reverse=True), f"req_idx {index}: bounds {req_idx.bounds} cross"
@@ -578,11 +568,11 @@ class TieredStore:
         slots: NDArray[np.int32],
         real: NDArray[np.bool_],
         missing: NDArray[np.bool_],
-    ) -> Iterator[Part]:
+    ) -> Iterator[KVChunk]:
         """What is on the device, then the rest through two buffers in turn: one is read while the other fills."""
         row, column = np.nonzero(real & ~missing)
         if len(row):
-            yield self._part(self._rows_pool[layer].rows, row, column, slots[row, column])
+            yield self._chunk(self._rows_pool[layer].rows, row, column, slots[row, column])
         row, column = np.nonzero(missing)
         size = len(self._staging[0].rows)
         pieces = [slice(first, first + size) for first in range(0, len(row), size)]
@@ -598,16 +588,16 @@ class TieredStore:
             if index + 1 < len(pieces):
                 coming = fill(index + 1)
             count = len(row[some])
-            yield self._part(self._staging[index % 2].rows, row[some], column[some], np.arange(count, dtype=np.int32))
+            yield self._chunk(self._staging[index % 2].rows, row[some], column[some], np.arange(count, dtype=np.int32))
 
-    def _part(self, rows: Tensor, row: Slots, column: Slots, slots: NDArray[np.int32]) -> Part:
+    def _chunk(self, rows: Tensor, row: Slots, column: Slots, slots: NDArray[np.int32]) -> KVChunk:
         """Entries (sequence, column) of a selection, in order of sequences, as a padded part."""
         sequences, first, counts = np.unique(row, return_index=True, return_counts=True)
         place = (np.repeat(np.arange(len(sequences)), counts), np.arange(len(row)) - np.repeat(first, counts))
         padded = np.zeros((len(sequences), counts.max()), np.int32)
         columns = np.zeros((len(sequences), counts.max()), np.int64)
         padded[place], columns[place] = slots, column
-        return Part(
+        return KVChunk(
             rows,
             torch.from_numpy(padded)[:, None].to(self._device),
             torch.from_numpy(counts.astype(np.int32)).to(self._device),

@@ -93,7 +93,9 @@ def measure_lookup(directory: Path, move_rows: MoveRows, append: AppendKernel | 
     amounts: list[tuple[float, ...]] = []
     times: list[float] = []
     places: list[float] = []
-    req_indices = [store.open(length) for _ in range(max_num_seqs)]
+    req_indices = range(max_num_seqs)
+    for req_idx in req_indices:
+        store.open(req_idx, length)
     store.begin(StepPlan(0, Phase.DEVICE, True, tuple(Segment(req_idx, 0, 128) for req_idx in req_indices)))
     moves = tuple(Move(req_idx, 0, 64, Medium.DEVICE, Medium.DISK) for req_idx in req_indices)
     step = 1
@@ -104,7 +106,7 @@ def measure_lookup(directory: Path, move_rows: MoveRows, append: AppendKernel | 
             moves = ()
             positions = torch.arange(count, dtype=torch.int32).expand(batch, 1, count).contiguous()
             chosen = Selection(positions, torch.full((batch,), count, dtype=torch.int32), (count,) * batch)
-            times.append(seconds(lambda chosen=chosen: list(store.parts(0, chosen))))
+            times.append(seconds(lambda chosen=chosen: list(store.chunks(0, chosen))))
             amounts.append((1.0, float(batch * count)))
             step += 1
     store.close()
