@@ -144,6 +144,6 @@ def test_reserves_are_taken_back_when_rows_are_short():
 def test_check_notices_a_lost_slot():
     store = make_store()
     store.open(0, 3)
-    store._free_slots.pop()
+    store._free_slots.take(1)
     with pytest.raises(AssertionError, match="lost"):
         store.check()

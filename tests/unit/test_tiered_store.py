@@ -15,14 +15,15 @@ from alisa.scheduler.plan import Move, Segment
 from tests.kv_cases import (
     CODEC,
     FORMAT,
-    REMNANT_BYTES,
+    HIDDEN_BYTES,
     LatePool,
     WornTier,
+    hidden_in,
     layer_inputs,
+    owner_of,
     plan_of,
     project,
     read_chunks,
-    remnants_in,
     selection_of,
 )
 
@@ -35,7 +36,7 @@ class Rows:
 
     def __init__(self, num_rows=8, tiers=None, rebuildable=0, staging_rows=4, late=False):
         self.tiers = tiers or [HostTier(NUM_LAYERS, 32, FORMAT.row_bytes)]
-        remnant_tier = HostTier(NUM_LAYERS, 4 * rebuildable, REMNANT_BYTES)
+        hidden_tier = HostTier(NUM_LAYERS, 4 * rebuildable, HIDDEN_BYTES)
         self.store = TieredStore(
             num_layers=NUM_LAYERS,
             codec=CODEC,
@@ -43,7 +44,7 @@ class Rows:
             max_num_seqs=4,
             max_length=32,
             tiers=self.tiers,
-            remnants=remnants_in(remnant_tier) if rebuildable else None,
+            hidden=hidden_in(hidden_tier) if rebuildable else None,
             rebuildable=rebuildable,
             staging_rows=staging_rows,
         )
@@ -157,7 +158,7 @@ def worn():
 
 
 def slot_of(rows, req_idx, position):
-    return int(rows.store._tables[0].slots[req_idx, position])
+    return int(rows.store._levels[0].table.find(rows.store._row_ids.of(req_idx, position, position + 1)).item())
 
 
 @pytest.mark.parametrize("staging_rows", [1, 8])
@@ -193,8 +194,8 @@ def test_a_row_that_cannot_be_written_past_the_device_costs_its_own_sequence_onl
     tier.bad.add((0, 5))
     moves = [Move(req_idx, 0, 4, DEVICE, HOST) for req_idx in range(3)]
     rows.step({0: 5, 1: 5, 2: 5}, moves, prefill=True)
-    [req_idx] = [req_idx for req_idx in range(3) if 5 in rows.store._tables[0].slots[req_idx]]
-    rows.store._settle()
+    req_idx = owner_of(rows.store, rows.store._levels[0].table, 5)
+    rows.store.drain()
     assert rows.store.failed() == {req_idx: "Input/output error"}
     rows.store.release(req_idx)
     assert all(rows.is_right(other) for other in range(3) if other != req_idx)
@@ -207,7 +208,7 @@ def test_a_row_that_cannot_be_pushed_down_costs_its_own_sequence_only():
     fill(rows, 1, 5)
     tier.bad.add((1, 2))
     rows.step({0: 1, 1: 1}, [Move(0, 0, 4, DEVICE, HOST), Move(1, 0, 4, DEVICE, HOST)])
-    rows.store._settle()
+    rows.store.drain()
     assert rows.store.failed() == {0: "Input/output error"}
     rows.store.release(0)
     rows.store.check()
@@ -230,7 +231,7 @@ def test_a_truncated_tier_file_fails_the_sequences_whose_rows_are_gone(size, tmp
     rows = Rows(8, [tier])
     fill(rows, 0, 5, [Move(0, 0, 4, DEVICE, DISK)])
     fill(rows, 1, 5, [Move(1, 0, 4, DEVICE, DISK)])
-    rows.store._settle()
+    rows.store.drain()
     os.ftruncate(tier._file, size)
     rows.step({0: 1, 1: 1})
     right = rows.select({0: [0, 1, 5], 1: [0, 1, 5]}, layers=[0])
@@ -252,7 +253,7 @@ def test_a_write_that_the_system_cuts_short_fails_its_sequence(tmp_path, monkeyp
     fill(rows, 0, 5)
     monkeypatch.setattr(os, "pwritev", lambda file, buffers, offset: 10)
     rows.step({0: 1}, [Move(0, 0, 4, DEVICE, DISK)])
-    rows.store._settle()
+    rows.store.drain()
     assert rows.store.failed() == {0: f"the tier file took 10 of {4 * FORMAT.row_bytes} bytes"}
 
 

@@ -12,10 +12,10 @@ import torch
 
 from alisa.cache.base import RowStore
 from alisa.cache.codec import make_codec
-from alisa.cache.offload.hidden import Remnants, remnant_format
+from alisa.cache.offload.hidden import HiddenStateCache, hidden_format
 from alisa.cache.offload.residency import Eviction
 from alisa.cache.offload.store import TieredStore
-from alisa.cache.offload.tiers import DiskTier, HostTier, LowerTier
+from alisa.cache.offload.tiers import DiskTier, HostTier, LowerTier, require_disk
 from alisa.cache.store import KVStore
 from alisa.config import format_bytes
 from alisa.errors import CapacityError, InputError
@@ -167,15 +167,15 @@ def _tiered(
             f"and the buffers to read others; raise --kv-device-memory."
         )
     dtype_name = str(decoder.dtype).removeprefix("torch.")
-    remnant_codec = make_codec(remnant_format(dtype_name, spec.hidden_size))
-    remnant_bytes = num_layers * remnant_codec.format.row_bytes
+    hidden_codec = make_codec(hidden_format(dtype_name, spec.hidden_size))
+    hidden_bytes = num_layers * hidden_codec.format.row_bytes
     disk_bytes = caps.most_disk_bytes
     host_rows = min(caps.host_bytes // token_bytes, sum(largest))
     planned = scheduler.most_deleted(largest[0])
     below, rebuildable, fits = share_below(
         disk_bytes,
         token_bytes,
-        remnant_bytes,
+        hidden_bytes,
         device_tokens=num_rows,
         host_tokens=host_rows,
         sizes=list(largest),
@@ -185,18 +185,19 @@ def _tiered(
     if not fits:
         raise CapacityError(
             f"The schedule deletes up to {planned} tokens of each of {len(largest)} sequences, and what they are "
-            f"rebuilt from takes {format_bytes(kept * remnant_bytes)} of the {format_bytes(disk_bytes)} on disk; raise "
+            f"rebuilt from takes {format_bytes(kept * hidden_bytes)} of the {format_bytes(disk_bytes)} on disk; raise "
             "--kv-disk-memory."
         )
+    require_disk(caps.directory, below * token_bytes + kept * hidden_bytes)
     tiers: list[LowerTier] = []
     if host_rows:
         tiers.append(HostTier(num_layers, host_rows, row_bytes))
     if below or not tiers:
         tiers.append(_disk(caps, num_layers, below, row_bytes, kernels))
-    remnants = None
+    hidden = None
     if kept:
-        tier = _disk(caps, num_layers, kept, remnant_codec.format.row_bytes, kernels)
-        remnants = Remnants(tier, remnant_codec, decoder.project_kv, decoder.dtype)
+        tier = _disk(caps, num_layers, kept, hidden_codec.format.row_bytes, kernels)
+        hidden = HiddenStateCache(tier, hidden_codec, decoder.project_kv, decoder.dtype)
     store = TieredStore(
         num_layers=num_layers,
         codec=codec,
@@ -204,7 +205,7 @@ def _tiered(
         max_num_seqs=len(largest),
         max_length=largest[0],
         tiers=tiers,
-        remnants=remnants,
+        hidden=hidden,
         rebuildable=rebuildable,
         eviction=caps.eviction,
         overlap=caps.overlap,
@@ -213,7 +214,7 @@ def _tiered(
         append=kernels.append,
     )
     limits = Limits(num_rows, tuple(Tier(tier.medium, tier.num_rows) for tier in tiers), rebuildable)
-    return Memory(store, scheduler, limits, host_rows * token_bytes, below * token_bytes + kept * remnant_bytes)
+    return Memory(store, scheduler, limits, host_rows * token_bytes, below * token_bytes + kept * hidden_bytes)
 
 
 def _disk(caps: Caps, num_layers: int, num_rows: int, row_bytes: int, kernels: AttentionBackend) -> DiskTier:

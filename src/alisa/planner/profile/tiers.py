@@ -11,19 +11,17 @@ import numpy as np
 import torch
 
 from alisa.cache.codec import make_codec
-from alisa.cache.offload.hidden import Remnants, remnant_format
+from alisa.cache.offload.hidden import HiddenStateCache, hidden_format
 from alisa.cache.offload.store import TieredStore
-from alisa.cache.offload.tiers import Bytes, DiskTier, Slots
-from alisa.cache.offload.transfer import Some, Ticket, Transfers
-from alisa.kernels.base import AppendKernel, MoveRows, Selection
+from alisa.cache.offload.tiers import DiskTier
+from alisa.cache.offload.transfer import JOB_ROWS, RowSubset, TransferHandle, Transfers
+from alisa.kernels.base import AppendKernel, Bytes, MoveRows, Selection, Slots
 from alisa.outputs import Medium, Phase
 from alisa.planner.hardware import Link
 from alisa.planner.profile.clock import fit, seconds
 from alisa.scheduler.plan import Move, Segment, StepPlan
 from alisa.spec import RowFormat
 
-_JOB_ROWS = 64
-"""As the store shares rows out among threads."""
 _ROW_BYTES = (1536, 4096, 16384)
 _NUM_ROWS = (16, 256, 2048)
 
@@ -65,16 +63,16 @@ def measure_link(directory: Path, move_rows: MoveRows) -> tuple[Link, Link]:
 
 def _move_rows(transfers: Transfers, work: Callable[..., None], slots: Slots, memory: Bytes) -> None:
     """Move rows between slots of a layer and the first rows of the memory."""
-    places = np.arange(len(slots))
-    ticket = Ticket()
-    for first in range(0, len(slots), _JOB_ROWS):
-        piece = slice(first, first + _JOB_ROWS)
+    indices = np.arange(len(slots))
+    handle = TransferHandle()
+    for first in range(0, len(slots), JOB_ROWS):
+        piece = slice(first, first + JOB_ROWS)
 
-        def move(some: Some, piece: slice = piece) -> None:
-            work(0, slots[piece][some], memory, places[piece][some])
+        def move(subset: RowSubset, piece: slice = piece) -> None:
+            work(0, slots[piece][subset], memory, indices[piece][subset])
 
-        ticket.jobs += transfers.start(move, np.zeros(len(places[piece]), np.int64)).jobs
-    transfers.wait(ticket)
+        handle.add(transfers.start(move, np.zeros(len(indices[piece]), np.int64)))
+    transfers.wait(handle)
 
 
 def measure_lookup(directory: Path, move_rows: MoveRows, append: AppendKernel | None) -> Lookup:
@@ -122,18 +120,18 @@ def _begin(store: TieredStore, segments: tuple[Segment, ...], moves: tuple[Move,
 
 
 def measure_rebuild(directory: Path, move_rows: MoveRows, dtype: torch.dtype) -> tuple[float, float]:
-    """(a call, a row): rows from remnants whose product costs nothing."""
+    """(a call, a row): rows from hidden states whose product costs nothing."""
     hidden_size, name = 1024, str(dtype).removeprefix("torch.")
-    codec, kept = make_codec(RowFormat(name, 16, 64)), make_codec(remnant_format(name, hidden_size))
+    codec, kept = make_codec(RowFormat(name, 16, 64)), make_codec(hidden_format(name, hidden_size))
     tier = DiskTier(directory, 1, 16, kept.format.row_bytes, move_rows)
     made = torch.randn(512, 16, 64).to(dtype)
-    remnants = Remnants(tier, kept, lambda layer, hidden, positions: (made[: len(hidden)],) * 2, dtype)
+    hidden_states = HiddenStateCache(tier, kept, lambda layer, hidden, positions: (made[: len(hidden)],) * 2, dtype)
     amounts: list[tuple[float, ...]] = []
     times: list[float] = []
     for count in (8, 128, 512):
-        encoded = torch.from_numpy(remnants.encode(torch.randn(count, hidden_size).to(dtype)))
+        encoded = hidden_states.encode(torch.randn(count, hidden_size).to(dtype))
         positions = np.arange(count)
-        work = seconds(lambda e=encoded, p=positions: remnants.rows(0, e, p, codec))
+        work = seconds(lambda e=encoded, p=positions: hidden_states.rows(0, e, p, codec))
         amounts.append((1.0, float(count)))
         times.append(work)
     tier.close()
