@@ -25,7 +25,7 @@ from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.stamp import Stamp
 from alisa.kernels.choose import choose_backend
 from alisa.cache.codec import make_codec
-from alisa.cache.offload.hidden import (Remnants, remnant_format,)
+from alisa.cache.offload.hidden import HiddenStateCache, hidden_format
 from alisa.cache.offload.tiers import DiskTier
 from alisa.cache.offload.transfer import Transfers
 from alisa.model.loader import random_decoder
@@ -57,7 +57,7 @@ def measure(shape: str, dtype: str, rows: int, rounds: int, directory: Path) -> 
         torch.device("cpu"),
     )
     codec = make_codec(RowFormat(dtype, spec.num_kv_heads, spec.head_dim))
-    remnant_codec = make_codec(remnant_format(dtype, spec.hidden_size))
+    hidden_codec = make_codec(hidden_format(dtype, spec.hidden_size))
     move = choose_backend(decoder.device).move_rows
     transfers = Transfers()
     generator = np.random.default_rng(0)
@@ -65,18 +65,18 @@ def measure(shape: str, dtype: str, rows: int, rounds: int, directory: Path) -> 
         "shape": shape,
         "dtype": dtype,
         "row_bytes": codec.format.row_bytes,
-        "remnant_bytes": remnant_codec.format.row_bytes,
+        "remnant_bytes": hidden_codec.format.row_bytes,
     }
-    for what, row_bytes in (("fetch", codec.format.row_bytes), ("rebuild", remnant_codec.format.row_bytes)):
+    for what, row_bytes in (("fetch", codec.format.row_bytes), ("rebuild", hidden_codec.format.row_bytes)):
         tier = DiskTier(directory, LAYERS, NUM_TOKENS, row_bytes, move)
         content = np.zeros((NUM_TOKENS, row_bytes), np.uint8)
         for layer in range(LAYERS):
             tier.write(layer, np.arange(NUM_TOKENS), content, np.arange(NUM_TOKENS))
         os.fsync(tier._file)
-        remnants = Remnants(tier, remnant_codec, decoder.project_kv, torch_dtype)
+        hidden_states = HiddenStateCache(tier, hidden_codec, decoder.project_kv, torch_dtype)
         buffer = np.empty((rows, row_bytes), np.uint8)
 
-        def get(index: int, tier=tier, buffer=buffer, what=what, remnants=remnants) -> None:  # noqa: ANN001
+        def get(index: int, tier=tier, buffer=buffer, what=what, hidden_states=hidden_states) -> None:  # noqa: ANN001
             layer = index % LAYERS
             slots = np.sort(generator.choice(NUM_TOKENS, rows, replace=False))
             parts = [
@@ -86,10 +86,10 @@ def measure(shape: str, dtype: str, rows: int, rounds: int, directory: Path) -> 
                 )
                 for i in range(0, rows, 64)
             ]
-            for ticket in parts:
-                transfers.wait(ticket)
+            for handle in parts:
+                transfers.wait(handle)
             if what == "rebuild":
-                remnants.rows(layer, torch.from_numpy(buffer), np.arange(rows), codec)
+                hidden_states.rows(layer, torch.from_numpy(buffer), np.arange(rows), codec)
 
         def forget(tier=tier) -> None:  # noqa: ANN001
             os.posix_fadvise(tier._file, 0, 0, os.POSIX_FADV_DONTNEED)

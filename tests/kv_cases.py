@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from alisa.cache.codec import FloatCodec
-from alisa.cache.offload.hidden import Remnants, remnant_format
+from alisa.cache.offload.hidden import HiddenStateCache, hidden_format
+from alisa.cache.row_ids import BLOCK_TOKENS
 from alisa.kernels.base import Selection
 from alisa.outputs import Phase
 from alisa.scheduler.plan import StepPlan
@@ -38,24 +39,24 @@ def some_positions(draw, length):
     return np.flatnonzero(np.append(draw.random(length - 1) < draw.random(), True)).tolist()
 
 
-def read_parts(parts, row_bytes, selection):
+def read_chunks(chunks, row_bytes, selection):
     """The rows of every selected entry, UInt8[B, K, row_bytes] and 0 on padding, as the attention kernels find them.
 
-    Each entry must come in exactly one part. Parts are used up one by one: a buffer is valid until the next one.
+    Each entry must come in exactly one chunk. Chunks are used up one by one: a buffer is valid until the next one.
     """
     num_seqs, _, width = selection.positions.shape
     found = np.zeros((num_seqs, width, row_bytes), np.uint8)
     times = np.zeros((num_seqs, width), np.int64)
-    for part in parts:
-        slots, counts = part.slots[:, 0].numpy(), part.counts.numpy()
+    for chunk in chunks:
+        slots, counts = chunk.slots[:, 0].numpy(), chunk.counts.numpy()
         assert counts.min() >= 1
-        sequences = np.arange(num_seqs) if part.sequences is None else part.sequences.numpy()
-        columns = np.tile(np.arange(width), (num_seqs, 1)) if part.columns is None else part.columns.numpy()
+        sequences = np.arange(num_seqs) if chunk.sequences is None else chunk.sequences.numpy()
+        columns = np.tile(np.arange(width), (num_seqs, 1)) if chunk.columns is None else chunk.columns.numpy()
         assert slots.shape == columns.shape
         real = np.arange(slots.shape[1]) < counts[:, None]
         places = (np.repeat(sequences, counts), columns[real])
         np.add.at(times, places, 1)
-        found[places] = part.rows.numpy()[slots[real]]
+        found[places] = chunk.rows.numpy()[slots[real]]
     wanted = np.arange(width) < np.array(selection.num_tokens)[:, None]
     assert np.array_equal(times, wanted), "an entry came twice or never"
     return found
@@ -74,12 +75,19 @@ def layer_inputs(first, count):
     return numbers + torch.tensor([0.5, 0.0, -0.25, 0.125])
 
 
-def remnants_in(tier):
-    """Remnants from which `project` makes rows again; rows of the tier have `REMNANT_BYTES`."""
-    return Remnants(tier, FloatCodec(remnant_format("float32", HIDDEN_SIZE)), project, torch.float32)
+def hidden_in(tier):
+    """Hidden states from which `project` makes rows again; rows of the tier have `HIDDEN_BYTES`."""
+    return HiddenStateCache(tier, FloatCodec(hidden_format("float32", HIDDEN_SIZE)), project, torch.float32)
 
 
-REMNANT_BYTES = remnant_format("float32", HIDDEN_SIZE).row_bytes
+HIDDEN_BYTES = hidden_format("float32", HIDDEN_SIZE).row_bytes
+
+
+def owner_of(store, table, slot):
+    """The request index of a tiered store that has this slot of a tier."""
+    [row_id] = np.flatnonzero(table.slots == slot)
+    [owner] = [req_idx for req_idx in store._open if row_id // BLOCK_TOKENS in store._row_ids._blocks(req_idx)]
+    return owner
 
 
 class WornTier:

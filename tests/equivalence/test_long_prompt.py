@@ -40,7 +40,8 @@ before = peak()
 memory = build_kv_cache(decoder, policy, codec, kernels, [length + 7], Caps(int(share * total), 0, None, None), None, 1)
 state = policy.start(spec, 1, length + 7, decoder.device, kernels.selection)
 runner = ModelRunner(decoder, policy, memory.store, state, kernels.prefill, kernels.attend, Stopwatch(),
-looks_ahead=True) engine = Engine(
+                     looks_ahead=True)
+engine = Engine(
     runner, Placement(memory.scheduler, memory.limits, memory.store, policy), eos_ids=frozenset(), prefill_chunk=1024
 )
 ids = torch.randint(0, 512, (length,), generator=torch.Generator().manual_seed(1)).tolist()

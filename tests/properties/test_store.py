@@ -11,7 +11,7 @@ from alisa.cache.store import CHUNK_TOKENS, KVStore
 from alisa.errors import CapacityError
 from alisa.outputs import Medium
 from alisa.scheduler.plan import ScheduledChunk
-from tests.kv_cases import CODEC, FORMAT, layer_inputs, plan_of, project, read_parts, selection_of, some_positions
+from tests.kv_cases import CODEC, FORMAT, layer_inputs, plan_of, project, read_chunks, selection_of, some_positions
 
 # Few enough rows that sequences compete for them, enough that there is a reserve to hand out.
 NUM_LAYERS, NUM_ROWS, NUM_LANES, MAX_LENGTH = 2, 3 * CHUNK_TOKENS, 4, 20
@@ -44,17 +44,18 @@ class StoreMachine(RuleBasedStateMachine):
     def used(self):
         return sum(self.length(req_idx) for req_idx in self.model)
 
-    @rule(num_tokens=st.integers(1, MAX_LENGTH + 2))
-    def open(self, num_tokens):
+    @rule(req_idx=st.integers(0, NUM_LANES - 1), num_tokens=st.integers(1, MAX_LENGTH + 2))
+    def open(self, req_idx, num_tokens):
         """Opening takes a request index and no rows."""
-        assert self.store.has_free_req_idx == (len(self.model) < NUM_LANES)
-        if num_tokens <= MAX_LENGTH and len(self.model) < NUM_LANES:
-            req_idx = self.store.open(num_tokens)
-            assert req_idx not in self.model
-            self.model[req_idx] = np.empty((NUM_LAYERS, 0, FORMAT.row_bytes), np.uint8)
-        else:
+        if num_tokens > MAX_LENGTH:
             with pytest.raises(CapacityError, match=str(num_tokens)):
-                self.store.open(num_tokens)
+                self.store.open(req_idx, num_tokens)
+        elif req_idx in self.model:
+            with pytest.raises(AssertionError, match=f"request index {req_idx} is in use"):
+                self.store.open(req_idx, num_tokens)
+        else:
+            self.store.open(req_idx, num_tokens)
+            self.model[req_idx] = np.empty((NUM_LAYERS, 0, FORMAT.row_bytes), np.uint8)
 
     @precondition(lambda self: any(self.length(req_idx) < MAX_LENGTH for req_idx in self.model))
     @rule(seed=st.integers(0, 2**32 - 1), most=st.sampled_from((1, MAX_LENGTH)))
@@ -64,18 +65,18 @@ class StoreMachine(RuleBasedStateMachine):
         growing = [req_idx for req_idx in sorted(self.model) if self.length(req_idx) < MAX_LENGTH]
         req_indices = draw.permutation(growing)[: draw.integers(1, len(growing) + 1)].tolist()
         counts = [int(draw.integers(1, min(most, MAX_LENGTH - self.length(req_idx)) + 1)) for req_idx in req_indices]
-        segments = [
+        chunks = [
             ScheduledChunk(req_idx, self.length(req_idx), count)
             for req_idx, count in zip(req_indices, counts, strict=True)
         ]
         if self.used + sum(counts) > NUM_ROWS:
             with pytest.raises(CapacityError, match=f"{sum(counts)} new tokens need .* of {NUM_ROWS} rows are free"):
-                self.store.begin(plan_of(segments))
+                self.store.begin(plan_of(chunks))
             return
-        self.store.begin(plan_of(segments))
+        self.store.begin(plan_of(chunks))
         hidden = layer_inputs(self.num_written, sum(counts))
         self.num_written += sum(counts)
-        positions = torch.cat([torch.arange(segment.start, segment.end) for segment in segments])
+        positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks])
         written = []
         for layer in range(NUM_LAYERS):
             k, v = project(layer, hidden, positions)
@@ -83,10 +84,10 @@ class StoreMachine(RuleBasedStateMachine):
             written.append(CODEC.encode(k, v).numpy())
         for req_idx, rows in zip(req_indices, np.split(np.stack(written), np.cumsum(counts)[:-1], axis=1), strict=True):
             self.model[req_idx] = np.concatenate((self.model[req_idx], rows), axis=1)
-        chosen = [some_positions(draw, segment.end) for segment in segments]
+        chosen = [some_positions(draw, chunk.end) for chunk in chunks]
         selection = selection_of(chosen)
         for layer in range(NUM_LAYERS):
-            found = read_parts(self.store.parts(layer, selection), FORMAT.row_bytes, selection)
+            found = read_chunks(self.store.chunks(layer, selection), FORMAT.row_bytes, selection)
             for req_idx, at, rows in zip(req_indices, chosen, found, strict=True):
                 assert np.array_equal(rows[: len(at)], self.model[req_idx][layer, at])
 
@@ -132,10 +133,12 @@ TestStore.settings = settings(max_examples=60, stateful_step_count=30)
 
 def test_reserves_are_taken_back_when_rows_are_short():
     store = make_store()
-    first, second = store.open(MAX_LENGTH), store.open(MAX_LENGTH)
+    first, second, third = range(3)
+    store.open(first, MAX_LENGTH)
+    store.open(second, MAX_LENGTH)
     store.begin(plan_of([ScheduledChunk(first, 0, 1)]))
     assert len(store._free_slots) == NUM_ROWS - CHUNK_TOKENS
-    third = store.open(MAX_LENGTH)
+    store.open(third, MAX_LENGTH)
     store.begin(plan_of([ScheduledChunk(second, 0, MAX_LENGTH)]))
     store.begin(plan_of([ScheduledChunk(third, 0, MAX_LENGTH)]))
     store.check()
@@ -144,7 +147,7 @@ def test_reserves_are_taken_back_when_rows_are_short():
 
 def test_check_notices_a_lost_slot():
     store = make_store()
-    store.open(3)
-    store._free_slots.pop()
+    store.open(0, 3)
+    store._free_slots.take(1)
     with pytest.raises(AssertionError, match="lost"):
         store.check()

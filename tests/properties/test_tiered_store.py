@@ -15,11 +15,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from alisa.cache.offload.buffers import DeviceShelf, shelves
 from alisa.cache.offload.residency import EVICTIONS
 from alisa.cache.offload.store import TieredStore
 from alisa.cache.offload.tiers import DiskTier, HostTier
-from alisa.cache.offload.transfer import CopyStream
+from alisa.cache.offload.transfer import CopyStream, DeviceBuffer, transfer_buffers
 from alisa.errors import CapacityError
 from alisa.outputs import Medium
 from alisa.scheduler.placement.base import Limits, SeqView, Tier, moves_down
@@ -28,14 +27,15 @@ from alisa.scheduler.plan import ScheduledChunk
 from tests.kv_cases import (
     CODEC,
     FORMAT,
-    REMNANT_BYTES,
+    HIDDEN_BYTES,
     LatePool,
     WornTier,
+    hidden_in,
     layer_inputs,
+    owner_of,
     plan_of,
     project,
-    read_parts,
-    remnants_in,
+    read_chunks,
     selection_of,
     some_positions,
 )
@@ -50,9 +50,9 @@ def append_kernel(rows, row_format, slots, k, v):
 
 
 def staged(rows):
-    """Shelves that go through buffers, as a GPU's do."""
+    """Buffers that only copies reach, as a GPU's do."""
     stream = CopyStream(rows.device)
-    return tuple(DeviceShelf(part, stream) for part in rows)
+    return tuple(DeviceBuffer(each, stream) for each in rows)
 
 
 class _Seq:
@@ -85,14 +85,15 @@ class TieredMachine(RuleBasedStateMachine):
         num_rows=st.integers(3, 24),
         media=st.sampled_from(((Medium.DISK,), (Medium.HOST, Medium.DISK))),
         staging_rows=st.sampled_from((1, 3, 16)),
+        in_flight_bytes=st.sampled_from((0, 600, 1 << 20)),
         late=st.booleans(),
         append=st.sampled_from((None, append_kernel)),
-        make_shelves=st.sampled_from((shelves, staged)),
+        make_buffers=st.sampled_from((transfer_buffers, staged)),
     )
-    def start(self, eviction, num_rows, media, staging_rows, late, append, make_shelves):
+    def start(self, eviction, num_rows, media, staging_rows, in_flight_bytes, late, append, make_buffers):
         self.num_rows = num_rows
         self.tiers = [WornTier(self.make_tier(medium, 40, ROW_BYTES)) for medium in media]
-        self.remnant_tier = WornTier(self.make_tier(media[-1], NUM_LANES * REBUILDABLE, REMNANT_BYTES))
+        self.hidden_tier = WornTier(self.make_tier(media[-1], NUM_LANES * REBUILDABLE, HIDDEN_BYTES))
         self.limits = Limits(num_rows, tuple(Tier(tier.medium, tier.num_rows) for tier in self.tiers), REBUILDABLE)
         self.store = TieredStore(
             num_layers=NUM_LAYERS,
@@ -101,18 +102,19 @@ class TieredMachine(RuleBasedStateMachine):
             max_num_seqs=NUM_LANES,
             max_length=MAX_LENGTH,
             tiers=self.tiers,
-            remnants=remnants_in(self.remnant_tier),
+            hidden=hidden_in(self.hidden_tier),
             rebuildable=REBUILDABLE,
             eviction=eviction,
             staging_rows=staging_rows,
+            in_flight_bytes=in_flight_bytes,
             append=append,
-            make_shelves=make_shelves,
+            make_buffers=make_buffers,
         )
         self.pool = LatePool() if late else None
         if self.pool is not None:
             self.store._transfers._pool = self.pool
-        tables = [*self.store._tables, self.store._remnant_table]
-        for tier, table in zip((*self.tiers, self.remnant_tier), tables, strict=True):
+        tables = list(self.store._tables())
+        for tier, table in zip((*self.tiers, self.hidden_tier), tables, strict=True):
             tier.on_refusal = lambda slots, table=table: self.doom(table, slots)
         self.model = {}
         self.doomed = set()
@@ -123,24 +125,27 @@ class TieredMachine(RuleBasedStateMachine):
     def make_tier(medium, num_rows, row_bytes):
         if medium is Medium.HOST:
             return HostTier(NUM_LAYERS, num_rows, row_bytes)
-        return DiskTier(Path(tempfile.gettempdir()), NUM_LAYERS, num_rows, row_bytes)
+        # Steps of a few slots: the file grows while it is used.
+        return DiskTier(
+            Path(tempfile.gettempdir()), NUM_LAYERS, num_rows, row_bytes, step_bytes=7 * NUM_LAYERS * row_bytes
+        )
 
     def doom(self, table, slots):
-        owners = {int(np.flatnonzero((table.slots == slot).any(axis=1)).item()) for slot in slots}
-        self.doomed |= owners
+        self.doomed |= {owner_of(self.store, table, slot) for slot in slots}
 
     # --- sequences ---------------------------------------------------------------------------------------------------
 
-    @rule(num_tokens=st.integers(1, MAX_LENGTH + 2))
-    def open(self, num_tokens):
-        assert self.store.has_free_req_idx == (len(self.model) < NUM_LANES)
-        if num_tokens <= MAX_LENGTH and len(self.model) < NUM_LANES:
-            req_idx = self.store.open(num_tokens)
-            assert req_idx not in self.model
-            self.model[req_idx] = _Seq(num_tokens, len(self.tiers) + 1)
-        else:
+    @rule(req_idx=st.integers(0, NUM_LANES - 1), num_tokens=st.integers(1, MAX_LENGTH + 2))
+    def open(self, req_idx, num_tokens):
+        if num_tokens > MAX_LENGTH:
             with pytest.raises(CapacityError, match=str(num_tokens)):
-                self.store.open(num_tokens)
+                self.store.open(req_idx, num_tokens)
+        elif req_idx in self.model:
+            with pytest.raises(AssertionError, match=f"request index {req_idx} is in use"):
+                self.store.open(req_idx, num_tokens)
+        else:
+            self.store.open(req_idx, num_tokens)
+            self.model[req_idx] = _Seq(num_tokens, len(self.tiers) + 1)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -246,7 +251,7 @@ class TieredMachine(RuleBasedStateMachine):
         return all(count <= tier.num_rows for count, tier in zip(held, self.tiers, strict=True))
 
     def account(self, segments, moves):
-        """Rows and remnants that go down and rows that are deleted, all layers; and the model's bounds follow."""
+        """Rows and hidden states that go down and rows that are deleted, all layers; and the model's bounds follow."""
         media = [Medium.DEVICE, *(tier.medium for tier in self.tiers), None]
         rows, deleted = 0, 0
         for move in moves:
@@ -258,10 +263,10 @@ class TieredMachine(RuleBasedStateMachine):
             for level in range(source, target):
                 assert move.start <= req_idx.bounds[level] <= move.end, "a move leaves a gap"
                 req_idx.bounds[level] = move.end
-        remnants = 0
+        hidden = 0
         for segment in segments:
-            remnants += max(min(segment.end, self.model[segment.req_idx].rebuildable) - segment.start, 0)
-        return (rows * NUM_LAYERS, remnants * NUM_LAYERS), deleted * NUM_LAYERS
+            hidden += max(min(segment.end, self.model[segment.req_idx].rebuildable) - segment.start, 0)
+        return (rows * NUM_LAYERS, hidden * NUM_LAYERS), deleted * NUM_LAYERS
 
     def write(self, segments):
         counts = [segment.count for segment in segments]
@@ -295,7 +300,7 @@ class TieredMachine(RuleBasedStateMachine):
             else:
                 chosen = [some_positions(draw, self.model[index].length) for index in req_indices]
             selection = selection_of(chosen)
-            found = read_parts(self.store.parts(layer, selection), ROW_BYTES, selection)
+            found = read_chunks(self.store.chunks(layer, selection), ROW_BYTES, selection)
             for index, at, rows in zip(req_indices, chosen, found, strict=True):
                 lookups += sum(position < self.model[index].bounds[0] for position in at)
                 if index not in self.doomed:
@@ -319,15 +324,15 @@ class TieredMachine(RuleBasedStateMachine):
 
     def check_traffic(self, stored, deleted, lookups):
         traffic = self.store.traffic()
-        rows, remnants = stored
-        assert traffic.stored_rows == rows + remnants
+        rows, hidden = stored
+        assert traffic.stored_rows == rows + hidden
         assert traffic.deleted_rows == deleted
         assert traffic.lookups == lookups
         brought = traffic.fetched_rows + traffic.rebuilt_rows
         if lookups:  # what was fetched ahead and is read now is no hit; guesses may have been wrong
             assert brought <= traffic.lookups - traffic.hits <= brought + self.num_ahead, (traffic, self.num_ahead)
-        fetched_bytes = traffic.fetched_rows * ROW_BYTES + traffic.rebuilt_rows * REMNANT_BYTES
-        assert traffic.moved_bytes == rows * ROW_BYTES + remnants * REMNANT_BYTES + fetched_bytes
+        fetched_bytes = traffic.fetched_rows * ROW_BYTES + traffic.rebuilt_rows * HIDDEN_BYTES
+        assert traffic.moved_bytes == rows * ROW_BYTES + hidden * HIDDEN_BYTES + fetched_bytes
         assert all(type(count) in (int, float) for count in astuple(traffic)), "a report is written from them"
         assert traffic.wait_s >= 0
         assert traffic.busy_s >= 0
@@ -356,13 +361,13 @@ class TieredMachine(RuleBasedStateMachine):
     @rule(tier=st.integers(0, 2), layer=st.integers(0, NUM_LAYERS - 1), slot=st.integers(0, 39))
     def wear(self, tier, layer, slot):
         """A row of a tier goes bad."""
-        tiers = [*self.tiers, self.remnant_tier]
+        tiers = [*self.tiers, self.hidden_tier]
         tiers[tier % len(tiers)].bad.add((layer, slot))
 
     @rule()
     def settle(self):
         """When nothing is on its way, all req_indices that lost something are known."""
-        self.store._settle()
+        self.store.drain()
         failed = self.store.failed()
         assert set(failed) == self.doomed
         assert set(failed.values()) <= {"Input/output error"}
@@ -388,7 +393,7 @@ class TieredMachine(RuleBasedStateMachine):
         token_bytes = NUM_LAYERS * ROW_BYTES
         assert self.store.nbytes(Medium.DEVICE) <= self.num_rows * token_bytes
         kept = sum(min(req_idx.length, req_idx.rebuildable) for req_idx in self.model.values())
-        expected = dict.fromkeys(Medium, 0) | {self.remnant_tier.medium: kept * NUM_LAYERS * REMNANT_BYTES}
+        expected = dict.fromkeys(Medium, 0) | {self.hidden_tier.medium: kept * NUM_LAYERS * HIDDEN_BYTES}
         for level, tier in enumerate(self.tiers):
             expected[tier.medium] += token_bytes * sum(
                 req_idx.bounds[level] - req_idx.bounds[level + 1] for req_idx in self.model.values()

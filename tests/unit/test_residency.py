@@ -5,35 +5,51 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alisa.cache.offload.residency import EVICTIONS, NOWHERE, Residency
+from alisa.cache.offload.residency import EVICTIONS, Residency
+from alisa.cache.row_ids import NOWHERE, RowIds
 
 NUM_LAYERS, NUM_LANES, MAX_LENGTH = 2, 3, 50
 
 
-def residency(num_slots=6, eviction="lru"):
-    return Residency(NUM_LAYERS, num_slots, NUM_LANES, MAX_LENGTH, eviction)
+def residency(num_slots=6, eviction="lru", num_layers=NUM_LAYERS, max_length=MAX_LENGTH):
+    """A map in which all positions of all sequences have row ids."""
+    row_ids = RowIds(NUM_LANES, max_length)
+    for req_idx in range(NUM_LANES):
+        row_ids.extend(req_idx, max_length)
+    made = Residency(num_layers, num_slots, row_ids, eviction)
+    made.reserve(row_ids.capacity)
+    return made
+
+
+def ids_of(map_, positions, req_idx=0):
+    return map_._row_ids.lookup(np.full(len(positions), req_idx), np.array(positions, np.int64))
 
 
 def place(map_, positions, *, layer=0, req_idx=0, **options):
-    return map_.place(layer, np.full(len(positions), req_idx), np.array(positions), **options)
+    return map_.place(layer, ids_of(map_, positions, req_idx), **options)
 
 
 def touch(map_, positions, *, layer=0, req_idx=0, ahead=False):
-    map_.touch(layer, map_.slots[layer, req_idx, positions], ahead=ahead)
+    map_.touch(layer, map_.slots[layer][ids_of(map_, positions, req_idx)], ahead=ahead)
+
+
+def make_safe(map_, length, req_idx=0):
+    """Positions below this are safe below."""
+    map_.safe[ids_of(map_, range(length), req_idx)] = True
 
 
 def present(map_, layer=0, req_idx=0):
-    return np.flatnonzero(map_.slots[layer, req_idx] != NOWHERE).tolist()
+    return np.flatnonzero(map_.slots[layer][ids_of(map_, range(MAX_LENGTH), req_idx)] != NOWHERE).tolist()
 
 
 def test_placed_rows_have_slots_of_their_own_in_their_layer():
     map_ = residency()
     slots = place(map_, [4, 7, 9])
     assert len(set(slots.tolist())) == 3
-    assert map_.slots[0, 0, [4, 7, 9]].tolist() == slots.tolist()
+    assert map_.slots[0][ids_of(map_, [4, 7, 9])].tolist() == slots.tolist()
     assert present(map_) == [4, 7, 9]
     assert present(map_, layer=1) == []
-    assert map_.num_resident.tolist() == [3, 0]
+    assert map_.num_resident == 3
     map_.check()
 
 
@@ -44,7 +60,7 @@ def test_rows_without_a_copy_below_never_leave():
     map_.tick()
     assert place(map_, [10]) is None
     assert place(map_, [10], at_any_cost=True) is None
-    map_.safe[0] = 2
+    make_safe(map_, 2)
     assert place(map_, [10, 11, 12], at_any_cost=True) is None
     assert present(map_) == list(range(6)), "nothing has changed"
     assert place(map_, [10, 11]) is not None
@@ -54,7 +70,7 @@ def test_rows_without_a_copy_below_never_leave():
 
 def test_rows_of_this_step_stay_unless_nothing_else_helps():
     map_ = residency()
-    map_.safe[0] = 6
+    make_safe(map_, 6)
     place(map_, range(6))
     map_.tick()
     touch(map_, [0, 1, 2, 3])
@@ -68,7 +84,7 @@ def test_rows_of_this_step_stay_unless_nothing_else_helps():
 
 def test_rows_for_the_next_step_stay_through_it():
     map_ = residency()
-    map_.safe[0] = 20
+    make_safe(map_, 20)
     place(map_, range(3))
     place(map_, [10, 11], ahead=True)
     touch(map_, [2], ahead=True)
@@ -83,7 +99,7 @@ def test_rows_for_the_next_step_stay_through_it():
 
 def test_the_row_that_was_not_read_for_longest_leaves_first():
     map_ = residency(eviction="lru")
-    map_.safe[0] = 6
+    make_safe(map_, 6)
     place(map_, range(6))
     for step in ([0, 1, 2, 3, 4, 5], [0, 1, 3, 4, 5], [0, 3, 4, 5], [0, 3, 4], [0, 4], [4]):
         map_.tick()
@@ -98,7 +114,8 @@ def test_the_row_that_was_not_read_for_longest_leaves_first():
 
 def test_the_oldest_token_leaves_first():
     map_ = residency(eviction="age")
-    map_.safe[:] = 40
+    for req_idx in range(NUM_LANES):
+        make_safe(map_, 40, req_idx)
     place(map_, [30, 8, 20])
     place(map_, [25, 5, 10], req_idx=1)
     map_.tick()
@@ -112,12 +129,12 @@ def test_the_oldest_token_leaves_first():
 
 @pytest.mark.parametrize("eviction", EVICTIONS)
 def test_a_large_cache_makes_room_for_several_at_once(eviction):
-    map_ = Residency(1, 320, 1, 1000, eviction)
-    map_.safe[0] = 320
+    map_ = residency(320, eviction, num_layers=1, max_length=1000)
+    make_safe(map_, 320)
     place(map_, range(320))
     map_.tick()
     place(map_, [500])
-    assert map_.num_resident.tolist() == [320 - 10 + 1], "one slot in 32"
+    assert map_.num_resident == 320 - 10 + 1, "one slot in 32"
     map_.check()
 
 
@@ -125,11 +142,11 @@ def test_a_released_req_idx_leaves_nothing_behind():
     map_ = residency()
     place(map_, [0, 1, 2], req_idx=1)
     place(map_, [0], req_idx=2)
-    map_.safe[1] = 3
-    map_.release(1, 3)
+    make_safe(map_, 3, req_idx=1)
+    map_.release(ids_of(map_, range(3), 1))
     assert present(map_, req_idx=1) == []
     assert present(map_, req_idx=2) == [0]
-    assert map_.safe.tolist() == [0, 0, 0]
+    assert not map_.safe.any()
     map_.check()
 
 
@@ -139,10 +156,11 @@ def test_a_released_req_idx_leaves_nothing_behind():
 )
 def test_slots_are_never_lost_or_shared(eviction, steps):
     map_ = residency(eviction=eviction)
-    length = 0
+    length = safe_below = 0
     for count, ahead, at_any_cost, safe in steps:
         map_.tick()
-        map_.safe[0] = max(map_.safe[0], min(safe, length))
+        safe_below = max(safe_below, min(safe, length))
+        make_safe(map_, safe_below)
         before = present(map_)
         new = list(range(length, min(length + count, MAX_LENGTH)))
         placed = place(map_, new, ahead=ahead, at_any_cost=at_any_cost)
@@ -152,12 +170,12 @@ def test_slots_are_never_lost_or_shared(eviction, steps):
         else:
             length += len(new)
             gone = set(before) - set(present(map_))
-            assert all(position < map_.safe[0] for position in gone)
+            assert all(position < safe_below for position in gone)
 
 
 def test_check_notices_a_lost_slot():
     map_ = residency()
     place(map_, [1])
-    map_._num_free[0] -= 1
+    map_._first_unused[0] += 1
     with pytest.raises(AssertionError, match="lost"):
         map_.check()

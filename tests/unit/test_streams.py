@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from alisa.cache.offload.buffers import DeviceShelf, HostShelf, shelves
 from alisa.cache.offload.tiers import HostTier
-from alisa.cache.offload.transfer import CopyStream, Transfers
+from alisa.cache.offload.transfer import CopyStream, DeviceBuffer, HostBuffer, Transfers, transfer_buffers
 from alisa.engine.builder import Caps
 from alisa.lab.bench.session import Setting, run_batch
 from alisa.lab.bench.shapes import SHAPES
@@ -21,8 +20,8 @@ on_each_device = pytest.mark.parametrize("device", DEVICES)
 ROWS, ROW_BYTES = 4096, 8192
 
 
-def shelf_of(rows):
-    return DeviceShelf(rows, CopyStream(rows.device))
+def buffer_of(rows):
+    return DeviceBuffer(rows, CopyStream(rows.device))
 
 
 def busy(rows, value):
@@ -35,17 +34,19 @@ def busy(rows, value):
 @on_each_device
 def test_what_is_given_is_what_the_model_had_written_before(device):
     rows = torch.zeros(ROWS, ROW_BYTES, dtype=torch.uint8, device=device)
-    shelf, tier, transfers = shelf_of(rows), HostTier(1, ROWS, ROW_BYTES), Transfers()
-    places = np.arange(0, ROWS, 2)
+    buffer, tier, transfers = buffer_of(rows), HostTier(1, ROWS, ROW_BYTES), Transfers()
+    indices = np.arange(0, ROWS, 2)
     busy(rows, 7)
-    fence = shelf.fence()
-    ticket = transfers.start(
-        lambda some: shelf.give(lambda source, at: tier.write(0, places[some], source, at), places[some], fence),
-        np.zeros(len(places), np.int64),
+    fence = buffer.fence()
+    handle = transfers.start(
+        lambda subset: buffer.give(
+            lambda source, at: tier.write(0, indices[subset], source, at), indices[subset], fence
+        ),
+        np.zeros(len(indices), np.int64),
     )
-    transfers.wait(ticket)
-    found = np.zeros((len(places), ROW_BYTES), np.uint8)
-    tier.read(0, places, found, np.arange(len(places)))
+    transfers.wait(handle)
+    found = np.zeros((len(indices), ROW_BYTES), np.uint8)
+    tier.read(0, indices, found, np.arange(len(indices)))
     assert (found == 7).all()
     transfers.close()
 
@@ -53,21 +54,21 @@ def test_what_is_given_is_what_the_model_had_written_before(device):
 @on_each_device
 def test_what_is_received_does_not_reach_rows_that_are_still_being_read(device):
     rows = torch.ones(ROWS, ROW_BYTES, dtype=torch.uint8, device=device)
-    shelf, transfers = shelf_of(rows), Transfers()
-    places = np.random.default_rng(0).permutation(ROWS)[:1000]
+    buffer, transfers = buffer_of(rows), Transfers()
+    indices = np.random.default_rng(0).permutation(ROWS)[:1000]
     if rows.is_cuda:
         torch.cuda._sleep(50_000_000)
     before = rows.clone()  # the model reads; a row that came too early would show here
-    fence = shelf.fence()
+    fence = buffer.fence()
 
     def read(target, at):
-        target[at] = (places % 251)[:, None]
+        target[at] = (indices % 251)[:, None]
 
-    transfers.wait(transfers.start(lambda some: shelf.receive(read, places, fence), np.zeros(1, np.int64)))
+    transfers.wait(transfers.start(lambda subset: buffer.receive(read, indices, fence), np.zeros(1, np.int64)))
     after = rows.cpu().numpy()  # in the order of the model's work, without waiting for the device
     assert (before.cpu() == 1).all()
-    assert (after[places] == (places % 251)[:, None]).all()
-    others = np.setdiff1d(np.arange(ROWS), places)
+    assert (after[indices] == (indices % 251)[:, None]).all()
+    others = np.setdiff1d(np.arange(ROWS), indices)
     assert (after[others] == 1).all()
     transfers.close()
 
@@ -75,16 +76,16 @@ def test_what_is_received_does_not_reach_rows_that_are_still_being_read(device):
 @on_each_device
 def test_rows_that_are_put_are_there_for_the_next_kernel(device):
     rows = torch.zeros(64, 16, dtype=torch.uint8, device=device)
-    shelf = shelf_of(rows)
-    shelf.put(np.array([3, 5]), torch.full((2, 16), 9, dtype=torch.uint8))
+    buffer = buffer_of(rows)
+    buffer.put(np.array([3, 5]), torch.full((2, 16), 9, dtype=torch.uint8))
     assert rows.sum(dim=1).cpu().tolist() == [144 if row in (3, 5) else 0 for row in range(64)]
 
 
 @on_each_device
 def test_a_device_gets_the_shelf_that_it_needs(device):
     rows = torch.zeros(2, 4, 16, dtype=torch.uint8, device=device)
-    kinds = {type(shelf) for shelf in shelves(rows)}
-    assert kinds == {HostShelf if device == "cpu" else DeviceShelf}
+    kinds = {type(buffer) for buffer in transfer_buffers(rows)}
+    assert kinds == {HostBuffer if device == "cpu" else DeviceBuffer}
 
 
 @on_each_device

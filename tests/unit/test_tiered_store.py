@@ -15,14 +15,15 @@ from alisa.scheduler.plan import Move, ScheduledChunk
 from tests.kv_cases import (
     CODEC,
     FORMAT,
-    REMNANT_BYTES,
+    HIDDEN_BYTES,
     LatePool,
     WornTier,
+    hidden_in,
     layer_inputs,
+    owner_of,
     plan_of,
     project,
-    read_parts,
-    remnants_in,
+    read_chunks,
     selection_of,
 )
 
@@ -35,7 +36,7 @@ class Rows:
 
     def __init__(self, num_rows=8, tiers=None, rebuildable=0, staging_rows=4, late=False):
         self.tiers = tiers or [HostTier(NUM_LAYERS, 32, FORMAT.row_bytes)]
-        remnant_tier = HostTier(NUM_LAYERS, 4 * rebuildable, REMNANT_BYTES)
+        hidden_tier = HostTier(NUM_LAYERS, 4 * rebuildable, HIDDEN_BYTES)
         self.store = TieredStore(
             num_layers=NUM_LAYERS,
             codec=CODEC,
@@ -43,7 +44,7 @@ class Rows:
             max_num_seqs=4,
             max_length=32,
             tiers=self.tiers,
-            remnants=remnants_in(remnant_tier) if rebuildable else None,
+            hidden=hidden_in(hidden_tier) if rebuildable else None,
             rebuildable=rebuildable,
             staging_rows=staging_rows,
         )
@@ -70,7 +71,7 @@ class Rows:
         selection = selection_of(list(chosen.values()))
         right = set(chosen)
         for layer in layers:
-            found = read_parts(self.store.parts(layer, selection), FORMAT.row_bytes, selection)
+            found = read_chunks(self.store.chunks(layer, selection), FORMAT.row_bytes, selection)
             for (req_idx, at), rows in zip(chosen.items(), found, strict=True):
                 if not np.array_equal(rows[: len(at)], self.expected(layer, req_idx, at)):
                     right.discard(req_idx)
@@ -89,7 +90,7 @@ class Rows:
 
 
 def fill(rows, req_idx, count, moves=()):
-    assert rows.store.open(32) == req_idx
+    rows.store.open(req_idx, 32)
     rows.step({req_idx: count}, moves, prefill=True)
 
 
@@ -157,7 +158,7 @@ def worn():
 
 
 def slot_of(rows, req_idx, position):
-    return int(rows.store._tables[0].slots[req_idx, position])
+    return int(rows.store._levels[0].table.find(rows.store._row_ids.of(req_idx, position, position + 1)).item())
 
 
 @pytest.mark.parametrize("staging_rows", [1, 8])
@@ -179,7 +180,7 @@ def test_a_row_that_cannot_be_read_costs_its_own_sequence_only(num_rows, staging
     assert rows.is_right(0)
     assert rows.is_right(2)
     tier.bad.clear()
-    assert rows.store.open(32) == 1
+    rows.store.open(1, 32)
     rows.step({1: 6}, [Move(1, 0, 5, DEVICE, HOST)], prefill=True)
     assert rows.is_right(1)
     assert rows.store.failed() == {}
@@ -189,12 +190,12 @@ def test_a_row_that_cannot_be_written_past_the_device_costs_its_own_sequence_onl
     tier = worn()
     rows = Rows(4, [tier])
     for req_idx in range(3):
-        assert rows.store.open(32) == req_idx
+        rows.store.open(req_idx, 32)
     tier.bad.add((0, 5))
     moves = [Move(req_idx, 0, 4, DEVICE, HOST) for req_idx in range(3)]
     rows.step({0: 5, 1: 5, 2: 5}, moves, prefill=True)
-    [req_idx] = [req_idx for req_idx in range(3) if 5 in rows.store._tables[0].slots[req_idx]]
-    rows.store._settle()
+    req_idx = owner_of(rows.store, rows.store._levels[0].table, 5)
+    rows.store.drain()
     assert rows.store.failed() == {req_idx: "Input/output error"}
     rows.store.release(req_idx)
     assert all(rows.is_right(other) for other in range(3) if other != req_idx)
@@ -207,7 +208,7 @@ def test_a_row_that_cannot_be_pushed_down_costs_its_own_sequence_only():
     fill(rows, 1, 5)
     tier.bad.add((1, 2))
     rows.step({0: 1, 1: 1}, [Move(0, 0, 4, DEVICE, HOST), Move(1, 0, 4, DEVICE, HOST)])
-    rows.store._settle()
+    rows.store.drain()
     assert rows.store.failed() == {0: "Input/output error"}
     rows.store.release(0)
     rows.store.check()
@@ -230,7 +231,7 @@ def test_a_truncated_tier_file_fails_the_sequences_whose_rows_are_gone(size, tmp
     rows = Rows(8, [tier])
     fill(rows, 0, 5, [Move(0, 0, 4, DEVICE, DISK)])
     fill(rows, 1, 5, [Move(1, 0, 4, DEVICE, DISK)])
-    rows.store._settle()
+    rows.store.drain()
     os.ftruncate(tier._file, size)
     rows.step({0: 1, 1: 1})
     right = rows.select({0: [0, 1, 5], 1: [0, 1, 5]}, layers=[0])
@@ -252,7 +253,7 @@ def test_a_write_that_the_system_cuts_short_fails_its_sequence(tmp_path, monkeyp
     fill(rows, 0, 5)
     monkeypatch.setattr(os, "pwritev", lambda file, buffers, offset: 10)
     rows.step({0: 1}, [Move(0, 0, 4, DEVICE, DISK)])
-    rows.store._settle()
+    rows.store.drain()
     assert rows.store.failed() == {0: f"the tier file took 10 of {4 * FORMAT.row_bytes} bytes"}
 
 

@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,19 @@ def movers():
     return [move_rows, *([cpu.move_rows] if cpu.available() else [])]
 
 
-@pytest.fixture(params=["host", "disk", "disk-native"])
+STEP_ROWS = 150
+STEP_BYTES = STEP_ROWS * NUM_LAYERS * ROW_BYTES
+"""Of a file that grows in five steps, the last of them shorter."""
+
+
+@pytest.fixture(params=["host", "disk", "disk-native", "disk-in-steps"])
 def tier(request, tmp_path):
     if request.param == "disk-native" and not cpu.available():
         pytest.skip(cpu.unavailable_reason())
     if request.param == "host":
         made = HostTier(NUM_LAYERS, NUM_ROWS, ROW_BYTES)
+    elif request.param == "disk-in-steps":
+        made = DiskTier(tmp_path, NUM_LAYERS, NUM_ROWS, ROW_BYTES, step_bytes=STEP_BYTES)
     else:
         move = cpu.move_rows if request.param == "disk-native" else move_rows
         made = DiskTier(tmp_path, NUM_LAYERS, NUM_ROWS, ROW_BYTES, move)
@@ -60,6 +68,7 @@ def test_neighbours_go_in_one_call(tmp_path, monkeypatch):
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: (calls.append(args), preadv(*args))[1])
     tier = DiskTier(tmp_path, NUM_LAYERS, NUM_ROWS, ROW_BYTES)
+    tier.write(1, np.array([50]), np.zeros((1, ROW_BYTES), np.uint8), np.zeros(1, np.int64))
     target = np.empty((NUM_ROWS, ROW_BYTES), np.uint8)
     tier.read(1, np.array([12, 10, 11, 50, 30, 31]), target, np.arange(6))
     assert [(len(buffers), offset) for _, buffers, offset in calls] == [
@@ -73,9 +82,69 @@ def test_the_file_has_no_name_even_while_it_is_open(tmp_path):
     assert list(tmp_path.iterdir()) == []
     state = os.fstat(tier._file)
     assert state.st_nlink == 0
-    assert state.st_size == NUM_LAYERS * NUM_ROWS * ROW_BYTES
-    assert state.st_blocks * 512 >= state.st_size, "its size is claimed, not promised"
     assert tier.medium is Medium.DISK
+    tier.close()
+
+
+def write_one(tier, slot, *, layer=0, value=7):
+    tier.write(layer, np.array([slot]), np.full((1, ROW_BYTES), value, np.uint8), np.zeros(1, np.int64))
+
+
+def read_one(tier, slot, *, layer=0):
+    target = np.zeros((1, ROW_BYTES), np.uint8)
+    tier.read(layer, np.array([slot]), target, np.zeros(1, np.int64))
+    return target[0].tolist()
+
+
+def test_the_file_grows_with_the_slots_that_are_used_and_no_further(tmp_path):
+    tier = DiskTier(tmp_path, NUM_LAYERS, NUM_ROWS, ROW_BYTES, step_bytes=STEP_BYTES)
+    assert os.fstat(tier._file).st_size == 0
+    for slot, steps in ((0, 1), (STEP_ROWS - 1, 1), (STEP_ROWS, 2), (3, 2), (4 * STEP_ROWS - 1, 4)):
+        write_one(tier, slot, layer=NUM_LAYERS - 1)
+        state = os.fstat(tier._file)
+        assert state.st_size == steps * STEP_BYTES
+        assert state.st_blocks * 512 >= state.st_size, "its size is claimed, not promised"
+    write_one(tier, NUM_ROWS - 1)
+    assert os.fstat(tier._file).st_size == NUM_LAYERS * NUM_ROWS * ROW_BYTES
+    tier.close()
+
+
+def test_rows_of_a_layer_lie_together_within_a_step(tmp_path):
+    tier = DiskTier(tmp_path, NUM_LAYERS, NUM_ROWS, ROW_BYTES, step_bytes=STEP_BYTES)
+    offsets = np.concatenate([tier._offsets(layer, np.arange(NUM_ROWS)) for layer in range(NUM_LAYERS)])
+    assert sorted(offsets.tolist()) == list(range(0, NUM_LAYERS * NUM_ROWS * ROW_BYTES, ROW_BYTES)), (
+        "no gap, no overlap"
+    )
+    for layer in range(NUM_LAYERS):
+        steps = np.diff(tier._offsets(layer, np.arange(NUM_ROWS)))
+        assert (steps > 0).all()
+        assert np.count_nonzero(steps != ROW_BYTES) == 4
+    tier.close()
+
+
+def test_a_disk_that_others_have_filled_refuses_new_rows_and_keeps_the_old_ones(tmp_path, monkeypatch):
+    def full(file, offset, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    tier = DiskTier(tmp_path, NUM_LAYERS, NUM_ROWS, ROW_BYTES, step_bytes=STEP_BYTES)
+    write_one(tier, 3, value=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            write_one(tier, STEP_ROWS)
+        write_one(tier, 4, value=6)
+    write_one(tier, STEP_ROWS, value=9)
+    assert [read_one(tier, slot) for slot in (3, 4, STEP_ROWS)] == [[value] * ROW_BYTES for value in (5, 6, 9)]
+    tier.close()
+
+
+def test_threads_that_write_at_once_grow_the_file_once(tmp_path):
+    tier = DiskTier(tmp_path, NUM_LAYERS, NUM_ROWS, ROW_BYTES, step_bytes=STEP_BYTES)
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(write_one, tier, slot, value=slot % 251) for slot in range(0, NUM_ROWS, 7)]
+    for job in jobs:
+        job.result()
+    assert all(read_one(tier, slot) == [slot % 251] * ROW_BYTES for slot in range(0, NUM_ROWS, 7))
     tier.close()
 
 
@@ -97,18 +166,12 @@ def test_the_file_is_gone_when_the_tier_is_closed_or_forgotten(tmp_path):
     assert open_files() == before
 
 
-def test_a_full_disk_is_found_out_at_once_with_the_numbers(tmp_path, monkeypatch):
-    def full(file, offset, size):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+def test_a_full_disk_is_found_out_at_once_with_the_numbers(tmp_path):
     before = open_files()
-    monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(CapacityError) as error:
-        DiskTier(tmp_path, 4, 2**20, 2**10)
-    assert str(error.value).startswith(f"The disk tier needs 4.0 GiB in {tmp_path} and ")
-    assert str(error.value).endswith(
-        " are free (No space left on device); lower --kv-disk-memory or use --kv-disk-path."
-    )
+        DiskTier(tmp_path, 4, 2**40, 2**10)
+    assert str(error.value).startswith(f"The disk tier needs 4194304.0 GiB in {tmp_path} and ")
+    assert str(error.value).endswith(" are free; lower --kv-disk-memory or use --kv-disk-path.")
     assert open_files() == before
     assert list(tmp_path.iterdir()) == []
 

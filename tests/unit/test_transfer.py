@@ -1,4 +1,4 @@
-"""Transfers and tickets: what waits, what is counted, who fails."""
+"""Transfers and handles: what waits, what is counted, who fails."""
 
 import threading
 from time import sleep
@@ -6,7 +6,7 @@ from time import sleep
 import numpy as np
 import pytest
 
-from alisa.cache.offload.transfer import NUM_THREADS, Ticket, Transfers
+from alisa.cache.offload.transfer import NUM_THREADS, TransferHandle, Transfers
 
 
 @pytest.fixture
@@ -22,40 +22,40 @@ def req_indices(*numbers):
 
 def test_a_ticket_is_done_when_its_work_is(transfers):
     go = threading.Event()
-    ticket = transfers.start(lambda some: go.wait(10), req_indices(0))
-    assert not ticket.is_done
+    handle = transfers.start(lambda subset: go.wait(10), req_indices(0))
+    assert not handle.is_done
     go.set()
-    transfers.wait(ticket)
-    assert ticket.is_done
+    transfers.wait(handle)
+    assert handle.is_done
     assert transfers.take_failed() == {}
-    assert Ticket().is_done
+    assert TransferHandle().is_done
 
 
 def test_transfers_run_beside_each_other(transfers):
     meet = threading.Barrier(NUM_THREADS)
-    tickets = [transfers.start(lambda some: meet.wait(10), req_indices(0)) for _ in range(NUM_THREADS)]
-    for ticket in tickets:
-        transfers.wait(ticket)  # a BrokenBarrierError if they had not all been there
+    handles = [transfers.start(lambda subset: meet.wait(10), req_indices(0)) for _ in range(NUM_THREADS)]
+    for handle in handles:
+        transfers.wait(handle)  # a BrokenBarrierError if they had not all been there
 
 
 def test_what_is_not_waited_for_is_hidden(transfers):
-    ticket = transfers.start(lambda some: sleep(0.05), req_indices(0))
-    while not ticket.is_done:
+    handle = transfers.start(lambda subset: sleep(0.05), req_indices(0))
+    while not handle.is_done:
         sleep(0.005)
-    transfers.wait(ticket)
+    transfers.wait(handle)
     assert transfers.busy_s >= 0.05
     assert transfers.wait_s < transfers.busy_s
-    waited = transfers.start(lambda some: sleep(0.05), req_indices(0))
+    waited = transfers.start(lambda subset: sleep(0.05), req_indices(0))
     transfers.wait(waited)
     assert transfers.wait_s > 0.04
 
 
 def test_what_is_left_to_do_is_done_once_by_the_waiting_thread(transfers):
     threads = []
-    ticket = transfers.start(lambda some: threads.append(threading.current_thread()), req_indices(0))
-    ticket.finish = lambda: threads.append(threading.current_thread())
-    transfers.wait(ticket)
-    transfers.wait(ticket)
+    handle = transfers.start(lambda subset: threads.append(threading.current_thread()), req_indices(0))
+    handle.finish = lambda: threads.append(threading.current_thread())
+    transfers.wait(handle)
+    transfers.wait(handle)
     assert len(threads) == 2
     assert threads[0].name.startswith("alisa-kv")
     assert threads[1] is threading.current_thread()
@@ -65,8 +65,8 @@ def test_work_that_fails_is_repeated_sequence_by_sequence(transfers):
     owners = req_indices(3, 1, 3, 2, 1)
     calls, moved = [], np.zeros(5, bool)
 
-    def work(some):
-        rows = np.arange(5)[some]
+    def work(subset):
+        rows = np.arange(5)[subset]
         calls.append(owners[rows].tolist())
         if 3 in rows:  # a row of req_idx 2
             raise OSError(5, "Input/output error")
@@ -82,8 +82,8 @@ def test_work_that_fails_is_repeated_sequence_by_sequence(transfers):
 def test_work_for_one_sequence_is_tried_once(transfers):
     calls = []
 
-    def work(some):
-        calls.append(some)
+    def work(subset):
+        calls.append(subset)
         raise OSError("no number, no name")
 
     transfers.wait(transfers.start(work, req_indices(4, 4)))
@@ -92,7 +92,7 @@ def test_work_for_one_sequence_is_tried_once(transfers):
 
 
 def test_who_comes_after_a_failed_sequence_has_not_failed(transfers):
-    def work(some):
+    def work(subset):
         raise OSError(5, "Input/output error")
 
     for req_idx in (1, 2):
@@ -103,15 +103,15 @@ def test_who_comes_after_a_failed_sequence_has_not_failed(transfers):
 
 
 def test_a_mistake_in_the_work_is_not_taken_for_a_bad_disk(transfers):
-    ticket = transfers.start(lambda some: 1 / 0, req_indices(0))
+    handle = transfers.start(lambda subset: 1 / 0, req_indices(0))
     with pytest.raises(ZeroDivisionError):
-        transfers.wait(ticket)
+        transfers.wait(handle)
 
 
 def test_no_thread_is_left_after_closing():
     transfers = Transfers()
-    for ticket in [transfers.start(lambda some: sleep(0.01), req_indices(0)) for _ in range(4)]:
-        transfers.wait(ticket)
+    for handle in [transfers.start(lambda subset: sleep(0.01), req_indices(0)) for _ in range(4)]:
+        transfers.wait(handle)
     assert any(thread.name.startswith("alisa-kv") for thread in threading.enumerate())
     transfers.close()
     assert not any(thread.name.startswith("alisa-kv") for thread in threading.enumerate())

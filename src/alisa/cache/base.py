@@ -7,22 +7,23 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from alisa.errors import CapacityError
 from alisa.kernels.base import Codec, Selection
 from alisa.outputs import Medium, Traffic
-from alisa.scheduler.plan import StepPlan
+from alisa.scheduler.plan import Segment, StepPlan
 
 
-class Part(NamedTuple):
-    """Rows that one call of a decode kernel attends to; a selection is one part unless it is larger than the pool."""
+class KVChunk(NamedTuple):
+    """Rows that one call of a decode kernel attends to; a selection is one chunk unless it is larger than the pool."""
 
     rows: Tensor
-    """UInt8[N, row_bytes]: a pool, or a buffer that is valid until the next part is asked for."""
+    """UInt8[N, row_bytes]: a pool, or a buffer that is valid until the next chunk is asked for."""
     slots: Tensor
     """Int32[b, J, K] into `rows`."""
     counts: Tensor
     """Int32[b], at least 1."""
     sequences: Tensor | None
-    """Int64[b]: which sequences of the batch have rows in this part; None: all of them."""
+    """Int64[b]: which sequences of the batch have rows in this chunk; None: all of them."""
     columns: Tensor | None
     """Int64[b, K]: columns of the selection that the slots stand for, padded with 0; None: all, in order."""
 
@@ -46,21 +47,26 @@ class RowStore(Protocol):
         ...
 
     @property
-    def has_free_req_idx(self) -> bool:
-        """Whether another sequence can be opened."""
+    def max_num_seqs(self) -> int:
+        """Sequences that can be open at the same time; their request indices are below this."""
         ...
 
-    def open(self, num_tokens: int) -> int:
-        """A request index for a sequence of up to `num_tokens` tokens; no rows are taken yet.
+    def open(self, req_idx: int, num_tokens: int) -> None:
+        """The request index belongs to a sequence of up to `num_tokens` tokens; no rows are taken yet.
+
+        The caller chooses an index that is not in use.
 
         Raises:
-            CapacityError: no request index is free, or sequences of this length were not provided for; nothing has
-            changed.
+            CapacityError: sequences of this length were not provided for; nothing has changed.
         """
         ...
 
     def release(self, req_idx: int) -> None:
-        """Every row of the sequence is gone from every tier; its request index may be reused at once."""
+        """Every row of the sequence is gone from every tier; its room and its request index may be used at once.
+
+        Callable between steps, in every state: rows may be on their way to the device or down, or prefetched for a
+        step that does not come.
+        """
         ...
 
     def length(self, req_idx: int) -> int:
@@ -72,7 +78,7 @@ class RowStore(Protocol):
         ...
 
     def rebuildable(self, req_idx: int) -> int:
-        """Positions below this have a remnant."""
+        """Positions below this have a hidden state, so that their rows may be deleted."""
         ...
 
     def begin(self, plan: StepPlan) -> None:
@@ -90,8 +96,8 @@ class RowStore(Protocol):
         """
         ...
 
-    def parts(self, layer: int, selection: Selection) -> Iterator[Part]:
-        """The selected rows, ready to be read; usually one part."""
+    def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
+        """The selected rows, ready to be read; usually one chunk."""
         ...
 
     def prefetch(self, layer: int, req_indices: tuple[int, ...], selection: Selection) -> None:
@@ -113,7 +119,12 @@ class RowStore(Protocol):
         ...
 
     def nbytes(self, medium: Medium) -> int:
-        """Bytes in use in one medium."""
+        """Bytes of rows and hidden states in one medium."""
+        ...
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes that say where rows lie: in main memory, or on the device where kernels look them up."""
         ...
 
     def traffic(self) -> Traffic:
@@ -131,3 +142,24 @@ class RowStore(Protocol):
     def close(self) -> None:
         """Files and threads are gone; the store is not used any more."""
         ...
+
+
+def check_opening(store: RowStore, req_idx: int, num_tokens: int, *, in_use: bool) -> None:
+    """See `RowStore.open`."""
+    if num_tokens > store.max_length:
+        raise CapacityError(
+            f"A sequence of {num_tokens} tokens is longer than the {store.max_length} that the KV store was made for; "
+            "raise --max-model-len."
+        )
+    assert 0 <= req_idx < store.max_num_seqs, f"request index {req_idx} of {store.max_num_seqs}"
+    assert not in_use, f"request index {req_idx} is in use"
+
+
+def check_continues(store: RowStore, segment: Segment) -> None:
+    """See `RowStore.begin`."""
+    length = store.length(segment.req_idx)
+    if segment.start != length or segment.end > store.max_length:
+        raise CapacityError(
+            f"Request index {segment.req_idx} has {length} of at most {store.max_length} tokens; positions "
+            f"{segment.start} to {segment.end - 1} do not continue it."
+        )

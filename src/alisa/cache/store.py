@@ -8,18 +8,23 @@ policies or batches of requests. `TieredStore` is its counterpart for rows that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from alisa.cache.base import Part
+from alisa.cache.base import KVChunk, check_continues, check_opening
+from alisa.cache.free_slots import FreeSlots
+from alisa.cache.pool import allocate_pool
 from alisa.config import format_bytes
 from alisa.errors import CapacityError
 from alisa.kernels.base import AppendKernel, Codec, Selection
 from alisa.outputs import Medium, Traffic
-from alisa.scheduler.plan import StepPlan
+from alisa.scheduler.plan import ScheduledChunk, StepPlan
 
 CHUNK_TOKENS = 16
 """Slots that a sequence takes at once while there are plenty: its rows lie together, and the slot table on the device
@@ -27,15 +32,19 @@ is written once in 16 steps."""
 
 
 @dataclass(slots=True)
-class _Seq:
+class _Sequence:
     """Bookkeeping of one open sequence: its slots, and how many of them hold rows."""
 
-    slots: list[int]
+    slots: array[int]
     length: int = 0
 
 
 class KVStore:
     """A capped pool of rows on one device, addressed by (req_idx, position).
+
+    What a cap of the device's memory covers: the pool, and the tables that say where rows lie (`table_bytes`), which
+    grow with the longest sequence; `alisa.scheduler.placement.capacity` knows how far. A pool on a CPU takes no memory
+    until rows are written.
 
     Args:
         num_layers: L.
@@ -45,6 +54,9 @@ class KVStore:
         max_length: longest sequence that can be opened, in tokens.
         device: where the pool lies.
         append: writes rows in place; None: through the codec.
+
+    Raises:
+        CapacityError: the machine has less memory than the pool.
     """
 
     def __init__(
@@ -61,96 +73,85 @@ class KVStore:
         self.codec = codec
         self.num_rows = num_rows
         self.max_num_seqs = max_num_seqs
+        self.max_length = max_length
         self.device = device
         self.token_bytes = num_layers * codec.format.row_bytes
-        # empty, not zeros: on a CPU the operating system hands out pages as rows are written, so a generous cap
-        # costs nothing until it is used.
-        self._rows_pool = torch.empty(num_layers, num_rows, codec.format.row_bytes, dtype=torch.uint8, device=device)
-        self._table = torch.zeros(max_num_seqs, max_length, dtype=torch.int32, device=device)
-        self._append = append
-        self.max_length = max_length
-        self._free_slots = list(range(num_rows - 1, -1, -1))
-        self._free_req_indices = list(range(max_num_seqs - 1, -1, -1))
-        self._open: dict[int, _Seq] = {}
+        self._pool = allocate_pool(num_layers, num_rows, codec.format.row_bytes, device)
+        self._table = torch.zeros(max_num_seqs, 0, dtype=torch.int32, device=device)
+        self.append_kernel = append
+        self._free_slots = FreeSlots(num_rows)
+        self._open: dict[int, _Sequence] = {}
         self._new_slots = torch.empty(0, dtype=torch.int64)
         self._step_table = torch.empty(0)
         self._last: tuple[Selection, Tensor] | None = None
 
-    @property
-    def has_free_req_idx(self) -> bool:
-        """Whether another sequence can be opened."""
-        return bool(self._free_req_indices)
-
-    def open(self, num_tokens: int) -> int:
+    def open(self, req_idx: int, num_tokens: int) -> None:
         """See `RowStore.open`."""
-        if num_tokens > self.max_length or not self._free_req_indices:
-            raise CapacityError(
-                f"A sequence of {num_tokens} tokens is to be opened; a sequence may have {self.max_length}, and "
-                f"{len(self._free_req_indices)} of {self.max_num_seqs} request indices are free."
-            )
-        req_idx = self._free_req_indices.pop()
-        self._open[req_idx] = _Seq([])
-        return req_idx
+        check_opening(self, req_idx, num_tokens, in_use=req_idx in self._open)
+        self._open[req_idx] = _Sequence(array("i"))
 
     def release(self, req_idx: int) -> None:
         """See `RowStore.release`."""
-        self._free_slots.extend(reversed(self._open.pop(req_idx).slots))
-        self._free_req_indices.append(req_idx)
+        self._free_slots.give_back(reversed(self._open.pop(req_idx).slots))
 
     def begin(self, plan: StepPlan) -> None:
         """See `RowStore.begin`; a refused plan changes nothing."""
-        needed = 0
-        for segment in plan.chunks:
-            req_idx = self._open[segment.req_idx]
-            if segment.start != req_idx.length or segment.end > self.max_length:
-                raise CapacityError(
-                    f"Request index {segment.req_idx} has {req_idx.length} of at most {self.max_length} tokens; "
-                    f"positions {segment.start} to {segment.end - 1} do not continue it."
-                )
-            needed += max(segment.end - len(req_idx.slots), 0)
+        for chunk in plan.chunks:
+            check_continues(self, chunk)
+        assert not plan.moves, "there is nowhere to move rows to"
+        needed = self._missing(plan.chunks)
         if needed > len(self._free_slots):
             self._trim()
-            needed = sum(max(segment.end - len(self._open[segment.req_idx].slots), 0) for segment in plan.chunks)
+            needed = self._missing(plan.chunks)
         if needed > len(self._free_slots):
             raise CapacityError(
                 f"{plan.num_tokens} new tokens need {format_bytes(needed * self.token_bytes)} of KV rows; "
                 f"{len(self._free_slots)} of {self.num_rows} rows are free."
             )
-        assert not plan.moves, "there is nowhere to move rows to"
         roomy = len(self._free_slots) - needed >= CHUNK_TOKENS * len(plan.chunks)
-        slots: list[int] = []
-        for segment in plan.chunks:
-            req_idx = self._open[segment.req_idx]
-            self._grow(segment.req_idx, req_idx, segment.end, spare=CHUNK_TOKENS - 1 if roomy else 0)
-            slots += req_idx.slots[segment.start : segment.end]
-            req_idx.length = segment.end
+        slots = array("i")
+        for chunk in plan.chunks:
+            sequence = self._open[chunk.req_idx]
+            self._grow(chunk.req_idx, sequence, chunk.end, spare=CHUNK_TOKENS - 1 if roomy else 0)
+            slots += sequence.slots[chunk.start : chunk.end]
+            sequence.length = chunk.end
         self._new_slots = torch.tensor(slots, dtype=torch.int64, device=self.device)
-        req_index = torch.tensor([segment.req_idx for segment in plan.chunks], dtype=torch.int64, device=self.device)
-        self._step_table = self.slot_table(req_index, max((segment.end for segment in plan.chunks), default=0))
+        req_index = torch.tensor([chunk.req_idx for chunk in plan.chunks], dtype=torch.int64, device=self.device)
+        self._step_table = self.slot_table(req_index, max((chunk.end for chunk in plan.chunks), default=0))
         self._last = None
 
     def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor) -> None:
         """See `RowStore.append`."""
-        if self._append is not None:
-            self._append(self._rows_pool[layer], self.codec.format, self._new_slots, k, v)
+        if self.append_kernel is not None:
+            self.append_kernel(self._pool[layer], self.codec.format, self._new_slots, k, v)
         else:
-            self._rows_pool[layer].index_copy_(0, self._new_slots, self.codec.encode(k, v))
+            self._pool[layer].index_copy_(0, self._new_slots, self.codec.encode(k, v))
 
-    def parts(self, layer: int, selection: Selection) -> Iterator[Part]:
-        """See `RowStore.parts`: always one."""
+    def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
+        """See `RowStore.chunks`: always one."""
         # Dense attention and fixed patterns choose once for all layers.
         if self._last is None or self._last[0] is not selection:
             num_seqs, num_sets, num_slots = selection.positions.shape
             slots = self._step_table.gather(1, selection.positions.view(num_seqs, -1).to(torch.int64))
             self._last = (selection, slots.view(num_seqs, num_sets, num_slots))
-        yield Part(self._rows_pool[layer], self._last[1], selection.counts, None, None)
+        yield KVChunk(self._pool[layer], self._last[1], selection.counts, None, None)
+
+    @property
+    def pool(self) -> Tensor:
+        """All rows, UInt8[L, R, row_bytes]."""
+        return self._pool
+
+    def sequences(self) -> Iterator[tuple[int, NDArray[np.int32]]]:
+        """(req_idx, slots Int32[length] of its rows) of every open sequence."""
+        for req_idx, sequence in self._open.items():
+            yield req_idx, np.array(sequence.slots[: sequence.length], np.int32)
 
     def prefetch(self, layer: int, req_indices: tuple[int, ...], selection: Selection) -> None:
         """Everything is there."""
 
     def rows(self, layer: int) -> Tensor:
         """The pool of one layer, `UInt8[R, row_bytes]`; kernels read it in place by slot."""
-        return self._rows_pool[layer]
+        return self._pool[layer]
 
     def slot_table(self, req_index: Tensor, length: int) -> Tensor:
         """Slots of the first `length` positions of these sequences, Int32[B, length]: a small copy, once a step."""
@@ -158,7 +159,7 @@ class KVStore:
 
     def read(self, layer: int, req_idx: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """See `RowStore.read`."""
-        return self.codec.decode(self._rows_pool[layer].index_select(0, self._table[req_idx, start:end]))
+        return self.codec.decode(self._pool[layer].index_select(0, self._table[req_idx, start:end]))
 
     def length(self, req_idx: int) -> int:
         """See `RowStore.length`."""
@@ -175,12 +176,18 @@ class KVStore:
     @property
     def used_rows(self) -> int:
         """Tokens that hold rows now."""
-        return sum(req_idx.length for req_idx in self._open.values())
+        return sum(sequence.length for sequence in self._open.values())
 
     @property
     def deleted_tokens(self) -> int:
         """Nothing is ever deleted."""
         return 0
+
+    @property
+    def table_bytes(self) -> int:
+        """See `RowStore.table_bytes`."""
+        slots = 2 * self._free_slots.num_taken  # a table on the host, and room for it to grow
+        return self._table.nbytes + self._step_table.nbytes + 4 * slots
 
     def nbytes(self, medium: Medium) -> int:
         """See `RowStore.nbytes`."""
@@ -195,35 +202,42 @@ class KVStore:
         return {}
 
     def check(self) -> None:
-        """Assert that every slot and req_idx is free or owned exactly once; callable whenever no step is running."""
-        owned = [slot for req_idx in self._open.values() for slot in req_idx.slots]
-        assert sorted(owned + self._free_slots) == list(range(self.num_rows)), "a slot is lost or owned twice"
-        assert sorted([*self._open, *self._free_req_indices]) == list(range(self.max_num_seqs)), (
-            "a request index is lost or owned twice"
-        )
-        for index, req_idx in self._open.items():
-            assert req_idx.length <= len(req_idx.slots), f"req_idx {index} has rows without slots"
-            assert self._table[index, : len(req_idx.slots)].tolist() == req_idx.slots, (
-                f"req_idx {index}: table and slots differ"
+        """See `RowStore.check`: every slot is free or owned once, and the tables agree."""
+        self._free_slots.check(slot for sequence in self._open.values() for slot in sequence.slots)
+        for req_idx, sequence in self._open.items():
+            assert sequence.length <= len(sequence.slots), f"req_idx {req_idx} has rows without slots"
+            assert self._table[req_idx, : len(sequence.slots)].tolist() == sequence.slots.tolist(), (
+                f"req_idx {req_idx}: table and slots differ"
             )
 
     def close(self) -> None:
         """Nothing is open."""
 
+    def _missing(self, chunks: Sequence[ScheduledChunk]) -> int:
+        """Slots that these tokens need beyond those that their sequences have."""
+        return sum(max(chunk.end - len(self._open[chunk.req_idx].slots), 0) for chunk in chunks)
+
     def _trim(self) -> None:
         """Take back the slots that sequences hold in reserve."""
-        for req_idx in self._open.values():
-            self._free_slots.extend(reversed(req_idx.slots[req_idx.length :]))
-            del req_idx.slots[req_idx.length :]
+        for sequence in self._open.values():
+            self._free_slots.give_back(reversed(sequence.slots[sequence.length :]))
+            del sequence.slots[sequence.length :]
 
-    def _grow(self, index: int, req_idx: _Seq, length: int, spare: int) -> None:
-        """Give a request index slots for `length` tokens and up to `spare` more."""
-        have = len(req_idx.slots)
+    def _grow(self, req_idx: int, sequence: _Sequence, length: int, spare: int) -> None:
+        """Give a sequence slots for `length` tokens and up to `spare` more."""
+        have = len(sequence.slots)
         if length <= have:
             return
-        wanted = min(length + spare, self.max_length) - have
-        split = len(self._free_slots) - wanted
-        taken = self._free_slots[split:][::-1]
-        del self._free_slots[split:]
-        req_idx.slots += taken
-        self._table[index, have : have + wanted] = torch.tensor(taken, dtype=torch.int32, device=self.device)
+        end = min(length + spare, self.max_length)
+        self._widen(end)
+        taken = self._free_slots.take(end - have)
+        sequence.slots.extend(taken.tolist())
+        self._table[req_idx, have:end] = torch.from_numpy(taken).to(self.device)
+
+    def _widen(self, length: int) -> None:
+        """The table has columns for positions below `length`; it at least doubles when it grows."""
+        width = self._table.shape[1]
+        if length > width:
+            wider = self._table.new_zeros(self.max_num_seqs, min(max(length, 2 * width), self.max_length))
+            wider[:, :width] = self._table
+            self._table = wider

@@ -16,9 +16,9 @@ import torch
 from alisa import __version__
 from alisa.doctor.self_test import SelfTest, run_self_test
 from alisa.engine.builder import Caps, default_kv_memory
+from alisa.engine.loaded import embedded_model
 from alisa.kernels.native import kernels as cpu
 from alisa.kernels.native import product as cpu_product
-from alisa.engine.loaded import embedded_model
 from alisa.machine import Cpu, Place, free_memory, huge_pages, huge_pages_asked, memory_limit, num_cpus
 from alisa.model.linear import PackedLinear, make_linear
 from alisa.model.precision import has_native_bfloat16, resolve_device, resolve_dtype

@@ -68,7 +68,9 @@ def build_engine(
         placement = load_schedule(config.schedule)
     caps = device_cap(config, model.decoder.device), host_cap(config, model.decoder.device), disk_cap(config)
     cache_config = plan_kv_cache(model, policy, codec, config, placement, *caps)
-    cache = build_kv_cache(model, codec, cache_config, disk_directory(config), options.eviction, overlap=options.overlap)
+    cache = build_kv_cache(
+        model, codec, cache_config, disk_directory(config), options.eviction, overlap=options.overlap
+    )
     timer = StepTimer()
     session = build_session(
         cache,

@@ -16,10 +16,10 @@ from alisa.config import EngineConfig, format_bytes
 from alisa.engine.loaded import LoadedModel
 from alisa.errors import CapacityError, InputError
 from alisa.kernels.base import Codec
+from alisa.outputs import Medium
 from alisa.policy.base import SelectionPolicy
 from alisa.policy.registry import POLICIES, reads_of
 from alisa.scheduler.placement.all_device import AllDevice
-from alisa.outputs import Medium
 from alisa.scheduler.placement.base import Limits, PlacementPolicy, Tier
 from alisa.scheduler.placement.capacity import DeviceSplit, share_below, split_device
 from alisa.scheduler.placement.three_phase import ThreePhase
@@ -83,18 +83,19 @@ def plan_kv_cache(
             "another --policy, such as swa."
         )
     has_tiers = can_tier if placement is None else placement.uses_tiers
+    state = POLICIES[config.policy].state_bytes(spec.attention, config.sparsity, max_len)
     split = split_device(
         device_bytes,
         num_layers=spec.num_layers,
         row_bytes=codec.format.row_bytes,
-        state=POLICIES[config.policy].state_bytes(spec.attention, config.sparsity, max_len),
+        state_token_bytes=state.per_token,
+        state_sequence_bytes=state.per_sequence,
         reads=reads_of(config.policy, config.sparsity),
         max_num_seqs=config.max_num_seqs,
         max_len=max_len,
         has_tiers=has_tiers,
     )
     if split is None:
-        state = POLICIES[config.policy].state_bytes(spec.attention, config.sparsity, max_len)
         raise CapacityError(
             f"A KV cap of {format_bytes(device_bytes)} holds not even one token of {format_bytes(token_bytes)} beside "
             f"the buffers and the state of {config.policy} for {max_len} tokens of {format_bytes(state.per_token)}; "

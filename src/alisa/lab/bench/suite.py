@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alisa.config import WeightDtypeName
+from alisa.engine.loaded import embedded_model
 from alisa.errors import InputError
 from alisa.lab.bench import remote
 from alisa.lab.bench.checkpoint import is_written, write_checkpoint
@@ -24,7 +25,6 @@ from alisa.lab.bench.floor import Speeds, floor_of, pass_rows
 from alisa.lab.bench.remote.measured import Job
 from alisa.lab.bench.shapes import SHAPES
 from alisa.lab.bench.stamp import Stamp
-from alisa.engine.loaded import embedded_model
 from alisa.machine import ASK_FOR_HUGE_PAGES
 from alisa.model.loader import load_spec
 from alisa.model.tokenizer import Tokenizer

@@ -77,7 +77,9 @@ def _calls(
     """(reading next to nothing, appending, appending a row more), through the store."""
     codec = make_codec(RowFormat(kv_dtype, 8, 64))
     store = KVStore(num_layers=1, codec=codec, num_rows=512, max_num_seqs=64, max_length=8, device=_CPU, append=append)
-    req_indices = [store.open(8) for _ in range(64)]
+    req_indices = range(64)
+    for req_idx in req_indices:
+        store.open(req_idx, 8)
     hidden = torch.randn(64, 512).to(dtype)
     k = torch.randn(64, 8, 64).to(dtype)
     times = {}
@@ -99,7 +101,7 @@ def _calls(
     q = torch.randn(1, 8, 64).to(dtype)
 
     def read() -> None:
-        for part in store.parts(0, Chosen(one, counts, (1,))):
+        for part in store.chunks(0, Chosen(one, counts, (1,))):
             attend(q, part.rows, codec, part.slots, part.counts)
 
     return seconds(read, repeats=50), times[1], row_s

@@ -11,19 +11,17 @@ import numpy as np
 import torch
 
 from alisa.cache.codec import make_codec
-from alisa.cache.offload.hidden import Remnants, remnant_format
+from alisa.cache.offload.hidden import HiddenStateCache, hidden_format
 from alisa.cache.offload.store import TieredStore
-from alisa.cache.offload.tiers import Bytes, DiskTier, Slots
-from alisa.cache.offload.transfer import Some, Ticket, Transfers
-from alisa.kernels.base import AppendKernel, MoveRows, Selection
+from alisa.cache.offload.tiers import DiskTier
+from alisa.cache.offload.transfer import JOB_ROWS, RowSubset, TransferHandle, Transfers
+from alisa.kernels.base import AppendKernel, Bytes, MoveRows, Selection, Slots
 from alisa.outputs import Medium, Phase
 from alisa.planner.hardware import Link
 from alisa.planner.profile.clock import fit, seconds
 from alisa.scheduler.plan import Move, ScheduledChunk, StepPlan
 from alisa.spec import RowFormat
 
-_JOB_ROWS = 64
-"""As the store shares rows out among threads."""
 _ROW_BYTES = (1536, 4096, 16384)
 _NUM_ROWS = (16, 256, 2048)
 
@@ -65,16 +63,16 @@ def measure_link(directory: Path, move_rows: MoveRows) -> tuple[Link, Link]:
 
 def _move_rows(transfers: Transfers, work: Callable[..., None], slots: Slots, memory: Bytes) -> None:
     """Move rows between slots of a layer and the first rows of the memory."""
-    places = np.arange(len(slots))
-    ticket = Ticket()
-    for first in range(0, len(slots), _JOB_ROWS):
-        piece = slice(first, first + _JOB_ROWS)
+    indices = np.arange(len(slots))
+    handle = TransferHandle()
+    for first in range(0, len(slots), JOB_ROWS):
+        piece = slice(first, first + JOB_ROWS)
 
-        def move(some: Some, piece: slice = piece) -> None:
-            work(0, slots[piece][some], memory, places[piece][some])
+        def move(subset: RowSubset, piece: slice = piece) -> None:
+            work(0, slots[piece][subset], memory, indices[piece][subset])
 
-        ticket.jobs += transfers.start(move, np.zeros(len(places[piece]), np.int64)).jobs
-    transfers.wait(ticket)
+        handle.add(transfers.start(move, np.zeros(len(indices[piece]), np.int64)))
+    transfers.wait(handle)
 
 
 def measure_lookup(directory: Path, move_rows: MoveRows, append: AppendKernel | None) -> Lookup:
@@ -93,18 +91,20 @@ def measure_lookup(directory: Path, move_rows: MoveRows, append: AppendKernel | 
     amounts: list[tuple[float, ...]] = []
     times: list[float] = []
     places: list[float] = []
-    req_indices = [store.open(length) for _ in range(max_num_seqs)]
+    req_indices = range(max_num_seqs)
+    for req_idx in req_indices:
+        store.open(req_idx, length)
     store.begin(StepPlan(0, Phase.DEVICE, True, tuple(ScheduledChunk(req_idx, 0, 128) for req_idx in req_indices)))
     moves = tuple(Move(req_idx, 0, 64, Medium.DEVICE, Medium.DISK) for req_idx in req_indices)
     step = 1
     for batch in (1, 16):
         for count in (16, 120):
-            segments = tuple(ScheduledChunk(req_idx, store.length(req_idx), 1) for req_idx in req_indices[:batch])
-            places.append(seconds(lambda s=segments, m=moves, n=step: _begin(store, s, m, n), repeats=1))
+            chunks = tuple(ScheduledChunk(req_idx, store.length(req_idx), 1) for req_idx in req_indices[:batch])
+            places.append(seconds(lambda s=chunks, m=moves, n=step: _begin(store, s, m, n), repeats=1))
             moves = ()
             positions = torch.arange(count, dtype=torch.int32).expand(batch, 1, count).contiguous()
             chosen = Selection(positions, torch.full((batch,), count, dtype=torch.int32), (count,) * batch)
-            times.append(seconds(lambda chosen=chosen: list(store.parts(0, chosen))))
+            times.append(seconds(lambda chosen=chosen: list(store.chunks(0, chosen))))
             amounts.append((1.0, float(batch * count)))
             step += 1
     store.close()
@@ -112,26 +112,26 @@ def measure_lookup(directory: Path, move_rows: MoveRows, append: AppendKernel | 
     return Lookup(call_s, row_s, sum(places[1:]) / len(places[1:]) / num_layers)
 
 
-def _begin(store: TieredStore, segments: tuple[ScheduledChunk, ...], moves: tuple[Move, ...], step: int) -> None:
-    """One step later; called twice by the clock, so that the segments move on with the lengths."""
-    now = tuple(ScheduledChunk(s.req_idx, store.length(s.req_idx), 1) for s in segments)
-    below = moves if store.bounds(segments[0].req_idx)[0] == 0 else ()
+def _begin(store: TieredStore, chunks: tuple[ScheduledChunk, ...], moves: tuple[Move, ...], step: int) -> None:
+    """One step later; called twice by the clock, so that the chunks move on with the lengths."""
+    now = tuple(ScheduledChunk(s.req_idx, store.length(s.req_idx), 1) for s in chunks)
+    below = moves if store.bounds(chunks[0].req_idx)[0] == 0 else ()
     store.begin(StepPlan(step, Phase.DEVICE_HOST, False, now, below))
 
 
 def measure_rebuild(directory: Path, move_rows: MoveRows, dtype: torch.dtype) -> tuple[float, float]:
-    """(a call, a row): rows from remnants whose product costs nothing."""
+    """(a call, a row): rows from hidden states whose product costs nothing."""
     hidden_size, name = 1024, str(dtype).removeprefix("torch.")
-    codec, kept = make_codec(RowFormat(name, 16, 64)), make_codec(remnant_format(name, hidden_size))
+    codec, kept = make_codec(RowFormat(name, 16, 64)), make_codec(hidden_format(name, hidden_size))
     tier = DiskTier(directory, 1, 16, kept.format.row_bytes, move_rows)
     made = torch.randn(512, 16, 64).to(dtype)
-    remnants = Remnants(tier, kept, lambda layer, hidden, positions: (made[: len(hidden)],) * 2, dtype)
+    hidden_states = HiddenStateCache(tier, kept, lambda layer, hidden, positions: (made[: len(hidden)],) * 2, dtype)
     amounts: list[tuple[float, ...]] = []
     times: list[float] = []
     for count in (8, 128, 512):
-        encoded = torch.from_numpy(remnants.encode(torch.randn(count, hidden_size).to(dtype)))
+        encoded = hidden_states.encode(torch.randn(count, hidden_size).to(dtype))
         positions = np.arange(count)
-        work = seconds(lambda e=encoded, p=positions: remnants.rows(0, e, p, codec))
+        work = seconds(lambda e=encoded, p=positions: hidden_states.rows(0, e, p, codec))
         amounts.append((1.0, float(count)))
         times.append(work)
     tier.close()

@@ -17,12 +17,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
-from alisa.budget import Reads
+from alisa.budget import Reads, state_tokens
 from alisa.outputs import Medium, Phase
 from alisa.scheduler.plan import Move
-
-STATE_BLOCK_TOKENS = 64
-"""A selection policy keeps its state in blocks of this many tokens; no two sequences share one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,7 @@ class Limits:
     """First tokens of every sequence whose hidden states are kept."""
     state_tokens: int | None = None
     """Tokens for which the selection policy has room in its state, over all sequences wherever their rows lie; each
-    sequence takes whole blocks of STATE_BLOCK_TOKENS. None: no limit."""
+    sequence takes whole blocks (`alisa.budget.state_tokens`). None: no limit."""
 
     @property
     def total_tokens(self) -> int:
@@ -56,8 +53,7 @@ class Limits:
         """Whether the policy's state has room for sequences of these lengths."""
         if self.state_tokens is None:
             return True
-        num_blocks = sum(-(-length // STATE_BLOCK_TOKENS) for length in lengths)
-        return num_blocks * STATE_BLOCK_TOKENS <= self.state_tokens
+        return sum(map(state_tokens, lengths)) <= self.state_tokens
 
 
 @dataclass(frozen=True, slots=True)

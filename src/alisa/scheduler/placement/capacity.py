@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from alisa.budget import STATE_BLOCK_TOKENS, Reads, state_tokens
+
+_IN_FLIGHT_SHARE = 16
+"""One part in this many of the device's cap is for rows on their way to lower tiers,"""
+_MOST_IN_FLIGHT_BYTES = 1 << 26
+"""and at most this much: enough for a disk to write one piece while the next is computed."""
+
 _STAGING_SHARE = 16
 """One part in so many of the device cap is the most that the staging buffers take, and 256 rows each at the most: 2 MiB
 of 8 KiB rows keep a disk busy while the other buffer is read."""
@@ -82,7 +89,8 @@ def split_device(
     *,
     num_layers: int,
     row_bytes: int,
-    state: StateBytes,
+    state_token_bytes: int,
+    state_sequence_bytes: int,
     reads: Reads,
     max_num_seqs: int,
     max_len: int,
@@ -98,7 +106,8 @@ def split_device(
         num_bytes: the cap.
         num_layers: L.
         row_bytes: of one token of one layer.
-        state: bytes of policy state of a token and of a sequence.
+        state_token_bytes: what the policy keeps of a token, over all layers.
+        state_sequence_bytes: what it keeps of a sequence besides.
         reads: what a step reads.
         max_num_seqs: sequences that are open at the same time.
         max_len: longest sequence.
@@ -107,25 +116,21 @@ def split_device(
     token_bytes = num_layers * row_bytes
     staging = staging_rows(num_bytes // row_bytes) if has_tiers else 0
     in_flight = min(num_bytes // _IN_FLIGHT_SHARE, _MOST_IN_FLIGHT_BYTES) if has_tiers else 0
-    room = num_bytes - max_num_seqs * state.per_sequence - 2 * staging * row_bytes - in_flight
-    wanted = max_num_seqs * _whole_blocks(max_len)
-    if state.per_token == 0:
-        state_tokens = wanted
+    room = num_bytes - max_num_seqs * state_sequence_bytes - 2 * staging * row_bytes - in_flight
+    wanted = max_num_seqs * state_tokens(max_len)
+    if state_token_bytes == 0:
+        known = wanted
     elif has_tiers:
         read_share = (1 + sum(reads(max_len - 1))) / max_len
-        balanced = int(room / (state.per_token + read_share * token_bytes))
-        state_tokens = max(min(wanted, balanced // STATE_BLOCK_TOKENS * STATE_BLOCK_TOKENS), _whole_blocks(max_len))
+        balanced = int(room / (state_token_bytes + read_share * token_bytes))
+        known = max(min(wanted, balanced // STATE_BLOCK_TOKENS * STATE_BLOCK_TOKENS), state_tokens(max_len))
     else:
-        both = token_bytes + state.per_token
+        both = token_bytes + state_token_bytes
         # A sequence's last block is half empty on average; a fifth of a small cap is the most that is spent on it.
         spare = min(max_num_seqs * STATE_BLOCK_TOKENS, max(room, 0) // (5 * both))
-        rows = max(room - spare * state.per_token, 0) // both
-        state_tokens = min(wanted, max(_whole_blocks(rows + spare), STATE_BLOCK_TOKENS))
-    device_tokens = min((room - state_tokens * state.per_token) // token_bytes, max_num_seqs * max_len)
+        rows = max(room - spare * state_token_bytes, 0) // both
+        known = min(wanted, max(state_tokens(rows + spare), STATE_BLOCK_TOKENS))
+    device_tokens = min((room - known * state_token_bytes) // token_bytes, max_num_seqs * max_len)
     if device_tokens < 1:
         return None
-    return DeviceSplit(device_tokens, state_tokens, staging, in_flight)
-
-
-def _whole_blocks(num_tokens: int) -> int:
-    return -(-num_tokens // STATE_BLOCK_TOKENS) * STATE_BLOCK_TOKENS
+    return DeviceSplit(device_tokens, known, staging, in_flight)

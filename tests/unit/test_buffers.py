@@ -5,15 +5,14 @@ from functools import partial
 import pytest
 
 from alisa import LLM, SamplingParams
-from alisa.cache.offload.buffers import DeviceShelf
 from alisa.cache.offload.store import TieredStore
-from alisa.cache.offload.transfer import CopyStream
+from alisa.cache.offload.transfer import CopyStream, DeviceBuffer
 from alisa.engine import builder as memory
 
 
 def staged(rows):
     stream = CopyStream(rows.device)
-    return tuple(DeviceShelf(part, stream) for part in rows)
+    return tuple(DeviceBuffer(each, stream) for each in rows)
 
 
 @pytest.mark.parametrize("policy", ["swa", "dense"])
@@ -22,7 +21,7 @@ def test_rows_that_pass_through_buffers_give_the_same_tokens(policy, monkeypatch
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     plain = LLM(policy=policy, sparsity=0.6)
     expected = [output.token_ids for output in plain.generate(prompts, params)]
-    monkeypatch.setattr(memory, "TieredStore", partial(TieredStore, make_shelves=staged))
+    monkeypatch.setattr(memory, "TieredStore", partial(TieredStore, make_buffers=staged))
     capped = LLM(policy=policy, sparsity=0.6, kv_device_memory=40 * plain.describe()["kv_token_bytes"])
     assert [output.token_ids for output in capped.generate(prompts, params)] == expected
     assert capped.summary().traffic.fetched_rows > 0

@@ -1,0 +1,159 @@
+"""A selection as rows that a kernel can read: in place when they all fit the device, in pieces when they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alisa.cache.base import KVChunk
+from alisa.cache.offload.inflight import InFlightStores
+from alisa.cache.offload.loader import Loader
+from alisa.cache.offload.residency import Residency
+from alisa.cache.offload.traffic import TrafficMeter
+from alisa.cache.offload.transfer import TransferBuffer, TransferHandle
+from alisa.cache.row_ids import NOWHERE, Ids, RowIds
+from alisa.kernels.base import Selection, Slots
+
+
+class _Request(NamedTuple):
+    """A selection, looked up: what holds for every layer that asks for it."""
+
+    selection: Selection
+    ids: Ids
+    """Int64[B, K]."""
+    real: NDArray[np.bool_]
+    """Bool[B, K]: no padding."""
+    below: NDArray[np.bool_]
+    """Bool[B, K]: the row has left the device's own part."""
+
+
+class ChunkReader:
+    """Finds the rows of a selection, and brings those that are missing.
+
+    Args:
+        pool: the device's rows, layer by layer.
+        staging: two buffers through which a selection larger than the pool is read.
+        row_ids: numbers the rows.
+        residency: which of them are on the device.
+        loader: brings the others.
+        in_flight: rows that may leave soon.
+        meter: counts look-ups.
+        device: where a kernel wants its indices.
+    """
+
+    def __init__(
+        self,
+        pool: tuple[TransferBuffer, ...],
+        staging: tuple[TransferBuffer, ...],
+        row_ids: RowIds,
+        residency: Residency,
+        loader: Loader,
+        in_flight: InFlightStores,
+        meter: TrafficMeter,
+        device: torch.device,
+    ) -> None:
+        self._pool = pool
+        self._staging = staging
+        self._row_ids = row_ids
+        self._residency = residency
+        self._loader = loader
+        self._in_flight = in_flight
+        self._meter = meter
+        self._device = device
+        self._req_indices = np.empty(0, np.int64)
+        self._ends = np.empty(0, np.int64)
+        self._last: _Request | None = None
+
+    def begin(self, req_indices: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+        """The next selections are of these sequences; those positions of each that are below its end have gone down."""
+        self._req_indices = req_indices
+        self._ends = ends
+        self._last = None
+
+    def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
+        """See `RowStore.chunks`; one set for all heads."""
+        request = self._look_up(selection)
+        slots = self._residency.slots[layer].take(request.ids)
+        missing = request.real & (slots == NOWHERE)
+        self._count_hits(layer, slots[request.below])
+        self._residency.touch(layer, slots[request.real & ~missing])
+        self._loader.wait_loads(layer)
+        if missing.any():
+            row, column = np.nonzero(missing)
+            ids = request.ids[row, column]
+            placed = self._residency.place(layer, ids)
+            if placed is None and self._in_flight.any_stores:
+                self._in_flight.wait_stores()
+                placed = self._residency.place(layer, ids)
+            if placed is None:
+                yield from self._in_pieces(layer, request, slots, missing)
+                return
+            slots[row, column] = placed
+            self._loader.load_now(layer, ids, self._req_indices[row], self._pool[layer], placed)
+        slots[~request.real] = 0
+        yield KVChunk(
+            self._pool[layer].rows, torch.from_numpy(slots)[:, None].to(self._device), selection.counts, None, None
+        )
+
+    def _look_up(self, selection: Selection) -> _Request:
+        # Dense attention and fixed patterns choose once for all layers.
+        if self._last is None or self._last.selection is not selection:
+            positions = selection.positions[:, 0].cpu().numpy()
+            real = np.arange(positions.shape[1]) < np.array(selection.num_tokens)[:, None]
+            below = real & (positions < self._ends[:, None])
+            ids = self._row_ids.lookup(self._req_indices[:, None], positions)
+            self._last = _Request(selection, ids, real, below)
+        return self._last
+
+    def _count_hits(self, layer: int, slots: NDArray[np.int32]) -> None:
+        """Take note of look-ups of rows that have gone down. A row that was prefetched for this step is not a hit."""
+        brought = int(np.count_nonzero(slots == NOWHERE))
+        ahead = self._loader.take_ahead(layer)
+        if len(ahead):
+            brought += int(np.count_nonzero(np.isin(slots, ahead)))
+        self._meter.lookups += len(slots)
+        self._meter.hits += len(slots) - brought
+
+    def _in_pieces(
+        self, layer: int, request: _Request, slots: NDArray[np.int32], missing: NDArray[np.bool_]
+    ) -> Iterator[KVChunk]:
+        """What is on the device, then the rest through two buffers in turn: one is read while the other fills."""
+        row, column = np.nonzero(request.real & ~missing)
+        if len(row):
+            yield self._chunk(self._pool[layer].rows, row, column, slots[row, column])
+        row, column = np.nonzero(missing)
+        size = len(self._staging[0].rows)
+        pieces = [slice(first, first + size) for first in range(0, len(row), size)]
+
+        def fill(index: int) -> TransferHandle:
+            piece = pieces[index]
+            ids, owners = request.ids[row[piece], column[piece]], self._req_indices[row[piece]]
+            return self._loader.load(layer, ids, owners, self._staging[index % 2], np.arange(len(ids)))
+
+        coming = fill(0)
+        for index, piece in enumerate(pieces):
+            self._loader.wait(coming)
+            if index + 1 < len(pieces):
+                coming = fill(index + 1)
+            filled = np.arange(len(row[piece]), dtype=np.int32)
+            yield self._chunk(self._staging[index % 2].rows, row[piece], column[piece], filled)
+
+    def _chunk(self, rows: Tensor, row: Slots, column: Slots, slots: NDArray[np.int32]) -> KVChunk:
+        """Entries (sequence, column) of a selection, in order of sequences, as a padded chunk."""
+        sequences, first, counts = np.unique(row, return_index=True, return_counts=True)
+        place = (np.repeat(np.arange(len(sequences)), counts), np.arange(len(row)) - np.repeat(first, counts))
+        padded = np.zeros((len(sequences), counts.max()), np.int32)
+        columns = np.zeros((len(sequences), counts.max()), np.int64)
+        padded[place], columns[place] = slots, column
+        return KVChunk(
+            rows,
+            torch.from_numpy(padded)[:, None].to(self._device),
+            torch.from_numpy(counts.astype(np.int32)).to(self._device),
+            torch.from_numpy(sequences).to(self._device),
+            torch.from_numpy(columns).to(self._device),
+        )
