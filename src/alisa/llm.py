@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 
 from alisa import __version__
-from alisa.config import EngineConfig, SamplingParams, per_request
+from alisa.config import EngineConfig, SamplingParams, per_request, with_options
 from alisa.engine.builder import build_engine
 from alisa.engine.loaded import kv_codec, load_model
 from alisa.engine.report import RunReport
@@ -72,9 +72,10 @@ class LLM:
         *,
         config: EngineConfig | None = None,
         progress: Callable[[int, int], None] | None = None,
-        **options: Any,
+        **options: Any,  # noqa: ANN401 - checked by EngineConfig, the one list of options
     ) -> None:
-        self.config = EngineConfig.of(model, config, options)
+        named = {} if model is None else {"model": str(model)}
+        self.config = with_options(config, {**options, **named})
         self._model = load_model(self.config, progress)
         self.policy: SelectionPolicy = make_policy(self.config.policy, self.config.sparsity)
         self.codec: Codec = kv_codec(self._model, self.config)
@@ -106,12 +107,15 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         """Text to token ids and back."""
-        return self._model.tokenizer
+        tokenizer = self._model.tokenizer
+        assert tokenizer is not None, "a model that was loaded from files has one"
+        return tokenizer
 
     @property
     def weight_dtype(self) -> str:
         """What the linear layers are held in, `auto` resolved."""
-        return self._model.weight_dtype
+        asked = self.config.weight_dtype
+        return self._model.dtype if asked == "auto" else asked
 
     def generate(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 from alisa.errors import CapacityError
 from alisa.kernels.base import Codec, Selection
 from alisa.outputs import Medium, Traffic
-from alisa.scheduler.plan import Segment, StepPlan
+from alisa.scheduler.plan import ScheduledChunk, StepPlan
 
 
 class KVChunk(NamedTuple):
@@ -82,15 +82,15 @@ class RowStore(Protocol):
         ...
 
     def begin(self, plan: StepPlan) -> None:
-        """The plan's moves are under way and its segments have room; rows then come through `append`, layer by layer.
+        """The plan's moves are under way and its chunks have room; rows then come through `append`, layer by layer.
 
         Raises:
-            CapacityError: a segment does not continue its sequence (nothing has changed), or there is no room.
+            CapacityError: a chunk does not continue its sequence (nothing has changed), or there is no room.
         """
         ...
 
     def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor) -> None:
-        """Write K and V `[N, G, D]` of one layer, tokens in the order of the step's segments.
+        """Write K and V `[N, G, D]` of one layer, tokens in the order of the step's chunks.
 
         hidden `[N, C]` is what they were projected from; a store that may delete rows keeps it.
         """
@@ -155,11 +155,11 @@ def check_opening(store: RowStore, req_idx: int, num_tokens: int, *, in_use: boo
     assert not in_use, f"request index {req_idx} is in use"
 
 
-def check_continues(store: RowStore, segment: Segment) -> None:
+def check_continues(store: RowStore, chunk: ScheduledChunk) -> None:
     """See `RowStore.begin`."""
-    length = store.length(segment.req_idx)
-    if segment.start != length or segment.end > store.max_length:
+    length = store.length(chunk.req_idx)
+    if chunk.start != length or chunk.end > store.max_length:
         raise CapacityError(
-            f"Request index {segment.req_idx} has {length} of at most {store.max_length} tokens; positions "
-            f"{segment.start} to {segment.end - 1} do not continue it."
+            f"Request index {chunk.req_idx} has {length} of at most {store.max_length} tokens; positions "
+            f"{chunk.start} to {chunk.end - 1} do not continue it."
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
+from alisa.cli.files import refuse_same_file
 from alisa.cli.options import DisplayOptions
 from alisa.cli.sweep import SweepOptions, known_names, numbers, run_sweep
 
@@ -64,6 +65,7 @@ class Ppl:
 
     def run(self) -> int:
         """Do it; returns the exit status."""
+        refuse_same_file({"--text": self.text, "--output": self.sweep.output})
         return run_sweep("ppl", self.sweep, self.display, self.evaluations)
 
 
@@ -112,6 +114,8 @@ class Qa:
 
     def run(self) -> int:
         """Do it; returns the exit status."""
+        for task in self.task.split(","):
+            refuse_same_file({"--task": Path(task), "--output": self.sweep.output})
         return run_sweep("qa", self.sweep, self.display, self.evaluations)
 
 
@@ -170,6 +174,7 @@ class Recall:
 
     def run(self) -> int:
         """Do it; returns the exit status."""
+        refuse_same_file({"--text": self.text, "--output": self.sweep.output})
         return run_sweep("recall", self.sweep, self.display, self.evaluations)
 
 
@@ -208,4 +213,5 @@ class Sparsity:
 
     def run(self) -> int:
         """Do it; returns the exit status."""
+        refuse_same_file({"--text": self.text, "--output": self.sweep.output})
         return run_sweep("sparsity", self.sweep, self.display, self.evaluations)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, arg
 
+from alisa.cli.files import to_json
 from alisa.cli.options import DisplayOptions
 from alisa.cli.screen import error_console, say
 
@@ -66,5 +66,5 @@ class Profile:
             say(f"{hardware.where}: {path}")
         if self.display.json:
             record = {"kind": "profile", "stamp": stamp, "date": date, "hardware": asdict(hardware)}
-            sys.stdout.write(json.dumps(record) + "\n")
+            sys.stdout.write(to_json(record) + "\n")
         return 0
