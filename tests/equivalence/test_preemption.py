@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from alisa.engine.placement import Placement
 
 from alisa import LLM, SamplingParams
-from alisa.engine.placement import Placement
 
 PROMPT_LENGTHS = (23, 41, 17, 38, 30, 25)
 NEW_TOKENS = 40

@@ -44,7 +44,9 @@ def test_batches_under_a_tight_cap_change_no_likelihood(policy, tiny_model):
     cap = max(item.num_tokens for item in items) * free.describe()["kv_token_bytes"]
     tight = LLM(directory, dtype="float32", prefill_chunk=50, kv_device_memory=cap)
     chosen, codec = make_policy(policy, 0.5), float_codec(free)
-    assert len(list(Scorer.of(tight).batches(items, codec))) > len(list(Scorer.of(free).batches(items, codec)))
+    assert len(list(Scorer.of(tight).batches(items, codec, chosen))) > len(
+        list(Scorer.of(free).batches(items, codec, chosen))
+    )
     for one, other in zip(
         Scorer.of(free).score(chosen, codec, items), Scorer.of(tight).score(chosen, codec, items), strict=True
     ):

@@ -39,7 +39,8 @@ def attend_in_pieces(
             scores.append((chunk, head_scores(some, chunk.rows, codec, chunk.slots)))
     mass = merged.log_sum_exp.new_zeros(selection.positions.shape)
     for chunk, of_heads in scores:  # weights need the sum over all chunks first
-        assert chunk.sequences is not None and chunk.columns is not None, "such a chunk says which entries it has"
+        assert chunk.sequences is not None, "such a chunk says whose entries it has"
+        assert chunk.columns is not None, "and which"
         weights = (of_heads - merged.log_sum_exp[chunk.sequences, :, None]).exp().sum(dim=1)
         weights *= torch.arange(weights.shape[1], device=weights.device) < chunk.counts[:, None]
         mass[:, 0].index_put_((chunk.sequences[:, None], chunk.columns), weights, accumulate=True)

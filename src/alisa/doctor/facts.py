@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from alisa import __version__
+from alisa.config import EngineConfig
 from alisa.doctor.self_test import SelfTest, run_self_test
-from alisa.engine.builder import Caps, default_kv_memory
+from alisa.engine.builder import device_cap, disk_cap
 from alisa.engine.loaded import embedded_model
 from alisa.kernels.native import kernels as cpu
 from alisa.kernels.native import product as cpu_product
@@ -125,8 +126,8 @@ def gather(temporary: Path, disk_tier: Path) -> Facts:
         triton_failure=_import_failure("triton"),
         free_bytes=free_memory(),
         memory_limit=memory_limit(),
-        kv_bytes=default_kv_memory(device),
-        kv_disk_bytes=Caps(0, 0, None, disk_tier).most_disk_bytes if disk_tier.is_dir() else None,
+        kv_bytes=device_cap(EngineConfig(), device),
+        kv_disk_bytes=disk_cap(EngineConfig(kv_disk_path=disk_tier)) if disk_tier.is_dir() else None,
         temporary=Place.read(temporary),
         disk_tier=Place.read(disk_tier),
         huge_pages=huge_pages(),

@@ -150,6 +150,7 @@ def _setup(model: LoadedModel, config: EngineConfig, cache: KVCacheConfig, kv_dt
         dtype=model.dtype,
         weight_dtype=config.weight_dtype,
         kv_dtype=kv_dtype,
+        placement=cache.placement.name,
         limits=cache.limits,
         uses_tiers=cache.placement.uses_tiers,
         device_bytes=cache.device_bytes,

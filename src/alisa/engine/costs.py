@@ -14,8 +14,8 @@ _FIRST_GUESS_BYTES_PER_S = 1e9
 class MeasuredRestoreCosts:
     """Whether a sequence that has to make room had better be swapped or preempted.
 
-    Swapped, it keeps its rows in a lower tier and loads what it selects when it is back; preempted, it loses them, reads
-    its prompt again and feeds its own output once more. Both give the same tokens.
+    Swapped, it keeps its rows in a lower tier and loads what it selects when it is back; preempted, it loses them,
+    reads its prompt again and feeds its own output once more. Both give the same tokens.
     """
 
     token_bytes: int

@@ -149,8 +149,8 @@ def _with_tiers(
     kept = rebuildable * config.max_num_seqs
     if not fits:
         raise CapacityError(
-            f"The schedule deletes up to {planned} tokens of each of {config.max_num_seqs} sequences, and what they are "
-            f"rebuilt from takes {format_bytes(kept * hidden_bytes)} of the {format_bytes(disk_bytes)} on disk; raise "
+            f"The schedule deletes up to {planned} tokens of each of {config.max_num_seqs} sequences, and what they "
+            f"are rebuilt from takes {format_bytes(kept * hidden_bytes)} of the {format_bytes(disk_bytes)} on disk; raise "
             "--kv-disk-memory, or lower --max-num-seqs or --max-model-len."
         )
     disk_tokens = min(below, (disk_bytes - kept * hidden_bytes) // token_bytes)

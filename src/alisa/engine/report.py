@@ -29,6 +29,8 @@ class EngineSetup:
     """What the model computes in."""
     weight_dtype: WeightDtypeName
     kv_dtype: str
+    placement: str
+    """Name of the placement policy."""
     limits: Limits
     uses_tiers: bool
     device_bytes: int

@@ -20,6 +20,7 @@ from alisa.budget import state_tokens
 from alisa.cache.manager import CacheManager
 from alisa.cache.store import KVStore
 from alisa.config import format_bytes
+from alisa.engine.builder import device_cap
 from alisa.engine.runner import ModelRunner
 from alisa.errors import CapacityError
 from alisa.kernels.base import Attended, Codec, DecodeKernel
@@ -72,33 +73,38 @@ class Scorer:
     decoder: Decoder
     kernels: AttentionBackend
     kv_cap_bytes: int
-    """Hard cap of the KV rows held at once."""
+    """Hard cap of the rows and the policy's state held at once."""
     max_batch: int
     """Items decoded together at the most."""
     prefill_chunk: int
 
     @classmethod
     def of(cls, llm: LLM) -> Scorer:
-        """The model of `llm`, under the same memory cap and with kernels of its own."""
+        """The model of `llm`, under the same memory cap: its engine gives back what it holds.
+
+        Raises:
+            InputError: requests are running.
+        """
+        llm.free_engine()
         return cls(
             decoder=llm.decoder,
             kernels=choose_backend(llm.decoder.device),
-            kv_cap_bytes=llm.kv_cap_bytes(),
+            kv_cap_bytes=device_cap(llm.config, llm.decoder.device),
             max_batch=llm.config.max_num_seqs,
             prefill_chunk=llm.config.prefill_chunk,
         )
 
-    def batches(self, items: Sequence[ScoredItem], codec: Codec) -> Iterator[tuple[int, ...]]:
-        """Indices of the items in groups whose rows fit the cap; long items go with long ones.
+    def batches(self, items: Sequence[ScoredItem], codec: Codec, policy: SelectionPolicy) -> Iterator[tuple[int, ...]]:
+        """Indices of the items in groups that fit the cap, rows and state; long items go with long ones.
 
         Raises:
             CapacityError: an item does not fit the cap alone; nothing has been run.
         """
-        token_bytes = self.decoder.spec.num_layers * codec.format.row_bytes
-        num_rows = self.kv_cap_bytes // token_bytes
         order = sorted(range(len(items)), key=lambda index: -items[index].num_tokens)
-        if items and items[order[0]].num_tokens > num_rows:
-            longest = items[order[0]].num_tokens
+        longest = items[order[0]].num_tokens if items else 0
+        token_bytes = self.decoder.spec.num_layers * codec.format.row_bytes + self._state_bytes(policy, longest)
+        num_rows = self.kv_cap_bytes // token_bytes
+        if longest > num_rows:
             raise CapacityError(
                 f"Scoring {longest} tokens needs {format_bytes(longest * token_bytes)} of KV memory and the cap is "
                 f"{format_bytes(self.kv_cap_bytes)}; raise --kv-device-memory or take shorter texts."
@@ -112,7 +118,7 @@ class Scorer:
             CapacityError: an item does not fit the cap alone; nothing has been run.
         """
         outputs: dict[int, ScoredOutput] = {}
-        for batch in self.batches(items, codec):
+        for batch in self.batches(items, codec, policy):
             found = self._score_batch(policy, codec, [items[index] for index in batch])
             outputs |= dict(zip(batch, found, strict=True))
         return [outputs[index] for index in range(len(items))]
@@ -135,6 +141,25 @@ class Scorer:
             prefill_chunk=self.prefill_chunk,
             measure_lost_mass=measure_lost_mass,
         )
+
+    def fits(self, item: ScoredItem, codec: Codec, policy: SelectionPolicy) -> bool:
+        """Whether an item can be scored under the cap."""
+        row_bytes = self.decoder.spec.num_layers * codec.format.row_bytes
+        return item.num_tokens * (row_bytes + self._state_bytes(policy, item.num_tokens)) <= self.kv_cap_bytes
+
+    def _state_bytes(self, policy: SelectionPolicy, length: int) -> int:
+        """What the state of a policy takes for each token of a sequence of this length."""
+        state = policy.start(
+            self.decoder.spec.attention,
+            max_num_seqs=1,
+            num_tokens=state_tokens(length),
+            max_len=length,
+            device=self.decoder.device,
+            kernels=self.kernels.selection,
+        )
+        state.open(0)
+        state.reserve(0, length)
+        return -(-state.nbytes // max(length, 1))
 
     def _score_batch(
         self, policy: SelectionPolicy, codec: Codec, items: Sequence[ScoredItem]

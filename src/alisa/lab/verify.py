@@ -12,7 +12,7 @@ from alisa.lab.scoring import ScoredItem, Scorer, groups
 from alisa.llm import LLM
 from alisa.outputs import RequestOutput
 from alisa.policy.base import SelectionPolicy
-from alisa.policy.dense import Dense
+from alisa.policy.registry import make_policy
 
 KEPT_BYTES = 1 << 28
 """Most memory for the distributions of the first pass, which wait for those of the second."""
@@ -40,11 +40,11 @@ def verify_outputs(llm: LLM, outputs: Sequence[RequestOutput], num_samples: int 
     Raises:
         CapacityError: none of them fits.
     """
-    num_rows = llm.kv_cap_bytes() // (llm.spec.num_layers * llm.codec.format.row_bytes)
-    fitting = [o for o in outputs if len(o.prompt_ids) + len(o.token_ids) <= num_rows] or list(outputs)
+    scorer, dense = Scorer.of(llm), make_policy("dense", 0.0)
+    items = [ScoredItem(output.prompt_ids, output.token_ids) for output in outputs]
+    fitting = [item for item in items if scorer.fits(item, llm.codec, llm.policy)] or items
     stride = max(1, len(fitting) // num_samples)
-    sample = [ScoredItem(o.prompt_ids, o.token_ids) for o in fitting[::stride][:num_samples]]
-    return verify(Scorer.of(llm), llm.policy, Dense(), llm.codec, sample)
+    return verify(scorer, llm.policy, dense, llm.codec, fitting[::stride][:num_samples])
 
 
 def verify(
@@ -61,7 +61,7 @@ def verify(
     most_tokens = max(1, KEPT_BYTES // (4 * scorer.decoder.spec.vocab_size))
     items = [ScoredItem(item.prompt_ids, item.output_ids[:most_tokens]) for item in items]
     agreed, divergence, lost_mass, num_tokens, num_decoded = 0, 0.0, 0.0, 0, 0
-    for batch in list(scorer.batches(items, codec)):
+    for batch in list(scorer.batches(items, codec, policy)):
         sizes = [len(items[index].output_ids) for index in batch]
         for part in groups(batch, sizes, most_tokens, len(batch)):
             sample = [items[index] for index in part]

@@ -7,42 +7,27 @@ a user would never want off (prefetching, overlap), to show what that is good fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from alisa.attention.timing import Stopwatch
-from alisa.budget import state_tokens
-from alisa.cache.codec import make_codec
-from alisa.config import KvDtypeName, PolicyName, SamplingParams
-from alisa.engine.builder import Caps, Memory, build_kv_cache
-from alisa.engine.engine import Engine
-from alisa.engine.placement import Placement
-from alisa.engine.requests import Request
-from alisa.engine.runner import ModelRunner
+from alisa.config import EngineConfig, SamplingParams
+from alisa.engine.builder import CacheOptions, build_engine
+from alisa.engine.loaded import LoadedModel, kv_codec
+from alisa.engine.report import EngineSetup
 from alisa.kernels.choose import choose_backend
 from alisa.model.decoder import Decoder
 from alisa.outputs import StepRecord, Traffic
-from alisa.policy.registry import make_policy
-from alisa.scheduler.placement.base import PlacementPolicy
-from alisa.spec import RowFormat
 
 PARTS = ("linear", "attention", "selection", "transfer", "sampling", "other")
 """Of a step's time, as `StepRecord` names them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Setting:
     """How a batch is run."""
 
-    policy: PolicyName
-    sparsity: float
-    kv_dtype: KvDtypeName = "auto"
-    caps: Caps
-    scheduler: PlacementPolicy | None = None
-    """None: what the caps demand."""
-    prefetch: bool = True
-    """Whether the next step's tokens are chosen a step ahead, where the policy allows it."""
-    max_batch: int
-    prefill_chunk: int = 1024
+    config: EngineConfig
+    """`max_num_seqs` and `max_model_len` come down to what the batch needs."""
+    options: CacheOptions = CacheOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +37,8 @@ class Ran:
     records: tuple[StepRecord, ...]
     outputs: tuple[tuple[int, ...], ...]
     """New tokens of every prompt."""
-    memory: Memory
-    """Closed; says which store and scheduler there were."""
+    setup: EngineSetup
+    """What the engine was built as."""
 
     @property
     def num_output(self) -> int:
@@ -75,7 +60,7 @@ class Ran:
                 part: sum(getattr(record, f"{part}_s") for record in decode) / max(len(decode), 1) * 1e3
                 for part in PARTS
             },
-            "scheduler": self.memory.scheduler.name,
+            "scheduler": self.setup.placement,
             "kv_peak_bytes": max(record.kv_bytes for record in self.records),
             "host_peak_bytes": max(record.host_bytes for record in self.records),
             "disk_peak_bytes": max(record.disk_bytes for record in self.records),
@@ -91,11 +76,6 @@ class Ran:
             "wait_s": traffic.wait_s,
             "read_share": sum(r.tokens_attended for r in decode) / max(sum(r.tokens_dense for r in decode), 1),
         }
-
-
-def kv_dtype_of(decoder: Decoder, kv_dtype: KvDtypeName) -> str:
-    """What rows are kept in."""
-    return str(decoder.dtype).removeprefix("torch.") if kv_dtype == "auto" else kv_dtype
 
 
 def run_batch(
@@ -120,43 +100,30 @@ def run_batch(
     Raises:
         AlisaError: it cannot be done under the caps.
     """
-    sizes = [len(ids) + output_len - 1 for ids in prompts]
-    max_num_seqs = min(setting.max_batch, len(prompts))
-    policy = make_policy(setting.policy, setting.sparsity)
-    kernels = choose_backend(decoder.device)
-    codec = make_codec(
-        RowFormat(kv_dtype_of(decoder, setting.kv_dtype), decoder.spec.num_kv_heads, decoder.spec.head_dim)
+    model = LoadedModel("", decoder, None, choose_backend(decoder.device))
+    config = replace(
+        setting.config,
+        max_num_seqs=min(setting.config.max_num_seqs, len(prompts)),
+        max_model_len=max(map(len, prompts)) + output_len,
     )
-    memory = build_kv_cache(decoder, policy, codec, kernels, sizes, setting.caps, setting.scheduler, max_num_seqs)
-    state = policy.start(
-        decoder.spec.attention,
-        max_num_seqs=max_num_seqs,
-        num_tokens=max_num_seqs * state_tokens(max(sizes)),
-        max_len=max(sizes),
-        device=decoder.device,
-        kernels=kernels.selection,
-    )
-    ahead = setting.prefetch and memory.scheduler.uses_tiers
-    watch = Stopwatch()
-    runner = ModelRunner(
-        decoder, policy, memory.store, state, kernels.prefill, kernels.attend, watch, looks_ahead=ahead
-    )
-    placement = Placement(memory.scheduler, memory.limits, memory.store, policy)
-    engine = Engine(runner, placement, eos_ids=frozenset(), prefill_chunk=setting.prefill_chunk)
+    engine, setup = build_engine(model, config, setting.options)
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
-    for index, ids in enumerate(prompts):
-        engine.submit(Request(index, tuple(ids), params, output_len))
     records: list[StepRecord] = []
-    outputs: list[tuple[int, ...]] = [()] * len(prompts)
+    outputs: dict[str, list[int]] = {}
     try:
-        while (result := engine.step()) is not None:
-            records.append(result.record)
-            for sequence in result.advanced:
-                index = sequence.request.request_id
-                if not outputs[index]:
-                    on_first(index)
-                outputs[index] = tuple(sequence.output_ids)
-            on_step(result.record)
+        names = [engine.add_request(list(ids), params) for ids in prompts]
+        while (output := engine.step()).record is not None:
+            records.append(output.record)
+            for delta in output.deltas:
+                if delta.request_id not in outputs:
+                    on_first(names.index(delta.request_id))
+                outputs.setdefault(delta.request_id, []).extend(delta.token_ids)
+            on_step(output.record)
     finally:
-        memory.store.close()
-    return Ran(tuple(records), tuple(outputs), memory)
+        engine.close()
+    return Ran(tuple(records), tuple(tuple(outputs[name]) for name in names), setup)
+
+
+def kv_dtype_of(decoder: Decoder, config: EngineConfig) -> str:
+    """What rows are kept in."""
+    return kv_codec(LoadedModel("", decoder, None, choose_backend(decoder.device)), config).format.dtype

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from alisa.cache.codec import make_codec
-from alisa.config import KvDtypeName, PolicyName
-from alisa.engine.builder import Caps
+from alisa.config import EngineConfig, KvDtypeName, PolicyName
+from alisa.engine.builder import CacheOptions
 from alisa.lab.bench.session import Ran, Setting, run_batch
 from alisa.model.decoder import Decoder
+from alisa.policy.registry import POLICIES
 from alisa.scheduler.placement.base import PlacementPolicy
 from alisa.spec import RowFormat
 
@@ -53,14 +54,17 @@ def run_trial(trial: Trial, decoder: Decoder, directory: Path, seed: int = 0) ->
     codec = make_codec(RowFormat(trial.kv_dtype, spec.num_kv_heads, spec.head_dim))
     total = trial.batch * trial.num_rows * spec.num_layers * codec.format.row_bytes
     uses_disk = trial.cap < 1 or trial.scheduler is not None
-    setting = Setting(
+    state = POLICIES[trial.policy].total_state_bytes(spec.attention, trial.sparsity, trial.batch, trial.num_rows + 1)
+    config = EngineConfig(
         policy=trial.policy,
         sparsity=trial.sparsity,
         kv_dtype=trial.kv_dtype,
-        caps=Caps(int(trial.cap * total), 0, 2 * total if uses_disk else 0, directory),
-        scheduler=trial.scheduler,
-        max_batch=trial.batch,
+        kv_device_memory=int(trial.cap * total) + state,
+        kv_disk_memory=2 * total if uses_disk else 0,
+        kv_disk_path=directory,
+        max_num_seqs=trial.batch,
     )
+    setting = Setting(config, CacheOptions(placement=trial.scheduler))
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(10, spec.vocab_size, (trial.batch, trial.prompt_len), generator=generator).tolist()
     return run_batch(decoder, setting, prompts, trial.output_len)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from alisa.engine.builder import Caps, default_kv_memory
+from alisa.config import EngineConfig
+from alisa.engine.builder import CacheOptions
 from alisa.kernels.choose import choose_backend
 from alisa.lab.bench.engines import OwnOptions
 from alisa.lab.bench.remote.measured import Clock, Job, finish
@@ -26,19 +27,21 @@ def setting_of(job: Job, options: OwnOptions) -> Setting:
     device_bytes = job.kv_budget_bytes
     tiers = device_bytes is not None or options.schedule is not None
     return Setting(
-        policy=options.policy,
-        sparsity=options.sparsity,
-        kv_dtype=options.kv_dtype,
-        caps=Caps(
-            default_kv_memory(torch.device("cpu")) if device_bytes is None else device_bytes,
-            0,
-            None if tiers else 0,
-            None if options.disk_path is None else Path(options.disk_path),
-            overlap=options.overlap,
+        EngineConfig(
+            policy=options.policy,
+            sparsity=options.sparsity,
+            weight_dtype=options.weight_dtype,
+            kv_dtype=options.kv_dtype,
+            kv_device_memory=device_bytes,
+            kv_disk_memory=None if tiers else 0,
+            kv_disk_path=None if options.disk_path is None else Path(options.disk_path),
+            max_num_seqs=job.batch,
         ),
-        scheduler=None if options.schedule is None else schedule_from(options.schedule),
-        prefetch=options.prefetch,
-        max_batch=job.batch,
+        CacheOptions(
+            overlap=options.overlap,
+            prefetch=options.prefetch,
+            placement=None if options.schedule is None else schedule_from(options.schedule),
+        ),
     )
 
 
@@ -68,7 +71,7 @@ def main() -> None:
     clock, ran = generate(decoder, setting, job)
     kernels = choose_backend(decoder.device)
     weights = job.dtype if options.weight_dtype == "auto" else options.weight_dtype
-    notes = [f"{weights} weights, {kv_dtype_of(decoder, options.kv_dtype)} KV rows", f"kernels {kernels.name}"]
+    notes = [f"{weights} weights, {kv_dtype_of(decoder, setting.config)} KV rows", f"kernels {kernels.name}"]
     notes += [] if options.prefetch else ["no prefetching"]
     notes += [] if options.overlap else ["no overlap of moves with arithmetic"]
     finish(job, clock, packages=["alisa", "torch"], num_output=ran.num_output, notes=notes, details=ran.details())
