@@ -77,6 +77,8 @@ class AsyncEngine:
         name = f"async-{next(self._names)}" if request_id is None else request_id
 
         def add() -> str:
+            if name in self._streams:  # it may have finished, and not been read
+                raise InputError(f"The request id {name!r} is in use; choose another one.")
             self._engine.add_request(prompt, params, request_id=name, priority=priority)
             self._streams[name] = stream
             return name
@@ -102,18 +104,20 @@ class AsyncEngine:
         if stream.is_read:
             raise InputError(f"The events of request {request_id!r} are being read already.")
         stream.is_read = True
+        is_over = False
         try:
-            while True:
+            while not is_over:
                 event = await stream.events.get()
+                is_over = not isinstance(event, TextDelta)
                 if isinstance(event, BaseException):
                     raise event
                 yield event
-                if isinstance(event, RequestOutput):
-                    return
         finally:
-            # The engine may have ended meanwhile: then there is nothing left to abort.
-            with suppress(EngineDiedError, InputError):
-                self._post(lambda: self._abandon(request_id, stream))
+            self._forget(request_id, stream)
+            if not is_over:
+                # The engine may have ended meanwhile: then there is nothing left to abort.
+                with suppress(EngineDiedError, InputError):
+                    self._post(lambda: self._abort(request_id))
 
     async def stream(
         self, prompt: str | Sequence[int], params: SamplingParams, *, priority: int = 0
@@ -176,15 +180,22 @@ class AsyncEngine:
 
     def _abort(self, request_id: str) -> bool:
         output = self._engine.abort(request_id)
-        if output is not None and request_id in self._streams:
-            self._streams[request_id].put(output)
+        stream = self._streams.get(request_id)
+        if output is not None and stream is not None:
+            stream.put(output)
         return output is not None
 
     def _abandon(self, request_id: str, stream: _Stream) -> None:
         """Nobody reads this stream any more: its request ends, if it has not."""
-        if self._streams.get(request_id) is stream:
+        if self._forget(request_id, stream):
             self._engine.abort(request_id)
+
+    def _forget(self, request_id: str, stream: _Stream) -> bool:
+        """Events of the request go nowhere any more; False: they did not go to this stream."""
+        is_its = self._streams.get(request_id) is stream
+        if is_its:
             del self._streams[request_id]
+        return is_its
 
     def _run(self) -> None:
         """Make calls and steps until the queue says stop."""
@@ -193,7 +204,7 @@ class AsyncEngine:
                 self._deliver(self._engine.step())
         except BaseException as error:  # whatever it is, nobody may wait forever
             self._died = error
-            for stream in self._streams.values():
+            for stream in list(self._streams.values()):
                 stream.put(EngineDiedError(f"The engine has stopped: {error}"))
         else:
             for request_id in list(self._streams):

@@ -17,7 +17,7 @@ from alisa.engine.runner import ModelRunner, StepResult
 from alisa.engine.sampler import sample
 from alisa.errors import InputError
 from alisa.model.tokenizer import Tokenizer
-from alisa.outputs import FinishReason, RequestOutput, StepRecord, TextDelta
+from alisa.outputs import FinishReason, RequestOutput, TextDelta
 from alisa.scheduler.plan import StepPlan
 from alisa.scheduler.request import Request
 from alisa.scheduler.scheduler import Scheduler
@@ -118,7 +118,7 @@ class Engine:
         running = {request.req_idx: request for request in self.scheduler.running}
         requests = [running[chunk.req_idx] for chunk in plan.chunks]
         result = self._run(plan, requests)
-        failed = self._advance(plan, requests, result)
+        grown, failed = self._advance(plan, requests, result)
         record = step_record(
             plan,
             result.traffic,
@@ -127,7 +127,8 @@ class Engine:
             num_preempted=plan.num_preempted,
         )
         self._costs.learn(record)
-        return self._collect(plan, requests, failed, record)
+        deltas, finished = self._collect(plan, grown, failed)
+        return EngineOutput(deltas, finished, record, plan, tuple(request.request_id for request in requests))
 
     def close(self) -> None:
         """Requests are forgotten; rows, files and threads are given back. Closing again does nothing."""
@@ -151,16 +152,23 @@ class Engine:
         wanted = [len(r.token_ids) == c.end for r, c in zip(requests, plan.chunks, strict=True)]
         return self._runner.run(plan, tokens, wanted)
 
-    def _advance(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> dict[int, str]:
-        """Every request that is up to date has one more token, or has failed: request indices and why."""
+    def _advance(
+        self, plan: StepPlan, requests: Sequence[Request], result: StepResult
+    ) -> tuple[list[Request], dict[int, str]]:
+        """Every request that is up to date has one more token, or has failed.
+
+        Returns:
+            The requests that have grown, and the request indices that have failed, and why.
+        """
         num_layers = self._runner.decoder.spec.num_layers
         for request, chunk, attended in zip(requests, plan.chunks, result.traffic.tokens_attended, strict=True):
             request.tokens_attended += attended
             request.tokens_dense += 0 if plan.prefill else chunk.end * num_layers
         ready = [r for r, c in zip(requests, plan.chunks, strict=True) if len(r.token_ids) == c.end]
+        grown: list[Request] = []
         failed = dict(result.traffic.failed)
         if not ready:
-            return failed
+            return grown, failed
         params = [request.params for request in ready]
         tokens = self._sampled(result.logits, params, [r.token_ids for r in ready], [len(r.output_ids) for r in ready])
         now = perf_counter()
@@ -175,7 +183,8 @@ class Engine:
                 request.first_token_s = now
             request.append(token_id)
             request.finish_reason = self._finish_reason(request, token_id)
-        return failed
+            grown.append(request)
+        return grown, failed
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         if token_id in self._eos_ids and not request.params.ignore_eos:
@@ -185,11 +194,10 @@ class Engine:
         return "length" if len(request.output_ids) == request.max_new_tokens else None
 
     def _collect(
-        self, plan: StepPlan, requests: Sequence[Request], failed: dict[int, str], record: StepRecord
-    ) -> EngineOutput:
-        """Text of the step's tokens; requests that are over have left, with everything they held."""
+        self, plan: StepPlan, grown: Sequence[Request], failed: dict[int, str]
+    ) -> tuple[tuple[TextDelta, ...], tuple[RequestOutput, ...]]:
+        """Text of the step's tokens, and the requests that are over: they have left, with everything they held."""
         deltas: list[TextDelta] = []
-        grown = [r for r, c in zip(requests, plan.chunks, strict=True) if len(r.token_ids) > c.end]
         for request in grown:
             text = self._texts[request.request_id]
             new = text.feed(request.output_ids[-1], ended=request.finish_reason)
@@ -206,8 +214,7 @@ class Engine:
             if rest := self._texts[request.request_id].flush():  # of one that failed: the others have shown all
                 deltas.append(TextDelta(0, rest, request.request_id))
             outputs.append(self._output(request))
-        names = tuple(request.request_id for request in requests)
-        return EngineOutput(tuple(deltas), tuple(outputs), record, plan, names)
+        return tuple(deltas), tuple(outputs)
 
     def _output(self, request: Request) -> RequestOutput:
         return request_output(request, self._texts.pop(request.request_id))

@@ -13,7 +13,7 @@ from alisa.attention.timing import StepSection
 from alisa.config import PolicyName, WeightDtypeName
 from alisa.engine.runner import ModelRunner
 from alisa.outputs import Medium, RunSummary, StepRecord, Traffic
-from alisa.scheduler.placement.base import Limits
+from alisa.scheduler.placement.base import Limits, PlacementPolicy
 from alisa.scheduler.plan import StepPlan
 from alisa.spec import ModelSpec
 
@@ -29,10 +29,8 @@ class EngineSetup:
     """What the model computes in."""
     weight_dtype: WeightDtypeName
     kv_dtype: str
-    placement: str
-    """Name of the placement policy."""
+    placement: PlacementPolicy
     limits: Limits
-    uses_tiers: bool
     device_bytes: int
     """Hard cap of everything on the device that grows with tokens: rows, policy state, buffers."""
     host_bytes: int

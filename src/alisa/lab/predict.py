@@ -15,5 +15,5 @@ def predict(report: RunReport, hardware: Hardware) -> StepCost | None:
     method = Method(setup.policy, setup.sparsity, setup.dtype, setup.kv_dtype, weight_dtype=setup.weight_dtype)
     if method.products not in hardware.gemm or setup.kv_dtype not in hardware.attention:
         return None
-    timeline = price_run(setup.spec, method, hardware, report.plans, setup.limits, tiers=setup.uses_tiers)
+    timeline = price_run(setup.spec, method, hardware, report.plans, setup.limits, tiers=setup.placement.uses_tiers)
     return timeline.total(prefill=False)

@@ -71,7 +71,7 @@ def _observe(trial: Trial, decoder: Decoder, hardware: Hardware, directory: Path
     cost = CostModel(decoder.spec, method, hardware)
     run = run_trial(trial, decoder, directory)
     prompts = [trial.prompt_len] * trial.batch
-    timeline = simulate(cost, method, run.memory.scheduler, run.memory.limits, prompts, trial.output_len)
+    timeline = simulate(cost, method, run.setup.placement, run.setup.limits, prompts, trial.output_len)
     steps = [record for record in run.records if not record.prefill][_SKIPPED:]
     said = list(zip(timeline.loads, timeline.costs, strict=True))
     said = [(load, price) for load, price in said if not load.prefill][_SKIPPED:]
@@ -79,7 +79,7 @@ def _observe(trial: Trial, decoder: Decoder, hardware: Hardware, directory: Path
         num_layers=decoder.spec.num_layers,
         batch=trial.batch,
         chooser=cost.chooser,
-        tiers=run.memory.scheduler.uses_tiers,
+        tiers=run.setup.placement.uses_tiers,
         waits=fmean(cost.waits(load) for load, _ in said),
         predicted=sum((price for _, price in said), StepCost()).times(1 / len(said)),
         linear_s=median(step.linear_s for step in steps),

@@ -7,7 +7,7 @@ a user would never want off (prefetching, overlap), to show what that is good fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from alisa.config import EngineConfig, SamplingParams
 from alisa.engine.builder import CacheOptions, build_engine
@@ -27,7 +27,7 @@ class Setting:
 
     config: EngineConfig
     """`max_num_seqs` and `max_model_len` come down to what the batch needs."""
-    options: CacheOptions = CacheOptions()
+    options: CacheOptions = field(default_factory=CacheOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Ran:
                 part: sum(getattr(record, f"{part}_s") for record in decode) / max(len(decode), 1) * 1e3
                 for part in PARTS
             },
-            "scheduler": self.setup.placement,
+            "scheduler": self.setup.placement.name,
             "kv_peak_bytes": max(record.kv_bytes for record in self.records),
             "host_peak_bytes": max(record.host_bytes for record in self.records),
             "disk_peak_bytes": max(record.disk_bytes for record in self.records),
@@ -112,13 +112,13 @@ def run_batch(
     outputs: dict[str, list[int]] = {}
     try:
         names = [engine.add_request(list(ids), params) for ids in prompts]
-        while (output := engine.step()).record is not None:
-            records.append(output.record)
+        while (record := (output := engine.step()).record) is not None:
+            records.append(record)
             for delta in output.deltas:
                 if delta.request_id not in outputs:
                     on_first(names.index(delta.request_id))
                 outputs.setdefault(delta.request_id, []).extend(delta.token_ids)
-            on_step(output.record)
+            on_step(record)
     finally:
         engine.close()
     return Ran(tuple(records), tuple(tuple(outputs[name]) for name in names), setup)
