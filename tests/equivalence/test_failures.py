@@ -10,9 +10,10 @@ import torch
 
 from alisa import LLM, SamplingParams
 from alisa.cache.offload.tiers import DiskTier
-from alisa.engine import builder as memory
+from alisa.engine import kv_cache as memory
 from alisa.errors import CapacityError
 from alisa.outputs import RequestOutput
+from tests.caps import device_cap
 from tests.kv_cases import WornTier
 
 PROMPT_LENGTHS = (3, 41, 17, 60, 33, 25)
@@ -40,8 +41,9 @@ def prompts_for(llm):
 
 def small(directory, policy="swa", tokens=100, **options):
     """A model with device memory for so many tokens: 100 are a quarter of all."""
-    cap = tokens * LLM(directory, dtype="float32").describe()["kv_token_bytes"]
-    return LLM(directory, policy=policy, sparsity=0.6, dtype="float32", kv_device_memory=cap, **options)
+    options |= {"policy": policy, "sparsity": 0.6, "dtype": "float32", "max_num_seqs": 6, "max_model_len": 128}
+    cap = device_cap(LLM(directory, **options), tokens)
+    return LLM(directory, kv_device_memory=cap, **options)
 
 
 def run(llm, on_event=lambda number, event: None):

@@ -7,6 +7,7 @@ import torch
 
 from alisa import LLM, SamplingParams
 from alisa.outputs import Phase
+from tests.caps import device_cap
 
 PROMPT_LENGTHS = (3, 41, 17, 60, 33, 25)
 NEW_TOKENS = 60
@@ -18,10 +19,14 @@ def prompts_for(llm):
     return [torch.randint(3, llm.spec.vocab_size, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
 
 
-def tokens(llm, max_tokens=NEW_TOKENS):
+SIZES = {"max_num_seqs": len(PROMPT_LENGTHS), "max_model_len": max(PROMPT_LENGTHS) + NEW_TOKENS}
+
+
+def run(llm, max_tokens=NEW_TOKENS):
+    """Tokens of every prompt, and the totals of the run."""
     outputs = llm.generate(prompts_for(llm), SamplingParams(max_tokens=max_tokens, ignore_eos=True))
     assert [output.finish_reason for output in outputs] == ["length"] * len(outputs)
-    return [output.token_ids for output in outputs]
+    return [output.token_ids for output in outputs], outputs.report.summary
 
 
 def schedule_file(directory, **values):
@@ -43,79 +48,73 @@ THREE_PHASES = {
 @pytest.mark.parametrize("policy", ["dense", "swa", "sketch"])
 @pytest.mark.parametrize("family", ["opt", "llama-gqa-tied"])
 def test_no_placement_changes_a_token(family, policy, kv_dtype, tiny_model, tmp_path):
-    options = {"policy": policy, "sparsity": 0.6, "dtype": "float32", "kv_dtype": kv_dtype, "prefill_chunk": 32}
+    options = {
+        "policy": policy,
+        "sparsity": 0.6,
+        "dtype": "float32",
+        "kv_dtype": kv_dtype,
+        "prefill_chunk": 32,
+        **SIZES,
+    }
     everything = LLM(tiny_model(family), **options)
-    expected = tokens(everything, FEW_TOKENS)
+    expected, _ = run(everything, FEW_TOKENS)
     cached = sum(PROMPT_LENGTHS) + len(PROMPT_LENGTHS) * (FEW_TOKENS - 1)
-    token_bytes = everything.describe()["kv_token_bytes"]
-    quarter = cached * token_bytes // 4
 
-    capped = LLM(tiny_model(family), **options, kv_device_memory=quarter)
-    assert tokens(capped, FEW_TOKENS) == expected
-    summary = capped.summary()
-    assert summary.kv_peak_bytes <= quarter
-    assert summary.disk_peak_bytes > 0
-    assert summary.phase_steps[Phase.DEVICE_HOST] > 0
+    for num_tokens in (cached // 4, 20):
+        cap = device_cap(everything, num_tokens)
+        capped, summary = run(LLM(tiny_model(family), **options, kv_device_memory=cap), FEW_TOKENS)
+        assert capped == expected
+        assert summary.kv_peak_bytes + summary.policy_state_bytes <= cap
+        assert summary.disk_peak_bytes > 0
+        assert summary.phase_steps[Phase.DEVICE_HOST] > 0
 
-    tiny = LLM(tiny_model(family), **options, kv_device_memory=24 * token_bytes)
-    assert tokens(tiny, FEW_TOKENS) == expected
-    assert tiny.summary().kv_peak_bytes <= 24 * token_bytes
-
-    phases = LLM(tiny_model(family), **options, schedule=schedule_file(tmp_path, **THREE_PHASES))
-    assert tokens(phases, FEW_TOKENS) == expected
-    assert set(phases.summary().phase_steps) == set(Phase)
-    assert phases.summary().traffic.deleted_rows > 0
+    schedule = schedule_file(tmp_path, **THREE_PHASES)
+    phases, summary = run(LLM(tiny_model(family), **options, schedule=schedule), FEW_TOKENS)
+    assert phases == expected
+    assert set(summary.phase_steps) == set(Phase)
+    assert summary.traffic.deleted_rows > 0
 
     static = schedule_file(tmp_path, schedule="static", offload_ratio=0.75)
-    split = LLM(tiny_model(family), **options, schedule=static)
-    assert tokens(split, FEW_TOKENS) == expected
+    split, summary = run(LLM(tiny_model(family), **options, schedule=static), FEW_TOKENS)
+    assert split == expected
+    assert summary.disk_peak_bytes > 0
 
 
 @pytest.mark.parametrize("policy", ["dense", "swa"])
 def test_deleted_rows_are_rebuilt_when_they_are_read(policy, tiny_model, tmp_path):
-    everything = LLM(tiny_model("opt"), policy=policy, dtype="float32")
-    token_bytes = everything.describe()["kv_token_bytes"]
-    phases = LLM(
-        tiny_model("opt"),
-        policy=policy,
-        dtype="float32",
-        kv_device_memory=120 * token_bytes,
-        schedule=schedule_file(tmp_path, **THREE_PHASES),
-    )
-    assert tokens(phases) == tokens(everything)
+    options = {"policy": policy, "dtype": "float32", **SIZES}
+    everything = LLM(tiny_model("opt"), **options)
+    cap, schedule = device_cap(everything, 120), schedule_file(tmp_path, **THREE_PHASES)
+    phases, summary = run(LLM(tiny_model("opt"), **options, kv_device_memory=cap, schedule=schedule))
+    assert phases == run(everything)[0]
     if policy == "dense":  # reads every deleted row in every step
-        assert phases.summary().traffic.rebuilt_rows > 100
+        assert summary.traffic.rebuilt_rows > 100
 
 
 def test_too_little_disk_preempts_and_changes_no_token(tiny_model):
-    everything = LLM(tiny_model("llama-gqa-tied"), dtype="float32")
-    expected = tokens(everything)
+    directory = tiny_model("llama-gqa-tied")
+    everything = LLM(directory, dtype="float32", **SIZES)
+    expected, _ = run(everything)
     token_bytes = everything.describe()["kv_token_bytes"]
-    short = LLM(
-        tiny_model("llama-gqa-tied"),
-        dtype="float32",
-        kv_device_memory=150 * token_bytes,
-        kv_disk_memory=100 * token_bytes,
-    )
-    assert tokens(short) == expected
-    assert short.summary().num_preempted > 0
-    waiting = LLM(tiny_model("llama-gqa-tied"), dtype="float32", kv_device_memory=250 * token_bytes, kv_disk_memory=0)
-    assert tokens(waiting) == expected
-    assert waiting.summary().num_preempted > 0
+    for num_tokens, disk_tokens in ((150, 100), (250, 0)):
+        cap = device_cap(everything, num_tokens)
+        short = LLM(directory, dtype="float32", kv_device_memory=cap, kv_disk_memory=disk_tokens * token_bytes, **SIZES)
+        found, summary = run(short)
+        assert found == expected
+        assert summary.num_preempted > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["opt", "llama-gqa-tied"])
 def test_weights_in_8_bits_know_neither_place_nor_company(family, dtype, tiny_model, tmp_path):
     options = {"policy": "dense", "dtype": dtype, "weight_dtype": "int8", "prefill_chunk": 32}
-    everything = LLM(tiny_model(family), **options)
-    expected = tokens(everything)
-    alone = LLM(tiny_model(family), **options, max_num_seqs=1)
-    cap = 120 * everything.describe()["kv_token_bytes"]
-    schedule = schedule_file(tmp_path, **THREE_PHASES)
-    phases = LLM(tiny_model(family), **options, kv_device_memory=cap, schedule=schedule)
-    assert tokens(alone) == expected
-    assert tokens(phases) == expected
-    assert phases.summary().traffic.rebuilt_rows > 0
+    everything = LLM(tiny_model(family), **options, **SIZES)
+    expected, _ = run(everything)
+    alone, _ = run(LLM(tiny_model(family), **options, max_num_seqs=1))
+    cap, schedule = device_cap(everything, 120), schedule_file(tmp_path, **THREE_PHASES)
+    phases, summary = run(LLM(tiny_model(family), **options, **SIZES, kv_device_memory=cap, schedule=schedule))
+    assert alone == expected
+    assert phases == expected
+    assert summary.traffic.rebuilt_rows > 0
     described = everything.describe()
     assert (described["dtype"], described["weight_dtype"]) == (dtype, "int8")

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from alisa.engine.placement import Placement
 
 from alisa import LLM, SamplingParams
+from alisa.engine.costs import MeasuredRestoreCosts
+from tests.caps import device_cap
 
 PROMPT_LENGTHS = (23, 41, 17, 38, 30, 25)
 NEW_TOKENS = 40
@@ -23,26 +24,30 @@ PARAMS = [
 ]
 
 
-def tokens(llm):
+SIZES = {"max_num_seqs": len(PROMPT_LENGTHS), "max_model_len": max(PROMPT_LENGTHS) + NEW_TOKENS}
+
+
+def run(llm):
+    """Tokens of every prompt, and the report."""
     outputs = llm.generate(prompts_for(llm), PARAMS)
     assert all(output.finish_reason == "length" for output in outputs)
-    return [output.token_ids for output in outputs]
+    return [output.token_ids for output in outputs], outputs.report
 
 
 @pytest.mark.parametrize("policy", ["dense", "swa", "sketch"])
 @pytest.mark.parametrize("keeps_rows", [True, False])
 def test_a_sequence_that_gives_way_says_what_it_would_have_said(policy, keeps_rows, tiny_model, monkeypatch):
-    """Parked, its rows wait below; dropped, prompt and output go through the model again."""
-    options = {"policy": policy, "sparsity": 0.5, "dtype": "float32"}
+    """Swapped, its rows wait in lower tiers; preempted, prompt and output go through the model again."""
+    options = {"policy": policy, "sparsity": 0.5, "dtype": "float32", **SIZES}
     everything = LLM(tiny_model("llama-gqa-tied"), **options)
-    expected = tokens(everything)
-    token_bytes = everything.describe()["kv_token_bytes"]
-    monkeypatch.setattr(Placement, "keeps_rows", lambda self, sequence: keeps_rows)
-    disk = None if keeps_rows else 20 * token_bytes
-    tight = LLM(tiny_model("llama-gqa-tied"), **options, kv_device_memory=150 * token_bytes, kv_disk_memory=disk)
-    assert tokens(tight) == expected
-    assert tight.summary().num_preempted > 0
-    read = sum(record.num_tokens for record in tight.records if record.prefill)
+    expected, _ = run(everything)
+    monkeypatch.setattr(MeasuredRestoreCosts, "keeps_rows", lambda self, request: keeps_rows)
+    disk = None if keeps_rows else 20 * everything.describe()["kv_token_bytes"]
+    cap = device_cap(everything, 150)
+    found, report = run(LLM(tiny_model("llama-gqa-tied"), **options, kv_device_memory=cap, kv_disk_memory=disk))
+    assert found == expected
+    assert report.summary.num_preempted > 0
+    read = sum(record.num_tokens for record in report.records if record.prefill)
     assert (read == sum(PROMPT_LENGTHS)) == keeps_rows
 
 

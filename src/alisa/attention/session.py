@@ -199,12 +199,11 @@ class KVSession:
         req_indices, lengths = tuple(c.req_idx for c in chunks), tuple(c.end for c in chunks)
         self._batch = self._batch_of(req_indices, lengths)
         self._positions = self._batch.length_counts.to(torch.int64) - 1
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and (ahead.req_indices, ahead.lengths) == (req_indices, lengths):
-            self._chosen = ahead.selections
-            return
-        self._chosen = None
+        # Also where the choice was made ahead: room for the new tokens may have moved what the state knows.
         self._begin_policy(self._batch)
+        ahead, self._ahead = self._ahead, None
+        is_chosen = ahead is not None and (ahead.req_indices, ahead.lengths) == (req_indices, lengths)
+        self._chosen = ahead.selections if ahead is not None and is_chosen else None
 
     def _attend(self, layer: int, query: Tensor, selection: Selection) -> Attended:
         """Attention over the selected rows, in one call or merged from several."""
@@ -224,8 +223,6 @@ class KVSession:
         longer = {req_idx: n + 1 for req_idx, n in lengths if n < self._store.max_length}
         if not longer:
             return
-        for req_idx, length in longer.items():
-            self.state.reserve(req_idx, length)
         following = self._batch_of(tuple(longer), tuple(longer.values()))
         self._begin_policy(following)
         no_query = torch.empty(0)

@@ -1,7 +1,8 @@
 """The cache of an engine: one pool while nothing has to move, tiers below it from the first move on.
 
 A flat pool has one slot for a token in all layers and one table look-up a step; with tiers every layer keeps its own
-map. Most work fits, so the map is paid for when it is needed. Rows stay where they are: the tiers take the pool over.
+map. Most work fits, so the map is paid for when it is needed. Rows stay where they are: the tiers take the pool over,
+and give it back when the last sequence has gone.
 """
 
 from __future__ import annotations
@@ -32,18 +33,27 @@ class CacheManager:
     ) -> None:
         self.store: RowStore = flat
         """Where the rows are now; another one after a `begin` that moves rows for the first time."""
+        self._flat = flat
         self._num_tiers = num_tiers
         self._make_tiers = make_tiers
+        self._starts_tiered = starts_tiered
+        self._open: set[int] = set()
         if starts_tiered:
-            self._add_tiers(flat)
+            self._add_tiers()
 
     def open(self, req_idx: int, num_tokens: int) -> None:
         """See `RowStore.open`."""
         self.store.open(req_idx, num_tokens)
+        self._open.add(req_idx)
 
     def release(self, req_idx: int) -> None:
         """See `RowStore.release`."""
         self.store.release(req_idx)
+        self._open.discard(req_idx)
+        if self._has_tiers and not self._open and not self._starts_tiered:
+            self.store.close()
+            self._flat.clear()
+            self.store = self._flat
 
     def bounds(self, req_idx: int) -> tuple[int, ...]:
         """Where each lower tier ends and what is deleted, see `alisa.scheduler.placement.base`."""
@@ -56,8 +66,7 @@ class CacheManager:
     def begin(self, plan: StepPlan) -> RowStore:
         """The store that has begun this step; see `RowStore.begin`."""
         if plan.moves and not self._has_tiers:
-            assert isinstance(self.store, KVStore), "without tiers there is a flat pool"
-            self._add_tiers(self.store)
+            self._add_tiers()
         self.store.begin(plan)
         return self.store
 
@@ -71,8 +80,8 @@ class CacheManager:
 
     @property
     def _has_tiers(self) -> bool:
-        return not isinstance(self.store, KVStore)
+        return self.store is not self._flat
 
-    def _add_tiers(self, flat: KVStore) -> None:
+    def _add_tiers(self) -> None:
         assert self._make_tiers is not None, "nothing moves where there are no tiers"
-        self.store = self._make_tiers(flat)
+        self.store = self._make_tiers(self._flat)

@@ -146,6 +146,11 @@ class KVStore:
         for req_idx, sequence in self._open.items():
             yield req_idx, np.array(sequence.slots[: sequence.length], np.int32)
 
+    def clear(self) -> None:
+        """No sequence is open."""
+        self._open.clear()
+        self._free_slots = FreeSlots(self.num_rows)
+
     def prefetch(self, layer: int, req_indices: tuple[int, ...], selection: Selection) -> None:
         """Everything is there."""
 

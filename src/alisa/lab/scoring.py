@@ -288,25 +288,33 @@ class _LostMass:
     def __init__(self, kernel: DecodeKernel, store: KVStore) -> None:
         self._kernel = kernel
         self._store = store
-        self._slots = torch.empty(0)
-        self._counts = torch.empty(0)
+        self._step: tuple[list[int], list[int]] = ([], [])
+        self._everything: tuple[Tensor, Tensor] | None = None
         self._lost: list[float] = []
 
     def begin(self, req_indices: list[int], lengths: list[int]) -> None:
         """The next calls belong to a step of these sequences."""
-        req_index = torch.tensor(req_indices, device=self._store.device)
-        self._slots = self._store.slot_table(req_index, max(lengths))[:, None]
-        self._counts = torch.tensor(lengths, dtype=torch.int32, device=self._store.device)
-        padding = torch.arange(max(lengths), device=self._store.device) >= self._counts[:, None, None]
-        self._slots = self._slots.masked_fill(padding, 0)
+        self._step = (req_indices, lengths)
+        self._everything = None
         self._lost = []
 
     def __call__(self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor) -> Attended:
         """The kernel's own result, unchanged."""
+        if self._everything is None:  # the rows of the step have slots only now
+            self._everything = self._all_slots()
         attended = self._kernel(q, rows, codec, slots, counts)
-        everything = self._kernel(q, rows, codec, self._slots, self._counts)
+        everything = self._kernel(q, rows, codec, *self._everything)
         self._lost.append(float((1 - (attended.log_sum_exp - everything.log_sum_exp).exp()).clamp(0, 1).mean()))
         return attended
+
+    def _all_slots(self) -> tuple[Tensor, Tensor]:
+        """Slots Int32[B, 1, K] and counts Int32[B] of every row of the step's sequences."""
+        req_indices, lengths = self._step
+        req_index = torch.tensor(req_indices, device=self._store.device)
+        counts = torch.tensor(lengths, dtype=torch.int32, device=self._store.device)
+        slots = self._store.slot_table(req_index, max(lengths))[:, None]
+        padding = torch.arange(max(lengths), device=self._store.device) >= counts[:, None, None]
+        return slots.masked_fill(padding, 0), counts
 
     def mean(self) -> float:
         """Mean over the layers of the step."""
