@@ -25,7 +25,7 @@ def situations(draw, most_seqs=3, most_tokens=40, num_tiers=None):
     """Sequences whose rows lie within the caps, and how long they are to become."""
     tiers = draw(st.integers(0, 2)) if num_tiers is None else num_tiers
     rebuildable = draw(st.integers(0, most_tokens)) if tiers else 0
-    req_indices, resident, held = [], 0, [0] * tiers
+    sequences, resident, held = [], 0, [0] * tiers
     for req_idx in range(draw(st.integers(1, most_seqs))):
         before = draw(st.integers(0, most_tokens))
         bounds = [draw(st.integers(0, max(before - 1, 0))) if tiers else 0]
@@ -39,11 +39,11 @@ def situations(draw, most_seqs=3, most_tokens=40, num_tiers=None):
         window = draw(st.integers(min(1, length), length))
         older = draw(st.integers(0, length - window))
         prompt_len = draw(st.integers(0, length))
-        req_indices.append(SeqView(req_idx, prompt_len, length, tuple(bounds), window, older, rebuildable, active))
+        sequences.append(SeqView(req_idx, prompt_len, length, tuple(bounds), window, older, rebuildable, active))
     slack = st.integers(0, most_tokens)
     sizes = [count + draw(slack) for count in held]
     tiers = tuple(Tier(medium, size) for medium, size in zip(MEDIA[-tiers:] if tiers else (), sizes, strict=True))
-    return req_indices, Limits(max(resident + draw(slack), 1), tiers, rebuildable)
+    return sequences, Limits(max(resident + draw(slack), 1), tiers, rebuildable)
 
 
 def schedules():
@@ -68,10 +68,10 @@ def schedulers():
     return st.one_of(three_phases(), splits, st.just(AllDevice()))
 
 
-def carried_out(req_indices, limits, moves):
+def carried_out(sequences, limits, moves):
     """Where the moves take every sequence; on the way no tier may be too full, nor a gap arise."""
     media = [Medium.DEVICE, *(tier.medium for tier in limits.tiers), None]
-    bounds = {view.req_idx: list(view.bounds) for view in req_indices}
+    bounds = {view.req_idx: list(view.bounds) for view in sequences}
     for move in moves:
         ends, source, target = bounds[move.req_idx], media.index(move.source), media.index(move.target)
         assert move.start < move.end
@@ -86,10 +86,10 @@ def carried_out(req_indices, limits, moves):
     return list(bounds.values())
 
 
-def assert_sound(req_indices, limits, decision):
-    bounds = carried_out(req_indices, limits, decision.moves)
+def assert_sound(sequences, limits, decision):
+    bounds = carried_out(sequences, limits, decision.moves)
     resident = 0
-    for view, ends in zip(req_indices, bounds, strict=True):
+    for view, ends in zip(sequences, bounds, strict=True):
         assert all(after >= before for after, before in zip(ends, view.bounds, strict=True))
         assert sorted(ends, reverse=True) == ends
         assert ends[0] <= view.length - view.active or ends[0] == view.bounds[0]
@@ -100,7 +100,7 @@ def assert_sound(req_indices, limits, decision):
     return bounds
 
 
-def fits_somehow(req_indices, limits):
+def fits_somehow(sequences, limits):
     """Whether any bounds within the caps can be reached, tried one by one; a running sequence's newest token stays."""
 
     def reachable(view):
@@ -109,14 +109,14 @@ def fits_somehow(req_indices, limits):
         return [ends for ends in product(*ranges, last) if list(ends) == sorted(ends, reverse=True)]
 
     if not limits.tiers:
-        return sum(view.length for view in req_indices) <= limits.device_tokens
+        return sum(view.length for view in sequences) <= limits.device_tokens
     return any(
-        sum(view.length - ends[0] for view, ends in zip(req_indices, bounds, strict=True)) <= limits.device_tokens
+        sum(view.length - ends[0] for view, ends in zip(sequences, bounds, strict=True)) <= limits.device_tokens
         and all(
             sum(ends[level] - ends[level + 1] for ends in bounds) <= tier.num_tokens
             for level, tier in enumerate(limits.tiers)
         )
-        for bounds in product(*map(reachable, req_indices))
+        for bounds in product(*map(reachable, sequences))
     )
 
 
@@ -126,19 +126,19 @@ def fits_somehow(req_indices, limits):
 @given(situations(), schedulers())
 @settings(max_examples=300)
 def test_decisions_keep_every_cap_and_move_rows_down_only(situation, scheduler):
-    req_indices, limits = situation
-    assume(scheduler.uses_tiers or not any(view.bounds[0] for view in req_indices))
-    decision = scheduler.plan(req_indices, limits)
+    sequences, limits = situation
+    assume(scheduler.uses_tiers or not any(view.bounds[0] for view in sequences))
+    decision = scheduler.plan(sequences, limits)
     if decision is not None:
-        assert_sound(req_indices, limits, decision)
+        assert_sound(sequences, limits, decision)
 
 
 @given(situations(most_seqs=2, most_tokens=6), three_phases())
 @settings(max_examples=300)
 def test_three_phases_find_a_placement_if_there_is_one(situation, scheduler):
-    req_indices, limits = situation
-    decision = scheduler.plan(req_indices, limits)
-    assert (decision is not None) == fits_somehow(req_indices, limits)
+    sequences, limits = situation
+    decision = scheduler.plan(sequences, limits)
+    assert (decision is not None) == fits_somehow(sequences, limits)
 
 
 @given(
@@ -211,7 +211,7 @@ def test_what_can_be_deleted_is_planned_for_and_no_more_is():
     assert ThreePhase(schedule).most_deleted(100) == 40
     limits = Limits(1000, (Tier(Medium.DISK, 1000),), rebuildable=10)
     [ends] = assert_sound(
-        *(req_indices := [one(150, rebuildable=10)], limits), ThreePhase(schedule, 1).plan(*(req_indices, limits))
+        *(sequences := [one(150, rebuildable=10)], limits), ThreePhase(schedule, 1).plan(*(sequences, limits))
     )
     assert ends == [120, 10]
 
@@ -247,26 +247,26 @@ def test_moves_come_in_chunks_where_there_is_room_for_them():
 
 
 def test_a_parked_sequence_may_leave_the_device_altogether():
-    req_indices = [one(50, req_idx=0, window=10, older=0), one(50, req_idx=1, active=False)]
+    sequences = [one(50, req_idx=0, window=10, older=0), one(50, req_idx=1, active=False)]
     limits = Limits(10, (Tier(Medium.DISK, 100),))
-    bounds = assert_sound(req_indices, limits, ThreePhase(chunk=1).plan(req_indices, limits))
+    bounds = assert_sound(sequences, limits, ThreePhase(chunk=1).plan(sequences, limits))
     assert bounds == [[40, 0], [50, 0]]
 
 
 def test_a_full_tier_gets_room_before_others_need_it():
     """What one sequence sends to a full disk takes the room that another one's deletion leaves."""
-    req_indices = [one(20, (0, 0), req_idx=0, window=4, older=0), one(30, (28, 0), req_idx=1, window=2, older=0)]
+    sequences = [one(20, (0, 0), req_idx=0, window=4, older=0), one(30, (28, 0), req_idx=1, window=2, older=0)]
     limits = Limits(16, (Tier(Medium.DISK, 28),), rebuildable=200)
-    decision = ThreePhase(chunk=1).plan(req_indices, limits)
-    assert_sound(req_indices, limits, decision)
+    decision = ThreePhase(chunk=1).plan(sequences, limits)
+    assert_sound(sequences, limits, decision)
     assert [move.target for move in decision.moves] == [None, Medium.DISK]
     assert [move.req_idx for move in decision.moves] == [1, 0]
 
 
 def test_rows_of_a_sequence_that_may_be_deleted_pass_a_full_tier_first():
-    req_indices = [one(12, (6, 0, 0), req_idx=0, rebuildable=0), one(8, (6, 0, 0), req_idx=1, rebuildable=6)]
+    sequences = [one(12, (6, 0, 0), req_idx=0, rebuildable=0), one(8, (6, 0, 0), req_idx=1, rebuildable=6)]
     limits = Limits(7, (Tier(Medium.HOST, 12), Tier(Medium.DISK, 0)), rebuildable=6)
-    bounds = assert_sound(req_indices, limits, ThreePhase(chunk=1).plan(req_indices, limits))
+    bounds = assert_sound(sequences, limits, ThreePhase(chunk=1).plan(sequences, limits))
     assert bounds[0][1:] == [0, 0]
 
 
@@ -274,9 +274,9 @@ def test_rows_of_a_sequence_that_may_be_deleted_pass_a_full_tier_first():
 
 
 def test_all_device_says_what_fits():
-    req_indices = [one(30), one(20, req_idx=1)]
-    assert AllDevice().plan(req_indices, Limits(50)) == (Phase.DEVICE, ())
-    assert AllDevice().plan(req_indices, Limits(49)) is None
+    sequences = [one(30), one(20, req_idx=1)]
+    assert AllDevice().plan(sequences, Limits(50)) == (Phase.DEVICE, ())
+    assert AllDevice().plan(sequences, Limits(49)) is None
 
 
 def test_a_static_split_holds_from_the_first_token_on():

@@ -3,86 +3,18 @@
 import pytest
 
 from alisa.budget import reads_of
-from alisa.config import SamplingParams
 from alisa.errors import CapacityError, InputError
 from alisa.outputs import Medium, Phase
 from alisa.scheduler.placement.all_device import AllDevice
 from alisa.scheduler.placement.base import Limits, Tier
-from alisa.scheduler.placement.three_phase import ThreePhase
+from alisa.scheduler.placement.static import StaticSplit
+from alisa.scheduler.placement.three_phase import Schedule, ThreePhase
 from alisa.scheduler.plan import Opened, ScheduledChunk
-from alisa.scheduler.request import Request, RequestStatus
-from alisa.scheduler.scheduler import Scheduler
-from alisa.scheduler.simulate import IntegerCache
+from alisa.scheduler.request import RequestStatus
+from alisa.scheduler.simulate import rollout
+from tests.scheduler_cases import Driver
 
 DISK = Tier(Medium.DISK, 1000)
-
-
-class Costs:
-    """Rows are always kept, or never."""
-
-    def __init__(self, keeps):
-        self.keeps = keeps
-
-    def keeps_rows(self, request):
-        return self.keeps
-
-
-class Driver:
-    """An engine without a model: it executes plans on integers and gives every request token 7."""
-
-    def __init__(self, limits, placement=None, *, policy="dense", keeps=True, max_num_seqs=8, prefill_chunk=16, **more):
-        self.scheduler = Scheduler(
-            limits,
-            placement or AllDevice(),
-            reads_of(policy, 0.6),
-            Costs(keeps),
-            max_num_seqs=max_num_seqs,
-            prefill_chunk=prefill_chunk,
-            **more,
-        )
-        self.cache = IntegerCache(limits)
-        self.finished = []
-
-    def add(self, request_id, prompt_len, max_new_tokens=4, priority=0):
-        request = Request(
-            request_id, range(prompt_len), SamplingParams(max_tokens=max_new_tokens), max_new_tokens, priority
-        )
-        self.scheduler.add(request)
-        return request
-
-    def abort(self, request_id):
-        request = self.scheduler.abort(request_id)
-        if request is not None and request.req_idx is not None:
-            self.cache.close(request.req_idx)
-        return request
-
-    def step(self, failed=None):
-        """Execute a step; its chunks by request id."""
-        plan = self.scheduler.schedule(self.cache)
-        if plan is None:
-            return None
-        self.plan = plan
-        self.cache.begin(plan)
-        running = {request.req_idx: request for request in self.scheduler.running}
-        done = [running[chunk.req_idx] for chunk in plan.chunks]
-        finished = []
-        for request, chunk in zip(done, plan.chunks, strict=True):
-            if chunk.end == len(request.token_ids) and chunk.req_idx not in (failed or {}):
-                request.append(7)
-                if len(request.output_ids) == request.max_new_tokens:
-                    request.finish_reason = "length"
-                    finished.append(request)
-        lost = [r for r in (*running.values(), *self.scheduler.swapped) if r.req_idx in (failed or {})]
-        self.scheduler.update(plan, finished, failed or {})
-        for request in (*finished, *lost):
-            self.cache.close(request.req_idx)
-        self.finished += [request.request_id for request in finished]
-        return {
-            request.request_id: (chunk.start, chunk.count) for request, chunk in zip(done, plan.chunks, strict=True)
-        }
-
-    def steps(self):
-        return list(iter(self.step, None))
 
 
 # --- queues ----------------------------------------------------------------------------------------------------------
@@ -169,7 +101,7 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers():
 
 
 def test_the_newest_loses_its_rows_when_all_others_need_room_and_comes_back_first():
-    driver = Driver(Limits(60), keeps=False)
+    driver = Driver(Limits(60))
     old, new = driver.add("a", 8, 40), driver.add("b", 8, 40)
     driver.add("c", 30, 4)
     while not new.num_preempted:
@@ -273,3 +205,102 @@ def test_a_request_whose_rows_are_lost_ends_with_the_reason():
     assert "a" not in driver.scheduler.requests
     driver.steps()
     assert (driver.finished, other.finish_reason) == (["b"], "length")
+
+
+# --- whole runs, written out ------------------------------------------------------------------------------------------
+# Version 0.1 makes these decisions. A line is a step: its chunks as request index:start-end, what opens and closes,
+# what moves.
+
+
+def written(plan):
+    parts = ["prefill" if plan.prefill else "decode"]
+    parts[0] += "".join(f" {chunk.req_idx}:{chunk.start}-{chunk.end}" for chunk in plan.chunks)
+    parts += [f"open {opened.req_idx}" for opened in plan.opened] + [f"close {req_idx}" for req_idx in plan.closed]
+    parts += [
+        f"{move.req_idx}:{move.start}-{move.end} {move.source} > {move.target or 'deleted'}" for move in plan.moves
+    ]
+    return ", ".join(parts)
+
+
+def test_a_third_request_waits_for_a_request_index():
+    plans = list(rollout(AllDevice(), Limits(40), (8, 11, 4), 3, reads_of("dense", 0), max_num_seqs=2, prefill_chunk=8))
+    assert [plan.step for plan in plans] == list(range(8))
+    assert list(map(written, plans)) == [
+        "prefill 0:0-8, open 0, open 1",
+        "prefill 1:0-8",
+        "prefill 1:8-11",
+        "decode 0:8-9 1:11-12",
+        "decode 0:9-10 1:12-13",
+        "prefill 1:0-4, open 1",
+        "decode 1:4-5",
+        "decode 1:5-6",
+    ]
+
+
+def test_the_device_is_full_and_the_newest_reads_its_prompt_again():
+    plans = list(rollout(AllDevice(), Limits(22), (12, 4, 3), 6, reads_of("dense", 0), prefill_chunk=8))
+    assert list(map(written, plans)) == [
+        "prefill 0:0-8, open 0, open 1",
+        "prefill 0:8-12 1:0-4",
+        "decode 0:12-13 1:4-5",
+        "decode 0:13-14 1:5-6",
+        "decode 0:14-15 1:6-7",
+        "decode 0:15-16, close 1",
+        "prefill 1:0-4, open 1",
+        "decode 0:16-17 1:4-5",
+        "prefill 0:0-3, open 0",
+        "decode 1:5-6 0:3-4",
+        "decode 1:6-7 0:4-5",
+        "decode 1:7-8 0:5-6",
+        "decode 1:8-9 0:6-7",
+        "decode 0:7-8",
+    ]
+
+
+def test_a_schedule_offloads_and_deletes():
+    schedule = Schedule(offload_from=2, recompute_from=4, offload_ratio=0.7, recompute_ratio=0.6)
+    limits = Limits(60, (Tier(Medium.DISK, 60),), rebuildable=8)
+    plans = list(rollout(ThreePhase(schedule, 2), limits, (20, 9), 6, reads_of("swa", 0.6), prefill_chunk=16))
+    assert list(map(written, plans)) == [
+        "prefill 0:0-16, open 0, open 1",
+        "prefill 0:16-20 1:0-9",
+        "decode 0:20-21 1:9-10",
+        "decode 0:21-22 1:10-11, 0:0-15 device > disk",
+        "decode 0:22-23 1:11-12",
+        "decode 0:23-24 1:12-13, 0:0-8 disk > deleted",
+        "decode 0:24-25 1:13-14, 0:15-17 device > disk",
+    ]
+    phases = [Phase.DEVICE] * 3 + [Phase.DEVICE_HOST] * 2 + [Phase.RECOMPUTE] * 2
+    assert [plan.phase for plan in plans] == phases
+
+
+def test_a_static_split_writes_past_the_device():
+    limits = Limits(20, (Tier(Medium.DISK, 40),))
+    options = {"max_num_seqs": 2, "prefill_chunk": 8}
+    plans = list(rollout(StaticSplit(0.75, chunk=4), limits, (3, 11, 6), 3, reads_of("dense", 0), **options))
+    assert list(map(written, plans)) == [
+        "prefill 0:0-3, open 0, open 1, 0:0-2 device > disk",
+        "prefill 1:0-8, 1:0-7 device > disk",
+        "prefill 1:8-11, 1:7-8 device > disk",
+        "decode 0:3-4 1:11-12, 0:2-3 device > disk, 1:8-11 device > disk",
+        "decode 0:4-5 1:12-13, 0:3-4 device > disk, 1:11-12 device > disk",
+        "prefill 1:0-6, open 1, 1:0-4 device > disk",
+        "decode 1:6-7, 1:4-6 device > disk",
+        "decode 1:7-8, 1:6-7 device > disk",
+    ]
+
+
+def test_a_request_is_swapped_while_two_read_too_much():
+    limits = Limits(44, (Tier(Medium.HOST, 8), Tier(Medium.DISK, 60)))
+    plans = list(rollout(ThreePhase(chunk=4), limits, (40, 10, 5), 4, reads_of("dense", 0), prefill_chunk=64))
+    assert list(map(written, plans)) == [
+        "prefill 0:0-40 1:0-10, open 0, open 1, 0:0-39 device > disk, 1:0-1 device > disk, 1:1-9 device > host",
+        "decode 0:40-41",
+        "decode 0:41-42",
+        "decode 0:42-43",
+        "prefill 0:0-5, open 0",
+        "decode 1:10-11 0:5-6",
+        "decode 1:11-12 0:6-7",
+        "decode 1:12-13 0:7-8",
+    ]
+    assert [plan.num_preempted for plan in plans] == [0, 1, *[0] * (len(plans) - 2)]

@@ -122,41 +122,41 @@ def loads(
         copies: sequences that each request index stands for; `limits` are then the share of one.
         stride: decode steps that each decode plan stands for: its moves are those of all of them.
     """
-    req_indices: dict[int, _Seq] = {}
+    sequences: dict[int, _Seq] = {}
     reads = method.reads
     for plan in plans:
-        for segment in plan.chunks:
-            if segment.start == 0:  # a new sequence, or one that reads its prompt again
-                req_indices[segment.req_idx] = _Seq([0] * (len(limits.tiers) + 1))
+        for chunk in plan.chunks:
+            if chunk.start == 0:  # a new sequence, or one that reads its prompt again
+                sequences[chunk.req_idx] = _Seq([0] * (len(limits.tiers) + 1))
         stored = 0
         for move in plan.moves:
-            lower_bounds(req_indices[move.req_idx].bounds, move, limits)
+            lower_bounds(sequences[move.req_idx].bounds, move, limits)
             stored += move.num_tokens if move.target is not None else 0
         pairs = num_read = candidates = finished = remnants = 0
         wanted = deleted = population = 0.0
-        for segment in plan.chunks:
-            req_idx = req_indices[segment.req_idx]
-            req_idx.length = segment.end
-            remnants += max(min(segment.end, limits.rebuildable) - segment.start, 0)
+        for chunk in plan.chunks:
+            sequence = sequences[chunk.req_idx]
+            sequence.length = chunk.end
+            remnants += max(min(chunk.end, limits.rebuildable) - chunk.start, 0)
             if plan.prefill:
-                pairs += segment.count * (segment.start + segment.end + 1) // 2
-                finished += _ends_prompt(segment, prompt_lens)
+                pairs += chunk.count * (chunk.start + chunk.end + 1) // 2
+                finished += _ends_prompt(chunk, prompt_lens)
                 continue
             finished += 1
-            earlier = segment.end - 1
+            earlier = chunk.end - 1
             recent, older = reads(earlier)
             num_read += recent + older + 1
             candidates += earlier
-            below, gone = req_idx.bounds[0], req_idx.bounds[-1]
+            below, gone = sequence.bounds[0], sequence.bounds[-1]
             open_to_choice = earlier - recent
             if below and open_to_choice:
                 share = min(below, open_to_choice) / open_to_choice
                 wanted += older * share + max(below - open_to_choice, 0)
                 deleted += older * min(gone, open_to_choice) / open_to_choice
                 population += below
-        # Whoever takes no part in a decode step has finished, or has gone down to wait.
-        there = req_indices.values() if plan.prefill else [req_indices[segment.req_idx] for segment in plan.chunks]
-        own = sum(req_idx.length - req_idx.bounds[0] for req_idx in there)
+        # Whoever takes no part in a decode step has finished, or is swapped.
+        there = sequences.values() if plan.prefill else [sequences[chunk.req_idx] for chunk in plan.chunks]
+        own = sum(sequence.length - sequence.bounds[0] for sequence in there)
         hot = max(limits.device_tokens - own, 0)
         missing = _missing(method, wanted, population, hot)
         rebuilt = missing * deleted / wanted if wanted else 0.0
@@ -176,16 +176,16 @@ def loads(
             stored=copies * stored / (1 if plan.prefill else stride),
             remnants=copies * remnants,
             device_tokens=copies * int(own + min(hot, population)),
-            below_tokens=copies * sum(req_idx.bounds[0] - req_idx.bounds[-1] for req_idx in there),
-            deleted_tokens=copies * sum(req_idx.bounds[-1] for req_idx in there),
-            remnant_tokens=copies * sum(min(req_idx.length, limits.rebuildable) for req_idx in there),
+            below_tokens=copies * sum(sequence.bounds[0] - sequence.bounds[-1] for sequence in there),
+            deleted_tokens=copies * sum(sequence.bounds[-1] for sequence in there),
+            remnant_tokens=copies * sum(min(sequence.length, limits.rebuildable) for sequence in there),
         )
 
 
-def _ends_prompt(segment: ScheduledChunk, prompt_lens: dict[int, int] | int | None) -> bool:
+def _ends_prompt(chunk: ScheduledChunk, prompt_lens: dict[int, int] | int | None) -> bool:
     if prompt_lens is None:
-        return segment.count < PREFILL_CHUNK
-    return segment.end == (prompt_lens if isinstance(prompt_lens, int) else prompt_lens[segment.req_idx])
+        return chunk.count < PREFILL_CHUNK
+    return chunk.end == (prompt_lens if isinstance(prompt_lens, int) else prompt_lens[chunk.req_idx])
 
 
 def _missing(method: Method, wanted: float, population: float, hot: float) -> float:

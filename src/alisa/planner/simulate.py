@@ -99,7 +99,7 @@ def simulate(
     max_num_seqs: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Timeline:
-    """Every step that the engine will make, req_idx by req_idx.
+    """Every step that the engine will make.
 
     Raises:
         CapacityError: a sequence does not fit even alone.
@@ -201,7 +201,7 @@ def _first_owners(plans: Sequence[StepPlan], prompt_lens: Sequence[int]) -> dict
     owners: dict[int, int] = {}
     waiting = iter(prompt_lens)
     for plan in plans:
-        for segment in plan.chunks:
-            if segment.start == 0 and segment.req_idx not in owners:
-                owners[segment.req_idx] = next(waiting, prompt_lens[-1])
+        for chunk in plan.chunks:
+            if chunk.start == 0 and chunk.req_idx not in owners:
+                owners[chunk.req_idx] = next(waiting, prompt_lens[-1])
     return owners

@@ -192,7 +192,7 @@ class Scheduler:
     # --- the queues ----------------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
-        """Swapped requests run again as soon as they do not crowd the others, the one that has waited longest first."""
+        """Swapped requests run again as soon as there is room to read them, the one that has waited longest first."""
         while self._swapped and not self._is_oversubscribed([*self._running, self._swapped[0]]):
             self._run(self._swapped.pop(0))
 
@@ -267,14 +267,14 @@ class Scheduler:
         return self._decide(views)
 
     def _has_room(self, request: Request, cache: CacheView) -> bool:
-        """Whether one more request fits for a while, and does not crowd the others; alone it always does."""
+        """Whether one more request fits for a while, together with the others; alone it always does."""
         if not self._running:
             return True
         lengths = [min(r.num_cached + HEADROOM_TOKENS, r.num_rows) for r in self._running]
         views = [self._view(r, n, cache, active=True) for r, n in zip(self._running, lengths, strict=True)]
         views.append(fresh_view(request.prompt_len, self.limits, self._reads))
-        crowded = is_oversubscribed(self.placement, self.limits, (view.num_read for view in views))
-        return not crowded and self._fits(views)
+        oversubscribed = is_oversubscribed(self.placement, self.limits, (view.num_read for view in views))
+        return not oversubscribed and self._fits(views)
 
     def _is_oversubscribed(self, running: Sequence[Request]) -> bool:
         """Whether these requests read more in one layer than the device holds, and one of them could wait."""

@@ -30,7 +30,7 @@ class AllDevice:
         """There is nowhere else to read from."""
         return False
 
-    def plan(self, req_indices: Sequence[SeqView], limits: Limits) -> PlacementDecision | None:
+    def plan(self, sequences: Sequence[SeqView], limits: Limits) -> PlacementDecision | None:
         """See `PlacementPolicy.plan`."""
-        fits = sum(view.length for view in req_indices) <= limits.device_tokens
+        fits = sum(view.length for view in sequences) <= limits.device_tokens
         return PlacementDecision(Phase.DEVICE, ()) if fits else None

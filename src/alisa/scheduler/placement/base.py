@@ -138,7 +138,7 @@ class PlacementPolicy(Protocol):
         """Whether fewer sequences should run at a time when together they read more than the device holds."""
         ...
 
-    def plan(self, req_indices: Sequence[SeqView], limits: Limits) -> PlacementDecision | None:
+    def plan(self, sequences: Sequence[SeqView], limits: Limits) -> PlacementDecision | None:
         """Moves after which every sequence has room for its length; None when no placement of all of them fits."""
         ...
 
@@ -151,14 +151,14 @@ def is_oversubscribed(placement: PlacementPolicy, limits: Limits, num_read: Iter
     return bool(limits.tiers) and placement.avoids_oversubscription and sum(num_read) > limits.device_tokens
 
 
-def moves_down(req_indices: Sequence[SeqView], bounds: Sequence[Sequence[int]], limits: Limits) -> tuple[Move, ...]:
+def moves_down(sequences: Sequence[SeqView], bounds: Sequence[Sequence[int]], limits: Limits) -> tuple[Move, ...]:
     """The moves that take every sequence from its present bounds to lower ones.
 
     Deepest first over all sequences: what one of them sends to a full tier may need the room that another leaves.
     """
     media: list[Medium | None] = [Medium.DEVICE, *(tier.medium for tier in limits.tiers), None]
     found: list[tuple[int, Move]] = []
-    for view, ends in zip(req_indices, bounds, strict=True):
+    for view, ends in zip(sequences, bounds, strict=True):
         for start, end in pairwise(sorted({0, *view.bounds, *ends})):
             source, target = _level(start, view.bounds), _level(start, ends)
             medium = media[source]

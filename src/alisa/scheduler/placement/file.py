@@ -21,7 +21,7 @@ from alisa.scheduler.placement.three_phase import Schedule, ThreePhase
 
 
 def load_schedule(path: Path) -> PlacementPolicy:
-    """The scheduler that a file describes.
+    """The placement policy that a file describes.
 
     Raises:
         InputError: the file is missing or not such a description.
@@ -43,7 +43,7 @@ def load_schedule(path: Path) -> PlacementPolicy:
 
 
 def schedule_from(values: Mapping[str, Any]) -> PlacementPolicy:
-    """The scheduler that these values describe.
+    """The placement policy that these values describe.
 
     Raises:
         InputError: something is missing, unknown or out of range.
@@ -66,15 +66,15 @@ def schedule_from(values: Mapping[str, Any]) -> PlacementPolicy:
     raise InputError(f"schedule {name!r} is unknown, there is all-device, static, three-phase.")
 
 
-def schedule_values(scheduler: PlacementPolicy) -> dict[str, Any]:
-    """What `schedule_from` makes the same scheduler of."""
-    match scheduler:
+def schedule_values(placement: PlacementPolicy) -> dict[str, Any]:
+    """What `schedule_from` makes the same placement policy of."""
+    match placement:
         case StaticSplit():
-            return {"schedule": scheduler.name, "offload_ratio": scheduler.offload_ratio}
+            return {"schedule": placement.name, "offload_ratio": placement.offload_ratio}
         case ThreePhase(schedule=Schedule() as schedule):
-            return {"schedule": scheduler.name, **asdict(schedule)}
+            return {"schedule": placement.name, **asdict(schedule)}
         case _:
-            return {"schedule": scheduler.name}
+            return {"schedule": placement.name}
 
 
 def _check(values: Mapping[str, Any], wanted: set[str]) -> None:

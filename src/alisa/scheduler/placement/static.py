@@ -36,11 +36,11 @@ class StaticSplit:
         """The split is what is wanted, whatever it costs."""
         return False
 
-    def plan(self, req_indices: Sequence[SeqView], limits: Limits) -> PlacementDecision | None:
+    def plan(self, sequences: Sequence[SeqView], limits: Limits) -> PlacementDecision | None:
         """See `PlacementPolicy.plan`."""
-        bounds = [list(view.bounds) for view in req_indices]
+        bounds = [list(view.bounds) for view in sequences]
         resident = 0
-        for view, ends in zip(req_indices, bounds, strict=True):
+        for view, ends in zip(sequences, bounds, strict=True):
             # Rounded up to whole chunks: the split must hold between two moves, too. What it asks of the device does
             # not count the rounding: a sequence that fits must have fitted at every length before.
             wanted = int(self.offload_ratio * view.length)
@@ -50,5 +50,5 @@ class StaticSplit:
         if resident > limits.device_tokens or below > sum(tier.num_tokens for tier in limits.tiers[:1]):
             return None
         return PlacementDecision(
-            latest_phase([phase_of(ends) for ends in bounds]), moves_down(req_indices, bounds, limits)
+            latest_phase([phase_of(ends) for ends in bounds]), moves_down(sequences, bounds, limits)
         )

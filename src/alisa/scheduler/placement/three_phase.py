@@ -1,6 +1,6 @@
 """Token-level dynamic scheduling in three phases (ALISA, arXiv 2403.17312, section 5 and Algorithm 2).
 
-I: everything on the device. II: a part of every sequence, its oldest tokens, goes down. III: of those, the oldest are
+I: everything on the device. II: a part of every sequence, its oldest tokens, is offloaded. III: the oldest of those are
 deleted, and rebuilt when a step selects them. The paper switches at fixed steps p1 and p2 of an offline plan; here such
 a `Schedule` says what is to happen at least, and measured pressure does the rest, sequence by sequence: a batch is
 ragged, and a plan that was too hopeful must not end in an error.
@@ -16,7 +16,7 @@ from alisa.errors import InputError
 from alisa.scheduler.placement.base import Limits, PlacementDecision, SeqView, latest_phase, moves_down, phase_of
 
 CHUNK_TOKENS = 16
-"""Tokens that go down together at the least: 16 rows of 8 KiB make one write of 128 KiB for each layer, which a disk
+"""Tokens that are offloaded together at least: 16 rows of 8 KiB make one write of 128 KiB for each layer, which a disk
 takes at its full rate, and 16 tokens more or less do not matter in any pool worth having."""
 
 HOT_FACTOR = 2
@@ -71,7 +71,7 @@ class Schedule:
         return int(self.recompute_ratio * self.offloaded(view)) if view.output_step >= self.recompute_from else 0
 
     def most_deleted(self, num_tokens: int) -> int:
-        """Tokens that a sequence of this final length may come to lose: these need a remnant."""
+        """Tokens that a sequence of this final length may come to lose: their hidden states are kept."""
         return int(self.recompute_ratio * int(self.offload_ratio * num_tokens))
 
 
@@ -97,22 +97,22 @@ class ThreePhase:
         """Reading from below in every layer of every step costs more than waiting."""
         return True
 
-    def plan(self, req_indices: Sequence[SeqView], limits: Limits) -> PlacementDecision | None:
+    def plan(self, sequences: Sequence[SeqView], limits: Limits) -> PlacementDecision | None:
         """See `PlacementPolicy.plan`."""
-        bounds = self._asked(req_indices, limits)
-        if not (self._relieve_device(req_indices, bounds, limits) and self._relieve_tiers(req_indices, bounds, limits)):
+        bounds = self._asked(sequences, limits)
+        if not (self._relieve_device(sequences, bounds, limits) and self._relieve_tiers(sequences, bounds, limits)):
             return None
         return PlacementDecision(
-            latest_phase([phase_of(ends) for ends in bounds]), moves_down(req_indices, bounds, limits)
+            latest_phase([phase_of(ends) for ends in bounds]), moves_down(sequences, bounds, limits)
         )
 
-    def _asked(self, req_indices: Sequence[SeqView], limits: Limits) -> list[list[int]]:
+    def _asked(self, sequences: Sequence[SeqView], limits: Limits) -> list[list[int]]:
         """The present bounds, or the lower ones of the schedule where they are a chunk or more away and find room."""
-        bounds = [list(view.bounds) for view in req_indices]
+        bounds = [list(view.bounds) for view in sequences]
         if self.schedule is None or not limits.tiers:
             return bounds
-        spare = _spare(req_indices, bounds, limits)
-        for view, ends in zip(req_indices, bounds, strict=True):
+        spare = _spare(sequences, bounds, limits)
+        for view, ends in zip(sequences, bounds, strict=True):
             movable = view.length - view.window if view.active else view.length
             offloaded = min(self.schedule.offloaded(view), movable, _deepest(view, ends[0], spare))
             if offloaded >= ends[0] + self.chunk:
@@ -123,18 +123,18 @@ class ThreePhase:
                 ends[1:] = [max(bound, deleted) for bound in ends[1:]]
         return bounds
 
-    def _relieve_device(self, req_indices: Sequence[SeqView], bounds: list[list[int]], limits: Limits) -> bool:
+    def _relieve_device(self, sequences: Sequence[SeqView], bounds: list[list[int]], limits: Limits) -> bool:
         """Push the oldest tokens down until the others, and a hot cache for the pushed ones, fit the pool."""
         if limits.tiers:
             for hot_factor, keeps_window in _DEMANDS:
-                self._push(req_indices, bounds, limits, hot_factor, keeps_window=keeps_window)
+                self._push(sequences, bounds, limits, hot_factor, keeps_window=keeps_window)
         # The hot cache may be smaller than one layer's selection, even nothing: that is then read in pieces.
-        resident = sum(view.length - ends[0] for view, ends in zip(req_indices, bounds, strict=True))
+        resident = sum(view.length - ends[0] for view, ends in zip(sequences, bounds, strict=True))
         return resident <= limits.device_tokens
 
     def _push(
         self,
-        req_indices: Sequence[SeqView],
+        sequences: Sequence[SeqView],
         bounds: list[list[int]],
         limits: Limits,
         hot_factor: int,
@@ -143,18 +143,18 @@ class ThreePhase:
     ) -> None:
         """Lower the first bounds, the sequences that hold most on the device first, until the demand fits the pool.
 
-        The demand of a sequence of length n with d tokens below is n - d + min(d, hot_factor * older). Nothing goes
-        down that the tiers below cannot take: for a larger hot cache no sequence has to give way.
+        The demand of a sequence of length n with d tokens below is n - d + min(d, hot_factor * older). Nothing is
+        offloaded that the tiers below cannot take: for a larger hot cache no sequence has to be preempted.
         """
-        spare = _spare(req_indices, bounds, limits)
+        spare = _spare(sequences, bounds, limits)
         excess = -limits.device_tokens
-        for view, ends in zip(req_indices, bounds, strict=True):
+        for view, ends in zip(sequences, bounds, strict=True):
             hot = hot_factor * view.older if view.active else 0
             excess += view.length - ends[0] + min(ends[0], hot)
-        for index in sorted(range(len(req_indices)), key=lambda i: bounds[i][0] - req_indices[i].length):
+        for index in sorted(range(len(sequences)), key=lambda i: bounds[i][0] - sequences[i].length):
             if excess <= 0:
                 return
-            view, ends = req_indices[index], bounds[index]
+            view, ends = sequences[index], bounds[index]
             hot = hot_factor * view.older if view.active else 0
             most = view.length
             if view.active:
@@ -166,15 +166,15 @@ class ThreePhase:
             ends[0] = below
 
     @staticmethod
-    def _relieve_tiers(req_indices: Sequence[SeqView], bounds: list[list[int]], limits: Limits) -> bool:
+    def _relieve_tiers(sequences: Sequence[SeqView], bounds: list[list[int]], limits: Limits) -> bool:
         """Pass what a tier cannot hold to the next, the sequences that hold most first; the last tier deletes."""
         for level, tier in enumerate(limits.tiers):
             excess = sum(ends[level] - ends[level + 1] for ends in bounds) - tier.num_tokens
-            order = sorted(range(len(req_indices)), key=lambda i: bounds[i][level] - bounds[i][level + 1], reverse=True)
+            order = sorted(range(len(sequences)), key=lambda i: bounds[i][level] - bounds[i][level + 1], reverse=True)
             # What may be deleted goes first: the tiers further down may have no room for anything else.
-            excess -= _pass_down(bounds, level, excess, [(i, req_indices[i].rebuildable) for i in order])
+            excess -= _pass_down(bounds, level, excess, [(i, sequences[i].rebuildable) for i in order])
             if level + 1 < len(limits.tiers):
-                excess -= _pass_down(bounds, level, excess, [(i, req_indices[i].length) for i in order])
+                excess -= _pass_down(bounds, level, excess, [(i, sequences[i].length) for i in order])
             if excess > 0:
                 return False
         return True
@@ -199,12 +199,12 @@ def _kept(view: SeqView, bound: int) -> int:
     return max(bound - view.rebuildable, 0)
 
 
-def _spare(req_indices: Sequence[SeqView], bounds: Sequence[Sequence[int]], limits: Limits) -> int:
+def _spare(sequences: Sequence[SeqView], bounds: Sequence[Sequence[int]], limits: Limits) -> int:
     """Tokens that the tiers below can still take, besides those that can be deleted."""
-    kept = sum(_kept(view, ends[0]) for view, ends in zip(req_indices, bounds, strict=True))
+    kept = sum(_kept(view, ends[0]) for view, ends in zip(sequences, bounds, strict=True))
     return sum(tier.num_tokens for tier in limits.tiers) - kept
 
 
 def _deepest(view: SeqView, bound: int, spare: int) -> int:
-    """How far a first bound can go down from here with that much room below."""
+    """How far a first bound can move from here with that much room in the tiers below."""
     return max(bound, view.rebuildable) + spare

@@ -1,0 +1,220 @@
+"""The scheduler as a state machine: requests come, are aborted, end early or lose their rows, under any limits.
+
+The model knows what every request was asked and how far it is; each plan is checked against it and against the limits.
+"""
+
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from alisa.errors import CapacityError, InputError
+from alisa.outputs import Medium
+from alisa.scheduler.placement.all_device import AllDevice
+from alisa.scheduler.placement.base import Limits, Tier
+from alisa.scheduler.placement.static import StaticSplit
+from alisa.scheduler.placement.three_phase import Schedule, ThreePhase
+from alisa.scheduler.request import RequestStatus
+from tests.scheduler_cases import TOKEN, Driver
+
+STATE_BLOCK = 64
+
+
+def some_limits(draw):
+    tiers = tuple(Tier(medium, draw.randint(0, 120)) for medium in draw.choice(([], [Medium.DISK], list(Medium)[1:])))
+    state_tokens = draw.choice((None, STATE_BLOCK * draw.randint(1, 8), draw.randint(64, 300)))
+    return Limits(draw.randint(1, 120), tiers, draw.randint(0, 40) if tiers else 0, state_tokens)
+
+
+def some_placement(draw):
+    steps, chunk = sorted(draw.randint(0, 40) for _ in range(2)), draw.randint(1, 16)
+    schedule = Schedule(
+        offload_from=steps[0], recompute_from=steps[1], offload_ratio=draw.random(), recompute_ratio=draw.random()
+    )
+    return draw.choice(
+        (AllDevice(), StaticSplit(0.99 * draw.random(), chunk), ThreePhase(None, chunk), ThreePhase(schedule, chunk))
+    )
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """`live` has every request that is not finished, `lengths` what the cache holds by request index."""
+
+    @initialize(seed=st.integers(0, 2**32 - 1))
+    def set_up(self, seed):
+        draw = random.Random(seed)
+        self.limits = some_limits(draw)
+        self.max_num_seqs, self.prefill_chunk = draw.randint(1, 6), draw.choice((4, 16, 64))
+        keep = draw.choice((0, 0.5, 1))
+        self.driver = Driver(
+            self.limits,
+            some_placement(draw),
+            policy=draw.choice(("dense", "swa", "local")),
+            keeps=lambda request: draw.random() < keep,
+            max_num_seqs=self.max_num_seqs,
+            prefill_chunk=self.prefill_chunk,
+        )
+        self.scheduler = self.driver.scheduler
+        self.live, self.owners, self.lengths = {}, {}, {}
+        self.gone = []
+        self.num_added = 0
+        self.admitted = set()
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    @rule(prompt_len=st.integers(1, 60), new=st.integers(1, 40), priority=st.sampled_from((0, 0, 0, -1, 1)))
+    def add(self, prompt_len, new, priority):
+        self.num_added += 1
+        name = f"r{self.num_added}"
+        try:
+            request = self.driver.add(name, prompt_len, new, priority)
+        except CapacityError:
+            num_rows = prompt_len + new - 1
+            most = min(self.limits.device_tokens, (self.limits.state_tokens or 128) // STATE_BLOCK * STATE_BLOCK)
+            assert num_rows > most or isinstance(self.scheduler.placement, StaticSplit)
+            return
+        self.live[name] = request, self.num_added
+
+    @rule(seed=st.integers(0, 2**32 - 1))
+    def add_again(self, seed):
+        """An id in use is refused, and nothing has changed."""
+        if self.live:
+            with pytest.raises(InputError):
+                self.driver.add(random.Random(seed).choice(list(self.live)), 1, 1)
+
+    @rule(seed=st.integers(0, 2**32 - 1))
+    def abort(self, seed):
+        draw = random.Random(seed)
+        if not self.live or draw.random() < 0.1:
+            assert self.driver.abort("nobody") is None
+            return
+        # Each queue as often as the others.
+        status = draw.choice(sorted({request.status for request, _ in self.live.values()}))
+        name = draw.choice([name for name, (request, _) in self.live.items() if request.status is status])
+        request = self.live[name][0]
+        assert self.driver.abort(name) is request
+        assert (request.finish_reason, request.req_idx is None) == ("abort", status is RequestStatus.WAITING)
+        self.let_go(name)
+        assert self.driver.abort(name) is None
+
+    def let_go(self, name):
+        request, _ = self.live.pop(name)
+        assert request.status is RequestStatus.FINISHED
+        assert 0 < request.admitted_s <= request.first_token_s <= request.finished_s
+        self.gone.append(name)
+        if request.req_idx is not None:
+            del self.owners[request.req_idx], self.lengths[request.req_idx]
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    @rule(count=st.integers(1, 20), seed=st.integers(0, 2**32 - 1), trouble=st.sampled_from((0, 0, 0.05)))
+    def steps(self, count, seed, trouble):
+        draw = random.Random(seed)
+        for _ in range(count):
+            failed = {req_idx: "lost" for req_idx in range(self.max_num_seqs) if trouble and draw.random() < trouble}
+            self.step(lambda request: draw.random() < trouble, failed)
+
+    def step(self, stops=lambda request: False, failed=None):
+        before = {name: request.num_cached for name, (request, _) in self.live.items()}
+        chunks = self.driver.step(stops=stops, failed=failed)
+        assert (chunks is None) == (not self.live)
+        if chunks is None:
+            return False
+        plan = self.driver.plan
+        self.check_owners(plan)
+        self.check_chunks(plan, before)
+        self.check_room()
+        for name in [name for name, (request, _) in self.live.items() if request.finish_reason is not None]:
+            request = self.live[name][0]
+            assert (request.finish_reason == "error") == (request.req_idx in (failed or {}))
+            self.let_go(name)
+        return True
+
+    def check_owners(self, plan):
+        """No index has two owners, nobody comes back who is gone, and requests start in their order."""
+        for req_idx in plan.closed:
+            del self.owners[req_idx], self.lengths[req_idx]
+        for opened in plan.opened:
+            assert 0 <= opened.req_idx < self.max_num_seqs
+            assert opened.req_idx not in self.owners
+            request = self.live[opened.request_id][0]
+            assert opened.num_tokens == request.num_rows
+            assert opened.request_id not in self.owners.values()
+            self.owners[opened.req_idx], self.lengths[opened.req_idx] = opened.request_id, 0
+            self.admitted.add(opened.request_id)
+        waiting = [
+            (request.priority, arrival)
+            for name, (request, arrival) in self.live.items()
+            if name not in self.admitted and not request.num_preempted
+        ]
+        for opened in plan.opened:
+            request, arrival = self.live[opened.request_id]
+            assert all((request.priority, arrival) < other for other in waiting), "nobody is overtaken"
+
+    def check_chunks(self, plan, before):
+        """Chunks continue their sequences; prompts are cut at multiples of the prefill chunk."""
+        assert plan.chunks
+        assert len({chunk.req_idx for chunk in plan.chunks}) == len(plan.chunks)
+        for chunk in plan.chunks:
+            name = self.owners[chunk.req_idx]
+            request = self.live[name][0]
+            assert chunk.start == self.lengths[chunk.req_idx]
+            assert chunk.start in (0, before[name])
+            assert chunk.end <= request.num_rows
+            self.lengths[chunk.req_idx] = chunk.end
+            if plan.prefill:
+                assert chunk.start % self.prefill_chunk == 0
+                assert chunk.end == request.prompt_len or chunk.end % self.prefill_chunk == 0
+            else:
+                assert chunk.count == 1
+                assert chunk.start >= request.prompt_len
+        if plan.prefill:
+            assert plan.num_tokens <= self.prefill_chunk
+
+    def check_room(self):
+        """Every limit is kept in the step."""
+        bounds = self.driver.bounds
+        assert bounds.keys() == self.lengths.keys()
+        assert sum(self.lengths[req_idx] - ends[0] for req_idx, ends in bounds.items()) <= self.limits.device_tokens
+        for level, tier in enumerate(self.limits.tiers):
+            assert sum(ends[level] - ends[level + 1] for ends in bounds.values()) <= tier.num_tokens
+        assert all(ends[-1] <= self.limits.rebuildable for ends in bounds.values())
+        if self.limits.state_tokens is not None:
+            num_blocks = sum(-(-length // STATE_BLOCK) for length in self.lengths.values())
+            assert num_blocks * STATE_BLOCK <= self.limits.state_tokens
+
+    @invariant()
+    def agrees(self):
+        scheduler = self.scheduler
+        assert dict(scheduler.requests) == {name: request for name, (request, _) in self.live.items()}
+        assert scheduler.has_requests == bool(self.live)
+        queues = {status: [] for status in RequestStatus}
+        for request, _ in self.live.values():
+            queues[request.status].append(request)
+            assert (request.req_idx is None) == (request.status is RequestStatus.WAITING)
+            assert request.output_ids == [TOKEN] * len(request.output_ids)
+            assert request.token_ids == [*request.prompt_ids, *request.output_ids]
+        assert set(scheduler.running) == set(queues[RequestStatus.RUNNING])
+        assert set(scheduler.swapped) == set(queues[RequestStatus.SWAPPED])
+        assert scheduler.num_waiting == len(queues[RequestStatus.WAITING])
+        assert not queues[RequestStatus.FINISHED]
+        priorities = [request.priority for request in scheduler.running]
+        assert priorities == sorted(priorities)
+        indices = [request.req_idx for request in (*scheduler.running, *scheduler.swapped)]
+        assert len(set(indices)) == len(indices) <= self.max_num_seqs
+        assert {req_idx: self.live[name][0].num_cached for req_idx, name in self.owners.items()} == self.lengths
+
+    def teardown(self):
+        """Every request that nobody has aborted gets all its tokens."""
+        left = {name: request for name, (request, _) in self.live.items()}
+        for _ in range(10 * sum(request.num_rows for request in left.values()) + 1):
+            if not self.step():
+                break
+        assert not self.live
+        assert all(len(request.output_ids) == request.max_new_tokens for request in left.values())
+        assert all(request.finish_reason == "length" for request in left.values())
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
