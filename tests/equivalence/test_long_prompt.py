@@ -21,6 +21,8 @@ from alisa.engine.runner import ModelRunner
 from alisa.cache.codec import make_codec
 from alisa.model.loader import random_decoder
 from alisa.policy.registry import make_policy
+from alisa.planner.footprint import policy_bytes
+from alisa.budget import state_tokens
 from alisa.spec import ModelSpec, Rope
 from alisa.outputs import Medium
 from alisa.spec import RowFormat
@@ -38,9 +40,14 @@ total = (length + 7) * 6 * codec.format.row_bytes
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 memory = build_kv_cache(decoder, policy, codec, kernels, [length + 7], Caps(int(share * total), 0, None, None), None, 1)
-state = policy.start(spec, 1, length + 7, decoder.device, kernels.selection)
-runner = ModelRunner(decoder, policy, memory.store, state, kernels.prefill, kernels.attend, Stopwatch(),
-looks_ahead=True) engine = Engine(
+state = policy.start(
+    spec.attention, max_num_seqs=1, num_tokens=state_tokens(length + 7), max_len=length + 7, device=decoder.device,
+    kernels=kernels.selection,
+)
+runner = ModelRunner(
+    decoder, policy, memory.store, state, kernels.prefill, kernels.attend, Stopwatch(), looks_ahead=True
+)
+engine = Engine(
     runner, Placement(memory.scheduler, memory.limits, memory.store, policy), eos_ids=frozenset(), prefill_chunk=1024
 )
 ids = torch.randint(0, 512, (length,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -50,7 +57,7 @@ while (result := engine.step()) is not None:
     most = max(most, result.record.kv_bytes)
     tokens = list(result.advanced[0].output_ids) if result.advanced else tokens
 print(json.dumps({"total": total, "cap": int(share * total), "kv_peak": most, "tokens": tokens,
-                  "grown": peak() - before, "state": state.nbytes}))
+                  "grown": peak() - before, "state": policy_bytes(spec, "swa", 0.95, 1, length + 7)}))
 memory.store.close()
 """
 
