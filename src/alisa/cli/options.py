@@ -13,8 +13,14 @@ from typing import Annotated
 from tyro.conf import arg
 
 from alisa.config import DeviceName, DtypeName, EngineConfig, KvDtypeName, PolicyName, WeightDtypeName, parse_bytes
+from alisa.policy.registry import policies_help
 
 _DEFAULT = EngineConfig()
+_POLICY_HELP = (
+    f"Which earlier tokens a step reads. {policies_help()} Why sketch: at sparsity 0.8 it loses 0.1 % of perplexity "
+    "where swa loses 8 %, and it looks up all facts in 1024 tokens where every choice by history finds a fifth or less "
+    "(docs/accuracy.md)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +35,7 @@ class EngineOptions:
         str | None, arg(metavar="ID_OR_DIR", help_behavior_hint="(default: the small model inside the package)")
     ] = None
     """A directory or a Hugging Face id of a checkpoint."""
-    policy: PolicyName = _DEFAULT.policy
-    """Which earlier tokens a step reads. dense: all. local: the most recent. strided: recent and every so-manyth older.
-    streaming: the first four and the recent. h2o: recent and most attended since the beginning. swa: recent and most
-    attended lately (ALISA). swa-head: the same for each KV head. sketch: recent and those a 4-bit copy of all keys
-    finds best for this query, the mean of all values standing in for the rest; sketch-2bit, sketch-8bit: with 2 or 8
-    bits; sketch-head: for each KV head; sketch-plain: without the mean. oracle: sketch with exact keys, for
-    comparison. Why sketch: at sparsity 0.8 it loses 0.1 % of perplexity where swa loses 8 %, and it looks up all facts
-    in 1024 tokens where every choice by history finds a fifth or less (docs/accuracy.md)."""
+    policy: Annotated[PolicyName, arg(help=_POLICY_HELP)] = _DEFAULT.policy
     sparsity: Annotated[float, arg(metavar="SHARE")] = _DEFAULT.sparsity
     """Share of the earlier tokens that a step does not read, 0 up to but not 1; dense ignores it."""
     dtype: DtypeName = _DEFAULT.dtype
