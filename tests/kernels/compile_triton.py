@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from alisa.kernels.reference.sketch import sketch
 from alisa.kernels.triton.kernels import TritonKernels
-from alisa.policy.sketch import sketch
 from tests.kernels.cases import make_problem
 
 POINTERS = {

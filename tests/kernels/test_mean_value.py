@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from alisa.policy.mean_value import mean_add, mean_blend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.reference.selection import ReferenceSelection
 from tests.kernels.cases import ISAS, kernels
 from tests.kernels.triton_device import on_each_device, triton_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NUM_LANES = 4
+REFERENCE = ReferenceSelection()
 
 
 @st.composite
@@ -36,14 +37,14 @@ def assert_like_the_twins(add, blend, problem, device="cpu"):
     owners, values, lanes, lengths, out, shares = problem
     sums = torch.randn(NUM_LANES, *values.shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ours = sums.to(device)
-    mean_add(sums, owners, values)
+    REFERENCE.mean_add(sums, owners, values)
     add(ours, owners.to(device), values.to(device))
     torch.testing.assert_close(ours.cpu(), sums, rtol=1e-14, atol=1e-14)
     blended = blend(ours, *(table.to(device) for table in (lanes, lengths, out, shares))).cpu()
     assert blended.dtype == out.dtype
     # Two roundings of float32 and one of the result.
     eps = torch.finfo(out.dtype).eps
-    torch.testing.assert_close(blended, mean_blend(sums, lanes, lengths, out, shares), rtol=eps, atol=1e-5)
+    torch.testing.assert_close(blended, REFERENCE.mean_blend(sums, lanes, lengths, out, shares), rtol=eps, atol=1e-5)
     assert torch.equal(blended[shares == 1.0], out[shares == 1.0])
 
 
@@ -71,7 +72,7 @@ def test_arguments_that_do_not_fit_are_refused():
         kernel.mean_add(sums.float(), lanes, values)
     with pytest.raises(ValueError, match="as many req_indices"):
         kernel.mean_add(sums, lanes[:1], values)
-    with pytest.raises(TypeError, match="lanes are int64"):
+    with pytest.raises(TypeError, match="req_indices are int64"):
         kernel.mean_add(sums, lanes.int(), values)
     with pytest.raises(ValueError, match="do not fit"):
         kernel.mean_blend(sums, lanes, lengths, values[:, :1], shares)

@@ -1,4 +1,4 @@
-"""Native selection against a stable sort, and against the policy it serves."""
+"""Selection against a stable sort, native and in plain torch."""
 
 import pytest
 import torch
@@ -6,8 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.reference.selection import ReferenceSelection
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+KERNELS = pytest.mark.parametrize(
+    "kernels",
+    [
+        ReferenceSelection,
+        pytest.param(
+            cpu.CpuKernels, marks=pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "is there")
+        ),
+    ],
+)
 
 
 def by_sorting(scores, lane, older_end, older, count, num_slots):
@@ -35,9 +44,10 @@ def scores_of_all_kinds(draw, max_num_seqs, capacity):
     return scores.to(draw(st.sampled_from([torch.float64, torch.float32])))
 
 
+@KERNELS
 @settings(max_examples=150)
 @given(data=st.data())
-def test_selection_is_a_stable_sort(data):
+def test_selection_is_a_stable_sort(kernels, data):
     max_num_seqs, capacity = 5, data.draw(st.sampled_from([8, 70, 600]))
     scores = data.draw(scores_of_all_kinds(max_num_seqs, capacity))
     lanes = data.draw(st.permutations(range(max_num_seqs)))[: data.draw(st.integers(1, max_num_seqs))]
@@ -45,17 +55,19 @@ def test_selection_is_a_stable_sort(data):
     older = [data.draw(st.integers(0, end)) for end in older_ends]
     counts = [o + data.draw(st.integers(1, capacity - end)) for o, end in zip(older, older_ends, strict=True)]
     num_slots = max(counts) + data.draw(st.integers(0, 2))
-    positions = cpu.CpuKernels().select(
-        scores,
-        torch.tensor(lanes),
+    positions = kernels().select(
+        scores.view(-1),
+        torch.tensor(lanes) * capacity,
         *(torch.tensor(values, dtype=torch.int32) for values in (older_ends, older, counts)),
         num_slots,
+        max(older_ends),
     )
     expected = [by_sorting(scores, *row, num_slots) for row in zip(lanes, older_ends, older, counts, strict=True)]
     assert positions.tolist() == expected
 
 
-def test_observe_adds_to_sums_and_buckets():
+@KERNELS
+def test_observe_adds_to_sums_and_buckets(kernels):
     generator = torch.Generator().manual_seed(0)
     sums = torch.rand(4, 50, generator=generator, dtype=torch.float64)
     buckets = torch.rand(3, 4, 50, generator=generator)
@@ -67,7 +79,7 @@ def test_observe_adds_to_sums_and_buckets():
         chosen = positions[row, :count].long()
         expected_sums[lane, chosen] += mass[row, :count].double()
         expected_buckets[bucket, lane, chosen] += mass[row, :count]
-    cpu.CpuKernels().observe(
+    kernels().observe(
         sums,
         buckets,
         torch.tensor([lane * 50 for lane in lanes]),

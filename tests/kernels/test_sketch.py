@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alisa.kernels.native import kernels as cpu
-from alisa.policy.sketch import sketch, sketch_append, sketch_scores, sketch_weights, unsketch
+from alisa.kernels.reference.selection import ReferenceSelection
+from alisa.kernels.reference.sketch import sketch, sketch_scores, sketch_weights, unsketch
 from tests.kernels.cases import SKETCH_ISAS, kernels
 from tests.kernels.test_select import by_sorting
 
@@ -221,7 +222,7 @@ def test_append_writes_the_twins_codes(isa, bits, dtype, num_tokens, kv_heads, h
     )  # beyond float16 where it can be
     ids = torch.randperm(2 * num_tokens, generator=generator)[:num_tokens]
     tables = []
-    for append in (kernels(isa).sketch_append, sketch_append):
+    for append in (kernels(isa).sketch_append, ReferenceSelection().sketch_append):
         codes = torch.full((2 * num_tokens, kv_heads, -(-head_dim * bits // 8)), 7, dtype=torch.uint8)
         ranges = torch.full((2 * num_tokens, kv_heads, 2), 7, dtype=torch.float16)
         append(codes, ranges, ids, keys, bits)
@@ -266,3 +267,12 @@ def test_arguments_that_do_not_fit_are_refused():
         )
     with pytest.raises(ValueError, match="as many ids"):
         kernel.sketch_append(codes, ranges, torch.arange(2), torch.randn(1, 2, 64), 4)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(problem=problems(), data=st.data())
+def test_the_reference_chooses_by_its_scores(problem, data):
+    budgets = budgets_of(problem, data)
+    arguments = (*problem.args()[:-2], *budgets, problem.width, problem.num_sets)
+    scores = sketch_scores(*problem.args())
+    assert_chosen(*ReferenceSelection().sketch_select(*arguments), problem, scores, budgets)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alisa.cache import codec as codecs
-from alisa.policy.sketch import sketch_append
+from alisa.kernels.reference.selection import ReferenceSelection
 from alisa.spec import RowFormat
 from tests.kernels.cases import ROW_DTYPES
 from tests.kernels.test_rows import SCALES, make_values
@@ -71,7 +71,7 @@ def test_sketches_are_the_twins(device, bits, dtype, num_tokens, kv_heads, head_
     keys = (keys.clamp(-65504, 65504) if dtype == torch.float16 else keys * 3).to(dtype)
     ids = torch.randperm(2 * num_tokens, generator=generator)[:num_tokens]
     tables = []
-    for append, place in ((triton_kernels().sketch_append, device), (sketch_append, "cpu")):
+    for append, place in ((triton_kernels().sketch_append, device), (ReferenceSelection().sketch_append, "cpu")):
         codes = torch.full((2 * num_tokens, kv_heads, -(-head_dim * bits // 8)), 7, dtype=torch.uint8, device=place)
         ranges = torch.full((2 * num_tokens, kv_heads, 2), 7, dtype=torch.float16, device=place)
         append(codes, ranges, ids.to(place), keys.to(place), bits)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alisa.policy.sketch import sketch_scores
+from alisa.kernels.reference.sketch import sketch_scores
 from tests.kernels.test_select import by_sorting, scores_of_all_kinds
 from tests.kernels.test_sketch import assert_agrees as assert_sketch_agrees
 from tests.kernels.test_sketch import assert_chosen, budgets_of
@@ -26,10 +26,11 @@ def test_selection_is_a_stable_sort(device, data):
     counts = [o + data.draw(st.integers(1, capacity - end)) for o, end in zip(older, older_ends, strict=True)]
     num_slots = max(counts) + data.draw(st.integers(0, 2))
     positions = triton_kernels().select(
-        scores.to(device),
-        torch.tensor(lanes, device=device),
+        scores.to(device).view(-1),
+        torch.tensor(lanes, device=device) * capacity,
         *(torch.tensor(values, dtype=torch.int32, device=device) for values in (older_ends, older, counts)),
         num_slots,
+        max(older_ends),
     )
     expected = [by_sorting(scores, *row, num_slots) for row in zip(lanes, older_ends, older, counts, strict=True)]
     assert positions.tolist() == expected
@@ -40,10 +41,11 @@ def test_a_row_of_several_tiles_keeps_the_tie_rule(device):
     scores = torch.randint(0, 4, (2, 9000), generator=torch.Generator().manual_seed(0)).float()
     row = (1, 8900, 5000, 5050)
     positions = triton_kernels().select(
-        scores.to(device),
-        torch.tensor(row[:1], device=device),
+        scores.to(device).view(-1),
+        torch.tensor(row[:1], device=device) * 9000,
         *(torch.tensor([value], dtype=torch.int32, device=device) for value in row[1:]),
         5060,
+        8900,
     )
     assert positions.tolist() == [by_sorting(scores, *row, 5060)]
 

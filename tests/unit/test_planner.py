@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from alisa import LLM, SamplingParams
+from alisa.budget import state_tokens
 from alisa.cli.report import prediction_line
 from alisa.errors import InputError
+from alisa.kernels.reference.selection import ReferenceSelection
 from alisa.model.loader import random_decoder
 from alisa.outputs import Medium
 from alisa.planner.baselines import Baselines
@@ -72,11 +74,21 @@ def test_weights_in_8_bits_are_priced_by_their_own_products():
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
-@pytest.mark.parametrize("policy", ["swa", "swa-head", "sketch", "sketch-2bit", "sketch-8bit"])
+@pytest.mark.parametrize("policy", ["h2o", "swa", "swa-head", "sketch", "sketch-2bit", "sketch-8bit", "oracle"])
 def test_the_policys_memory_is_counted_as_it_is_taken(policy, sparsity):
     spec = small_spec(head_dim=24)
-    state = make_policy(policy, sparsity).start(spec, 3, 700, torch.device("cpu"))
-    assert policy_bytes(spec, policy, sparsity, 3, 700) == state.nbytes
+    state = make_policy(policy, sparsity).start(
+        spec.attention,
+        max_num_seqs=3,
+        num_tokens=3 * state_tokens(700),
+        max_len=700,
+        device=torch.device("cpu"),
+        kernels=ReferenceSelection(),
+    )
+    for req_idx in range(3):
+        state.open(req_idx)
+        state.reserve(req_idx, 700)
+    assert policy_bytes(spec, policy, sparsity, 3, 700) == state.nbytes > 0
 
 
 def test_equal_sequences_cost_what_one_of_them_says():

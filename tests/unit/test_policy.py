@@ -7,15 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alisa.budget import Budget
+from alisa.budget import Budget, state_tokens
 from alisa.config import PolicyName
 from alisa.kernels.base import Attended, StepBatch
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.reference.selection import ReferenceSelection
+from alisa.kernels.reference.sketch import sketch, unsketch
 from alisa.policy.dense import Dense
 from alisa.policy.h2o import HeavyHitters
-from alisa.policy.pattern import Pattern
-from alisa.policy.registry import make_policy
-from alisa.policy.sketch import KeySketch, sketch, unsketch
+from alisa.policy.pattern import Local, Streaming, Strided
+from alisa.policy.registry import POLICIES, make_policy, reads_of
+from alisa.policy.sketch import KeySketch
 from alisa.policy.swa import SparseWindow
 from tests.specs import small_spec
 
@@ -50,8 +52,26 @@ def make_batch(lengths, req_indices=None):
     )
 
 
+def start(policy, max_num_seqs, max_len, *, spec=None, num_tokens=None, kernels=None):
+    """A state with room for so many sequences of the longest length, or for `num_tokens` of them all."""
+    return policy.start(
+        (spec or small_spec()).attention,
+        max_num_seqs=max_num_seqs,
+        num_tokens=max_num_seqs * state_tokens(max_len) if num_tokens is None else num_tokens,
+        max_len=max_len,
+        device=CPU,
+        kernels=kernels or ReferenceSelection(),
+    )
+
+
+def fill(state, req_idx, num_tokens):
+    """A fresh sequence with room for so many tokens."""
+    state.open(req_idx)
+    state.reserve(req_idx, num_tokens)
+
+
 def test_dense_selects_every_position_of_a_ragged_batch():
-    state = Dense().start(small_spec(), 3, 8, CPU)
+    state = start(Dense(), 3, 8)
     state.begin(make_batch([3, 5], req_indices=[2, 0]))
     selection = state.select(0, torch.empty(0))
     assert selection.positions.tolist() == [[[0, 1, 2, 0, 0]], [[0, 1, 2, 3, 4]]]
@@ -62,7 +82,7 @@ def test_dense_selects_every_position_of_a_ragged_batch():
 def selection_kernels(native):
     if native and not cpu.available():
         pytest.skip(cpu.unavailable_reason())
-    return cpu.CpuKernels() if native else None
+    return cpu.CpuKernels() if native else ReferenceSelection()
 
 
 class Plain:
@@ -109,18 +129,18 @@ def test_scored_policies_select_what_their_definition_says(native, data, kind):
     policy = HeavyHitters(budget) if kind == "h2o" else SparseWindow(budget, per_head=kind == "swa-head")
     num_steps, capacity, num_sets = 25, 100, policy.num_sets(small_spec())
     kernels = selection_kernels(native)
-    state = policy.start(small_spec(), 5, capacity, CPU, kernels)
+    state = start(policy, 5, capacity, kernels=kernels)
     req_indices = list(range(len(prompts)))[::-1]
     plain = [[Plain(kind, budget) for _ in range(num_sets)] for _ in prompts]
     for req_idx, prompt, references in zip(req_indices, prompts, plain, strict=True):
-        state.open(req_idx, capacity)
-        num_rows = policy.seed_rows(prompt)
+        fill(state, req_idx, capacity)
+        num_rows = policy.observation_window(prompt)
         rows = torch.rand(num_rows, num_sets, prompt, generator=generator)
         # two blocks, as a long prompt would give them
         half = num_rows // 2
         for first, block in ((prompt - num_rows, rows[:half]), (prompt - num_rows + half, rows[half:])):
             if len(block):
-                state.seed(1, req_idx, first, 0, block)
+                state.observe_prompt(1, req_idx, first, 0, block)
         for i, row in enumerate(rows):
             for reference, weights in zip(references, row.tolist(), strict=True):
                 reference.rows[prompt - num_rows + i] = dict(enumerate(weights))
@@ -138,17 +158,17 @@ def test_scored_policies_select_what_their_definition_says(native, data, kind):
                 chosen = selection.positions[row, j, :count].tolist()
                 reference.check(chosen, length - 1)
                 reference.observe(chosen, length - 1, mass[row, j, :count].tolist())
-        state.observe(1, selection, mass)
+        state.on_attended(1, selection, mass)
 
 
 @given(
     num_earlier=st.integers(0, 3000),
     percent=st.integers(0, 99),
-    name=st.sampled_from(["local", "strided", "streaming"]),
+    kind=st.sampled_from([Local, Strided, Streaming]),
 )
-def test_patterns_read_as_many_tokens_as_swa(num_earlier, percent, name):
-    pattern = Pattern(name, Budget(percent / 100))
-    positions = pattern.earlier(num_earlier)
+def test_patterns_read_as_many_tokens_as_swa(num_earlier, percent, kind):
+    pattern = kind(Budget(percent / 100))
+    positions = pattern.positions(num_earlier)
     assert len(positions) == sum(pattern.budget.split(num_earlier))
     assert positions == sorted(set(positions))
     assert not positions or 0 <= positions[0] <= positions[-1] < num_earlier
@@ -156,13 +176,13 @@ def test_patterns_read_as_many_tokens_as_swa(num_earlier, percent, name):
 
 def test_patterns_look_as_published():
     budget = Budget(0.6, dense_until=0)  # 20 earlier tokens: 4 recent and 4 older
-    assert Pattern("local", budget).earlier(20) == list(range(12, 20))
-    assert Pattern("strided", budget).earlier(20) == [3, 7, 11, 15, 16, 17, 18, 19]
-    assert Pattern("streaming", budget).earlier(20) == [0, 1, 2, 3, 16, 17, 18, 19]
+    assert Local(budget).positions(20) == list(range(12, 20))
+    assert Strided(budget).positions(20) == [3, 7, 11, 15, 16, 17, 18, 19]
+    assert Streaming(budget).positions(20) == [0, 1, 2, 3, 16, 17, 18, 19]
 
 
 def test_patterns_pad_a_ragged_batch():
-    state = Pattern("local", Budget(0.5, dense_until=0)).start(small_spec(), 2, 20, CPU)
+    state = start(Local(Budget(0.5, dense_until=0)), 2, 20)
     state.begin(make_batch([5, 9]))
     selection = state.select(0, torch.empty(0))
     assert selection.positions.tolist() == [[[2, 3, 4, 0, 0]], [[4, 5, 6, 7, 8]]]
@@ -171,40 +191,68 @@ def test_patterns_pad_a_ragged_batch():
 
 def test_swa_forgets_the_former_owner_of_a_req_idx():
     policy = SparseWindow(Budget(0.5, dense_until=0))
-    used, fresh = (policy.start(small_spec(), 1, 64, CPU) for _ in range(2))
-    used.open(0, 64)
-    used.seed(0, 0, 20, 0, torch.rand(20, 1, 40))
+    used, fresh = (start(policy, 1, 64) for _ in range(2))
+    fill(used, 0, 64)
+    used.observe_prompt(0, 0, 20, 0, torch.rand(20, 1, 40))
     for state in (used, fresh):
-        state.open(0, 64)
-        state.seed(0, 0, 8, 0, torch.rand(4, 1, 12, generator=torch.Generator().manual_seed(1)))
+        fill(state, 0, 64)
+        state.observe_prompt(0, 0, 8, 0, torch.rand(4, 1, 12, generator=torch.Generator().manual_seed(1)))
         state.begin(make_batch([13]))
     expected, actual = (state.select(0, torch.empty(0)).positions for state in (fresh, used))
     assert torch.equal(expected, actual)
 
 
 def test_swa_state_shrinks_when_rows_share_buckets():
-    exact, coarse = (SparseWindow(Budget(0.8), max_buckets=n).start(small_spec(), 2, 4000, CPU) for n in (1000, 16))
+    exact, coarse = (start(SparseWindow(Budget(0.8), max_buckets=n), 2, 4000) for n in (1000, 16))
+    for state in (exact, coarse):
+        fill(state, 0, 4000)
     assert coarse.nbytes < exact.nbytes / 15
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8])
 @pytest.mark.parametrize("name", get_args(PolicyName))
-def test_every_name_users_can_type_has_a_policy(name):
-    assert make_policy(name, 0.5).name == name
+def test_a_policy_is_what_its_entry_says(name, sparsity):
+    entry, policy = POLICIES[name], make_policy(name, sparsity)
+    reads = reads_of(name, sparsity)
+    assert entry.query_aware == policy.query_aware
+    assert [reads(n) for n in range(200)] == [policy.reads(n) for n in range(200)]
+    for prompt_len in range(1, 200):
+        assert entry.usable_prefix(sparsity, prompt_len) == prompt_len - policy.observation_window(prompt_len)
+
+
+def test_a_prompt_may_come_from_a_cache_up_to_what_the_policy_wants_to_see():
+    usable = {name: POLICIES[name].usable_prefix(0.8, 1000) for name in ("dense", "streaming", "sketch", "swa", "h2o")}
+    assert usable == {"dense": 1000, "streaming": 1000, "sketch": 1000, "swa": 900, "h2o": 0}
+
+
+@pytest.mark.parametrize("name", get_args(PolicyName))
+def test_state_takes_the_bytes_that_the_entry_says(name):
+    spec = small_spec(head_dim=24)
+    state = start(make_policy(name, 0.5), 4, 700, spec=spec)
+    assert state.nbytes == 0
+    lengths = {3: 500, 0: 64, 1: 65}
+    for req_idx, length in lengths.items():
+        fill(state, req_idx, length)
+    size = POLICIES[name].state_bytes(spec.attention, 0.5, 700)
+    expected = sum(state_tokens(length) * size.per_token + size.per_sequence for length in lengths.values())
+    assert state.nbytes == expected
+    state.close(3)
+    assert state.nbytes == expected - state_tokens(500) * size.per_token - size.per_sequence
 
 
 @pytest.mark.parametrize("max_buckets", [4, 7])
 def test_buckets_keep_at_least_the_window(max_buckets):
     """With w rows to a bucket the sum covers the last k rows and at most w - 1 more."""
     budget = Budget(0.5, dense_until=0)
-    state = SparseWindow(budget, max_buckets=max_buckets).start(small_spec(), 1, 200, CPU)
-    state.open(0, 200)
+    state = start(SparseWindow(budget, max_buckets=max_buckets), 1, 200)
+    fill(state, 0, 200)
     bucket_rows = -(-budget.recent(200) // max_buckets)
     prompt = 30
     num_rows = budget.recent(prompt)
     # every row puts its whole mass on position 0, so the sum there counts the rows
     rows = torch.zeros(num_rows, 1, prompt)
     rows[:, :, 0] = 1
-    state.seed(0, 0, prompt - num_rows, 0, rows)
+    state.observe_prompt(0, 0, prompt - num_rows, 0, rows)
     for length in range(prompt + 1, 190):
         state.begin(make_batch([length]))
         window = budget.recent(length - 1)
@@ -213,7 +261,7 @@ def test_buckets_keep_at_least_the_window(max_buckets):
         mass = torch.zeros(selection.positions.shape)
         assert selection.positions[0, 0, 0] == 0
         mass[0, 0, 0] = 1
-        state.observe(0, selection, mass)
+        state.on_attended(0, selection, mass)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -252,10 +300,13 @@ def test_the_oracle_reads_the_tokens_with_the_largest_true_weight(native, per_he
     keys = torch.randn(2, capacity, spec.num_kv_heads, spec.head_dim, generator=generator)
     query = torch.randn(2, spec.num_heads, spec.head_dim, generator=generator) * 3
     kernels = selection_kernels(native)
-    states = [KeySketch(budget, bits, per_head).start(spec, 2, capacity, CPU, kernels) for bits in (None, 8, 4, 2)]
+    states = [
+        start(KeySketch(budget, bits, per_head), 2, capacity, spec=spec, kernels=kernels) for bits in (None, 8, 4, 2)
+    ]
     for state in states:
         for req_idx, length in enumerate(lengths):
-            state.remember(
+            fill(state, req_idx, length)
+            state.on_append(
                 1, torch.full((length,), req_idx), torch.arange(length), keys[req_idx, :length], keys[req_idx, :length]
             )
         state.begin(make_batch(lengths))
@@ -278,9 +329,11 @@ def test_the_oracle_reads_the_tokens_with_the_largest_true_weight(native, per_he
 
 def test_a_sketch_is_small_against_the_rows_it_stands_for():
     spec = small_spec(head_dim=64)
-    state = KeySketch(Budget(0.8)).start(spec, 3, 100, CPU)
+    state = start(KeySketch(Budget(0.8)), 3, 128, spec=spec)
+    for req_idx in range(3):
+        fill(state, req_idx, 128)
     means = spec.num_layers * 3 * spec.num_kv_heads * 64 * 8
-    assert state.nbytes == spec.num_layers * 3 * 100 * spec.num_kv_heads * (64 // 2 + 4) + means
+    assert state.nbytes == spec.num_layers * 3 * 128 * spec.num_kv_heads * (64 // 2 + 4) + means
 
 
 def plain_attention(query, keys, values, chosen=None):
@@ -309,26 +362,26 @@ def test_the_mean_takes_the_weight_that_is_not_read(native, data):
     lengths = data.draw(st.lists(st.integers(2, 60), min_size=1, max_size=3))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
     capacity, budget = 70, Budget(0.8, dense_until=0)
-    state = KeySketch(budget, bits, per_head).start(spec, 4, capacity, CPU, selection_kernels(native))
+    state = start(KeySketch(budget, bits, per_head), 4, capacity, spec=spec, kernels=selection_kernels(native))
     keys, values = torch.randn(2, 3, capacity, spec.num_kv_heads, spec.head_dim, generator=generator).unbind()
     query = torch.randn(len(lengths), spec.num_heads, spec.head_dim, generator=generator)
     req_indices = [3, 0, 2][: len(lengths)]
     for req_idx, length in zip(req_indices, lengths, strict=True):
-        state.open(req_idx, capacity)
+        fill(state, req_idx, capacity)
         former = torch.randn(9, spec.num_kv_heads, spec.head_dim, generator=generator)
-        state.remember(1, torch.full((9,), req_idx), torch.arange(9), former, former)
-        state.open(req_idx, capacity)
+        state.on_append(1, torch.full((9,), req_idx), torch.arange(9), former, former)
+        fill(state, req_idx, capacity)
         cut = data.draw(st.integers(0, length - 1))
         for piece in (range(cut), range(cut, length)):
             rows = slice(piece.start, piece.stop)
             owner, places = torch.full((len(piece),), req_idx), torch.tensor(list(piece), dtype=torch.int64)
-            state.remember(
+            state.on_append(
                 1, owner, places, keys[req_indices.index(req_idx), rows], values[req_indices.index(req_idx), rows]
             )
     state.begin(make_batch(lengths, req_indices))
     selection = state.select(1, query)
     out = torch.randn(query.shape, generator=generator)
-    completed = state.complete(1, Attended(out, torch.empty(0), torch.empty(0)))
+    completed = state.combine(1, Attended(out, torch.empty(0), torch.empty(0)))
     for row, length in enumerate(lengths):
         of_sets = selection.positions[row, :, : selection.num_tokens[row]].tolist()
         _, weights = plain_attention(query[row], keys[row, :length], values[row, :length])
@@ -344,14 +397,14 @@ def test_the_mean_takes_the_weight_that_is_not_read(native, data):
 
 def test_reading_everything_leaves_attention_as_it_is():
     spec = small_spec()
-    state = KeySketch(Budget(0.0)).start(spec, 1, 40, CPU, selection_kernels(cpu.available()))
-    state.open(0, 40)
+    state = start(KeySketch(Budget(0.0)), 1, 40, spec=spec, kernels=selection_kernels(cpu.available()))
+    fill(state, 0, 40)
     keys = torch.randn(30, spec.num_kv_heads, spec.head_dim)
-    state.remember(0, torch.zeros(30, dtype=torch.int64), torch.arange(30), keys, keys)
+    state.on_append(0, torch.zeros(30, dtype=torch.int64), torch.arange(30), keys, keys)
     state.begin(make_batch([30]))
     query = torch.randn(1, spec.num_heads, spec.head_dim)
     state.select(0, query)
-    assert torch.equal(state.complete(0, Attended(query, torch.empty(0), torch.empty(0))), query)
+    assert torch.equal(state.combine(0, Attended(query, torch.empty(0), torch.empty(0))), query)
 
 
 def test_the_mean_brings_thinly_spread_attention_closer():
@@ -362,14 +415,14 @@ def test_the_mean_brings_thinly_spread_attention_closer():
     query = torch.randn(1, spec.num_heads, spec.head_dim, generator=generator) * 0.5
     req_indices = torch.zeros(50, dtype=torch.int64)
     errors = []
-    for completes in (True, False):
-        state = KeySketch(Budget(0.8, dense_until=0), completes=completes).start(spec, 1, 50, CPU)
-        state.open(0, 50)
-        state.remember(0, req_indices, torch.arange(50), keys, values)
+    for uses_mean in (True, False):
+        state = start(KeySketch(Budget(0.8, dense_until=0), uses_mean=uses_mean), 1, 50, spec=spec)
+        fill(state, 0, 50)
+        state.on_append(0, req_indices, torch.arange(50), keys, values)
         state.begin(make_batch([50]))
         chosen = state.select(0, query).positions[0, 0].tolist()
         out, _ = plain_attention(query[0], keys, values, [chosen] * spec.num_heads)
-        completed = state.complete(0, Attended(out.float()[None], torch.empty(0), torch.empty(0)))
+        completed = state.combine(0, Attended(out.float()[None], torch.empty(0), torch.empty(0)))
         dense, _ = plain_attention(query[0], keys, values)
         errors.append(float((completed[0] - dense).norm()))
     assert errors[0] < errors[1] / 2

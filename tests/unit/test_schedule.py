@@ -7,9 +7,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from alisa.budget import reads_of
 from alisa.errors import InputError
 from alisa.outputs import Medium, Phase
+from alisa.policy.registry import reads_of
 from alisa.scheduler.placement.all_device import AllDevice
 from alisa.scheduler.placement.base import Limits, SeqView, Tier, fresh_view, latest_phase, phase_of, seq_view
 from alisa.scheduler.placement.file import load_schedule, schedule_from, schedule_values
