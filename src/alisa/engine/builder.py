@@ -210,6 +210,7 @@ def _tiered(
         eviction=caps.eviction,
         overlap=caps.overlap,
         staging_rows=staging,
+        in_flight_bytes=min(caps.device_bytes // 16, 1 << 26),
         device=decoder.device,
         append=kernels.append,
     )
