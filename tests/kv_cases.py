@@ -21,8 +21,8 @@ CODEC = FloatCodec(FORMAT)
 HIDDEN_SIZE = 4
 
 
-def plan_of(segments, moves=(), *, prefill=False):
-    return StepPlan(0, Phase.DEVICE, prefill, tuple(segments), tuple(moves))
+def plan_of(chunks, moves=(), *, prefill=False):
+    return StepPlan(0, Phase.DEVICE, prefill, tuple(chunks), tuple(moves))
 
 
 def selection_of(positions):

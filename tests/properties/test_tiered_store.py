@@ -184,24 +184,24 @@ class TieredMachine(RuleBasedStateMachine):
         draw = np.random.default_rng(seed)
         growing = [index for index, req_idx in sorted(self.model.items()) if req_idx.length < req_idx.most]
         req_indices = draw.permutation(growing)[: draw.integers(1, len(growing) + 1)].tolist()
-        segments = []
+        chunks = []
         for index in req_indices:
             req_idx = self.model[index]
-            segments.append(
+            chunks.append(
                 ScheduledChunk(
                     index, req_idx.length, int(draw.integers(1, min(most, req_idx.most - req_idx.length) + 1))
                 )
             )
-        moves = self.moves(draw, segments, wild=wild)
+        moves = self.moves(draw, chunks, wild=wild)
         if moves is None:
             return
-        stored, deleted = self.account(segments, moves)
+        stored, deleted = self.account(chunks, moves)
         prefill = most > 1
         self.store.traffic()
-        self.store.begin(plan_of(segments, moves, prefill=prefill))
-        self.write(segments)
+        self.store.begin(plan_of(chunks, moves, prefill=prefill))
+        self.write(chunks)
         if prefill:
-            self.read_prompts(draw, segments)
+            self.read_prompts(draw, chunks)
             self.check_traffic(stored, deleted, 0)
         else:
             lookups = self.look(draw, req_indices)
@@ -211,9 +211,9 @@ class TieredMachine(RuleBasedStateMachine):
                 self.look_ahead(draw, keep=guesses == "right")
         self.fail()
 
-    def moves(self, draw, segments, *, wild):
+    def moves(self, draw, chunks, *, wild):
         """Any legal moves, or those that a scheduler wants; None: this step has no room."""
-        ends = {segment.req_idx: segment.end for segment in segments}
+        ends = {chunk.req_idx: chunk.end for chunk in chunks}
         views = [
             SeqView(
                 index,
@@ -250,7 +250,7 @@ class TieredMachine(RuleBasedStateMachine):
         held = [sum(ends[level] - ends[level + 1] for ends in bounds) for level in range(len(self.tiers))]
         return all(count <= tier.num_rows for count, tier in zip(held, self.tiers, strict=True))
 
-    def account(self, segments, moves):
+    def account(self, chunks, moves):
         """Rows and hidden states that go down and rows that are deleted, all layers; and the model's bounds follow."""
         media = [Medium.DEVICE, *(tier.medium for tier in self.tiers), None]
         rows, deleted = 0, 0
@@ -264,30 +264,30 @@ class TieredMachine(RuleBasedStateMachine):
                 assert move.start <= req_idx.bounds[level] <= move.end, "a move leaves a gap"
                 req_idx.bounds[level] = move.end
         hidden = 0
-        for segment in segments:
-            hidden += max(min(segment.end, self.model[segment.req_idx].rebuildable) - segment.start, 0)
+        for chunk in chunks:
+            hidden += max(min(chunk.end, self.model[chunk.req_idx].rebuildable) - chunk.start, 0)
         return (rows * NUM_LAYERS, hidden * NUM_LAYERS), deleted * NUM_LAYERS
 
-    def write(self, segments):
-        counts = [segment.count for segment in segments]
+    def write(self, chunks):
+        counts = [chunk.count for chunk in chunks]
         hidden = layer_inputs(self.num_written, sum(counts))
         self.num_written += sum(counts)
-        positions = torch.cat([torch.arange(segment.start, segment.end) for segment in segments])
+        positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks])
         pairs = [project(layer, hidden, positions) for layer in range(NUM_LAYERS)]
         self.pending = [(k, v, hidden) for k, v in pairs]
         written = np.stack([CODEC.encode(k, v).numpy() for k, v in pairs])
-        for segment, rows in zip(segments, np.split(written, np.cumsum(counts)[:-1], axis=1), strict=True):
-            req_idx = self.model[segment.req_idx]
+        for chunk, rows in zip(chunks, np.split(written, np.cumsum(counts)[:-1], axis=1), strict=True):
+            req_idx = self.model[chunk.req_idx]
             req_idx.rows = np.concatenate((req_idx.rows, rows), axis=1)
 
-    def read_prompts(self, draw, segments):
+    def read_prompts(self, draw, chunks):
         """Every layer writes its rows and reads those before them, a block at a time."""
         for layer in range(NUM_LAYERS):
             self.store.append(layer, *self.pending[layer])
-            for segment in segments:
+            for chunk in chunks:
                 block = int(draw.integers(1, MAX_LENGTH))
-                for first in range(0, segment.start, block):
-                    self.read(layer, segment.req_idx, first, min(first + block, segment.start))
+                for first in range(0, chunk.start, block):
+                    self.read(layer, chunk.req_idx, first, min(first + block, chunk.start))
 
     def look(self, draw, req_indices):
         """Every layer writes its rows and reads a selection; how many selected rows lay below the device."""

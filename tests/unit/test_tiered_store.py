@@ -59,10 +59,10 @@ class Rows:
 
     def step(self, counts, moves=(), *, prefill=False):
         """New tokens for some req_indices: {req_idx: how many}."""
-        segments = [ScheduledChunk(req_idx, self.store.length(req_idx), count) for req_idx, count in counts.items()]
-        self.store.begin(plan_of(segments, moves, prefill=prefill))
-        hidden = torch.cat([layer_inputs(100 * s.req_idx + s.start, s.count) for s in segments])
-        positions = torch.cat([torch.arange(s.start, s.end) for s in segments])
+        chunks = [ScheduledChunk(req_idx, self.store.length(req_idx), count) for req_idx, count in counts.items()]
+        self.store.begin(plan_of(chunks, moves, prefill=prefill))
+        hidden = torch.cat([layer_inputs(100 * s.req_idx + s.start, s.count) for s in chunks])
+        positions = torch.cat([torch.arange(s.start, s.end) for s in chunks])
         for layer in range(NUM_LAYERS):
             self.store.append(layer, *project(layer, hidden, positions), hidden)
 
@@ -148,6 +148,62 @@ def test_rows_fetched_ahead_keep_their_place_through_a_prefill_step():
     for index in reversed(range(len(rows.pool.pending))):
         rows.pool.run(index)
     assert rows.is_right(1)
+
+
+# --- sequences that end while rows are on their way ------------------------------------------------------------------
+
+
+def test_a_release_waits_for_its_own_rows_only():
+    """Stores, loads and prefetched rows of two sequences are under way; one of them is aborted."""
+    rows = Rows(24, late=True)
+    fill(rows, 0, 6, [Move(0, 0, 4, DEVICE, HOST)])
+    fill(rows, 1, 6, [Move(1, 0, 4, DEVICE, HOST)])
+    rows.step({0: 1, 1: 1})
+    assert rows.select({0: [0, 6], 1: [0, 6]}) == {0, 1}
+    rows.prefetch({0: [1, 2, 7]})
+    rows.prefetch({1: [1, 2, 7]})
+    rows.step({0: 1, 1: 1}, [Move(0, 4, 6, DEVICE, HOST), Move(1, 4, 6, DEVICE, HOST)])
+    before = len(rows.pool.pending)
+    assert before == 2 * NUM_LAYERS + 2, "prefetched rows layer by layer, and a store for each"
+    rows.store.release(1)
+    assert len(rows.pool.pending) == before - NUM_LAYERS - 1
+    rows.store.check()
+    rows.step({0: 1})
+    assert rows.select({0: [0, 1, 2, 8]}) == {0}
+    assert rows.is_right(0)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_a_released_sequence_had_is_there_for_others_at_once(late):
+    """Every slot of the device, of the tier and of the hidden states had an owner that was in the middle of things."""
+    rows = Rows(8, tiers=[HostTier(NUM_LAYERS, 8, FORMAT.row_bytes)], rebuildable=8, late=late)
+    for _ in range(3):
+        fill(rows, 0, 12, [Move(0, 0, 8, DEVICE, HOST)])
+        rows.step({0: 1}, [Move(0, 0, 2, HOST, None), Move(0, 8, 10, DEVICE, HOST)])
+        assert rows.select({0: [0, 3, 12]}) == {0}
+        rows.prefetch({0: [1, 2, 9, 13]})
+        rows.store.release(0)
+        rows.store.check()
+        assert rows.store.nbytes(DEVICE) == rows.store.nbytes(HOST) == rows.store.used_rows == 0
+        fill(rows, 1, 12, [Move(1, 0, 8, DEVICE, HOST)])
+        rows.step({1: 1}, [Move(1, 0, 2, HOST, None), Move(1, 8, 10, DEVICE, HOST)])
+        assert rows.is_right(1)
+        rows.store.release(1)
+
+
+def test_a_row_that_was_prefetched_for_a_sequence_that_is_gone_is_nobody_elses():
+    rows = Rows(12)
+    fill(rows, 0, 6, [Move(0, 0, 4, DEVICE, HOST)])
+    fill(rows, 1, 4)
+    rows.step({0: 1})
+    rows.prefetch({0: [0, 1, 7]})
+    rows.store.release(0)
+    rows.step({1: 5}, prefill=True)  # takes all slots that the other had
+    rows.step({1: 1}, [Move(1, 0, 9, DEVICE, HOST)])
+    rows.store.traffic()
+    rows.select({1: [*range(10)]})
+    traffic = rows.store.traffic()
+    assert (traffic.lookups, traffic.hits) == (9 * NUM_LAYERS, 9 * NUM_LAYERS)
 
 
 # --- tiers that fail -------------------------------------------------------------------------------------------------
@@ -255,6 +311,30 @@ def test_a_write_that_the_system_cuts_short_fails_its_sequence(tmp_path, monkeyp
     rows.step({0: 1}, [Move(0, 0, 4, DEVICE, DISK)])
     rows.store.drain()
     assert rows.store.failed() == {0: f"the tier file took 10 of {4 * FORMAT.row_bytes} bytes"}
+
+
+def test_a_disk_that_fills_up_costs_the_sequences_that_need_more_of_it(tmp_path, monkeypatch):
+    def full(file, offset, size):
+        raise OSError(28, "No space left on device")
+
+    step_bytes = 4 * NUM_LAYERS * FORMAT.row_bytes
+    rows = Rows(24, [DiskTier(tmp_path, NUM_LAYERS, 32, FORMAT.row_bytes, step_bytes=step_bytes)])
+    for req_idx in range(3):
+        fill(rows, req_idx, 5)
+    rows.step({0: 1}, [Move(0, 0, 4, DEVICE, DISK)])
+    rows.store.drain()
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    rows.step({1: 1}, [Move(1, 0, 3, DEVICE, DISK)])
+    rows.store.drain()
+    assert rows.store.failed() == {1: "No space left on device"}
+    rows.store.release(1)
+    monkeypatch.undo()
+    rows.step({2: 1}, [Move(2, 0, 4, DEVICE, DISK)])
+    fill(rows, 1, 5, [Move(1, 0, 4, DEVICE, DISK)])
+    rows.store.drain()
+    assert rows.store.failed() == {}
+    assert all(rows.is_right(req_idx) for req_idx in range(3))
+    rows.store.close()
 
 
 # --- what is counted -------------------------------------------------------------------------------------------------

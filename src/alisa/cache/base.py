@@ -89,10 +89,10 @@ class RowStore(Protocol):
         """
         ...
 
-    def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor | None) -> None:
         """Write K and V `[N, G, D]` of one layer, tokens in the order of the step's chunks.
 
-        hidden `[N, C]` is what they were projected from; a store that may delete rows keeps it.
+        hidden `[N, C]` is what they were projected from; a store that may delete rows needs it.
         """
         ...
 

@@ -31,6 +31,11 @@ class FreeSlots:
         """Slots that somebody has."""
         return self._first_unused - len(self._returned)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the list of slots that were given back."""
+        return self._returned.itemsize * len(self._returned)
+
     def take(self, count: int) -> NDArray[np.int32]:
         """The caller has these slots Int32[count]; the ones returned last come first."""
         assert count <= len(self), f"{count} slots of {len(self)} free ones"

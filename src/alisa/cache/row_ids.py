@@ -41,7 +41,7 @@ class RowIds:
         self._num_blocks = np.zeros(max_num_seqs, np.int64)
         self._block_starts = np.empty(0, np.int32)  # position of the first token of each block
         self.capacity = 0
-        """Row ids are below this; it grows by half when it has to, and never shrinks."""
+        """Row ids are below this; it grows by a quarter when it has to, and never shrinks."""
 
     def extend(self, req_idx: int, length: int) -> None:
         """Positions below `length` have row ids."""
@@ -62,6 +62,7 @@ class RowIds:
 
     def of(self, req_idx: int, start: int, end: int) -> Ids:
         """Row ids of positions [start, end) of a sequence, Int64[end - start]."""
+        assert end <= self._num_blocks[req_idx] * BLOCK_TOKENS, f"position {end - 1} of {req_idx} has no row id"
         positions = np.arange(start, end)
         return self._offsets[req_idx, positions // BLOCK_TOKENS] + positions
 
@@ -97,5 +98,5 @@ class RowIds:
 
 
 def grown_size(size: int, needed: int) -> int:
-    """The size to which a table of `size` entries grows when it needs `needed`: half as large again, or that."""
-    return max(needed, size + size // 2)
+    """The size to which a table of `size` entries grows when it needs `needed`: a quarter more, or that."""
+    return max(needed, size + size // 4)

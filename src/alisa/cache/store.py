@@ -20,6 +20,7 @@ from torch import Tensor
 from alisa.cache.base import KVChunk, check_continues, check_opening
 from alisa.cache.free_slots import FreeSlots
 from alisa.cache.pool import allocate_pool
+from alisa.cache.row_ids import grown_size
 from alisa.config import format_bytes
 from alisa.errors import CapacityError
 from alisa.kernels.base import AppendKernel, Codec, Selection
@@ -43,8 +44,8 @@ class KVStore:
     """A capped pool of rows on one device, addressed by (req_idx, position).
 
     What a cap of the device's memory covers: the pool, and the tables that say where rows lie (`table_bytes`), which
-    grow with the longest sequence; `alisa.scheduler.placement.capacity` knows how far. A pool on a CPU takes no memory
-    until rows are written.
+    grow with the longest sequence; `alisa.cache.capacity` knows how far. A pool on a CPU takes no memory until rows are
+    written.
 
     Args:
         num_layers: L.
@@ -120,7 +121,7 @@ class KVStore:
         self._step_table = self.slot_table(req_index, max((chunk.end for chunk in plan.chunks), default=0))
         self._last = None
 
-    def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor | None) -> None:
         """See `RowStore.append`."""
         if self.append_kernel is not None:
             self.append_kernel(self._pool[layer], self.codec.format, self._new_slots, k, v)
@@ -191,8 +192,7 @@ class KVStore:
     @property
     def table_bytes(self) -> int:
         """See `RowStore.table_bytes`."""
-        slots = 2 * self._free_slots.num_taken  # a table on the host, and room for it to grow
-        return self._table.nbytes + self._step_table.nbytes + 4 * slots
+        return self._table.nbytes + self._step_table.nbytes + self._free_slots.nbytes + 4 * self._free_slots.num_taken
 
     def nbytes(self, medium: Medium) -> int:
         """See `RowStore.nbytes`."""
@@ -240,9 +240,9 @@ class KVStore:
         self._table[req_idx, have:end] = torch.from_numpy(taken).to(self.device)
 
     def _widen(self, length: int) -> None:
-        """The table has columns for positions below `length`; it at least doubles when it grows."""
+        """The table has columns for positions below `length`."""
         width = self._table.shape[1]
         if length > width:
-            wider = self._table.new_zeros(self.max_num_seqs, min(max(length, 2 * width), self.max_length))
+            wider = self._table.new_zeros(self.max_num_seqs, min(grown_size(width, length), self.max_length))
             wider[:, :width] = self._table
             self._table = wider

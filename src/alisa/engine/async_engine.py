@@ -42,7 +42,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._names = itertools.count()
         self._died: BaseException | None = None
@@ -164,7 +164,7 @@ class AsyncEngine:
         self._post(call)
         return await done
 
-    def _post(self, call: Callable[[], None]) -> None:
+    def _post(self, call: Callable[[], object]) -> None:
         """`call` is made by the engine's thread, between two steps.
 
         Raises:

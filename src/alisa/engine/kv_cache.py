@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from alisa.cache.capacity import DeviceCapacity, StateMemory, device_capacity, resident_capacity
 from alisa.cache.codec import make_codec
 from alisa.cache.manager import CacheManager
 from alisa.cache.offload.hidden import HiddenStateCache, hidden_format
@@ -21,7 +22,7 @@ from alisa.policy.base import SelectionPolicy
 from alisa.policy.registry import POLICIES, reads_of
 from alisa.scheduler.placement.all_device import AllDevice
 from alisa.scheduler.placement.base import Limits, PlacementPolicy, Tier
-from alisa.scheduler.placement.capacity import DeviceSplit, share_below, split_device
+from alisa.scheduler.placement.capacity import share_below
 from alisa.scheduler.placement.three_phase import ThreePhase
 
 
@@ -31,7 +32,7 @@ class KVCacheConfig:
 
     limits: Limits
     placement: PlacementPolicy
-    split: DeviceSplit
+    capacity: DeviceCapacity
     max_num_seqs: int
     max_model_len: int
     token_bytes: int
@@ -44,7 +45,7 @@ class KVCacheConfig:
     @property
     def state_tokens(self) -> int:
         """Tokens that the selection policy's state has room for."""
-        return self.split.state_tokens
+        return self.capacity.state_tokens
 
 
 def plan_kv_cache(
@@ -83,29 +84,23 @@ def plan_kv_cache(
             "another --policy, such as swa."
         )
     has_tiers = can_tier if placement is None else placement.uses_tiers
-    state = POLICIES[config.policy].state_bytes(spec.attention, config.sparsity, max_len)
-    split = split_device(
-        device_bytes,
-        num_layers=spec.num_layers,
-        row_bytes=codec.format.row_bytes,
-        state_token_bytes=state.per_token,
-        state_sequence_bytes=state.per_sequence,
-        reads=reads_of(config.policy, config.sparsity),
-        max_num_seqs=config.max_num_seqs,
-        max_len=max_len,
-        has_tiers=has_tiers,
-    )
-    if split is None:
-        raise CapacityError(
-            f"A KV cap of {format_bytes(device_bytes)} holds not even one token of {format_bytes(token_bytes)} beside "
-            f"the buffers and the state of {config.policy} for {max_len} tokens of {format_bytes(state.per_token)}; "
-            "raise --kv-device-memory, or lower --max-model-len or --max-num-seqs."
-        )
+    found = POLICIES[config.policy].state_bytes(spec.attention, config.sparsity, max_len)
+    read_share = (1 + sum(reads_of(config.policy, config.sparsity)(max_len - 1))) / max_len
+    state = StateMemory(found.per_token, found.per_sequence, read_share)
     if not has_tiers:
+        capacity = resident_capacity(
+            device_bytes,
+            num_layers=spec.num_layers,
+            row_bytes=codec.format.row_bytes,
+            max_num_seqs=config.max_num_seqs,
+            max_length=max_len,
+            state=state,
+        )
+        _check_room(capacity, device_bytes, token_bytes, state, config, max_len)
         return KVCacheConfig(
-            limits=Limits(split.device_tokens, state_tokens=split.state_tokens),
+            limits=Limits(capacity.num_rows, state_tokens=capacity.state_tokens),
             placement=placement or AllDevice(),
-            split=split,
+            capacity=capacity,
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_len,
             token_bytes=token_bytes,
@@ -113,26 +108,22 @@ def plan_kv_cache(
             host_bytes=0,
             disk_bytes=0,
         )
-    return _with_tiers(
-        model, config, placement or ThreePhase(), split, token_bytes, max_len, device_bytes, host_bytes, disk_bytes
-    )
-
-
-def _with_tiers(
-    model: LoadedModel,
-    config: EngineConfig,
-    placement: PlacementPolicy,
-    split: DeviceSplit,
-    token_bytes: int,
-    max_len: int,
-    device_bytes: int,
-    host_bytes: int,
-    disk_bytes: int,
-) -> KVCacheConfig:
-    """Lower tiers for what the device cannot hold of `max_num_seqs` sequences of the greatest length."""
+    placement = placement or ThreePhase()
     wanted = config.max_num_seqs * max_len
     host_tokens = min(host_bytes // token_bytes, wanted)
-    hidden_bytes = model.spec.num_layers * hidden_format(model.dtype, model.spec.hidden_size).row_bytes
+    capacity = device_capacity(
+        device_bytes,
+        num_layers=spec.num_layers,
+        row_bytes=codec.format.row_bytes,
+        max_num_seqs=config.max_num_seqs,
+        max_length=max_len,
+        lower_tokens=wanted,
+        num_tiers=1 + (host_tokens > 0) + (config.kv_disk_memory is not None or placement.most_deleted(max_len) > 0),
+        holds_tables=model.decoder.device.type == "cpu",
+        state=state,
+    )
+    _check_room(capacity, device_bytes, token_bytes, state, config, max_len)
+    hidden_bytes = spec.num_layers * hidden_format(model.dtype, spec.hidden_size).row_bytes
     planned = placement.most_deleted(max_len)
     # Rows are deleted because a schedule says so, or because the disk was given less than it takes. A disk that merely
     # has less room than the greatest work of all would need is no reason to keep a hidden state of every token.
@@ -141,7 +132,7 @@ def _with_tiers(
         disk_bytes if is_capped or planned else max(disk_bytes, wanted * token_bytes),
         token_bytes,
         hidden_bytes,
-        device_tokens=split.device_tokens,
+        device_tokens=capacity.num_rows,
         host_tokens=host_tokens,
         sizes=[max_len] * config.max_num_seqs,
         planned=planned,
@@ -150,17 +141,18 @@ def _with_tiers(
     if not fits:
         raise CapacityError(
             f"The schedule deletes up to {planned} tokens of each of {config.max_num_seqs} sequences, and what they "
-            f"are rebuilt from takes {format_bytes(kept * hidden_bytes)} of the {format_bytes(disk_bytes)} on disk; raise "
-            "--kv-disk-memory, or lower --max-num-seqs or --max-model-len."
+            f"are rebuilt from takes {format_bytes(kept * hidden_bytes)} of the {format_bytes(disk_bytes)} on disk;
+            raise " "--kv-disk-memory, or lower --max-num-seqs or --max-model-len."
         )
-    disk_tokens = min(below, (disk_bytes - kept * hidden_bytes) // token_bytes)
+    host_tokens = min(host_tokens, capacity.lower_tokens)
+    disk_tokens = min(below, (disk_bytes - kept * hidden_bytes) // token_bytes, capacity.lower_tokens - host_tokens)
     tiers = [Tier(Medium.HOST, host_tokens)] if host_tokens else []
     if disk_tokens or not tiers:
         tiers.append(Tier(Medium.DISK, disk_tokens))
     return KVCacheConfig(
-        limits=Limits(split.device_tokens, tuple(tiers), rebuildable, split.state_tokens),
+        limits=Limits(capacity.num_rows, tuple(tiers), rebuildable, capacity.state_tokens),
         placement=placement,
-        split=split,
+        capacity=capacity,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_len,
         token_bytes=token_bytes,
@@ -168,6 +160,24 @@ def _with_tiers(
         host_bytes=host_tokens * token_bytes,
         disk_bytes=disk_tokens * token_bytes + kept * hidden_bytes,
     )
+
+
+def _check_room(
+    capacity: DeviceCapacity,
+    device_bytes: int,
+    token_bytes: int,
+    state: StateMemory,
+    config: EngineConfig,
+    max_len: int,
+) -> None:
+    """Raise CapacityError where not even one row has room."""
+    if capacity.num_rows < 1:
+        of_state = f" and {format_bytes(state.token_bytes)} a token for {config.policy}" if state.token_bytes else ""
+        raise CapacityError(
+            f"A KV cap of {format_bytes(device_bytes)} holds not even one token of {format_bytes(token_bytes)} beside "
+            f"what {config.max_num_seqs} sequences of up to {max_len} tokens need: buffers, tables{of_state}; raise "
+            "--kv-device-memory, or lower --max-model-len or --max-num-seqs."
+        )
 
 
 def build_kv_cache(
@@ -224,8 +234,8 @@ def build_kv_cache(
             rebuildable=limits.rebuildable,
             eviction=eviction,
             overlap=overlap,
-            staging_rows=config.split.staging_rows,
-            in_flight_bytes=config.split.in_flight_bytes,
+            staging_rows=config.capacity.staging_rows,
+            in_flight_bytes=config.capacity.in_flight_bytes,
         )
 
     return CacheManager(flat, num_tiers=len(limits.tiers), make_tiers=make_tiers, starts_tiered=kept > 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,13 @@ from alisa.cache.offload.transfer import (
 )
 from alisa.cache.row_ids import NOWHERE, Ids, RowIds
 from alisa.kernels.base import Codec, Slots
+
+
+class _Prefetch(NamedTuple):
+    """Rows of one layer that are brought for the next step, and the hidden states that this takes."""
+
+    handle: TransferHandle
+    hidden_bytes: int
 
 
 class Loader:
@@ -67,8 +75,8 @@ class Loader:
         self._transfers = transfers
         self._meter = meter
         self._hidden_bytes = hidden_bytes
-        self._ahead_bytes = 0  # of hidden states that are read ahead
-        self._loads: list[list[TransferHandle]] = [[] for _ in pool]  # ahead, by layer
+        self._prefetches: list[list[_Prefetch]] = [[] for _ in pool]  # by layer
+        self._prefetch_bytes = 0  # of hidden states
         self._ahead = [np.empty(0, np.int32) for _ in pool]  # slots that were filled for the next step
 
     def load(self, layer: int, ids: Ids, owners: Owners, target: TransferBuffer, indices: RowIndices) -> TransferHandle:
@@ -100,14 +108,15 @@ class Loader:
     def prefetch(self, layer: int, ids: Ids, owners: Owners) -> None:
         """Start to bring these rows to the device's pool for the next step, if they have room there."""
         num_bytes = self._hidden_bytes_of(ids)
-        if self._ahead_bytes + num_bytes > self._hidden_bytes:
+        if self._prefetch_bytes + num_bytes > self._hidden_bytes:
             return
         slots = self._residency.place(layer, ids, ahead=True)
         if slots is None:
             return
         self._ahead[layer] = np.append(self._ahead[layer], slots)
-        self._loads[layer].append(self.load(layer, ids, owners, self._pool[layer], slots))
-        self._ahead_bytes += num_bytes
+        handle = self.load(layer, ids, owners, self._pool[layer], slots)
+        self._prefetches[layer].append(_Prefetch(handle, num_bytes))
+        self._prefetch_bytes += num_bytes
 
     def take_ahead(self, layer: int) -> RowIndices:
         """Slots that were filled for this step; asked for once."""
@@ -121,23 +130,27 @@ class Loader:
                 self._ahead[layer] = np.setdiff1d(ahead, self._residency.slots[layer][ids])
 
     def wait_loads(self, layer: int) -> None:
-        """Everything that was read ahead for this layer is there."""
-        for handle in self._loads[layer]:
-            self._transfers.wait(handle)
-        self._loads[layer].clear()
-        if not any(self._loads):
-            self._ahead_bytes = 0
+        """Everything that was prefetched for this layer is there."""
+        for prefetch in self._prefetches[layer]:
+            self._finish(prefetch)
+        self._prefetches[layer].clear()
 
     def wait_all_loads(self) -> None:
-        """Everything that was read ahead is there."""
-        for layer in range(len(self._loads)):
+        """Everything that was prefetched is there."""
+        for layer in range(len(self._prefetches)):
             self.wait_loads(layer)
 
     def wait_for(self, req_idx: int) -> None:
         """No row of this sequence is on its way to the device."""
-        for layer, handles in enumerate(self._loads):
-            if any(handle.concerns(req_idx) for handle in handles):
-                self.wait_loads(layer)
+        for layer, prefetches in enumerate(self._prefetches):
+            for prefetch in prefetches:
+                if prefetch.handle.concerns(req_idx):
+                    self._finish(prefetch)
+            self._prefetches[layer] = [prefetch for prefetch in prefetches if not prefetch.handle.concerns(req_idx)]
+
+    def _finish(self, prefetch: _Prefetch) -> None:
+        self._transfers.wait(prefetch.handle)
+        self._prefetch_bytes -= prefetch.hidden_bytes
 
     def _hidden_bytes_of(self, ids: Ids) -> int:
         """What it takes to make those of these rows again that are deleted."""

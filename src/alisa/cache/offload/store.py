@@ -71,7 +71,8 @@ class TieredStore:
     What a cap of the device's memory covers: the pool (`num_rows` rows of each layer), two staging buffers
     (`staging_rows` rows of one layer each), and, where main memory is the device, rows and hidden states on their way
     (`in_flight_bytes`) and the tables that say where rows lie (`table_bytes`). The tables grow with the tokens that
-    exist; `alisa.scheduler.placement.capacity` knows how far. A pool on a CPU takes no memory until rows are written.
+    exist; `alisa.cache.capacity` knows how far, and shares out a cap. A pool on a CPU takes no memory until rows are
+    written.
 
     Args:
         num_layers: L.
@@ -275,7 +276,7 @@ class TieredStore:
         for table in self._tables():
             table.reserve(self._row_ids.capacity)
 
-    def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor | None) -> None:
         """See `RowStore.append`."""
         step = self._step
         if len(step.home) == len(k) and self._append is not None:
@@ -288,6 +289,7 @@ class TieredStore:
                 below = rows[self._index(tokens)]
                 self._in_flight.write(layer, tier, slots_below, below, step.owners[tokens])
         if step.hidden is not None and self._hidden is not None:
+            assert hidden is not None, "what may be deleted is rebuilt from the layer input"
             tokens, slots_below = step.hidden
             encoded = self._hidden.encode(hidden[self._index(tokens)])
             self._in_flight.write(layer, self._hidden.tier, slots_below, encoded, step.owners[tokens])

@@ -37,7 +37,7 @@ class SlotTable:
     @property
     def nbytes(self) -> int:
         """Bytes of the table."""
-        return self.slots.nbytes
+        return self.slots.nbytes + self._free.nbytes
 
     def reserve(self, capacity: int) -> None:
         """Row ids below `capacity` may be asked for."""
