@@ -1,7 +1,7 @@
 """Patterns that look at nothing but the position: the baselines that every learned choice must beat.
 
-`local` is the sliding window of Longformer (arXiv 2004.05150); `strided` adds older tokens at equal distances, as in the
-Sparse Transformer (arXiv 1904.10509); `streaming` keeps the first tokens, the attention sinks of StreamingLLM
+`local` is the sliding window of Longformer (arXiv 2004.05150); `strided` adds older tokens at equal distances, as in
+the Sparse Transformer (arXiv 1904.10509); `streaming` keeps the first tokens, the attention sinks of StreamingLLM
 (arXiv 2309.17453), beside the window, at their original positions. All three read as many tokens as `swa` does.
 """
 
