@@ -93,20 +93,20 @@ def test_a_read_that_fails_ends_one_request_and_harms_no_other(policy, tiny_mode
     assert [output.token_ids for output in run(llm)] == expected, "the next run has a disk of its own"
 
 
-def test_a_row_that_is_bad_from_the_start_costs_only_its_owners(tiny_model, disks):
+def test_a_row_that_is_bad_from_the_start_costs_only_its_owners(tiny_model, monkeypatch):
     """With a small cap rows of prompts go straight down; a request may end before its first token."""
     llm = small(tiny_model("opt"), "dense")
     expected = [output.token_ids for output in run(llm)]
     errors = 0
     for bad in (0, 7, 30, 90, 200):
 
-        def on_event(number, event, bad=bad):
-            if number == 0:
-                disks[-1].bad.add((1, bad))
+        def make(*args, bad=bad):
+            tier = WornTier(DiskTier(*args))
+            tier.bad.add((1, bad))
+            return tier
 
-        made = len(disks)
-        outputs = run(llm, on_event)
-        assert len(disks) == made + 1
+        monkeypatch.setattr(memory, "DiskTier", make)
+        outputs = run(llm)
         assert_sound(outputs, expected)
         errors += sum(output.finish_reason == "error" for output in outputs)
     assert errors > 0
@@ -150,10 +150,11 @@ def test_nothing_is_left_of_a_run_however_it_ends(tiny_model, tmp_path):
     next(stream)
     stream.close()  # interrupted
     llm.stream(prompts_for(llm), PARAMS)  # never begun
-    with pytest.raises(CapacityError, match="raise --kv-device-memory or --kv-disk-memory, or lower --max-tokens"):
-        small(tiny_model("opt"), kv_disk_path=tmp_path, kv_disk_memory=20_000).generate(
-            [list(range(3, 63))], SamplingParams(max_tokens=68)
-        )
+    with (
+        small(tiny_model("opt"), kv_disk_path=tmp_path, kv_disk_memory=20_000) as short,
+        pytest.raises(CapacityError, match="raise --kv-device-memory or --kv-disk-memory, or lower --max-tokens"),
+    ):
+        short.generate([list(range(3, 63))], SamplingParams(max_tokens=68))
     assert set(os.listdir("/proc/self/fd")) == before
     assert list(tmp_path.iterdir()) == []
     assert not any(thread.name.startswith("alisa-kv") for thread in threading.enumerate())

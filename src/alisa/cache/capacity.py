@@ -18,7 +18,7 @@ _IN_FLIGHT_SHARE = 16
 _MOST_IN_FLIGHT_BYTES = 1 << 26
 
 _TABLE_SHARE = 4
-"""One part in this many of the cap is the most that tables for tokens below the device take; more have to wait."""
+"""One part in this many of the cap is the most that tables for tokens below the device take, unless a single sequence needs more."""
 
 
 class StateMemory(NamedTuple):
@@ -66,7 +66,8 @@ def device_capacity(
     """Share out a cap of `num_bytes` for a `TieredStore`.
 
     The policy's state gets as many tokens as all sequences may come to have, but no more than leaves room for the rows
-    that one step reads of half of them (the others may be swapped); at least one sequence of the greatest length.
+    that one step reads of half of them (the others may be swapped). Both it and the tables have room for at least one
+    sequence of the greatest length.
 
     Args:
         num_bytes: the cap.
@@ -99,7 +100,7 @@ def device_capacity(
         left -= known * state.token_bytes
     lower_tokens = min(lower_tokens, known)
     if holds_tables:
-        lower_tokens = max(min(lower_tokens, (num_bytes // _TABLE_SHARE - fixed_bytes) // id_bytes), 0)
+        lower_tokens = min(lower_tokens, max((num_bytes // _TABLE_SHARE - fixed_bytes) // id_bytes, max_length))
     num_rows = min((left - lower_tokens * id_bytes) // token_bytes, max_num_seqs * max_length)
     table_bytes = fixed_bytes + (lower_tokens + num_rows) * id_bytes + num_rows * num_layers * slot_bytes
     return DeviceCapacity(num_rows, known, staging, in_flight, lower_tokens, table_bytes)

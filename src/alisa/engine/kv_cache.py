@@ -141,8 +141,8 @@ def plan_kv_cache(
     if not fits:
         raise CapacityError(
             f"The schedule deletes up to {planned} tokens of each of {config.max_num_seqs} sequences, and what they "
-            f"are rebuilt from takes {format_bytes(kept * hidden_bytes)} of the {format_bytes(disk_bytes)} on disk;
-            raise " "--kv-disk-memory, or lower --max-num-seqs or --max-model-len."
+            f"are rebuilt from takes {format_bytes(kept * hidden_bytes)} of {format_bytes(disk_bytes)} on disk; raise "
+            "--kv-disk-memory, or lower --max-num-seqs or --max-model-len."
         )
     host_tokens = min(host_tokens, capacity.lower_tokens)
     disk_tokens = min(below, (disk_bytes - kept * hidden_bytes) // token_bytes, capacity.lower_tokens - host_tokens)

@@ -97,7 +97,9 @@ class SharedEngine:
     def _deliver(self, output: EngineOutput) -> None:
         if output.record is None or output.plan is None:
             return
-        streams = {name: stream for name in output.request_ids if (stream := self._streams.get(name)) is not None}
+        # A request that is swapped takes part in no step, and may fail all the same.
+        names = {*output.request_ids, *(done.request_id for done in output.finished)}
+        streams = {name: stream for name in names if (stream := self._streams.get(name)) is not None}
         for stream in set(streams.values()):
             stream.saw(output.record, output.plan)
         for event in (*output.deltas, *output.finished):
