@@ -1,15 +1,24 @@
 """What the user asked for: frozen, complete at construction, and checked there.
 
 `EngineConfig` says how to run, `SamplingParams` how to pick tokens for one request. Neither is ever filled in later;
-what the machine or the model adds (free memory, number of rows) is derived into other objects.
+what the machine or the model adds (free memory, number of rows) is derived into other objects. Each field with its
+docstring is at once the Python option, the flag of the command line, its help and the entry in the report.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import secrets
+import types
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import Field, dataclass, fields, replace
+from difflib import get_close_matches
+from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from alisa.errors import InputError
 
@@ -67,12 +76,22 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
 
 
+NUM_SEEDS = 2**64
+"""Seeds are 0 up to but not this."""
+
+RENAMED = {"max_batch": "max_num_seqs"}
+"""Engine options as version 0.1 called them, and their names now; the old ones go with version 0.3."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends.
 
+    Note:
+        None for any field means its default; only for `seed` it means one that is drawn here, once.
+
     Raises:
-        InputError: at construction, naming every field that is out of range.
+        InputError: at construction, naming every field that is out of range or of another type.
     """
 
     max_tokens: int = 128
@@ -80,7 +99,7 @@ class SamplingParams:
     temperature: float = 0.0
     """0 picks the most likely token (greedy)."""
     top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
+    """Keep the k most likely tokens; 0 or -1: all."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probability reaches top_p."""
     min_p: float = 0.0
@@ -89,90 +108,236 @@ class SamplingParams:
     """Divide (positive) or multiply (negative) the logits of tokens seen in the prompt or the output (CTRL,
     1909.05858)."""
     stop: tuple[str, ...] = ()
-    """End before the first of these strings; it is not part of the text."""
+    """End before the first of these strings; it is not part of the text. A single string is one stop string."""
     stop_ids: tuple[int, ...] = ()
     """End at the first of these token ids, besides the model's own end tokens."""
     ignore_eos: bool = False
     """Go on after the model's end token; benchmarks want a fixed length."""
     seed: int = 0
-    """The request draws the same random numbers for the same seed, whatever else is in the batch."""
+    """The request draws the same random numbers for the same seed, whatever else is in the batch; 0 up to but not
+    2**64. In a list of prompts with one set of these parameters, prompt i (from 0) has seed + i, so that equal prompts
+    get different texts."""
 
     def __post_init__(self) -> None:
-        wrong = [
+        wrong = _settle(self, none_is_default=True)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        wrong += [
             text
             for bad, text in (
                 (self.max_tokens < 1, f"max_tokens is {self.max_tokens}, at least 1 is needed"),
                 (not 0 <= self.temperature < 100, f"temperature is {self.temperature}, allowed is 0 to 100"),
-                (self.top_k < 0, f"top_k is {self.top_k}, allowed is 0 (off) or more"),
+                (self.top_k < 0, f"top_k is {self.top_k}, allowed is 0 or -1 (off) or more"),
                 (not 0 < self.top_p <= 1, f"top_p is {self.top_p}, allowed is above 0 up to 1"),
                 (not 0 <= self.min_p <= 1, f"min_p is {self.min_p}, allowed is 0 to 1"),
                 (
                     not 0 < self.repetition_penalty < 100,
-                    f"repetition_penalty is {self.repetition_penalty}, allowed is above 0 (1 is off)",
+                    f"repetition_penalty is {self.repetition_penalty}, allowed is above 0 up to 100 (1 is off)",
                 ),
                 (any(not text for text in self.stop), "an empty stop string would end every text at once"),
-                (self.seed < 0, f"seed is {self.seed}, allowed is 0 or more"),
+                (not 0 <= self.seed < NUM_SEEDS, f"seed is {self.seed}, allowed is 0 up to but not 2**64"),
             )
             if bad
         ]
         if wrong:
             raise InputError("; ".join(wrong) + ".")
+
+
+def per_request(params: SamplingParams, index: int) -> SamplingParams:
+    """The parameters of request `index` (from 0) of a list that shares `params`: its seed is seed + index.
+
+    So equal prompts differ, and a request draws the same numbers whether it runs with the others, alone or after a
+    resume, from Python as from the command line.
+    """
+    return replace(params, seed=(params.seed + index) % NUM_SEEDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How the engine runs, as asked; `auto` and None are resolved where the answer is known, into other objects.
+    """Which model runs, how it attends, and how much memory it may use.
+
+    `auto` and None are resolved where the answer is known, into other objects.
 
     Raises:
-        InputError: at construction, naming every field that is out of range.
+        InputError: at construction, naming every field that is out of range or of another type.
     """
 
+    model: str | None = None
+    """A directory or a Hugging Face id of a checkpoint; None: the small model inside the package."""
     policy: PolicyName = "sketch"
-    """Which earlier tokens a step reads. `sketch`: at sparsity 0.8 it loses 0.1 % of perplexity where `swa` loses 8 %,
-    and it finds again what `swa` forgets (docs/accuracy.md)."""
+    """Which earlier tokens a step reads. dense: all. local: the most recent. strided: the recent, and older ones at
+    regular distances. streaming: the first four and the recent. h2o: the recent and the most attended since the
+    beginning. swa: the recent and the most attended lately (ALISA). swa-head: the same for each KV head. sketch: the
+    recent and those that a 4-bit copy of all keys finds best for this query; the mean of all values stands in for the
+    rest. sketch-2bit, sketch-8bit: with 2 or 8 bits. sketch-head: for each KV head. sketch-plain: without the mean.
+    oracle: sketch with exact keys, for comparison. Why sketch: at sparsity 0.8 it loses 0.1 % of perplexity where swa
+    loses 8 %, and it finds all facts in 1024 tokens where every choice by history finds a fifth or less
+    (docs/accuracy.md)."""
     sparsity: float = 0.8
-    """Share of the earlier tokens that a decode step does not read; 1 - r in the paper (r: caching ratio)."""
+    """Share of the earlier tokens that a decode step does not read, 0 up to but not 1; 1 - r in the paper (r: caching
+    ratio). dense ignores it."""
     dtype: DtypeName = "auto"
+    """What the model computes in; auto: what the checkpoint and the device suit."""
     weight_dtype: WeightDtypeName = "auto"
-    """`auto`: the dtype the model computes in. `int8`: linear layers in 8 bits, on a CPU."""
+    """What the linear layers are kept in; auto: the dtype that the model computes in. int8, on a CPU: half the memory
+    and the reading of 16 bits, every output channel with a scale."""
     kv_dtype: KvDtypeName = "auto"
-    """`auto`: the dtype the model computes in."""
+    """What K and V are kept in; auto: the dtype that the model computes in, so that dense attention is exact. int8 and
+    int4 keep a scale for each token and head: about half or a quarter of the memory of 16 bits; int8 costs 0.03 % of
+    perplexity and no recall, int4 4 %."""
     device: DeviceName = "auto"
-    kv_device_memory: int | None = None
-    """Hard cap in bytes of the KV rows on the device; None: half of the free memory."""
-    kv_host_memory: int | None = None
-    """Hard cap in bytes of the rows in main memory below a GPU; 0: none; None: half of the free memory. On a CPU main
-    memory is the device, and this means nothing."""
-    kv_disk_memory: int | None = None
-    """Hard cap in bytes of the rows on disk; 0: no disk; None: what the work needs, within the free room."""
+    """Where the model runs; auto: the GPU if there is one."""
+    kv_device_memory: str | int | None = None
+    """Hard cap of the memory for K and V on the device, such as 2GiB or 512MiB; None: half of what is free. What does
+    not fit goes below: to main memory on a GPU, then to disk."""
+    kv_host_memory: str | int | None = None
+    """Hard cap of the K and V in main memory below a GPU; 0: none; None: half of what is free. On a CPU main memory is
+    the device, and this means nothing."""
+    kv_disk_memory: str | int | None = None
+    """Hard cap of the K and V on disk; 0: no disk, prompts wait for room in memory instead; None: what the work needs,
+    within the free room."""
     kv_disk_path: Path | None = None
-    """Directory whose disk takes the rows that do not fit; None: the system's directory for temporary files."""
+    """Directory whose disk is used; None: the directory for temporary files. The file is private to the run and gone
+    when it ends, however it ends."""
     schedule: Path | None = None
-    """File that says when rows move (docs/scheduling.md); None: when the memory caps demand it."""
-    max_batch: int = 32
-    """Sequences decoded together at the most."""
+    """File that says when tokens move below the device or are deleted to be recomputed, as JSON (docs/scheduling.md);
+    None: when the memory caps demand it."""
+    max_num_seqs: int = 32
+    """Sequences worked on together; more prompts wait."""
+    max_model_len: int | None = None
+    """Tokens of a sequence, prompt and output together; None: as many as the model has positions."""
     prefill_chunk: int = 1024
     """Prompt tokens that go through the model in one pass; bounds the activations of long prompts."""
 
     def __post_init__(self) -> None:
-        wrong = [
+        wrong = _settle(self)
+        for name, least in (("kv_device_memory", 1), ("kv_host_memory", 0), ("kv_disk_memory", 0)):
+            if (size := getattr(self, name)) is not None:
+                try:
+                    parse_bytes(size, least=least)
+                except InputError as error:
+                    wrong.append(f"{name}: {str(error).rstrip('.')}")
+        wrong += [
             text
             for bad, text in (
-                (
-                    self.policy not in get_args(PolicyName),
-                    f"policy {self.policy!r} is unknown, there is {', '.join(get_args(PolicyName))}",
-                ),
-                (
-                    self.weight_dtype not in get_args(WeightDtypeName),
-                    f"weight_dtype {self.weight_dtype!r} is unknown, there is {', '.join(get_args(WeightDtypeName))}",
-                ),
                 (not 0 <= self.sparsity < 1, f"sparsity is {self.sparsity}, allowed is 0 (dense) up to but not 1"),
-                (self.max_batch < 1, f"max_batch is {self.max_batch}, at least 1 is needed"),
+                (self.max_num_seqs < 1, f"max_num_seqs is {self.max_num_seqs}, at least 1 is needed"),
+                (
+                    self.max_model_len is not None and self.max_model_len < 2,
+                    f"max_model_len is {self.max_model_len}, at least 2 are needed, one for the prompt and one new",
+                ),
                 (self.prefill_chunk < 1, f"prefill_chunk is {self.prefill_chunk}, at least 1 is needed"),
-                (self.kv_device_memory is not None and self.kv_device_memory < 1, "kv_device_memory must be above 0"),
-                (self.kv_disk_memory is not None and self.kv_disk_memory < 0, "kv_disk_memory must not be below 0"),
             )
             if bad
         ]
         if wrong:
             raise InputError("; ".join(wrong) + ".")
+
+    def describe(self) -> dict[str, str | int | float | None]:
+        """Every option as it was asked for, as plain values for a report."""
+        asked = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()}
+
+
+def with_options(config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:
+    """`config` (None: the defaults) with these options changed; names of version 0.1 are taken with a warning.
+
+    Raises:
+        InputError: an option is unknown, given twice, out of range or of another type.
+    """
+    known = [field.name for field in fields(EngineConfig)]
+    changes: dict[str, Any] = {}
+    for given, value in options.items():
+        name = RENAMED.get(given, given)
+        if name != given:
+            warnings.warn(renamed(given, name), FutureWarning, stacklevel=3)
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known)}."
+            raise InputError(f"There is no option {name!r}; {hint}")
+        if name in changes:
+            raise InputError(f"{name} was given twice, once under its old name; give it once.")
+        changes[name] = value
+    return replace(config or EngineConfig(), **changes)
+
+
+def renamed(old: str, new: str) -> str:
+    """The line that tells a user of a name of version 0.1."""
+    return f"{old} is called {new} now; the old name will go with version 0.3."
+
+
+class _DataclassInstance(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+def _settle(options: _DataclassInstance, *, none_is_default: bool = False) -> list[str]:
+    """Bring every field to its declared type where that loses nothing; returns what is wrong with the others.
+
+    A wrong field gets its default, so that the checks of ranges that follow can look at all of them.
+    """
+    wrong = []
+    hints = _hints(type(options))
+    for field in fields(options):
+        name, kind, given = field.name, hints[field.name], getattr(options, field.name)
+        if given is None and none_is_default:
+            value = secrets.randbelow(NUM_SEEDS) if name == "seed" else field.default
+        else:
+            try:
+                value = _fitted(given, kind)
+            except TypeError as problem:
+                wrong.append(f"{name} {problem}")
+                value = field.default
+        object.__setattr__(options, name, value)
+    return wrong
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    Path: "a path",
+    tuple[str, ...]: "a string or a list of strings",
+    tuple[int, ...]: "a list of whole numbers",
+}
+"""Types of options, as messages call them."""
+
+
+def _fitted(value: object, kind: Any) -> Any:  # noqa: ANN401 - annotations are values here
+    """`value` as the annotation `kind` wants it.
+
+    Raises:
+        TypeError: it is of another type; the message goes on where the option's name ends.
+    """
+    parts = get_args(kind)
+    match get_origin(kind):
+        case types.UnionType:
+            for part in parts:
+                with suppress(TypeError):
+                    return _fitted(value, part)
+        case origin if origin is Literal:
+            if value in parts:
+                return value
+            raise TypeError(f"{value!r} is unknown, there is {', '.join(parts)}")
+        case origin if origin is tuple:
+            # A string is one element, never its letters.
+            elements = (value,) if isinstance(value, str) and parts[0] is str else value
+            if isinstance(elements, (list, tuple, set, frozenset)):
+                with suppress(TypeError):
+                    return tuple(_fitted(element, parts[0]) for element in elements)
+        case _:
+            if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+                return int(value)
+            if kind is float and isinstance(value, Real) and not isinstance(value, bool):
+                return float(value)
+            if kind is Path and isinstance(value, str | Path):
+                return Path(value)
+            if kind in (bool, str, type(None)) and isinstance(value, kind):
+                return value
+    wanted = " or ".join(_KINDS[part] for part in ((kind,) if kind in _KINDS else parts) if part in _KINDS)
+    raise TypeError(f"is {value!r}, {wanted} is needed")

@@ -16,16 +16,7 @@ import torch
 from alisa import __version__
 from alisa.attention.timing import Stopwatch
 from alisa.cache.codec import make_codec
-from alisa.config import (
-    DeviceName,
-    DtypeName,
-    EngineConfig,
-    KvDtypeName,
-    PolicyName,
-    SamplingParams,
-    WeightDtypeName,
-    parse_bytes,
-)
+from alisa.config import EngineConfig, SamplingParams, parse_bytes, with_options
 from alisa.engine.builder import Caps, Memory, build_kv_cache, default_kv_memory
 from alisa.engine.engine import Engine
 from alisa.engine.output import TextStream
@@ -56,20 +47,8 @@ class LLM:
 
     Args:
         model: Hugging Face model directory or hub id; None for the small model inside the package.
-        policy: which cached tokens a decode step reads; `PolicyName` in alisa.config has all.
-        sparsity: share of the earlier tokens that a step does not read; `dense` reads all.
-        dtype: of the weights and the arithmetic; `auto` takes what is fastest on this machine.
-        weight_dtype: `int8` keeps the linear layers in 8 bits (on a CPU): half the memory and the reading of 16 bits.
-        kv_dtype: of the cached rows, also `int8` or `int4`; `auto` is the dtype of the arithmetic.
-        device: `cpu`, `cuda` or `auto`.
-        kv_device_memory: hard cap of the KV rows, in bytes or like "2GiB"; None for a share of the free memory.
-        kv_host_memory: with a GPU, hard cap of the rows in main memory; None for half of what is free.
-        kv_disk_memory: hard cap of the rows that go to disk because the device is full; 0 for none, None for what the
-            work needs within the free room.
-        kv_disk_path: directory whose disk is used; None for the system's directory for temporary files.
-        schedule: file that says when rows move (docs/scheduling.md); None for when the caps demand it.
-        max_batch: sequences decoded together at the most.
-        prefill_chunk: prompt tokens in one pass at the most.
+        config: how to run it; None: the defaults.
+        options: fields of `EngineConfig`, which says what each means; they go before those of `config`.
         progress: called with (bytes read, bytes in all) while weights load.
 
     Raises:
@@ -85,49 +64,27 @@ class LLM:
         self,
         model: str | Path | None = None,
         *,
-        policy: PolicyName = "sketch",
-        sparsity: float = 0.8,
-        dtype: DtypeName = "auto",
-        weight_dtype: WeightDtypeName = "auto",
-        kv_dtype: KvDtypeName = "auto",
-        device: DeviceName = "auto",
-        kv_device_memory: str | int | None = None,
-        kv_host_memory: str | int | None = None,
-        kv_disk_memory: str | int | None = None,
-        kv_disk_path: str | Path | None = None,
-        schedule: str | Path | None = None,
-        max_batch: int = 32,
-        prefill_chunk: int = 1024,
+        config: EngineConfig | None = None,
         progress: Callable[[int, int], None] | None = None,
+        **options: Any,  # noqa: ANN401 - checked by EngineConfig, the one list of options
     ) -> None:
-        self.config = EngineConfig(
-            policy=policy,
-            sparsity=sparsity,
-            dtype=dtype,
-            weight_dtype=weight_dtype,
-            kv_dtype=kv_dtype,
-            device=device,
-            kv_device_memory=None if kv_device_memory is None else parse_bytes(kv_device_memory),
-            kv_host_memory=None if kv_host_memory is None else parse_bytes(kv_host_memory, least=0),
-            kv_disk_memory=None if kv_disk_memory is None else parse_bytes(kv_disk_memory, least=0),
-            kv_disk_path=None if kv_disk_path is None else Path(kv_disk_path),
-            schedule=None if schedule is None else Path(schedule),
-            max_batch=max_batch,
-            prefill_chunk=prefill_chunk,
-        )
-        self._scheduler = None if schedule is None else load_schedule(Path(schedule))
-        directory = embedded_model() if model is None else resolve_model(str(model))
-        self.name = "embedded" if model is None else str(model)
+        named = {} if model is None else {"model": str(model)}
+        self.config = with_options(config, {**options, **named})
+        config = self.config
+        self._scheduler = None if config.schedule is None else load_schedule(config.schedule)
+        directory = embedded_model() if config.model is None else resolve_model(config.model)
+        self.name = config.model or "embedded"
         load_spec(directory)  # before anything else is read: a wrong directory or family is refused by its config
         self.tokenizer = Tokenizer.load(directory)
-        torch_device = resolve_device(device)
-        make_linear = choose_linear(weight_dtype, torch_device)
-        torch_dtype = resolve_dtype(dtype, checkpoint_dtype(directory), torch_device)
+        torch_device = resolve_device(config.device)
+        make_linear = choose_linear(config.weight_dtype, torch_device)
+        torch_dtype = resolve_dtype(config.dtype, checkpoint_dtype(directory), torch_device)
         self.decoder = load_decoder(directory, torch_dtype, torch_device, progress, make_linear)
         self.spec = self.decoder.spec
-        self.policy = make_policy(policy, sparsity)
-        kv_dtype_name = str(self.decoder.dtype).removeprefix("torch.") if kv_dtype == "auto" else kv_dtype
-        self.codec = make_codec(RowFormat(kv_dtype_name, self.spec.num_kv_heads, self.spec.head_dim))
+        self.policy = make_policy(config.policy, config.sparsity)
+        own_dtype = str(self.decoder.dtype).removeprefix("torch.")
+        kv_dtype = own_dtype if config.kv_dtype == "auto" else config.kv_dtype
+        self.codec = make_codec(RowFormat(kv_dtype, self.spec.num_kv_heads, self.spec.head_dim))
         self._kernels = choose_backend(self.decoder.device)
         self._records: list[StepRecord] = []
         self._plans: list[StepPlan] = []
@@ -210,8 +167,9 @@ class LLM:
         return timeline.total(prefill=False)
 
     def describe(self) -> dict[str, Any]:
-        """Model, settings and machine, as plain values for a report."""
+        """Every option, then what they came to on this machine, as plain values for a report."""
         return {
+            **self.config.describe(),
             "model": self.name,
             "family": self.spec.family,
             "parameters": self.spec.num_parameters,
@@ -221,9 +179,7 @@ class LLM:
             "kv_dtype": self.codec.format.dtype,
             "device": str(self.decoder.device),
             "attention": self._kernels.name,
-            "policy": self.config.policy,
             "sparsity": self.config.sparsity if self.config.policy != "dense" else 0.0,
-            "max_batch": self.config.max_batch,
             "kv_token_bytes": self.spec.num_layers * self.codec.format.row_bytes,
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
@@ -288,14 +244,15 @@ class LLM:
     def _engine(self, requests: Sequence[Request]) -> tuple[Engine, Memory, int]:
         """An engine with room for this work and no more: rows and state are sized by the largest requests that meet."""
         sizes = [request.num_rows for request in requests]
-        max_num_seqs = min(self.config.max_batch, len(sizes))
+        max_num_seqs = min(self.config.max_num_seqs, len(sizes))
+        disk = None if self.config.kv_disk_memory is None else parse_bytes(self.config.kv_disk_memory, least=0)
         memory = build_kv_cache(
             self.decoder,
             self.policy,
             self.codec,
             self._kernels,
             sizes,
-            Caps(self.kv_cap_bytes(), self._host_cap(), self.config.kv_disk_memory, self.config.kv_disk_path),
+            Caps(self.kv_cap_bytes(), self._host_cap(), disk, self.config.kv_disk_path),
             self._scheduler,
             max_num_seqs,
         )
@@ -317,7 +274,7 @@ class LLM:
     def kv_cap_bytes(self) -> int:
         """Hard cap of the rows on the device."""
         if self.config.kv_device_memory is not None:
-            return self.config.kv_device_memory
+            return parse_bytes(self.config.kv_device_memory)
         return default_kv_memory(self.decoder.device)
 
     def _host_cap(self) -> int:
@@ -325,7 +282,7 @@ class LLM:
         if self.decoder.device.type == "cpu":
             return 0
         if self.config.kv_host_memory is not None:
-            return self.config.kv_host_memory
+            return parse_bytes(self.config.kv_host_memory, least=0)
         return default_kv_memory(torch.device("cpu"))
 
     def _summarise(

@@ -69,7 +69,7 @@ def transformers_greedy(directory, prompts):
 @pytest.mark.parametrize("family", TINY_MODELS)
 def test_dense_greedy_equals_transformers_in_a_ragged_batch(family, tiny_model):
     directory = tiny_model(family)
-    llm = LLM(directory, policy="dense", dtype="float32", max_batch=4, prefill_chunk=50)
+    llm = LLM(directory, policy="dense", dtype="float32", max_num_seqs=4, prefill_chunk=50)
     prompts = make_prompts(llm.spec.vocab_size)
     assert_transformers_agrees(directory, prompts, greedy(llm, prompts))
 
@@ -95,7 +95,7 @@ def test_sparsity_zero_equals_dense_for_every_policy(family, tiny_model):
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_swa_equals_a_plain_algorithm_1(family, sparsity, tiny_model):
     directory = tiny_model(family)
-    llm = LLM(directory, policy="swa", sparsity=sparsity, dtype="float32", max_batch=3)
+    llm = LLM(directory, policy="swa", sparsity=sparsity, dtype="float32", max_num_seqs=3)
     prompts = make_prompts(llm.spec.vocab_size)
     outputs = greedy(llm, prompts)
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -109,7 +109,7 @@ def test_swa_equals_a_plain_algorithm_1(family, sparsity, tiny_model):
 @pytest.mark.parametrize("policy", get_args(PolicyName))
 def test_a_batch_gives_what_each_request_gives_alone(policy, tiny_model):
     directory = tiny_model("llama-gqa-tied")
-    llm = LLM(directory, policy=policy, dtype="float32", max_batch=3, prefill_chunk=32)
+    llm = LLM(directory, policy=policy, dtype="float32", max_num_seqs=3, prefill_chunk=32)
     prompts = make_prompts(llm.spec.vocab_size)
     params = [
         SamplingParams(max_tokens=20 + 7 * i, temperature=0.9 * (i % 2), top_p=0.9, seed=i, ignore_eos=True)

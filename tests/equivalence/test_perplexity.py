@@ -68,7 +68,7 @@ def random_items(vocab_size, count, prompt_len, output_len):
 @pytest.mark.parametrize("policy", get_args(PolicyName))
 @pytest.mark.parametrize(("family", "kv_dtype"), [("llama-gqa-tied", "float32"), ("opt", "int8")])
 def test_layer_by_layer_gives_what_decoding_gives(family, kv_dtype, policy, tiny_model):
-    subject = Subject.of(LLM(tiny_model(family), dtype="float32", max_batch=2))
+    subject = Subject.of(LLM(tiny_model(family), dtype="float32", max_num_seqs=2))
     items = random_items(subject.spec.vocab_size, 3, 24, 60)
     variant = Variant(policy, 0.6, kv_dtype)
     chosen, codec = variant.selection_policy(), subject.codec(variant)

@@ -109,7 +109,7 @@ def test_weights_in_8_bits_know_neither_place_nor_company(family, dtype, tiny_mo
     options = {"policy": "dense", "dtype": dtype, "weight_dtype": "int8", "prefill_chunk": 32}
     everything = LLM(tiny_model(family), **options)
     expected = tokens(everything)
-    alone = LLM(tiny_model(family), **options, max_batch=1)
+    alone = LLM(tiny_model(family), **options, max_num_seqs=1)
     cap = 120 * everything.describe()["kv_token_bytes"]
     schedule = schedule_file(tmp_path, **THREE_PHASES)
     phases = LLM(tiny_model(family), **options, kv_device_memory=cap, schedule=schedule)

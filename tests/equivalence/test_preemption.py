@@ -56,7 +56,7 @@ def test_a_new_sequence_is_not_read_by_the_history_of_the_one_before_it(tiny_mod
     params = [SamplingParams(max_tokens=100 if index == 0 else 10, ignore_eos=True) for index in range(len(lengths))]
 
     def run(**options):
-        llm = LLM(tiny_model("opt"), dtype="float32", max_batch=2, **options)
+        llm = LLM(tiny_model("opt"), dtype="float32", max_num_seqs=2, **options)
         return [output.token_ids for output in llm.generate(prompts, params)]
 
     assert run() == run(schedule=schedule)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 from rich.table import Table
 from tyro.conf import arg
 
+from alisa.cli.files import to_json
 from alisa.cli.screen import output_console, say, waiting
 from alisa.errors import InputError
 from alisa.lab.bench.cases import CASES, DEFAULT_CASES
@@ -77,7 +77,7 @@ class BenchKernels:
                 with waiting(f"{name}, case {number} of {len(self.names)}", show=sys.stderr.isatty()):
                     outcomes[name] = run_case(CASES[name], kernels, runs=self.runs, only_kernel=self.only_kernel)
             cases = {name: (CASES[name], outcome) for name, outcome in outcomes.items()}
-            line = json.dumps(make_record(stamp, kernels.isa, self.runs, cases)) + "\n"
+            line = to_json(make_record(stamp, kernels.isa, self.runs, cases)) + "\n"
             if file:
                 file.write(line)
         bandwidths = sorted(outcome.read_bytes_per_s for outcome in outcomes.values())

@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
 
+from alisa.cli.files import refuse_same_file, to_json
 from alisa.cli.prompts import read_prompts
 from alisa.cli.screen import output_console, say
+from alisa.cli.signals import stop_status
 from alisa.errors import InputError
 from alisa.lab.bench.others import QUIET_SHARE, wait_for_quiet
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from alisa.lab.bench.experiment import Experiment, Workload
     from alisa.lab.bench.suite import Record
 
-_INTERRUPTED = 130
 _DONE = ("ran", "unavailable")
 """Statuses that --resume does not try again."""
 
@@ -71,15 +72,16 @@ class BenchRun:
         """Do it; returns the exit status."""
         from alisa.lab.bench.experiment import load_experiment
 
+        refuse_same_file({"The experiment": self.experiment, "--output": self.output})
         experiment = load_experiment(self.experiment)
         if self.rounds is not None:
             experiment = replace(experiment, rounds=self.rounds)
         wanted = experiment.measurements(self.only)
         try:
             return self._measure(experiment, {measurement.workload.name for measurement in wanted})
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             say("interrupted." + (" The same command with --resume goes on." if self.output else ""))
-            return _INTERRUPTED
+            return stop_status(stop)
 
     def _measure(self, experiment: Experiment, workloads: set[str]) -> int:
         from alisa.lab.bench.suite import Places, make_work, measure, measure_floor
@@ -125,16 +127,14 @@ def _texts(workload: Workload) -> tuple[str, ...] | None:
     path = os.path.expandvars(workload.prompts)
     if "$" in path:
         raise InputError(f"workload {workload.name!r} reads its prompts from {path}; set that environment variable.")
-    texts = read_prompts(path)[: workload.num_prompts or workload.batch]
+    texts = [prompt.text for prompt in read_prompts(Path(path))][: workload.num_prompts or workload.batch]
     if not texts:
         raise InputError(f"{path} holds no prompt.")
-    return texts
+    return tuple(texts)
 
 
 def _write_line(record: Record) -> None:
-    import json
-
-    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+    sys.stdout.write(to_json(record) + "\n")
     sys.stdout.flush()
 
 
@@ -233,10 +233,11 @@ class BenchPlot:
         from alisa.lab.plot.canvas import save
         from alisa.lab.plot.runs import draw_runs
 
+        path = self.output or self.file.with_suffix(".svg")
+        refuse_same_file({"The file of records": self.file, "the figure": path})
         records = [record for record in read_runs(self.file) if record["status"] == "ran"]
         if not records:
             raise InputError(f"{self.file} has no run with figures.")
-        path = self.output or self.file.with_suffix(".svg")
         save(draw_runs(records), path)
         sys.stdout.write(f"{path}\n")
         return 0

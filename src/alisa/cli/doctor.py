@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import arg
 
+from alisa.cli.files import to_json
 from alisa.cli.screen import output_console
 from alisa.doctor.finding import REINSTALL, Finding, Status
 
@@ -63,7 +63,7 @@ def report(findings: Sequence[Finding], facts: Facts | None, *, json_record: boo
             "findings": [asdict(finding) for finding in findings],
             "facts": asdict(facts) if facts else None,
         }
-        sys.stdout.write(json.dumps(record, default=sorted) + "\n")  # only sets are not JSON
+        sys.stdout.write(to_json(record) + "\n")
     return int(broken)
 
 

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
+from alisa.cli.files import refuse_same_file
 from alisa.cli.job import Answers, Job, print_record, run_job
-from alisa.cli.options import DisplayOptions, EngineOptions, FileOptions
+from alisa.cli.options import DisplayOptions, FileOptions
 from alisa.cli.prompts import gather_prompts
 from alisa.cli.report import ReportFile, prediction_line, summary_lines, summary_table
 from alisa.cli.results import ResultFile, settings_digest
 from alisa.cli.screen import error_console, loading_bar, say
-from alisa.config import SamplingParams
-from alisa.errors import InputError
+from alisa.config import EngineConfig, SamplingParams
+from alisa.errors import AlisaError, InputError
 from alisa.planner.saved import load_profile
 
 if TYPE_CHECKING:
     from alisa.llm import LLM
 
-LLMFactory: TypeAlias = "Callable[[EngineOptions, Callable[[int, int], None]], LLM]"
+LLMFactory: TypeAlias = "Callable[[EngineConfig, Callable[[int, int], None]], LLM]"
 """Options and a progress callback to a model; tests pass a factory of their own."""
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C: 128 + SIGINT, as shells count."""
+_CHANGE_NO_TOKEN = frozenset(
+    ("kv_device_memory", "kv_host_memory", "kv_disk_memory", "kv_disk_path", "schedule", "max_num_seqs")
+)
+"""Engine options that may differ between runs that share a file of results."""
+_ALWAYS_IN_DIGEST = frozenset(("model", "policy", "sparsity", "dtype", "kv_dtype", "device"))
+"""The others only where they are not the default, so that older files of results go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +50,10 @@ class Generate:
     """Treat each prompt as a message to a chat model and let the model's template frame it."""
     verify: bool = False
     """Compare a few of the finished texts with dense attention: same next tokens, divergence, attention mass lost."""
-    files: OmitArgPrefixes[FileOptions] = field(default_factory=FileOptions)
-    engine: OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
-    sampling: OmitArgPrefixes[UseAppendAction[SamplingParams]] = field(default_factory=SamplingParams)
-    display: OmitArgPrefixes[DisplayOptions] = field(default_factory=DisplayOptions)
+    files: FileOptions = field(default_factory=FileOptions)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sampling: UseAppendAction[SamplingParams] = field(default_factory=SamplingParams)
+    display: DisplayOptions = field(default_factory=DisplayOptions)
 
     def run(self) -> int:
         """Do it; returns the exit status."""
@@ -57,44 +62,27 @@ class Generate:
     def digest(self) -> str:
         """What must be equal for two runs to share a file of results: all that decides the tokens.
 
-        Memory caps and batch size are left out, because they never change a token.
+        Memory caps and batch size are left out, because they never change a token; settings of single prompts, because
+        each result carries its own.
         """
-        engine = self.engine
-        settings = {
-            "model": engine.model,
-            "policy": engine.policy,
-            "sparsity": engine.sparsity,
-            "dtype": engine.dtype,
-            # Left out where it is as before, so that older files of results go on.
-            **({} if engine.weight_dtype == "auto" else {"weight_dtype": engine.weight_dtype}),
-            "kv_dtype": engine.kv_dtype,
-            "device": engine.device,
-            "chat": self.chat,
-            "sampling": asdict(self.sampling),
+        default = EngineConfig()
+        engine = {
+            option.name: getattr(self.engine, option.name)
+            for option in fields(EngineConfig)
+            if option.name in _ALWAYS_IN_DIGEST
+            or (
+                option.name not in _CHANGE_NO_TOKEN
+                and getattr(self.engine, option.name) != getattr(default, option.name)
+            )
         }
-        return settings_digest(settings)
+        return settings_digest({**engine, "chat": self.chat, "sampling": asdict(self.sampling)})
 
 
-def load_llm(options: EngineOptions, progress: Callable[[int, int], None]) -> LLM:
-    """The model that `options` ask for; the first place where torch is imported."""
+def load_llm(config: EngineConfig, progress: Callable[[int, int], None]) -> LLM:
+    """The model that `config` asks for; the first place where torch is imported."""
     from alisa.llm import LLM
 
-    return LLM(
-        options.model,
-        policy=options.policy,
-        sparsity=options.sparsity,
-        dtype=options.dtype,
-        weight_dtype=options.weight_dtype,
-        kv_dtype=options.kv_dtype,
-        device=options.device,
-        kv_device_memory=options.kv_device_memory,
-        kv_host_memory=options.kv_host_memory,
-        kv_disk_memory=options.kv_disk_memory,
-        kv_disk_path=options.kv_disk_path,
-        schedule=options.schedule,
-        max_batch=options.max_batch,
-        progress=progress,
-    )
+    return LLM(config=config, progress=progress)
 
 
 def run_generate(args: Generate, make_llm: LLMFactory) -> int:
@@ -103,11 +91,14 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
     Raises:
         AlisaError: something the caller can mend; results finished until then are kept.
     """
-    prompts = gather_prompts(args.prompts, args.files.input, args.files.limit)
+    files = args.files
+    own = {"--input": files.input, "--output": files.output, "--report": files.report}
+    refuse_same_file({**own, "--schedule": args.engine.schedule})
+    prompts = gather_prompts(args.prompts, files.input, files.limit, keep_invalid=files.skip_invalid)
     run = args.digest()
     with ExitStack() as stack:
-        results = stack.enter_context(ResultFile(args.files.output, prompts, run)) if args.files.output else None
-        report = stack.enter_context(ReportFile(args.files.report)) if args.files.report else None
+        results = stack.enter_context(ResultFile(files.output, prompts, run)) if files.output else None
+        report = stack.enter_context(ReportFile(files.report)) if files.report else None
         finished = results.finished if results else frozenset()
         todo = tuple(index for index in range(len(prompts)) if index not in finished)
         job = Job(
@@ -115,20 +106,27 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
             todo=todo,
             chat=args.chat,
             sampling=args.sampling,
+            skip_invalid=files.skip_invalid,
             verify=args.verify,
             run=run,
-            output=args.files.output,
+            output=files.output,
             quiet=args.display.quiet,
         )
         if not todo:
-            say(f"All {len(prompts)} prompts are already in {args.files.output}; nothing was left to do.")
+            say(f"All {len(prompts)} prompts are already in {files.output}; nothing was left to do.")
             if args.display.json:
                 print_record(job, Answers())
             return 0
         with loading_bar(args.engine.model or "the embedded model", show=job.show_progress) as progress:
             llm = make_llm(args.engine, progress)
-        answers = run_job(llm, job, results)
-        summary = None if answers.interrupted else llm.summary()
+        try:
+            answers = run_job(llm, job, results)
+        except AlisaError:
+            if report:
+                with suppress(InputError):  # the first error is the one to tell
+                    report.write(llm, None)
+            raise
+        summary = None if answers.stopped else llm.summary()
         if report:
             report.write(llm, summary)
         if summary and not args.display.quiet:
@@ -140,15 +138,26 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
             error_console().print(summary_table(iter(lines)))
         if args.display.json:
             print_record(job, answers, engine=llm.describe(), summary=summary)
-        if answers.failed:
-            index, error = min(answers.failed.items())
-            raise InputError(
-                f"{len(answers.failed)} of {len(prompts)} prompts lost their KV rows (prompt {index + 1}: {error}); "
-                "the others are finished. Use another --kv-disk-path or --kv-disk-memory 0 and run them again."
-            )
-        if not answers.interrupted:
-            return 0
-        num_done = job.num_finished(answers)
-        kept = f"are in {args.files.output}; run the same command again to go on" if results else "were finished"
-        say(f"interrupted: {num_done} of {len(prompts)} prompts {kept}.")
-        return INTERRUPTED
+        return _status(job, answers)
+
+
+def _status(job: Job, answers: Answers) -> int:
+    """The exit status, after a line about what was not done.
+
+    Raises:
+        InputError: prompts ended in an error in the middle of the work.
+    """
+    total = len(job.prompts)
+    if answers.skipped:
+        say(f"skipped {len(answers.skipped)} of {total} prompts; first: {answers.skipped[min(answers.skipped)]}")
+    if answers.stopped:
+        kept = f"are in {job.output}; run the same command again to go on" if job.output else "were finished"
+        say(f"interrupted: {job.num_finished(answers)} of {total} prompts {kept}.")
+        return answers.stopped
+    if answers.failed:
+        index, error = min(answers.failed.items())
+        raise InputError(
+            f"{len(answers.failed)} of {total} prompts ended in an error (prompt {index + 1}: {error}); the others are "
+            "finished. Where rows on disk were lost, run it again with another --kv-disk-path or --kv-disk-memory 0."
+        )
+    return 0

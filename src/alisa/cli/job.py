@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alisa.cli.results import ResultFile, result_record
+from alisa.cli.files import to_json
+from alisa.cli.prompts import Prompt
+from alisa.cli.results import ResultFile, error_record, result_record
 from alisa.cli.screen import LiveText, ResultList, Screen, say, waiting
-from alisa.config import SamplingParams
-from alisa.errors import CapacityError, PromptError
-from alisa.outputs import RequestOutput, RunSummary
+from alisa.cli.signals import stop_status
+from alisa.config import SamplingParams, per_request
+from alisa.errors import CapacityError, InputError, PromptError
+from alisa.outputs import RequestOutput, RunSummary, TextDelta
 
 if TYPE_CHECKING:
     from alisa.lab.verify import VerifyReport
@@ -24,11 +26,14 @@ if TYPE_CHECKING:
 class Job:
     """What one call of the command has to do."""
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     todo: tuple[int, ...]
     """Indices of the prompts that no earlier run has finished."""
     chat: bool
     sampling: SamplingParams
+    """Of every prompt that has no settings of its own."""
+    skip_invalid: bool
+    """A prompt that cannot be used is skipped; else it ends the run before anything is done."""
     verify: bool
     run: str
     """Digest of the settings that decide the tokens."""
@@ -45,23 +50,27 @@ class Job:
         """Prompts answered by this run and those before it."""
         return len(self.prompts) - len(self.todo) + len(answers.records)
 
-    def requests(self, llm: LLM) -> list[str | list[int]]:
-        """The prompts as the model wants them."""
-        texts = [self.prompts[index] for index in self.todo]
-        if not self.chat:
-            return list(texts)
-        return [llm.chat_prompt([{"role": "user", "content": text}]) for text in texts]
+    def token_ids(self, llm: LLM, index: int) -> list[int]:
+        """Prompt `index` as the model wants it.
 
-    def params(self) -> list[SamplingParams]:
-        """A seed for each prompt from its own index, so that a continued run draws what an uninterrupted one draws."""
-        return [replace(self.sampling, seed=self.sampling.seed + index) for index in self.todo]
+        Raises:
+            InputError: the model's chat template refuses it.
+        """
+        text = self.prompts[index].text
+        return llm.chat_prompt([{"role": "user", "content": text}]) if self.chat else llm.tokenizer.encode(text)
+
+    def params(self, index: int) -> SamplingParams:
+        """Of prompt `index`, from that alone, so that a continued run draws what an uninterrupted one draws."""
+        own = self.prompts[index].settings
+        shared = self.sampling if "seed" in own else per_request(self.sampling, index)
+        return replace(shared, **own)
 
     def screen(self) -> Screen:
         """What to show while it runs."""
         # A continuation follows its prompt at once, an answer after a blank line.
         separator = "\n\n" if self.chat else ""
         if self.output is None and len(self.prompts) == 1:
-            return LiveText(self.prompts[0], separator)
+            return LiveText(self.prompts[0].text, separator)
         return ResultList(
             total=len(self.prompts),
             already=len(self.prompts) - len(self.todo),
@@ -80,8 +89,11 @@ class Answers:
     """By the index of the prompt."""
     failed: dict[int, str] = field(default_factory=dict)
     """Prompts that ended in an error, and which; they are not in the results, so that a later run does them again."""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Prompts that cannot be used, and why."""
     verified: VerifyReport | None = None
-    interrupted: bool = False
+    stopped: int = 0
+    """Exit status when the run was interrupted, else 0."""
 
 
 def run_job(llm: LLM, job: Job, results: ResultFile | None) -> Answers:
@@ -93,31 +105,66 @@ def run_job(llm: LLM, job: Job, results: ResultFile | None) -> Answers:
     answers = Answers()
     try:
         # Every prompt is checked here, before any of them is shown.
-        try:
-            events = llm.stream(job.requests(llm), job.params())
-        except PromptError as error:  # a resumed run gives the model only the rest of the prompts
-            raise PromptError(job.todo[error.index], error.problem) from error
+        order, events = _submit(llm, job, answers.skipped)
         with job.screen() as screen:
+            for index, problem in sorted(answers.skipped.items()):
+                _keep(answers, results, index, error_record(index, job.prompts[index], problem, job.run))
+                screen.skipped(index, problem)
             for event in events:
-                index = job.todo[event.index]
+                index = order[event.index]
                 if not isinstance(event, RequestOutput):
                     screen.grew(index, event.text)
                     continue
                 if event.finish_reason == "error":
                     answers.failed[index] = event.error
                     continue
-                record = result_record(index, job.prompts[index], event, job.run)
-                if results:
-                    results.append(index, record)
+                _keep(answers, results, index, result_record(index, job.prompts[index], event, job.run))
                 answers.outputs.append(event)
-                answers.records[index] = record
-                screen.finished(index, job.prompts[index], event)
+                screen.finished(index, job.prompts[index].text, event)
         if job.verify:
             with waiting("comparing with dense attention", show=job.show_progress):
                 answers.verified = _verified(llm, answers.outputs)
-    except KeyboardInterrupt:
-        answers.interrupted = True
+    except KeyboardInterrupt as stop:
+        answers.stopped = stop_status(stop)
     return answers
+
+
+def _submit(llm: LLM, job: Job, skipped: dict[int, str]) -> tuple[list[int], Iterable[TextDelta | RequestOutput]]:
+    """The prompts that run, by their number in the events, and the events; the others are put into `skipped`.
+
+    Raises:
+        InputError: a prompt cannot be used, and such are not to be skipped.
+    """
+    ids: dict[int, list[int]] = {}
+
+    def skip(index: int, problem: str, error: Exception | None = None) -> None:
+        if not job.skip_invalid:
+            raise InputError(problem) from error
+        skipped[index] = problem
+        ids.pop(index, None)
+
+    for index in job.todo:
+        prompt = job.prompts[index]
+        if prompt.problem is not None:
+            skip(index, prompt.problem)
+            continue
+        try:
+            ids[index] = job.token_ids(llm, index)
+        except InputError as error:
+            skip(index, f"{prompt.name} is refused: {error}", error)
+    while ids:
+        order = [*ids]
+        try:
+            return order, llm.stream([*ids.values()], [job.params(index) for index in order])
+        except PromptError as error:
+            skip(order[error.index], f"{job.prompts[order[error.index]].name} {error.problem}", error)
+    return [], ()
+
+
+def _keep(answers: Answers, results: ResultFile | None, index: int, record: dict[str, object]) -> None:
+    if results:
+        results.append(index, record)
+    answers.records[index] = record
 
 
 def _verified(llm: LLM, outputs: list[RequestOutput]) -> VerifyReport | None:
@@ -140,10 +187,11 @@ def print_record(
     """End standard output with the whole run as one JSON record on one line."""
     record = {
         "command": "generate",
-        "complete": not answers.interrupted,
+        "complete": not answers.stopped,
         "num_prompts": len(job.prompts),
         "num_finished": job.num_finished(answers),
         "failed": {str(index): error for index, error in sorted(answers.failed.items())},
+        "skipped": {str(index): problem for index, problem in sorted(answers.skipped.items())},
         "run": job.run,
         "engine": engine,
         "summary": asdict(summary) if summary else None,
@@ -151,5 +199,5 @@ def print_record(
         "output": str(job.output) if job.output else None,
         "results": None if job.output else [answers.records[index] for index in sorted(answers.records)],
     }
-    sys.stdout.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(to_json(record) + "\n")
     sys.stdout.flush()

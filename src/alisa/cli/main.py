@@ -1,13 +1,12 @@
 """The `alisa` command: picks the subcommand and turns every expected failure into one sentence and an exit status.
 
 Exit status: 0 done; 2 the caller can mend it (one line on standard error); 130 Ctrl-C; 141 the reader of standard
-output went away. A traceback means a bug of ours.
+output went away; 143 SIGTERM. A traceback means a bug of ours.
 """
 
 from __future__ import annotations
 
 import inspect
-import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,17 +14,20 @@ from difflib import get_close_matches
 from typing import Protocol
 
 import tyro
+from tyro.extras import SubcommandApp
 
 from alisa import __version__
 from alisa.cli.bench import BenchKernels
 from alisa.cli.bench_suite import BenchCompare, BenchPlot, BenchRun
 from alisa.cli.doctor import Doctor
 from alisa.cli.eval import Ppl, Qa, Recall, Sparsity
-from alisa.cli.generate import INTERRUPTED, Generate
+from alisa.cli.generate import Generate
+from alisa.cli.options import REGISTRY, with_new_names
 from alisa.cli.plan import Plan
 from alisa.cli.plot import Plot
 from alisa.cli.profile import Profile
 from alisa.cli.screen import say
+from alisa.cli.signals import mend_standard_streams, stop_on_sigterm, stop_status
 from alisa.errors import AlisaError, InputError
 
 
@@ -54,6 +56,18 @@ COMMANDS: dict[str, type[Command]] = {
 }
 """Every subcommand by name, of one word or two; importing one must not import torch."""
 
+_GROUPS = {
+    "eval": "What reading less of the cache costs in perplexity, answers, recall and attention.",
+    "bench": "Measurements of kernels and of whole engines.",
+}
+
+
+def run(commands: Mapping[str, type[Command]] = COMMANDS) -> None:
+    """Entry point of the `alisa` script."""
+    mend_standard_streams()
+    stop_on_sigterm()
+    sys.exit(main(sys.argv[1:], commands))
+
 
 def main(argv: Sequence[str], commands: Mapping[str, type[Command]] = COMMANDS) -> int:
     """Run one command line; returns the exit status.
@@ -66,14 +80,17 @@ def main(argv: Sequence[str], commands: Mapping[str, type[Command]] = COMMANDS) 
         SystemExit: from the option parser, after `--help` (0) and on usage errors (2).
     """
     try:
-        status = _dispatch(argv, commands)
+        if argv[:1] == ["--version"]:
+            sys.stdout.write(f"alisa {__version__}\n")
+            return 0
+        status = parse(argv, commands).run()
         sys.stdout.flush()
     except AlisaError as error:
         say(f"alisa: error: {error}")
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         say("interrupted before the first result.")
-        return INTERRUPTED
+        return stop_status(stop)
     except BrokenPipeError:
         _abandon_stdout()
         return 141
@@ -84,58 +101,47 @@ def main(argv: Sequence[str], commands: Mapping[str, type[Command]] = COMMANDS) 
     return status
 
 
-def run() -> None:
-    """Entry point of the `alisa` script."""
-    # A terminal that cannot show a character gets its code instead of a traceback.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    sys.exit(main(sys.argv[1:]))
-
-
-def parse(name: str, kind: type[Command], options: Sequence[str]) -> Command:
-    """The options of command `name` as its own dataclass.
+def parse(argv: Sequence[str], commands: Mapping[str, type[Command]] = COMMANDS) -> Command:
+    """The command that these words mean, as its own dataclass.
 
     Raises:
-        InputError: a value is out of range.
+        InputError: there is no such command, or a value is out of range.
         SystemExit: after `--help` (0) and on usage errors (2).
     """
-    return tyro.cli(
-        kind,
-        prog=f"alisa {name}",
-        description=inspect.getdoc(kind),
-        args=options,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-    )
-
-
-def _dispatch(argv: Sequence[str], commands: Mapping[str, type[Command]]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write(_help(commands))
-        return 0
-    if argv[0] == "--version":
-        sys.stdout.write(f"alisa {__version__}\n")
-        return 0
-    family = {name: kind for name, kind in commands.items() if name.startswith(f"{argv[0]} ")}
-    if family and (len(argv) == 1 or argv[1] in ("-h", "--help")):
-        sys.stdout.write(_help(family))
-        return 0
-    name, options = (" ".join(argv[:2]), argv[2:]) if family else (argv[0], argv[1:])
-    if name not in commands:
+    words = with_new_names(argv)
+    name = " ".join(words[: 2 if words[:1] and words[0] in _GROUPS else 1])
+    if not name or name in _GROUPS:
+        words.append("--help")
+    elif not name.endswith(("-h", "--help")) and name not in commands:
         near = get_close_matches(name, commands, n=1)
         hint = f"did you mean {near[0]}?" if near else "alisa --help lists the commands."
         raise InputError(f"There is no command {name!r}; {hint}")
-    return parse(name, commands[name], options).run()
-
-
-def _help(commands: Mapping[str, type[Command]]) -> str:
-    lines = [f"  {name:<15}{(inspect.getdoc(kind) or '').splitlines()[0]}" for name, kind in commands.items()]
-    return (
-        "usage: alisa COMMAND [OPTIONS]\n\n"
-        "Text generation where the KV cache does not fit: sparse window attention, token by token.\n\n"
-        "commands:\n" + "\n".join(lines) + "\n\n"
-        "alisa COMMAND --help shows the options and examples of a command, alisa --version the version.\n"
+    return _app(commands, name).cli(
+        prog="alisa",
+        description="Text generation where the KV cache does not fit: sparse window attention, token by token.\n"
+        "alisa COMMAND --help shows the options and examples of a command, alisa --version the version.",
+        args=words,
+        config=(
+            tyro.conf.FlagCreatePairsOff,
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.DisallowNone,
+        ),
+        registry=REGISTRY,
     )
+
+
+def _app(commands: Mapping[str, type[Command]], chosen: str) -> SubcommandApp:
+    """The commands as tyro wants them; all but the chosen one are described in one line."""
+    app = SubcommandApp()
+    groups = {name.split()[0]: SubcommandApp() for name in commands if " " in name}
+    for name, kind in commands.items():
+        group, _, own_name = name.rpartition(" ")
+        text = inspect.getdoc(kind) or ""
+        help_text = text if name == chosen else text.partition("\n")[0]
+        groups.get(group, app).command(name=own_name, help=help_text)(kind)
+    for name, group in groups.items():
+        app.command(group, name=name, help=_GROUPS[name])
+    return app
 
 
 def _abandon_stdout() -> None:

@@ -1,96 +1,21 @@
 """Groups of options that several commands share; each class is one group of `--help`.
 
-Defaults are read from `alisa.config`, so that the command line and the library can never disagree. Nothing here imports
-torch: `--help` and every usage error come at once.
+The engine's options are `alisa.config.EngineConfig` itself: its fields are the flags, its docstrings their help.
+Nothing here imports torch: `--help` and every usage error come at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from alisa.config import DeviceName, DtypeName, EngineConfig, KvDtypeName, PolicyName, WeightDtypeName, parse_bytes
-
-_DEFAULT = EngineConfig()
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """Which model, how it attends, and how much memory it may use.
-
-    Raises:
-        InputError: at construction, when a value is out of range.
-    """
-
-    model: Annotated[
-        str | None, arg(metavar="ID_OR_DIR", help_behavior_hint="(default: the small model inside the package)")
-    ] = None
-    """A directory or a Hugging Face id of a checkpoint."""
-    policy: PolicyName = _DEFAULT.policy
-    """Which earlier tokens a step reads. dense: all. local: the most recent. strided: recent and every so-manyth older.
-    streaming: the first four and the recent. h2o: recent and most attended since the beginning. swa: recent and most
-    attended lately (ALISA). swa-head: the same for each KV head. sketch: recent and those a 4-bit copy of all keys
-    finds best for this query, the mean of all values standing in for the rest; sketch-2bit, sketch-8bit: with 2 or 8
-    bits; sketch-head: for each KV head; sketch-plain: without the mean. oracle: sketch with exact keys, for
-    comparison. Why sketch: at sparsity 0.8 it loses 0.1 % of perplexity where swa loses 8 %, and it looks up all facts
-    in 1024 tokens where every choice by history finds a fifth or less (docs/accuracy.md)."""
-    sparsity: Annotated[float, arg(metavar="SHARE")] = _DEFAULT.sparsity
-    """Share of the earlier tokens that a step does not read, 0 up to but not 1; dense ignores it."""
-    dtype: DtypeName = _DEFAULT.dtype
-    """What the model computes in; auto: what the checkpoint and the device suit."""
-    weight_dtype: WeightDtypeName = _DEFAULT.weight_dtype
-    """What the linear layers are kept in; auto: the same as --dtype. int8, on a CPU: half the memory and the reading of
-    16 bits, every output channel with a scale."""
-    kv_dtype: KvDtypeName = _DEFAULT.kv_dtype
-    """What K and V are kept in; auto: the same as --dtype, so that dense attention is exact. int8 and int4 keep a
-    scale for each token and head: about half or a quarter of the memory of 16 bits; int8 costs 0.03 % of perplexity
-    and no recall, int4 4 %."""
-    device: DeviceName = _DEFAULT.device
-    """auto: the GPU if there is one."""
-    kv_device_memory: Annotated[
-        str | None, arg(metavar="SIZE", help_behavior_hint="(default: half of what is free)")
-    ] = None
-    """Hard cap of the memory for K and V, such as 2GiB or 512MiB. What does not fit goes to disk."""
-    kv_host_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: half of what is free)")] = (
-        None
-    )
-    """With a GPU: hard cap of the K and V in main memory that do not fit the GPU; 0: none."""
-    kv_disk_memory: Annotated[
-        str | None, arg(metavar="SIZE", help_behavior_hint="(default: what the work needs, within the free room)")
-    ] = None
-    """Hard cap of the K and V on disk; 0: none, prompts wait for room in memory instead."""
-    kv_disk_path: Annotated[
-        Path | None, arg(metavar="DIR", help_behavior_hint="(default: the directory for temporary files)")
-    ] = None
-    """Directory whose disk is used. The file is private to the run and gone when it ends, however it ends."""
-    schedule: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: as the memory demands)")] = None
-    """When tokens move below the device or are deleted to be recomputed, as JSON (docs/scheduling.md)."""
-    max_batch: Annotated[int, arg(metavar="N")] = _DEFAULT.max_batch
-    """Prompts worked on together at the most."""
-
-    def __post_init__(self) -> None:
-        self.config()
-
-    def config(self) -> EngineConfig:
-        """These options as the library's own type, checked."""
-        memory = None if self.kv_device_memory is None else parse_bytes(self.kv_device_memory)
-        return EngineConfig(
-            policy=self.policy,
-            sparsity=self.sparsity,
-            dtype=self.dtype,
-            weight_dtype=self.weight_dtype,
-            kv_dtype=self.kv_dtype,
-            device=self.device,
-            kv_device_memory=memory,
-            kv_host_memory=None if self.kv_host_memory is None else parse_bytes(self.kv_host_memory, least=0),
-            kv_disk_memory=None if self.kv_disk_memory is None else parse_bytes(self.kv_disk_memory, least=0),
-            kv_disk_path=self.kv_disk_path,
-            schedule=self.schedule,
-            max_batch=self.max_batch,
-        )
+from alisa.cli.screen import say
+from alisa.config import RENAMED, renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +32,51 @@ class DisplayOptions:
 class FileOptions:
     """Prompts from a file, results to a file."""
 
-    input: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    input: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """Prompts: .jsonl with {"prompt"} or {"instruction", "input"} on each line, .json with a list of those, .txt with
-    one prompt a line; - reads lines from standard input."""
+    one prompt on each line; - reads lines from standard input. A JSON prompt may also have an "id" (kept in its result,
+    and by it a resumed run knows the prompt), settings of its own ("max_tokens", "temperature", "seed", "stop" and all
+    others below) and any other field, which its result keeps under "metadata"."""
     limit: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None
     """Only the first N prompts of --input."""
+    skip_invalid: bool = False
+    """A line or prompt that cannot be used (not JSON, empty, too long) gets a result with "error" and the others run.
+    Without it nothing runs until all are usable."""
     output: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: standard output)")] = None
     """Results as JSON lines, each written when its prompt is finished. The same command goes on where an interrupted
     one ended."""
     report: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """What every step did, as JSON lines: one run record, one record for each step, one summary."""
+    """What every step did, as JSON lines: one run record, one record for each step, one summary. A file that is there
+    is continued."""
+
+
+REGISTRY = ConstructorRegistry()
+"""How options are read whose type alone does not say it well."""
+
+
+@REGISTRY.primitive_rule
+def _size(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str | int | None] | None:
+    """A size in bytes stays as it was typed."""
+    if info.type != str | int | None:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SIZE",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value is None or isinstance(value, str | int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def with_new_names(argv: Sequence[str]) -> list[str]:
+    """The words of a command line, flags of version 0.1 replaced by those of now; each is said once."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    words = list(argv)
+    for old, new in RENAMED.items():
+        old_flag, new_flag = (f"--{name.replace('_', '-')}" for name in (old, new))
+        for place, word in enumerate(argv[:end]):
+            flag, equals, value = word.partition("=")
+            if flag.replace("_", "-") == old_flag:
+                say(f"alisa: {renamed(old_flag, new_flag)}")
+                words[place] = f"{new_flag}{equals}{value}"
+    return words

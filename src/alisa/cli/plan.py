@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import arg
 
+from alisa.cli.files import refuse_same_file, to_json, write_whole
 from alisa.cli.options import DisplayOptions
-from alisa.config import KvDtypeName, PolicyName, WeightDtypeName, parse_bytes
+from alisa.config import EngineConfig, KvDtypeName, PolicyName, WeightDtypeName, parse_bytes
 from alisa.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from alisa.planner.simulate import Room, Workload
     from alisa.spec import ModelSpec
 
+_DEFAULT = EngineConfig()
 _FREE_SHARE = 0.5
 """As `alisa generate`: rows may take half of the memory that is free beside the weights."""
 
@@ -47,9 +48,9 @@ class Plan:
     """Tokens that each gets."""
     hardware: Annotated[str, arg(metavar="NAME|FILE.json")] = "this"
     """this (what `alisa profile` saved), v100-16gb, v100-32gb, rtx4090, h100-80gb, h200, or a file."""
-    policy: PolicyName = "sketch"
+    policy: PolicyName = _DEFAULT.policy
     """Which earlier tokens a step reads."""
-    sparsity: Annotated[float, arg(metavar="SHARE")] = 0.8
+    sparsity: Annotated[float, arg(metavar="SHARE")] = _DEFAULT.sparsity
     """Share of the earlier tokens that a step does not read."""
     dtype: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: what suits the machine)")] = None
     """What the model computes in: float32, bfloat16 or float16."""
@@ -67,7 +68,7 @@ class Plan:
     """Draw memory and time over the steps."""
     save: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="")] = None
     """Write the schedule for `alisa generate --schedule FILE.json`."""
-    display: OmitArgPrefixes[DisplayOptions] = field(default_factory=DisplayOptions)
+    display: DisplayOptions = field(default_factory=DisplayOptions)
 
     def run(self) -> int:
         """Do it; returns the exit status."""
@@ -75,6 +76,7 @@ class Plan:
         from alisa.cli.screen import error_console, say
         from alisa.planner.plan import make_plan
 
+        refuse_same_file({"--hardware": Path(self.hardware), "--save": self.save, "--plot": self.plot})
         record = make_plan(self.question())
         if not self.display.quiet:
             for table in plan_tables(record):
@@ -89,7 +91,7 @@ class Plan:
             if not self.display.quiet:
                 say(_use(record, self.save))
         if self.display.json:
-            sys.stdout.write(json.dumps(record) + "\n")
+            sys.stdout.write(to_json(record) + "\n")
         return 0
 
     def question(self) -> Question:
@@ -213,14 +215,11 @@ def _use(record: dict[str, Any], path: Path) -> str:
     weights = " --weight-dtype int8" if record["weight_dtype"] == "int8" else ""
     return (
         f"use it with: alisa generate --policy {record['policy']} --sparsity {record['sparsity']:g}{weights} "
-        f"--kv-dtype {record['kv_dtype']} --max-batch {record['together']} --schedule {path}"
+        f"--kv-dtype {record['kv_dtype']} --max-num-seqs {record['together']} --schedule {path}"
     )
 
 
 def _save(record: dict[str, Any], path: Path) -> None:
     if not record["fits"]:
         raise InputError(f"There is no schedule to save in {path}: the work does not fit.")
-    try:
-        path.write_text(json.dumps(record["schedule"]) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}.") from error
+    write_whole(path, to_json(record["schedule"]) + "\n")

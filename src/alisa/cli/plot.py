@@ -9,6 +9,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from alisa.cli.files import refuse_same_file
 from alisa.errors import InputError
 
 
@@ -43,6 +44,9 @@ class Plot:
 
         if not self.files:
             raise InputError("There is nothing to draw; name a file that alisa eval or alisa generate --report wrote.")
+        target = self.output or self.files[0].with_suffix(".svg")
+        for path in self.files:
+            refuse_same_file({"A file to draw": path, "the figure": target})
         records = read_lines(self.files)
         names = [drawing.name for drawing in DRAWINGS]
         if self.figure is not None and self.figure not in names:
@@ -56,7 +60,6 @@ class Plot:
         if not chosen:
             kinds = ", ".join(sorted({str(record["kind"]) for record in records})) or "nothing"
             raise InputError(f"No figure can be drawn from {kinds}; there is {', '.join(names)}.")
-        target = self.output or self.files[0].with_suffix(".svg")
         for drawing, found in chosen.items():
             path = target if len(chosen) == 1 else target.with_stem(f"{target.stem}-{drawing.name}")
             save(drawing.draw(found), path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -10,8 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import arg
 
+from alisa.cli.files import to_json
 from alisa.cli.options import DisplayOptions
 from alisa.cli.screen import error_console, say
 
@@ -34,7 +34,7 @@ class Profile:
         Path | None, arg(metavar="DIR", help_behavior_hint="(default: the directory for temporary files)")
     ] = None
     """Directory whose disk takes the rows that do not fit."""
-    display: OmitArgPrefixes[DisplayOptions] = field(default_factory=DisplayOptions)
+    display: DisplayOptions = field(default_factory=DisplayOptions)
 
     def run(self) -> int:
         """Do it; returns the exit status."""
@@ -66,5 +66,5 @@ class Profile:
             say(f"{hardware.where}: {path}")
         if self.display.json:
             record = {"kind": "profile", "stamp": stamp, "date": date, "hardware": asdict(hardware)}
-            sys.stdout.write(json.dumps(record) + "\n")
+            sys.stdout.write(to_json(record) + "\n")
         return 0

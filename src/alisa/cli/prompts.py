@@ -4,100 +4,174 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+from alisa.cli.files import STANDARD_INPUT
+from alisa.config import SamplingParams
 from alisa.errors import InputError
 
-STANDARD_INPUT = "-"
 _EXPECTED = '{"prompt": "..."} or {"instruction": "...", "input": "..."}'
+_SETTINGS = frozenset(field.name for field in fields(SamplingParams))
 
 
-def gather_prompts(words: Sequence[str], source: str | None, limit: int | None = None) -> tuple[str, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt, and what its line says about it."""
+
+    text: str
+    """Empty where the line could not be read."""
+    name: str
+    """How a message about it begins: `Prompt 3`, or `a.jsonl, line 3: the prompt`."""
+    id: str | int | None = None
+    """The user's own name of it, unique in its file; kept in the result."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `SamplingParams` that this prompt has for itself."""
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    """All other fields of the line; kept in the result."""
+    problem: str | None = None
+    """Why it cannot be used, as a sentence."""
+
+
+def gather_prompts(
+    words: Sequence[str], source: Path | None, limit: int | None = None, *, keep_invalid: bool = False
+) -> tuple[Prompt, ...]:
     """The prompts to answer, at least one.
 
     Args:
         words: prompts given on the command line.
-        source: a file name, `-` for standard input, or None.
+        source: a file, `-` for standard input, or None.
         limit: take only so many from the beginning of `source`.
+        keep_invalid: a line that cannot be used becomes a prompt with a problem instead of an error.
 
     Raises:
         InputError: none or both are given, or the file is not usable; the message names the file and the line.
     """
     if words and source is not None:
         raise InputError("Prompts were given both as arguments and with --input; give one of the two.")
-    if not words and source is None:
-        raise InputError('There is no prompt; write one (alisa generate "Once upon a time") or give --input FILE.')
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}; at least 1 prompt is needed.")
-    prompts = tuple(words) if source is None else read_prompts(source)[:limit]
-    if not prompts:
-        raise InputError(f"{_name(source)} holds no prompt.")
-    for number, prompt in enumerate(prompts, 1):
-        if not _is_unicode(prompt):
-            raise InputError(f"Prompt {number} is not valid Unicode text; save it as UTF-8.")
-    return prompts
+    if source is not None:
+        prompts = read_prompts(source, keep_invalid=keep_invalid)[:limit]
+        if not prompts:
+            raise InputError(f"{_name(source)} holds no prompt.")
+        return prompts
+    if not words:
+        raise InputError('There is no prompt; write one (alisa generate "Once upon a time") or give --input FILE.')
+    return tuple(_from_word(number, word) for number, word in enumerate(words, 1))
 
 
-def read_prompts(source: str) -> tuple[str, ...]:
+def read_prompts(source: Path, *, keep_invalid: bool = False) -> tuple[Prompt, ...]:
     """All prompts in `source`, whose ending says how they are written.
 
     Raises:
-        InputError: the file is missing, not UTF-8, of another kind, or a line is not as expected.
+        InputError: the file is missing or of another kind, two prompts have one id, or a line is not as expected and
+            `keep_invalid` is not asked for.
     """
-    suffix = ".txt" if source == STANDARD_INPUT else Path(source).suffix.lower()
+    suffix = ".txt" if source == STANDARD_INPUT else source.suffix.lower()
     if suffix not in (".jsonl", ".json", ".txt"):
         raise InputError(f"{source} ends in none of .jsonl, .json and .txt, so its format is unknown; rename it.")
-    text = _read_text(source)
+    prompts: list[Prompt] = []
+    ids: dict[str | int, str] = {}
+    for place, read in _entries(source, suffix):
+        try:
+            prompt = read()
+        except InputError as error:
+            if not keep_invalid:
+                raise
+            prompt = Prompt(text="", name=place, problem=str(error))
+        if prompt.id is not None and (first := ids.setdefault(prompt.id, place)) != place:
+            raise InputError(f"{place}: the id {prompt.id!r} is also that of {first}; ids must differ.")
+        prompts.append(prompt)
+    return tuple(prompts)
+
+
+def _entries(source: Path, suffix: str) -> Iterator[tuple[str, Callable[[], Prompt]]]:
+    """Place of every entry, and what reads it or raises."""
+    data = _bytes(source)
     if suffix == ".json":
-        return _from_list(source, text)
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if suffix == ".txt":
-        return tuple(line.strip() for _, line in lines)
-    return tuple(_from_line(source, number, line) for number, line in lines)
+        for number, value in enumerate(_list(source, data), 1):
+            place = f"{source}, entry {number}"
+            yield place, lambda place=place, value=value: _from_value(place, value)
+        return
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            place = f"{_name(source)}, line {number}"
+            read = _from_text if suffix == ".txt" else _from_json
+            yield place, lambda place=place, line=line, read=read: read(place, line)
 
 
-def _read_text(source: str) -> str:
+def _bytes(source: Path) -> bytes:
     try:
-        data = sys.stdin.buffer.read() if source == STANDARD_INPUT else Path(source).read_bytes()
-        return data.decode("utf-8-sig")
+        data = sys.stdin.buffer.read() if source == STANDARD_INPUT else source.read_bytes()
     except OSError as error:
         raise InputError(f"{_name(source)} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{_name(source)}, line {line}: not UTF-8 text; save the file as UTF-8.") from error
+    return data.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
 
 
-def _from_line(source: str, number: int, line: str) -> str:
-    place = f"{source}, line {number}"
+def _list(source: Path, data: bytes) -> list[object]:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not valid JSON ({error}); each line must be {_EXPECTED}.") from error
-    return _from_record(place, record)
-
-
-def _from_list(source: str, text: str) -> tuple[str, ...]:
-    try:
-        records = json.loads(text)
+        records = json.loads(_decoded(str(source), data))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: not valid JSON ({error}); expected a list of {_EXPECTED}.") from error
     if not isinstance(records, list):
         raise InputError(f"{source}: holds a JSON {_kind(records)}, expected a list of {_EXPECTED}.")
-    return tuple(_from_record(f"{source}, entry {number}", record) for number, record in enumerate(records, 1))
+    return records
 
 
-def _from_record(place: str, record: object) -> str:
+def _from_word(number: int, word: str) -> Prompt:
+    name = f"Prompt {number}"
+    return Prompt(text=_unicode(name, word), name=name)
+
+
+def _from_text(place: str, line: bytes) -> Prompt:
+    return Prompt(text=_decoded(place, line).strip(), name=f"{place}: the prompt")
+
+
+def _from_json(place: str, line: bytes) -> Prompt:
+    try:
+        value = json.loads(_decoded(place, line))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not valid JSON ({error}); each line must be {_EXPECTED}.") from error
+    return _from_value(place, value)
+
+
+def _from_value(place: str, value: object) -> Prompt:
     """The prompt that one JSON value means."""
-    if isinstance(record, str):
-        return record
-    if not isinstance(record, dict):
-        raise InputError(f"{place}: a JSON {_kind(record)}, expected {_EXPECTED}.")
-    prompt, instruction, extra = record.get("prompt"), record.get("instruction"), record.get("input", "")
-    if isinstance(prompt, str):
-        return prompt
-    if prompt is None and isinstance(instruction, str) and isinstance(extra, str):
-        return f"{instruction}\n\n{extra}" if extra else instruction
+    name = f"{place}: the prompt"
+    if isinstance(value, str):
+        return Prompt(text=_unicode(name, value), name=name)
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: a JSON {_kind(value)}, expected {_EXPECTED}.")
+    record = dict(value)
+    text = _take_text(place, record)
+    own_id = record.pop("id", None)
+    if own_id is not None and (isinstance(own_id, bool) or not isinstance(own_id, str | int)):
+        raise InputError(f"{place}: its id is a JSON {_kind(own_id)}, a string or a whole number is needed.")
+    settings: dict[str, Any] = {key: record.pop(key) for key in [*record] if key in _SETTINGS}
+    settings = {key: setting for key, setting in settings.items() if setting is not None}
+    try:
+        SamplingParams(**settings)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+    if isinstance(record.get("metadata"), dict):
+        record |= record.pop("metadata")
+    return Prompt(text=_unicode(name, text), name=name, id=own_id, settings=settings, metadata=record)
+
+
+def _take_text(place: str, record: dict[str, object]) -> str:
+    """The text of the prompt; the fields that made it are taken out."""
+    match record:
+        case {"prompt": str(text)}:
+            del record["prompt"]
+            return text
+        case {"instruction": str(text)} if record.get("prompt") is None and isinstance(record.get("input", ""), str):
+            record.pop("prompt", None)
+            del record["instruction"]
+            extra = record.pop("input", "")
+            return f"{text}\n\n{extra}" if extra else text
     found = ", ".join(f"{name} ({_kind(value)})" for name, value in record.items()) or "no fields"
     raise InputError(f"{place}: found {found}, expected {_EXPECTED}.")
 
@@ -119,10 +193,21 @@ def _kind(value: object) -> str:
             return "number"
 
 
-def _is_unicode(text: str) -> bool:
-    """False for lone surrogates, which no tokenizer and no UTF-8 file can take."""
-    return not any("\ud800" <= char <= "\udfff" for char in text)
+def _decoded(place: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        where = place if b"\n" not in data else f"{place}, line {line}"
+        raise InputError(f"{where}: not UTF-8 text; save the file as UTF-8.") from error
 
 
-def _name(source: str | None) -> str:
+def _unicode(name: str, text: str) -> str:
+    """`text`, without lone surrogates, which no tokenizer and no UTF-8 file can take."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise InputError(f"{name} is not valid Unicode text; save it as UTF-8.")
+    return text
+
+
+def _name(source: Path) -> str:
     return "Standard input" if source == STANDARD_INPUT else str(source)

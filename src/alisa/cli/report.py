@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, Self
 
 from rich.table import Table
 from rich.text import Text
 
+from alisa.cli.files import JsonLinesFile
 from alisa.config import format_bytes
 from alisa.errors import InputError
 
@@ -101,22 +101,31 @@ def summary_table(lines: Iterator[tuple[str, str]]) -> Table:
 
 
 class ReportFile:
-    """A file for the records of one run, opened before the work so that a wrong path costs nothing."""
+    """A file for the records of runs: opened before the work, so that a wrong path costs nothing, and continued.
+
+    What earlier runs wrote stays; a command that was interrupted and its continuation are two runs of one file.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Empty or create the file at `path`.
+        """Open or create the file at `path`.
 
         Raises:
-            InputError: it cannot be written.
+            InputError: it holds something else, cannot be written, or another process writes to it.
         """
-        self._path = path
+        self._lines = JsonLinesFile(
+            path, line_start=b'{"kind": ', writer="record of alisa generate", way_out="choose another --report"
+        )
         try:
-            self._file: TextIO = path.open("w", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror}.") from error
+            for place, record in self._lines.read():
+                if "kind" not in record:
+                    raise self._lines.refuse(place)
+            self._lines.cut_torn_line()
+        except BaseException:
+            self._lines.close()
+            raise
 
     def write(self, llm: LLM, summary: RunSummary | None) -> None:
-        """Write the run, its steps and its summary, and close the file.
+        """Append the run, its steps and its summary.
 
         Args:
             llm: the model that ran.
@@ -126,12 +135,11 @@ class ReportFile:
             InputError: the system refuses, for example because the disk is full.
         """
         try:
-            with self._file:
-                for record in self._records(llm, summary):
-                    self._file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            for record in self._records(llm, summary):
+                self._lines.append(record)
         except OSError as error:
             raise InputError(
-                f"{self._path} cannot be written: {error.strerror}; the results are not affected."
+                f"{self._lines.path} cannot be written: {error.strerror}; the results are not affected."
             ) from error
 
     def __enter__(self) -> Self:
@@ -140,7 +148,7 @@ class ReportFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._lines.close()
 
     @staticmethod
     def _records(llm: LLM, summary: RunSummary | None) -> Iterator[Mapping[str, object]]:

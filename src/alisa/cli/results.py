@@ -3,27 +3,28 @@
     {"index": 0, "prompt": "...", "text": "...", "token_ids": [...], "finish_reason": "eos", ..., "run": "..."}
 
 `run` is a digest of the settings that decide the tokens. A later run continues a file only when every line carries its
-own digest and its own prompts, so that no file ever mixes two kinds of results.
+own digest and its own prompts, so that no file ever mixes two kinds of results. A line belongs to the prompt with its
+`id`, or where there is none to the one with its index.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from alisa.cli.files import JsonLinesFile
+from alisa.cli.prompts import Prompt
 from alisa.errors import InputError
 
 if TYPE_CHECKING:
     from alisa.outputs import RequestOutput
 
-# Every line begins with this, which tells a torn line of ours from the end of somebody's own file.
-_LINE_START = b'{"index": '
+_WAY_OUT = "choose another --output, or delete the file to start again"
 
 
 def settings_digest(settings: Mapping[str, object]) -> str:
@@ -31,21 +32,31 @@ def settings_digest(settings: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def result_record(index: int, prompt: str, output: RequestOutput, run: str) -> dict[str, object]:
+def result_record(index: int, prompt: Prompt, output: RequestOutput, run: str) -> dict[str, object]:
     """One finished request as plain JSON values."""
     measured = asdict(output.report)
     timings = {name: round(value, 6) for name, value in measured.items() if name.endswith("_s")}
     counts = {name: value for name, value in measured.items() if not name.endswith("_s")}
-    return {
-        "index": index,
-        "prompt": prompt,
+    result = {
         "text": output.text,
         "token_ids": list(output.token_ids),
         "finish_reason": output.finish_reason,
         "timings": timings,
         **counts,
-        "run": run,
     }
+    return _record(index, prompt, result, run)
+
+
+def error_record(index: int, prompt: Prompt, problem: str, run: str) -> dict[str, object]:
+    """A prompt that cannot be used, and why."""
+    return _record(index, prompt, {"text": None, "finish_reason": "error", "error": problem}, run)
+
+
+def _record(index: int, prompt: Prompt, result: Mapping[str, object], run: str) -> dict[str, object]:
+    own_id = {} if prompt.id is None else {"id": prompt.id}
+    own = {"settings": prompt.settings, "metadata": prompt.metadata}
+    given = {name: dict(values) for name, values in own.items() if values}
+    return {"index": index, **own_id, "prompt": prompt.text, **result, **given, "run": run}
 
 
 class ResultFile:
@@ -54,23 +65,21 @@ class ResultFile:
     A failed `append` leaves all earlier lines intact and at most one torn line, which the next run cuts off.
     """
 
-    def __init__(self, path: Path, prompts: Sequence[str], run: str) -> None:
+    def __init__(self, path: Path, prompts: Sequence[Prompt], run: str) -> None:
         """Open `path` for appending, after checking that what is in it belongs to this run.
 
         Raises:
-            InputError: the file holds something else, or cannot be written; it is left as it was.
+            InputError: the file holds something else, cannot be written, or another process writes to it; it is left as
+                it was.
         """
-        self._path = path
         self._total = len(prompts)
-        self._finished: set[int] = set()
+        self._lines = JsonLinesFile(path, line_start=b'{"index": ', writer="result of alisa generate", way_out=_WAY_OUT)
         try:
-            # A device such as /dev/full or a pipe has no past to continue.
-            if path.is_file():
-                self._finished = _finished_indices(path, prompts, run)
-            # Unbuffered: a line is with the system when `append` returns, and closing cannot fail a second time.
-            self._file = path.open("ab", buffering=0)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror}.") from error
+            self._finished = _finished_indices(self._lines, prompts, run)
+            self._lines.cut_torn_line()
+        except BaseException:
+            self._lines.close()
+            raise
 
     @property
     def finished(self) -> frozenset[int]:
@@ -83,14 +92,12 @@ class ResultFile:
         Raises:
             InputError: the system refuses, for example because the disk is full.
         """
-        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         try:
-            while line:
-                line = line[self._file.write(line) :]
+            self._lines.append(record)
         except OSError as error:
             raise InputError(
-                f"{self._path} cannot be written: {error.strerror}; {len(self._finished)} of {self._total} prompts are "
-                "in it. Make room and run the same command again to go on."
+                f"{self._lines.path} cannot be written: {error.strerror}; {len(self._finished)} of {self._total} "
+                "prompts are in it. Make room and run the same command again to go on."
             ) from error
         self._finished.add(index)
 
@@ -100,33 +107,33 @@ class ResultFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._lines.close()
 
 
-def _finished_indices(path: Path, prompts: Sequence[str], run: str) -> set[int]:
-    """Check every line of an earlier run, then cut off a torn last one."""
-    way_out = "choose another --output, or delete the file to start again"
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
+def _finished_indices(lines: JsonLinesFile, prompts: Sequence[Prompt], run: str) -> set[int]:
+    """The prompts that every line of an earlier run belongs to."""
+    by_id = {prompt.id: index for index, prompt in enumerate(prompts) if prompt.id is not None}
     finished: set[int] = set()
-    for number, line in enumerate(data[:whole].splitlines(), 1):
-        place = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-            index, prompt, line_run = record["index"], record["prompt"], record["run"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{place}: not a result of alisa generate; {way_out}.") from error
-        if line_run != run:
+    for place, record in lines.read():
+        if not {"index", "prompt", "run"} <= record.keys():
+            raise lines.refuse(place)
+        if record["run"] != run:
             raise InputError(
                 f"{place}: comes from a run with another model, policy or sampling settings "
-                f"(run {line_run}, now {run}); {way_out}."
+                f"(run {record['run']}, now {run}); {_WAY_OUT}."
             )
-        if not isinstance(index, int) or not 0 <= index < len(prompts) or prompts[index] != prompt:
-            raise InputError(f"{place}: its prompt is not prompt {index} of this run; {way_out}.")
-        finished.add(index)
-    torn = data[whole:]
-    if torn and not _LINE_START.startswith(torn[: len(_LINE_START)]):
-        raise InputError(f"{path}: its last line is not a result of alisa generate; {way_out}.")
-    if torn:
-        os.truncate(path, whole)
+        index = by_id.get(record["id"]) if _has_id(record) else record["index"]
+        if isinstance(index, int) and 0 <= index < len(prompts) and _is_of(record, prompts[index]):
+            finished.add(index)
+        elif record.get("finish_reason") != "error":  # a prompt that could not be used may have been mended since
+            which = f"the prompt with the id {record['id']!r}" if _has_id(record) else f"prompt {record['index']}"
+            raise InputError(f"{place}: its prompt or its settings are not those of {which} of this run; {_WAY_OUT}.")
     return finished
+
+
+def _has_id(record: Mapping[str, Any]) -> bool:
+    return isinstance(record.get("id"), str | int)
+
+
+def _is_of(record: Mapping[str, Any], prompt: Prompt) -> bool:
+    return record["prompt"] == prompt.text and record.get("settings", {}) == prompt.settings

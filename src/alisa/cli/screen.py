@@ -40,6 +40,10 @@ class Screen(Protocol):
         """Prompt `index` is complete."""
         ...
 
+    def skipped(self, index: int, problem: str) -> None:
+        """Prompt `index` cannot be used."""
+        ...
+
 
 def error_console() -> Console:
     """A console on standard error as it is now."""
@@ -81,6 +85,9 @@ class LiveText:
 
     def finished(self, index: int, prompt: str, output: RequestOutput) -> None:
         """Nothing: all of the text is on the screen."""
+
+    def skipped(self, index: int, problem: str) -> None:
+        """Nothing: the only prompt and its problem are told at the end."""
 
     def _write(self, text: str) -> None:
         sys.stdout.write(text)
@@ -142,6 +149,13 @@ class ResultList:
             num_tokens = output.report.output_tokens
             head = f"--- prompt {index + 1} of {self._total}: {num_tokens} tokens, {output.finish_reason}"
             self._waiting[index] = f"{head}\n{prompt}{self._separator}{output.text}\n\n"
+            self._print_waiting()
+
+    def skipped(self, index: int, problem: str) -> None:
+        """Count the prompt, and print its problem in its place."""
+        self._bar.advance(self._task)
+        if self._print_results:
+            self._waiting[index] = f"--- prompt {index + 1} of {self._total}: skipped\n{problem}\n\n"
             self._print_waiting()
 
     def _show_rate(self) -> None:

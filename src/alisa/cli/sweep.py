@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
 
@@ -14,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tyro.conf import arg
 
+from alisa.cli.files import to_json
 from alisa.cli.options import DisplayOptions
 from alisa.cli.screen import error_console, loading_bar
-from alisa.config import DeviceName, DtypeName, EngineConfig, KvDtypeName, PolicyName, WeightDtypeName, parse_bytes
+from alisa.config import EngineConfig, KvDtypeName, PolicyName
 from alisa.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,45 +27,43 @@ _DEFAULT = EngineConfig()
 _T = TypeVar("_T", bound=str)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweptEngine(EngineConfig):
+    """Which model runs, and how much memory it may use; what is swept, or not used by evaluations, is no option."""
+
+    policy: PolicyName = field(default=_DEFAULT.policy, init=False)
+    sparsity: float = field(default=_DEFAULT.sparsity, init=False)
+    kv_dtype: KvDtypeName = field(default=_DEFAULT.kv_dtype, init=False)
+    kv_host_memory: str | int | None = field(default=None, init=False)
+    kv_disk_memory: str | int | None = field(default=None, init=False)
+    kv_disk_path: Path | None = field(default=None, init=False)
+    schedule: Path | None = field(default=None, init=False)
+    max_model_len: int | None = field(default=None, init=False)
+    max_num_seqs: int = 64
+
+
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
-    """Which model, and the variants it is run with: every combination of the lists.
+    """The variants that the model is run with: every combination of the lists.
 
     Raises:
         InputError: at construction, when a value is out of range.
     """
 
-    model: Annotated[
-        str | None, arg(metavar="ID_OR_DIR", help_behavior_hint="(default: the small model inside the package)")
-    ] = None
-    """A directory or a Hugging Face id of a checkpoint."""
     policy: Annotated[str, arg(metavar="NAME[,NAME...]")] = "all"
     """Policies, separated by commas; all: every one there is. dense is always run, for comparison."""
     sparsity: Annotated[str, arg(metavar="SHARE[,SHARE...]")] = "0.5,0.8,0.9"
     """Shares of the earlier tokens that a step does not read."""
     kv_dtype: Annotated[str, arg(metavar="NAME[,NAME...]")] = "auto"
     """What K and V are kept in: auto (as the model computes), float32, bfloat16, float16, int8, int4."""
-    dtype: DtypeName = _DEFAULT.dtype
-    """What the model computes in; auto: what the checkpoint and the device suit."""
-    weight_dtype: WeightDtypeName = _DEFAULT.weight_dtype
-    """What the linear layers are kept in; auto: the same as --dtype. int8: on a CPU, for every variant alike."""
-    device: DeviceName = _DEFAULT.device
-    """auto: the GPU if there is one."""
-    kv_device_memory: Annotated[
-        str | None, arg(metavar="SIZE", help_behavior_hint="(default: half of what is free)")
-    ] = None
-    """Hard cap of the memory for K and V, such as 2GiB or 512MiB; smaller batches where it is tight."""
-    max_batch: Annotated[int, arg(metavar="N")] = 64
-    """Sequences decoded together at the most."""
+    engine: SweptEngine = field(default_factory=SweptEngine)
     output: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     """Every cell as a JSON line, written when it is finished; cells that are in the file are not measured again."""
 
     def __post_init__(self) -> None:
         for sparsity in self.sparsities:
-            EngineConfig(sparsity=sparsity, max_batch=self.max_batch)
+            EngineConfig(sparsity=sparsity)
         _ = self.policies, self.kv_dtypes
-        if self.kv_device_memory is not None:
-            parse_bytes(self.kv_device_memory)
 
     @property
     def policies(self) -> tuple[PolicyName, ...]:
@@ -103,7 +101,7 @@ def run_sweep(
 
     show = sys.stderr.isatty() and not display.quiet
     with RecordFile(options.output) as file:
-        with loading_bar(options.model or "the embedded model", show=show) as progress:
+        with loading_bar(options.engine.model or "the embedded model", show=show) as progress:
             subject = load_subject(options, progress)
         evaluations = make_evaluations(subject)
         chosen = variants(options.policies, options.sparsities, options.kv_dtypes)
@@ -122,7 +120,7 @@ def run_sweep(
     if display.json:
         slim = [{key: value for key, value in record.items() if key != "units"} for record in records]
         record = {"command": f"eval {name}", "cells": slim, "output": str(options.output) if options.output else None}
-        sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+        sys.stdout.write(to_json(record) + "\n")
     return 0
 
 
@@ -131,16 +129,7 @@ def load_subject(options: SweepOptions, progress: Callable[[int, int], None]) ->
     from alisa.lab.eval.subject import Subject
     from alisa.llm import LLM
 
-    llm = LLM(
-        options.model,
-        dtype=options.dtype,
-        weight_dtype=options.weight_dtype,
-        device=options.device,
-        kv_device_memory=options.kv_device_memory,
-        max_batch=options.max_batch,
-        progress=progress,
-    )
-    return Subject.of(llm)
+    return Subject.of(LLM(config=options.engine, progress=progress))
 
 
 def _cell_bar(*, show: bool) -> Progress:

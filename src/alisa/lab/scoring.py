@@ -81,7 +81,7 @@ class Scorer:
             decoder=llm.decoder,
             kernels=choose_backend(llm.decoder.device),
             kv_cap_bytes=llm.kv_cap_bytes(),
-            max_batch=llm.config.max_batch,
+            max_batch=llm.config.max_num_seqs,
             prefill_chunk=llm.config.prefill_chunk,
         )
 
