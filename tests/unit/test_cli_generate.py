@@ -160,7 +160,8 @@ def test_report_has_the_run_its_steps_and_the_summary(tmp_path):
     path = tmp_path / "report.jsonl"
     generate("a", "b", "--report", str(path))
     run, *steps, summary = lines(path)
-    assert run == {"kind": "run", **EngineConfig().describe(), "model": "fake"}
+    sampling = {**asdict(SamplingParams()), "stop": [], "stop_ids": []}
+    assert run == {"kind": "run", **EngineConfig().describe(), "model": "fake", "sampling": sampling}
     assert [(step["kind"], step["step"]) for step in steps] == [("step", 0), ("step", 1)]
     assert steps[0]["phase"] == "device"
     assert summary["kind"] == "summary"
@@ -194,9 +195,22 @@ def test_a_report_over_something_else_is_refused(tmp_path, content):
 
 def test_the_report_says_every_option_and_the_seed(tmp_path):
     path = tmp_path / "report.jsonl"
-    generate("a", "--report", str(path), "--max-model-len", "50", "--kv-device-memory", "1GiB", "--schedule", "x.json")
+    generate(
+        "a",
+        "--report",
+        str(path),
+        "--max-model-len",
+        "50",
+        "--kv-device-memory",
+        "1GiB",
+        "--schedule",
+        "x.json",
+        "--seed",
+        "9",
+    )
     run = lines(path)[0]
     assert {option.name for option in fields(EngineConfig)} <= run.keys()
+    assert run["sampling"]["seed"] == 9
     assert (run["max_model_len"], run["kv_device_memory"], run["schedule"]) == (50, "1GiB", "x.json")
 
 

@@ -124,11 +124,11 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
         except AlisaError:
             if report:
                 with suppress(InputError):  # the first error is the one to tell
-                    report.write(llm, None)
+                    report.write(llm, args.sampling, None)
             raise
         summary = None if answers.stopped else llm.summary()
         if report:
-            report.write(llm, summary)
+            report.write(llm, args.sampling, summary)
         if summary and not args.display.quiet:
             lines = [*summary_lines(llm.name, llm.config, summary, answers.verified)]
             if llm.config.device != "cuda":
