@@ -77,7 +77,8 @@ RENAMED = {"max_batch": "max_num_seqs"}
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends.
 
-    None for any field means its default; only for `seed` it means one that is drawn here, once.
+    Note:
+        None for any field means its default; only for `seed` it means one that is drawn here, once.
 
     Raises:
         InputError: at construction, naming every field that is out of range or of another type.

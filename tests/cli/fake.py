@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from alisa.cli.generate import Generate, run_generate
-from alisa.cli.main import main
-from alisa.cli.options import EngineOptions
-from alisa.config import SamplingParams
-from alisa.errors import InputError
+from alisa.cli.main import run
+from alisa.config import EngineConfig, SamplingParams
+from alisa.errors import InputError, PromptError
 from alisa.outputs import Phase, RequestOutput, RequestReport, RunSummary, StepRecord, TextDelta, Traffic
 from alisa.planner.cost import StepCost
 from alisa.planner.hardware import Hardware
@@ -31,13 +30,14 @@ class FakeVerifyReport:
 class FakeLLM:
     """Says a few words that depend on the prompt and the seed only; pairs of requests finish in reverse order."""
 
-    def __init__(self, options: EngineOptions, progress: Callable[[int, int], None], word_s: float = 0.0) -> None:
-        if options.model == "missing":
+    def __init__(self, config: EngineConfig, progress: Callable[[int, int], None], word_s: float = 0.0) -> None:
+        if config.model == "missing":
             raise InputError("There is no model 'missing'; give a directory or a hub id.")
         progress(1, 2)
         progress(2, 2)
-        self.name = options.model or "fake"
-        self.config = options.config()
+        self.name = config.model or "fake"
+        self.config = config
+        self.tokenizer = SimpleNamespace(encode=lambda text: [ord(char) for char in text])
         self.records: list[StepRecord] = []
         self.num_verified = 0
         self._word_s = word_s
@@ -47,14 +47,14 @@ class FakeLLM:
         return [ord(char) for message in messages for char in f"<{message['role']}>{message['content']}"]
 
     def describe(self) -> dict[str, Any]:
-        return {"model": self.name, "policy": self.config.policy}
+        return {**self.config.describe(), "model": self.name}
 
     def stream(
         self, prompts: Sequence[str | Sequence[int]], params: Sequence[SamplingParams]
     ) -> Iterator[TextDelta | RequestOutput]:
         texts = [prompt if isinstance(prompt, str) else "".join(map(chr, prompt)) for prompt in prompts]
         if too_long := [index for index, text in enumerate(texts) if len(text) > 1000]:
-            raise InputError(f"Prompt {too_long[0]} is too long.")
+            raise PromptError(too_long[0], "is too long.")
         return self._run(texts, params)
 
     def _run(self, texts: Sequence[str], params: Sequence[SamplingParams]) -> Iterator[TextDelta | RequestOutput]:
@@ -143,8 +143,8 @@ def _step(step: int) -> StepRecord:
 class FakeGenerate(Generate):
     def run(self) -> int:
         word_s = float(os.environ.get("FAKE_WORD_S", "0"))
-        return run_generate(self, make_llm=lambda options, progress: FakeLLM(options, progress, word_s))
+        return run_generate(self, make_llm=lambda config, progress: FakeLLM(config, progress, word_s))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], {"generate": FakeGenerate}))
+    run({"generate": FakeGenerate})

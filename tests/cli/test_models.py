@@ -89,7 +89,7 @@ def test_continuing_with_another_batch_size_gives_the_same_lines(model, tmp_path
     )
     assert alisa(*options, "--output", str(whole), stdin=prompts).returncode == 0
     part.write_bytes(whole.read_bytes().splitlines(keepends=True)[0] + b'{"index": ')
-    done = alisa(*options, "--output", str(part), "--max-batch", "1", stdin=prompts)
+    done = alisa(*options, "--output", str(part), "--max-num-seqs", "1", stdin=prompts)
     assert done.returncode == 0, done.stderr
 
     def answers(path: Path) -> dict[int, list[int]]:
@@ -116,6 +116,27 @@ def test_what_the_caller_can_mend(model, options, message, capsys):
     assert captured.err.startswith("alisa: error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_a_user_without_a_home_gets_results_all_the_same(model, tmp_path):
+    """As in a container with an unknown user id: neither HOME nor a line in the list of users."""
+    path = tmp_path / "out.jsonl"
+    code = (
+        "import pwd, sys\n"
+        "def unknown(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = unknown\n"
+        "from alisa.cli.main import run\n"
+        "run()\n"
+    )
+    hidden = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CACHE_HOME")
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    words = ("generate", "w1 w2", "--model", model, "--max-tokens", "3", "--ignore-eos", "--output", str(path))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(json.loads(path.read_text())["token_ids"]) == 3
 
 
 @needs_embedded

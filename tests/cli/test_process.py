@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-def start(*options: str, word_s: float = 0.0, stdout: int | None = subprocess.PIPE) -> subprocess.Popen[str]:
+def start(
+    *options: str, word_s: float = 0.0, stdout: int | None = subprocess.PIPE, file_bytes: int | None = None
+) -> subprocess.Popen[str]:
+    limit = None if file_bytes is None else partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_bytes,) * 2)
     return subprocess.Popen(
         [sys.executable, "-m", "tests.cli.fake", "generate", *options],
         cwd=ROOT,
@@ -23,6 +31,7 @@ def start(*options: str, word_s: float = 0.0, stdout: int | None = subprocess.PI
             "PYTHONPATH": f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}",
         },
         stdin=subprocess.DEVNULL,
+        preexec_fn=limit,
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
@@ -61,6 +70,99 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
     assert finish(start(*options, "--output", str(path)))[0] == 0
     assert finish(start(*options, "--output", str(whole)))[0] == 0
     assert sorted(path.read_text().splitlines()) == sorted(whole.read_text().splitlines())
+
+
+def test_sigterm_keeps_what_is_finished_as_ctrl_c_does(tmp_path):
+    path, report = tmp_path / "out.jsonl", tmp_path / "report.jsonl"
+    options = ("a", "b", "c", "d", "e", "--max-tokens", "4", "--output", str(path), "--report", str(report))
+    process = start(*options, word_s=0.05)
+    wait_for_lines(path, 2)
+    process.send_signal(signal.SIGTERM)
+    status, _, err = finish(process)
+    assert status == 143
+    assert "of 5 prompts are in" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert json.loads(report.read_text().splitlines()[-1]) == {"kind": "summary", "complete": False}
+    assert finish(start(*options))[0] == 0
+    assert sorted(json.loads(line)["index"] for line in path.read_text().splitlines()) == [0, 1, 2, 3, 4]
+
+
+def test_a_second_writer_is_refused_and_nothing_is_there_twice(tmp_path):
+    path = tmp_path / "out.jsonl"
+    options = ("a", "b", "c", "--max-tokens", "4", "--output", str(path))
+    with path.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # as a process holds it that is at work
+        status, out, err = finish(start(*options))
+    assert (status, out) == (2, "")
+    assert err == (
+        f"alisa: error: Another process is writing to {path}; wait until it has finished, or choose another file.\n"
+    )
+    assert finish(start(*options))[0] == 0
+    assert sorted(json.loads(line)["index"] for line in path.read_text().splitlines()) == [0, 1, 2]
+
+
+def test_a_run_at_work_holds_the_lock(tmp_path):
+    path = tmp_path / "out.jsonl"
+    process = start("a", "b", "c", "--max-tokens", "1000", "--output", str(path), word_s=0.002)
+    wait_for_lines(path, 1)
+    process.send_signal(signal.SIGSTOP)
+    with path.open("ab") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    process.kill()
+    finish(process)
+    with path.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_disk_that_fills_up_loses_nothing_that_is_finished(tmp_path):
+    path, report = tmp_path / "out.jsonl", tmp_path / "report.jsonl"
+    options = ("a", "b", "c", "d", "--max-tokens", "3", "--output", str(path), "--report", str(report))
+    status, _, err = finish(start(*options, file_bytes=1000))
+    assert status == 2
+    message = err.splitlines()[-1]
+    num_kept = path.read_bytes().count(b"\n")
+    assert 1 <= num_kept < 4
+    assert f"{path} cannot be written: File too large; {num_kept} of 4 prompts are in it." in message
+    assert report.read_text().splitlines()
+    assert finish(start(*options))[0] == 0
+    assert sorted(json.loads(line)["index"] for line in path.read_text().splitlines()) == [0, 1, 2, 3]
+    assert json.loads(report.read_text().splitlines()[-1])["complete"] is True
+
+
+def closed(redirection: str, *options: str) -> tuple[int, str, str]:
+    """A run whose standard streams are as the shell's `redirection` makes them."""
+    command = f'exec "$0" -m tests.cli.fake generate "$@" {redirection}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("undisturbed") / "out.jsonl"
+    assert closed("", "a", "b", "--output", str(path))[0] == 0
+    return path.read_text()
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_results_do_not_depend_on_standard_streams(tmp_path, undisturbed, redirection):
+    path = tmp_path / "out.jsonl"
+    status, _, err = closed(redirection, "a", "b", "--json", "--output", str(path))
+    assert status == 0, err
+    assert "Traceback" not in err
+    assert path.read_text() == undisturbed
+
+
+def test_text_is_on_standard_output_when_standard_error_is_closed():
+    assert closed("2>&-", "a", "--max-tokens", "2") == (0, "a A w0\n", "")
+    assert closed(">&-", "a", "--polcy", "x")[0] == 2
 
 
 def test_a_killed_run_goes_on(tmp_path):

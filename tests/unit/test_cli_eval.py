@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from alisa.cli.eval import Ppl
 from alisa.cli.main import main, parse
-from alisa.config import PolicyName
+from alisa.config import EngineConfig, PolicyName
 
 TEXT = "The ship had been at sea for many days. The captain came on deck in the morning and looked at the sky. " * 20
 
@@ -20,12 +19,12 @@ def text(tmp_path):
 
 def test_lists_are_read_from_commas():
     args = parse(
-        "eval ppl", Ppl, ["--text", "a.txt", "--policy", "swa, sketch", "--sparsity", "0,.5", "--kv-dtype", "int8"]
+        ["eval", "ppl", "--text", "a.txt", "--policy", "swa, sketch", "--sparsity", "0,.5", "--kv-dtype", "int8"]
     )
     assert args.sweep.policies == ("swa", "sketch")
     assert args.sweep.sparsities == (0.0, 0.5)
     assert args.sweep.kv_dtypes == ("int8",)
-    assert parse("eval ppl", Ppl, ["--text", "a.txt"]).sweep.policies == PolicyName.__args__
+    assert parse(["eval", "ppl", "--text", "a.txt"]).sweep.policies == PolicyName.__args__
 
 
 def test_ppl_writes_cells_resumes_and_prints_a_table(text, tmp_path, capsys):
@@ -83,7 +82,20 @@ def test_what_the_caller_can_mend_is_one_line(words, message, capsys):
 
 def test_the_family_has_its_own_list(capsys):
     for words in (["eval"], ["eval", "--help"]):
-        assert main(words) == 0
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
         out = capsys.readouterr().out
-        assert "eval recall" in out
-        assert "generate" not in out.split("commands:")[1]
+        assert "recall" in out
+        assert "generate" not in out.split("subcommands")[1]
+
+
+def test_evaluations_offer_the_engine_options_that_they_use(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["eval", "ppl", "--help"])
+    out = capsys.readouterr().out
+    assert "--policy NAME[,NAME...]" in out
+    assert "{dense," not in out, "the engine's own choice of one policy"
+    assert "--kv-device-memory" in out
+    assert "--schedule" not in out
+    engine = parse(["eval", "ppl", "--text", "a", "--model", "x", "--max-num-seqs", "3"]).sweep.engine
+    assert (engine.model, engine.max_num_seqs, engine.policy) == ("x", 3, EngineConfig().policy)

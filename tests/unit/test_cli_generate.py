@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
 from alisa.cli.generate import Generate, run_generate
 from alisa.cli.main import parse
+from alisa.cli.results import settings_digest
 from alisa.cli.screen import ResultList
+from alisa.config import EngineConfig, SamplingParams
 from alisa.errors import InputError
-from tests.cli.fake import FakeLLM
+from tests.cli.fake import FakeLLM, FakeVerifyReport
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +25,11 @@ def generate(*options: str) -> tuple[int, list[FakeLLM]]:
     """Exit status of `alisa generate` with these options, and the models it made."""
     made: list[FakeLLM] = []
 
-    def make_llm(options, progress) -> FakeLLM:
-        made.append(FakeLLM(options, progress))
+    def make_llm(config, progress) -> FakeLLM:
+        made.append(FakeLLM(config, progress))
         return made[-1]
 
-    args = parse("generate", Generate, options)
+    args = parse(["generate", *options])
     assert isinstance(args, Generate)
     return run_generate(args, make_llm), made
 
@@ -102,7 +105,7 @@ def test_a_continued_run_gives_what_an_uninterrupted_one_gives(tmp_path):
     generate(*options, "--output", str(whole))
     kept = whole.read_bytes().splitlines(keepends=True)
     part.write_bytes(kept[0] + kept[1] + kept[2][:30])
-    _, [llm] = generate(*options, "--output", str(part), "--max-batch", "1")
+    _, [llm] = generate(*options, "--output", str(part), "--max-num-seqs", "1")
     assert len(llm.records) == 2, "only the two missing prompts were run"
 
     def by_index(path: Path) -> list[dict]:
@@ -133,6 +136,8 @@ def test_nothing_left_to_do_loads_no_model(tmp_path, capsys):
         ("--chat",),
         ("--dtype", "float32"),
         ("--weight-dtype", "int8"),
+        ("--prefill-chunk", "7"),
+        ("--max-model-len", "70"),
     ],
 )
 def test_other_settings_do_not_continue_a_file(tmp_path, change):
@@ -147,7 +152,7 @@ def test_other_settings_do_not_continue_a_file(tmp_path, change):
 def test_settings_that_never_change_a_token_may_differ(tmp_path):
     path = tmp_path / "out.jsonl"
     generate("a", "--output", str(path))
-    generate("a", "b", "--output", str(path), "--max-batch", "2", "--kv-device-memory", "1GiB", "--quiet")
+    generate("a", "b", "--output", str(path), "--max-num-seqs", "2", "--kv-device-memory", "1GiB", "--quiet")
     assert [record["prompt"] for record in lines(path)] == ["a", "b"]
 
 
@@ -155,12 +160,163 @@ def test_report_has_the_run_its_steps_and_the_summary(tmp_path):
     path = tmp_path / "report.jsonl"
     generate("a", "b", "--report", str(path))
     run, *steps, summary = lines(path)
-    assert run == {"kind": "run", "model": "fake", "policy": "sketch"}
+    sampling = {**asdict(SamplingParams()), "stop": [], "stop_ids": []}
+    assert run == {"kind": "run", **EngineConfig().describe(), "model": "fake", "sampling": sampling}
     assert [(step["kind"], step["step"]) for step in steps] == [("step", 0), ("step", 1)]
     assert steps[0]["phase"] == "device"
     assert summary["kind"] == "summary"
     assert summary["complete"] is True
     assert summary["kv_peak_bytes"] == 2**20
+
+
+def test_a_report_is_continued_and_never_emptied(tmp_path):
+    path, output = tmp_path / "report.jsonl", tmp_path / "out.jsonl"
+    options = ("a", "b", "--output", str(output), "--report", str(path))
+    generate(*options)
+    first = path.read_bytes()
+    status, made = generate(*options)
+    assert (status, made) == (0, [])
+    assert path.read_bytes() == first, "nothing was left to do"
+    output.write_bytes(output.read_bytes().splitlines(keepends=True)[0])
+    path.write_bytes(first + b'{"kind": "st')
+    generate(*options)
+    assert path.read_bytes().startswith(first)
+    assert [record["kind"] for record in lines(path)] == ["run", "step", "step", "summary", "run", "step", "summary"]
+
+
+@pytest.mark.parametrize("content", ["my notes\n", '{"index": 0}\n', "notes without an end"])
+def test_a_report_over_something_else_is_refused(tmp_path, content):
+    path = tmp_path / "report.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match="not a record of alisa generate; choose another --report"):
+        generate("a", "--report", str(path))
+    assert path.read_text() == content
+
+
+def test_the_report_says_every_option_and_the_seed(tmp_path):
+    path = tmp_path / "report.jsonl"
+    generate(
+        "a",
+        "--report",
+        str(path),
+        "--max-model-len",
+        "50",
+        "--kv-device-memory",
+        "1GiB",
+        "--schedule",
+        "x.json",
+        "--seed",
+        "9",
+    )
+    run = lines(path)[0]
+    assert {option.name for option in fields(EngineConfig)} <= run.keys()
+    assert run["sampling"]["seed"] == 9
+    assert (run["max_model_len"], run["kv_device_memory"], run["schedule"]) == (50, "1GiB", "x.json")
+
+
+def test_equal_prompts_have_seeds_of_their_own(capsys):
+    generate("a", "a", "a", "--max-tokens", "2", "--seed", "7", "--quiet")
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("a ")] == [
+        "a A w7",
+        "a A w8",
+        "a A w9",
+    ]
+
+
+def written(tmp_path: Path, *records: dict) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_a_line_has_settings_an_id_and_other_fields_of_its_own(tmp_path):
+    source = written(
+        tmp_path,
+        {"prompt": "a", "id": "x", "max_tokens": 2, "seed": 5, "topic": "sea"},
+        {"prompt": "b", "id": 7, "max_tokens": None},
+        {"prompt": "c", "metadata": {"page": 1}},
+    )
+    output = tmp_path / "out.jsonl"
+    generate("--input", source, "--output", str(output), "--max-tokens", "3", "--seed", "100")
+    first, second, third = sorted(lines(output), key=lambda record: record["index"])
+    assert (first["text"], second["text"], third["text"]) == (" A w5", " B w101 w101", " C w102 w102")
+    assert (first["id"], second["id"], "id" in third) == ("x", 7, False)
+    assert (first["settings"], "settings" in second) == ({"max_tokens": 2, "seed": 5}, False)
+    assert (first["metadata"], third["metadata"]) == ({"topic": "sea"}, {"page": 1})
+
+
+def test_a_file_is_resumed_by_its_ids(tmp_path):
+    a, b, c = ({"prompt": name, "id": name} for name in "abc")
+    output = tmp_path / "out.jsonl"
+    generate("--input", written(tmp_path, a, b), "--output", str(output))
+    generate("--input", written(tmp_path, c, b, a), "--output", str(output))
+    assert sorted((record["id"], record["index"]) for record in lines(output)) == [("a", 0), ("b", 1), ("c", 0)]
+
+
+def test_invalid_prompts_are_refused_with_their_line(tmp_path):
+    source = written(tmp_path, {"prompt": "fine"}, {"prompt": "b" * 2000})
+    with pytest.raises(InputError, match=r"prompts\.jsonl, line 2: the prompt is too long"):
+        generate("--input", source)
+
+
+def test_invalid_prompts_are_skipped_on_request(tmp_path, capsys):
+    source = Path(written(tmp_path, {"prompt": "a"}, {"promt": "x"}, {"prompt": "b" * 2000, "id": 3}, {"prompt": "c"}))
+    output = tmp_path / "out.jsonl"
+    options = ("--input", str(source), "--skip-invalid", "--output", str(output), "--quiet", "--json")
+    status, [llm] = generate(*options)
+    captured = capsys.readouterr()
+    assert status == 0
+    assert len(llm.records) == 2
+    assert captured.err.startswith("skipped 2 of 4 prompts; first: ")
+    assert set(json.loads(captured.out)["skipped"]) == {"1", "2"}
+    unread, long = (record for record in lines(output) if record["finish_reason"] == "error")
+    assert "line 2: found promt (string), expected" in unread["error"]
+    assert (long["id"], long["index"], long["text"]) == (3, 2, None)
+    assert long["error"] == f"{source}, line 3: the prompt is too long."
+    before = output.read_bytes()
+    assert generate(*options) == (0, []), "a later run does not try them again"
+    assert output.read_bytes() == before
+    source.write_text(source.read_text().replace('{"promt"', '{"prompt"'))
+    generate(*options)
+    assert lines(output)[-1]["prompt"] == "x"
+
+
+def test_skipped_prompts_are_shown_in_their_place(tmp_path, capsys):
+    source = written(tmp_path, {"prompt": "a"}, {"prompt": "b" * 2000}, {"prompt": "c"})
+    assert generate("--input", source, "--skip-invalid", "--max-tokens", "1")[0] == 0
+    heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("---")]
+    assert heads == [
+        "--- prompt 1 of 3: 1 tokens, length",
+        "--- prompt 2 of 3: skipped",
+        "--- prompt 3 of 3: 1 tokens, length",
+    ]
+
+
+def test_nothing_but_invalid_prompts_is_no_error(tmp_path, capsys):
+    assert generate("--input", written(tmp_path, {"prompt": "b" * 2000}), "--skip-invalid")[0] == 0
+    assert "skipped 1 of 1 prompts" in capsys.readouterr().err
+
+
+def test_no_line_of_json_has_nan(tmp_path, capsys, monkeypatch):
+    report = FakeVerifyReport(float("nan"), float("inf"), 0.04, 1, 40)
+    monkeypatch.setattr("alisa.lab.verify.verify_outputs", lambda llm, outputs: report)
+    generate("a", "--verify", "--json")
+    record = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
+    assert record["verified"]["mean_kl"] is None
+
+
+def test_a_run_without_new_options_has_the_digest_of_version_0_1():
+    settings = {
+        "model": None,
+        "policy": "sketch",
+        "sparsity": 0.8,
+        "dtype": "auto",
+        "kv_dtype": "auto",
+        "device": "auto",
+    }
+    sampling = asdict(SamplingParams(temperature=0.5, stop=("a",)))
+    args = parse(["generate", "a", "--temperature", "0.5", "--stop", "a"])
+    assert args.digest() == settings_digest({**settings, "chat": False, "sampling": sampling})
 
 
 def test_wrong_paths_are_found_before_a_model_is_loaded(tmp_path):
@@ -172,7 +328,7 @@ def test_wrong_paths_are_found_before_a_model_is_loaded(tmp_path):
 def test_errors_of_the_model_and_of_the_prompts_pass_through(tmp_path):
     with pytest.raises(InputError, match="no model 'missing'"):
         generate("a", "--model", "missing")
-    with pytest.raises(InputError, match="Prompt 1 is too long"):
+    with pytest.raises(InputError, match="Prompt 2 is too long"):
         generate("a", "b" * 2000)
 
 
@@ -199,7 +355,7 @@ def test_the_bar_is_drawn_on_a_terminal_and_results_survive_it(monkeypatch, caps
 
 def test_results_held_back_for_their_order_are_shown_when_interrupted(capsys):
     screen = ResultList(total=2, already=0, show_bar=False, print_results=True, separator="")
-    args = parse("generate", Generate, ["a", "b"])
+    args = parse(["generate", "a", "b"])
     assert isinstance(args, Generate)
     llm = FakeLLM(args.engine, lambda done, total: None)
     with screen:

@@ -2,19 +2,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import pytest
 
 from alisa import __version__
+from alisa.cli.files import STANDARD_INPUT
 from alisa.cli.generate import Generate
 from alisa.cli.main import COMMANDS, main, parse
+from alisa.cli.signals import Stopped
 from alisa.config import EngineConfig, SamplingParams
 from alisa.errors import CapacityError, InputError
 
 
 def parse_generate(*options: str) -> Generate:
-    command = parse("generate", Generate, options)
+    command = parse(["generate", *options])
     assert isinstance(command, Generate)
     return command
 
@@ -27,17 +29,17 @@ def test_prompts_and_options_in_any_order():
     assert not args.verify
     assert parse_generate("--stop", "x", "a b").prompts == ("a b",)
     assert parse_generate("--", "-a", "--b").prompts == ("-a", "--b")
-    assert parse_generate("--input", "-").files.input == "-"
+    assert parse_generate("--input", "-").files.input == STANDARD_INPUT
 
 
 def test_defaults_are_those_of_the_library():
     args = parse_generate("a")
-    assert args.engine.config() == EngineConfig()
+    assert args.engine == EngineConfig()
     assert args.sampling == SamplingParams()
 
 
 def test_memory_is_written_with_a_unit():
-    assert parse_generate("a", "--kv-device-memory", "2GiB").engine.config().kv_device_memory == 2 * 1024**3
+    assert parse_generate("a", "--kv-device-memory", "2GiB").engine.kv_device_memory == "2GiB"
 
 
 def test_help_names_every_option_with_its_default_and_an_example(capsys):
@@ -47,18 +49,52 @@ def test_help_names_every_option_with_its_default_and_an_example(capsys):
     text = capsys.readouterr().out
     args = Generate()
     groups = (args.files, args.engine, args.sampling, args.display)
-    names = [field.name for group in groups for field in fields(group)] + ["chat", "verify"]
+    names = [option.name for group in groups for option in fields(group)] + ["chat", "verify"]
     assert not [name for name in names if f"--{name.replace('_', '-')}" not in text]
     assert "[PROMPT ...]" in text
     assert "(default: sketch)" in text
     assert 'alisa generate "The ship' in text
 
 
+def test_a_new_engine_option_is_a_flag_with_its_help(capsys):
+    for words in (["more", "--help"], ["more", "--depth", "x"]):
+        with pytest.raises(SystemExit):
+            main(words, {"more": MoreCommand})
+    captured = capsys.readouterr()
+    assert "--depth INT" in captured.out
+    assert "How deep. (default: 3)" in captured.out
+    assert "--depth" in captured.err
+    assert parse(["more", "--depth", "5", "--policy", "swa"], {"more": MoreCommand}).engine == More(
+        depth=5, policy="swa"
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command_has_an_example(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([*name.split(), "--help"])
+    text = capsys.readouterr().out
+    assert f"usage: alisa {name} " in text
+    assert f"\n  alisa {name}" in text
+
+
+def test_old_flags_work_with_one_line_of_warning(capsys):
+    for words in (["--max-batch", "3"], ["--max-batch=3"], ["--max_batch", "3"]):
+        assert parse_generate("a", *words).engine == EngineConfig(max_num_seqs=3)
+        assert capsys.readouterr().err == (
+            "alisa: --max-batch is called --max-num-seqs now; the old name will go with version 0.3.\n"
+        )
+    assert parse_generate("--", "--max-batch").prompts == ("--max-batch",)
+    assert capsys.readouterr().err == ""
+
+
 def test_top_help_lists_every_command(capsys):
     for argv in ([], ["-h"], ["--help"]):
-        assert main(argv) == 0
+        with pytest.raises(SystemExit, match="0"):
+            main(argv)
         text = capsys.readouterr().out
-        assert not [name for name in COMMANDS if f"\n  {name} " not in text]
+        assert not [name for name in COMMANDS if f"• {name.split()[0]} " not in text]
+        assert "For instance" not in text, "one line each"
 
 
 def test_version(capsys):
@@ -71,6 +107,8 @@ def test_version(capsys):
     [
         (["generat"], "There is no command 'generat'; did you mean generate?"),
         (["xyz"], "alisa --help lists the commands"),
+        (["bench", "kernel"], "There is no command 'bench kernel'; did you mean bench kernels?"),
+        (["generate", "a", "--seed", str(2**64)], "seed is 18446744073709551616, allowed is 0 up to but not 2**64"),
         (["generate"], "There is no prompt"),
         (["generate", "a", "--max-tokens", "0"], "max_tokens is 0, at least 1 is needed"),
         (["generate", "a", "--sparsity", "1"], "sparsity is 1.0, allowed is 0 (dense) up to but not 1"),
@@ -97,6 +135,24 @@ def test_usage_errors_exit_with_status_2(options, capsys):
     assert "Traceback" not in captured.err
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class More(EngineConfig):
+    """More."""
+
+    depth: int = 3
+    """How deep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoreCommand:
+    """Has one more option."""
+
+    engine: More = field(default_factory=More)
+
+    def run(self) -> int:
+        return 0
+
+
 @dataclass(frozen=True)
 class Failing:
     """Fails."""
@@ -108,6 +164,8 @@ class Failing:
             raise CapacityError("Too little.")
         if self.kind == "interrupt":
             raise KeyboardInterrupt
+        if self.kind == "stop":
+            raise Stopped
         if self.kind == "bug":
             raise ZeroDivisionError
         raise InputError("Wrong.")
@@ -118,6 +176,7 @@ def test_errors_of_a_command_become_exit_statuses(capsys):
     assert main(["fail"], commands) == 2
     assert capsys.readouterr().err == "alisa: error: Too little.\n"
     assert main(["fail", "--kind", "interrupt"], commands) == 130
+    assert main(["fail", "--kind", "stop"], commands) == 143
     with pytest.raises(ZeroDivisionError):
         main(["fail", "--kind", "bug"], commands)
 

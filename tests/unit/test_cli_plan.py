@@ -28,7 +28,7 @@ def test_a_plan_from_a_shape(capsys, tmp_path):
     assert "beta = 0" in " ".join(record["notes"])
     assert load_schedule(path).name == record["schedule"]["schedule"]
     assert "static split" in err
-    use = f"alisa generate --policy swa --sparsity 0.8 --kv-dtype int8 --max-batch 64 --schedule {path}"
+    use = f"alisa generate --policy swa --sparsity 0.8 --kv-dtype int8 --max-num-seqs 64 --schedule {path}"
     assert use in " ".join(err.split())
 
 

@@ -4,15 +4,16 @@ import json
 
 import pytest
 
+from alisa.cli.prompts import Prompt
 from alisa.cli.results import ResultFile, settings_digest
 from alisa.errors import InputError
 
-PROMPTS = ("zero", "one", "two")
+PROMPTS = tuple(Prompt(text=text, name=text) for text in ("zero", "one", "two"))
 RUN = "0123456789ab"
 
 
 def record(index: int, *, prompt: str | None = None, run: str = RUN) -> dict[str, object]:
-    return {"index": index, "prompt": PROMPTS[index] if prompt is None else prompt, "text": "é\n", "run": run}
+    return {"index": index, "prompt": PROMPTS[index].text if prompt is None else prompt, "text": "é\n", "run": run}
 
 
 def line(index: int, *, prompt: str | None = None, run: str = RUN) -> bytes:
@@ -51,8 +52,8 @@ def test_a_torn_last_line_is_cut_off(tmp_path, length):
     ("content", "message"),
     [
         (line(0, run="another"), r"line 1: comes from a run with another model, policy or sampling settings"),
-        (line(0) + line(1, prompt="else"), r"line 2: its prompt is not prompt 1 of this run"),
-        (line(0)[:-1].replace(b": 0", b": 3") + b"\n", r"line 1: its prompt is not prompt 3"),
+        (line(0) + line(1, prompt="else"), r"line 2: its prompt or its settings are not those of prompt 1 of this run"),
+        (line(0)[:-1].replace(b": 0", b": 3") + b"\n", r"line 1: its prompt or its settings are not those of prompt 3"),
         (b"my notes\n", r"line 1: not a result of alisa generate"),
         (b'{"index": 0}\n', r"line 1: not a result"),
         (b"[1]\n", r"line 1: not a result"),
@@ -82,3 +83,32 @@ def test_digest_changes_with_every_setting():
     assert digest == settings_digest(dict(reversed(settings.items())))
     assert digest != settings_digest(settings | {"sparsity": 0.9})
     assert digest != settings_digest(settings | {"sampling": {"seed": 1, "stop": ("a",)}})
+
+
+def result(prompt: Prompt, index: int, **changes) -> bytes:
+    own = {"id": prompt.id, "settings": prompt.settings} if prompt.id else {}
+    return json.dumps({"index": index, **own, "prompt": prompt.text, "run": RUN, **changes}).encode() + b"\n"
+
+
+def test_a_prompt_with_an_id_is_known_by_it_wherever_it_stands(tmp_path):
+    a, b, c = (Prompt(text=text, name=text, id=text.upper(), settings={"seed": 1}) for text in "abc")
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(result(a, 0) + result(b, 1))
+    with ResultFile(path, (c, b, a), RUN) as results:
+        assert results.finished == {1, 2}
+    other = Prompt(text="a", name="a", id="A", settings={"seed": 2})
+    for prompts, message in (
+        ((other, b), r"line 1: its prompt or its settings are not those of the prompt with the id 'A'"),
+        ((a, c), r"line 2: .* the prompt with the id 'B' of this run"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ResultFile(path, prompts, RUN)
+
+
+def test_a_prompt_that_was_not_usable_is_done_again_once_it_is_mended(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(result(PROMPTS[0], 0) + result(Prompt(text="", name=""), 1, finish_reason="error"))
+    with ResultFile(path, PROMPTS, RUN) as results:
+        assert results.finished == {0}
+    with ResultFile(path, (PROMPTS[0], Prompt(text="", name="")), RUN) as results:
+        assert results.finished == {0, 1}

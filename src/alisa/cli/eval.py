@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import arg
 
 from alisa.cli.files import refuse_same_file
 from alisa.cli.options import DisplayOptions
@@ -45,8 +45,8 @@ class Ppl:
     mode: Literal["decode", "layerwise"] = "decode"
     """decode: token by token, as generation works. layerwise: all tokens of a window through one layer after the other,
     with the same selections and kernels; much faster where the weights are large."""
-    sweep: OmitArgPrefixes[SweepOptions] = field(default_factory=SweepOptions)
-    display: OmitArgPrefixes[DisplayOptions] = field(default_factory=DisplayOptions)
+    sweep: SweepOptions = field(default_factory=SweepOptions)
+    display: DisplayOptions = field(default_factory=DisplayOptions)
 
     def evaluations(self, subject: Subject) -> Sequence[Evaluation]:
         """One text."""
@@ -92,8 +92,8 @@ class Qa:
     """Tokens of each question that are read densely."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """Draws the examples."""
-    sweep: OmitArgPrefixes[SweepOptions] = field(default_factory=SweepOptions)
-    display: OmitArgPrefixes[DisplayOptions] = field(default_factory=DisplayOptions)
+    sweep: SweepOptions = field(default_factory=SweepOptions)
+    display: DisplayOptions = field(default_factory=DisplayOptions)
 
     def evaluations(self, subject: Subject) -> Sequence[Evaluation]:
         """One for each task."""
@@ -151,8 +151,8 @@ class Recall:
     model. auto: whichever suits the model."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """Draws facts and places."""
-    sweep: OmitArgPrefixes[SweepOptions] = field(default_factory=SweepOptions)
-    display: OmitArgPrefixes[DisplayOptions] = field(default_factory=DisplayOptions)
+    sweep: SweepOptions = field(default_factory=SweepOptions)
+    display: DisplayOptions = field(default_factory=DisplayOptions)
 
     def evaluations(self, subject: Subject) -> Sequence[Evaluation]:
         """One for each task and length."""
@@ -198,8 +198,8 @@ class Sparsity:
     """Tokens of a window that are its prompt."""
     windows: Annotated[int, arg(metavar="N")] = 4
     """Windows, spread evenly over the text."""
-    sweep: OmitArgPrefixes[SweepOptions] = field(default_factory=SweepOptions)
-    display: OmitArgPrefixes[DisplayOptions] = field(default_factory=DisplayOptions)
+    sweep: SweepOptions = field(default_factory=SweepOptions)
+    display: DisplayOptions = field(default_factory=DisplayOptions)
 
     def evaluations(self, subject: Subject) -> Sequence[Evaluation]:
         """One text."""

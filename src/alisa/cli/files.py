@@ -99,6 +99,7 @@ class JsonLinesFile:
             raise InputError(f"{path} cannot be written: {error.strerror}.") from error
         # A device such as /dev/full or a pipe has no past to continue, and others may write to it too.
         self._is_regular = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
+        self._num_whole = 0  # bytes of whole lines that `read` has found
         if self._is_regular:
             self._lock()
 
@@ -109,7 +110,7 @@ class JsonLinesFile:
             InputError: a line, or the torn end, is not ours.
         """
         data = self.path.read_bytes() if self._is_regular else b""
-        whole = data.rfind(b"\n") + 1
+        self._num_whole = whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:whole].splitlines(), 1):
             place = f"{self.path}, line {number}"
             try:
@@ -128,10 +129,9 @@ class JsonLinesFile:
         return InputError(f"{place}: {self._problem}.")
 
     def cut_torn_line(self) -> None:
-        """Remove the end of a line that an earlier process could not finish."""
+        """Remove the end of a line that an earlier process could not finish; after `read`, which has looked at it."""
         if self._is_regular:
-            data = self.path.read_bytes()
-            os.ftruncate(self._file.fileno(), data.rfind(b"\n") + 1)
+            os.ftruncate(self._file.fileno(), self._num_whole)
 
     def append(self, record: Mapping[str, object]) -> None:
         """Write one line; it is with the system on return.

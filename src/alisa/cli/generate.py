@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from alisa.cli.files import refuse_same_file
 from alisa.cli.job import Answers, Job, print_record, run_job
@@ -50,10 +50,10 @@ class Generate:
     """Treat each prompt as a message to a chat model and let the model's template frame it."""
     verify: bool = False
     """Compare a few of the finished texts with dense attention: same next tokens, divergence, attention mass lost."""
-    files: OmitArgPrefixes[FileOptions] = field(default_factory=FileOptions)
-    engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
-    sampling: OmitArgPrefixes[UseAppendAction[SamplingParams]] = field(default_factory=SamplingParams)
-    display: OmitArgPrefixes[DisplayOptions] = field(default_factory=DisplayOptions)
+    files: FileOptions = field(default_factory=FileOptions)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sampling: UseAppendAction[SamplingParams] = field(default_factory=SamplingParams)
+    display: DisplayOptions = field(default_factory=DisplayOptions)
 
     def run(self) -> int:
         """Do it; returns the exit status."""
@@ -124,11 +124,11 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
         except AlisaError:
             if report:
                 with suppress(InputError):  # the first error is the one to tell
-                    report.write(llm, None)
+                    report.write(llm, args.sampling, None)
             raise
         summary = None if answers.stopped else llm.summary()
         if report:
-            report.write(llm, summary)
+            report.write(llm, args.sampling, summary)
         if summary and not args.display.quiet:
             lines = [*summary_lines(llm.name, llm.config, summary, answers.verified)]
             if llm.config.device != "cuda":

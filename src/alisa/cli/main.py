@@ -112,7 +112,7 @@ def parse(argv: Sequence[str], commands: Mapping[str, type[Command]] = COMMANDS)
     name = " ".join(words[: 2 if words[:1] and words[0] in _GROUPS else 1])
     if not name or name in _GROUPS:
         words.append("--help")
-    elif not name.endswith(("-h", "--help")) and name not in commands:
+    elif name not in commands and not {"-h", "--help"} & {*name.split()}:
         near = get_close_matches(name, commands, n=1)
         hint = f"did you mean {near[0]}?" if near else "alisa --help lists the commands."
         raise InputError(f"There is no command {name!r}; {hint}")

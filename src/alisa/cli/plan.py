@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import arg
 
 from alisa.cli.files import refuse_same_file, to_json, write_whole
 from alisa.cli.options import DisplayOptions
@@ -68,7 +68,7 @@ class Plan:
     """Draw memory and time over the steps."""
     save: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="")] = None
     """Write the schedule for `alisa generate --schedule FILE.json`."""
-    display: OmitArgPrefixes[DisplayOptions] = field(default_factory=DisplayOptions)
+    display: DisplayOptions = field(default_factory=DisplayOptions)
 
     def run(self) -> int:
         """Do it; returns the exit status."""

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import arg
 
 from alisa.cli.files import to_json
 from alisa.cli.options import DisplayOptions
@@ -34,7 +34,7 @@ class Profile:
         Path | None, arg(metavar="DIR", help_behavior_hint="(default: the directory for temporary files)")
     ] = None
     """Directory whose disk takes the rows that do not fit."""
-    display: OmitArgPrefixes[DisplayOptions] = field(default_factory=DisplayOptions)
+    display: DisplayOptions = field(default_factory=DisplayOptions)
 
     def run(self) -> int:
         """Do it; returns the exit status."""

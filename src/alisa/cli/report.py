@@ -16,7 +16,7 @@ from alisa.config import format_bytes
 from alisa.errors import InputError
 
 if TYPE_CHECKING:
-    from alisa.config import EngineConfig
+    from alisa.config import EngineConfig, SamplingParams
     from alisa.lab.verify import VerifyReport
     from alisa.llm import LLM
     from alisa.outputs import RunSummary
@@ -124,18 +124,19 @@ class ReportFile:
             self._lines.close()
             raise
 
-    def write(self, llm: LLM, summary: RunSummary | None) -> None:
+    def write(self, llm: LLM, sampling: SamplingParams, summary: RunSummary | None) -> None:
         """Append the run, its steps and its summary.
 
         Args:
             llm: the model that ran.
+            sampling: what the prompts share.
             summary: what it did; None when it was interrupted.
 
         Raises:
             InputError: the system refuses, for example because the disk is full.
         """
         try:
-            for record in self._records(llm, summary):
+            for record in self._records(llm, sampling, summary):
                 self._lines.append(record)
         except OSError as error:
             raise InputError(
@@ -151,8 +152,8 @@ class ReportFile:
         self._lines.close()
 
     @staticmethod
-    def _records(llm: LLM, summary: RunSummary | None) -> Iterator[Mapping[str, object]]:
-        yield {"kind": "run", **llm.describe()}
+    def _records(llm: LLM, sampling: SamplingParams, summary: RunSummary | None) -> Iterator[Mapping[str, object]]:
+        yield {"kind": "run", **llm.describe(), "sampling": asdict(sampling)}
         for record in llm.records:
             yield {"kind": "step", **asdict(record)}
         yield {"kind": "summary", "complete": summary is not None, **(asdict(summary) if summary else {})}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import arg
 
 from alisa.cli.files import to_json
 from alisa.cli.options import DisplayOptions
@@ -29,11 +29,16 @@ _T = TypeVar("_T", bound=str)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweptEngine(EngineConfig):
-    """Which model runs, and how much memory it may use; what is swept is no option here."""
+    """Which model runs, and how much memory it may use; what is swept, or not used by evaluations, is no option."""
 
     policy: PolicyName = field(default=_DEFAULT.policy, init=False)
     sparsity: float = field(default=_DEFAULT.sparsity, init=False)
     kv_dtype: KvDtypeName = field(default=_DEFAULT.kv_dtype, init=False)
+    kv_host_memory: str | int | None = field(default=None, init=False)
+    kv_disk_memory: str | int | None = field(default=None, init=False)
+    kv_disk_path: Path | None = field(default=None, init=False)
+    schedule: Path | None = field(default=None, init=False)
+    max_model_len: int | None = field(default=None, init=False)
     max_num_seqs: int = 64
 
 
@@ -51,7 +56,7 @@ class SweepOptions:
     """Shares of the earlier tokens that a step does not read."""
     kv_dtype: Annotated[str, arg(metavar="NAME[,NAME...]")] = "auto"
     """What K and V are kept in: auto (as the model computes), float32, bfloat16, float16, int8, int4."""
-    engine: OmitArgPrefixes[SweptEngine] = field(default_factory=SweptEngine)
+    engine: SweptEngine = field(default_factory=SweptEngine)
     output: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     """Every cell as a JSON line, written when it is finished; cells that are in the file are not measured again."""
 

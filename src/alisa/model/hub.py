@@ -6,6 +6,7 @@ downloaded: configs, tokenizer, and the weights in one format, not in every form
 
 from __future__ import annotations
 
+import os
 import re
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,7 +27,7 @@ def resolve_model(name: str) -> Path:
     Raises:
         ModelError: neither exists, or the hub cannot be reached and the model is not in its local cache.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name and path.is_dir():
         return path
     if path.is_file():
@@ -44,7 +45,7 @@ def resolve_config(name: str) -> Path:
     Raises:
         ModelError: neither a directory nor a hub id that can be reached or is in the local cache.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir() or path.is_file() or _looks_like_path(name):
         return resolve_model(name)
     import huggingface_hub

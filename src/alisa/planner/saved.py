@@ -26,8 +26,15 @@ def machine_stamp() -> dict[str, Any]:
 
 
 def profile_path() -> Path:
-    """The file of this user, as the XDG base directories say."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    """The file of this user, as the XDG base directories say.
+
+    Raises:
+        InputError: this user has no home directory.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise InputError("This user has no home directory; set XDG_CACHE_HOME, or name a file.") from error
     return Path(base) / "alisa" / "profile.json"
 
 
@@ -35,7 +42,7 @@ def save_profile(hardware: Hardware, date: str, path: Path | None = None) -> Pat
     """Write a profile with the stamp of this machine; returns where.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or none is named and this user has no home directory.
     """
     path = path or profile_path()
     record = {"kind": "profile", "stamp": machine_stamp(), "date": date, "hardware": asdict(hardware)}
@@ -54,7 +61,7 @@ def load_profile(path: Path | None = None) -> Hardware | None:
         if record["stamp"] != machine_stamp():
             return None
         return from_values(Hardware, record["hardware"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, OSError, ValueError, KeyError, TypeError):
         return None
 
 
