@@ -12,10 +12,9 @@ from typing import Any
 from alisa.cli.generate import Generate, run_generate
 from alisa.cli.main import run
 from alisa.config import EngineConfig, SamplingParams
+from alisa.engine.report import RunReport
 from alisa.errors import InputError, PromptError
 from alisa.outputs import Phase, RequestOutput, RequestReport, RunSummary, StepRecord, TextDelta, Traffic
-from alisa.planner.cost import StepCost
-from alisa.planner.hardware import Hardware
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,11 @@ class FakeLLM:
     def describe(self) -> dict[str, Any]:
         return {**self.config.describe(), "model": self.name}
 
-    def stream(
-        self, prompts: Sequence[str | Sequence[int]], params: Sequence[SamplingParams]
-    ) -> Iterator[TextDelta | RequestOutput]:
+    def stream(self, prompts: Sequence[str | Sequence[int]], params: Sequence[SamplingParams]) -> FakeStream:
         texts = [prompt if isinstance(prompt, str) else "".join(map(chr, prompt)) for prompt in prompts]
         if too_long := [index for index, text in enumerate(texts) if len(text) > 1000]:
             raise PromptError(too_long[0], "is too long.")
-        return self._run(texts, params)
+        return FakeStream(self, self._run(texts, params))
 
     def _run(self, texts: Sequence[str], params: Sequence[SamplingParams]) -> Iterator[TextDelta | RequestOutput]:
         order = [index for pair in range(0, len(texts), 2) for index in (pair + 1, pair) if index < len(texts)]
@@ -75,9 +72,9 @@ class FakeLLM:
             self._outputs.append(output)
             yield output
 
-    def summary(self) -> RunSummary:
+    def report(self) -> RunReport:
         num_output = sum(output.report.output_tokens for output in self._outputs)
-        return RunSummary(
+        summary = RunSummary(
             num_requests=len(self._outputs),
             prompt_tokens=sum(output.report.prompt_tokens for output in self._outputs),
             output_tokens=num_output,
@@ -105,13 +102,30 @@ class FakeLLM:
             tokens_dense=100,
             peak_rss_bytes=10**9,
         )
-
-    def predict(self, hardware: Hardware) -> StepCost:
-        return StepCost(linear_s=0.4, attention_s=0.2)
+        return RunReport(None, summary, tuple(self.records), ())
 
     def verify(self, outputs: Sequence[RequestOutput], num_samples: int = 4) -> FakeVerifyReport:
         self.num_verified = len(outputs)
         return FakeVerifyReport(0.975, 0.0123, 0.04, min(num_samples, len(outputs)), 40)
+
+
+class FakeStream:
+    """As `alisa.engine.shared.Stream`."""
+
+    def __init__(self, llm: FakeLLM, events: Iterator[TextDelta | RequestOutput]) -> None:
+        self._llm, self._events = llm, events
+
+    def __iter__(self) -> Iterator[TextDelta | RequestOutput]:
+        return self._events
+
+    def __enter__(self) -> FakeStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def report(self) -> RunReport:
+        return self._llm.report()
 
 
 def _step(step: int) -> StepRecord:

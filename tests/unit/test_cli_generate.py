@@ -13,12 +13,14 @@ from alisa.cli.results import settings_digest
 from alisa.cli.screen import ResultList
 from alisa.config import EngineConfig, SamplingParams
 from alisa.errors import InputError
+from alisa.planner.cost import StepCost
 from tests.cli.fake import FakeLLM, FakeVerifyReport
 
 
 @pytest.fixture(autouse=True)
 def _the_fake_verifies(monkeypatch):
     monkeypatch.setattr("alisa.lab.verify.verify_outputs", lambda llm, outputs: llm.verify(outputs))
+    monkeypatch.setattr("alisa.lab.predict.predict", lambda report, hardware: StepCost(linear_s=0.4, attention_s=0.2))
 
 
 def generate(*options: str) -> tuple[int, list[FakeLLM]]:

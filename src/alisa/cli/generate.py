@@ -21,7 +21,10 @@ from alisa.errors import AlisaError, InputError
 from alisa.planner.saved import load_profile
 
 if TYPE_CHECKING:
+    from alisa.engine.report import RunReport
     from alisa.llm import LLM
+    from alisa.planner.cost import StepCost
+    from alisa.planner.hardware import Hardware
 
 LLMFactory: TypeAlias = "Callable[[EngineConfig, Callable[[int, int], None]], LLM]"
 """Options and a progress callback to a model; tests pass a factory of their own."""
@@ -124,21 +127,29 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
         except AlisaError:
             if report:
                 with suppress(InputError):  # the first error is the one to tell
-                    report.write(llm, args.sampling, None)
+                    report.write(llm, args.sampling, None, complete=False)
             raise
-        summary = None if answers.stopped else llm.summary()
+        summary = None if answers.report is None or answers.stopped else answers.report.summary
         if report:
-            report.write(llm, args.sampling, summary)
+            report.write(llm, args.sampling, answers.report, complete=not answers.stopped)
         if summary and not args.display.quiet:
             lines = [*summary_lines(llm.name, llm.config, summary, answers.verified)]
             if llm.config.device != "cuda":
                 hardware = load_profile()
-                predicted = None if hardware is None else llm.predict(hardware)
+                predicted = None if hardware is None else predicted_cost(answers.report, hardware)
                 lines.append(prediction_line(summary, predicted))
             error_console().print(summary_table(iter(lines)))
         if args.display.json:
             print_record(job, answers, engine=llm.describe(), summary=summary)
         return _status(job, answers)
+
+
+def predicted_cost(report: RunReport | None, hardware: Hardware) -> StepCost | None:
+    """What the decode steps should have cost on this machine; None where nothing is known."""
+    # Here and not above: the command line is read without torch.
+    from alisa.lab.predict import predict
+
+    return None if report is None else predict(report, hardware)
 
 
 def _status(job: Job, answers: Answers) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ from alisa.errors import CapacityError, InputError, PromptError
 from alisa.outputs import RequestOutput, RunSummary, TextDelta
 
 if TYPE_CHECKING:
+    from alisa.engine.report import RunReport
+    from alisa.engine.shared import Stream
     from alisa.lab.verify import VerifyReport
     from alisa.llm import LLM
 
@@ -91,6 +93,8 @@ class Answers:
     """Prompts that ended in an error, and which; they are not in the results, so that a later run does them again."""
     skipped: dict[int, str] = field(default_factory=dict)
     """Prompts that cannot be used, and why."""
+    report: RunReport | None = None
+    """Steps and totals of the run; None: nothing was run."""
     verified: VerifyReport | None = None
     stopped: int = 0
     """Exit status when the run was interrupted, else 0."""
@@ -105,22 +109,18 @@ def run_job(llm: LLM, job: Job, results: ResultFile | None) -> Answers:
     answers = Answers()
     try:
         # Every prompt is checked here, before any of them is shown.
-        order, events = _submit(llm, job, answers.skipped)
+        order, stream = _submit(llm, job, answers.skipped)
         with job.screen() as screen:
             for index, problem in sorted(answers.skipped.items()):
                 _keep(answers, results, index, error_record(index, job.prompts[index], problem, job.run))
                 screen.skipped(index, problem)
-            for event in events:
-                index = order[event.index]
-                if not isinstance(event, RequestOutput):
-                    screen.grew(index, event.text)
-                    continue
-                if event.finish_reason == "error":
-                    answers.failed[index] = event.error
-                    continue
-                _keep(answers, results, index, result_record(index, job.prompts[index], event, job.run))
-                answers.outputs.append(event)
-                screen.finished(index, job.prompts[index].text, event)
+            if stream is not None:
+                with stream:
+                    try:
+                        for event in stream:
+                            _take(job, answers, results, screen, order[event.index], event)
+                    finally:
+                        answers.report = stream.report()
         if job.verify:
             with waiting("comparing with dense attention", show=job.show_progress):
                 answers.verified = _verified(llm, answers.outputs)
@@ -129,8 +129,22 @@ def run_job(llm: LLM, job: Job, results: ResultFile | None) -> Answers:
     return answers
 
 
-def _submit(llm: LLM, job: Job, skipped: dict[int, str]) -> tuple[list[int], Iterable[TextDelta | RequestOutput]]:
-    """The prompts that run, by their number in the events, and the events; the others are put into `skipped`.
+def _take(
+    job: Job, answers: Answers, results: ResultFile | None, screen: Screen, index: int, event: TextDelta | RequestOutput
+) -> None:
+    """Show what prompt `index` has said, and keep it once it is finished."""
+    if not isinstance(event, RequestOutput):
+        screen.grew(index, event.text)
+    elif event.finish_reason == "error":
+        answers.failed[index] = event.error
+    else:
+        _keep(answers, results, index, result_record(index, job.prompts[index], event, job.run))
+        answers.outputs.append(event)
+        screen.finished(index, job.prompts[index].text, event)
+
+
+def _submit(llm: LLM, job: Job, skipped: dict[int, str]) -> tuple[list[int], Stream | None]:
+    """The prompts that run, by their number in the stream, and the stream; the others are put into `skipped`.
 
     Raises:
         InputError: a prompt cannot be used, and such are not to be skipped.
@@ -158,7 +172,7 @@ def _submit(llm: LLM, job: Job, skipped: dict[int, str]) -> tuple[list[int], Ite
             return order, llm.stream([*ids.values()], [job.params(index) for index in order])
         except PromptError as error:
             skip(order[error.index], f"{job.prompts[order[error.index]].name} {error.problem}", error)
-    return [], ()
+    return [], None
 
 
 def _keep(answers: Answers, results: ResultFile | None, index: int, record: dict[str, object]) -> None:

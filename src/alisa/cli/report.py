@@ -17,6 +17,7 @@ from alisa.errors import InputError
 
 if TYPE_CHECKING:
     from alisa.config import EngineConfig, SamplingParams
+    from alisa.engine.report import RunReport
     from alisa.lab.verify import VerifyReport
     from alisa.llm import LLM
     from alisa.outputs import RunSummary
@@ -124,19 +125,20 @@ class ReportFile:
             self._lines.close()
             raise
 
-    def write(self, llm: LLM, sampling: SamplingParams, summary: RunSummary | None) -> None:
+    def write(self, llm: LLM, sampling: SamplingParams, report: RunReport | None, *, complete: bool) -> None:
         """Append the run, its steps and its summary.
 
         Args:
             llm: the model that ran.
             sampling: what the prompts share.
-            summary: what it did; None when it was interrupted.
+            report: what it did; None when it did nothing.
+            complete: whether it came to its end.
 
         Raises:
             InputError: the system refuses, for example because the disk is full.
         """
         try:
-            for record in self._records(llm, sampling, summary):
+            for record in self._records(llm, sampling, report, complete=complete):
                 self._lines.append(record)
         except OSError as error:
             raise InputError(
@@ -152,11 +154,13 @@ class ReportFile:
         self._lines.close()
 
     @staticmethod
-    def _records(llm: LLM, sampling: SamplingParams, summary: RunSummary | None) -> Iterator[Mapping[str, object]]:
+    def _records(
+        llm: LLM, sampling: SamplingParams, report: RunReport | None, *, complete: bool
+    ) -> Iterator[Mapping[str, object]]:
         yield {"kind": "run", **llm.describe(), "sampling": asdict(sampling)}
-        for record in llm.records:
+        for record in () if report is None else report.records:
             yield {"kind": "step", **asdict(record)}
-        yield {"kind": "summary", "complete": summary is not None, **(asdict(summary) if summary else {})}
+        yield {"kind": "summary", "complete": complete, **(asdict(report.summary) if report and complete else {})}
 
 
 def _rate(tokens: int, seconds: float) -> str:
