@@ -22,7 +22,7 @@ import torch
 from alisa.lab.bench.floor import measure_speeds
 from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.session import (Setting, run_batch,)
-from alisa.lab.bench.stamp import Stamp
+from alisa.lab.bench.stamp import current_stamp
 from alisa.config import (KvDtypeName, PolicyName, WeightDtypeName,)
 from alisa.engine.builder import (Caps, default_kv_memory,)
 from alisa.model.choose_linear import choose_linear
@@ -90,7 +90,7 @@ def main() -> None:
     record = {
         "benchmark": "decode_step",
         **{key: value for key, value in vars(args).items() if key != "record"},
-        "stamp": asdict(Stamp.now()),
+        "stamp": asdict(current_stamp()),
         "others_share": round(meter.share(), 4),
         "read_gb_per_s": round(bandwidth / 1e9, 1),
         "floor_gemm_ms": round(floor_s * 1e3, 1),

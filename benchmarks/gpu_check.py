@@ -32,7 +32,7 @@ import torch
 from alisa.lab.bench.cases import (CASES, DecodeCase,)
 from alisa.lab.bench.remote.measured import Job
 from alisa.lab.bench.shapes import SHAPES
-from alisa.lab.bench.stamp import Stamp
+from alisa.lab.bench.stamp import current_stamp
 from alisa.planner.footprint import kv_token_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -215,7 +215,7 @@ def main(words: list[str] | None = None) -> int:
     common = {
         "device": device,
         "device_memory_bytes": args.device_memory << 30,
-        "stamp": asdict(Stamp.now()),
+        "stamp": asdict(current_stamp()),
         "workload": {key: getattr(args, key) for key in ("shape", "dtype", "batch", "prompt_len", "output_len")},
     }
     print(f"{device}, {args.shape}, batch {args.batch}, {args.prompt_len} + {args.output_len} tokens", flush=True)

@@ -23,14 +23,13 @@ from alisa.lab.bench.decode import decode_contest
 from alisa.lab.bench.kernels import make_record
 from alisa.lab.bench.remote.measured import (Clock, Job, finish,)
 from alisa.lab.bench.session import (Setting, run_batch,)
-from alisa.lab.bench.stamp import Stamp
+from alisa.lab.bench.stamp import current_stamp
 from alisa.kernels.choose import choose_backend
 from alisa.engine.builder import Caps
 from alisa.model.loader import random_decoder
 from alisa.planner.footprint import (activation_bytes, policy_bytes, row_bytes,)
-from alisa.planner.hardware import from_values
 from alisa.scheduler.placement.file import schedule_from
-from alisa.spec import ModelSpec
+from alisa.spec import ModelSpec, Rope
 from alisa.outputs import StepRecord
 
 RESERVE_BYTES = 512 << 20
@@ -56,7 +55,9 @@ def ours(job: Job) -> None:
     options = job.options
     device, dtype = torch.device(options["device"]), getattr(torch, job.dtype)
     limit_memory(device, options["device_memory_bytes"])
-    spec = from_values(ModelSpec, job.shape)
+    # By hand: a GPU machine may lack the library that checks such values (`alisa.records.structure`).
+    rope = job.shape["rope"]
+    spec = ModelSpec(**{**job.shape, "rope": rope and Rope(**rope)})
     decoder = random_decoder(spec, dtype, device, job.seed)
     kv_dtype = options.get("kv_dtype", "auto")
     token_bytes = spec.num_layers * row_bytes(spec, job.dtype if kv_dtype == "auto" else kv_dtype)
@@ -103,12 +104,12 @@ def kernels(job: dict[str, Any]) -> None:
     chosen = choose_backend(device)
     outcomes = {}
     for name, values in job["cases"].items():
-        case = from_values(DecodeCase, values)
+        case = DecodeCase(**values)
         contest = decode_contest(case, chosen.attend, device)
         if device.type == "cuda":
             contest = replace(contest, num_calls=CALLS)
         outcomes[name] = case, hold(contest, job["runs"], device=device)
-    record = make_record(Stamp.now(), chosen.name, job["runs"], outcomes)
+    record = make_record(current_stamp(), chosen.name, job["runs"], outcomes)
     sys.stdout.write(json.dumps(record | {"status": "ran"}) + "\n")
 
 

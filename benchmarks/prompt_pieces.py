@@ -22,7 +22,7 @@ import torch
 from alisa.kernels.base import KeyBlock
 from alisa.kernels.reference.prefill import (attend_after, attend_after_plain,)
 from alisa.lab.bench.others import OthersMeter
-from alisa.lab.bench.stamp import Stamp
+from alisa.lab.bench.stamp import current_stamp
 from alisa.errors import InputError
 from alisa.kernels.native import prefill as cpu_prefill
 from alisa.model.linear import make_linear
@@ -120,7 +120,7 @@ def main() -> None:
         )
     if args.record:
         with args.record.open("a") as file:
-            record = {"benchmark": "prompt_pieces", "rounds": ROUNDS, "results": results, "stamp": asdict(Stamp.now())}
+            record = {"benchmark": "prompt_pieces", "rounds": ROUNDS, "results": results, "stamp": asdict(current_stamp())}
             file.write(json.dumps(record) + "\n")
 
 

@@ -17,7 +17,7 @@ from statistics import median
 
 import torch
 
-from alisa.lab.bench.stamp import Stamp
+from alisa.lab.bench.stamp import current_stamp
 from alisa.lab.bench.trial import (Trial, run_trial,)
 from alisa.model.loader import random_decoder
 from alisa.planner.footprint import kv_token_bytes
@@ -108,7 +108,7 @@ def main() -> None:
         "predicted_s": round(said, 3),
         "seconds": {name: [round(value, 3) for value in taken] for name, taken in times.items()},
         "over_best": round(chosen / best - 1, 4),
-        "stamp": asdict(Stamp.now()),
+        "stamp": asdict(current_stamp()),
     }
     if args.record:
         with args.record.open("a") as file:

@@ -22,7 +22,7 @@ import torch
 from alisa.lab.bench.floor import read_bandwidth
 from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.session import (Setting, kv_dtype_of, run_batch,)
-from alisa.lab.bench.stamp import Stamp
+from alisa.lab.bench.stamp import current_stamp
 from alisa.engine.builder import Caps
 from alisa.model.decoder import Decoder
 from alisa.model.loader import random_decoder
@@ -118,7 +118,7 @@ def main() -> None:
     record = {
         "benchmark": "tiers",
         **settings,
-        "stamp": asdict(Stamp.now()),
+        "stamp": asdict(current_stamp()),
         "others_share": round(meter.share(), 4),
         "read_gb_per_s": round(read_bandwidth() / 1e9, 1),
         "results": results,

@@ -12,7 +12,7 @@ from alisa.kernels.native import kernels as cpu
 from alisa.lab.bench.cases import CASES, DEFAULT_CASES, AppendCase, DecodeCase, PolicyCase, ProductCase, SketchCase
 from alisa.lab.bench.contest import Contender, Contest, Outcome, Role, Timing, hold
 from alisa.lab.bench.kernels import make_contest, make_kernels, make_record, run_case
-from alisa.lab.bench.stamp import Stamp, checkout_commit
+from alisa.lab.bench.stamp import checkout_commit, current_stamp
 
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
 
@@ -124,7 +124,7 @@ def test_ratios_are_against_the_fastest_of_a_kind():
 
 def test_a_record_says_what_was_measured_and_where():
     case = CASES["bf16-20"]
-    record = make_record(Stamp.now(), "avx2", 5, {"bf16-20": (case, OUTCOME)})
+    record = make_record(current_stamp(), "avx2", 5, {"bf16-20": (case, OUTCOME)})
     assert record["stamp"]["torch"] == torch.__version__
     assert record["stamp"]["cpu"]
     [measured] = record["cases"]

@@ -67,10 +67,10 @@ class BenchKernels:
     def run(self) -> int:
         """Do it; returns the exit status."""
         from alisa.lab.bench.kernels import make_kernels, make_record, run_case
-        from alisa.lab.bench.stamp import Stamp
+        from alisa.lab.bench.stamp import current_stamp
 
         kernels = make_kernels(None if self.isa == "auto" else self.isa)
-        stamp = Stamp.now()
+        stamp = current_stamp()
         outcomes: dict[str, Outcome] = {}
         with _appending(self.output) if self.output else nullcontext() as file:
             for number, name in enumerate(self.names, 1):

@@ -1,23 +1,14 @@
 """What a machine can do, as numbers: fitted by `alisa profile` or written down for one that is not here.
 
 Every part of a step has the same few forms: seconds for a call, for a row, for a byte. A profile and a preset differ in
-where the numbers come from only; `load_hardware` reads both from JSON.
+where the numbers come from only; `alisa.planner.saved` reads both from JSON.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, log
-from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from alisa.errors import InputError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,62 +134,3 @@ def interpolate(points: tuple[tuple[float, float], ...], x: float) -> float:
             share = log(x / x0) / log(x1 / x0)
             return exp(log(y0) + share * log(y1 / y0))
     return points[-1][1] * x / points[-1][0]
-
-
-def load_hardware(path: Path) -> Hardware:
-    """The machine that a file describes.
-
-    Raises:
-        InputError: the file is missing or not such a description.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}.") from error
-    try:
-        # What `alisa profile` writes holds the machine beside its stamp.
-        return from_values(Hardware, values["hardware"] if values.get("kind") == "profile" else values)
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{path} does not describe a machine ({error}); `alisa profile --output` writes one."
-        ) from error
-
-
-def from_values(kind: type[T], values: Any) -> T:  # noqa: ANN401 (what JSON gives)
-    """The value of this type that `dataclasses.asdict` and JSON have made `values` of.
-
-    Raises:
-        TypeError: something has another type or is missing.
-    """
-    return _build(kind, values, kind.__name__)
-
-
-def _build(kind: Any, values: Any, where: str) -> Any:  # noqa: ANN401 (any annotation, any JSON)
-    origin = get_origin(kind)
-    if is_dataclass(kind):
-        if not isinstance(values, Mapping):
-            raise TypeError(f"{where} is {values!r}")
-        hints = get_type_hints(kind)
-        unknown = sorted(set(values) - {field.name for field in fields(kind)})
-        if unknown:
-            raise TypeError(f"{where} does not know {', '.join(unknown)}")
-        return kind(**{name: _build(hints[name], value, name) for name, value in values.items()})
-    if origin is dict:
-        return {key: _build(get_args(kind)[1], value, key) for key, value in values.items()}
-    if origin is tuple:
-        inner = get_args(kind)
-        kinds = [inner[0]] * len(values) if inner[-1] is Ellipsis else inner
-        return tuple(_build(part, value, where) for part, value in zip(kinds, values, strict=True))
-    if origin is Literal:
-        if values not in get_args(kind):
-            raise TypeError(f"{where} is {values!r}, there is {', '.join(map(str, get_args(kind)))}")
-        return values
-    if origin in (Union, UnionType):
-        return None if values is None else _build(get_args(kind)[0], values, where)
-    if kind is float and isinstance(values, int | float) and not isinstance(values, bool):
-        return float(values)
-    if not isinstance(values, kind) or (kind is int and isinstance(values, bool)):
-        raise TypeError(f"{where} is {values!r}")
-    return values

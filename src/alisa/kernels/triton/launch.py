@@ -1,8 +1,8 @@
 """The start of a kernel, `kernel[grid](...)`, in types that a checker knows.
 
 Inside a kernel a parameter is a tensor of Triton's language, or a `tl.constexpr`; where it is started the same one is a
-torch tensor or a number. What a checker still has to be told to ignore in kernels: names that are set and read under the
-same `tl.constexpr` (Triton decides such branches when it compiles), and operators of `tl.constexpr` and `range`.
+torch tensor or a number. What a checker still has to be told to ignore in kernels: names that are set and read under
+the same `tl.constexpr` (Triton decides such branches when it compiles), operators of `tl.constexpr`, and `range`.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from alisa.lab.bench.contest import Contest, Outcome, Role, hold
 from alisa.lab.bench.decode import decode_contest
 from alisa.lab.bench.products import product_contest
 from alisa.lab.bench.ranking import sketch_contest
-from alisa.lab.bench.stamp import Stamp
 from alisa.lab.bench.upkeep import append_contest, policy_contest
+from alisa.records.schema import Stamp
 
 
 def make_kernels(isa: str | None) -> cpu.CpuKernels:

@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from alisa.lab.plot.canvas import grid, new_figure
-from alisa.lab.plot.records import Record, number
+from alisa.lab.plot.records import number
+from alisa.records.jsonl import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
