@@ -61,7 +61,7 @@ CASES = (
 )
 
 
-def contenders(case: Case) -> dict[str, Callable[[], object]]:
+def candidates(case: Case) -> dict[str, Callable[[], object]]:
     """Everything that runs in a round."""
     q = torch.randn(case.tokens, case.num_heads, case.head_dim).bfloat16()
     k, v = torch.randn(case.past + case.tokens, 2, case.num_kv_heads, case.head_dim).bfloat16().unbind(1)
@@ -81,8 +81,8 @@ def contenders(case: Case) -> dict[str, Callable[[], object]]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Medians and quartiles of all contenders, in turns."""
-    work = contenders(case)
+    """Medians and quartiles of all candidates, in turns."""
+    work = candidates(case)
     taken: dict[str, list[float]] = {name: [] for name in work}
     meter = OthersMeter()
     for _ in range(ROUNDS + 1):

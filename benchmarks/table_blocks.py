@@ -14,7 +14,7 @@ from typing import Any
 
 import accuracy_tables
 
-from alisa.lab.bench.compare import Line, lines_of, read_runs
+from alisa.lab.bench.compare import RunSeries, series_of, read_runs
 from alisa.lab.bench.others import QUIET_SHARE
 from alisa.records.schema import RunRecord
 
@@ -72,7 +72,7 @@ def engines(experiment: str, workload: str | None = None) -> Callable[[Results],
 
     def block(results: Results) -> str:
         found = [record for record in runs(results) if record.experiment == experiment]
-        groups = {name: group for name, group in lines_of(found).items() if workload in (None, name)}
+        groups = {name: group for name, group in series_of(found).items() if workload in (None, name)}
         if not any(line.ran for group in groups.values() for line in group):
             return ""
         parts = [_group(name, group) for name, group in groups.items() if any(line.ran for line in group)]
@@ -87,7 +87,7 @@ def _command(experiment: str) -> str:
     return f"`alisa bench run {path} --output benchmarks/results/runs/{name}.jsonl`"
 
 
-def _group(name: str, group: Sequence[Line]) -> str:
+def _group(name: str, group: Sequence[RunSeries]) -> str:
     ran = sorted((line for line in group if line.ran), key=lambda line: -(line.median("tokens_per_s") or 0.0))
     header = ["", "tokens/s", "decode alone", "first token", "peak memory", "of the floor"]
     text = [f"{_title(name, ran[0].ran[0])}:", table(header, [_row(line) for line in ran])]
@@ -106,7 +106,7 @@ def _title(name: str, record: RunRecord) -> str:
     return f"**{name}** ({work.dtype}, {prompts}, {work.output_len} tokens each{cap})"
 
 
-def _row(line: Line) -> list[str]:
+def _row(line: RunSeries) -> list[str]:
     first = line.median("first_token_median_s") or line.median("first_token_last_s")
     cells = [
         number(line.median("tokens_per_s")),
@@ -119,7 +119,7 @@ def _row(line: Line) -> list[str]:
     return [name + (" \\*" if line.disturbed else ""), *cells]
 
 
-def _doubts(ran: Sequence[Line]) -> list[str]:
+def _doubts(ran: Sequence[RunSeries]) -> list[str]:
     """How far these figures can be trusted."""
     fewest, most = min(len(line.ran) for line in ran), max(len(line.ran) for line in ran)
     rounds = f"{fewest}" if fewest == most else f"{fewest} to {most}"

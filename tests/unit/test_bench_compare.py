@@ -2,7 +2,7 @@
 
 import pytest
 
-from alisa.lab.bench.compare import lines_of, with_best_floors
+from alisa.lab.bench.compare import series_of, with_best_floors
 from alisa.records.schema import Floor
 from tests.run_records import run_record
 
@@ -16,7 +16,7 @@ def test_the_fastest_that_was_seen_prices_every_floor():
     disturbed, quiet = record("a", 90.0, 1e9, prefill_s=9.0), record("b", 9.0, 2e9)
     first, second = (found.floor for found in with_best_floors([disturbed, quiet]))
     assert first == second == quiet.floor
-    assert {line.run: line.floor_share for line in lines_of([disturbed, quiet])["w"]} == {"a": 13 / 20, "b": 13 / 20}
+    assert {line.run: line.floor_share for line in series_of([disturbed, quiet])["w"]} == {"a": 13 / 20, "b": 13 / 20}
 
 
 def test_weights_of_another_format_keep_their_own_products():

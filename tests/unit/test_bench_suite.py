@@ -13,15 +13,15 @@ import pytest
 from alisa.cli.main import main
 from alisa.errors import InputError
 from alisa.lab.bench import suite
-from alisa.lab.bench.compare import lines_of, pairs, ratio, read_runs
+from alisa.lab.bench.compare import pairs, ratio, read_runs, series_of
 from alisa.lab.bench.engines import reading_of
 from alisa.lab.bench.experiment import Workload, experiment_from, load_experiment
 from alisa.lab.bench.floor import Speeds, floor_of, pass_rows
 from alisa.lab.bench.others import wait_for_quiet
 from alisa.lab.bench.remote import measured
-from alisa.lab.bench.remote.measured import Clock, Job, NoRoom
+from alisa.lab.bench.remote.measured import Clock, EngineJob, NoRoom
 from alisa.lab.bench.shapes import SHAPES
-from alisa.lab.bench.suite import Places, make_work
+from alisa.lab.bench.suite import Places, prepare_workload
 from alisa.lab.plot.runs import draw_runs
 from alisa.records.jsonl import line_of
 from tests.run_records import run_record
@@ -95,7 +95,7 @@ def test_faults_of_an_experiment(tmp_path, workload, run, message):
 def a_job(**changes):
     values = {"model": "", "shape": {}, "prompts": [[1, 2, 3], [4, 5], [6]], "output_len": 5, "batch": 2, "dtype": ""}
     values |= {"threads": 1, "seed": 0, "kv_token_bytes": 10, "kv_budget_bytes": None, "options": {}}
-    return Job(**(values | changes))
+    return EngineJob(**(values | changes))
 
 
 def test_batches_of_engines_that_cannot_join_and_leave():
@@ -160,18 +160,18 @@ def test_the_floor_counts_weights_rows_and_products():
 def test_prompts_are_the_same_everywhere_and_fit(tmp_path):
     places = Places(tmp_path, tmp_path, tmp_path)
     workload = Workload(**WORKLOAD, kv_share=0.5)
-    work = make_work(workload, None, places, 1)
-    again = make_work(workload, None, places, 1)
+    work = prepare_workload(workload, None, places, 1)
+    again = prepare_workload(workload, None, places, 1)
     assert work.prompts == again.prompts
     assert work.prompt_lens == [8, 8]
     assert work.kv_need_bytes == 2 * 11 * 2 * (2 * 2 * 32 * 2)
     assert work.kv_budget_bytes == work.kv_need_bytes // 2
     ragged = replace(workload, prompt_len=None, prompts="x.txt", batch=1)
-    work = make_work(ragged, ("one", "two words and more"), places, 1)
+    work = prepare_workload(ragged, ("one", "two words and more"), places, 1)
     assert 0 < work.prompt_lens[0] < work.prompt_lens[1]
     assert work.kv_need_bytes == (work.prompt_lens[1] + 3) * 2 * (2 * 2 * 32 * 2)
     with pytest.raises(InputError, match="has a sequence of 608 tokens, llama-tiny has 512 positions"):
-        make_work(replace(workload, output_len=600), None, places, 1)
+        prepare_workload(replace(workload, output_len=600), None, places, 1)
 
 
 def test_waiting_for_a_quiet_machine_ends():
@@ -207,12 +207,12 @@ FAILED = run_record("f", status="failed", reason="why")
 
 def test_ratios_say_whether_they_are_more_than_chance():
     records = a_record("a", [10, 11, 12]) + a_record("b", [20, 21, 29]) + a_record("c", [9, 11.5, 30])
-    a, b, c = lines_of(records)["w"]
+    a, b, c = series_of(records)["w"]
     assert ratio(b, a).value == 21 / 11
     assert ratio(b, a).certain is True
     assert ratio(a, b).certain is True
     assert ratio(c, a).certain is False
-    [once] = lines_of(a_record("d", [40, 41]))["w"]
+    [once] = series_of(a_record("d", [40, 41]))["w"]
     assert ratio(once, a).certain is None
     assert a.floor_share == pytest.approx(11 / 100)
     assert [base.run for _, base in pairs([FAILED, *records], None)["w"]] == ["a"] * 4
@@ -243,8 +243,8 @@ def test_comparison_and_figure_of_files(tmp_path, capsys):
 
 DRIVER = """
 import sys
-from measured import Clock, Job, finish, unavailable
-job = Job.read()
+from measured import Clock, EngineJob, finish, unavailable
+job = EngineJob.read()
 if job.options["cache"] == "static":
     sys.exit("TypeError: no such cache")
 if job.options["cache"] == "offloaded":

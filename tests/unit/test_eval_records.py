@@ -6,7 +6,7 @@ import pytest
 
 from alisa import LLM
 from alisa.errors import InputError
-from alisa.lab.eval.measurement import Measurement, measure_cells
+from alisa.lab.eval.measurement import UnitResults, measure_cells
 from alisa.lab.eval.record_file import RecordFile, eval_record
 from alisa.lab.eval.statistics import difference, mean
 from alisa.lab.eval.subject import BASELINE, Subject, Variant, variants
@@ -27,7 +27,7 @@ class Counting:
 
     def measure(self, subject, variant):
         self.ran.append(variant)
-        return Measurement([1.0, 1.0] if variant == BASELINE else [1.0, variant.sparsity], {"extra": 1})
+        return UnitResults([1.0, 1.0] if variant == BASELINE else [1.0, variant.sparsity], {"extra": 1})
 
     def value(self, units):
         return mean(units)
@@ -114,7 +114,7 @@ def test_a_torn_line_is_cut_off_and_foreign_files_are_refused(subject, tmp_path)
 def test_a_figure_that_is_no_number_is_one_sentence(subject, tmp_path):
     class Broken(Counting):
         def measure(self, subject, variant):
-            return Measurement([float("nan"), 1.0], {})
+            return UnitResults([float("nan"), 1.0], {})
 
     path = tmp_path / "cells.jsonl"
     with (

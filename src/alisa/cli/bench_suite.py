@@ -18,7 +18,7 @@ from alisa.errors import InputError
 from alisa.lab.bench.others import QUIET_SHARE, wait_for_quiet
 
 if TYPE_CHECKING:
-    from alisa.lab.bench.compare import Line, Ratio
+    from alisa.lab.bench.compare import Ratio, RunSeries
     from alisa.lab.bench.experiment import Experiment, Workload
     from alisa.records.schema import RunRecord
 
@@ -83,7 +83,7 @@ class BenchRun:
 
     def _measure(self, experiment: Experiment, workloads: set[str]) -> int:
         from alisa.lab.bench.compare import RUN_LINES
-        from alisa.lab.bench.suite import Places, make_work, measure, measure_floor
+        from alisa.lab.bench.suite import Places, measure, measure_floor, prepare_workload
         from alisa.machine import num_cpus
         from alisa.records.jsonl import JsonlFile
 
@@ -101,7 +101,7 @@ class BenchRun:
                 workload = measurement.workload
                 if work is None or work.workload != workload:
                     say(f"{workload.name}: model, prompts and floor")
-                    work = make_work(workload, texts[workload.name], places, threads)
+                    work = prepare_workload(workload, texts[workload.name], places, threads)
                     self._wait()
                     speeds = measure_floor(work)
                 assert speeds is not None, "measured with the work"
@@ -197,7 +197,7 @@ class BenchCompare:
         return 0
 
 
-def _cells(line: Line, against: Ratio | None) -> tuple[str, ...]:
+def _cells(line: RunSeries, against: Ratio | None) -> tuple[str, ...]:
     rates = line.values("tokens_per_s")
     first, peak, decode = (line.median(n) for n in ("first_token_median_s", "peak_rss_bytes", "decode_tokens_per_s"))
     floor = line.floor_share

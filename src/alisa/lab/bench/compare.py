@@ -36,7 +36,7 @@ def read_runs(path: Path) -> list[RunRecord]:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class RunSeries:
     """One engine on one workload, over all rounds."""
 
     run: str
@@ -139,19 +139,19 @@ def _priced(floor: Floor, read_bytes_per_s: float, gemm_s: float, prefill_s: flo
     )
 
 
-def lines_of(records: Iterable[RunRecord]) -> dict[str, list[Line]]:
+def series_of(records: Iterable[RunRecord]) -> dict[str, list[RunSeries]]:
     """Lines by workload, both in the order in which they first appear."""
     groups: dict[str, dict[str, list[RunRecord]]] = {}
     for record in with_best_floors(records):
         runs = groups.setdefault(record.workload.name, {})
         runs.setdefault(record.run, []).append(record)
     return {
-        workload: [Line(run, workload, tuple(found)) for run, found in runs.items()]
+        workload: [RunSeries(run, workload, tuple(found)) for run, found in runs.items()]
         for workload, runs in groups.items()
     }
 
 
-def ratio(line: Line, base: Line, figure: str = "tokens_per_s") -> Ratio | None:
+def ratio(line: RunSeries, base: RunSeries, figure: str = "tokens_per_s") -> Ratio | None:
     """How the first compares with the second; None where one has no such figure."""
     ours, theirs = line.values(figure), base.values(figure)
     if not ours or not theirs:
@@ -162,14 +162,16 @@ def ratio(line: Line, base: Line, figure: str = "tokens_per_s") -> Ratio | None:
     return Ratio(value, min(ours) > max(theirs) or max(ours) < min(theirs))
 
 
-def pairs(first: Sequence[RunRecord], second: Sequence[RunRecord] | None) -> dict[str, list[tuple[Line, Line | None]]]:
+def pairs(
+    first: Sequence[RunRecord], second: Sequence[RunRecord] | None
+) -> dict[str, list[tuple[RunSeries, RunSeries | None]]]:
     """By workload, every line and what it is compared with.
 
     That is the same run in the second file or, with one file, the workload's first run that has figures.
     """
-    groups = lines_of(first)
+    groups = series_of(first)
     if second is None:
         bases = {name: next((line for line in lines if line.ran), None) for name, lines in groups.items()}
         return {name: [(line, bases[name]) for line in lines] for name, lines in groups.items()}
-    others = {(line.workload, line.run): line for lines in lines_of(second).values() for line in lines}
+    others = {(line.workload, line.run): line for lines in series_of(second).values() for line in lines}
     return {name: [(line, others.get((name, line.run))) for line in lines] for name, lines in groups.items()}

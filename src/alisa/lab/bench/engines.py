@@ -1,7 +1,7 @@
 """The engines that an experiment may name, what can be asked of them, and what a step of each must read. No torch.
 
-To add one: a driver in benchmarks/peers that reads a `Job` and ends with `finish` (`bench/remote/measured.py`), a file
-of requirements beside it, a line in `PEERS`, and its name in the Makefile.
+To add one: a driver in benchmarks/peers that reads an `EngineJob` and ends with `finish` (`bench/remote/measured.py`),
+a file of its requirements in benchmarks/peers/requirements, a line in `PEERS`, and its name in the Makefile.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ PARTS = ("linear", "attention", "selection", "transfer", "sampling", "other")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class RunSpec:
     """How a batch is run."""
 
     policy: PolicyName
@@ -45,7 +45,7 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class RunResult:
     """What happened."""
 
     records: tuple[StepRecord, ...]
@@ -99,18 +99,18 @@ def kv_dtype_of(decoder: Decoder, kv_dtype: KvDtypeName) -> str:
 
 def run_batch(
     decoder: Decoder,
-    setting: Setting,
+    run_spec: RunSpec,
     prompts: Sequence[Sequence[int]],
     output_len: int,
     *,
     on_first: Callable[[int], None] = lambda index: None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
-) -> Ran:
+) -> RunResult:
     """Every prompt has been continued greedily by exactly `output_len` tokens.
 
     Args:
         decoder: the model.
-        setting: how.
+        run_spec: how.
         prompts: token ids.
         output_len: tokens for each.
         on_first: called with the index of a prompt when it has its first token.
@@ -120,21 +120,21 @@ def run_batch(
         AlisaError: it cannot be done under the caps.
     """
     sizes = [len(ids) + output_len - 1 for ids in prompts]
-    max_num_seqs = min(setting.max_batch, len(prompts))
-    policy = make_policy(setting.policy, setting.sparsity)
+    max_num_seqs = min(run_spec.max_batch, len(prompts))
+    policy = make_policy(run_spec.policy, run_spec.sparsity)
     kernels = choose_backend(decoder.device)
     codec = make_codec(
-        RowFormat(kv_dtype_of(decoder, setting.kv_dtype), decoder.spec.num_kv_heads, decoder.spec.head_dim)
+        RowFormat(kv_dtype_of(decoder, run_spec.kv_dtype), decoder.spec.num_kv_heads, decoder.spec.head_dim)
     )
-    memory = build_kv_cache(decoder, policy, codec, kernels, sizes, setting.caps, setting.scheduler, max_num_seqs)
+    memory = build_kv_cache(decoder, policy, codec, kernels, sizes, run_spec.caps, run_spec.scheduler, max_num_seqs)
     state = policy.start(decoder.spec, max_num_seqs, max(sizes), decoder.device, kernels.selection)
-    ahead = setting.prefetch and memory.scheduler.uses_tiers
+    ahead = run_spec.prefetch and memory.scheduler.uses_tiers
     watch = Stopwatch()
     runner = ModelRunner(
         decoder, policy, memory.store, state, kernels.prefill, kernels.attend, watch, looks_ahead=ahead
     )
     placement = Placement(memory.scheduler, memory.limits, memory.store, policy)
-    engine = Engine(runner, placement, eos_ids=frozenset(), prefill_chunk=setting.prefill_chunk)
+    engine = Engine(runner, placement, eos_ids=frozenset(), prefill_chunk=run_spec.prefill_chunk)
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     for index, ids in enumerate(prompts):
         engine.submit(Request(index, tuple(ids), params, output_len))
@@ -151,4 +151,4 @@ def run_batch(
             on_step(result.record)
     finally:
         memory.store.close()
-    return Ran(tuple(records), tuple(outputs), memory)
+    return RunResult(tuple(records), tuple(outputs), memory)

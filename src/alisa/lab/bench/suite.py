@@ -21,7 +21,7 @@ from alisa.lab.bench.checkpoint import is_written, write_checkpoint
 from alisa.lab.bench.engines import OWN, PEERS, reading_of
 from alisa.lab.bench.experiment import Measurement, Workload
 from alisa.lab.bench.floor import Speeds, floor_of, pass_rows
-from alisa.lab.bench.remote.measured import Job
+from alisa.lab.bench.remote.measured import EngineJob
 from alisa.lab.bench.shapes import SHAPES
 from alisa.lab.bench.stamp import current_stamp
 from alisa.llm import embedded_model
@@ -63,7 +63,7 @@ class Places:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PreparedWorkload:
     """A workload with everything that all engines get alike."""
 
     workload: Workload
@@ -90,9 +90,9 @@ class Work:
         share = self.workload.kv_share
         return None if share is None else int(share * self.kv_need_bytes)
 
-    def job(self, options: Mapping[str, Any]) -> Job:
+    def job(self, options: Mapping[str, Any]) -> EngineJob:
         """What a driver is asked to do."""
-        return Job(
+        return EngineJob(
             model=str(self.model),
             shape=asdict(self.spec),
             prompts=[list(ids) for ids in self.prompts],
@@ -107,7 +107,7 @@ class Work:
         )
 
 
-def make_work(workload: Workload, texts: Sequence[str] | None, places: Places, threads: int) -> Work:
+def prepare_workload(workload: Workload, texts: Sequence[str] | None, places: Places, threads: int) -> PreparedWorkload:
     """The workload with its model, which is written if it is a shape that nobody has asked for yet, and its prompts.
 
     Args:
@@ -143,7 +143,7 @@ def make_work(workload: Workload, texts: Sequence[str] | None, places: Places, t
             f"workload {workload.name!r} has a sequence of {longest} tokens, {workload.model} has "
             f"{spec.max_positions} positions; take fewer output tokens or shorter prompts."
         )
-    return Work(workload, spec, model, tuple(map(tuple, prompts)), threads)
+    return PreparedWorkload(workload, spec, model, tuple(map(tuple, prompts)), threads)
 
 
 def _random_prompts(workload: Workload, spec: ModelSpec, lengths: Sequence[int]) -> list[list[int]]:
@@ -152,7 +152,7 @@ def _random_prompts(workload: Workload, spec: ModelSpec, lengths: Sequence[int])
     return [[rng.randrange(FIRST_ORDINARY_ID, spec.vocab_size) for _ in range(length)] for length in lengths]
 
 
-def measure_floor(work: Work, weight_dtype: WeightDtypeName = "auto") -> Speeds:
+def measure_floor(work: PreparedWorkload, weight_dtype: WeightDtypeName = "auto") -> Speeds:
     """What the machine can do with such weights, measured in a process of its own whose memory is gone afterwards."""
     job = {
         "shape": asdict(work.spec),
@@ -168,7 +168,9 @@ def measure_floor(work: Work, weight_dtype: WeightDtypeName = "auto") -> Speeds:
     return structure(Speeds, result)
 
 
-def measure(measurement: Measurement, work: Work, before: Speeds, places: Places) -> tuple[RunRecord, Speeds]:
+def measure(
+    measurement: Measurement, work: PreparedWorkload, before: Speeds, places: Places
+) -> tuple[RunRecord, Speeds]:
     """The record of one measurement, and what the machine could do after it.
 
     An engine that fails, or is not there, has a record too.
@@ -228,7 +230,7 @@ def measure(measurement: Measurement, work: Work, before: Speeds, places: Places
     return ran, after
 
 
-def _figures(work: Work, told: Told) -> RunFigures:
+def _figures(work: PreparedWorkload, told: Told) -> RunFigures:
     """What a table shows."""
     firsts = sorted(told["first_token_s"])
     asked = len(work.prompts) * work.workload.output_len
@@ -245,7 +247,7 @@ def _figures(work: Work, told: Told) -> RunFigures:
     )
 
 
-def _result(measurement: Measurement, work: Work, places: Places) -> Told:
+def _result(measurement: Measurement, work: PreparedWorkload, places: Places) -> Told:
     """What the driver printed, or why it did not."""
     run = measurement.run
     job = asdict(work.job(run.options))
@@ -265,7 +267,7 @@ def _result(measurement: Measurement, work: Work, places: Places) -> Told:
     return _last_line([str(python), str(driver)], job, work, path=Path(remote.__file__).parent)
 
 
-def _last_line(command: Sequence[str], job: Mapping[str, Any], work: Work, *, path: Path | None) -> Told:
+def _last_line(command: Sequence[str], job: Mapping[str, Any], work: PreparedWorkload, *, path: Path | None) -> Told:
     """The JSON that the last line of standard output holds; a process that fails gives `failed` and its last words."""
     environment = dict(os.environ)
     # Most engines read the number of threads from here before their own options are looked at.

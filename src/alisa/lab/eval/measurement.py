@@ -25,7 +25,7 @@ from alisa.lab.eval.subject import BASELINE, Subject, Variant
 from alisa.records.schema import EvalRecord, EvalStamp
 
 
-class Measurement(NamedTuple):
+class UnitResults(NamedTuple):
     """What one variant gave."""
 
     units: list[float]
@@ -62,7 +62,7 @@ class Evaluation(Protocol):
         """All that decides the numbers besides the model and the variant."""
         ...
 
-    def measure(self, subject: Subject, variant: Variant) -> Measurement:
+    def measure(self, subject: Subject, variant: Variant) -> UnitResults:
         """Run one variant over all units."""
         ...
 
