@@ -71,7 +71,7 @@ class Scorer:
     kv_cap_bytes: int
     """Hard cap of the KV rows held at once."""
     max_batch: int
-    """Items decoded together at the most."""
+    """Most items that are decoded together."""
     prefill_chunk: int
 
     @classmethod

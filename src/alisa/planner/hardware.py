@@ -23,7 +23,7 @@ class Gemm:
     """
 
     def seconds(self, rows: float, num_weights: float) -> float:
-        """Time for `rows` rows and a weight of so many numbers."""
+        """Time for `rows` rows and a weight of `num_weights` numbers."""
         sizes = tuple((size, interpolate(points, max(rows, 1))) for size, points in self.curves)
         return self.call_s + num_weights * interpolate(sizes, min(num_weights, sizes[-1][0]))
 
@@ -72,7 +72,7 @@ class Link:
     bytes_per_s: float
 
     def seconds(self, rows: float, row_bytes: float, calls: float = 1) -> float:
-        """Time for so many rows, fewer than one if there are none in most steps."""
+        """Time for this many rows, fewer than one if there are none in most steps."""
         return min(calls, rows) * self.call_s + rows * (self.row_s + row_bytes / self.bytes_per_s) if rows > 0 else 0.0
 
 
@@ -120,7 +120,7 @@ class Hardware:
     logit_s: float
     """Choosing a token: for each number of the logits."""
     overlap: float
-    """Share of the transfers that can run beside the arithmetic: 1 with a copy engine, 0 where the cores copy."""
+    """Share of the transfers that can overlap with the arithmetic: 1 with a copy engine, 0 where the cores copy."""
     write_overlap: float
     """The same for rows that go down while others decode, which nobody waits for."""
 

@@ -26,7 +26,7 @@ class DecodeCase:
     head_dim: int = 128
     num_sets: int = 1
     shuffled: bool = False
-    """Rows of a sequence lie anywhere in the pool instead of one behind the other."""
+    """Rows of a sequence lie anywhere in the pool instead of one after the other."""
 
     @property
     def num_slots(self) -> int:

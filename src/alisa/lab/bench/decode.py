@@ -18,7 +18,7 @@ from alisa.lab.bench.cases import DecodeCase
 _CPU = torch.device("cpu")
 
 _FILL_TOKENS = 4096
-"""Random values are made for so many tokens and written again and again: what they are does not change the time."""
+"""Random values are made for this many tokens and written again and again: what they are does not change the time."""
 
 
 class DecodeKernels(DecodeKernel, Protocol):

@@ -78,7 +78,7 @@ class OwnOptions:
     prefetch: bool = True
     """Whether the next step's tokens are chosen, and fetched, a step ahead where the policy allows it."""
     overlap: bool = True
-    """Whether rows move beside the arithmetic; False: every move is waited for at once."""
+    """Whether rows move while the arithmetic runs; False: every move is waited for at once."""
     disk_path: str | None = None
     """Directory of the disk tier; None: that for temporary files."""
 

@@ -1,7 +1,7 @@
 """Experiments as files: which workloads, and which engines do them. No torch.
 
 name = "paper"
-rounds = 3                      # every measurement so often, in turns
+rounds = 3                      # each measurement is repeated this many times, in turns
 
 [defaults]                      # for every workload
 model = "opt-1.3b"              # a shape (weights are random), or the directory of a model
@@ -43,14 +43,14 @@ class Workload:
     model: str
     """A shape (`alisa.lab.bench.shapes`), whose weights are random, or the directory of a model."""
     batch: int
-    """Sequences worked on together at the most."""
+    """Most sequences that are worked on together."""
     output_len: int
     prompt_len: int | None = None
     """Of every prompt, which are then `batch` prompts of random ids."""
     prompts: str | None = None
     """File of prompts instead, as `alisa generate --input` reads it; environment variables in it are replaced."""
     num_prompts: int | None = None
-    """Of the file, so many from its beginning; None: as many as the batch."""
+    """How many of the file, from its beginning; None: as many as the batch."""
     dtype: str = "bfloat16"
     seed: int = 0
     kv_share: float | None = None

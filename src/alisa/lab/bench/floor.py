@@ -83,7 +83,7 @@ def floor_of(
         speeds: of this machine, for such a batch and such a pass.
         prompt_lens: of every prompt.
         output_len: tokens that each gets; the first of them comes from the prompt's own pass.
-        batch: sequences together at the most.
+        batch: most sequences that run together.
     """
     together = min(batch, len(prompt_lens))
     steps = len(prompt_lens) * (output_len - 1) / together
@@ -141,7 +141,7 @@ class _Layers:
         self._logits = self._linear(spec.vocab_size, spec.token_embed_dim)
 
     def seconds(self, rows: int) -> float:
-        """All layers, one behind the other."""
+        """All layers, one after the other."""
         inputs = [torch.randn(rows, size, dtype=self._dtype) for size in self._sizes]
 
         def work() -> None:

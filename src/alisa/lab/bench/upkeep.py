@@ -13,7 +13,7 @@ from alisa.lab.bench.cases import AppendCase, PolicyCase
 from alisa.policy.swa import SparseWindow, SparseWindowState
 
 _ARENA_STEPS = 16
-"""The pool holds so many times the tokens of one call, and each call writes elsewhere."""
+"""The pool holds this many times the tokens of one call, and each call writes elsewhere."""
 
 _SELECT_BYTES_PER_SCORE, _SELECT_BYTES_PER_SLOT = 8, 4
 _OBSERVE_BYTES_PER_SLOT = 2 * 8 + 2 * 4 + 4 + 4

@@ -162,7 +162,7 @@ def _correlations(found: ShadowLayer, prompt_len: int) -> list[float]:
     kept = found.weights * found.read_by_head
     kept = kept / kept.sum(dim=-1, keepdim=True)
     length = kept.shape[-1]
-    # Row i is the token prompt_len + i; a token is visible to itself and to those behind it.
+    # Row i is the token prompt_len + i; a token is visible to itself and to those after it.
     num_rows = length - torch.arange(length, device=kept.device).clamp_min(prompt_len)
     dense, sparse = (weights.sum(dim=(1, 2)) / num_rows for weights in (found.weights, kept))
     return [spearman(one, other) for one, other in zip(dense, sparse, strict=True)]

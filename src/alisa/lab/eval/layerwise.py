@@ -117,7 +117,7 @@ class LayerwiseAttend:
                 self._state.seed(layer, req_idx, first, 0, mass)
 
     def _read_all(self, q: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Everything behind the prompt attends to everything before it: no need to go row by row."""
+        """Everything after the prompt attends to everything before it: no need to go row by row."""
         for req_idx in self._req_indices:
             start = req_idx * self._length
             keys, values = self._codec.decode(rows[start : start + self._length])
@@ -125,7 +125,7 @@ class LayerwiseAttend:
             out[req_idx, self._prompt_len :] = attended[self._prompt_len :]
 
     def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, out: Tensor) -> None:
-        """The rows behind the prompt, each as a decode step makes it."""
+        """The rows after the prompt, each as a decode step makes it."""
         first_slots = (self._req_index * self._length)[:, None, None]
         for position in range(self._prompt_len, self._length):
             lengths = torch.full_like(self._req_index, position + 1, dtype=torch.int32)

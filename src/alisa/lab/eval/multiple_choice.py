@@ -1,6 +1,6 @@
 """Multiple choice by likelihood: the model picks the choice it finds most likely for its length.
 
-The prompt is decoded under the policy too, behind the few tokens that are read densely: with the whole prompt read
+The prompt is decoded under the policy too, after the few tokens that are read densely: with the whole prompt read
 densely a short answer would hardly meet a sparse step, and the published harness runs its attention row by row over the
 prompt as well (ALISA, section 6).
 """

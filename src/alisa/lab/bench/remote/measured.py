@@ -34,7 +34,7 @@ class EngineJob:
     prompts: Sequence[Ids]
     output_len: int
     batch: int
-    """Sequences worked on together at the most."""
+    """Most sequences that are worked on together."""
     dtype: str
     """Of the weights and the arithmetic, as torch names it."""
     threads: int
