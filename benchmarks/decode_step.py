@@ -21,8 +21,8 @@ import torch
 
 from alisa.lab.bench.floor import measure_speeds
 from alisa.lab.bench.others import OthersMeter
-from alisa.lab.bench.session import (Setting, run_batch,)
-from alisa.lab.bench.stamp import Stamp
+from alisa.lab.bench.session import (RunSpec, run_batch,)
+from alisa.lab.bench.stamp import current_stamp
 from alisa.config import (KvDtypeName, PolicyName, WeightDtypeName,)
 from alisa.engine.builder import (Caps, default_kv_memory,)
 from alisa.model.choose_linear import choose_linear
@@ -35,10 +35,10 @@ from alisa.outputs import StepRecord
 def run(decoder: Decoder, policy: PolicyName, args: argparse.Namespace) -> tuple[StepRecord, ...]:
     """All steps of one batch."""
     caps = Caps(default_kv_memory(decoder.device), 0, 0, None)
-    setting = Setting(policy=policy, sparsity=args.sparsity, kv_dtype=args.kv_dtype, caps=caps, max_batch=args.batch)
+    run_spec = RunSpec(policy=policy, sparsity=args.sparsity, kv_dtype=args.kv_dtype, caps=caps, max_batch=args.batch)
     rng = random.Random(args.seed)
     prompts = [[rng.randrange(10, decoder.spec.vocab_size) for _ in range(args.prompt_len)] for _ in range(args.batch)]
-    return run_batch(decoder, setting, prompts, args.output_len).records
+    return run_batch(decoder, run_spec, prompts, args.output_len).records
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def main() -> None:
     record = {
         "benchmark": "decode_step",
         **{key: value for key, value in vars(args).items() if key != "record"},
-        "stamp": asdict(Stamp.now()),
+        "stamp": asdict(current_stamp()),
         "others_share": round(meter.share(), 4),
         "read_gb_per_s": round(bandwidth / 1e9, 1),
         "floor_gemm_ms": round(floor_s * 1e3, 1),

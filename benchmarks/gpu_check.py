@@ -30,9 +30,9 @@ from typing import Any
 import torch
 
 from alisa.lab.bench.cases import (CASES, DecodeCase,)
-from alisa.lab.bench.remote.measured import Job
+from alisa.lab.bench.remote.measured import EngineJob
 from alisa.lab.bench.shapes import SHAPES
-from alisa.lab.bench.stamp import Stamp
+from alisa.lab.bench.stamp import current_stamp
 from alisa.planner.footprint import kv_token_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -56,14 +56,14 @@ KERNELS = ("bf16-20", "int8-20", "int4-20", "bf16-20-shuffled", "bf16-dense", "b
 Record = dict[str, Any]
 
 
-def job_of(args: argparse.Namespace) -> Job:
+def job_of(args: argparse.Namespace) -> EngineJob:
     """The workload that every engine gets."""
     spec = SHAPES[args.shape]
     rng = random.Random(0)
     prompts = [[rng.randrange(10, spec.vocab_size) for _ in range(args.prompt_len)] for _ in range(args.batch)]
     token_bytes = kv_token_bytes(spec, args.dtype)
     need = args.batch * (args.prompt_len + args.output_len - 1) * token_bytes
-    return Job(
+    return EngineJob(
         model="",
         shape=asdict(spec),
         prompts=prompts,
@@ -145,7 +145,7 @@ def stage(name: str, args: argparse.Namespace, limit_s: float) -> Record:
     return {"kind": "gpu-run"} | figures(result, job)
 
 
-def figures(result: Record, job: Job) -> Record:
+def figures(result: Record, job: EngineJob) -> Record:
     """The result with what the table shows."""
     if result["status"] != "ran":
         return result
@@ -215,7 +215,7 @@ def main(words: list[str] | None = None) -> int:
     common = {
         "device": device,
         "device_memory_bytes": args.device_memory << 30,
-        "stamp": asdict(Stamp.now()),
+        "stamp": asdict(current_stamp()),
         "workload": {key: getattr(args, key) for key in ("shape", "dtype", "batch", "prompt_len", "output_len")},
     }
     print(f"{device}, {args.shape}, batch {args.batch}, {args.prompt_len} + {args.output_len} tokens", flush=True)

@@ -18,19 +18,18 @@ from typing import Any
 import torch
 
 from alisa.lab.bench.cases import DecodeCase
-from alisa.lab.bench.contest import hold
-from alisa.lab.bench.decode import decode_contest
+from alisa.lab.bench.case import time_case
+from alisa.lab.bench.decode import decode_case
 from alisa.lab.bench.kernels import make_record
-from alisa.lab.bench.remote.measured import (Clock, Job, finish,)
-from alisa.lab.bench.session import (Setting, run_batch,)
-from alisa.lab.bench.stamp import Stamp
+from alisa.lab.bench.remote.measured import (Clock, EngineJob, finish,)
+from alisa.lab.bench.session import (RunSpec, run_batch,)
+from alisa.lab.bench.stamp import current_stamp
 from alisa.kernels.choose import choose_backend
 from alisa.engine.builder import Caps
 from alisa.model.loader import random_decoder
 from alisa.planner.footprint import (activation_bytes, policy_bytes, row_bytes,)
-from alisa.planner.hardware import from_values
 from alisa.scheduler.placement.file import schedule_from
-from alisa.spec import ModelSpec
+from alisa.spec import ModelSpec, Rope
 from alisa.outputs import StepRecord
 
 RESERVE_BYTES = 512 << 20
@@ -51,12 +50,14 @@ def peak_device_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
 
 
-def ours(job: Job) -> None:
-    """Measure one setting of this package's engine."""
+def ours(job: EngineJob) -> None:
+    """Measure one way to run this package's engine."""
     options = job.options
     device, dtype = torch.device(options["device"]), getattr(torch, job.dtype)
     limit_memory(device, options["device_memory_bytes"])
-    spec = from_values(ModelSpec, job.shape)
+    # By hand: a GPU machine may lack the library that checks such values (`alisa.records.structure`).
+    rope = job.shape["rope"]
+    spec = ModelSpec(**{**job.shape, "rope": rope and Rope(**rope)})
     decoder = random_decoder(spec, dtype, device, job.seed)
     kv_dtype = options.get("kv_dtype", "auto")
     token_bytes = spec.num_layers * row_bytes(spec, job.dtype if kv_dtype == "auto" else kv_dtype)
@@ -70,7 +71,7 @@ def ours(job: Job) -> None:
     schedule = options.get("schedule")
     if schedule == "static":  # as FlexGen would be set: what fits stays, the rest lies below from the beginning
         schedule = {"schedule": "static", "offload_ratio": round(max(0.0, 1 - 0.9 * room / need), 3)}
-    setting = Setting(
+    run_spec = RunSpec(
         policy=options["policy"],
         sparsity=options["sparsity"],
         kv_dtype=kv_dtype,
@@ -79,14 +80,14 @@ def ours(job: Job) -> None:
         max_batch=job.batch,
     )
 
-    def generate(job: Job) -> tuple[Clock, dict[str, object], int]:
+    def generate(job: EngineJob) -> tuple[Clock, dict[str, object], int]:
         clock = Clock(len(job.prompts))
 
         def on_step(record: StepRecord) -> None:
             if not record.prefill:
                 clock.step()
 
-        ran = run_batch(decoder, setting, job.prompts, job.output_len, on_first=clock.first, on_step=on_step)
+        ran = run_batch(decoder, run_spec, job.prompts, job.output_len, on_first=clock.first, on_step=on_step)
         clock.stop()
         return clock, ran.details(), ran.num_output
 
@@ -103,19 +104,19 @@ def kernels(job: dict[str, Any]) -> None:
     chosen = choose_backend(device)
     outcomes = {}
     for name, values in job["cases"].items():
-        case = from_values(DecodeCase, values)
-        contest = decode_contest(case, chosen.attend, device)
+        case = DecodeCase(**values)
+        built = decode_case(case, chosen.attend, device)
         if device.type == "cuda":
-            contest = replace(contest, num_calls=CALLS)
-        outcomes[name] = case, hold(contest, job["runs"], device=device)
-    record = make_record(Stamp.now(), chosen.name, job["runs"], outcomes)
+            built = replace(built, num_calls=CALLS)
+        outcomes[name] = case, time_case(built, job["runs"], device=device)
+    record = make_record(current_stamp(), chosen.name, job["runs"], outcomes)
     sys.stdout.write(json.dumps(record | {"status": "ran"}) + "\n")
 
 
 def main() -> None:
     """Do the stage that the command line names."""
     if sys.argv[1] == "ours":
-        ours(Job.read())
+        ours(EngineJob.read())
     else:
         kernels(json.load(sys.stdin))
 

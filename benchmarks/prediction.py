@@ -19,8 +19,8 @@ from statistics import median
 
 import torch
 
-from alisa.lab.bench.session import Ran
-from alisa.lab.bench.trial import (Trial, run_trial,)
+from alisa.lab.bench.session import RunResult
+from alisa.lab.bench.uniform_batch import (UniformBatch, run_uniform_batch,)
 from alisa.config import (KvDtypeName, PolicyName,)
 from alisa.model.loader import random_decoder
 from alisa.planner.cost import (CostModel, StepCost,)
@@ -55,9 +55,9 @@ class Case:
     output_len: int = 64
 
     @property
-    def trial(self) -> Trial:
+    def uniform(self) -> UniformBatch:
         """What to run."""
-        return Trial(
+        return UniformBatch(
             self.policy,
             self.batch,
             self.prompt_len,
@@ -94,7 +94,7 @@ CASES = (
 PARTS = ("linear_s", "attention_s", "selection_s", "transfer_s", "sampling_s", "other_s")
 
 
-def predict(case: Case, run: Ran, hardware: Hardware) -> list[tuple[Load, StepCost]]:
+def predict(case: Case, run: RunResult, hardware: Hardware) -> list[tuple[Load, StepCost]]:
     """The same steps, from the plan alone."""
     method = Method(case.policy, 0.8, "bfloat16", case.kv_dtype)
     cost = CostModel(MODELS[case.model], method, hardware)
@@ -103,7 +103,7 @@ def predict(case: Case, run: Ran, hardware: Hardware) -> list[tuple[Load, StepCo
     return list(zip(timeline.loads, timeline.costs, strict=True))
 
 
-def compare(case: Case, runs: Sequence[Ran], hardware: Hardware) -> dict[str, object]:
+def compare(case: Case, runs: Sequence[RunResult], hardware: Hardware) -> dict[str, object]:
     """One line of the result: the median step of each run, and of these the median."""
     steps = predict(case, runs[0], hardware)
     for run in runs:
@@ -155,11 +155,11 @@ def main() -> None:
     cases = [case for case in CASES if case.model in names]
     directory = Path(tempfile.gettempdir())
     for name in names:
-        run_trial(Trial("dense", 2, 64, 8), decoders[name], directory)
-    runs: dict[Case, list[Ran]] = {case: [] for case in cases}
+        run_uniform_batch(UniformBatch("dense", 2, 64, 8), decoders[name], directory)
+    runs: dict[Case, list[RunResult]] = {case: [] for case in cases}
     for _ in range(args.rounds):
         for case in cases:
-            runs[case].append(run_trial(case.trial, decoders[case.model], directory))
+            runs[case].append(run_uniform_batch(case.uniform, decoders[case.model], directory))
     results = [compare(case, found, hardware) for case, found in runs.items()]
     for result in results:
         measured, predicted = result["measured_parts_ms"], result["predicted_parts_ms"]

@@ -22,7 +22,7 @@ import torch
 from alisa.kernels.base import KeyBlock
 from alisa.kernels.reference.prefill import (attend_after, attend_after_plain,)
 from alisa.lab.bench.others import OthersMeter
-from alisa.lab.bench.stamp import Stamp
+from alisa.lab.bench.stamp import current_stamp
 from alisa.errors import InputError
 from alisa.kernels.native import prefill as cpu_prefill
 from alisa.model.linear import make_linear
@@ -61,7 +61,7 @@ CASES = (
 )
 
 
-def contenders(case: Case) -> dict[str, Callable[[], object]]:
+def candidates(case: Case) -> dict[str, Callable[[], object]]:
     """Everything that runs in a round."""
     q = torch.randn(case.tokens, case.num_heads, case.head_dim).bfloat16()
     k, v = torch.randn(case.past + case.tokens, 2, case.num_kv_heads, case.head_dim).bfloat16().unbind(1)
@@ -81,8 +81,8 @@ def contenders(case: Case) -> dict[str, Callable[[], object]]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Medians and quartiles of all contenders, in turns."""
-    work = contenders(case)
+    """Medians and quartiles of all candidates, in turns."""
+    work = candidates(case)
     taken: dict[str, list[float]] = {name: [] for name in work}
     meter = OthersMeter()
     for _ in range(ROUNDS + 1):
@@ -120,7 +120,7 @@ def main() -> None:
         )
     if args.record:
         with args.record.open("a") as file:
-            record = {"benchmark": "prompt_pieces", "rounds": ROUNDS, "results": results, "stamp": asdict(Stamp.now())}
+            record = {"benchmark": "prompt_pieces", "rounds": ROUNDS, "results": results, "stamp": asdict(current_stamp())}
             file.write(json.dumps(record) + "\n")
 
 

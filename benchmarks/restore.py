@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from alisa.lab.bench.others import OthersMeter
-from alisa.lab.bench.stamp import Stamp
+from alisa.lab.bench.stamp import current_stamp
 from alisa.kernels.choose import choose_backend
 from alisa.cache.codec import make_codec
 from alisa.cache.offload.hidden import HiddenStateCache, hidden_format
@@ -127,7 +127,7 @@ def main() -> None:
         "benchmark": "restore",
         "rows": args.rows,
         "rounds": args.rounds,
-        "stamp": asdict(Stamp.now()),
+        "stamp": asdict(current_stamp()),
         "others_share": round(meter.share(), 4),
         "results": results,
     }

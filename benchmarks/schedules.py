@@ -17,8 +17,8 @@ from statistics import median
 
 import torch
 
-from alisa.lab.bench.stamp import Stamp
-from alisa.lab.bench.trial import (Trial, run_trial,)
+from alisa.lab.bench.stamp import current_stamp
+from alisa.lab.bench.uniform_batch import (UniformBatch, run_uniform_batch,)
 from alisa.model.loader import random_decoder
 from alisa.planner.footprint import kv_token_bytes
 from alisa.planner.load import Method
@@ -79,11 +79,11 @@ def main() -> None:
     schedulers: dict[str, PlacementPolicy] = {"the search's choice": found.best.scheduler, **by_hand(args.output_len)}
     decoder = random_decoder(spec, torch.bfloat16, torch.device("cpu"), 0)
     directory = Path(tempfile.gettempdir())
-    run_trial(Trial("dense", 2, 64, 8), decoder, directory)
+    run_uniform_batch(UniformBatch("dense", 2, 64, 8), decoder, directory)
     times: dict[str, list[float]] = {name: [] for name in schedulers}
     for _ in range(args.rounds):
         for name, scheduler in schedulers.items():
-            trial = Trial(
+            uniform = UniformBatch(
                 args.policy,
                 found.best.workload.batch,
                 args.prompt_len,
@@ -91,7 +91,7 @@ def main() -> None:
                 cap=args.cap * workload.batch / found.best.workload.batch,
                 scheduler=scheduler,
             )
-            run = run_trial(trial, decoder, directory)
+            run = run_uniform_batch(uniform, decoder, directory)
             times[name].append(found.best.waves * sum(record.wall_s for record in run.records))
     for name, taken in sorted(times.items(), key=lambda item: median(item[1])):
         print(f"{median(taken):7.2f} s  ({min(taken):.2f} to {max(taken):.2f})  {name}")
@@ -108,7 +108,7 @@ def main() -> None:
         "predicted_s": round(said, 3),
         "seconds": {name: [round(value, 3) for value in taken] for name, taken in times.items()},
         "over_best": round(chosen / best - 1, 4),
-        "stamp": asdict(Stamp.now()),
+        "stamp": asdict(current_stamp()),
     }
     if args.record:
         with args.record.open("a") as file:

@@ -14,8 +14,9 @@ from typing import Any
 
 import accuracy_tables
 
-from alisa.lab.bench.compare import (Line, lines_of,)
+from alisa.lab.bench.compare import RunSeries, series_of, read_runs
 from alisa.lab.bench.others import QUIET_SHARE
+from alisa.records.schema import RunRecord
 
 Record = dict[str, Any]
 Results = Path
@@ -33,13 +34,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([f"| {' | '.join(header)} |", "|---" * len(header) + "|", *body])
 
 
-def runs(results: Results) -> list[Record]:
+def runs(results: Results) -> list[RunRecord]:
     """All records of `alisa bench run`, the newest of each cell."""
-    found: dict[str, Record] = {}
-    for record in (record for path in sorted((results / "runs").glob("*.jsonl")) for record in lines(path)):
-        known = found.get(record["cell"])
-        if known is None or known["stamp"]["date"] < record["stamp"]["date"]:
-            found[record["cell"]] = record
+    found: dict[str, RunRecord] = {}
+    for record in (record for path in sorted((results / "runs").glob("*.jsonl")) for record in read_runs(path)):
+        known = found.get(record.cell)
+        if known is None or known.stamp.date < record.stamp.date:
+            found[record.cell] = record
     return list(found.values())
 
 
@@ -70,8 +71,8 @@ def engines(experiment: str, workload: str | None = None) -> Callable[[Results],
     """A table for each workload of an experiment, or for one of them, fastest first."""
 
     def block(results: Results) -> str:
-        found = [record for record in runs(results) if record["experiment"] == experiment]
-        groups = {name: group for name, group in lines_of(found).items() if workload in (None, name)}
+        found = [record for record in runs(results) if record.experiment == experiment]
+        groups = {name: group for name, group in series_of(found).items() if workload in (None, name)}
         if not any(line.ran for group in groups.values() for line in group):
             return ""
         parts = [_group(name, group) for name, group in groups.items() if any(line.ran for line in group)]
@@ -86,27 +87,26 @@ def _command(experiment: str) -> str:
     return f"`alisa bench run {path} --output benchmarks/results/runs/{name}.jsonl`"
 
 
-def _group(name: str, group: Sequence[Line]) -> str:
+def _group(name: str, group: Sequence[RunSeries]) -> str:
     ran = sorted((line for line in group if line.ran), key=lambda line: -(line.median("tokens_per_s") or 0.0))
     header = ["", "tokens/s", "decode alone", "first token", "peak memory", "of the floor"]
     text = [f"{_title(name, ran[0].ran[0])}:", table(header, [_row(line) for line in ran])]
-    remarks = [f"{line.run}: {line.records[-1]['reason']}" for line in group if not line.ran]
+    remarks = [f"{line.run}: {line.records[-1].reason}" for line in group if not line.ran]
     if remarks:
         text.append("No figures: " + "; ".join(remarks) + ".")
     text += _doubts(ran)
     return "\n\n".join(text)
 
 
-def _title(name: str, record: Record) -> str:
+def _title(name: str, record: RunRecord) -> str:
     """The workload in words."""
-    work = record["workload"]
-    prompts = f"prompts of {work['prompt_len']} tokens" if work["prompt_len"] else f"{work['num_sequences']} prompts"
-    budget = record["kv_budget_bytes"]
-    cap = f", K and V capped at {gib(budget)} of {gib(record['kv_need_bytes'])}" if budget else ""
-    return f"**{name}** ({work['dtype']}, {prompts}, {work['output_len']} tokens each{cap})"
+    work, budget = record.workload, record.kv_budget_bytes
+    prompts = f"prompts of {work.prompt_len} tokens" if work.prompt_len else f"{work.num_sequences} prompts"
+    cap = f", K and V capped at {gib(budget)} of {gib(record.kv_need_bytes)}" if budget else ""
+    return f"**{name}** ({work.dtype}, {prompts}, {work.output_len} tokens each{cap})"
 
 
-def _row(line: Line) -> list[str]:
+def _row(line: RunSeries) -> list[str]:
     first = line.median("first_token_median_s") or line.median("first_token_last_s")
     cells = [
         number(line.median("tokens_per_s")),
@@ -115,11 +115,11 @@ def _row(line: Line) -> list[str]:
         gib(line.median("peak_rss_bytes")),
         percent(line.floor_share),
     ]
-    name = f"**{line.run}**" if line.records[0]["engine"] == "alisa" else line.run
+    name = f"**{line.run}**" if line.records[0].engine == "alisa" else line.run
     return [name + (" \\*" if line.disturbed else ""), *cells]
 
 
-def _doubts(ran: Sequence[Line]) -> list[str]:
+def _doubts(ran: Sequence[RunSeries]) -> list[str]:
     """How far these figures can be trusted."""
     fewest, most = min(len(line.ran) for line in ran), max(len(line.ran) for line in ran)
     rounds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
@@ -129,21 +129,22 @@ def _doubts(ran: Sequence[Line]) -> list[str]:
         said.append(f"\\* Other programs took up to {percent(max(disturbed))} of the processors meanwhile.")
     if any(line.others_share is None for line in ran):
         said.append("How busy other programs were was not recorded for all.")
-    if any(record["floor"] is None for line in ran for record in line.ran):
+    if any(record.floor is None for line in ran for record in line.ran):
         said.append("Some were measured before floors were.")
     return [" ".join(said)]
 
 
 def machine(results: Results) -> str:
     """Where the runs were made."""
-    stamps = [record["stamp"] for record in runs(results) if record["status"] == "ran"]
-    if not stamps:
+    ran = [record for record in runs(results) if record.figures is not None]
+    if not ran:
         return ""
-    cpus = sorted({f"{stamp['num_threads']} threads of {stamp['cpu']}" for stamp in stamps})
-    torch = sorted({record["versions"]["torch"] for record in runs(results) if "torch" in record.get("versions", {})})
-    floors = [record["floor"]["read_bytes_per_s"] / 1e9 for record in runs(results) if record.get("floor")]
+    stamps = [record.stamp for record in ran]
+    cpus = sorted({f"{stamp.num_threads} threads of {stamp.cpu}" for stamp in stamps})
+    torch = sorted({record.versions["torch"] for record in ran if "torch" in record.versions})
+    floors = [record.floor.read_bytes_per_s / 1e9 for record in ran if record.floor is not None]
     speed = f"; memory is read at {min(floors):.0f} to {max(floors):.0f} GB/s" if floors else ""
-    dates = sorted(stamp["date"][:10] for stamp in stamps)
+    dates = sorted(stamp.date[:10] for stamp in stamps)
     days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     return f"Measured on {' and '.join(cpus)}, torch {', '.join(torch)}, {days}{speed}. Weights are random."
 
@@ -239,9 +240,18 @@ def kernels(results: Results) -> str:
     return "\n\n".join([*shown, command]) if shown else ""
 
 
+def _by_role(case: Record) -> dict[str, float | None]:
+    """Speed-ups by what they are against; records of version 0.1 call the reference a twin."""
+    return {"reference" if role == "twin" else role: value for role, value in case["speedup"].items()}
+
+
 def _kernels(records: Sequence[Record]) -> list[str]:
     """A table of the newest record of each case, and how to read it."""
-    found = {(record["isa"], case["case"]): case for record in records for case in record["cases"]}
+    found = {
+        (record["isa"], case["case"]): case | {"speedup": _by_role(case)}
+        for record in records
+        for case in record["cases"]
+    }
     if not found:
         return []
     titles = {"dense": "dense SDPA", "gather": "gather + SDPA", "packed": "torch bf16", "reference": "torch reference"}

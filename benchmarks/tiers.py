@@ -21,8 +21,8 @@ import torch
 
 from alisa.lab.bench.floor import read_bandwidth
 from alisa.lab.bench.others import OthersMeter
-from alisa.lab.bench.session import (Setting, kv_dtype_of, run_batch,)
-from alisa.lab.bench.stamp import Stamp
+from alisa.lab.bench.session import (RunSpec, kv_dtype_of, run_batch,)
+from alisa.lab.bench.stamp import current_stamp
 from alisa.engine.builder import Caps
 from alisa.model.decoder import Decoder
 from alisa.model.loader import random_decoder
@@ -42,7 +42,7 @@ def run(
     rows = args.batch * (args.prompt_len + args.output_len - 1)
     total = rows * kv_token_bytes(decoder.spec, kv_dtype_of(decoder, kv_dtype))
     caps = Caps(int(cap * total), 0, 2 * total if cap < 1 or scheduler else 0, args.disk_path)
-    setting = Setting(
+    run_spec = RunSpec(
         policy=policy,
         sparsity=args.sparsity,
         kv_dtype=kv_dtype,
@@ -53,7 +53,7 @@ def run(
     rng = random.Random(args.seed)
     prompts = [[rng.randrange(10, decoder.spec.vocab_size) for _ in range(args.prompt_len)] for _ in range(args.batch)]
     started = perf_counter()
-    ran = run_batch(decoder, setting, prompts, args.output_len)
+    ran = run_batch(decoder, run_spec, prompts, args.output_len)
     wall_s = perf_counter() - started
     tokens = args.batch * args.output_len
     decode_s = sum(record.wall_s for record in ran.decode)
@@ -118,7 +118,7 @@ def main() -> None:
     record = {
         "benchmark": "tiers",
         **settings,
-        "stamp": asdict(Stamp.now()),
+        "stamp": asdict(current_stamp()),
         "others_share": round(meter.share(), 4),
         "read_gb_per_s": round(read_bandwidth() / 1e9, 1),
         "results": results,

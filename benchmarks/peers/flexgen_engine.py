@@ -15,13 +15,13 @@ from flexgen.flex_opt import DUMMY_WEIGHT, OptLM, Policy
 from flexgen.opt_config import get_opt_config
 from flexgen.timer import timers
 from flexgen.utils import ExecutionEnv
-from measured import Clock, Job, finish
+from measured import Clock, EngineJob, finish
 
 ROOM = 0.75
 """Of the memory that weights leave, what the cache may take; activations and the rows on their way need the rest."""
 
 
-def make_policy(job: Job, cache_percent: int) -> Policy:
+def make_policy(job: EngineJob, cache_percent: int) -> Policy:
     """Everything on the device but the rest of the cache; its default settings otherwise."""
     compression = [CompressionConfig(num_bits=4, group_size=64, group_dim=dim, symmetric=False) for dim in (0, 2)]
     return Policy(
@@ -45,7 +45,7 @@ def make_policy(job: Job, cache_percent: int) -> Policy:
     )
 
 
-def measure(job: Job, folder: str) -> None:
+def measure(job: EngineJob, folder: str) -> None:
     """Print the result."""
     limit = job.options["device_memory_bytes"]
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.get_device_properties(0).total_memory))
@@ -75,7 +75,7 @@ def measure(job: Job, folder: str) -> None:
 def main() -> None:
     """Measure."""
     with tempfile.TemporaryDirectory() as folder:
-        measure(Job.read(), folder)
+        measure(EngineJob.read(), folder)
 
 
 if __name__ == "__main__":

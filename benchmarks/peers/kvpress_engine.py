@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from kvpress import DecodingPress, KnormPress, PrefillDecodingPress
-from measured import Clock, Job, NoRoom, finish, unavailable
+from measured import Clock, EngineJob, NoRoom, finish, unavailable
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 INTERVAL = 32
@@ -18,7 +18,7 @@ INTERVAL = 32
 KEEP = 0.2
 
 
-def make_press(job: Job, prompt_len: int, keep: float) -> PrefillDecodingPress:
+def make_press(job: EngineJob, prompt_len: int, keep: float) -> PrefillDecodingPress:
     """A press that leaves `keep` of the final length, or the whole prompt if that is shorter."""
     target = round(keep * (prompt_len + job.output_len))
     return PrefillDecodingPress(
@@ -27,7 +27,7 @@ def make_press(job: Job, prompt_len: int, keep: float) -> PrefillDecodingPress:
     )
 
 
-def generate(model: PreTrainedModel, job: Job, keep: float) -> tuple[Clock, int]:
+def generate(model: PreTrainedModel, job: EngineJob, keep: float) -> tuple[Clock, int]:
     """Run the job; its times and the number of tokens that came."""
     clock, num_output = Clock(len(job.prompts)), 0
     for start, prompts in job.groups():
@@ -55,7 +55,7 @@ def generate(model: PreTrainedModel, job: Job, keep: float) -> tuple[Clock, int]
     return clock, num_output
 
 
-def measure(job: Job) -> None:
+def measure(job: EngineJob) -> None:
     """Print the result."""
     family, keep = job.shape["family"], job.options.get("keep", KEEP)
     if family != "llama":
@@ -76,7 +76,7 @@ def measure(job: Job) -> None:
 def main() -> None:
     """Measure."""
     try:
-        measure(Job.read())
+        measure(EngineJob.read())
     except NoRoom as error:
         unavailable(str(error))
 

@@ -17,7 +17,7 @@ import llama_cpp as api
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from measured import Clock, Job, NoRoom, finish, unavailable
+from measured import Clock, EngineJob, NoRoom, finish, unavailable
 from safetensors import safe_open
 
 UBATCH = 512
@@ -93,7 +93,7 @@ class Engine:
         together: sequences at a time.
     """
 
-    def __init__(self, file: Path, job: Job, together: int) -> None:
+    def __init__(self, file: Path, job: EngineJob, together: int) -> None:
         api.llama_backend_init()
         self._model = api.llama_model_load_from_file(str(file).encode(), api.llama_model_default_params())
         params = api.llama_context_default_params()
@@ -141,7 +141,7 @@ class Engine:
         return int(np.frombuffer(array, dtype=np.float32).argmax())
 
 
-def generate(engine: Engine, job: Job) -> tuple[Clock, int]:
+def generate(engine: Engine, job: EngineJob) -> tuple[Clock, int]:
     """Run the job; its times and the number of tokens that came."""
     clock, num_output = Clock(len(job.prompts)), 0
     for start, prompts in job.groups():
@@ -158,7 +158,7 @@ def generate(engine: Engine, job: Job) -> tuple[Clock, int]:
     return clock, num_output
 
 
-def measure(job: Job) -> None:
+def measure(job: EngineJob) -> None:
     """Print the result."""
     if job.shape["family"] != "llama":
         unavailable(f"llama.cpp has no model of the family {job.shape['family']}")
@@ -182,7 +182,7 @@ def measure(job: Job) -> None:
 def main() -> None:
     """Measure."""
     try:
-        measure(Job.read())
+        measure(EngineJob.read())
     except NoRoom as error:
         unavailable(str(error))
 

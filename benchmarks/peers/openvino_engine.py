@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import openvino_genai as genai
-from measured import Clock, Job, finish, unavailable
+from measured import Clock, EngineJob, finish, unavailable
 
 BLOCK = 32
 """Tokens of a cache block on the CPU; sizes of the eviction must be multiples of it."""
@@ -34,14 +34,14 @@ def export(model: Path, weights: str) -> Path:
     return directory
 
 
-def row_bytes(job: Job, precision: str) -> int:
+def row_bytes(job: EngineJob, precision: str) -> int:
     """K and V of one token over all layers; rows of 8 bits carry a scale and a zero point in float32 for each head."""
     shape = job.shape
     head = shape["head_dim"] + 8 if precision == "u8" else 2 * shape["head_dim"]
     return 2 * shape["num_layers"] * shape["num_kv_heads"] * head
 
 
-def scheduler(job: Job, *, evict: bool, batched_tokens: int, num_blocks: int) -> genai.SchedulerConfig:
+def scheduler(job: EngineJob, *, evict: bool, batched_tokens: int, num_blocks: int) -> genai.SchedulerConfig:
     """Room for this work and no more."""
     config = genai.SchedulerConfig()
     config.max_num_batched_tokens = batched_tokens
@@ -59,7 +59,7 @@ def scheduler(job: Job, *, evict: bool, batched_tokens: int, num_blocks: int) ->
     return config
 
 
-def generate(pipeline: genai.ContinuousBatchingPipeline, job: Job) -> tuple[Clock, int]:
+def generate(pipeline: genai.ContinuousBatchingPipeline, job: EngineJob) -> tuple[Clock, int]:
     """Run the job; its times and the number of tokens that came."""
     config = genai.GenerationConfig()
     config.max_new_tokens = job.output_len
@@ -83,7 +83,7 @@ def generate(pipeline: genai.ContinuousBatchingPipeline, job: Job) -> tuple[Cloc
     return clock, sum(counts)
 
 
-def measure(job: Job) -> None:
+def measure(job: EngineJob) -> None:
     """Print the result of one variant."""
     variant, asked = job.options.get("variant", "fp16"), job.options.get("kv_precision")
     batched_tokens = job.options.get("batched_tokens", 2048)
@@ -126,7 +126,7 @@ def default_kv_precision(directory: Path, properties: dict[str, str]) -> str:
 
 def main() -> None:
     """Measure one variant."""
-    measure(Job.read())
+    measure(EngineJob.read())
 
 
 if __name__ == "__main__":

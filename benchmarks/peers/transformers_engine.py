@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from measured import Clock, Job, NoRoom, finish, unavailable
+from measured import Clock, EngineJob, NoRoom, finish, unavailable
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
@@ -54,7 +54,7 @@ def padded(prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def generate(model: PreTrainedModel, job: Job, options: dict[str, Any]) -> tuple[Clock, int]:
+def generate(model: PreTrainedModel, job: EngineJob, options: dict[str, Any]) -> tuple[Clock, int]:
     """Run the job; its times and the number of tokens that came."""
     groups = [(start, *(part.to(model.device) for part in padded(prompts))) for start, prompts in job.groups()]
     clock, num_output = Clock(len(job.prompts)), 0
@@ -74,7 +74,7 @@ def generate(model: PreTrainedModel, job: Job, options: dict[str, Any]) -> tuple
     return clock, num_output
 
 
-def measure(job: Job) -> None:
+def measure(job: EngineJob) -> None:
     """Print the result of one cache."""
     cache = job.options.get("cache", "dynamic")
     if cache == "offloaded" and not torch.cuda.is_available():
@@ -94,7 +94,7 @@ def measure(job: Job) -> None:
 def main() -> None:
     """Measure one cache."""
     try:
-        measure(Job.read())
+        measure(EngineJob.read())
     except NoRoom as error:
         unavailable(str(error))
 

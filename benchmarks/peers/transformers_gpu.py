@@ -7,12 +7,12 @@ on the device, of whose memory torch may take `device_memory_bytes`.
 from __future__ import annotations
 
 import torch
-from measured import Job, finish, unavailable
+from measured import EngineJob, finish, unavailable
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
 from transformers_engine import CACHES, generate
 
 
-def make_model(job: Job) -> PreTrainedModel:
+def make_model(job: EngineJob) -> PreTrainedModel:
     """A model of the job's shape in its dtype: in float32 it would not fit."""
     shape = job.shape
     config = OPTConfig(
@@ -35,7 +35,7 @@ def make_model(job: Job) -> PreTrainedModel:
 
 def main() -> None:
     """Measure."""
-    job = Job.read()
+    job = EngineJob.read()
     if job.shape["family"] != "opt":
         unavailable(f"this driver makes OPT models only, not {job.shape['family']}")
         return

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from measured import Clock, Job, finish
+from measured import Clock, EngineJob, finish
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -29,7 +29,7 @@ def prepare(threads: int) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def generate(llm: LLM, job: Job, name: str) -> tuple[Clock, int]:
+def generate(llm: LLM, job: EngineJob, name: str) -> tuple[Clock, int]:
     """Run the job; its times and the number of tokens that came."""
     from vllm import SamplingParams
 
@@ -59,7 +59,7 @@ def generate(llm: LLM, job: Job, name: str) -> tuple[Clock, int]:
     return clock, sum(counts.values())
 
 
-def measure(job: Job) -> None:
+def measure(job: EngineJob) -> None:
     """Print the result."""
     from vllm import LLM
 
@@ -85,7 +85,7 @@ def measure(job: Job) -> None:
 
 def main() -> None:
     """Measure."""
-    job = Job.read()
+    job = EngineJob.read()
     prepare(job.threads)
     measure(job)
 

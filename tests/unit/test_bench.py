@@ -1,4 +1,4 @@
-"""The kernel benchmark: its arithmetic, and that all contenders of a case really do the same work."""
+"""The kernel benchmark: its arithmetic, and that all candidates of a case really do the same work."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +9,10 @@ import torch
 import alisa
 from alisa.errors import InputError
 from alisa.kernels.native import kernels as cpu
+from alisa.lab.bench.case import Candidate, Case, Outcome, Role, Timing, time_case
 from alisa.lab.bench.cases import CASES, DEFAULT_CASES, AppendCase, DecodeCase, PolicyCase, ProductCase, SketchCase
-from alisa.lab.bench.contest import Contender, Contest, Outcome, Role, Timing, hold
-from alisa.lab.bench.kernels import make_contest, make_kernels, make_record, run_case
-from alisa.lab.bench.stamp import Stamp, checkout_commit
+from alisa.lab.bench.kernels import make_case, make_kernels, make_record, run_case
+from alisa.lab.bench.stamp import checkout_commit, current_stamp
 
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
 
@@ -33,10 +33,10 @@ def small(case):
 
 @needs_kernels
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if isinstance(case, DecodeCase)])
-def test_contenders_attend_to_the_same_rows(name):
+def test_candidates_attend_to_the_same_rows(name):
     case = small(CASES[name])
-    contest = make_contest(case, make_kernels(None))
-    results = {contender.label: contender.call(0) for contender in contest.contenders()}
+    built = make_case(case, make_kernels(None))
+    results = {candidate.label: candidate.call(0) for candidate in built.candidates()}
     attended = results.pop("kernel")
     assert any(label.startswith("dense SDPA") for label in results)
     # Queries and results of bfloat16 are rounded to 8 bits, and outputs are sums of values of size 1.
@@ -47,14 +47,14 @@ def test_contenders_attend_to_the_same_rows(name):
             assert out.shape == attended.out.shape
         else:
             torch.testing.assert_close(out.float(), attended.out.float(), rtol=tolerance, atol=tolerance)
-    assert contest.num_bytes == case.num_seqs * case.num_slots * case.row_format.row_bytes
+    assert built.num_bytes == case.num_seqs * case.num_slots * case.row_format.row_bytes
 
 
 @needs_kernels
 @pytest.mark.parametrize("name", ["select", "sketch", "sketch-2bit", "sketch-per-head"])
 def test_kernel_and_twin_choose_alike(name):
-    contest = make_contest(small(CASES[name]), make_kernels(None))
-    kernel, reference = (contender.call(1) for contender in contest.contenders())
+    built = make_case(small(CASES[name]), make_kernels(None))
+    kernel, reference = (candidate.call(1) for candidate in built.candidates())
     if name == "select":
         assert torch.equal(kernel.positions, reference.positions)
     else:
@@ -65,7 +65,7 @@ def test_kernel_and_twin_choose_alike(name):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not isinstance(case, DecodeCase)])
 def test_upkeep_runs_against_its_twin(name):
     outcome = run_case(small(CASES[name]), make_kernels(None), runs=2, only_kernel=False)
-    rivals = {Role.TWIN, Role.PACKED} if isinstance(CASES[name], ProductCase) else {Role.TWIN}
+    rivals = {Role.REFERENCE, Role.PACKED} if isinstance(CASES[name], ProductCase) else {Role.REFERENCE}
     assert {timing.role for timing in outcome.timings.values()} == {Role.READ, Role.KERNEL, *rivals}
     assert outcome.bandwidth_share > 0
 
@@ -84,21 +84,21 @@ def test_cases_count_their_bytes():
     assert SketchCase(work="append", bits=2, num_seqs=1).num_bytes == 2048 * 32 * (32 + 4 + 256)
 
 
-def test_contenders_take_turns():
+def test_candidates_take_turns():
     calls = []
 
     def rivals():
-        yield Contender(Role.TWIN, "reference", lambda number: calls.append(("reference", number)))
+        yield Candidate(Role.REFERENCE, "reference", lambda number: calls.append(("reference", number)))
 
-    contest = Contest(lambda number: calls.append(("kernel", number)), rivals, num_bytes=8, num_calls=2)
-    outcome = hold(contest, runs=3)
+    built = Case(lambda number: calls.append(("kernel", number)), rivals, num_bytes=8, num_calls=2)
+    outcome = time_case(built, runs=3)
     first, second = [("kernel", 0), ("kernel", 1), ("reference", 0), ("reference", 1)], [("kernel", 2), ("kernel", 3)]
     assert calls[:6] == first + second
     assert len(calls) == 2 * 2 * (2 + 3)
     assert set(outcome.timings) == {"memory read", "kernel", "reference"}
     assert outcome.read_bytes_per_s > 1e8
     assert 0 <= outcome.others_share <= 1
-    assert set(hold(contest, runs=2, only_kernel=True).timings) == {"memory read", "kernel"}
+    assert set(time_case(built, runs=2, only_kernel=True).timings) == {"memory read", "kernel"}
 
 
 OUTCOME = Outcome(
@@ -118,13 +118,13 @@ def test_ratios_are_against_the_fastest_of_a_kind():
     assert OUTCOME.kernel == Timing(Role.KERNEL, 0.2, 0.2, 0.3)
     assert OUTCOME.fastest(Role.DENSE) == ("dense SDPA float32", Timing(Role.DENSE, 1.0, 1.0, 1.0))
     assert OUTCOME.speedup(Role.DENSE) == 5.0
-    assert OUTCOME.speedup(Role.TWIN) is None
+    assert OUTCOME.speedup(Role.REFERENCE) is None
     assert OUTCOME.bandwidth_share == 0.5
 
 
 def test_a_record_says_what_was_measured_and_where():
     case = CASES["bf16-20"]
-    record = make_record(Stamp.now(), "avx2", 5, {"bf16-20": (case, OUTCOME)})
+    record = make_record(current_stamp(), "avx2", 5, {"bf16-20": (case, OUTCOME)})
     assert record["stamp"]["torch"] == torch.__version__
     assert record["stamp"]["cpu"]
     [measured] = record["cases"]

@@ -7,7 +7,7 @@ import torch
 
 from alisa.cache.offload.transfer import Transfers
 from alisa.engine.builder import Caps
-from alisa.lab.bench.session import Setting, run_batch
+from alisa.lab.bench.session import RunSpec, run_batch
 from alisa.lab.bench.shapes import SHAPES
 from alisa.model.loader import random_decoder
 from alisa.planner.footprint import kv_token_bytes
@@ -29,13 +29,13 @@ def prompts():
 def run(decoder, share=1.0, *, overlap=True, **changes):
     need = sum(len(ids) + 29 for ids in prompts()) * kv_token_bytes(SPEC, "float32")
     caps = Caps(int(share * need), 0, None if share < 1 else 0, None, overlap=overlap)
-    setting = Setting(policy="swa", sparsity=0.5, caps=caps, max_batch=3, **changes)
+    run_spec = RunSpec(policy="swa", sparsity=0.5, caps=caps, max_batch=3, **changes)
     firsts, tokens = [], {}
 
     def on_step(record):
         tokens[record.step] = record.tokens_attended
 
-    ran = run_batch(decoder, setting, prompts(), 30, on_first=firsts.append, on_step=on_step)
+    ran = run_batch(decoder, run_spec, prompts(), 30, on_first=firsts.append, on_step=on_step)
     assert sorted(firsts) == [0, 1, 2]
     assert len(tokens) == len(ran.records)
     assert ran.num_output == 90

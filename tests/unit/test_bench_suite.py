@@ -13,16 +13,18 @@ import pytest
 from alisa.cli.main import main
 from alisa.errors import InputError
 from alisa.lab.bench import suite
-from alisa.lab.bench.compare import lines_of, pairs, ratio, read_runs
+from alisa.lab.bench.compare import pairs, ratio, read_runs, series_of
 from alisa.lab.bench.engines import reading_of
 from alisa.lab.bench.experiment import Workload, experiment_from, load_experiment
-from alisa.lab.bench.floor import Floor, Speeds, floor_of, pass_rows
+from alisa.lab.bench.floor import Speeds, floor_of, pass_rows
 from alisa.lab.bench.others import wait_for_quiet
 from alisa.lab.bench.remote import measured
-from alisa.lab.bench.remote.measured import Clock, Job, NoRoom
+from alisa.lab.bench.remote.measured import Clock, EngineJob, NoRoom
 from alisa.lab.bench.shapes import SHAPES
-from alisa.lab.bench.suite import Places, make_work
+from alisa.lab.bench.suite import Places, prepare_workload
 from alisa.lab.plot.runs import draw_runs
+from alisa.records.jsonl import line_of
+from tests.run_records import run_record
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "benchmarks" / "experiments").glob("*.toml"))
 WORKLOAD = {"name": "w", "model": "llama-tiny", "batch": 2, "prompt_len": 8, "output_len": 4}
@@ -93,7 +95,7 @@ def test_faults_of_an_experiment(tmp_path, workload, run, message):
 def a_job(**changes):
     values = {"model": "", "shape": {}, "prompts": [[1, 2, 3], [4, 5], [6]], "output_len": 5, "batch": 2, "dtype": ""}
     values |= {"threads": 1, "seed": 0, "kv_token_bytes": 10, "kv_budget_bytes": None, "options": {}}
-    return Job(**(values | changes))
+    return EngineJob(**(values | changes))
 
 
 def test_batches_of_engines_that_cannot_join_and_leave():
@@ -158,18 +160,18 @@ def test_the_floor_counts_weights_rows_and_products():
 def test_prompts_are_the_same_everywhere_and_fit(tmp_path):
     places = Places(tmp_path, tmp_path, tmp_path)
     workload = Workload(**WORKLOAD, kv_share=0.5)
-    work = make_work(workload, None, places, 1)
-    again = make_work(workload, None, places, 1)
+    work = prepare_workload(workload, None, places, 1)
+    again = prepare_workload(workload, None, places, 1)
     assert work.prompts == again.prompts
     assert work.prompt_lens == [8, 8]
     assert work.kv_need_bytes == 2 * 11 * 2 * (2 * 2 * 32 * 2)
     assert work.kv_budget_bytes == work.kv_need_bytes // 2
     ragged = replace(workload, prompt_len=None, prompts="x.txt", batch=1)
-    work = make_work(ragged, ("one", "two words and more"), places, 1)
+    work = prepare_workload(ragged, ("one", "two words and more"), places, 1)
     assert 0 < work.prompt_lens[0] < work.prompt_lens[1]
     assert work.kv_need_bytes == (work.prompt_lens[1] + 3) * 2 * (2 * 2 * 32 * 2)
     with pytest.raises(InputError, match="has a sequence of 608 tokens, llama-tiny has 512 positions"):
-        make_work(replace(workload, output_len=600), None, places, 1)
+        prepare_workload(replace(workload, output_len=600), None, places, 1)
 
 
 def test_waiting_for_a_quiet_machine_ends():
@@ -191,38 +193,26 @@ def test_time_of_a_process_below_that_still_runs_is_not_that_of_others():
 
 def a_record(run, rates, workload="w", others=0.0):
     return [
-        {
-            "kind": "run",
-            "cell": f"{run} {workload} {number}",
-            "workload": {"name": workload},
-            "run": run,
-            "status": "ran",
-            "others_share": others,
-            "figures": {
-                "tokens_per_s": rate,
-                "decode_tokens_per_s": None,
-                "wall_s": 100 / rate,
-                "first_token_median_s": 1.0,
-                "peak_rss_bytes": 2**30,
-            },
-            "floor": Floor(0.25, 0.25, 0.5, 0.25, 1e9).record(),
-        }
+        run_record(run, rate=rate, wall_s=100 / rate, workload=workload, others_share=others, cell=f"{run} {number}")
         for number, rate in enumerate(rates)
     ]
 
 
-FAILED = {"kind": "run", "cell": "f", "workload": {"name": "w"}, "run": "f", "status": "failed", "reason": "why"}
-FAILED |= {"others_share": 0.0}
+def write(path, records):
+    path.write_bytes(b"".join(line_of(record.line()) for record in records))
+
+
+FAILED = run_record("f", status="failed", reason="why")
 
 
 def test_ratios_say_whether_they_are_more_than_chance():
     records = a_record("a", [10, 11, 12]) + a_record("b", [20, 21, 29]) + a_record("c", [9, 11.5, 30])
-    a, b, c = lines_of(records)["w"]
+    a, b, c = series_of(records)["w"]
     assert ratio(b, a).value == 21 / 11
     assert ratio(b, a).certain is True
     assert ratio(a, b).certain is True
     assert ratio(c, a).certain is False
-    [once] = lines_of(a_record("d", [40, 41]))["w"]
+    [once] = series_of(a_record("d", [40, 41]))["w"]
     assert ratio(once, a).certain is None
     assert a.floor_share == pytest.approx(11 / 100)
     assert [base.run for _, base in pairs([FAILED, *records], None)["w"]] == ["a"] * 4
@@ -232,8 +222,8 @@ def test_ratios_say_whether_they_are_more_than_chance():
 def test_comparison_and_figure_of_files(tmp_path, capsys):
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     records = [*a_record("a", [10, 11, 12]), *a_record("b", [20, 22, 24], others=0.2), FAILED]
-    first.write_text("".join(json.dumps(record) + "\n" for record in records))
-    second.write_text("".join(json.dumps(record) + "\n" for record in a_record("b", [10, 11, 12])))
+    write(first, records)
+    write(second, a_record("b", [10, 11, 12]))
     assert main(["bench", "compare", str(first)]) == 0
     out, err = capsys.readouterr()
     assert "2.00x" in {word for line in out.splitlines() if line.endswith("x  ") for word in line.split()}
@@ -253,8 +243,8 @@ def test_comparison_and_figure_of_files(tmp_path, capsys):
 
 DRIVER = """
 import sys
-from measured import Clock, Job, finish, unavailable
-job = Job.read()
+from measured import Clock, EngineJob, finish, unavailable
+job = EngineJob.read()
 if job.options["cache"] == "static":
     sys.exit("TypeError: no such cache")
 if job.options["cache"] == "offloaded":
@@ -293,20 +283,20 @@ def test_an_experiment_from_its_file_to_its_records(tmp_path, capsys, monkeypatc
     told = capsys.readouterr().err
     assert "[6/6] w, gpu: unavailable: FlexGen" in told
     assert measured == ["w"] * 3, "before, and after each that ran"
-    records = {record["run"]: record for record in read_runs(output)}
+    records = {record.run: record for record in read_runs(output)}
     statuses = {"ours": "ran", "dynamic": "ran", "static": "failed", "offloaded": "unavailable", "gone": "missing"}
-    assert {run: records[run]["status"] for run in statuses} == statuses
-    assert records["static"]["reason"] == "exit status 1: TypeError: no such cache"
-    assert records["gone"]["reason"].endswith("make peer-vllm")
+    assert {run: records[run].status for run in statuses} == statuses
+    assert records["static"].reason == "exit status 1: TypeError: no such cache"
+    assert records["gone"].reason.endswith("make peer-vllm")
     ours = records["ours"]
-    assert ours["notes"][0] == "bfloat16 weights, bfloat16 KV rows"
-    assert ours["notes"][-1] == "no prefetching"
-    assert ours["details"]["kv_peak_bytes"] <= ours["kv_budget_bytes"] == ours["kv_need_bytes"] // 2
-    assert ours["details"]["stored_rows"] > 0
-    assert records["dynamic"]["notes"] == [str(ours["kv_budget_bytes"])]
-    assert ours["figures"]["tokens_per_s"] == pytest.approx(8 / ours["figures"]["wall_s"])
-    assert ours["floor"]["wall_s"] == ours["floor"]["prefill_s"] + ours["floor"]["decode_s"]
-    assert ours["stamp"]["num_threads"] == 1
+    assert ours.notes[0] == "bfloat16 weights, bfloat16 KV rows"
+    assert ours.notes[-1] == "no prefetching"
+    assert ours.details["kv_peak_bytes"] <= ours.kv_budget_bytes == ours.kv_need_bytes // 2
+    assert ours.details["stored_rows"] > 0
+    assert records["dynamic"].notes == (str(ours.kv_budget_bytes),)
+    assert ours.figures.tokens_per_s == pytest.approx(8 / ours.figures.wall_s)
+    assert ours.floor.wall_s == ours.floor.prefill_s + ours.floor.decode_s
+    assert ours.stamp.num_threads == 1
     # What ran or cannot run is not tried again; what failed, or was missing, is.
     assert main([*words, *folders, "--only", "dynamic", "static", "gone"]) == 0
     told = capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,29 +11,21 @@ import tables
 from table_blocks import engines, kernels, machine
 from tables import BLOCKS, filled
 
-from alisa.lab.bench.floor import Floor
+from alisa.records.jsonl import line_of
+from alisa.records.schema import Floor
+from tests.run_records import STAMP, run_record
 
-FIGURES = {"tokens_per_s": 123.4, "decode_tokens_per_s": None, "wall_s": 10.0, "first_token_median_s": 1.234}
-FIGURES |= {"first_token_last_s": 2.0, "peak_rss_bytes": 3 * 2**30}
+FLOOR = Floor(1.0, 2.0, 5.0, 1.0, 3e10)
 
 
-def record(run, *, rate=10.0, others=0.0, date="2026-01-01T00:00", cell=None, **more):
-    return {
-        "kind": "run",
-        "cell": cell or run,
-        "experiment": "paper",
-        "workload": {"name": "w", "dtype": "bfloat16", "prompt_len": 8, "output_len": 4, "num_sequences": 2},
-        "run": run,
-        "engine": "alisa" if run.startswith("ours") else "vllm",
-        "status": "ran",
-        "stamp": {"date": date, "cpu": "CPU X", "num_threads": 2},
-        "others_share": others,
-        "kv_need_bytes": 2**30,
-        "kv_budget_bytes": 2**28,
-        "figures": FIGURES | {"tokens_per_s": rate},
-        "floor": Floor(1.0, 2.0, 5.0, 1.0, 3e10).record(),
-        "versions": {"torch": "2.13"},
-    } | more
+def record(run, *, others=0.0, date="2026-01-01T00:00", cell=None, floor=FLOOR, **more):
+    stamp = replace(STAMP, date=date)
+    return run_record(run, others_share=others, cell=cell or run, stamp=stamp, floor=floor, **more)
+
+
+def write_runs(path, records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"".join(line_of(record.line()) for record in records))
 
 
 def write(path, records):
@@ -51,10 +44,9 @@ def test_nothing_stands_where_nothing_was_measured(tmp_path):
 
 def test_engines_side_by_side(tmp_path):
     failed = record("gone", status="failed", reason="why")
-    del failed["figures"], failed["floor"]
     again = record("ours", rate=123.4, others=0.3, date="2026-02-01T00:00")
-    write(tmp_path / "runs" / "a.jsonl", [again, record("other", rate=20.0), failed])
-    write(tmp_path / "runs" / "b.jsonl", [record("ours", rate=1.0)])  # an older record of the same cell
+    write_runs(tmp_path / "runs" / "a.jsonl", [again, record("other", rate=20.0), failed])
+    write_runs(tmp_path / "runs" / "b.jsonl", [record("ours", rate=1.0)])  # an older record of the same cell
     text = engines("paper")(tmp_path)
     assert text.splitlines()[4:6] == [
         "| **ours** \\* | 123 |  | 1.23 s | 3.0 GiB | 80 % |",
@@ -82,7 +74,7 @@ def test_kernels(tmp_path):
 
 def test_a_document_that_says_something_else_is_noticed(tmp_path):
     (tmp_path / "results").mkdir()
-    write(tmp_path / "results" / "runs" / "a.jsonl", [record("ours")])
+    write_runs(tmp_path / "results" / "runs" / "a.jsonl", [record("ours")])
     page = tmp_path / "page.md"
     page.write_text("<!-- benchmarks: all -->\n<!-- end -->\n")
 

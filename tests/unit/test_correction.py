@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alisa.lab.bench.trial import Trial, run_trial
+from alisa.lab.bench.uniform_batch import UniformBatch, run_uniform_batch
 from alisa.model.loader import random_decoder
 from alisa.outputs import Medium
 from alisa.planner.cost import CostModel
@@ -95,11 +95,11 @@ def test_a_step_priced_after_the_correction_costs_what_was_observed():
 
 def test_a_trial_runs_what_it_says(tmp_path):
     decoder = random_decoder(small_spec(), torch.float32, torch.device("cpu"), 0)
-    run = run_trial(Trial("swa", 3, 12, 6, kv_dtype="float32", cap=0.8), decoder, tmp_path)
+    run = run_uniform_batch(UniformBatch("swa", 3, 12, 6, kv_dtype="float32", cap=0.8), decoder, tmp_path)
     assert run.memory.scheduler.uses_tiers
     assert run.memory.limits.device_tokens < 3 * 17
     assert sum(record.num_tokens for record in run.records if record.prefill) == 3 * 12
     assert sum(record.num_tokens for record in run.records if not record.prefill) == 3 * 5
-    whole = run_trial(Trial("dense", 1, 12, 2, kv_dtype="float32"), decoder, tmp_path)
+    whole = run_uniform_batch(UniformBatch("dense", 1, 12, 2, kv_dtype="float32"), decoder, tmp_path)
     assert not whole.memory.scheduler.uses_tiers
     assert list(tmp_path.iterdir()) == []

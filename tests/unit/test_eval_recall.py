@@ -1,4 +1,4 @@
-"""Recall tasks: what the texts say, where the answers are, and that forgetting shows."""
+"""RecallEvaluation tasks: what the texts say, where the answers are, and that forgetting shows."""
 
 import sys
 from pathlib import Path

@@ -6,8 +6,8 @@ import pytest
 
 from alisa import LLM
 from alisa.errors import InputError
-from alisa.lab.eval.measurement import Measurement, measure_cells
-from alisa.lab.eval.record_file import RecordFile
+from alisa.lab.eval.measurement import UnitResults, measure_cells
+from alisa.lab.eval.record_file import RecordFile, eval_record
 from alisa.lab.eval.statistics import difference, mean
 from alisa.lab.eval.subject import BASELINE, Subject, Variant, variants
 from alisa.lab.eval.tables import tables
@@ -27,7 +27,7 @@ class Counting:
 
     def measure(self, subject, variant):
         self.ran.append(variant)
-        return Measurement([1.0, 1.0] if variant == BASELINE else [1.0, variant.sparsity], {"extra": 1})
+        return UnitResults([1.0, 1.0] if variant == BASELINE else [1.0, variant.sparsity], {"extra": 1})
 
     def value(self, units):
         return mean(units)
@@ -54,12 +54,12 @@ def test_cells_are_measured_once_and_compared_with_dense(subject, tmp_path):
     path = tmp_path / "cells.jsonl"
     with RecordFile(path) as file:
         records = list(measure_cells(subject, Counting(), CHOSEN, file))
-    assert [json.loads(line) for line in path.read_text().splitlines()] == records
-    swa = next(r for r in records if (r["policy"], r["sparsity"], r["kv_dtype"]) == ("swa", 0.5, "int8"))
-    assert (swa["value"], swa["standard_error"]) == (0.75, 0.25)
-    assert (swa["versus_dense"], swa["versus_dense_error"]) == (-0.25, 0.25)
-    assert (swa["kv_token_bytes"], swa["extra"]) == (4 * 2 * (64 + 4) * 2, 1)
-    assert swa["policy_token_bytes"] > 0
+    assert [eval_record(json.loads(line)) for line in path.read_text().splitlines()] == records
+    swa = next(r for r in records if (r.policy, r.sparsity, r.kv_dtype) == ("swa", 0.5, "int8"))
+    assert (swa.value, swa.standard_error) == (0.75, 0.25)
+    assert (swa.versus_dense, swa.versus_dense_error) == (-0.25, 0.25)
+    assert (swa.kv_token_bytes, swa.details["extra"]) == (4 * 2 * (64 + 4) * 2, 1)
+    assert swa.policy_token_bytes > 0
 
     again, other = Counting(), Counting(seed=1)
     with RecordFile(path) as file:
@@ -78,7 +78,7 @@ def test_a_resumed_run_pairs_with_the_baseline_of_the_first(subject, tmp_path):
     with RecordFile(path) as file:
         records = list(measure_cells(subject, resumed, CHOSEN[:3], file))
     assert resumed.ran == list(CHOSEN[1:3])
-    assert [record["versus_dense"] for record in records] == [0.0, -0.5, -0.25]
+    assert [record.versus_dense for record in records] == [0.0, -0.5, -0.25]
 
 
 def test_a_shortened_baseline_is_refused_in_a_sentence(subject, tmp_path):
@@ -111,11 +111,18 @@ def test_a_torn_line_is_cut_off_and_foreign_files_are_refused(subject, tmp_path)
         assert path.read_text() == content
 
 
-def test_a_full_disk_is_one_sentence():
-    with RecordFile(None) as file:
-        file.append({"cell": "a"})
-        assert file.get("a") == {"cell": "a"}
-        assert file.get("b") is None
+def test_a_figure_that_is_no_number_is_one_sentence(subject, tmp_path):
+    class Broken(Counting):
+        def measure(self, subject, variant):
+            return UnitResults([float("nan"), 1.0], {})
+
+    path = tmp_path / "cells.jsonl"
+    with (
+        RecordFile(path) as file,
+        pytest.raises(InputError, match="its value is nan, and JSON has finite numbers only"),
+    ):
+        list(measure_cells(subject, Broken(), CHOSEN[:1], file))
+    assert path.read_bytes() == b""
 
 
 def test_tables_have_a_row_for_each_policy_and_a_column_for_each_sparsity(subject):

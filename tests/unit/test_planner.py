@@ -14,14 +14,15 @@ from alisa.outputs import Medium
 from alisa.planner.baselines import Baselines
 from alisa.planner.cost import CostModel
 from alisa.planner.footprint import kv_token_bytes, policy_bytes, weight_bytes
-from alisa.planner.hardware import Hardware, from_values, interpolate, load_hardware
+from alisa.planner.hardware import Hardware, interpolate
 from alisa.planner.load import Method
 from alisa.planner.presets import PRESETS
-from alisa.planner.saved import load_profile, save_profile
+from alisa.planner.saved import load_hardware, load_profile, save_profile
 from alisa.planner.search import Grid, _Pricer, search
 from alisa.planner.shapes import SHAPES
 from alisa.planner.simulate import Room, Workload, room_for, simulate, simulate_uniform
 from alisa.policy.registry import make_policy
+from alisa.records.structure import structure
 from alisa.scheduler.placement.base import Limits, Tier
 from alisa.scheduler.placement.three_phase import Schedule, ThreePhase
 from tests.specs import small_spec
@@ -177,8 +178,8 @@ def test_a_machine_survives_json(tmp_path):
     path.write_text('{"name": "x"}')
     with pytest.raises(InputError, match="does not describe a machine"):
         load_hardware(path)
-    with pytest.raises(TypeError, match="overlap"):
-        from_values(Hardware, dataclasses.asdict(PRESETS["h200"]) | {"overlap": "much"})
+    with pytest.raises(InputError, match="overlap is 'much', a number is needed"):
+        structure(Hardware, dataclasses.asdict(PRESETS["h200"]) | {"overlap": "much"})
 
 
 def test_a_profile_with_another_stamp_is_not_used(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from alisa.cache.offload.tiers import HostTier
 from alisa.cache.offload.transfer import CopyStream, DeviceBuffer, HostBuffer, Transfers, transfer_buffers
 from alisa.engine.builder import Caps
-from alisa.lab.bench.session import Setting, run_batch
+from alisa.lab.bench.session import RunSpec, run_batch
 from alisa.lab.bench.shapes import SHAPES
 from alisa.model.loader import random_decoder
 from alisa.planner.footprint import kv_token_bytes
@@ -100,7 +100,7 @@ def test_rows_in_main_memory_give_the_same_tokens(device, policy, dtype):
 
     def tokens(share):
         caps = Caps(int(share * need), 0 if share == 1 else 2 * need, 0, None)
-        setting = Setting(policy=policy, sparsity=0.6, kv_dtype=dtype, caps=caps, max_batch=3)
+        setting = RunSpec(policy=policy, sparsity=0.6, kv_dtype=dtype, caps=caps, max_batch=3)
         ran = run_batch(decoder, setting, prompts, 40)
         assert (ran.details()["host_peak_bytes"] > 0) == (share < 1)
         return ran.outputs

@@ -20,7 +20,7 @@ from alisa.lab.bench.cases import CASES, DEFAULT_CASES
 from alisa.lab.bench.others import QUIET_SHARE
 
 if TYPE_CHECKING:
-    from alisa.lab.bench.contest import Outcome, Role
+    from alisa.lab.bench.case import Outcome, Role
 
 _EVERY = "all"
 
@@ -29,7 +29,7 @@ _EVERY = "all"
 class BenchKernels:
     """Time the native CPU kernels against torch, and against the memory they must read.
 
-    Every contender of a case runs once in each round, so that a slow moment of the machine meets all of them; figures
+    Every candidate of a case runs once in each round, so that a slow moment of the machine meets all of them; figures
     are medians, with the quartiles in brackets, and ratios are against the fastest way that torch has. GB/s count only
     what must be read and written. A case takes up to 4 GB of memory. For instance:
       alisa bench kernels
@@ -67,10 +67,10 @@ class BenchKernels:
     def run(self) -> int:
         """Do it; returns the exit status."""
         from alisa.lab.bench.kernels import make_kernels, make_record, run_case
-        from alisa.lab.bench.stamp import Stamp
+        from alisa.lab.bench.stamp import current_stamp
 
         kernels = make_kernels(None if self.isa == "auto" else self.isa)
-        stamp = Stamp.now()
+        stamp = current_stamp()
         outcomes: dict[str, Outcome] = {}
         with _appending(self.output) if self.output else nullcontext() as file:
             for number, name in enumerate(self.names, 1):
@@ -104,13 +104,13 @@ def _appending(path: Path) -> TextIO:
 
 def kernels_table(outcomes: Mapping[str, Outcome]) -> Table:
     """One line for each case; of the rivals that were measured, how many times longer they take than the kernel."""
-    from alisa.lab.bench.contest import Role
+    from alisa.lab.bench.case import Role
 
     rivals = {
         Role.DENSE: "dense SDPA",
         Role.GATHER: "gather + SDPA",
         Role.PACKED: "torch bf16",
-        Role.TWIN: "torch reference",
+        Role.REFERENCE: "torch reference",
     }
     measured = {timing.role for outcome in outcomes.values() for timing in outcome.timings.values()}
     shown = [role for role in rivals if role in measured]
@@ -132,7 +132,7 @@ def kernels_table(outcomes: Mapping[str, Outcome]) -> Table:
 
 
 def _rival(outcome: Outcome, role: Role) -> str:
-    """The best contender in this role: its time, and the factor to the kernel's."""
+    """The best candidate in this role: its time, and the factor to the kernel's."""
     best, factor = outcome.fastest(role), outcome.speedup(role)
     return "-" if best is None or factor is None else f"{_milliseconds(best[1].median_s)} {factor:5.1f}x"
 

@@ -20,9 +20,9 @@ from alisa.errors import InputError
 from alisa.lab.bench.others import QUIET_SHARE, wait_for_quiet
 
 if TYPE_CHECKING:
-    from alisa.lab.bench.compare import Line, Ratio
+    from alisa.lab.bench.compare import Ratio, RunSeries
     from alisa.lab.bench.experiment import Experiment, Workload
-    from alisa.lab.bench.suite import Record
+    from alisa.records.schema import RunRecord
 
 _DONE = ("ran", "unavailable")
 """Statuses that --resume does not try again."""
@@ -84,13 +84,14 @@ class BenchRun:
             return stop_status(stop)
 
     def _measure(self, experiment: Experiment, workloads: set[str]) -> int:
-        from alisa.lab.bench.suite import Places, make_work, measure, measure_floor
-        from alisa.lab.eval.record_file import RecordFile
+        from alisa.lab.bench.compare import RUN_LINES
+        from alisa.lab.bench.suite import Places, measure, measure_floor, prepare_workload
         from alisa.machine import num_cpus
+        from alisa.records.jsonl import JsonlFile
 
         places = Places(self.drivers, self.environments, self.models)
         threads = self.threads or max(1, int(num_cpus()))
-        with RecordFile(self.output, "alisa bench run") as file:
+        with JsonlFile(self.output, RUN_LINES, lock=True) as file:
             todo = [
                 measurement
                 for measurement in experiment.measurements(self.only)
@@ -102,13 +103,13 @@ class BenchRun:
                 workload = measurement.workload
                 if work is None or work.workload != workload:
                     say(f"{workload.name}: model, prompts and floor")
-                    work = make_work(workload, texts[workload.name], places, threads)
+                    work = prepare_workload(workload, texts[workload.name], places, threads)
                     self._wait()
                     speeds = measure_floor(work)
                 assert speeds is not None, "measured with the work"
                 self._wait()
                 record, speeds = measure(measurement, work, speeds, places)
-                file.append(record)
+                file.append(record.line())
                 if self.output is None:
                     _write_line(record)
                 say(f"[{number}/{len(todo)}] {workload.name}, {measurement.run.name}: {_told(record)}")
@@ -133,21 +134,22 @@ def _texts(workload: Workload) -> tuple[str, ...] | None:
     return tuple(texts)
 
 
-def _write_line(record: Record) -> None:
-    sys.stdout.write(to_json(record) + "\n")
+def _write_line(record: RunRecord) -> None:
+    from alisa.records.jsonl import line_of
+
+    sys.stdout.write(line_of(record.line()).decode())
     sys.stdout.flush()
 
 
-def _told(record: Record) -> str:
+def _told(record: RunRecord) -> str:
     """One measurement in a few words."""
-    if record["status"] != "ran":
-        return f"{record['status']}: {record['reason']}"
-    figures = record["figures"]
-    share = record["floor"]["wall_s"] / figures["wall_s"]
-    busy = f", others took {record['others_share']:.0%}" if record["others_share"] > QUIET_SHARE else ""
+    figures, floor, others = record.figures, record.floor, record.others_share or 0.0
+    if figures is None or floor is None:
+        return f"{record.status}: {record.reason}"
+    busy = f", others took {others:.0%}" if others > QUIET_SHARE else ""
     return (
-        f"{figures['tokens_per_s']:.1f} tokens/s, {share:.0%} of the floor's, first token after "
-        f"{figures['first_token_median_s']:.2f} s, {figures['peak_rss_bytes'] / 2**30:.1f} GiB{busy}"
+        f"{figures.tokens_per_s:.1f} tokens/s, {floor.wall_s / figures.wall_s:.0%} of the floor's, first token after "
+        f"{figures.first_token_median_s:.2f} s, {figures.peak_rss_bytes / 2**30:.1f} GiB{busy}"
     )
 
 
@@ -197,7 +199,7 @@ class BenchCompare:
         return 0
 
 
-def _cells(line: Line, against: Ratio | None) -> tuple[str, ...]:
+def _cells(line: RunSeries, against: Ratio | None) -> tuple[str, ...]:
     rates = line.values("tokens_per_s")
     first, peak, decode = (line.median(n) for n in ("first_token_median_s", "peak_rss_bytes", "decode_tokens_per_s"))
     floor = line.floor_share
@@ -235,7 +237,7 @@ class BenchPlot:
 
         path = self.output or self.file.with_suffix(".svg")
         refuse_same_file({"The file of records": self.file, "the figure": path})
-        records = [record for record in read_runs(self.file) if record["status"] == "ran"]
+        records = [record for record in read_runs(self.file) if record.figures is not None]
         if not records:
             raise InputError(f"{self.file} has no run with figures.")
         save(draw_runs(records), path)

@@ -192,9 +192,8 @@ def find_hardware(name: str) -> Hardware:
     """
     from dataclasses import replace
 
-    from alisa.planner.hardware import load_hardware
     from alisa.planner.presets import PRESETS
-    from alisa.planner.saved import load_profile
+    from alisa.planner.saved import load_hardware, load_profile
 
     if name in PRESETS:
         return PRESETS[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
 
@@ -22,6 +22,7 @@ from alisa.errors import InputError
 if TYPE_CHECKING:
     from alisa.lab.eval.measurement import Evaluation
     from alisa.lab.eval.subject import Subject
+    from alisa.records.schema import EvalRecord
 
 _DEFAULT = EngineConfig()
 _T = TypeVar("_T", bound=str)
@@ -95,7 +96,7 @@ def run_sweep(
         AlisaError: something the caller can mend; cells finished until then are kept.
     """
     from alisa.lab.eval.measurement import measure_cells
-    from alisa.lab.eval.record_file import RecordFile
+    from alisa.lab.eval.record_file import RecordFile, eval_line
     from alisa.lab.eval.subject import variants
     from alisa.lab.eval.tables import tables
 
@@ -105,7 +106,7 @@ def run_sweep(
             subject = load_subject(options, progress)
         evaluations = make_evaluations(subject)
         chosen = variants(options.policies, options.sparsities, options.kv_dtypes)
-        records: list[Mapping[str, object]] = []
+        records: list[EvalRecord] = []
         with _cell_bar(show=show) as bar:
             task = bar.add_task(name, total=len(evaluations) * len(chosen))
             for evaluation in evaluations:
@@ -118,7 +119,7 @@ def run_sweep(
         console.print(table.title, soft_wrap=True)
         console.print(_drawn(table.header, table.rows), "")
     if display.json:
-        slim = [{key: value for key, value in record.items() if key != "units"} for record in records]
+        slim = [eval_line(replace(record, units=None)) for record in records]
         record = {"command": f"eval {name}", "cells": slim, "output": str(options.output) if options.output else None}
         sys.stdout.write(to_json(record) + "\n")
     return 0

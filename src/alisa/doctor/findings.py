@@ -189,7 +189,7 @@ def _huge_pages(facts: Facts) -> Finding:
 
 
 def _extras(facts: Facts) -> Finding:
-    # Triton has its place beside the GPU.
+    # Triton is listed with the GPU.
     there = [f"{name} {version}" for name, version in facts.extras.items() if version and name != "triton"]
     missing = [name for name, version in facts.extras.items() if not version and name != "triton"]
     text = ", ".join(there) or "none"

@@ -75,7 +75,7 @@ class Scorer:
     kv_cap_bytes: int
     """Hard cap of the rows and the policy's state held at once."""
     max_batch: int
-    """Items decoded together at the most."""
+    """Most items that are decoded together."""
     prefill_chunk: int
 
     @classmethod

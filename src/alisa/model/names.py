@@ -24,7 +24,7 @@ def layer_name(layer: int, part: str) -> str:
 
 
 def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Part -> shape of every tensor of one layer."""
+    """Name -> shape of every tensor of one layer."""
     shapes: dict[str, Shape] = {}
 
     def norm(name: str) -> None:

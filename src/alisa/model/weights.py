@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alisa.errors import ModelError
-from alisa.model.families.family import Family, Part
+from alisa.model.families.family import Family, WeightPiece
 from alisa.model.names import Shape, layer_name, layer_shapes, model_shapes
 from alisa.model.pages import page_tensor
 from alisa.model.safetensors_file import SafetensorsFile
@@ -133,7 +133,7 @@ class CheckpointSource:
         self._checkpoint = checkpoint
         self._spec = spec
         self._names = {family.canonical(name): name for name in checkpoint.names}
-        self._parts: dict[str, tuple[Part, ...]] = {}
+        self._parts: dict[str, tuple[WeightPiece, ...]] = {}
         for name in model_shapes(spec):
             self._parts[name] = family.model_parts[name]
         for layer in range(spec.num_layers):
@@ -178,7 +178,7 @@ class CheckpointSource:
             raise self._misshapen(parts, name, shape)
         return joined
 
-    def _take(self, part: Part, name: str, shape: Shape) -> Tensor:
+    def _take(self, part: WeightPiece, name: str, shape: Shape) -> Tensor:
         tensor = self._checkpoint.read(self._names[part.name])
         if part.take is None:
             return tensor
@@ -205,7 +205,7 @@ class CheckpointSource:
             f"{self._spec.num_layers} layers): {' and '.join(reasons)}; download the repository again."
         )
 
-    def _misshapen(self, parts: Sequence[Part], name: str, shape: Shape) -> ModelError:
+    def _misshapen(self, parts: Sequence[WeightPiece], name: str, shape: Shape) -> ModelError:
         originals = [self._names[part.name] for part in parts]
         found = ", ".join(f"{original} {list(self._checkpoint.shape(original))}" for original in originals)
         return ModelError(

@@ -44,7 +44,7 @@ class Baselines:
         dtype: of arithmetic and rows.
         hardware: where.
         workload: all of the work.
-        overlap: whether transfers run beside the arithmetic where a system does that.
+        overlap: whether transfers overlap with the arithmetic where a system does that.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Baselines:
         return Baseline("all-device", self._seconds(cost), note, cost)
 
     def static_split(self) -> Baseline:
-        """As FlexGen: a fixed share of every sequence lies below and is read in every step, beside the arithmetic.
+        """As FlexGen: a fixed share of every sequence lies below and is read in every step, while the arithmetic runs.
 
         The best share is the smallest that fits, because FlexGen allocates its store for the final length; attention
         runs on the device. The whole batch runs in one wave.
@@ -98,7 +98,7 @@ class Baselines:
     def whole_layers(self) -> Baseline:
         """As Accelerate and transformers' offloaded cache: the rows of all layers but two lie below.
 
-        Every layer's come up whole in every step, beside the arithmetic of the layer before.
+        Every layer's come up whole in every step, during the arithmetic of the layer before.
         """
         rows, batch = self._workload.num_rows, self._workload.batch
         needed = batch * rows * self._token_bytes

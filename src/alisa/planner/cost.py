@@ -30,7 +30,7 @@ class StepCost:
     sampling_s: float = 0.0
     other_s: float = 0.0
     hidden_s: float = 0.0
-    """Of fetching and storing, what can run beside the arithmetic."""
+    """Of fetching and storing, what can run while the arithmetic runs."""
 
     @property
     def serial_s(self) -> float:

@@ -48,7 +48,7 @@ def remnant_row_bytes(spec: ModelSpec, dtype: str) -> int:
 
 
 def activation_bytes(spec: ModelSpec, dtype: str, batch: int, pass_tokens: int) -> int:
-    """The most that is held beside weights and rows: one layer's values of a pass, or the logits of the batch.
+    """The most that is held in addition to weights and rows: one layer's values of a pass, or the logits of the batch.
 
     A layer holds the residual sum, its norm, q, k, v, the attention output and the widened MLP at the same time.
     """

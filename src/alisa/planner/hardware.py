@@ -1,23 +1,14 @@
 """What a machine can do, as numbers: fitted by `alisa profile` or written down for one that is not here.
 
 Every part of a step has the same few forms: seconds for a call, for a row, for a byte. A profile and a preset differ in
-where the numbers come from only; `load_hardware` reads both from JSON.
+where the numbers come from only; `alisa.planner.saved` reads both from JSON.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, log
-from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from alisa.errors import InputError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +23,7 @@ class Gemm:
     """
 
     def seconds(self, rows: float, num_weights: float) -> float:
-        """Time for `rows` rows and a weight of so many numbers."""
+        """Time for `rows` rows and a weight of `num_weights` numbers."""
         sizes = tuple((size, interpolate(points, max(rows, 1))) for size, points in self.curves)
         return self.call_s + num_weights * interpolate(sizes, min(num_weights, sizes[-1][0]))
 
@@ -81,7 +72,7 @@ class Link:
     bytes_per_s: float
 
     def seconds(self, rows: float, row_bytes: float, calls: float = 1) -> float:
-        """Time for so many rows, fewer than one if there are none in most steps."""
+        """Time for this many rows, fewer than one if there are none in most steps."""
         return min(calls, rows) * self.call_s + rows * (self.row_s + row_bytes / self.bytes_per_s) if rows > 0 else 0.0
 
 
@@ -129,7 +120,7 @@ class Hardware:
     logit_s: float
     """Choosing a token: for each number of the logits."""
     overlap: float
-    """Share of the transfers that can run beside the arithmetic: 1 with a copy engine, 0 where the cores copy."""
+    """Share of the transfers that can overlap with the arithmetic: 1 with a copy engine, 0 where the cores copy."""
     write_overlap: float
     """The same for rows that go down while others decode, which nobody waits for."""
 
@@ -143,62 +134,3 @@ def interpolate(points: tuple[tuple[float, float], ...], x: float) -> float:
             share = log(x / x0) / log(x1 / x0)
             return exp(log(y0) + share * log(y1 / y0))
     return points[-1][1] * x / points[-1][0]
-
-
-def load_hardware(path: Path) -> Hardware:
-    """The machine that a file describes.
-
-    Raises:
-        InputError: the file is missing or not such a description.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}.") from error
-    try:
-        # What `alisa profile` writes holds the machine beside its stamp.
-        return from_values(Hardware, values["hardware"] if values.get("kind") == "profile" else values)
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{path} does not describe a machine ({error}); `alisa profile --output` writes one."
-        ) from error
-
-
-def from_values(kind: type[T], values: Any) -> T:  # noqa: ANN401 (what JSON gives)
-    """The value of this type that `dataclasses.asdict` and JSON have made `values` of.
-
-    Raises:
-        TypeError: something has another type or is missing.
-    """
-    return _build(kind, values, kind.__name__)
-
-
-def _build(kind: Any, values: Any, where: str) -> Any:  # noqa: ANN401 (any annotation, any JSON)
-    origin = get_origin(kind)
-    if is_dataclass(kind):
-        if not isinstance(values, Mapping):
-            raise TypeError(f"{where} is {values!r}")
-        hints = get_type_hints(kind)
-        unknown = sorted(set(values) - {field.name for field in fields(kind)})
-        if unknown:
-            raise TypeError(f"{where} does not know {', '.join(unknown)}")
-        return kind(**{name: _build(hints[name], value, name) for name, value in values.items()})
-    if origin is dict:
-        return {key: _build(get_args(kind)[1], value, key) for key, value in values.items()}
-    if origin is tuple:
-        inner = get_args(kind)
-        kinds = [inner[0]] * len(values) if inner[-1] is Ellipsis else inner
-        return tuple(_build(part, value, where) for part, value in zip(kinds, values, strict=True))
-    if origin is Literal:
-        if values not in get_args(kind):
-            raise TypeError(f"{where} is {values!r}, there is {', '.join(map(str, get_args(kind)))}")
-        return values
-    if origin in (Union, UnionType):
-        return None if values is None else _build(get_args(kind)[0], values, where)
-    if kind is float and isinstance(values, int | float) and not isinstance(values, bool):
-        return float(values)
-    if not isinstance(values, kind) or (kind is int and isinstance(values, bool)):
-        raise TypeError(f"{where} is {values!r}")
-    return values

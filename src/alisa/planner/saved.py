@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from alisa import __version__
 from alisa.errors import InputError
-from alisa.planner.hardware import Hardware, from_values
+from alisa.planner.hardware import Hardware
+from alisa.records.structure import structure
 
 
-def machine_stamp() -> dict[str, Any]:
+def machine_stamp() -> dict[str, str | int | None]:
     """What a profile depends on; a profile with another stamp is not used."""
     return {
         "cpu": _cpu_name(),
@@ -38,6 +39,16 @@ def profile_path() -> Path:
     return Path(base) / "alisa" / "profile.json"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileRecord:
+    """What a file of a profile holds."""
+
+    kind: Literal["profile"] = "profile"
+    stamp: dict[str, str | int | None]
+    date: str
+    hardware: Hardware
+
+
 def save_profile(hardware: Hardware, date: str, path: Path | None = None) -> Path:
     """Write a profile with the stamp of this machine; returns where.
 
@@ -45,10 +56,10 @@ def save_profile(hardware: Hardware, date: str, path: Path | None = None) -> Pat
         InputError: the file cannot be written, or none is named and this user has no home directory.
     """
     path = path or profile_path()
-    record = {"kind": "profile", "stamp": machine_stamp(), "date": date, "hardware": asdict(hardware)}
+    record = ProfileRecord(stamp=machine_stamp(), date=date, hardware=hardware)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(asdict(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}.") from error
     return path
@@ -57,12 +68,33 @@ def save_profile(hardware: Hardware, date: str, path: Path | None = None) -> Pat
 def load_profile(path: Path | None = None) -> Hardware | None:
     """The saved profile of this machine; None when there is none, or only one with another stamp."""
     try:
-        record = json.loads((path or profile_path()).read_text(encoding="utf-8"))
-        if record["stamp"] != machine_stamp():
-            return None
-        return from_values(Hardware, record["hardware"])
-    except (InputError, OSError, ValueError, KeyError, TypeError):
+        values = json.loads((path or profile_path()).read_text(encoding="utf-8"))
+        record = structure(ProfileRecord, values)
+    except (OSError, ValueError, InputError):
         return None
+    return record.hardware if record.stamp == machine_stamp() else None
+
+
+def load_hardware(path: Path) -> Hardware:
+    """The machine that a file describes: a profile with its stamp, or the machine alone.
+
+    Raises:
+        InputError: the file is missing or not such a description.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}.") from error
+    try:
+        if isinstance(values, dict) and values.get("kind") == "profile":
+            return structure(ProfileRecord, values).hardware
+        return structure(Hardware, values)
+    except InputError as error:
+        raise InputError(
+            f"{path} does not describe a machine ({error}); `alisa profile --output` writes one."
+        ) from error
 
 
 def _cpu_name() -> str:

@@ -148,7 +148,7 @@ class _Pricer:
         return candidate.seconds(overlap=self._overlap)
 
     def rank(self, candidate: Candidate) -> tuple[float, float]:
-        """Less is better: time to a microsecond, then what has to move behind the arithmetic."""
+        """Less is better: time to a microsecond, then what has to move while the arithmetic runs."""
         return round(self.seconds(candidate), 6), candidate.seconds(overlap=False)
 
     def price(self, workload: Workload, batch: int, method: Method, scheduler: PlacementPolicy) -> Candidate | None:

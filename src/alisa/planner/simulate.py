@@ -41,7 +41,7 @@ class Room:
     """Bytes for rows."""
 
     device_bytes: int
-    """On the device, beside weights, activations and what the policy keeps; below 0: not even they fit."""
+    """On the device, in addition to weights, activations and what the policy keeps; below 0: not even they fit."""
     below_bytes: int
 
     def limits(self, spec: ModelSpec, method: Method, scheduler: PlacementPolicy, workload: Workload) -> Limits:

@@ -1,5 +1,3 @@
-# Functions under @triton.jit are Triton's language, not Python's.
-# pyrefly: ignore-errors
 """New tokens become rows where they will stay: the bytes of `alisa.cache.codec`.
 
 A program takes one KV head of up to 16 tokens: a decode step has few tokens and many heads, a prompt many of both.
@@ -11,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alisa.kernels.triton.launch import launch, num_pieces
 from alisa.kernels.triton.quantise import divide, float16_above, float16_below, inverse_of, to_codes, within_float16
 from alisa.kernels.triton.rows import RowView
 from alisa.kernels.triton.settings import power_of_two, tile_rows
@@ -19,31 +18,34 @@ from alisa.spec import RowFormat
 
 @triton.jit
 def write_values(
-    source_ptrs,
-    value_ptrs,
-    columns,
-    live,
+    source_ptrs: tl.tensor,
+    value_ptrs: tl.tensor,
+    columns: tl.tensor,
+    live: tl.tensor,
     HEAD_LEN: tl.constexpr,
 ):
     """One head of K or of V of some tokens as floats; the pointers are those of each token's head."""
+    # pyrefly: ignore[bad-index]
     mask = live[:, None] & (columns < HEAD_LEN)[None, :]
     values = tl.load(source_ptrs[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    # pyrefly: ignore[missing-attribute]
     tl.store(value_ptrs[:, None] + columns[None, :], values.to(value_ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def write_codes(
-    source_ptrs,
-    code_ptrs,
-    pair_ptrs,
-    columns,
-    live,
+    source_ptrs: tl.tensor,
+    code_ptrs: tl.tensor,
+    pair_ptrs: tl.tensor,
+    columns: tl.tensor,
+    live: tl.tensor,
     HEAD_DIM: tl.constexpr,
     HEAD_LEN: tl.constexpr,
     PLANES: tl.constexpr,
 ):
     """One head of K or of V of some tokens as codes, with its scale and minimum."""
     NUM_STEPS: tl.constexpr = 2.0 ** (8 // PLANES) - 1.0
+    # pyrefly: ignore[bad-index]
     low_mask = live[:, None] & (columns < HEAD_LEN)[None, :]
     low = tl.load(source_ptrs[:, None] + columns[None, :], mask=low_mask, other=0.0).to(tl.float32)
     smallest = tl.min(tl.where(low_mask, low, float("inf")), axis=1)
@@ -62,24 +64,25 @@ def write_codes(
     inverse = inverse_of(scale)
     codes = to_codes(low, offset, inverse, NUM_STEPS)
     if PLANES == 2:
+        # pyrefly: ignore[unbound-name]
         codes |= tl.where(high_mask, to_codes(high, offset, inverse, NUM_STEPS), 0) << 4
     tl.store(code_ptrs[:, None] + columns[None, :], codes.to(tl.uint8), mask=low_mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def encode_rows(
-    k_ptr,
-    v_ptr,
-    values_ptr,
-    pairs_ptr,
-    slots_ptr,
-    num_tokens,
-    k_stride,
-    k_head_stride,
-    v_stride,
-    v_head_stride,
-    value_stride,
-    pair_stride,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    pairs_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    k_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    v_stride: tl.tensor,
+    v_head_stride: tl.tensor,
+    value_stride: tl.tensor,
+    pair_stride: tl.tensor,
     HEAD_DIM: tl.constexpr,
     HEAD_LEN: tl.constexpr,
     PLANES: tl.constexpr,
@@ -113,7 +116,7 @@ def launch_append(rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor,
     """K and V `[N, G, D]`, each head in one run, stand as rows at `slots` Int64[N]."""
     view = RowView.of(rows, row_format)
     tokens = min(16, tile_rows(row_format.head_dim))
-    encode_rows[(triton.cdiv(len(slots), tokens), row_format.num_kv_heads)](
+    launch(encode_rows, (num_pieces(len(slots), tokens), row_format.num_kv_heads))(
         k,
         v,
         view.values,

@@ -1,5 +1,3 @@
-# Functions under @triton.jit are Triton's language, not Python's.
-# pyrefly: ignore-errors
 """Attention of the query heads that share one head of K and V, over one split of the selected tokens.
 
 Rows are read once for the whole group. The group is padded to 16 heads, the least that a tensor core takes, and the
@@ -18,20 +16,20 @@ from alisa.kernels.triton.rows import LOWEST, high_plane, load_tile, low_plane
 
 @triton.jit(do_not_specialize=["num_slots"])
 def attend_group(
-    q_ptr,
-    values_ptr,
-    pairs_ptr,
-    slots_ptr,
-    counts_ptr,
-    scores_ptr,
-    outs_ptr,
-    tops_ptr,
-    totals_ptr,
-    value_stride,
-    pair_stride,
-    num_slots,
-    split_len,
-    scale,
+    q_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    pairs_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    scores_ptr: tl.tensor,
+    outs_ptr: tl.tensor,
+    tops_ptr: tl.tensor,
+    totals_ptr: tl.tensor,
+    value_stride: tl.tensor,
+    pair_stride: tl.tensor,
+    num_slots: tl.tensor,
+    split_len: tl.tensor,
+    scale: tl.tensor,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
@@ -94,6 +92,7 @@ def attend_group(
 
         scores = tl.dot(q_low, tl.trans(low_plane(k, PLANES)), input_precision="tf32x3")
         if PLANES == 2:
+            # pyrefly: ignore[unbound-name]
             scores += tl.dot(q_high, tl.trans(high_plane(k)), input_precision="tf32x3")
         if CODED:
             k_pair = pairs_ptr + slots * pair_stride + 2 * kv_head
@@ -112,10 +111,12 @@ def attend_group(
             v_pair = pairs_ptr + slots * pair_stride + 2 * (num_kv_heads + kv_head)
             step = tl.load(v_pair, mask=live, other=0.0).to(tl.float32)
             minimum = tl.load(v_pair + 1, mask=live, other=0.0).to(tl.float32)
+            # pyrefly: ignore[unbound-name]
             base = base * fade + tl.sum(weights * minimum[None, :], axis=1)
             weights *= step[None, :]
         low = low * fade[:, None] + tl.dot(weights, low_plane(v, PLANES), input_precision="tf32x3")
         if PLANES == 2:
+            # pyrefly: ignore[unbound-name]
             high = high * fade[:, None] + tl.dot(weights, high_plane(v), input_precision="tf32x3")
 
     parts = heads * num_splits + split
@@ -123,8 +124,10 @@ def attend_group(
     tl.store(totals_ptr + parts, total, mask=real)
     out_ptrs = outs_ptr + parts[:, None] * HEAD_DIM + columns[None, :]
     if CODED:
+        # pyrefly: ignore[unbound-name]
         low += base[:, None]
     tl.store(out_ptrs, low, mask=real[:, None] & (columns < HEAD_LEN)[None, :])
     if PLANES == 2:
         mask = real[:, None] & (HEAD_LEN + columns < HEAD_DIM)[None, :]
+        # pyrefly: ignore[unbound-name]
         tl.store(out_ptrs + HEAD_LEN, high + base[:, None], mask=mask)

@@ -1,5 +1,3 @@
-# Functions under @triton.jit are Triton's language, not Python's.
-# pyrefly: ignore-errors
 """Attention of a query head that has its K and V to itself, over one split of the selected tokens.
 
 A program walks through its split a block of tokens at a time. Each token of a block is a lane with an online softmax of
@@ -20,20 +18,20 @@ from alisa.kernels.triton.rows import LOWEST, high_plane, load_tile, low_plane
 
 @triton.jit(do_not_specialize=["num_slots"])
 def attend_single(
-    q_ptr,
-    values_ptr,
-    pairs_ptr,
-    slots_ptr,
-    counts_ptr,
-    scores_ptr,
-    outs_ptr,
-    tops_ptr,
-    totals_ptr,
-    value_stride,
-    pair_stride,
-    num_slots,
-    split_len,
-    scale,
+    q_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    pairs_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    scores_ptr: tl.tensor,
+    outs_ptr: tl.tensor,
+    tops_ptr: tl.tensor,
+    totals_ptr: tl.tensor,
+    value_stride: tl.tensor,
+    pair_stride: tl.tensor,
+    num_slots: tl.tensor,
+    split_len: tl.tensor,
+    scale: tl.tensor,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
@@ -91,6 +89,7 @@ def attend_single(
 
         scores = tl.sum(low_plane(k, PLANES) * q_low[None, :], axis=1)
         if PLANES == 2:
+            # pyrefly: ignore[unbound-name]
             scores += tl.sum(high_plane(k) * q_high[None, :], axis=1)
         if CODED:
             k_pair = pairs_ptr + slots * pair_stride + 2 * head
@@ -109,10 +108,12 @@ def attend_single(
             v_pair = pairs_ptr + slots * pair_stride + 2 * (NUM_HEADS + head)
             step = tl.load(v_pair, mask=live, other=0.0).to(tl.float32)
             minimum = tl.load(v_pair + 1, mask=live, other=0.0).to(tl.float32)
+            # pyrefly: ignore[unbound-name]
             base = base * fade + weights * minimum
             weights *= step
         low = low * fade[:, None] + weights[:, None] * low_plane(v, PLANES)
         if PLANES == 2:
+            # pyrefly: ignore[unbound-name]
             high = high * fade[:, None] + weights[:, None] * high_plane(v)
 
     best = tl.max(top, axis=0)
@@ -122,10 +123,12 @@ def attend_single(
     tl.store(totals_ptr + part, tl.sum(total * fade))
     out = tl.sum(low * fade[:, None], axis=0)
     if CODED:
+        # pyrefly: ignore[unbound-name]
         shift = tl.sum(base * fade)
         out += shift
     outs_ptr += part * HEAD_DIM
     tl.store(outs_ptr + columns, out, mask=columns < HEAD_LEN)
     if PLANES == 2:
+        # pyrefly: ignore[unbound-name]
         out = tl.sum(high * fade[:, None], axis=0) + shift
         tl.store(outs_ptr + HEAD_LEN + columns, out, mask=HEAD_LEN + columns < HEAD_DIM)

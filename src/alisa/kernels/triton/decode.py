@@ -1,5 +1,3 @@
-# Kernels are launched by a syntax that type checkers do not know.
-# pyrefly: ignore-errors
 """Decode attention in three launches: splits, their merge, and the mass.
 
 Flash decoding (Dao et al., pytorch.org/blog/flash-decoding, 2023) over rows addressed by slot. Deterministic: nothing
@@ -11,12 +9,12 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from alisa.kernels.base import Attended
 from alisa.kernels.triton.attend_group import attend_group
 from alisa.kernels.triton.attend_single import attend_single
+from alisa.kernels.triton.launch import launch, num_pieces
 from alisa.kernels.triton.mass import launch_mass
 from alisa.kernels.triton.merge import merge_splits
 from alisa.kernels.triton.rows import RowView
@@ -34,7 +32,7 @@ def launch_decode(q: Tensor, rows: Tensor, row_format: RowFormat, slots: Tensor,
     num_kv_heads = row_format.num_kv_heads
     group = num_heads // num_kv_heads
     settings = attend_settings(row_format, group)
-    num_splits = triton.cdiv(num_slots, settings.split_len)
+    num_splits = num_pieces(num_slots, settings.split_len)
     view = RowView.of(rows, row_format)
 
     scores = q.new_empty(num_seqs, num_heads, num_slots, dtype=torch.float32)
@@ -45,7 +43,7 @@ def launch_decode(q: Tensor, rows: Tensor, row_format: RowFormat, slots: Tensor,
     mass = q.new_empty(num_seqs, num_sets, num_slots, dtype=torch.float32)
 
     kernel = attend_single if group == 1 else attend_group
-    kernel[(num_splits, num_kv_heads, num_seqs)](
+    launch(kernel, (num_splits, num_kv_heads, num_seqs))(
         q,
         view.values,
         view.pairs,
@@ -73,7 +71,7 @@ def launch_decode(q: Tensor, rows: Tensor, row_format: RowFormat, slots: Tensor,
         num_warps=settings.num_warps,
     )
     width = power_of_two(head_dim)
-    merge_splits[(num_heads, num_seqs)](
+    launch(merge_splits, (num_heads, num_seqs))(
         outs,
         tops,
         totals,

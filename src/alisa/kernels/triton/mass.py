@@ -1,5 +1,3 @@
-# Functions under @triton.jit are Triton's language, not Python's.
-# pyrefly: ignore-errors
 """Attention weights summed over the heads of an index set, from the scores that attention left behind.
 
 A weight is known when the sum over all tokens is, that is after the last split. Reading K again would cost half of the
@@ -16,17 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alisa.kernels.triton.launch import launch, num_pieces
 from alisa.kernels.triton.settings import power_of_two
 
 
 @triton.jit(do_not_specialize=["width"])
 def sum_weights(
-    scores_ptr,
-    best_ptr,
-    inverse_ptr,
-    counts_ptr,
-    mass_ptr,
-    width,
+    scores_ptr: tl.tensor,
+    best_ptr: tl.tensor,
+    inverse_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    mass_ptr: tl.tensor,
+    width: tl.tensor,
     SET_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -62,7 +61,7 @@ def launch_mass(scores: Tensor, best: Tensor, inverse: Tensor, counts: Tensor, m
     num_seqs, num_sets, width = mass.shape
     set_heads = scores.shape[1] // num_sets
     block = 128
-    sum_weights[(triton.cdiv(width, block), num_sets, num_seqs)](
+    launch(sum_weights, (num_pieces(width, block), num_sets, num_seqs))(
         scores,
         best,
         inverse,

@@ -1,5 +1,3 @@
-# Functions under @triton.jit are Triton's language, not Python's.
-# pyrefly: ignore-errors
 """The mean of a sequence's values at the weight of what attention did not read: one launch in place of seven."""
 
 from __future__ import annotations
@@ -9,17 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alisa.kernels.triton.launch import launch
 from alisa.kernels.triton.settings import power_of_two
 
 
 @triton.jit
 def blend_head(
-    sums_ptr,
-    lanes_ptr,
-    lengths_ptr,
-    read_ptr,
-    shares_ptr,
-    out_ptr,
+    sums_ptr: tl.tensor,
+    lanes_ptr: tl.tensor,
+    lengths_ptr: tl.tensor,
+    read_ptr: tl.tensor,
+    shares_ptr: tl.tensor,
+    out_ptr: tl.tensor,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -36,6 +35,7 @@ def blend_head(
     share = tl.load(shares_ptr + head)
     read = tl.load(read_ptr + head * HEAD_DIM + columns, mask=real, other=0.0).to(tl.float32)
     out = tl.where(share >= 1.0, read, mean + share * (read - mean))
+    # pyrefly: ignore[missing-attribute]
     tl.store(out_ptr + head * HEAD_DIM + columns, out.to(out_ptr.dtype.element_ty), mask=real)
 
 
@@ -43,7 +43,7 @@ def launch_blend(sums: Tensor, lane_ids: Tensor, lengths: Tensor, out: Tensor, s
     """Output `[B, H, D]` as `SelectionKernels.mean_blend` describes it."""
     num_seqs, num_heads, head_dim = out.shape
     blended = torch.empty_like(out)
-    blend_head[(num_heads, num_seqs)](
+    launch(blend_head, (num_heads, num_seqs))(
         sums,
         lane_ids,
         lengths,

@@ -1,5 +1,3 @@
-# Functions under @triton.jit are Triton's language, not Python's.
-# pyrefly: ignore-errors
 """Partial softmaxes of the splits of a sequence become one.
 
 The maximum and the sum stay apart until the end: log(sum) + maximum would lose the sum where scores are large, and the
@@ -17,11 +15,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def merge_sums(tops_ptr, totals_ptr, num_parts, BLOCK: tl.constexpr):
+def merge_sums(tops_ptr: tl.tensor, totals_ptr: tl.tensor, num_parts: tl.tensor, BLOCK: tl.constexpr):
     """The maximum over parts, and the sum of exponentials relative to it."""
     lanes = tl.arange(0, BLOCK)
     tops = tl.full([BLOCK], LOWEST, tl.float32)
     totals = tl.zeros([BLOCK], tl.float32)
+    # pyrefly: ignore[bad-argument-type]
     for first in range(0, num_parts, BLOCK):
         parts = first + lanes
         live = parts < num_parts
@@ -36,16 +35,16 @@ def merge_sums(tops_ptr, totals_ptr, num_parts, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_splits"])
 def merge_splits(
-    outs_ptr,
-    tops_ptr,
-    totals_ptr,
-    counts_ptr,
-    out_ptr,
-    log_sum_exp_ptr,
-    best_ptr,
-    inverse_ptr,
-    split_len,
-    num_splits,
+    outs_ptr: tl.tensor,
+    tops_ptr: tl.tensor,
+    totals_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    log_sum_exp_ptr: tl.tensor,
+    best_ptr: tl.tensor,
+    inverse_ptr: tl.tensor,
+    split_len: tl.tensor,
+    num_splits: tl.tensor,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,

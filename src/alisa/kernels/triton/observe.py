@@ -1,5 +1,3 @@
-# Functions under @triton.jit are Triton's language, not Python's.
-# pyrefly: ignore-errors
 """Attention mass is added to the sums that rank tokens.
 
 An index set holds no position twice and every row has its own part of the tables, so no two threads meet: a load, a sum
@@ -13,17 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alisa.kernels.triton.launch import launch, num_pieces
+
 
 @triton.jit(do_not_specialize=["num_slots"])
 def add_mass(
-    sums_ptr,
-    buckets_ptr,
-    sum_starts_ptr,
-    bucket_starts_ptr,
-    positions_ptr,
-    counts_ptr,
-    mass_ptr,
-    num_slots,
+    sums_ptr: tl.tensor,
+    buckets_ptr: tl.tensor,
+    sum_starts_ptr: tl.tensor,
+    bucket_starts_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    mass_ptr: tl.tensor,
+    num_slots: tl.tensor,
     BLOCK: tl.constexpr,
 ):
     """Some tokens of one row. Grid (blocks, N)."""
@@ -50,6 +50,6 @@ def launch_observe(
     """Sums and buckets have grown as `SelectionKernels.observe` describes it."""
     num_rows, num_slots = positions.shape
     block = 256
-    add_mass[(triton.cdiv(num_slots, block), num_rows)](
+    launch(add_mass, (num_pieces(num_slots, block), num_rows))(
         sums, buckets, sum_starts, bucket_starts, positions, counts, mass, num_slots, BLOCK=block
     )

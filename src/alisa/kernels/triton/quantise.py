@@ -1,5 +1,3 @@
-# Functions under @triton.jit are Triton's language, not Python's.
-# pyrefly: ignore-errors
 """The arithmetic of integer rows and sketches, operation by operation that of their torch references.
 
 Divisions are the correctly rounded ones (Triton's `/` may be off by two units in the last place), halves go to the even
@@ -17,13 +15,13 @@ FLOAT16_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit
-def within_float16(x):
+def within_float16(x: tl.tensor):
     """X, or the nearest finite value that float16 has."""
     return tl.minimum(tl.maximum(x, -FLOAT16_MAX), FLOAT16_MAX)
 
 
 @triton.jit
-def float16_below(x):
+def float16_below(x: tl.tensor):
     """The largest float16 that is not above x, for x in the range of float16."""
     half = x.to(tl.float16)
     bits = half.to(tl.int16, bitcast=True)
@@ -32,7 +30,7 @@ def float16_below(x):
 
 
 @triton.jit
-def float16_above(x):
+def float16_above(x: tl.tensor):
     """The smallest float16 that is not below x, for x in [0, 65504]."""
     half = x.to(tl.float16)
     bits = half.to(tl.int16, bitcast=True)
@@ -40,13 +38,13 @@ def float16_above(x):
 
 
 @triton.jit
-def divide(x, NUM: tl.constexpr):
+def divide(x: tl.tensor, NUM: tl.constexpr):
     """X / NUM, correctly rounded."""
     return tl.div_rn(x, tl.full(x.shape, NUM, tl.float32))
 
 
 @triton.jit
-def inverse_of(scale):
+def inverse_of(scale: tl.tensor):
     """1 / scale in float32, correctly rounded; 0 for a scale of 0."""
     wide = scale.to(tl.float32)
     used = tl.where(wide > 0.0, wide, 1.0)
@@ -54,7 +52,7 @@ def inverse_of(scale):
 
 
 @triton.jit
-def to_codes(values, minimum, inverse, NUM_STEPS: tl.constexpr):
+def to_codes(values: tl.tensor, minimum: tl.tensor, inverse: tl.tensor, NUM_STEPS: tl.constexpr):
     """Steps above the minimum of each row of values, Int32."""
     steps = (values - minimum[:, None]) * inverse[:, None]
     steps = tl.minimum(tl.maximum(steps, 0.0), NUM_STEPS)

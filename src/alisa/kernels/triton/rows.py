@@ -1,5 +1,3 @@
-# Functions under @triton.jit are Triton's language, not Python's.
-# pyrefly: ignore-errors
 """The bytes of rows as the kernels address them: `RowFormat` in units of the pointers they hold."""
 
 from __future__ import annotations
@@ -48,14 +46,15 @@ class RowView:
 
 
 @triton.jit
-def load_tile(values_ptr, places, columns, live, HEAD_LEN: tl.constexpr):
+def load_tile(values_ptr: tl.tensor, places: tl.tensor, columns: tl.tensor, live: tl.tensor, HEAD_LEN: tl.constexpr):
     """One head of some tokens: values or bytes of codes [tokens, WIDTH], 0 outside."""
+    # pyrefly: ignore[bad-index]
     mask = live[:, None] & (columns < HEAD_LEN)[None, :]
     return tl.load(values_ptr + places[:, None] + columns[None, :], mask=mask, other=0)
 
 
 @triton.jit
-def low_plane(tile, PLANES: tl.constexpr):
+def low_plane(tile: tl.tensor, PLANES: tl.constexpr):
     """Values, or the first code of each byte, in float32."""
     if PLANES == 2:
         return (tile & 15).to(tl.float32)
@@ -64,6 +63,6 @@ def low_plane(tile, PLANES: tl.constexpr):
 
 
 @triton.jit
-def high_plane(tile):
+def high_plane(tile: tl.tensor):
     """The second code of each byte in float32."""
     return (tile >> 4).to(tl.float32)

@@ -1,5 +1,3 @@
-# Functions under @triton.jit are Triton's language, not Python's.
-# pyrefly: ignore-errors
 """The older tokens with the largest scores, in order, without a sort.
 
 torch has no selection that keeps the tie rule: topk leaves open which of two equals it takes, and a stable sort orders
@@ -17,11 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alisa.kernels.triton.launch import launch
 from alisa.kernels.triton.settings import power_of_two
 
 
 @triton.jit
-def load_keys(scores_ptr, positions, end, SIGNED: tl.constexpr, KEY: tl.constexpr, BITS: tl.constexpr):
+def load_keys(
+    scores_ptr: tl.tensor,
+    positions: tl.tensor,
+    end: tl.tensor,
+    SIGNED: tl.constexpr,
+    KEY: tl.constexpr,
+    BITS: tl.constexpr,
+):
     """Unsigned integers in the order of the scores, -0 equal to 0; those behind the end mean nothing."""
     scores = tl.load(scores_ptr + positions, mask=positions < end, other=0.0)
     bits = tl.where(scores == 0.0, 0.0, scores).to(SIGNED, bitcast=True)
@@ -32,13 +38,13 @@ def load_keys(scores_ptr, positions, end, SIGNED: tl.constexpr, KEY: tl.constexp
 
 @triton.jit(do_not_specialize=["num_slots"])
 def select_top(
-    scores_ptr,
-    starts_ptr,
-    older_ends_ptr,
-    older_counts_ptr,
-    counts_ptr,
-    positions_ptr,
-    num_slots,
+    scores_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    older_ends_ptr: tl.tensor,
+    older_counts_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    num_slots: tl.tensor,
     SIGNED: tl.constexpr,
     KEY: tl.constexpr,
     BITS: tl.constexpr,
@@ -86,6 +92,7 @@ def select_top(
         written += tl.sum(chosen.to(tl.int32))
 
     count = tl.load(counts_ptr + row)
+    # pyrefly: ignore[bad-argument-type]
     for first in range(wanted, num_slots, BLOCK):
         places = first + lanes
         positions = tl.where(places < count, end + places - wanted, 0)
@@ -106,7 +113,7 @@ def launch_select(
     wide = scores.dtype == torch.float64
     # 16 scores for each of 256 threads: 64 registers at most.
     block = min(4096, max(256, power_of_two(width)))
-    select_top[(len(starts),)](
+    launch(select_top, (len(starts),))(
         scores,
         starts,
         older_ends,

@@ -1,5 +1,3 @@
-# Functions under @triton.jit are Triton's language, not Python's.
-# pyrefly: ignore-errors
 """New keys become low-bit codes between their own minimum and maximum, in place.
 
 Byte i of a head holds the codes of values i, i + P, i + 2P, ... from its lowest bits up. The same arithmetic as the
@@ -12,19 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alisa.kernels.triton.launch import launch, num_pieces
 from alisa.kernels.triton.quantise import divide, inverse_of, to_codes, within_float16
 from alisa.kernels.triton.settings import power_of_two, tile_rows
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def sketch_keys(
-    keys_ptr,
-    ids_ptr,
-    codes_ptr,
-    ranges_ptr,
-    num_tokens,
-    key_stride,
-    head_stride,
+    keys_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    ranges_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    key_stride: tl.tensor,
+    head_stride: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CODE_BYTES: tl.constexpr,
@@ -70,7 +69,7 @@ def launch_sketch_append(codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tenso
     num_tokens, num_kv_heads, head_dim = keys.shape
     code_bytes = codes.shape[2]
     tokens = min(16, tile_rows(code_bytes))
-    sketch_keys[(triton.cdiv(num_tokens, tokens), num_kv_heads)](
+    launch(sketch_keys, (num_pieces(num_tokens, tokens), num_kv_heads))(
         keys,
         ids,
         codes,

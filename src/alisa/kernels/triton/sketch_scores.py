@@ -1,5 +1,3 @@
-# Functions under @triton.jit are Triton's language, not Python's.
-# pyrefly: ignore-errors
 """Approximate attention weights of every token from the sketch of its key.
 
 Three launches as in decode attention, without values: scores and partial sums of 128 tokens, their merge, and the sum
@@ -17,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alisa.kernels.triton.launch import launch, num_pieces
 from alisa.kernels.triton.mass import launch_mass
 from alisa.kernels.triton.merge import merge_sums
 from alisa.kernels.triton.settings import power_of_two, tile_rows
@@ -24,16 +23,16 @@ from alisa.kernels.triton.settings import power_of_two, tile_rows
 
 @triton.jit(do_not_specialize=["score_width"])
 def score_keys(
-    q_ptr,
-    codes_ptr,
-    ranges_ptr,
-    starts_ptr,
-    lengths_ptr,
-    scores_ptr,
-    tops_ptr,
-    totals_ptr,
-    score_width,
-    scale,
+    q_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    ranges_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    lengths_ptr: tl.tensor,
+    scores_ptr: tl.tensor,
+    tops_ptr: tl.tensor,
+    totals_ptr: tl.tensor,
+    score_width: tl.tensor,
+    scale: tl.tensor,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
@@ -85,12 +84,12 @@ def score_keys(
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def merge_blocks(
-    tops_ptr,
-    totals_ptr,
-    lengths_ptr,
-    best_ptr,
-    inverse_ptr,
-    num_blocks,
+    tops_ptr: tl.tensor,
+    totals_ptr: tl.tensor,
+    lengths_ptr: tl.tensor,
+    best_ptr: tl.tensor,
+    inverse_ptr: tl.tensor,
+    num_blocks: tl.tensor,
     KEY_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -132,12 +131,12 @@ def launch_sketch_scores(
     group = num_heads // num_kv_heads
     tile_width = max(16, power_of_two(code_bytes))
     key_block = max(16, tile_rows(tile_width))
-    num_blocks = triton.cdiv(width, key_block)
+    num_blocks = num_pieces(width, key_block)
     scores = query.new_empty(num_seqs, num_heads, width, dtype=torch.float32)
     tops, totals = query.new_empty(2, num_seqs, num_heads, num_blocks, dtype=torch.float32).unbind()
     best, inverse = query.new_empty(2, num_seqs, num_heads, dtype=torch.float32).unbind()
     mass = query.new_empty(num_seqs, num_sets, width, dtype=torch.float32)
-    score_keys[(num_blocks, num_kv_heads, num_seqs)](
+    launch(score_keys, (num_blocks, num_kv_heads, num_seqs))(
         query,
         codes,
         ranges,
@@ -157,7 +156,7 @@ def launch_sketch_scores(
         WIDTH=tile_width,
         BLOCK=key_block,
     )
-    merge_blocks[(num_heads, num_seqs)](
+    launch(merge_blocks, (num_heads, num_seqs))(
         tops, totals, lengths, best, inverse, num_blocks, KEY_BLOCK=key_block, BLOCK=128
     )
     launch_mass(scores, best, inverse, lengths, mass)

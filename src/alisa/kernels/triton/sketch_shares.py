@@ -1,5 +1,3 @@
-# Functions under @triton.jit are Triton's language, not Python's.
-# pyrefly: ignore-errors
 """The part of each head's attention weight that lies on the tokens chosen, from the scores of all of them."""
 
 from __future__ import annotations
@@ -9,20 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alisa.kernels.triton.launch import launch
 from alisa.kernels.triton.sketch_scores import WeighedTokens
 
 
 @triton.jit(do_not_specialize=["width", "num_slots"])
 def sum_chosen(
-    scores_ptr,
-    best_ptr,
-    inverse_ptr,
-    positions_ptr,
-    counts_ptr,
-    lengths_ptr,
-    shares_ptr,
-    width,
-    num_slots,
+    scores_ptr: tl.tensor,
+    best_ptr: tl.tensor,
+    inverse_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    lengths_ptr: tl.tensor,
+    shares_ptr: tl.tensor,
+    width: tl.tensor,
+    num_slots: tl.tensor,
     SET_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -50,7 +49,7 @@ def launch_shares(weighed: WeighedTokens, positions: Tensor, counts: Tensor, len
     """Shares Float32[B, H] of positions Int32[B * J, K]: `counts` Int32[B * J] are real, out of `lengths` Int32[B]."""
     num_seqs, num_heads, width = weighed.scores.shape
     shares = torch.empty_like(weighed.best)
-    sum_chosen[(num_heads, num_seqs)](
+    launch(sum_chosen, (num_heads, num_seqs))(
         weighed.scores,
         weighed.best,
         weighed.inverse,

@@ -1,1 +1,1 @@
-"""Measurements: each prints the physical floor beside the figure and leaves one JSON record. No terminal in here."""
+"""Measurements: each prints the physical floor next to the figure and leaves one JSON record. No terminal in here."""

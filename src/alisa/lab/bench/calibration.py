@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 import torch
 
-from alisa.lab.bench.trial import Trial, run_trial
+from alisa.lab.bench.uniform_batch import UniformBatch, run_uniform_batch
 from alisa.model.decoder import Decoder
 from alisa.model.loader import random_decoder
 from alisa.planner.cost import CostModel, StepCost
@@ -29,19 +29,19 @@ _MODELS = (
 _DELETES = ThreePhase(Schedule(offload_from=0, recompute_from=4, offload_ratio=0.7, recompute_ratio=0.5))
 _STATIC = StaticSplit(0.5)
 _PROMPT, _OUTPUT = 96, 14
-TRIALS = (
-    Trial("dense", 1, _PROMPT, _OUTPUT),
-    Trial("dense", 4, _PROMPT, _OUTPUT),
-    Trial("dense", 16, _PROMPT, _OUTPUT),
-    Trial("swa", 1, _PROMPT, _OUTPUT),
-    Trial("swa", 16, _PROMPT, _OUTPUT, kv_dtype="int8"),
-    Trial("sketch", 1, _PROMPT, _OUTPUT),
-    Trial("sketch", 16, _PROMPT, _OUTPUT),
-    Trial("swa", 8, _PROMPT, _OUTPUT, cap=0.4),
-    Trial("sketch", 8, _PROMPT, _OUTPUT, cap=0.4),
-    Trial("dense", 2, _PROMPT, _OUTPUT, cap=0.7, scheduler=_STATIC),
-    Trial("dense", 8, _PROMPT, _OUTPUT, cap=0.7, scheduler=_STATIC),
-    Trial("swa", 4, _PROMPT, _OUTPUT, cap=0.5, scheduler=_DELETES),
+BATCHES = (
+    UniformBatch("dense", 1, _PROMPT, _OUTPUT),
+    UniformBatch("dense", 4, _PROMPT, _OUTPUT),
+    UniformBatch("dense", 16, _PROMPT, _OUTPUT),
+    UniformBatch("swa", 1, _PROMPT, _OUTPUT),
+    UniformBatch("swa", 16, _PROMPT, _OUTPUT, kv_dtype="int8"),
+    UniformBatch("sketch", 1, _PROMPT, _OUTPUT),
+    UniformBatch("sketch", 16, _PROMPT, _OUTPUT),
+    UniformBatch("swa", 8, _PROMPT, _OUTPUT, cap=0.4),
+    UniformBatch("sketch", 8, _PROMPT, _OUTPUT, cap=0.4),
+    UniformBatch("dense", 2, _PROMPT, _OUTPUT, cap=0.7, scheduler=_STATIC),
+    UniformBatch("dense", 8, _PROMPT, _OUTPUT, cap=0.7, scheduler=_STATIC),
+    UniformBatch("swa", 4, _PROMPT, _OUTPUT, cap=0.5, scheduler=_DELETES),
 )
 _SKIPPED = 4
 """First decode steps, which allocate what later ones use again."""
@@ -58,26 +58,26 @@ def calibrate(hardware: Hardware, directory: Path, progress: Callable[[str], Non
     observed = []
     for number, spec in enumerate(_MODELS):
         decoder = random_decoder(spec, torch.bfloat16, torch.device("cpu"), 0)
-        run_trial(Trial("dense", 2, 16, 4), decoder, directory)
-        for trial in TRIALS:
-            progress(f"whole steps of model {number + 1}: {trial.policy}, {trial.batch} sequences")
-            observed.append(_observe(trial, decoder, hardware, directory))
+        run_uniform_batch(UniformBatch("dense", 2, 16, 4), decoder, directory)
+        for uniform in BATCHES:
+            progress(f"whole steps of model {number + 1}: {uniform.policy}, {uniform.batch} sequences")
+            observed.append(_observe(uniform, decoder, hardware, directory))
     return corrected(hardware, "bfloat16", observed)
 
 
-def _observe(trial: Trial, decoder: Decoder, hardware: Hardware, directory: Path) -> Observation:
-    """The median of the decode steps of a trial, part by part, and what was to be expected."""
-    method = Method(trial.policy, trial.sparsity, "bfloat16", trial.kv_dtype)
+def _observe(uniform: UniformBatch, decoder: Decoder, hardware: Hardware, directory: Path) -> Observation:
+    """The median of the decode steps of a batch, part by part, and what was to be expected."""
+    method = Method(uniform.policy, uniform.sparsity, "bfloat16", uniform.kv_dtype)
     cost = CostModel(decoder.spec, method, hardware)
-    run = run_trial(trial, decoder, directory)
-    prompts = [trial.prompt_len] * trial.batch
-    timeline = simulate(cost, method, run.setup.placement, run.setup.limits, prompts, trial.output_len)
+    run = run_uniform_batch(uniform, decoder, directory)
+    prompts = [uniform.prompt_len] * uniform.batch
+    timeline = simulate(cost, method, run.setup.placement, run.setup.limits, prompts, uniform.output_len)
     steps = [record for record in run.records if not record.prefill][_SKIPPED:]
     said = list(zip(timeline.loads, timeline.costs, strict=True))
     said = [(load, price) for load, price in said if not load.prefill][_SKIPPED:]
     return Observation(
         num_layers=decoder.spec.num_layers,
-        batch=trial.batch,
+        batch=uniform.batch,
         chooser=cost.chooser,
         tiers=run.setup.placement.uses_tiers,
         waits=fmean(cost.waits(load) for load, _ in said),

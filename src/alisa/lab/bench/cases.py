@@ -1,7 +1,7 @@
 """What `alisa bench kernels` can measure, by name. Plain values without torch, so that `--help` can list them.
 
 A case says what is done and how large it is; `decode`, `upkeep`, `ranking`, `products` build it. To add one: a line in
-`CASES`. For another kind of work: a dataclass here, and a function that makes a `Contest` of it (`bench/kernels.py`).
+`CASES`. For another kind of work: a dataclass here, and a function that makes a `Case` of it (`bench/kernels.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class DecodeCase:
     head_dim: int = 128
     num_sets: int = 1
     shuffled: bool = False
-    """Rows of a sequence lie anywhere in the pool instead of one behind the other."""
+    """Rows of a sequence lie anywhere in the pool instead of one after the other."""
 
     @property
     def num_slots(self) -> int:
@@ -126,9 +126,9 @@ class ProductCase:
         return self.num_in * self.num_out + 4 * self.num_out + 2 * self.num_tokens * (self.num_in + self.num_out)
 
 
-Case: TypeAlias = DecodeCase | AppendCase | PolicyCase | SketchCase | ProductCase
+CaseSpec: TypeAlias = DecodeCase | AppendCase | PolicyCase | SketchCase | ProductCase
 
-CASES: dict[str, Case] = {
+CASES: dict[str, CaseSpec] = {
     "bf16-20": DecodeCase(dtype="bfloat16", share=0.2),
     "int8-20": DecodeCase(dtype="int8", share=0.2),
     "int4-20": DecodeCase(dtype="int4", share=0.2),

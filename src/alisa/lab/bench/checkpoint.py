@@ -1,8 +1,9 @@
 """Write a Hugging Face checkpoint of a given shape with random bfloat16 weights, once, for all engines.
 
 Speed does not depend on what the weights are, as long as no value overflows; a normal distribution of 0.02, as most
-models are initialised with, keeps the logits small. The tokenizer beside them has one token per byte and fillers up to
-the size of the vocabulary: no engine needs it for token ids, but some refuse a directory without one.
+models are initialised with, keeps the logits small. The tokenizer that is written with them has one token for each
+byte and fillers up to the size of the vocabulary: no engine needs it for token ids, but some refuse a directory without
+one.
 """
 
 from __future__ import annotations

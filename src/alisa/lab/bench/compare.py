@@ -2,63 +2,62 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from alisa.errors import InputError
 from alisa.lab.bench.others import QUIET_SHARE
+from alisa.records.jsonl import LineFormat, Record, read_records
+from alisa.records.schema import Floor, RunRecord
+from alisa.records.structure import structure_record
 
-Record = Mapping[str, Any]
+
+def _complaint(line: Record) -> str | None:
+    try:
+        structure_record(RunRecord, line)
+    except InputError as error:
+        return f"not a record of alisa bench run ({error})"
+    return None
 
 
-def read_runs(path: Path) -> list[Record]:
+RUN_LINES = LineFormat(what="a record of alisa bench run", first="kind", key="cell", complaint=_complaint)
+
+
+def read_runs(path: Path) -> list[RunRecord]:
     """The records of a file, the newest of equals.
 
     Raises:
         InputError: it cannot be read, or is not what alisa bench run writes.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
-    found: dict[str, Record] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if record["kind"] != "run":
-                raise KeyError("kind")
-            found[record["cell"]] = record
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: not a record of alisa bench run.") from error
-    return list(found.values())
+    records = [structure_record(RunRecord, line) for line in read_records(path, RUN_LINES)]
+    return list({record.cell: record for record in records}.values())
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class RunSeries:
     """One engine on one workload, over all rounds."""
 
     run: str
     workload: str
-    records: tuple[Record, ...]
+    records: tuple[RunRecord, ...]
 
     @property
-    def ran(self) -> list[Record]:
+    def ran(self) -> list[RunRecord]:
         """Records with figures."""
-        return [record for record in self.records if record["status"] == "ran"]
+        return [record for record in self.records if record.figures is not None]
 
     @property
     def reason(self) -> str | None:
         """Why there are none; None: there are."""
         last = self.records[-1]
-        return None if self.ran else f"{last['status']}: {last['reason']}"
+        return None if self.ran else f"{last.status}: {last.reason}"
 
     def values(self, figure: str) -> list[float]:
         """A figure of every round that has it."""
-        return [record["figures"][figure] for record in self.ran if record["figures"][figure] is not None]
+        values = [getattr(record.figures, figure) for record in self.ran]
+        return [value for value in values if value is not None]
 
     def median(self, figure: str) -> float | None:
         """Its median; None where no round has it."""
@@ -68,13 +67,17 @@ class Line:
     @property
     def floor_share(self) -> float | None:
         """Seconds of the floor over those that were taken, for the whole run; the median."""
-        shares = [record["floor"]["wall_s"] / record["figures"]["wall_s"] for record in self.ran if record["floor"]]
+        shares = [
+            record.floor.wall_s / record.figures.wall_s
+            for record in self.records
+            if record.floor is not None and record.figures is not None
+        ]
         return median(shares) if shares else None
 
     @property
     def others_share(self) -> float | None:
         """The largest share of the processors that others took during a round; None where it was not watched."""
-        shares = [record["others_share"] for record in self.ran if record["others_share"] is not None]
+        shares = [record.others_share for record in self.ran if record.others_share is not None]
         return max(shares) if shares else None
 
     @property
@@ -96,65 +99,59 @@ LEAST_ROUNDS = 3
 """Of each, so that no overlap says something: by chance alone it comes in one of ten cases (2 of 20 orders)."""
 
 
-def with_best_floors(records: Iterable[Record]) -> list[Record]:
+def with_best_floors(records: Iterable[RunRecord]) -> list[RunRecord]:
     """The same with every floor priced by the fastest that the machine was seen to be on its workload.
 
     What slows a machine down for a while must not lower the floor of a run that came before or after.
     """
     found = list(records)
     best: dict[tuple[str, int], tuple[float, float]] = {}
-    for record in found:
-        if floor := record.get("floor"):
-            key, (gemm_s, prefill_s) = _same_work(record), best.get(_same_work(record), (float("inf"),) * 2)
-            best[key] = min(gemm_s, floor["gemm_s"] or gemm_s), min(prefill_s, floor["prefill_s"])
     speeds: dict[str, float] = {}
-    for record in found:
-        if floor := record.get("floor"):
-            name = record["workload"]["name"]
-            speeds[name] = max(speeds.get(name, 0.0), floor["read_bytes_per_s"])
+    for name, floor in ((record.workload.name, record.floor) for record in found):
+        if floor is not None:
+            key = _same_work(name, floor)
+            gemm_s, prefill_s = best.get(key, (float("inf"),) * 2)
+            best[key] = min(gemm_s, floor.gemm_s or gemm_s), min(prefill_s, floor.prefill_s)
+            speeds[name] = max(speeds.get(name, 0.0), floor.read_bytes_per_s)
+
+    def priced(name: str, floor: Floor) -> Floor:
+        return _priced(floor, speeds[name], *best[_same_work(name, floor)])
+
     return [
-        {**record, "floor": _priced(record["floor"], speeds[record["workload"]["name"]], *best[_same_work(record)])}
-        if record.get("floor")
-        else record
+        record if record.floor is None else replace(record, floor=priced(record.workload.name, record.floor))
         for record in found
     ]
 
 
-def _same_work(record: Record) -> tuple[str, int]:
+def _same_work(workload: str, floor: Floor) -> tuple[str, int]:
     """Workload, and megabytes of weights that are read: as many steps with weights of one format."""
-    floor = record["floor"]
-    return record["workload"]["name"], round(floor["weights_s"] * floor["read_bytes_per_s"] / 1e6)
+    return workload, round(floor.weights_s * floor.read_bytes_per_s / 1e6)
 
 
-def _priced(floor: Mapping[str, Any], read_bytes_per_s: float, gemm_s: float, prefill_s: float) -> dict[str, Any]:
-    slower = floor["read_bytes_per_s"] / read_bytes_per_s
-    weights_s, rows_s = floor["weights_s"] * slower, floor["rows_s"] * slower
-    gemm = None if floor["gemm_s"] is None else gemm_s
-    decode_s = (weights_s if gemm is None else max(gemm, weights_s)) + rows_s
-    return {
-        "weights_s": weights_s,
-        "rows_s": rows_s,
-        "gemm_s": gemm,
-        "prefill_s": prefill_s,
-        "read_bytes_per_s": read_bytes_per_s,
-        "decode_s": decode_s,
-        "wall_s": prefill_s + decode_s,
-    }
+def _priced(floor: Floor, read_bytes_per_s: float, gemm_s: float, prefill_s: float) -> Floor:
+    slower = floor.read_bytes_per_s / read_bytes_per_s
+    return Floor(
+        weights_s=floor.weights_s * slower,
+        rows_s=floor.rows_s * slower,
+        gemm_s=None if floor.gemm_s is None else gemm_s,
+        prefill_s=prefill_s,
+        read_bytes_per_s=read_bytes_per_s,
+    )
 
 
-def lines_of(records: Iterable[Record]) -> dict[str, list[Line]]:
+def series_of(records: Iterable[RunRecord]) -> dict[str, list[RunSeries]]:
     """Lines by workload, both in the order in which they first appear."""
-    groups: dict[str, dict[str, list[Record]]] = {}
+    groups: dict[str, dict[str, list[RunRecord]]] = {}
     for record in with_best_floors(records):
-        runs = groups.setdefault(record["workload"]["name"], {})
-        runs.setdefault(record["run"], []).append(record)
+        runs = groups.setdefault(record.workload.name, {})
+        runs.setdefault(record.run, []).append(record)
     return {
-        workload: [Line(run, workload, tuple(found)) for run, found in runs.items()]
+        workload: [RunSeries(run, workload, tuple(found)) for run, found in runs.items()]
         for workload, runs in groups.items()
     }
 
 
-def ratio(line: Line, base: Line, figure: str = "tokens_per_s") -> Ratio | None:
+def ratio(line: RunSeries, base: RunSeries, figure: str = "tokens_per_s") -> Ratio | None:
     """How the first compares with the second; None where one has no such figure."""
     ours, theirs = line.values(figure), base.values(figure)
     if not ours or not theirs:
@@ -165,14 +162,16 @@ def ratio(line: Line, base: Line, figure: str = "tokens_per_s") -> Ratio | None:
     return Ratio(value, min(ours) > max(theirs) or max(ours) < min(theirs))
 
 
-def pairs(first: Sequence[Record], second: Sequence[Record] | None) -> dict[str, list[tuple[Line, Line | None]]]:
+def pairs(
+    first: Sequence[RunRecord], second: Sequence[RunRecord] | None
+) -> dict[str, list[tuple[RunSeries, RunSeries | None]]]:
     """By workload, every line and what it is compared with.
 
     That is the same run in the second file or, with one file, the workload's first run that has figures.
     """
-    groups = lines_of(first)
+    groups = series_of(first)
     if second is None:
         bases = {name: next((line for line in lines if line.ran), None) for name, lines in groups.items()}
         return {name: [(line, bases[name]) for line in lines] for name, lines in groups.items()}
-    others = {(line.workload, line.run): line for lines in lines_of(second).values() for line in lines}
+    others = {(line.workload, line.run): line for lines in series_of(second).values() for line in lines}
     return {name: [(line, others.get((name, line.run))) for line in lines] for name, lines in groups.items()}

@@ -12,13 +12,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from alisa.cache.codec import TORCH_DTYPES, make_codec
 from alisa.kernels.base import AppendKernel, Codec, DecodeKernel
 from alisa.kernels.reference.decode import decode_attention
+from alisa.lab.bench.case import Candidate, Case, Role
 from alisa.lab.bench.cases import DecodeCase
-from alisa.lab.bench.contest import Contender, Contest, Role
 
 _CPU = torch.device("cpu")
 
 _FILL_TOKENS = 4096
-"""Random values are made for so many tokens and written again and again: what they are does not change the time."""
+"""Random values are made for this many tokens and written again and again: what they are does not change the time."""
 
 
 class DecodeKernels(DecodeKernel, Protocol):
@@ -30,8 +30,8 @@ class DecodeKernels(DecodeKernel, Protocol):
         ...
 
 
-def decode_contest(case: DecodeCase, kernels: DecodeKernels, device: torch.device = _CPU) -> Contest:
-    """The case as a contest on a device; with its rivals it takes three to six times the memory of its rows."""
+def decode_case(case: DecodeCase, kernels: DecodeKernels, device: torch.device = _CPU) -> Case:
+    """The case, built on a device; with its rivals it takes three to six times the memory of its rows."""
     generator = torch.Generator().manual_seed(0)
     codec = make_codec(case.row_format)
     value_dtype = torch.float32 if case.dtype == "float32" else torch.bfloat16
@@ -41,14 +41,16 @@ def decode_contest(case: DecodeCase, kernels: DecodeKernels, device: torch.devic
     counts = torch.full((case.num_seqs,), case.num_slots, dtype=torch.int32, device=device)
     q = torch.randn(case.num_seqs, case.num_heads, case.head_dim, generator=generator).to(device, value_dtype)
 
-    def rivals() -> Iterator[Contender]:
+    def rivals() -> Iterator[Candidate]:
         yield from _dense(case, q, rows, codec, table.to(device))
         if case.num_sets == 1 and case.dtype in TORCH_DTYPES:
             yield from _gather(case, q, rows, slots)
         if case.share < 1.0:  # all rows gathered as float32 take gigabytes, and nobody would do it
-            yield Contender(Role.TWIN, "torch reference", lambda _: decode_attention(q, rows, codec, slots, counts))
+            yield Candidate(
+                Role.REFERENCE, "torch reference", lambda _: decode_attention(q, rows, codec, slots, counts)
+            )
 
-    return Contest(lambda _: kernels(q, rows, codec, slots, counts), rivals, case.num_bytes)
+    return Case(lambda _: kernels(q, rows, codec, slots, counts), rivals, case.num_bytes)
 
 
 def _random_rows(
@@ -99,7 +101,7 @@ def _sdpa(case: DecodeCase, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(grouped, k, v).view_as(q)
 
 
-def _dense(case: DecodeCase, q: Tensor, rows: Tensor, codec: Codec, table: Tensor) -> Iterator[Contender]:
+def _dense(case: DecodeCase, q: Tensor, rows: Tensor, codec: Codec, table: Tensor) -> Iterator[Candidate]:
     """Fused attention over every row, kept as a cache of tensors `[B, G, S, D]`.
 
     In bfloat16 it is kept as float32 too: without bf16 instructions torch's bf16 attention can be several times slower
@@ -111,27 +113,27 @@ def _dense(case: DecodeCase, q: Tensor, rows: Tensor, codec: Codec, table: Tenso
         for seq in range(case.num_seqs):
             for half, values in zip(cache, codec.decode(rows.index_select(0, table[seq])), strict=True):
                 half[seq] = values.transpose(0, 1)
-        yield _dense_contender(case, q.to(dtype), *cache)
+        yield _dense_candidate(case, q.to(dtype), *cache)
 
 
-def _dense_contender(case: DecodeCase, q: Tensor, k: Tensor, v: Tensor) -> Contender:
-    return Contender(Role.DENSE, f"dense SDPA {_name(q.dtype)}", lambda _: _sdpa(case, q, k, v))
+def _dense_candidate(case: DecodeCase, q: Tensor, k: Tensor, v: Tensor) -> Candidate:
+    return Candidate(Role.DENSE, f"dense SDPA {_name(q.dtype)}", lambda _: _sdpa(case, q, k, v))
 
 
-def _gather(case: DecodeCase, q: Tensor, rows: Tensor, slots: Tensor) -> Iterator[Contender]:
+def _gather(case: DecodeCase, q: Tensor, rows: Tensor, slots: Tensor) -> Iterator[Candidate]:
     """The chosen rows copied into one tensor in every call, then fused attention over it."""
     for dtype in dict.fromkeys((q.dtype, torch.float32)):
-        yield _gather_contender(case, q, rows, slots, dtype)
+        yield _gather_candidate(case, q, rows, slots, dtype)
 
 
-def _gather_contender(case: DecodeCase, q: Tensor, rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Contender:
+def _gather_candidate(case: DecodeCase, q: Tensor, rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Candidate:
     def call(_: int) -> Tensor:
         chosen = rows.index_select(0, slots.view(-1)).view(TORCH_DTYPES[case.dtype]).to(dtype)
         chosen = chosen.view(case.num_seqs, case.num_slots, 2, case.num_kv_heads, case.head_dim)
         k, v = (chosen[:, :, half].transpose(1, 2) for half in range(2))
         return _sdpa(case, q.to(dtype), k, v)
 
-    return Contender(Role.GATHER, f"gather + SDPA {_name(dtype)}", call)
+    return Candidate(Role.GATHER, f"gather + SDPA {_name(dtype)}", call)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,19 +1,19 @@
 """The engines that an experiment may name, what can be asked of them, and what a step of each must read. No torch.
 
-To add one: a driver in benchmarks/peers that reads a `Job` and ends with `finish` (`bench/remote/measured.py`), a file
-of requirements beside it, a line in `PEERS`, and its name in the Makefile.
+To add one: a driver in benchmarks/peers that reads an `EngineJob` and ends with `finish` (`bench/remote/measured.py`),
+a file of its requirements in benchmarks/peers/requirements, a line in `PEERS`, and its name in the Makefile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from alisa.config import EngineConfig, KvDtypeName, PolicyName, WeightDtypeName
 from alisa.errors import InputError
-from alisa.planner.hardware import from_values
 from alisa.policy.registry import reads_of
+from alisa.records.structure import structure
 
 OWN = "alisa"
 """This package's own engine."""
@@ -73,12 +73,12 @@ class OwnOptions:
     sparsity: float = 0.8
     kv_dtype: KvDtypeName = "auto"
     weight_dtype: WeightDtypeName = "auto"
-    schedule: dict[str, float | str] | None = None
+    schedule: dict[str, int | float | str] | None = None
     """As in a schedule file (docs/scheduling.md); None: what the cap demands."""
     prefetch: bool = True
     """Whether the next step's tokens are chosen, and fetched, a step ahead where the policy allows it."""
     overlap: bool = True
-    """Whether rows move beside the arithmetic; False: every move is waited for at once."""
+    """Whether rows move while the arithmetic runs; False: every move is waited for at once."""
     disk_path: str | None = None
     """Directory of the disk tier; None: that for temporary files."""
 
@@ -89,13 +89,12 @@ class OwnOptions:
         Raises:
             InputError: one is unknown or out of range.
         """
-        rest = {key: value for key, value in options.items() if key != "schedule"}
         try:
-            values = from_values(cls, rest)
-        except TypeError as error:
+            values = structure(cls, options)
+        except InputError as error:
             raise InputError(f"{error} (an option of the engine alisa)") from error
         EngineConfig(sparsity=values.sparsity)  # checks its range
-        return replace(values, schedule=options.get("schedule"))
+        return values
 
 
 def check_options(engine: str, options: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Experiments as files: which workloads, and which engines do them. No torch.
 
 name = "paper"
-rounds = 3                      # every measurement so often, in turns
+rounds = 3                      # each measurement is repeated this many times, in turns
 
 [defaults]                      # for every workload
 model = "opt-1.3b"              # a shape (weights are random), or the directory of a model
@@ -25,14 +25,14 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alisa.errors import InputError
 from alisa.lab.bench.engines import check_options
-from alisa.planner.hardware import from_values
+from alisa.records.structure import structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +43,14 @@ class Workload:
     model: str
     """A shape (`alisa.lab.bench.shapes`), whose weights are random, or the directory of a model."""
     batch: int
-    """Sequences worked on together at the most."""
+    """Most sequences that are worked on together."""
     output_len: int
     prompt_len: int | None = None
     """Of every prompt, which are then `batch` prompts of random ids."""
     prompts: str | None = None
     """File of prompts instead, as `alisa generate --input` reads it; environment variables in it are replaced."""
     num_prompts: int | None = None
-    """Of the file, so many from its beginning; None: as many as the batch."""
+    """How many of the file, from its beginning; None: as many as the batch."""
     dtype: str = "bfloat16"
     seed: int = 0
     kv_share: float | None = None
@@ -150,33 +150,59 @@ def load_experiment(path: Path) -> Experiment:
         raise InputError(f"{path} is not TOML: {error}.") from error
     try:
         return experiment_from(values)
-    except (InputError, TypeError, KeyError) as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error).removesuffix(".")
+    except InputError as error:
+        reason = str(error).removesuffix(".")
         raise InputError(f"{path}: {reason}; src/alisa/lab/bench/experiment.py shows what belongs there.") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Tables:
+    """An experiment as its file has it."""
+
+    name: str
+    rounds: int = 1
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    workload: tuple[Mapping[str, Any], ...]
+    run: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RunTable:
+    """What all runs have, whatever the options of their engine are."""
+
+    name: str
+    engine: str
+    workloads: tuple[str, ...] | None = None
+
+
 def experiment_from(values: Mapping[str, Any]) -> Experiment:
-    """The experiment of these values, checked; raises InputError, TypeError or KeyError."""
-    if unknown := sorted(set(values) - {"name", "rounds", "defaults", "workload", "run"}):
-        raise InputError(f"it does not know {unknown[0]!r}")
-    defaults = values.get("defaults", {})
-    workloads = tuple(from_values(Workload, defaults | table) for table in values["workload"])
-    runs = tuple(_runs(values["run"], tuple(workload.name for workload in workloads)))
-    for names in ([workload.name for workload in workloads], [run.name for run in runs]):
+    """The experiment of these values, checked.
+
+    Raises:
+        InputError: something is missing, unknown, or of another type.
+    """
+    tables = structure(_Tables, values)
+    workloads = tuple(
+        structure(Workload, {**tables.defaults, **table}, f"workload[{number}]")
+        for number, table in enumerate(tables.workload)
+    )
+    there = tuple(workload.name for workload in workloads)
+    runs = tuple(_run(table, f"run[{number}]", there) for number, table in enumerate(tables.run))
+    for names in (there, [run.name for run in runs]):
         if len(set(names)) != len(names):
             raise InputError("two runs, or two workloads, have the same name")
-    rounds = values.get("rounds", 1)
-    if not isinstance(rounds, int) or rounds < 1:
-        raise InputError(f"rounds is {rounds!r}, at least 1 is needed")
-    return Experiment(name=str(values["name"]), workloads=workloads, runs=runs, rounds=rounds)
+    if tables.rounds < 1:
+        raise InputError(f"rounds is {tables.rounds}, at least 1 is needed")
+    return Experiment(name=tables.name, workloads=workloads, runs=runs, rounds=tables.rounds)
 
 
-def _runs(tables: Sequence[Mapping[str, Any]], there: tuple[str, ...]) -> Iterator[Run]:
-    for table in tables:
-        options = {key: value for key, value in table.items() if key not in ("name", "engine", "workloads")}
-        name, engine = str(table["name"]), str(table["engine"])
-        chosen = tuple(table.get("workloads", there))
-        if unknown := sorted(set(chosen) - set(there)):
-            raise InputError(f"run {name!r} names the workload {unknown[0]!r}, which is not there")
-        check_options(engine, options)
-        yield Run(name=name, engine=engine, options=options, workloads=chosen)
+def _run(table: Mapping[str, Any], where: str, there: tuple[str, ...]) -> Run:
+    """One run; `there` are the workloads it may name."""
+    own = ("name", "engine", "workloads")
+    values = structure(_RunTable, {name: table[name] for name in own if name in table}, where)
+    options = {name: value for name, value in table.items() if name not in own}
+    chosen = there if values.workloads is None else values.workloads
+    if unknown := sorted(set(chosen) - set(there)):
+        raise InputError(f"run {values.name!r} names the workload {unknown[0]!r}, which is not there")
+    check_options(values.engine, options)
+    return Run(name=values.name, engine=values.engine, options=options, workloads=chosen)

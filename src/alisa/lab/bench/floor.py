@@ -25,7 +25,8 @@ from alisa.model.choose_linear import choose_linear
 from alisa.model.linear import Linear
 from alisa.model.names import layer_shapes
 from alisa.planner.footprint import row_bytes
-from alisa.planner.hardware import from_values
+from alisa.records.schema import Floor
+from alisa.records.structure import structure
 from alisa.scheduler.simulate import PREFILL_CHUNK
 from alisa.spec import DTYPE_BYTES, ModelSpec
 
@@ -63,35 +64,6 @@ class Speeds:
         return replace(self, read_bytes_per_s=max(self.read_bytes_per_s, other.read_bytes_per_s))
 
 
-@dataclass(frozen=True, slots=True)
-class Floor:
-    """Seconds below which this work cannot be done in this way."""
-
-    weights_s: float
-    """Of the decode steps, reading the weights."""
-    rows_s: float
-    """Of the decode steps, reading the rows of K and V."""
-    gemm_s: float | None
-    """Of the decode steps, the products (which read the weights); None for weights of another format."""
-    prefill_s: float
-    """Products of the prompts."""
-    read_bytes_per_s: float
-
-    @property
-    def decode_s(self) -> float:
-        """All decode steps."""
-        return (self.weights_s if self.gemm_s is None else max(self.gemm_s, self.weights_s)) + self.rows_s
-
-    @property
-    def wall_s(self) -> float:
-        """Everything."""
-        return self.prefill_s + self.decode_s
-
-    def record(self) -> dict[str, float | None]:
-        """As plain values."""
-        return asdict(self) | {"decode_s": self.decode_s, "wall_s": self.wall_s}
-
-
 def floor_of(
     spec: ModelSpec,
     dtype: str,
@@ -111,7 +83,7 @@ def floor_of(
         speeds: of this machine, for such a batch and such a pass.
         prompt_lens: of every prompt.
         output_len: tokens that each gets; the first of them comes from the prompt's own pass.
-        batch: sequences together at the most.
+        batch: most sequences that run together.
     """
     together = min(batch, len(prompt_lens))
     steps = len(prompt_lens) * (output_len - 1) / together
@@ -169,7 +141,7 @@ class _Layers:
         self._logits = self._linear(spec.vocab_size, spec.token_embed_dim)
 
     def seconds(self, rows: int) -> float:
-        """All layers, one behind the other."""
+        """All layers, one after the other."""
         inputs = [torch.randn(rows, size, dtype=self._dtype) for size in self._sizes]
 
         def work() -> None:
@@ -202,7 +174,7 @@ def _fastest(work: Callable[[], object]) -> float:
 def _main() -> None:
     job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
-    spec, dtype = from_values(ModelSpec, job["shape"]), getattr(torch, job["dtype"])
+    spec, dtype = structure(ModelSpec, job["shape"]), getattr(torch, job["dtype"])
     found = measure_speeds(spec, dtype, batch=job["batch"], rows=job["pass_rows"], weight_dtype=job["weight_dtype"])
     sys.stdout.write(json.dumps(asdict(found)) + "\n")
 

@@ -7,13 +7,13 @@ from dataclasses import asdict
 
 from alisa.errors import InputError
 from alisa.kernels.native import kernels as cpu
-from alisa.lab.bench.cases import AppendCase, Case, DecodeCase, PolicyCase, ProductCase, SketchCase
-from alisa.lab.bench.contest import Contest, Outcome, Role, hold
-from alisa.lab.bench.decode import decode_contest
-from alisa.lab.bench.products import product_contest
-from alisa.lab.bench.ranking import sketch_contest
-from alisa.lab.bench.stamp import Stamp
-from alisa.lab.bench.upkeep import append_contest, policy_contest
+from alisa.lab.bench.case import Case, Outcome, Role, time_case
+from alisa.lab.bench.cases import AppendCase, CaseSpec, DecodeCase, PolicyCase, ProductCase, SketchCase
+from alisa.lab.bench.decode import decode_case
+from alisa.lab.bench.products import product_case
+from alisa.lab.bench.ranking import sketch_case
+from alisa.lab.bench.upkeep import append_case, policy_case
+from alisa.records.schema import Stamp
 
 
 def make_kernels(isa: str | None) -> cpu.CpuKernels:
@@ -29,30 +29,30 @@ def make_kernels(isa: str | None) -> cpu.CpuKernels:
     return cpu.CpuKernels(isa)
 
 
-def make_contest(case: Case, kernels: cpu.CpuKernels) -> Contest:
+def make_case(case: CaseSpec, kernels: cpu.CpuKernels) -> Case:
     """The case with its data, ready to run."""
     match case:
         case DecodeCase():
-            return decode_contest(case, kernels)
+            return decode_case(case, kernels)
         case AppendCase():
-            return append_contest(case, kernels)
+            return append_case(case, kernels)
         case PolicyCase():
-            return policy_contest(case, kernels)
+            return policy_case(case, kernels)
         case SketchCase():
-            return sketch_contest(case, kernels)
+            return sketch_case(case, kernels)
         case ProductCase():
-            return product_contest(case, kernels)
+            return product_case(case, kernels)
 
 
-def run_case(case: Case, kernels: cpu.CpuKernels, *, runs: int, only_kernel: bool) -> Outcome:
+def run_case(case: CaseSpec, kernels: cpu.CpuKernels, *, runs: int, only_kernel: bool) -> Outcome:
     """Measure one case."""
-    return hold(make_contest(case, kernels), runs, only_kernel=only_kernel)
+    return time_case(make_case(case, kernels), runs, only_kernel=only_kernel)
 
 
-_RIVALS = (Role.DENSE, Role.GATHER, Role.PACKED, Role.TWIN)
+_RIVALS = (Role.DENSE, Role.GATHER, Role.PACKED, Role.REFERENCE)
 
 
-def make_record(stamp: Stamp, isa: str, runs: int, cases: Mapping[str, tuple[Case, Outcome]]) -> dict[str, object]:
+def make_record(stamp: Stamp, isa: str, runs: int, cases: Mapping[str, tuple[CaseSpec, Outcome]]) -> dict[str, object]:
     """Everything about one run as plain JSON values."""
     return {
         "benchmark": "kernels",

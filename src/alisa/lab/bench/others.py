@@ -1,4 +1,4 @@
-"""How busy other programs keep the machine: a figure taken beside them is not to be relied on."""
+"""How busy other programs keep the machine: a figure that was taken meanwhile is not reliable."""
 
 from __future__ import annotations
 

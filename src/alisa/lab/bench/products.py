@@ -9,8 +9,8 @@ from torch import Tensor
 
 from alisa.kernels.native.kernels import CpuKernels
 from alisa.kernels.native.product import CpuProducts, product_isa_names
+from alisa.lab.bench.case import Call, Candidate, Case, Role
 from alisa.lab.bench.cases import ProductCase
-from alisa.lab.bench.contest import Call, Contender, Contest, Role
 from alisa.model.linear import Linear, make_linear
 from alisa.model.linear_int8 import QuantisedLinear, multiply_int8
 
@@ -20,7 +20,7 @@ _TWIN_TOKENS = 16
 """The reference unpacks all weights in every call: with more tokens it shows nothing else."""
 
 
-def product_contest(case: ProductCase, kernels: CpuKernels) -> Contest:
+def product_case(case: ProductCase, kernels: CpuKernels) -> Case:
     """The case with random weights and inputs."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(case.num_out, case.num_in, generator=generator).bfloat16()
@@ -29,15 +29,15 @@ def product_contest(case: ProductCase, kernels: CpuKernels) -> Contest:
     few = case.num_tokens <= _TWIN_TOKENS
     layers = [QuantisedLinear(weight, None, multiply) for _ in range(_LAYERS)]
 
-    def rivals() -> Iterator[Contender]:
+    def rivals() -> Iterator[Candidate]:
         device = torch.device("cpu")
         packed = [make_linear(weight, None, device) for _ in range(_LAYERS)]
-        yield Contender(Role.PACKED, "torch bf16", _in_turn(packed, x))
+        yield Candidate(Role.PACKED, "torch bf16", _in_turn(packed, x))
         if few:
             reference = QuantisedLinear(weight, None, multiply_int8)
-            yield Contender(Role.TWIN, "torch reference", lambda _: reference(x))
+            yield Candidate(Role.REFERENCE, "torch reference", lambda _: reference(x))
 
-    return Contest(_in_turn(layers, x), rivals, case.num_bytes)
+    return Case(_in_turn(layers, x), rivals, case.num_bytes)
 
 
 def _in_turn(layers: Sequence[Linear], x: Tensor) -> Call:

@@ -7,11 +7,11 @@ import torch
 from alisa.kernels.native.kernels import CpuKernels
 from alisa.kernels.reference.selection import ReferenceSelection
 from alisa.kernels.reference.sketch import sketch_scores
+from alisa.lab.bench.case import Candidate, Case, Role
 from alisa.lab.bench.cases import SketchCase
-from alisa.lab.bench.contest import Contender, Contest, Role
 
 
-def sketch_contest(case: SketchCase, kernels: CpuKernels) -> Contest:
+def sketch_case(case: SketchCase, kernels: CpuKernels) -> Case:
     """The case with random keys, the same for every sequence: what they are does not change the time."""
     generator = torch.Generator().manual_seed(0)
     num_rows = case.num_seqs * case.num_tokens
@@ -23,10 +23,10 @@ def sketch_contest(case: SketchCase, kernels: CpuKernels) -> Contest:
         kernels.sketch_append(codes, ranges, own_ids, keys, case.bits)
     if case.work == "append":
         new = (codes, ranges, ids[0], keys, case.bits)
-        reference = Contender(Role.TWIN, "torch reference", lambda _: ReferenceSelection().sketch_append(*new))
-        return Contest(lambda _: kernels.sketch_append(*new), lambda: [reference], case.num_bytes)
+        reference = Candidate(Role.REFERENCE, "torch reference", lambda _: ReferenceSelection().sketch_append(*new))
+        return Case(lambda _: kernels.sketch_append(*new), lambda: [reference], case.num_bytes)
     query = torch.randn(case.num_seqs, case.num_heads, case.head_dim, generator=generator).bfloat16()
     lengths = torch.full((case.num_seqs,), case.num_tokens, dtype=torch.int32)
     table = (query, codes, ranges, case.bits, ids[:, 0].contiguous(), lengths, case.num_tokens, case.num_sets)
-    reference = Contender(Role.TWIN, "torch reference", lambda _: sketch_scores(*table))
-    return Contest(lambda _: kernels.sketch_scores(*table), lambda: [reference], case.num_bytes)
+    reference = Candidate(Role.REFERENCE, "torch reference", lambda _: sketch_scores(*table))
+    return Case(lambda _: kernels.sketch_scores(*table), lambda: [reference], case.num_bytes)

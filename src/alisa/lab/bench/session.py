@@ -22,7 +22,7 @@ PARTS = ("linear", "attention", "selection", "transfer", "sampling", "other")
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class RunSpec:
     """How a batch is run."""
 
     config: EngineConfig
@@ -31,7 +31,7 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class RunResult:
     """What happened."""
 
     records: tuple[StepRecord, ...]
@@ -80,18 +80,18 @@ class Ran:
 
 def run_batch(
     decoder: Decoder,
-    setting: Setting,
+    run_spec: RunSpec,
     prompts: Sequence[Sequence[int]],
     output_len: int,
     *,
     on_first: Callable[[int], None] = lambda index: None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
-) -> Ran:
+) -> RunResult:
     """Every prompt has been continued greedily by exactly `output_len` tokens.
 
     Args:
         decoder: the model.
-        setting: how.
+        run_spec: how.
         prompts: token ids.
         output_len: tokens for each.
         on_first: called with the index of a prompt when it has its first token.
@@ -102,11 +102,11 @@ def run_batch(
     """
     model = LoadedModel("", decoder, None, choose_backend(decoder.device))
     config = replace(
-        setting.config,
-        max_num_seqs=min(setting.config.max_num_seqs, len(prompts)),
+        run_spec.config,
+        max_num_seqs=min(run_spec.config.max_num_seqs, len(prompts)),
         max_model_len=max(map(len, prompts)) + output_len,
     )
-    engine, setup = build_engine(model, config, setting.options)
+    engine, setup = build_engine(model, config, run_spec.options)
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     records: list[StepRecord] = []
     outputs: dict[str, list[int]] = {}
@@ -121,7 +121,7 @@ def run_batch(
             on_step(record)
     finally:
         engine.close()
-    return Ran(tuple(records), tuple(tuple(outputs[name]) for name in names), setup)
+    return RunResult(tuple(records), tuple(tuple(outputs[name]) for name in names), setup)
 
 
 def kv_dtype_of(decoder: Decoder, config: EngineConfig) -> str:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,23 @@ from alisa.lab.bench.checkpoint import is_written, write_checkpoint
 from alisa.lab.bench.engines import OWN, PEERS, reading_of
 from alisa.lab.bench.experiment import Measurement, Workload
 from alisa.lab.bench.floor import Speeds, floor_of, pass_rows
-from alisa.lab.bench.remote.measured import Job
+from alisa.lab.bench.remote.measured import EngineJob
 from alisa.lab.bench.shapes import SHAPES
-from alisa.lab.bench.stamp import Stamp
+from alisa.lab.bench.stamp import current_stamp
+from alisa.engine.loaded import embedded_model
 from alisa.machine import ASK_FOR_HUGE_PAGES
 from alisa.model.loader import load_spec
 from alisa.model.tokenizer import Tokenizer
 from alisa.planner.footprint import kv_token_bytes
-from alisa.planner.hardware import from_values
+from alisa.records.schema import RunFigures, RunRecord, WorkloadRecord
+from alisa.records.structure import structure
 from alisa.spec import ModelSpec
 
 FIRST_ORDINARY_ID = 10
 """Token ids below are left to the models' special tokens."""
 
-Record = dict[str, Any]
-
-_TOLD = ("others_share", "versions", "notes", "details", "step_quartiles_s", "num_steps")
-"""What a record takes from a driver as it is."""
+Told = dict[str, Any]
+"""What a driver printed."""
 
 _HUGE_PAGES = {ASK_FOR_HUGE_PAGES: "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Every engine asks for them, as this one does by itself: by torch, or by malloc."""
@@ -64,7 +64,7 @@ class Places:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PreparedWorkload:
     """A workload with everything that all engines get alike."""
 
     workload: Workload
@@ -91,9 +91,9 @@ class Work:
         share = self.workload.kv_share
         return None if share is None else int(share * self.kv_need_bytes)
 
-    def job(self, options: Mapping[str, Any]) -> Job:
+    def job(self, options: Mapping[str, Any]) -> EngineJob:
         """What a driver is asked to do."""
-        return Job(
+        return EngineJob(
             model=str(self.model),
             shape=asdict(self.spec),
             prompts=[list(ids) for ids in self.prompts],
@@ -108,7 +108,7 @@ class Work:
         )
 
 
-def make_work(workload: Workload, texts: Sequence[str] | None, places: Places, threads: int) -> Work:
+def prepare_workload(workload: Workload, texts: Sequence[str] | None, places: Places, threads: int) -> PreparedWorkload:
     """The workload with its model, which is written if it is a shape that nobody has asked for yet, and its prompts.
 
     Args:
@@ -144,7 +144,7 @@ def make_work(workload: Workload, texts: Sequence[str] | None, places: Places, t
             f"workload {workload.name!r} has a sequence of {longest} tokens, {workload.model} has "
             f"{spec.max_positions} positions; take fewer output tokens or shorter prompts."
         )
-    return Work(workload, spec, model, tuple(map(tuple, prompts)), threads)
+    return PreparedWorkload(workload, spec, model, tuple(map(tuple, prompts)), threads)
 
 
 def _random_prompts(workload: Workload, spec: ModelSpec, lengths: Sequence[int]) -> list[list[int]]:
@@ -153,7 +153,7 @@ def _random_prompts(workload: Workload, spec: ModelSpec, lengths: Sequence[int])
     return [[rng.randrange(FIRST_ORDINARY_ID, spec.vocab_size) for _ in range(length)] for length in lengths]
 
 
-def measure_floor(work: Work, weight_dtype: WeightDtypeName = "auto") -> Speeds:
+def measure_floor(work: PreparedWorkload, weight_dtype: WeightDtypeName = "auto") -> Speeds:
     """What the machine can do with such weights, measured in a process of its own whose memory is gone afterwards."""
     job = {
         "shape": asdict(work.spec),
@@ -166,10 +166,12 @@ def measure_floor(work: Work, weight_dtype: WeightDtypeName = "auto") -> Speeds:
     result = _last_line([sys.executable, "-m", "alisa.lab.bench.floor"], job, work, path=None)
     if result.get("status") == "failed":
         raise InputError(f"The floor cannot be measured: {result['reason']}.")
-    return from_values(Speeds, result)
+    return structure(Speeds, result)
 
 
-def measure(measurement: Measurement, work: Work, before: Speeds, places: Places) -> tuple[Record, Speeds]:
+def measure(
+    measurement: Measurement, work: PreparedWorkload, before: Speeds, places: Places
+) -> tuple[RunRecord, Speeds]:
     """The record of one measurement, and what the machine could do after it.
 
     An engine that fails, or is not there, has a record too.
@@ -181,24 +183,25 @@ def measure(measurement: Measurement, work: Work, before: Speeds, places: Places
         places: where things lie.
     """
     run = measurement.run
-    result = _result(measurement, work, places)
-    record: Record = {
-        "kind": "run",
-        "cell": measurement.cell,
-        "experiment": measurement.experiment,
-        "workload": asdict(work.workload)
-        | {"num_sequences": len(work.prompts), "prompt_tokens": sum(work.prompt_lens)},
-        "run": run.name,
-        "engine": run.engine,
-        "options": dict(run.options),
-        "round": measurement.round,
-        "status": result["status"],
-        "stamp": asdict(Stamp.now()) | {"num_threads": work.threads},
-        "kv_need_bytes": work.kv_need_bytes,
-        "kv_budget_bytes": work.kv_budget_bytes,
-    }
-    if result["status"] != "ran":
-        return record | {"reason": result["reason"]}, before
+    told = _result(measurement, work, places)
+    record = RunRecord(
+        cell=measurement.cell,
+        experiment=measurement.experiment,
+        workload=WorkloadRecord(
+            **asdict(work.workload), num_sequences=len(work.prompts), prompt_tokens=sum(work.prompt_lens)
+        ),
+        run=run.name,
+        engine=run.engine,
+        options=dict(run.options),
+        round=measurement.round,
+        status=told["status"],
+        reason=told.get("reason"),
+        stamp=replace(current_stamp(), num_threads=work.threads),
+        kv_need_bytes=work.kv_need_bytes,
+        kv_budget_bytes=work.kv_budget_bytes,
+    )
+    if record.status != "ran":
+        return record, before
     after = measure_floor(work)
     final_len = max(work.prompt_lens) + work.workload.output_len
     reading = reading_of(run.engine, run.options, work.workload.dtype, final_len)
@@ -214,28 +217,38 @@ def measure(measurement: Measurement, work: Work, before: Speeds, places: Places
         output_len=work.workload.output_len,
         batch=work.workload.batch,
     )
-    told = {key: result[key] for key in _TOLD}
-    return record | {"figures": _figures(work, result), "floor": floor.record()} | told, after
+    ran = replace(
+        record,
+        figures=_figures(work, told),
+        floor=floor,
+        others_share=told["others_share"],
+        versions=told["versions"],
+        notes=tuple(told["notes"]),
+        details=told["details"],
+        step_quartiles_s=told["step_quartiles_s"] and tuple(told["step_quartiles_s"]),
+        num_steps=told["num_steps"],
+    )
+    return ran, after
 
 
-def _figures(work: Work, result: Mapping[str, Any]) -> dict[str, float | None]:
+def _figures(work: PreparedWorkload, told: Told) -> RunFigures:
     """What a table shows."""
-    firsts = sorted(result["first_token_s"])
+    firsts = sorted(told["first_token_s"])
     asked = len(work.prompts) * work.workload.output_len
-    prefill_s, wall_s = firsts[-1], result["wall_s"]
+    prefill_s, wall_s = firsts[-1], told["wall_s"]
     # Where prompts are read between decode steps, the two cannot be told apart from outside.
-    apart = result["prompts_first"] and work.workload.output_len > 1
-    return {
-        "tokens_per_s": asked / wall_s,
-        "decode_tokens_per_s": (asked - len(work.prompts)) / (wall_s - prefill_s) if apart else None,
-        "wall_s": wall_s,
-        "first_token_median_s": firsts[len(firsts) // 2],
-        "first_token_last_s": prefill_s,
-        "peak_rss_bytes": result["peak_rss_bytes"],
-    }
+    apart = told["prompts_first"] and work.workload.output_len > 1
+    return RunFigures(
+        tokens_per_s=asked / wall_s,
+        decode_tokens_per_s=(asked - len(work.prompts)) / (wall_s - prefill_s) if apart else None,
+        wall_s=wall_s,
+        first_token_median_s=firsts[len(firsts) // 2],
+        first_token_last_s=prefill_s,
+        peak_rss_bytes=told["peak_rss_bytes"],
+    )
 
 
-def _result(measurement: Measurement, work: Work, places: Places) -> Record:
+def _result(measurement: Measurement, work: PreparedWorkload, places: Places) -> Told:
     """What the driver printed, or why it did not."""
     run = measurement.run
     job = asdict(work.job(run.options))
@@ -255,7 +268,7 @@ def _result(measurement: Measurement, work: Work, places: Places) -> Record:
     return _last_line([str(python), str(driver)], job, work, path=Path(remote.__file__).parent)
 
 
-def _last_line(command: Sequence[str], job: Mapping[str, Any], work: Work, *, path: Path | None) -> Record:
+def _last_line(command: Sequence[str], job: Mapping[str, Any], work: PreparedWorkload, *, path: Path | None) -> Told:
     """The JSON that the last line of standard output holds; a process that fails gives `failed` and its last words."""
     environment = dict(os.environ)
     # Most engines read the number of threads from here before their own options are looked at.

@@ -9,20 +9,20 @@ from alisa.cache.codec import make_codec
 from alisa.kernels.base import SelectionKernels, StepBatch
 from alisa.kernels.native.kernels import CpuKernels
 from alisa.kernels.reference.selection import ReferenceSelection
+from alisa.lab.bench.case import Call, Candidate, Case, Role
 from alisa.lab.bench.cases import AppendCase, PolicyCase
-from alisa.lab.bench.contest import Call, Contender, Contest, Role
 from alisa.policy.swa import SparseWindow
 from alisa.spec import AttentionShape
 
 _ARENA_STEPS = 16
-"""The pool holds so many times the tokens of one call, and each call writes elsewhere."""
+"""The pool holds this many times the tokens of one call, and each call writes elsewhere."""
 
 _SELECT_BYTES_PER_SCORE, _SELECT_BYTES_PER_SLOT = 8, 4
 _OBSERVE_BYTES_PER_SLOT = 2 * 8 + 2 * 4 + 4 + 4
 """Local sum (float64) and bucket (float32) read and written, mass and position read."""
 
 
-def append_contest(case: AppendCase, kernels: CpuKernels) -> Contest:
+def append_case(case: AppendCase, kernels: CpuKernels) -> Case:
     """New tokens become rows, in an order of slots that is not theirs."""
     generator = torch.Generator().manual_seed(0)
     codec = make_codec(case.row_format)
@@ -39,10 +39,10 @@ def append_contest(case: AppendCase, kernels: CpuKernels) -> Contest:
     def reference(call: int) -> None:
         rows.index_copy_(0, slots[call % _ARENA_STEPS], codec.encode(k, v))
 
-    return Contest(kernel, lambda: [Contender(Role.TWIN, "torch reference", reference)], case.num_bytes)
+    return Case(kernel, lambda: [Candidate(Role.REFERENCE, "torch reference", reference)], case.num_bytes)
 
 
-def policy_contest(case: PolicyCase, kernels: CpuKernels) -> Contest:
+def policy_case(case: PolicyCase, kernels: CpuKernels) -> Case:
     """One call of the policy for one layer, through the interface that the engine uses."""
     budget = Budget(case.sparsity)
     recent, older = budget.split(case.num_tokens - 1)
@@ -52,9 +52,9 @@ def policy_contest(case: PolicyCase, kernels: CpuKernels) -> Contest:
         num_bytes = num_scores * _SELECT_BYTES_PER_SCORE + num_slots * _SELECT_BYTES_PER_SLOT
     else:
         num_bytes = num_slots * _OBSERVE_BYTES_PER_SLOT
-    return Contest(
+    return Case(
         _policy_call(case, kernels),
-        lambda: [Contender(Role.TWIN, "torch reference", _policy_call(case, ReferenceSelection()))],
+        lambda: [Candidate(Role.REFERENCE, "torch reference", _policy_call(case, ReferenceSelection()))],
         case.num_seqs * num_bytes,
         num_calls=case.num_layers,
     )

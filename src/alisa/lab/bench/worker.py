@@ -13,8 +13,8 @@ from alisa.config import EngineConfig
 from alisa.engine.builder import CacheOptions
 from alisa.kernels.choose import choose_backend
 from alisa.lab.bench.engines import OwnOptions
-from alisa.lab.bench.remote.measured import Clock, Job, finish
-from alisa.lab.bench.session import Ran, Setting, kv_dtype_of, run_batch
+from alisa.lab.bench.remote.measured import Clock, EngineJob, finish
+from alisa.lab.bench.session import RunResult, RunSpec, kv_dtype_of, run_batch
 from alisa.model.choose_linear import choose_linear
 from alisa.model.decoder import Decoder
 from alisa.model.loader import load_decoder
@@ -22,11 +22,11 @@ from alisa.outputs import StepRecord
 from alisa.scheduler.placement.file import schedule_from
 
 
-def setting_of(job: Job, options: OwnOptions) -> Setting:
+def run_spec_of(job: EngineJob, options: OwnOptions) -> RunSpec:
     """How the job is to be run: with a budget, the rest goes to disk; without, all of it stays in memory."""
     device_bytes = job.kv_budget_bytes
     tiers = device_bytes is not None or options.schedule is not None
-    return Setting(
+    return RunSpec(
         EngineConfig(
             policy=options.policy,
             sparsity=options.sparsity,
@@ -45,7 +45,7 @@ def setting_of(job: Job, options: OwnOptions) -> Setting:
     )
 
 
-def generate(decoder: Decoder, setting: Setting, job: Job) -> tuple[Clock, Ran]:
+def generate(decoder: Decoder, run_spec: RunSpec, job: EngineJob) -> tuple[Clock, RunResult]:
     """Run the job."""
     clock = Clock(len(job.prompts))
 
@@ -53,22 +53,22 @@ def generate(decoder: Decoder, setting: Setting, job: Job) -> tuple[Clock, Ran]:
         if not record.prefill:
             clock.step()
 
-    ran = run_batch(decoder, setting, job.prompts, job.output_len, on_first=clock.first, on_step=on_step)
+    ran = run_batch(decoder, run_spec, job.prompts, job.output_len, on_first=clock.first, on_step=on_step)
     clock.stop()
     return clock, ran
 
 
 def main() -> None:
     """Measure."""
-    job = Job.read()
+    job = EngineJob.read()
     torch.set_num_threads(job.threads)
     options = OwnOptions.of(job.options)
-    setting = setting_of(job, options)
+    run_spec = run_spec_of(job, options)
     device = torch.device("cpu")
     make_linear = choose_linear(options.weight_dtype, device)
     decoder = load_decoder(Path(job.model), getattr(torch, job.dtype), device, make_linear=make_linear)
-    generate(decoder, setting, job.warm_up())
-    clock, ran = generate(decoder, setting, job)
+    generate(decoder, run_spec, job.warm_up())
+    clock, ran = generate(decoder, run_spec, job)
     kernels = choose_backend(decoder.device)
     weights = job.dtype if options.weight_dtype == "auto" else options.weight_dtype
     notes = [f"{weights} weights, {kv_dtype_of(decoder, setting.config)} KV rows", f"kernels {kernels.name}"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from alisa.budget import Budget
 from alisa.errors import InputError
 from alisa.lab.eval.documents import read_documents
-from alisa.lab.eval.measurement import Measurement, fingerprint
+from alisa.lab.eval.measurement import UnitResults, fingerprint
 from alisa.lab.eval.ranks import spearman
 from alisa.lab.eval.shadow import ShadowAttend, ShadowLayer
 from alisa.lab.eval.statistics import Estimate, difference, mean
@@ -66,7 +66,7 @@ class AttentionStudy:
         """Tokens of a window."""
         return self.windows[0].item.num_tokens
 
-    def measure(self, subject: Subject, variant: Variant) -> Measurement:
+    def measure(self, subject: Subject, variant: Variant) -> UnitResults:
         """Run the windows densely and let the policy look on."""
         prompt_len = len(self.windows[0].item.prompt_ids)
         num_rows = self.length - prompt_len
@@ -81,7 +81,7 @@ class AttentionStudy:
             items = [window.item for window in self.windows[start : start + at_once]]
             self._run(subject, variant, [[*item.prompt_ids, *item.output_ids] for item in items], prompt_len, tell)
         units = [mean([layer.captured[index] for layer in layers]).value for index in range(len(self.windows))]
-        return Measurement(units, _details(layers))
+        return UnitResults(units, _details(layers))
 
     def value(self, units: Sequence[float]) -> Estimate:
         """Captured share of the dense weight."""
@@ -162,7 +162,7 @@ def _correlations(found: ShadowLayer, prompt_len: int) -> list[float]:
     kept = found.weights * found.read_by_head
     kept = kept / kept.sum(dim=-1, keepdim=True)
     length = kept.shape[-1]
-    # Row i is the token prompt_len + i; a token is visible to itself and to those behind it.
+    # Row i is the token prompt_len + i; a token is visible to itself and to those after it.
     num_rows = length - torch.arange(length, device=kept.device).clamp_min(prompt_len)
     dense, sparse = (weights.sum(dim=(1, 2)) / num_rows for weights in (found.weights, kept))
     return [spearman(one, other) for one, other in zip(dense, sparse, strict=True)]

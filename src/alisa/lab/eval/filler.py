@@ -47,7 +47,7 @@ class Filler:
         self._sizes = [len(tokenizer.encode(sentence)) - lead for sentence in self._sentences]
 
     def pieces(self, sizes: Sequence[int], rng: Random) -> list[str]:
-        """Consecutive text, cut at ends of sentences into pieces of about so many tokens (0: none), never more in all.
+        """Consecutive text, cut at ends of sentences into pieces of about `sizes` tokens (0: none), never more in all.
 
         Reading starts at a sentence drawn by `rng` and goes round at the end.
         """

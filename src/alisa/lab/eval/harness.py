@@ -7,7 +7,7 @@
     llm = LLM("facebook/opt-1.3b", policy="sketch", sparsity=0.8)
     results = lm_eval.simple_evaluate(model=HarnessModel(llm), tasks=["piqa", "wikitext"])
 
-Likelihoods are decoded token by token under the policy, context and continuation alike, behind the first `prefill`
+Likelihoods are decoded token by token under the policy, context and continuation alike, after the first `prefill`
 tokens: the harness is then what ALISA's accuracy figures are measured with.
 """
 
@@ -121,7 +121,7 @@ class HarnessModel(LM):
         ]
 
     def _fitting(self, ids: Sequence[int], most: int) -> Sequence[int]:
-        """The last `most` tokens, behind the model's leading token if it has one."""
+        """The last `most` tokens, after the model's leading token if it has one."""
         if len(ids) <= most:
             return ids
         lead = self._llm.tokenizer.encode("")

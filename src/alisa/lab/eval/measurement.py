@@ -19,12 +19,13 @@ import torch
 
 from alisa import __version__
 from alisa.errors import InputError
-from alisa.lab.eval.record_file import Record, RecordFile
+from alisa.lab.eval.record_file import RecordFile
 from alisa.lab.eval.statistics import Estimate
 from alisa.lab.eval.subject import BASELINE, Subject, Variant
+from alisa.records.schema import EvalRecord, EvalStamp
 
 
-class Measurement(NamedTuple):
+class UnitResults(NamedTuple):
     """What one variant gave."""
 
     units: list[float]
@@ -61,7 +62,7 @@ class Evaluation(Protocol):
         """All that decides the numbers besides the model and the variant."""
         ...
 
-    def measure(self, subject: Subject, variant: Variant) -> Measurement:
+    def measure(self, subject: Subject, variant: Variant) -> UnitResults:
         """Run one variant over all units."""
         ...
 
@@ -81,7 +82,7 @@ def fingerprint(value: object) -> str:
 
 def measure_cells(
     subject: Subject, evaluation: Evaluation, variants: Sequence[Variant], file: RecordFile
-) -> Iterator[Record]:
+) -> Iterator[EvalRecord]:
     """The record of every variant, from the file or measured now; the baseline is among the variants.
 
     Raises:
@@ -98,35 +99,37 @@ def measure_cells(
             seconds = perf_counter() - started
             units = [round(unit, 6) for unit in measured.units]
             baseline = baseline or units
-            record = {
-                "kind": evaluation.kind,
-                "cell": cell,
-                "model": subject.name,
-                "task": evaluation.task,
-                "policy": variant.policy,
-                "sparsity": variant.sparsity,
-                "kv_dtype": subject.kv_dtype(variant),
-                "weight_dtype": subject.weight_dtype,
-                "metric": evaluation.metric,
-                **_figures("value", "standard_error", evaluation.value(units)),
-                **_figures("versus_dense", "versus_dense_error", evaluation.versus(units, baseline)),
-                "seconds": round(seconds, 3),
-                "kv_token_bytes": subject.row_bytes(variant),
-                "policy_token_bytes": round(subject.state_bytes(variant, evaluation.length), 1),
-                **measured.details,
-                "units": units,
-                "settings": dict(evaluation.settings),
-                "stamp": _stamp(subject),
-            }
+            value, versus = evaluation.value(units), evaluation.versus(units, baseline)
+            record = EvalRecord(
+                kind=evaluation.kind,
+                cell=cell,
+                model=subject.name,
+                task=evaluation.task,
+                policy=variant.policy,
+                sparsity=variant.sparsity,
+                kv_dtype=subject.kv_dtype(variant),
+                weight_dtype=subject.weight_dtype,
+                metric=evaluation.metric,
+                value=round(value.value, 6),
+                standard_error=_error(value),
+                versus_dense=round(versus.value, 6),
+                versus_dense_error=_error(versus),
+                seconds=round(seconds, 3),
+                kv_token_bytes=subject.row_bytes(variant),
+                policy_token_bytes=round(subject.state_bytes(variant, evaluation.length), 1),
+                details=measured.details,
+                units=tuple(units),
+                settings=dict(evaluation.settings),
+                stamp=_stamp(subject),
+            )
             file.append(record)
         if not baseline:
-            units_read = record.get("units")
-            if not isinstance(units_read, list):
+            if record.units is None:
                 raise InputError(
                     "The output file has the figures of dense attention as a whole only, not by window or question, so "
                     "that nothing can be compared with it; choose another --output."
                 )
-            baseline = units_read
+            baseline = record.units
         yield record
 
 
@@ -152,21 +155,20 @@ def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
     )
 
 
-def _figures(name: str, error_name: str, estimate: Estimate) -> dict[str, float | None]:
-    """An estimate as two fields; JSON has no NaN."""
-    error = estimate.standard_error
-    return {name: round(estimate.value, 6), error_name: None if isnan(error) else round(error, 6)}
+def _error(estimate: Estimate) -> float | None:
+    """The standard error; None where there is none, because JSON has no NaN."""
+    return None if isnan(estimate.standard_error) else round(estimate.standard_error, 6)
 
 
-def _stamp(subject: Subject) -> dict[str, object]:
+def _stamp(subject: Subject) -> EvalStamp:
     """When and with what a cell was measured."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "alisa": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "attention": subject.scorer.kernels.name,
-        "dtype": str(subject.scorer.decoder.dtype).removeprefix("torch."),
-    }
+    return EvalStamp(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        alisa=__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        machine=platform.machine(),
+        threads=torch.get_num_threads(),
+        attention=subject.scorer.kernels.name,
+        dtype=str(subject.scorer.decoder.dtype).removeprefix("torch."),
+    )

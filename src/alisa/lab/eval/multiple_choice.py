@@ -1,6 +1,6 @@
 """Multiple choice by likelihood: the model picks the choice it finds most likely for its length.
 
-The prompt is decoded under the policy too, behind the few tokens that are read densely: with the whole prompt read
+The prompt is decoded under the policy too, after the few tokens that are read densely: with the whole prompt read
 densely a short answer would hardly meet a sparse step, and the published harness runs its attention row by row over the
 prompt as well (ALISA, section 6).
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 from alisa.errors import InputError
-from alisa.lab.eval.measurement import Measurement, fingerprint
+from alisa.lab.eval.measurement import UnitResults, fingerprint
 from alisa.lab.eval.questions import Question, load_questions
 from alisa.lab.eval.statistics import Estimate, difference, mean
 from alisa.lab.eval.subject import Subject, Variant
@@ -22,7 +22,7 @@ from alisa.model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class AnswerChoice:
     """One choice of one question as the model sees it."""
 
     question: int
@@ -38,7 +38,7 @@ class MultipleChoice:
     """Questions of one set; a unit is 1 for a right answer and 0 for a wrong one."""
 
     task: str
-    choices: Sequence[Choice]
+    choices: Sequence[AnswerChoice]
     """Of all questions, in their order."""
     answers: Sequence[int]
     settings: Mapping[str, object]
@@ -50,7 +50,7 @@ class MultipleChoice:
         """Tokens of the longest question with a choice."""
         return max(choice.item.num_tokens for choice in self.choices)
 
-    def measure(self, subject: Subject, variant: Variant) -> Measurement:
+    def measure(self, subject: Subject, variant: Variant) -> UnitResults:
         """Answer every question under one variant."""
         outputs = subject.scorer.score(
             variant.selection_policy(), subject.codec(variant), [choice.item for choice in self.choices]
@@ -64,7 +64,7 @@ class MultipleChoice:
         units = [_is_best(found, answer) for found, answer in zip(scores, self.answers, strict=True)]
         plain = [_is_best(found, answer) for found, answer in zip(raw, self.answers, strict=True)]
         chance = sum(1 / len(found) for found in scores) / len(scores)
-        return Measurement(units, {"accuracy_without_normalisation": mean(plain).value, "chance": chance})
+        return UnitResults(units, {"accuracy_without_normalisation": mean(plain).value, "chance": chance})
 
     def value(self, units: Sequence[float]) -> Estimate:
         """Share of right answers."""
@@ -96,7 +96,7 @@ def multiple_choice_of(
     asked = list(range(len(questions.questions)))
     if limit is not None and limit < len(asked):
         asked = [index * len(asked) // limit for index in range(limit)]
-    choices: list[Choice] = []
+    choices: list[AnswerChoice] = []
     for number, index in enumerate(asked):
         question = questions.questions[index]
         pool = [example for example in questions.examples if example != question]
@@ -118,7 +118,7 @@ def multiple_choice_of(
     return MultipleChoice(questions.name, choices, answers, settings)
 
 
-def _choices(tokenizer: Tokenizer, number: int, front: str, question: Question, prefill: int) -> list[Choice]:
+def _choices(tokenizer: Tokenizer, number: int, front: str, question: Question, prefill: int) -> list[AnswerChoice]:
     choices = []
     for context, continuation in zip(question.contexts, question.continuations, strict=True):
         before, whole = tokenizer.encode(front + context), tokenizer.encode(front + context + continuation)
@@ -127,7 +127,7 @@ def _choices(tokenizer: Tokenizer, number: int, front: str, question: Question, 
             raise InputError(f"A choice of question {number + 1} adds no token to its context: {continuation!r}.")
         prompt_len = min(prefill, len(before))
         item = ScoredItem(whole[:prompt_len], whole[prompt_len:])
-        choices.append(Choice(number, item, num_scored, len(continuation.strip().encode())))
+        choices.append(AnswerChoice(number, item, num_scored, len(continuation.strip().encode())))
     return choices
 
 

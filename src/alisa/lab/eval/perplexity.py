@@ -11,7 +11,7 @@ from typing import Literal
 from alisa.errors import InputError
 from alisa.lab.eval.documents import read_documents
 from alisa.lab.eval.layerwise import score_layerwise
-from alisa.lab.eval.measurement import Measurement, fingerprint
+from alisa.lab.eval.measurement import UnitResults, fingerprint
 from alisa.lab.eval.statistics import Estimate, difference, exponential, mean
 from alisa.lab.eval.subject import Subject, Variant
 from alisa.lab.eval.windows import Window, cut_windows
@@ -36,7 +36,7 @@ class Perplexity:
         """Tokens of a window."""
         return self.windows[0].item.num_tokens
 
-    def measure(self, subject: Subject, variant: Variant) -> Measurement:
+    def measure(self, subject: Subject, variant: Variant) -> UnitResults:
         """Score every window under one variant."""
         policy, codec = variant.selection_policy(), subject.codec(variant)
         items = [window.item for window in self.windows]
@@ -49,7 +49,7 @@ class Perplexity:
         num_bytes = sum(window.scored_bytes for window in self.windows)
         top1 = sum(int(output.greedy.sum()) for output in outputs) / sum(len(item.output_ids) for item in items)
         details: dict[str, object] = {"bits_per_byte": nats / log(2) / num_bytes, "top1_accuracy": top1}
-        return Measurement(units, details)
+        return UnitResults(units, details)
 
     def value(self, units: Sequence[float]) -> Estimate:
         """Perplexity per token."""

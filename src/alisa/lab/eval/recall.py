@@ -10,7 +10,7 @@ from random import Random
 from alisa.errors import InputError
 from alisa.lab.eval.documents import read_documents
 from alisa.lab.eval.filler import DEFAULT_TEXT, Filler
-from alisa.lab.eval.measurement import Measurement, fingerprint
+from alisa.lab.eval.measurement import UnitResults, fingerprint
 from alisa.lab.eval.recall_tasks import DEPTH_TASKS, TASKS, Scene, Script, TaskName
 from alisa.lab.eval.statistics import Estimate, difference, mean
 from alisa.lab.eval.subject import Subject, Variant
@@ -41,7 +41,7 @@ class RecallItem:
 
 
 @dataclass(frozen=True)
-class Recall:
+class RecallEvaluation:
     """One task at one length; a unit is a text: the share of its targets that greedy decoding gets right.
 
     An answer counts when every token of it is the most likely one; a copied passage counts token by token.
@@ -59,7 +59,7 @@ class Recall:
         """Name and length."""
         return f"{self.name} {self.length}"
 
-    def measure(self, subject: Subject, variant: Variant) -> Measurement:
+    def measure(self, subject: Subject, variant: Variant) -> UnitResults:
         """Answer everything under one variant."""
         items = [item.item for item in self.items]
         outputs = subject.scorer.score(variant.selection_policy(), subject.codec(variant), items)
@@ -82,7 +82,7 @@ class Recall:
         }
         if self.name in DEPTH_TASKS:
             details["by_depth"] = _classes(by_depth)
-        return Measurement(units, details)
+        return UnitResults(units, details)
 
     def value(self, units: Sequence[float]) -> Estimate:
         """Share of what is recalled."""
@@ -104,7 +104,7 @@ def recalls_of(
     text: Path | None,
     wording: Wording,
     seed: int,
-) -> list[Recall]:
+) -> list[RecallEvaluation]:
     """One evaluation for each task and length.
 
     Args:
@@ -144,7 +144,7 @@ def recalls_of(
                 "seed": seed,
                 "items": fingerprint([item.item for item in items]),
             }
-            found.append(Recall(task, length, items, settings))
+            found.append(RecallEvaluation(task, length, items, settings))
     return found
 
 

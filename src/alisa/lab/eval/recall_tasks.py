@@ -84,7 +84,7 @@ class Scene:
     """Where the thing to recall stands in what precedes the question: 0 first, 1 last."""
 
     def room(self, fixed: str) -> int:
-        """Tokens left for prose beside `fixed` text."""
+        """Tokens left for prose in addition to `fixed` text."""
         return max(0, self.length - len(self.tokenizer.encode(fixed)) - 2)
 
 
@@ -154,6 +154,6 @@ def _scattered(scene: Scene, rng: Random, depths: list[float]) -> Script:
 
 
 def _shares(room: int, depths: list[float]) -> list[int]:
-    """Tokens of prose before, between and behind things at ascending depths."""
+    """Tokens of prose before, between and after things at ascending depths."""
     places = [0, *(round(depth * room) for depth in depths), room]
     return [end - start for start, end in pairwise(places)]

@@ -8,69 +8,74 @@ takes those it needs from it and measures only the others.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 from alisa.errors import InputError
+from alisa.records.jsonl import JsonlFile, LineFormat, Record
+from alisa.records.schema import EvalRecord
+from alisa.records.structure import structure_record
 
-Record = Mapping[str, object]
+_FIELDS = frozenset(field.name for field in fields(EvalRecord)) - {"details"}
 
-_LINE_START = b'{"kind": '
-"""Every line begins with this, which tells a torn line of ours from the end of somebody's own file."""
+
+def eval_record(line: Record) -> EvalRecord:
+    """The cell that a line holds.
+
+    Raises:
+        InputError: a field is missing, or has another type.
+    """
+    own = {name: value for name, value in line.items() if name in _FIELDS}
+    return structure_record(
+        EvalRecord, own | {"details": {name: value for name, value in line.items() if name not in _FIELDS}}
+    )
+
+
+def eval_line(record: EvalRecord) -> dict[str, object]:
+    """A cell as its line holds it."""
+    values: dict[str, object] = dict(asdict(record))
+    last = {name: values.pop(name) for name in ("units", "settings", "stamp")}
+    del values["details"]
+    line = {**values, **record.details, **last}
+    return {name: value for name, value in line.items() if value is not None or name not in ("units", "weight_dtype")}
+
+
+def _complaint(line: Record) -> str | None:
+    try:
+        eval_record(line)
+    except InputError as error:
+        return f"not a result of alisa eval ({error})"
+    return None
+
+
+EVAL_LINES = LineFormat(what="a result of alisa eval", first="kind", key="cell", complaint=_complaint)
 
 
 class RecordFile:
-    """An open file of cells; without a path it remembers nothing.
+    """An open file of cells; without a path it remembers them and writes nothing."""
 
-    `writer` is the command whose records these are.
-
-    A failed `append` leaves all earlier lines intact and at most one torn line, which the next run cuts off.
-    """
-
-    def __init__(self, path: Path | None, writer: str = "alisa eval") -> None:
-        """Open `path` for appending, after reading the cells that are in it.
+    def __init__(self, path: Path | None) -> None:
+        """Open `path` for appending, after reading the cells that are in it; no other process has it open.
 
         Raises:
-            InputError: the file holds something else, or cannot be written; it is left as it was.
+            InputError: as for `JsonlFile`.
         """
-        self._path = path
-        self._file: BinaryIO | None = None
-        self._records: dict[str, Record] = {}
-        if path is None:
-            return
-        try:
-            if path.is_file():
-                self._records = _read(path, writer)
-            # Unbuffered: a line is with the system when `append` returns, and closing cannot fail a second time.
-            self._file = path.open("ab", buffering=0)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror}.") from error
+        self._file = JsonlFile(path, EVAL_LINES, lock=True)
 
-    def get(self, cell: str) -> Record | None:
+    def get(self, cell: str) -> EvalRecord | None:
         """The record of a cell, if an earlier run has measured it."""
-        return self._records.get(cell)
+        line = self._file.get(cell)
+        return None if line is None else eval_record(line)
 
-    def append(self, record: Record) -> None:
+    def append(self, record: EvalRecord) -> None:
         """Write one cell.
 
         Raises:
-            InputError: the system refuses, for example because the disk is full.
+            InputError: a figure is not finite, or the system refuses, for example because the disk is full.
         """
-        self._records[str(record["cell"])] = record
-        if self._file is None:
-            return
-        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-        except OSError as error:
-            raise InputError(
-                f"{self._path} cannot be written: {error.strerror}. Make room and run the same command again to go on."
-            ) from error
+        self._file.append(eval_line(record))
 
     def __enter__(self) -> Self:
         return self
@@ -78,25 +83,4 @@ class RecordFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def _read(path: Path, writer: str) -> dict[str, Record]:
-    """Cells by digest, the newest of equals; a torn last line is cut off."""
-    way_out = "choose another --output, or delete the file to start again"
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    records: dict[str, Record] = {}
-    for number, line in enumerate(data[:whole].splitlines(), 1):
-        try:
-            record = json.loads(line)
-            records[record["cell"]] = record
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: not a result of {writer}; {way_out}.") from error
-    torn = data[whole:]
-    if torn and not _LINE_START.startswith(torn[: len(_LINE_START)]):
-        raise InputError(f"{path}: its last line is not a result of {writer}; {way_out}.")
-    if torn:
-        os.truncate(path, whole)
-    return records
+        self._file.close()

@@ -1,4 +1,4 @@
-"""What every policy would read if it ran beside dense attention: its selections for the same queries and keys.
+"""What every policy would read if it ran together with dense attention: its selections for the same queries and keys.
 
 The model runs densely, all tokens of a window at once, so that every policy is judged by the same attention weights and
 no difference comes from what it did to the layers before. The policy runs in a session of its own and sees what it

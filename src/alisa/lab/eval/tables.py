@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-Record = Mapping[str, object]
+from alisa.records.schema import EvalRecord
 
 
 class TextTable(NamedTuple):
@@ -24,21 +24,21 @@ _TITLES = {
 }
 
 
-def tables(records: Sequence[Record]) -> list[TextTable]:
+def tables(records: Sequence[EvalRecord]) -> list[TextTable]:
     """One table for each kind, model and task, in the order in which they appear."""
-    groups: dict[tuple[str, str, str], list[Record]] = {}
+    groups: dict[tuple[str, str, str], list[EvalRecord]] = {}
     for record in records:
-        groups.setdefault((str(record["kind"]), str(record["model"]), str(record["task"])), []).append(record)
+        groups.setdefault((record.kind, record.model, record.task), []).append(record)
     return [_table(*names, group) for names, group in groups.items()]
 
 
-def _table(kind: str, model: str, task: str, records: Sequence[Record]) -> TextTable:
-    sparsities = sorted({_number(record, "sparsity") for record in records if record["policy"] != "dense"})
+def _table(kind: str, model: str, task: str, records: Sequence[EvalRecord]) -> TextTable:
+    sparsities = sorted({record.sparsity for record in records if record.policy != "dense"})
     rows = []
     for name, row in _rows(records).items():
-        by_sparsity = {_number(record, "sparsity"): record for record in row}
+        by_sparsity = {record.sparsity: record for record in row}
         if name.startswith("dense,"):
-            level = _level(kind, row[0]) if row[0]["versus_dense"] in (0, 1) else _cell(kind, row[0])
+            level = _level(kind, row[0]) if row[0].versus_dense in (0, 1) else _cell(kind, row[0])
             rows.append((name, level, *("" for _ in sparsities)))
         else:
             cells = [_cell(kind, by_sparsity[s]) if s in by_sparsity else "" for s in sparsities]
@@ -47,22 +47,22 @@ def _table(kind: str, model: str, task: str, records: Sequence[Record]) -> TextT
     return TextTable(f"{task}, {model}: {_TITLES[kind]}", header, tuple(rows))
 
 
-def _rows(records: Iterable[Record]) -> dict[str, list[Record]]:
+def _rows(records: Iterable[EvalRecord]) -> dict[str, list[EvalRecord]]:
     """Records by the name of their row."""
-    rows: dict[str, list[Record]] = {}
+    rows: dict[str, list[EvalRecord]] = {}
     for record in records:
-        rows.setdefault(f"{record['policy']}, {record['kv_dtype']}", []).append(record)
+        rows.setdefault(f"{record.policy}, {record.kv_dtype}", []).append(record)
     return rows
 
 
-def _level(kind: str, record: Record) -> str:
-    value = _number(record, "value")
+def _level(kind: str, record: EvalRecord) -> str:
+    value = record.value
     return f"{value:.3f}" if kind == "ppl" else f"{value:.1%}"
 
 
-def _cell(kind: str, record: Record) -> str:
-    value, versus = _number(record, "value"), _number(record, "versus_dense")
-    error = None if record["versus_dense_error"] is None else _number(record, "versus_dense_error")
+def _cell(kind: str, record: EvalRecord) -> str:
+    value, versus = record.value, record.versus_dense
+    error = record.versus_dense_error
     match kind:
         case "ppl":
             return f"{versus:.4f}" + ("" if error is None else f" ± {error:.4f}")
@@ -70,9 +70,3 @@ def _cell(kind: str, record: Record) -> str:
             return f"{value:.1%}" + ("" if error is None else f" ± {error:.1%}")
         case _:
             return f"{value:.1%} ({100 * versus:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + ")"
-
-
-def _number(record: Record, name: str) -> float:
-    value = record[name]
-    assert isinstance(value, int | float), f"{name} is a number"
-    return float(value)

@@ -11,7 +11,7 @@ from alisa.model.tokenizer import Tokenizer
 
 
 class Window(NamedTuple):
-    """Consecutive tokens of a text behind the model's leading token; what is scored, and how long it is as text."""
+    """Consecutive tokens of a text after the model's leading token; what is scored, and how long it is as text."""
 
     item: ScoredItem
     scored_bytes: int
@@ -20,7 +20,7 @@ class Window(NamedTuple):
 def cut_windows(
     tokenizer: Tokenizer, documents: Sequence[str], *, context: int, prefill: int, count: int | None
 ) -> list[Window]:
-    """Windows of `context` tokens, each behind the model's leading token if it has one.
+    """Windows of `context` tokens, each after the model's leading token if it has one.
 
     Documents follow each other with a line feed between them and are cut into consecutive windows, of which `count` are
     taken at even distances, so that a few windows speak for the whole text. The first `prefill` tokens of a window are

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from alisa.lab.plot.canvas import colour, grid, legend_below, marker, new_figure
-from alisa.lab.plot.records import Record, grouped, number
+from alisa.lab.plot.records import grouped, number
+from alisa.records.jsonl import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from alisa.lab.plot.canvas import grid, new_figure
-from alisa.lab.plot.records import Record, grouped, number, table
+from alisa.lab.plot.records import grouped, number, table
+from alisa.records.jsonl import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

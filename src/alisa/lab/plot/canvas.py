@@ -31,7 +31,7 @@ _MARKERS = "osD^v<>pPX"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches.
+    """An empty figure of this size in inches.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -56,7 +56,7 @@ def grid(figure: Figure, count: int, num_columns: int) -> list[Axes]:
 
 
 def legend_below(figure: Figure, num_panels: int) -> None:
-    """The names of the first panel under all of them, as many in a row as the width of so many panels holds."""
+    """The names of the first panel under all of them, as many in a row as fit below the panels of one row."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     columns = 3 if num_panels == 1 else 5
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)

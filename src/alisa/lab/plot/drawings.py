@@ -12,8 +12,8 @@ from alisa.lab.plot.prediction import draw_prediction
 from alisa.lab.plot.ratios import draw_ratios
 from alisa.lab.plot.recall_distance import draw_recall_distance, has_distances
 from alisa.lab.plot.recall_map import draw_recall_map, has_depths
-from alisa.lab.plot.records import Record
 from alisa.lab.plot.steps import draw_steps
+from alisa.records.jsonl import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

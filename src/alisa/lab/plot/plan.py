@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from alisa.lab.plot.canvas import grid, new_figure
-from alisa.lab.plot.records import Record
+from alisa.records.jsonl import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

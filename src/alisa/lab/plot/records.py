@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from alisa.errors import InputError
+from alisa.records.jsonl import LineFormat, Record, read_records
 
-Record = Mapping[str, object]
+_LINES = LineFormat(what="a record of alisa eval or alisa generate", first="kind", key="kind")
 
 
 def read_lines(paths: Sequence[Path]) -> list[Record]:
@@ -19,16 +18,8 @@ def read_lines(paths: Sequence[Path]) -> list[Record]:
     """
     records: dict[object, Record] = {}
     for path in paths:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} cannot be read: {error}.") from error
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                records[record.get("cell", (path, number))] = {"kind": record["kind"], **record}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{path}, line {number}: not a record of alisa eval or alisa generate.") from error
+        for number, record in enumerate(read_records(path, _LINES)):
+            records[record.get("cell", (path, number))] = record
     return list(records.values())
 
 

@@ -1,4 +1,4 @@
-"""What a run did, step by step: memory by tier above, time by part below, and the phases behind both."""
+"""What a run did, step by step: memory by tier above, time by part below, and the phases in the background."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from alisa.lab.plot.canvas import grid, new_figure
-from alisa.lab.plot.records import Record, number
+from alisa.lab.plot.records import number
+from alisa.records.jsonl import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +54,7 @@ def draw_steps(records: Sequence[Record]) -> Figure:
 
 
 def _label(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
-    """A legend beside the axes."""
+    """A legend at the side of the axes."""
     for name, colour in entries:
         axes.fill_between([], [], [], color=colour, label=name)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)

@@ -12,7 +12,7 @@ from alisa.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class WeightPiece:
     """A piece of one of our tensors: a checkpoint tensor, or some rows of it."""
 
     name: str
@@ -20,7 +20,7 @@ class Part:
     take: Callable[[Tensor, ModelSpec], Tensor] | None = None
     """Cuts our rows `[out, in]` (or `[out]`) out of the checkpoint tensor; None: it is used as it is."""
 
-    def of_layer(self, layer: int) -> Part:
+    def of_layer(self, layer: int) -> WeightPiece:
         """The same piece of one particular layer."""
         return replace(self, name=self.name.format(layer=layer))
 
@@ -32,9 +32,9 @@ class Family:
     model_type: str
     to_spec: Callable[[Mapping[str, Any]], ModelSpec]
     """Reads a config; raises ModelError with every reason at once."""
-    model_parts: Mapping[str, tuple[Part, ...]]
+    model_parts: Mapping[str, tuple[WeightPiece, ...]]
     """Our names outside the layers -> pieces, joined along the rows."""
-    layer_parts: Mapping[str, tuple[Part, ...]]
+    layer_parts: Mapping[str, tuple[WeightPiece, ...]]
     """Our names inside a layer -> pieces, joined along the rows."""
     prefixes: tuple[str, ...]
     """Prefixes that repositories of different ages put before the names, longest first."""
@@ -50,15 +50,15 @@ class Family:
         return self.aliases.get(name, name)
 
 
-def same(**names: str) -> dict[str, tuple[Part, ...]]:
+def same(**names: str) -> dict[str, tuple[WeightPiece, ...]]:
     """Parts for linear layers and norms that are stored as they are: weight and bias under one stem."""
-    parts: dict[str, tuple[Part, ...]] = {}
+    parts: dict[str, tuple[WeightPiece, ...]] = {}
     for ours, theirs in names.items():
-        parts[f"{ours}.weight"] = (Part(f"{theirs}.weight"),)
-        parts[f"{ours}.bias"] = (Part(f"{theirs}.bias"),)
+        parts[f"{ours}.weight"] = (WeightPiece(f"{theirs}.weight"),)
+        parts[f"{ours}.bias"] = (WeightPiece(f"{theirs}.bias"),)
     return parts
 
 
-def joined(ours: str, *theirs: str) -> dict[str, tuple[Part, ...]]:
+def joined(ours: str, *theirs: str) -> dict[str, tuple[WeightPiece, ...]]:
     """Parts for one of our linear layers that is several in the checkpoint, in row order."""
-    return {f"{ours}.{kind}": tuple(Part(f"{name}.{kind}") for name in theirs) for kind in ("weight", "bias")}
+    return {f"{ours}.{kind}": tuple(WeightPiece(f"{name}.{kind}") for name in theirs) for kind in ("weight", "bias")}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from alisa.model.families.family import Family, Part, same
+from alisa.model.families.family import Family, WeightPiece, same
 from alisa.model.families.reading import ConfigReader
 from alisa.spec import ModelSpec
 
@@ -70,11 +70,11 @@ _LAYER = "h.{layer}"
 _FUSED = f"{_LAYER}.attn.c_attn"
 
 
-def _linear(ours: str, theirs: str) -> dict[str, tuple[Part, ...]]:
+def _linear(ours: str, theirs: str) -> dict[str, tuple[WeightPiece, ...]]:
     """Parts of a layer whose weight is stored transposed."""
     return {
-        f"{ours}.weight": (Part(f"{_LAYER}.{theirs}.weight", _transposed),),
-        f"{ours}.bias": (Part(f"{_LAYER}.{theirs}.bias"),),
+        f"{ours}.weight": (WeightPiece(f"{_LAYER}.{theirs}.weight", _transposed),),
+        f"{ours}.bias": (WeightPiece(f"{_LAYER}.{theirs}.bias"),),
     }
 
 
@@ -82,17 +82,17 @@ FAMILY = Family(
     "gpt2",
     to_spec,
     model_parts={
-        "embed.weight": (Part("wte.weight"),),
-        "positions.weight": (Part("wpe.weight"),),
-        "output.weight": (Part("lm_head.weight"),),
+        "embed.weight": (WeightPiece("wte.weight"),),
+        "positions.weight": (WeightPiece("wpe.weight"),),
+        "output.weight": (WeightPiece("lm_head.weight"),),
         **same(final_norm="ln_f"),
     },
     layer_parts={
         **same(attn_norm=f"{_LAYER}.ln_1", mlp_norm=f"{_LAYER}.ln_2"),
-        "q.weight": (Part(f"{_FUSED}.weight", _columns(0, 1)),),
-        "q.bias": (Part(f"{_FUSED}.bias", _columns(0, 1)),),
-        "kv.weight": (Part(f"{_FUSED}.weight", _columns(1, 3)),),
-        "kv.bias": (Part(f"{_FUSED}.bias", _columns(1, 3)),),
+        "q.weight": (WeightPiece(f"{_FUSED}.weight", _columns(0, 1)),),
+        "q.bias": (WeightPiece(f"{_FUSED}.bias", _columns(0, 1)),),
+        "kv.weight": (WeightPiece(f"{_FUSED}.weight", _columns(1, 3)),),
+        "kv.bias": (WeightPiece(f"{_FUSED}.bias", _columns(1, 3)),),
         **_linear("out", "attn.c_proj"),
         **_linear("up", "mlp.c_fc"),
         **_linear("down", "mlp.c_proj"),

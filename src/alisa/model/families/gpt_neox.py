@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from alisa.model.families.family import Family, Part, same
+from alisa.model.families.family import Family, WeightPiece, same
 from alisa.model.families.reading import ConfigReader
 from alisa.spec import ModelSpec
 
@@ -69,15 +69,15 @@ FAMILY = Family(
     "gpt_neox",
     to_spec,
     model_parts={
-        "embed.weight": (Part("embed_in.weight"),),
-        "output.weight": (Part("lm_head.weight"),),
+        "embed.weight": (WeightPiece("embed_in.weight"),),
+        "output.weight": (WeightPiece("lm_head.weight"),),
         **same(final_norm="final_layer_norm"),
     },
     layer_parts={
-        "q.weight": (Part(f"{_FUSED}.weight", _rows(0)),),
-        "q.bias": (Part(f"{_FUSED}.bias", _rows(0)),),
-        "kv.weight": (Part(f"{_FUSED}.weight", _rows(1)), Part(f"{_FUSED}.weight", _rows(2))),
-        "kv.bias": (Part(f"{_FUSED}.bias", _rows(1)), Part(f"{_FUSED}.bias", _rows(2))),
+        "q.weight": (WeightPiece(f"{_FUSED}.weight", _rows(0)),),
+        "q.bias": (WeightPiece(f"{_FUSED}.bias", _rows(0)),),
+        "kv.weight": (WeightPiece(f"{_FUSED}.weight", _rows(1)), WeightPiece(f"{_FUSED}.weight", _rows(2))),
+        "kv.bias": (WeightPiece(f"{_FUSED}.bias", _rows(1)), WeightPiece(f"{_FUSED}.bias", _rows(2))),
         **same(
             attn_norm=f"{_LAYER}.input_layernorm",
             out=f"{_LAYER}.attention.dense",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alisa.model.families.family import Family
-from alisa.model.families.llama_like import LAYER_PARTS, MODEL_PARTS, PREFIXES, Variant, read_spec
+from alisa.model.families.llama_like import LAYER_PARTS, MODEL_PARTS, PREFIXES, LlamaVariant, read_spec
 from alisa.model.families.reading import ConfigReader
 from alisa.spec import ModelSpec
 
@@ -15,7 +15,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     """Read a LLaMA config."""
     reader = ConfigReader(config, "llama")
     attention_bias = reader.flag("attention_bias", False)
-    variant = Variant(
+    variant = LlamaVariant(
         "llama",
         max_positions=2048,
         qkv_bias=attention_bias,

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alisa.model.families.family import Part, joined, same
+from alisa.model.families.family import WeightPiece, joined, same
 from alisa.model.families.reading import ConfigReader
 from alisa.spec import ModelSpec
 
 PREFIXES = ("model.",)
 
-MODEL_PARTS: dict[str, tuple[Part, ...]] = {
-    "embed.weight": (Part("embed_tokens.weight"),),
-    "final_norm.weight": (Part("norm.weight"),),
-    "output.weight": (Part("lm_head.weight"),),
+MODEL_PARTS: dict[str, tuple[WeightPiece, ...]] = {
+    "embed.weight": (WeightPiece("embed_tokens.weight"),),
+    "final_norm.weight": (WeightPiece("norm.weight"),),
+    "output.weight": (WeightPiece("lm_head.weight"),),
 }
 
 _ATTENTION = "layers.{layer}.self_attn"
 _MLP = "layers.{layer}.mlp"
 
-LAYER_PARTS: dict[str, tuple[Part, ...]] = {
+LAYER_PARTS: dict[str, tuple[WeightPiece, ...]] = {
     **same(
         attn_norm="layers.{layer}.input_layernorm",
         q=f"{_ATTENTION}.q_proj",
@@ -35,7 +35,7 @@ LAYER_PARTS: dict[str, tuple[Part, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class LlamaVariant:
     """What one member of the group does its own way; names of config fields are LLaMA's."""
 
     family: str
@@ -51,7 +51,7 @@ class Variant:
     """The default when the config has none; None: one for each query head."""
 
 
-def read_spec(reader: ConfigReader, variant: Variant, *, window: int | None) -> ModelSpec:
+def read_spec(reader: ConfigReader, variant: LlamaVariant, *, window: int | None) -> ModelSpec:
     """The spec of a LLaMA-like config.
 
     Args:

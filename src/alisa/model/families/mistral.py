@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alisa.model.families.family import Family
-from alisa.model.families.llama_like import LAYER_PARTS, MODEL_PARTS, PREFIXES, Variant, read_spec
+from alisa.model.families.llama_like import LAYER_PARTS, MODEL_PARTS, PREFIXES, LlamaVariant, read_spec
 from alisa.model.families.reading import ConfigReader
 from alisa.spec import ModelSpec
 
@@ -16,7 +16,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     reader = ConfigReader(config, "mistral")
     # Absent means 4096 in the family's config class, null means no window (v0.2 and later).
     window = reader.optional_integer("sliding_window") if "sliding_window" in config else 4096
-    return read_spec(reader, Variant("mistral", max_positions=131072, num_kv_heads=8), window=window)
+    return read_spec(reader, LlamaVariant("mistral", max_positions=131072, num_kv_heads=8), window=window)
 
 
 FAMILY = Family("mistral", to_spec, MODEL_PARTS, LAYER_PARTS, PREFIXES, aliases={})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from alisa.model.families.family import Family, Part, joined, same
+from alisa.model.families.family import Family, WeightPiece, joined, same
 from alisa.model.families.reading import ConfigReader
 from alisa.spec import ModelSpec
 
@@ -60,9 +60,9 @@ FAMILY = Family(
     "opt",
     to_spec,
     model_parts={
-        "embed.weight": (Part("embed_tokens.weight"),),
-        "positions.weight": (Part("embed_positions.weight"),),
-        "output.weight": (Part("lm_head.weight"),),
+        "embed.weight": (WeightPiece("embed_tokens.weight"),),
+        "positions.weight": (WeightPiece("embed_positions.weight"),),
+        "output.weight": (WeightPiece("lm_head.weight"),),
         **same(project_in="project_in", project_out="project_out", final_norm="final_layer_norm"),
     },
     layer_parts={

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alisa.model.families.family import Family
-from alisa.model.families.llama_like import LAYER_PARTS, MODEL_PARTS, PREFIXES, Variant, qwen_window, read_spec
+from alisa.model.families.llama_like import LAYER_PARTS, MODEL_PARTS, PREFIXES, LlamaVariant, qwen_window, read_spec
 from alisa.model.families.reading import ConfigReader
 from alisa.spec import ModelSpec
 
@@ -15,7 +15,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     """Read a Qwen3 config; a sliding window limits the longest sequence (see `read_spec`)."""
     reader = ConfigReader(config, "qwen3")
     bias = reader.flag("attention_bias", False)
-    variant = Variant(
+    variant = LlamaVariant(
         "qwen3", max_positions=32768, qkv_bias=bias, out_bias=bias, qk_norm=True, head_dim=128, num_kv_heads=32
     )
     return read_spec(reader, variant, window=qwen_window(reader))

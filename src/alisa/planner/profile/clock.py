@@ -10,7 +10,7 @@ import numpy as np
 
 
 def seconds(work: Callable[[], object], *, repeats: int = 5) -> float:
-    """Median of so many runs, after one that does not count."""
+    """Median of this many runs, after one that does not count."""
     work()
     times = []
     for _ in range(repeats):

@@ -1,8 +1,8 @@
 """What every driver of an engine shares: the job that comes on standard input, the clock, and the result it prints.
 
 A driver runs in its engine's own environment, so this file imports nothing that one of them may lack, and nothing of
-this package. It reads a `Job`, runs it once unmeasured for warmth and once measured, and ends standard output with one
-JSON line (`finish` or `unavailable`). What is the same for all engines (the workload's name, the floor, the machine) is
+this package. It reads an `EngineJob`, runs it once to warm up and once measured, and ends standard output with one JSON
+line (`finish` or `unavailable`). What is the same for all engines (the workload's name, the floor, the machine) is
 added by whoever started the driver.
 """
 
@@ -24,7 +24,7 @@ Ids = list[int]
 
 
 @dataclass(frozen=True)
-class Job:
+class EngineJob:
     """Prompts that arrive together, each continued greedily by exactly `output_len` tokens."""
 
     model: str
@@ -34,7 +34,7 @@ class Job:
     prompts: Sequence[Ids]
     output_len: int
     batch: int
-    """Sequences worked on together at the most."""
+    """Most sequences that are worked on together."""
     dtype: str
     """Of the weights and the arithmetic, as torch names it."""
     threads: int
@@ -47,7 +47,7 @@ class Job:
     """What makes this variant of the engine."""
 
     @classmethod
-    def read(cls) -> Job:
+    def read(cls) -> EngineJob:
         """The job on standard input."""
         return cls(**json.load(sys.stdin))
 
@@ -56,7 +56,7 @@ class Job:
         """Tokens of the longest sequence at its end; the last of them need not be cached."""
         return max(map(len, self.prompts)) + self.output_len
 
-    def warm_up(self) -> Job:
+    def warm_up(self) -> EngineJob:
         """As large a batch with other prompts and three tokens of output: what a first run costs is not measured."""
         prompts = [ids[::-1] for ids in self.prompts[: self.batch]]
         return replace(self, prompts=prompts, output_len=min(3, self.output_len))
@@ -124,7 +124,7 @@ class Clock:
 
 
 def finish(
-    job: Job,
+    job: EngineJob,
     clock: Clock,
     *,
     packages: Sequence[str],

@@ -22,13 +22,13 @@ much that starting the sum does not count."""
 
 
 class Role(StrEnum):
-    """What a contender is there to show."""
+    """What a candidate is there to show."""
 
     READ = "read"
     """A plain sum over memory by all threads: the bandwidth that a kernel can hope for."""
     KERNEL = "kernel"
     """The native kernel."""
-    TWIN = "reference"
+    REFERENCE = "reference"
     """The same arguments and results in plain torch."""
     DENSE = "dense"
     """Torch's fused attention over all rows, not only the chosen ones."""
@@ -43,7 +43,7 @@ Call: TypeAlias = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class Candidate:
     """One way to do the work."""
 
     role: Role
@@ -52,20 +52,20 @@ class Contender:
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
+class Case:
     """All ways to do one piece of work."""
 
     kernel: Call
-    rivals: Callable[[], Iterable[Contender]]
+    rivals: Callable[[], Iterable[Candidate]]
     """Makes the others, which may take more memory and time than the kernel itself needs."""
     num_bytes: int
     """What the kernel cannot avoid to read and write in one call."""
     num_calls: int = 1
     """Calls in a row that are timed together; more than one where a call takes microseconds."""
 
-    def contenders(self, *, only_kernel: bool = False) -> tuple[Contender, ...]:
+    def candidates(self, *, only_kernel: bool = False) -> tuple[Candidate, ...]:
         """The kernel, and its rivals unless they are not wanted."""
-        return (Contender(Role.KERNEL, "kernel", self.kernel), *(() if only_kernel else self.rivals()))
+        return (Candidate(Role.KERNEL, "kernel", self.kernel), *(() if only_kernel else self.rivals()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a contest ended."""
+    """How long each way took."""
 
     num_bytes: int
     read_bytes: int
@@ -117,12 +117,12 @@ class Outcome:
         return self.bytes_per_s / self.read_bytes_per_s
 
     def fastest(self, role: Role) -> tuple[str, Timing] | None:
-        """Label and timing of the best contender in this role; a ratio against anything slower would flatter."""
+        """Label and timing of the best candidate in this role; a ratio against anything slower would flatter."""
         entries = [(label, timing) for label, timing in self.timings.items() if timing.role is role]
         return min(entries, key=lambda entry: entry[1].median_s, default=None)
 
     def speedup(self, role: Role) -> float | None:
-        """How many times faster the kernel is than the best contender in this role; None where there is none."""
+        """How many times faster the kernel is than the best candidate in this role; None where there is none."""
         best = self.fastest(role)
         return None if best is None else best[1].median_s / self.kernel.median_s
 
@@ -131,24 +131,24 @@ class Outcome:
         return timing
 
 
-def hold(contest: Contest, runs: int, *, only_kernel: bool = False, device: torch.device | None = None) -> Outcome:
-    """Time every contender, and reading memory, `runs` times (at least 2), in turns; by default on the CPU."""
+def time_case(built: Case, runs: int, *, only_kernel: bool = False, device: torch.device | None = None) -> Outcome:
+    """Time every candidate, and reading memory, `runs` times (at least 2), in turns; by default on the CPU."""
     device = device or torch.device("cpu")
     buffer = torch.ones(_READ_BYTES[device.type] // 8, dtype=torch.int64, device=device)
-    contenders = (
-        Contender(Role.READ, "memory read", lambda _: buffer.sum()),
-        *contest.contenders(only_kernel=only_kernel),
+    candidates = (
+        Candidate(Role.READ, "memory read", lambda _: buffer.sum()),
+        *built.candidates(only_kernel=only_kernel),
     )
-    seconds: dict[str, list[float]] = {contender.label: [] for contender in contenders}
+    seconds: dict[str, list[float]] = {candidate.label: [] for candidate in candidates}
     meter = OthersMeter()
     for turn in range(NUM_WARM_UPS + runs):
-        for contender in contenders:
-            count = 1 if contender.role is Role.READ else contest.num_calls
-            elapsed = _seconds(contender.call, turn * count, count, device)
+        for candidate in candidates:
+            count = 1 if candidate.role is Role.READ else built.num_calls
+            elapsed = _seconds(candidate.call, turn * count, count, device)
             if turn >= NUM_WARM_UPS:
-                seconds[contender.label].append(elapsed)
-    timings = {entry.label: Timing.of(entry.role, seconds[entry.label]) for entry in contenders}
-    return Outcome(contest.num_bytes, buffer.nbytes, meter.share(), timings)
+                seconds[candidate.label].append(elapsed)
+    timings = {entry.label: Timing.of(entry.role, seconds[entry.label]) for entry in candidates}
+    return Outcome(built.num_bytes, buffer.nbytes, meter.share(), timings)
 
 
 def _seconds(call: Call, first: int, count: int, device: torch.device) -> float:

@@ -10,7 +10,7 @@ import torch
 from alisa.cache.codec import make_codec
 from alisa.config import EngineConfig, KvDtypeName, PolicyName
 from alisa.engine.builder import CacheOptions
-from alisa.lab.bench.session import Ran, Setting, run_batch
+from alisa.lab.bench.session import RunResult, RunSpec, run_batch
 from alisa.model.decoder import Decoder
 from alisa.policy.registry import POLICIES
 from alisa.scheduler.placement.base import PlacementPolicy
@@ -18,7 +18,7 @@ from alisa.spec import RowFormat
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class UniformBatch:
     """Equal prompts that all get as many tokens."""
 
     policy: PolicyName
@@ -38,11 +38,11 @@ class Trial:
         return self.prompt_len + self.output_len - 1
 
 
-def run_trial(trial: Trial, decoder: Decoder, directory: Path, seed: int = 0) -> Ran:
+def run_uniform_batch(uniform: UniformBatch, decoder: Decoder, directory: Path, seed: int = 0) -> RunResult:
     """Every step of the batch, with the kernels that this machine has.
 
     Args:
-        trial: what to run.
+        uniform: what to run.
         decoder: the model; random weights do as well as others.
         directory: whose disk takes what the device does not.
         seed: of the tokens.
@@ -51,20 +51,20 @@ def run_trial(trial: Trial, decoder: Decoder, directory: Path, seed: int = 0) ->
         CapacityError: it does not fit.
     """
     spec = decoder.spec
-    codec = make_codec(RowFormat(trial.kv_dtype, spec.num_kv_heads, spec.head_dim))
-    total = trial.batch * trial.num_rows * spec.num_layers * codec.format.row_bytes
-    uses_disk = trial.cap < 1 or trial.scheduler is not None
-    state = POLICIES[trial.policy].total_state_bytes(spec.attention, trial.sparsity, trial.batch, trial.num_rows + 1)
+    codec = make_codec(RowFormat(uniform.kv_dtype, spec.num_kv_heads, spec.head_dim))
+    total = uniform.batch * uniform.num_rows * spec.num_layers * codec.format.row_bytes
+    uses_disk = uniform.cap < 1 or uniform.scheduler is not None
+    state = POLICIES[uniform.policy].total_state_bytes(spec.attention, uniform.sparsity, uniform.batch, uniform.num_rows + 1)
     config = EngineConfig(
-        policy=trial.policy,
-        sparsity=trial.sparsity,
-        kv_dtype=trial.kv_dtype,
-        kv_device_memory=int(trial.cap * total) + state,
+        policy=uniform.policy,
+        sparsity=uniform.sparsity,
+        kv_dtype=uniform.kv_dtype,
+        kv_device_memory=int(uniform.cap * total) + state,
         kv_disk_memory=2 * total if uses_disk else 0,
         kv_disk_path=directory,
-        max_num_seqs=trial.batch,
+        max_num_seqs=uniform.batch,
     )
-    setting = Setting(config, CacheOptions(placement=trial.scheduler))
+    run_spec = RunSpec(config, CacheOptions(placement=uniform.scheduler))
     generator = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(10, spec.vocab_size, (trial.batch, trial.prompt_len), generator=generator).tolist()
-    return run_batch(decoder, setting, prompts, trial.output_len)
+    prompts = torch.randint(10, spec.vocab_size, (uniform.batch, uniform.prompt_len), generator=generator).tolist()
+    return run_batch(decoder, run_spec, prompts, uniform.output_len)
