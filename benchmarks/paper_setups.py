@@ -14,11 +14,11 @@ from pathlib import Path
 
 from alisa.planner.baselines import Baselines
 from alisa.planner.footprint import row_bytes
-from alisa.planner.load import Method
+from alisa.planner.load import RunConfig
 from alisa.planner.presets import PRESETS
 from alisa.planner.search import search
 from alisa.planner.shapes import SHAPES
-from alisa.planner.simulate import Workload
+from alisa.planner.simulate import UniformWorkload
 from alisa.lab.plot.canvas import save
 from alisa.lab.plot.ratios import draw_ratios
 
@@ -41,9 +41,9 @@ def records() -> Iterator[dict[str, object]]:
     for name, card in SETUPS.items():
         spec, hardware = SHAPES[name], PRESETS[card]
         for batch in BATCHES:
-            work = Workload(batch, 128, 512)
-            ours = search(spec, work, hardware, [Method("swa", 0.8, "float16", "int8")])
-            paper = Method("swa", 0.8, "float16", "int8", hit_rate=0.0)
+            work = UniformWorkload(batch, 128, 512)
+            ours = search(spec, work, hardware, [RunConfig("swa", 0.8, "float16", "int8")])
+            paper = RunConfig("swa", 0.8, "float16", "int8", hit_rate=0.0)
             summed = search(spec, work, hardware, [paper], overlap=False)
             others = Baselines(spec, "float16", hardware, work)
             paging = [others.block_paging("recompute").seconds, others.block_paging("swap").seconds]

@@ -25,7 +25,7 @@ from alisa.config import (KvDtypeName, PolicyName,)
 from alisa.model.loader import random_decoder
 from alisa.planner.cost import (CostModel, StepCost,)
 from alisa.planner.hardware import Hardware
-from alisa.planner.load import (Load, Method,)
+from alisa.planner.load import (StepWork, RunConfig,)
 from alisa.planner.saved import load_profile
 from alisa.planner.shapes import (SHAPES, llama_shape,)
 from alisa.planner.simulate import simulate
@@ -94,9 +94,9 @@ CASES = (
 PARTS = ("linear_s", "attention_s", "selection_s", "transfer_s", "sampling_s", "other_s")
 
 
-def predict(case: Case, run: RunResult, hardware: Hardware) -> list[tuple[Load, StepCost]]:
+def predict(case: Case, run: RunResult, hardware: Hardware) -> list[tuple[StepWork, StepCost]]:
     """The same steps, from the plan alone."""
-    method = Method(case.policy, 0.8, "bfloat16", case.kv_dtype)
+    method = RunConfig(case.policy, 0.8, "bfloat16", case.kv_dtype)
     cost = CostModel(MODELS[case.model], method, hardware)
     prompts = [case.prompt_len] * case.batch
     timeline = simulate(cost, method, run.memory.scheduler, run.memory.limits, prompts, case.output_len)

@@ -21,11 +21,11 @@ from alisa.lab.bench.stamp import current_stamp
 from alisa.lab.bench.uniform_batch import (UniformBatch, run_uniform_batch,)
 from alisa.model.loader import random_decoder
 from alisa.planner.footprint import kv_token_bytes
-from alisa.planner.load import Method
+from alisa.planner.load import RunConfig
 from alisa.planner.saved import load_profile
 from alisa.planner.search import search
 from alisa.planner.shapes import SHAPES
-from alisa.planner.simulate import (Room, Workload,)
+from alisa.planner.simulate import (MemoryBudget, UniformWorkload,)
 from alisa.scheduler.placement.base import PlacementPolicy
 from alisa.scheduler.placement.three_phase import (Schedule, ThreePhase,)
 
@@ -71,10 +71,10 @@ def main() -> None:
     hardware = load_profile()
     if hardware is None:
         raise SystemExit("There is no profile of this machine; run alisa profile first.")
-    spec, workload = SHAPES[args.shape], Workload(args.batch, args.prompt_len, args.output_len)
-    method = Method(args.policy, 0.8, "bfloat16", "bfloat16")
+    spec, workload = SHAPES[args.shape], UniformWorkload(args.batch, args.prompt_len, args.output_len)
+    method = RunConfig(args.policy, 0.8, "bfloat16", "bfloat16")
     total = args.batch * workload.num_rows * kv_token_bytes(spec, "bfloat16")
-    found = search(spec, workload, hardware, [method], room=Room(int(args.cap * total), 2 * total))
+    found = search(spec, workload, hardware, [method], room=MemoryBudget(int(args.cap * total), 2 * total))
     assert found is not None, "disk takes everything"
     schedulers: dict[str, PlacementPolicy] = {"the search's choice": found.best.scheduler, **by_hand(args.output_len)}
     decoder = random_decoder(spec, torch.bfloat16, torch.device("cpu"), 0)

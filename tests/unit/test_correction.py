@@ -9,7 +9,7 @@ from alisa.lab.bench.uniform_batch import UniformBatch, run_uniform_batch
 from alisa.model.loader import random_decoder
 from alisa.outputs import Medium
 from alisa.planner.cost import CostModel
-from alisa.planner.load import Method
+from alisa.planner.load import RunConfig
 from alisa.planner.presets import PRESETS
 from alisa.planner.profile.correction import Observation, corrected
 from alisa.planner.shapes import SHAPES
@@ -29,7 +29,7 @@ WAIT_S = 3e-4
 
 
 def observe(policy, batch, scheduler, limits):
-    cost = CostModel(SPEC, Method(policy, 0.8, "bfloat16", "bfloat16"), ALONE)
+    cost = CostModel(SPEC, RunConfig(policy, 0.8, "bfloat16", "bfloat16"), ALONE)
     timeline = simulate(cost, cost.method, scheduler, limits, [96] * batch, 8)
     decode = [(load, price) for load, price in zip(timeline.loads, timeline.costs, strict=True) if not load.prefill]
     load, price = decode[-1]
@@ -84,7 +84,7 @@ def test_the_factors_are_found_again():
 
 def test_a_step_priced_after_the_correction_costs_what_was_observed():
     found = corrected(ALONE, "bfloat16", observations())
-    cost = CostModel(SPEC, Method("swa", 0.8, "bfloat16", "bfloat16"), found)
+    cost = CostModel(SPEC, RunConfig("swa", 0.8, "bfloat16", "bfloat16"), found)
     timeline = simulate(cost, cost.method, AllDevice(), Limits(100_000), [96] * 4, 8)
     seen = observe("swa", 4, AllDevice(), Limits(100_000))
     last = timeline.costs[-1]

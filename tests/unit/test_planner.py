@@ -15,20 +15,20 @@ from alisa.planner.baselines import Baselines
 from alisa.planner.cost import CostModel
 from alisa.planner.footprint import kv_token_bytes, policy_bytes, weight_bytes
 from alisa.planner.hardware import Hardware, interpolate
-from alisa.planner.load import Method
+from alisa.planner.load import RunConfig
 from alisa.planner.presets import PRESETS
 from alisa.planner.saved import load_hardware, load_profile, save_profile
 from alisa.planner.search import Grid, _Pricer, search
 from alisa.planner.shapes import SHAPES
-from alisa.planner.simulate import Room, Workload, room_for, simulate, simulate_uniform
+from alisa.planner.simulate import MemoryBudget, UniformWorkload, room_for, simulate, simulate_uniform
 from alisa.policy.registry import make_policy
 from alisa.records.structure import structure
 from alisa.scheduler.placement.base import Limits, Tier
 from alisa.scheduler.placement.three_phase import Schedule, ThreePhase
 from tests.specs import small_spec
 
-PAPER = Workload(64, 128, 512)
-SWA = Method("swa", 0.8, "float16", "float16")
+PAPER = UniformWorkload(64, 128, 512)
+SWA = RunConfig("swa", 0.8, "float16", "float16")
 
 
 def test_the_papers_cache_of_25_gib():
@@ -61,7 +61,7 @@ def test_weights_in_8_bits_are_priced_by_their_own_products():
     hardware = dataclasses.replace(
         hardware, gemm={**hardware.gemm, "int8": dataclasses.replace(sixteen, curves=halved)}
     )
-    spec, work, limits = SHAPES["opt-6.7b"], Workload(4, 64, 8), Limits(10_000)
+    spec, work, limits = SHAPES["opt-6.7b"], UniformWorkload(4, 64, 8), Limits(10_000)
 
     def linear_s(method):
         cost = CostModel(spec, method, hardware)
@@ -94,7 +94,7 @@ def test_the_policys_memory_is_counted_as_it_is_taken(policy, sparsity):
 
 def test_equal_sequences_cost_what_one_of_them_says():
     spec, hardware = SHAPES["opt-6.7b"], PRESETS["v100-16gb"]
-    work, limits = Workload(8, 64, 96), Limits(8 * 90, (Tier(Medium.HOST, 8 * 200),))
+    work, limits = UniformWorkload(8, 64, 96), Limits(8 * 90, (Tier(Medium.HOST, 8 * 200),))
     cost = CostModel(spec, SWA, hardware)
     for scheduler in (ThreePhase(), ThreePhase(schedule(10, 40, 0.5, 0.0))):
         every = simulate(cost, SWA, scheduler, limits, [64] * 8, 96).total(prefill=False)
@@ -117,9 +117,9 @@ def slow_link(bytes_per_s, base="v100-16gb"):
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("below", [64, 4000])
 def test_the_search_finds_what_trying_everything_finds(below, overlap):
-    spec, method, work = SHAPES["opt-6.7b"], Method("dense", 0.0, "float16", "float16"), Workload(2, 64, 64)
+    spec, method, work = SHAPES["opt-6.7b"], RunConfig("dense", 0.0, "float16", "float16"), UniformWorkload(2, 64, 64)
     token_bytes = kv_token_bytes(spec, "float16")
-    room = Room(150 * token_bytes, below * token_bytes)
+    room = MemoryBudget(150 * token_bytes, below * token_bytes)
     hardware = slow_link(2e9)
     steps = (0, 11, 22, 32, 48, 64)
     grid = Grid(steps, steps, (0.0, 0.3, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0))
@@ -139,16 +139,16 @@ def test_the_search_finds_what_trying_everything_finds(below, overlap):
 
 
 def test_deleting_is_chosen_where_it_pays_and_explained_where_it_does_not():
-    spec, work = SHAPES["opt-6.7b"], Workload(1, 256, 256)
-    dense = Method("dense", 0.0, "float16", "float16")
+    spec, work = SHAPES["opt-6.7b"], UniformWorkload(1, 256, 256)
+    dense = RunConfig("dense", 0.0, "float16", "float16")
     token_bytes = kv_token_bytes(spec, "float16")
-    short = search(spec, work, PRESETS["v100-16gb"], [dense], room=Room(240 * token_bytes, 250 * token_bytes))
+    short = search(spec, work, PRESETS["v100-16gb"], [dense], room=MemoryBudget(240 * token_bytes, 250 * token_bytes))
     assert short.best.timeline.loads[-1].deleted_tokens > 0
     assert "deleted" in short.notes[-1]
-    ample = search(spec, work, PRESETS["v100-16gb"], [SWA], room=Room(240 * token_bytes, 2000 * token_bytes))
+    ample = search(spec, work, PRESETS["v100-16gb"], [SWA], room=MemoryBudget(240 * token_bytes, 2000 * token_bytes))
     assert ample.best.timeline.loads[-1].deleted_tokens == 0
     assert "beta = 0" in ample.notes[-1]
-    nothing = search(spec, work, PRESETS["v100-16gb"], [SWA], room=Room(240 * token_bytes, 40 * token_bytes))
+    nothing = search(spec, work, PRESETS["v100-16gb"], [SWA], room=MemoryBudget(240 * token_bytes, 40 * token_bytes))
     assert nothing is None
 
 
@@ -158,7 +158,7 @@ def test_a_paper_sized_search_is_small():
 
 
 def test_baselines_agree_where_everything_fits_and_order_where_it_does_not():
-    easy = Baselines(SHAPES["opt-6.7b"], "float16", PRESETS["h200"], Workload(4, 128, 64)).all()
+    easy = Baselines(SHAPES["opt-6.7b"], "float16", PRESETS["h200"], UniformWorkload(4, 128, 64)).all()
     assert easy[0].seconds == pytest.approx(easy[2].seconds, rel=0.05)
     assert easy[0].seconds == pytest.approx(easy[1].seconds, rel=0.05)
     hard = {

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
 
-from alisa.cli.files import refuse_same_file, to_json
+from alisa.cli.files import refuse_same_file
 from alisa.cli.prompts import read_prompts
 from alisa.cli.screen import output_console, say
 from alisa.cli.signals import stop_status

@@ -16,9 +16,9 @@ from alisa.errors import InputError
 
 if TYPE_CHECKING:
     from alisa.planner.hardware import Hardware
-    from alisa.planner.load import Method
-    from alisa.planner.plan import Question
-    from alisa.planner.simulate import Room, Workload
+    from alisa.planner.load import RunConfig
+    from alisa.planner.plan import PlanRequest
+    from alisa.planner.simulate import MemoryBudget, UniformWorkload
     from alisa.spec import ModelSpec
 
 _DEFAULT = EngineConfig()
@@ -94,15 +94,15 @@ class Plan:
             sys.stdout.write(to_json(record) + "\n")
         return 0
 
-    def question(self) -> Question:
+    def question(self) -> PlanRequest:
         """The options as the planner's own type.
 
         Raises:
             InputError: a value is out of range.
             ModelError: the model's config cannot be read.
         """
-        from alisa.planner.plan import Question
-        from alisa.planner.simulate import Workload
+        from alisa.planner.plan import PlanRequest
+        from alisa.planner.simulate import UniformWorkload
 
         wrong = [
             f"--{name.replace('_', '-')} is {value}, at least {least} is needed"
@@ -122,9 +122,9 @@ class Plan:
                 f"{spec.max_positions} positions."
             )
         hardware = find_hardware(self.hardware)
-        workload = Workload(self.batch, self.prompt_len, self.output_len)
+        workload = UniformWorkload(self.batch, self.prompt_len, self.output_len)
         methods = self._methods(hardware)
-        return Question(
+        return PlanRequest(
             name=name,
             spec=spec,
             workload=workload,
@@ -149,8 +149,8 @@ class Plan:
             raise InputError(f"There is no shape {name!r}; there is {', '.join(SHAPES)}.")
         return name, SHAPES[name]
 
-    def _methods(self, hardware: Hardware) -> tuple[Method, ...]:
-        from alisa.planner.load import Method
+    def _methods(self, hardware: Hardware) -> tuple[RunConfig, ...]:
+        from alisa.planner.load import RunConfig
 
         known = [name for name in hardware.gemm if name != "int8"]
         dtype = self.dtype or known[0]
@@ -164,24 +164,28 @@ class Plan:
         kinds = (dtype, "int8") if self.kv_dtype == "auto" else (self.kv_dtype,)
         if missing := [kind for kind in kinds if kind not in hardware.attention]:
             raise InputError(f"{hardware.name} has no figures for rows of {missing[0]}.")
-        return tuple(Method(self.policy, self.sparsity, dtype, kind, weight_dtype=self.weight_dtype) for kind in kinds)
+        return tuple(
+            RunConfig(self.policy, self.sparsity, dtype, kind, weight_dtype=self.weight_dtype) for kind in kinds
+        )
 
-    def _room(self, spec: ModelSpec, hardware: Hardware, method: Method, workload: Workload) -> Room | None:
+    def _room(
+        self, spec: ModelSpec, hardware: Hardware, method: RunConfig, workload: UniformWorkload
+    ) -> MemoryBudget | None:
         """The caps; on this machine what is free now, shared out as `alisa generate` does."""
         from alisa.planner.footprint import weight_bytes
-        from alisa.planner.simulate import Room, room_for
+        from alisa.planner.simulate import MemoryBudget, room_for
 
         room = room_for(spec, method, hardware, workload)
         if self.hardware == "this":
             free = hardware.device_bytes - weight_bytes(
                 spec, method.dtype, packs_tied=hardware.packs_tied, weight_dtype=method.weight_dtype
             )
-            room = Room(int(free * _FREE_SHARE), room.below_bytes)
+            room = MemoryBudget(int(free * _FREE_SHARE), room.below_bytes)
         elif self.kv_device_memory is None and self.kv_below_memory is None:
             return None  # what is left depends on how many run together
         device = room.device_bytes if self.kv_device_memory is None else parse_bytes(self.kv_device_memory)
         below = room.below_bytes if self.kv_below_memory is None else parse_bytes(self.kv_below_memory, least=0)
-        return Room(device, below)
+        return MemoryBudget(device, below)
 
 
 def find_hardware(name: str) -> Hardware:

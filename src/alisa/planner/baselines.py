@@ -15,8 +15,8 @@ from alisa.outputs import Phase
 from alisa.planner.cost import CostModel, StepCost
 from alisa.planner.footprint import kv_token_bytes, row_bytes
 from alisa.planner.hardware import Hardware
-from alisa.planner.load import Load, Method
-from alisa.planner.simulate import Workload, room_for
+from alisa.planner.load import RunConfig, StepWork
+from alisa.planner.simulate import UniformWorkload, room_for
 from alisa.spec import ModelSpec
 
 BLOCK_TOKENS = 16
@@ -48,13 +48,13 @@ class Baselines:
     """
 
     def __init__(
-        self, spec: ModelSpec, dtype: str, hardware: Hardware, workload: Workload, *, overlap: bool = True
+        self, spec: ModelSpec, dtype: str, hardware: Hardware, workload: UniformWorkload, *, overlap: bool = True
     ) -> None:
         self._spec = spec
         self._hardware = hardware
         self._workload = workload
         self._overlap = overlap
-        self._method = Method("dense", 0.0, dtype, dtype)
+        self._method = RunConfig("dense", 0.0, dtype, dtype)
         self._cost = CostModel(spec, self._method, hardware)
         self._token_bytes = kv_token_bytes(spec, dtype)
         self._row_bytes = row_bytes(spec, dtype)
@@ -169,10 +169,10 @@ class Baselines:
             total += self._cost.step(load, tiers=False).times(weight)
         return total
 
-    def _prefill(self, count: int, length: int) -> Load:
+    def _prefill(self, count: int, length: int) -> StepWork:
         return _load(prefill=True, sequences=count, tokens=count * length, pairs=count * length * (length + 1) / 2)
 
-    def _decode(self, batch: int, length: float) -> Load:
+    def _decode(self, batch: int, length: float) -> StepWork:
         return _load(prefill=False, sequences=batch, tokens=batch, read=round(batch * length))
 
     def _room(self, batch: int) -> int:
@@ -202,8 +202,8 @@ def _passes(batch: int, prompt_len: int) -> Iterator[int]:
         batch -= per_pass
 
 
-def _load(*, prefill: bool, sequences: int, tokens: int, pairs: float = 0.0, read: int = 0) -> Load:
-    return Load(
+def _load(*, prefill: bool, sequences: int, tokens: int, pairs: float = 0.0, read: int = 0) -> StepWork:
+    return StepWork(
         phase=Phase.DEVICE,
         prefill=prefill,
         num_sequences=sequences,

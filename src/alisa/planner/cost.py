@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from alisa.budget import Budget
 from alisa.model.names import layer_shapes
 from alisa.planner.footprint import remnant_row_bytes, row_bytes
-from alisa.planner.hardware import Hardware, Selection
-from alisa.planner.load import Load, Method
+from alisa.planner.hardware import Hardware, SelectionPrices
+from alisa.planner.load import RunConfig, StepWork
 from alisa.policy.registry import POLICIES
 from alisa.scheduler.placement.capacity import staging_rows
 from alisa.spec import ModelSpec
@@ -64,7 +64,7 @@ class CostModel:
         hardware: where.
     """
 
-    def __init__(self, spec: ModelSpec, method: Method, hardware: Hardware) -> None:
+    def __init__(self, spec: ModelSpec, method: RunConfig, hardware: Hardware) -> None:
         self._spec = spec
         self.method = method
         self._policy = POLICIES[method.policy]
@@ -79,7 +79,7 @@ class CostModel:
         self._values = 6 * spec.hidden_size + 2 * spec.q_size + spec.ffn_size * (4 if spec.gated_mlp else 2)
         self._linear: dict[int, float] = {}
 
-    def step(self, load: Load, *, tiers: bool = True) -> StepCost:
+    def step(self, load: StepWork, *, tiers: bool = True) -> StepCost:
         """Seconds of a step.
 
         Args:
@@ -120,7 +120,7 @@ class CostModel:
         """Which of `Hardware.selection` the policy is priced with."""
         return self._policy.priced_as
 
-    def waits(self, load: Load) -> float:
+    def waits(self, load: StepWork) -> float:
         """Times that one layer waits for rows: less than once if most steps lack none.
 
         Rows that are read past the hot cache are waited for once for every filled buffer.
@@ -129,7 +129,7 @@ class CostModel:
         return min(missing, max(1.0, load.past / staging_rows(load.device_tokens * self._spec.num_layers)))
 
     @property
-    def _chooser(self) -> Selection:
+    def _chooser(self) -> SelectionPrices:
         return self._hardware.selection[self.chooser]
 
     @property
@@ -153,7 +153,7 @@ class CostModel:
         spec = self._spec
         return self._gemm.seconds(num_rows, spec.vocab_size * spec.token_embed_dim)
 
-    def _selection_s(self, load: Load) -> float:
+    def _selection_s(self, load: StepWork) -> float:
         chooser = self._chooser
         scored = load.candidates * self._spec.q_size
         return (
@@ -164,13 +164,13 @@ class CostModel:
             + scored * chooser.value_s
         )
 
-    def _seed_share(self, load: Load) -> float:
+    def _seed_share(self, load: StepWork) -> float:
         """Part of the prompt's rows whose weights the policy observes."""
         per_sequence = load.num_tokens // load.num_sequences
         window = self._policy.observation_window(Budget(self.method.sparsity), per_sequence)
         return min(1.0, 2 * window / per_sequence)  # the last rows see all of the prompt, the average row half of it
 
-    def _lookup_s(self, load: Load) -> float:
+    def _lookup_s(self, load: StepWork) -> float:
         hardware = self._hardware
         if load.prefill:
             return hardware.place_s

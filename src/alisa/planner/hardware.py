@@ -46,7 +46,7 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
+class SelectionPrices:
     """Choosing tokens in one layer and keeping the scores."""
 
     step_s: float
@@ -94,7 +94,7 @@ class Hardware:
     """By dtype of the weights; `int8` where the arithmetic between the products is in the first of the others."""
     attention: dict[str, Attention]
     """By dtype of the rows."""
-    selection: dict[str, Selection]
+    selection: dict[str, SelectionPrices]
     """`none`, `ranked` (swa, h2o), `sketch`."""
     read: Link
     write: Link

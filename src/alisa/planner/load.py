@@ -8,7 +8,7 @@ Which rows a policy picks is not known beforehand, so three assumptions stand he
   the hot cache if that is large enough, and what it holds besides is a random part of the rest;
 - a selection larger than the hot cache is read past it, so that what does not fit is fetched in every step.
 
-`Method.hit_rate` replaces the second and third by a measured figure.
+`RunConfig.hit_rate` replaces the second and third by a measured figure.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ tokens take the room of those in it, until the next move makes hot rows of the d
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class RunConfig:
     """How a model is run: all that decides the work besides the schedule."""
 
     policy: PolicyName
@@ -60,7 +60,7 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class StepWork:
     """The work of one step; rows and tokens are those of one layer, summed over sequences."""
 
     phase: Phase
@@ -105,12 +105,12 @@ class _Seq:
 def loads(
     plans: Iterable[StepPlan],
     limits: Limits,
-    method: Method,
+    method: RunConfig,
     *,
     prompt_lens: dict[int, int] | int | None,
     copies: int = 1,
     stride: int = 1,
-) -> Iterator[Load]:
+) -> Iterator[StepWork]:
     """The work of every plan, in order.
 
     Args:
@@ -160,7 +160,7 @@ def loads(
         hot = max(limits.device_tokens - own, 0)
         missing = _missing(method, wanted, population, hot)
         rebuilt = missing * deleted / wanted if wanted else 0.0
-        yield Load(
+        yield StepWork(
             phase=plan.phase,
             prefill=plan.prefill,
             num_sequences=copies * len(plan.chunks),
@@ -188,7 +188,7 @@ def _ends_prompt(chunk: ScheduledChunk, prompt_lens: dict[int, int] | int | None
     return chunk.end == (prompt_lens if isinstance(prompt_lens, int) else prompt_lens[chunk.req_idx])
 
 
-def _missing(method: Method, wanted: float, population: float, hot: float) -> float:
+def _missing(method: RunConfig, wanted: float, population: float, hot: float) -> float:
     """Of the rows wanted from below, those that the hot cache does not hold."""
     if wanted <= 0:
         return 0.0

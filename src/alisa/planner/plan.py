@@ -10,31 +10,31 @@ from alisa.planner.baselines import Baselines
 from alisa.planner.cost import StepCost
 from alisa.planner.footprint import activation_bytes, kv_token_bytes, policy_bytes, remnant_row_bytes, weight_bytes
 from alisa.planner.hardware import Hardware
-from alisa.planner.load import Method
-from alisa.planner.search import Candidate, Found, search
-from alisa.planner.simulate import Room, Workload
+from alisa.planner.load import RunConfig
+from alisa.planner.search import PlanCandidate, SearchResult, search
+from alisa.planner.simulate import MemoryBudget, UniformWorkload
 from alisa.scheduler.placement.file import schedule_values
 from alisa.scheduler.simulate import PREFILL_CHUNK
 from alisa.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class PlanRequest:
     """What is to be planned."""
 
     name: str
     """Of the model."""
     spec: ModelSpec
-    workload: Workload
+    workload: UniformWorkload
     hardware: Hardware
-    methods: tuple[Method, ...]
+    methods: tuple[RunConfig, ...]
     """Ways to run the model among which the plan may choose; the first is the one that was asked for."""
-    room: Room | None = None
+    room: MemoryBudget | None = None
     """Caps of the rows; None: all that the machine has."""
     overlap: bool = True
 
 
-def make_plan(question: Question) -> dict[str, Any]:
+def make_plan(question: PlanRequest) -> dict[str, Any]:
     """The record that `alisa plan --json` prints."""
     found = _search(question, question.workload, question.methods)
     serial = replace(question, overlap=False)
@@ -102,7 +102,7 @@ def cost_values(cost: StepCost) -> dict[str, float]:
     }
 
 
-def _search(question: Question, workload: Workload, methods: Sequence[Method]) -> Found | None:
+def _search(question: PlanRequest, workload: UniformWorkload, methods: Sequence[RunConfig]) -> SearchResult | None:
     return search(
         question.spec,
         workload,
@@ -113,7 +113,7 @@ def _search(question: Question, workload: Workload, methods: Sequence[Method]) -
     )
 
 
-def _bytes(question: Question) -> dict[str, int]:
+def _bytes(question: PlanRequest) -> dict[str, int]:
     spec, work, method = question.spec, question.workload, question.methods[0]
     tokens = min(PREFILL_CHUNK, work.batch * work.prompt_len)
     return {
@@ -130,7 +130,7 @@ def _bytes(question: Question) -> dict[str, int]:
     }
 
 
-def _switches(best: Candidate) -> dict[str, int | None]:
+def _switches(best: PlanCandidate) -> dict[str, int | None]:
     """First generated token at which something lies below (p1) and at which something is deleted (p2)."""
     steps: dict[str, int | None] = {"offload_from": None, "recompute_from": None}
     output = 0.0
@@ -143,7 +143,7 @@ def _switches(best: Candidate) -> dict[str, int | None]:
     return steps
 
 
-def _memory(spec: ModelSpec, best: Candidate) -> Iterator[dict[str, float | str]]:
+def _memory(spec: ModelSpec, best: PlanCandidate) -> Iterator[dict[str, float | str]]:
     """Bytes of rows by tier after the steps that were priced."""
     token_bytes = kv_token_bytes(spec, best.method.kv_dtype)
     remnant_bytes = spec.num_layers * remnant_row_bytes(spec, best.method.dtype)
@@ -160,13 +160,13 @@ def _memory(spec: ModelSpec, best: Candidate) -> Iterator[dict[str, float | str]
         output += weight
 
 
-def _helps(question: Question, found: Found | None) -> Iterator[dict[str, Any]]:
+def _helps(question: PlanRequest, found: SearchResult | None) -> Iterator[dict[str, Any]]:
     """Changes that raise the rate, and by what factor."""
     base = question.methods[0]
     rate = found.best.tokens_per_s(overlap=question.overlap, num_tokens=question.workload.output_tokens) if found else 0
     half = replace(question.workload, batch=max(question.workload.batch // 2, 1))
     double = replace(question.workload, batch=2 * question.workload.batch)
-    changes: list[tuple[str, Workload, list[Method]]] = [
+    changes: list[tuple[str, UniformWorkload, list[RunConfig]]] = [
         (f"batch {half.batch}", half, list(question.methods)),
         (f"batch {double.batch}", double, list(question.methods)),
         ("INT8 rows", question.workload, [replace(base, kv_dtype="int8")]),

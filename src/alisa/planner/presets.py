@@ -6,7 +6,7 @@ compared: the comparison is between schedules, not between kernels.
 
 from __future__ import annotations
 
-from alisa.planner.hardware import Attention, Gemm, Hardware, Link, Selection
+from alisa.planner.hardware import Attention, Gemm, Hardware, Link, SelectionPrices
 
 MEMORY_SHARE = 0.92
 """Of the device's memory that a program gets: the rest is the context, the allocator's slack and workspaces."""
@@ -44,10 +44,12 @@ def _gpu(name: str, memory_gib: int, bandwidth: float, flops: float, link: float
         gemm=dict.fromkeys(dtypes, gemm),
         attention=dict.fromkeys((*dtypes, "int8", "int4"), attention),
         selection={
-            "none": Selection(step_s=0.0, call_s=0.0),
+            "none": SelectionPrices(step_s=0.0, call_s=0.0),
             # Two more kernels a layer; sums of 8 bytes are read and ranked, weights of 4 written.
-            "ranked": Selection(step_s=0.0, call_s=2 * LAUNCH_S, candidate_s=8 / bandwidth, read_s=8 / bandwidth),
-            "sketch": Selection(step_s=0.0, call_s=2 * LAUNCH_S, candidate_s=8 / bandwidth, value_s=0.5 / bandwidth),
+            "ranked": SelectionPrices(step_s=0.0, call_s=2 * LAUNCH_S, candidate_s=8 / bandwidth, read_s=8 / bandwidth),
+            "sketch": SelectionPrices(
+                step_s=0.0, call_s=2 * LAUNCH_S, candidate_s=8 / bandwidth, value_s=0.5 / bandwidth
+            ),
         },
         read=copy,
         write=copy,

@@ -14,8 +14,8 @@ from itertools import product
 
 from alisa.planner.cost import CostModel
 from alisa.planner.hardware import Hardware
-from alisa.planner.load import Method
-from alisa.planner.simulate import Room, Timeline, Workload, room_for, simulate_uniform
+from alisa.planner.load import RunConfig
+from alisa.planner.simulate import MemoryBudget, Timeline, UniformWorkload, room_for, simulate_uniform
 from alisa.scheduler.placement.all_device import AllDevice
 from alisa.scheduler.placement.base import Limits, PlacementPolicy, fresh_view, is_oversubscribed
 from alisa.scheduler.placement.three_phase import Schedule, ThreePhase
@@ -48,16 +48,16 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class PlanCandidate:
     """A way to run a workload, and what it is expected to cost."""
 
-    workload: Workload
+    workload: UniformWorkload
     """Of one wave: `batch` sequences run together."""
     waves: int
-    method: Method
+    method: RunConfig
     scheduler: PlacementPolicy
     limits: Limits
-    room: Room
+    room: MemoryBudget
     timeline: Timeline
 
     def seconds(self, *, overlap: bool) -> float:
@@ -71,10 +71,10 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchResult:
     """What a search found."""
 
-    best: Candidate
+    best: PlanCandidate
     num_priced: int
     notes: tuple[str, ...]
     """Why it is so, one sentence each."""
@@ -82,14 +82,14 @@ class Found:
 
 def search(
     spec: ModelSpec,
-    workload: Workload,
+    workload: UniformWorkload,
     hardware: Hardware,
-    methods: Iterable[Method],
+    methods: Iterable[RunConfig],
     *,
-    room: Room | None = None,
+    room: MemoryBudget | None = None,
     overlap: bool = True,
     grid: Grid | None = None,
-) -> Found | None:
+) -> SearchResult | None:
     """The cheapest way to do the work; None when nothing fits.
 
     Args:
@@ -113,7 +113,7 @@ def search(
         return None
     best = min(starts, key=pricer.rank)
     if best.timeline.loads[-1].below_tokens + best.timeline.loads[-1].deleted_tokens == 0:
-        return Found(best, pricer.num_priced, ("Everything fits on the device: nothing has to move.",))
+        return SearchResult(best, pricer.num_priced, ("Everything fits on the device: nothing has to move.",))
     tried = [best]
     for schedule in (grid or _coarse(best, workload)).schedules():
         found = pricer.price(workload, best.workload.batch, best.method, ThreePhase(schedule))
@@ -121,7 +121,7 @@ def search(
     best = min(tried, key=pricer.rank)
     if grid is None:
         best = _refined(best, workload, pricer, tried)
-    return Found(best, pricer.num_priced, tuple(_notes(best, tried, pricer)))
+    return SearchResult(best, pricer.num_priced, tuple(_notes(best, tried, pricer)))
 
 
 def _schedule(start: int, later: int, ratio: float, deleted: float) -> Schedule:
@@ -135,23 +135,25 @@ _SIMPLEST: tuple[PlacementPolicy, ...] = (AllDevice(), ThreePhase())
 class _Pricer:
     """Prices candidates and counts them."""
 
-    def __init__(self, spec: ModelSpec, hardware: Hardware, overlap: bool, room: Room | None) -> None:
+    def __init__(self, spec: ModelSpec, hardware: Hardware, overlap: bool, room: MemoryBudget | None) -> None:
         self._spec = spec
         self._hardware = hardware
         self._overlap = overlap
         self._room = room
-        self._costs: dict[Method, CostModel] = {}
+        self._costs: dict[RunConfig, CostModel] = {}
         self.num_priced = 0
 
-    def seconds(self, candidate: Candidate) -> float:
+    def seconds(self, candidate: PlanCandidate) -> float:
         """What is minimised."""
         return candidate.seconds(overlap=self._overlap)
 
-    def rank(self, candidate: Candidate) -> tuple[float, float]:
+    def rank(self, candidate: PlanCandidate) -> tuple[float, float]:
         """Less is better: time to a microsecond, then what has to move while the arithmetic runs."""
         return round(self.seconds(candidate), 6), candidate.seconds(overlap=False)
 
-    def price(self, workload: Workload, batch: int, method: Method, scheduler: PlacementPolicy) -> Candidate | None:
+    def price(
+        self, workload: UniformWorkload, batch: int, method: RunConfig, scheduler: PlacementPolicy
+    ) -> PlanCandidate | None:
         """This way to do the work; None when it does not fit."""
         wave = replace(workload, batch=batch)
         room = self._room or room_for(self._spec, method, self._hardware, wave)
@@ -164,10 +166,10 @@ class _Pricer:
         self.num_priced += 1
         if timeline is None:
             return None
-        return Candidate(wave, -(-workload.batch // batch), method, scheduler, limits, room, timeline)
+        return PlanCandidate(wave, -(-workload.batch // batch), method, scheduler, limits, room, timeline)
 
 
-def _oversubscribed(scheduler: PlacementPolicy, limits: Limits, method: Method, wave: Workload) -> bool:
+def _oversubscribed(scheduler: PlacementPolicy, limits: Limits, method: RunConfig, wave: UniformWorkload) -> bool:
     """Whether the engine would take sequences out of the batch before it ends."""
     if wave.batch == 1:
         return False
@@ -181,7 +183,7 @@ def _batches(most: int) -> list[int]:
     return sorted({-(-most // count) for count in waves if count <= most}, reverse=True)
 
 
-def _coarse(best: Candidate, workload: Workload) -> Grid:
+def _coarse(best: PlanCandidate, workload: UniformWorkload) -> Grid:
     """The first step at which the device is full, by and by earlier; ratios in fifths."""
     full = max(best.limits.device_tokens // best.workload.batch - workload.prompt_len, 0)
     last = workload.output_len
@@ -194,7 +196,9 @@ def _coarse(best: Candidate, workload: Workload) -> Grid:
     )
 
 
-def _refined(best: Candidate, workload: Workload, pricer: _Pricer, tried: list[Candidate]) -> Candidate:
+def _refined(
+    best: PlanCandidate, workload: UniformWorkload, pricer: _Pricer, tried: list[PlanCandidate]
+) -> PlanCandidate:
     """Each number in turn a little up and down, by less and less, while that helps."""
     steps, ratio = max(workload.output_len // 8, 1), 0.1
     while ratio > 0.02:
@@ -210,7 +214,7 @@ def _refined(best: Candidate, workload: Workload, pricer: _Pricer, tried: list[C
     return best
 
 
-def _neighbours(best: Candidate, steps: int, ratio: float, last: int) -> Iterator[Schedule]:
+def _neighbours(best: PlanCandidate, steps: int, ratio: float, last: int) -> Iterator[Schedule]:
     scheduler = best.scheduler
     if not isinstance(scheduler, ThreePhase) or scheduler.schedule is None:
         return
@@ -227,7 +231,7 @@ def _neighbours(best: Candidate, steps: int, ratio: float, last: int) -> Iterato
         yield _schedule(now.offload_from, now.recompute_from, now.offload_ratio, gone)
 
 
-def _notes(best: Candidate, tried: list[Candidate], pricer: _Pricer) -> Iterator[str]:
+def _notes(best: PlanCandidate, tried: list[PlanCandidate], pricer: _Pricer) -> Iterator[str]:
     if best.waves > 1:
         yield (
             f"{best.workload.batch} sequences run together, in {best.waves} waves: more would read more than the "

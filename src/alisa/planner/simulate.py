@@ -9,7 +9,7 @@ from alisa.outputs import Medium
 from alisa.planner.cost import CostModel, StepCost
 from alisa.planner.footprint import activation_bytes, kv_token_bytes, policy_bytes, remnant_row_bytes, weight_bytes
 from alisa.planner.hardware import Hardware
-from alisa.planner.load import Load, Method, loads
+from alisa.planner.load import RunConfig, StepWork, loads
 from alisa.scheduler.placement.base import Limits, PlacementPolicy, Tier, seq_view
 from alisa.scheduler.placement.capacity import share_below
 from alisa.scheduler.plan import ScheduledChunk, StepPlan
@@ -18,7 +18,7 @@ from alisa.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class UniformWorkload:
     """Prompts of one length that all get as many tokens."""
 
     batch: int
@@ -37,14 +37,16 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class MemoryBudget:
     """Bytes for rows."""
 
     device_bytes: int
     """On the device, in addition to weights, activations and what the policy keeps; below 0: not even they fit."""
     below_bytes: int
 
-    def limits(self, spec: ModelSpec, method: Method, scheduler: PlacementPolicy, workload: Workload) -> Limits:
+    def limits(
+        self, spec: ModelSpec, method: RunConfig, scheduler: PlacementPolicy, workload: UniformWorkload
+    ) -> Limits:
         """Capacities in tokens, as the engine works them out; no tiers where even the remnants do not fit."""
         token_bytes = kv_token_bytes(spec, method.kv_dtype)
         sizes = [workload.num_rows] * workload.batch
@@ -62,20 +64,20 @@ class Room:
         return Limits(device, (Tier(Medium.DISK, below.num_tokens),), below.rebuildable)
 
 
-def room_for(spec: ModelSpec, method: Method, hardware: Hardware, workload: Workload) -> Room:
+def room_for(spec: ModelSpec, method: RunConfig, hardware: Hardware, workload: UniformWorkload) -> MemoryBudget:
     """What weights, activations and policy leave."""
     pass_tokens = min(PREFILL_CHUNK, workload.batch * workload.prompt_len)
     taken = weight_bytes(spec, method.dtype, packs_tied=hardware.packs_tied, weight_dtype=method.weight_dtype)
     taken += activation_bytes(spec, method.dtype, workload.batch, pass_tokens)
     taken += policy_bytes(spec, method.policy, method.sparsity, workload.batch, workload.num_rows)
-    return Room(hardware.device_bytes - taken, hardware.below_bytes)
+    return MemoryBudget(hardware.device_bytes - taken, hardware.below_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
     """Steps in order; each stands for `weight` steps like it."""
 
-    loads: tuple[Load, ...]
+    loads: tuple[StepWork, ...]
     costs: tuple[StepCost, ...]
     weights: tuple[float, ...]
 
@@ -90,7 +92,7 @@ class Timeline:
 
 def simulate(
     cost: CostModel,
-    method: Method,
+    method: RunConfig,
     scheduler: PlacementPolicy,
     limits: Limits,
     prompt_lens: Sequence[int],
@@ -123,7 +125,7 @@ def simulate(
 
 
 def price_run(
-    spec: ModelSpec, method: Method, hardware: Hardware, plans: Sequence[StepPlan], limits: Limits, *, tiers: bool
+    spec: ModelSpec, method: RunConfig, hardware: Hardware, plans: Sequence[StepPlan], limits: Limits, *, tiers: bool
 ) -> Timeline:
     """What the steps of a run should have cost, from the plans that were executed.
 
@@ -141,7 +143,13 @@ def price_run(
 
 
 def simulate_uniform(
-    cost: CostModel, method: Method, scheduler: PlacementPolicy, limits: Limits, workload: Workload, *, stride: int = 1
+    cost: CostModel,
+    method: RunConfig,
+    scheduler: PlacementPolicy,
+    limits: Limits,
+    workload: UniformWorkload,
+    *,
+    stride: int = 1,
 ) -> Timeline | None:
     """The steps of a batch of equal sequences that all run together, from one that has its share of everything.
 
@@ -178,7 +186,7 @@ def simulate_uniform(
 
 
 def _plans_of_one(
-    scheduler: PlacementPolicy, limits: Limits, method: Method, workload: Workload, stride: int
+    scheduler: PlacementPolicy, limits: Limits, method: RunConfig, workload: UniformWorkload, stride: int
 ) -> Iterator[StepPlan | None]:
     bounds = [0] * (len(limits.tiers) + 1)
     reads = method.reads

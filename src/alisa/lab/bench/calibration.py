@@ -13,7 +13,7 @@ from alisa.model.decoder import Decoder
 from alisa.model.loader import random_decoder
 from alisa.planner.cost import CostModel, StepCost
 from alisa.planner.hardware import Hardware
-from alisa.planner.load import Method
+from alisa.planner.load import RunConfig
 from alisa.planner.profile.correction import Observation, corrected
 from alisa.planner.shapes import llama_shape, opt_shape
 from alisa.planner.simulate import simulate
@@ -67,7 +67,7 @@ def calibrate(hardware: Hardware, directory: Path, progress: Callable[[str], Non
 
 def _observe(uniform: UniformBatch, decoder: Decoder, hardware: Hardware, directory: Path) -> Observation:
     """The median of the decode steps of a batch, part by part, and what was to be expected."""
-    method = Method(uniform.policy, uniform.sparsity, "bfloat16", uniform.kv_dtype)
+    method = RunConfig(uniform.policy, uniform.sparsity, "bfloat16", uniform.kv_dtype)
     cost = CostModel(decoder.spec, method, hardware)
     run = run_uniform_batch(uniform, decoder, directory)
     prompts = [uniform.prompt_len] * uniform.batch

@@ -25,7 +25,6 @@ from alisa.lab.bench.floor import Speeds, floor_of, pass_rows
 from alisa.lab.bench.remote.measured import EngineJob
 from alisa.lab.bench.shapes import SHAPES
 from alisa.lab.bench.stamp import current_stamp
-from alisa.engine.loaded import embedded_model
 from alisa.machine import ASK_FOR_HUGE_PAGES
 from alisa.model.loader import load_spec
 from alisa.model.tokenizer import Tokenizer

@@ -54,7 +54,9 @@ def run_uniform_batch(uniform: UniformBatch, decoder: Decoder, directory: Path, 
     codec = make_codec(RowFormat(uniform.kv_dtype, spec.num_kv_heads, spec.head_dim))
     total = uniform.batch * uniform.num_rows * spec.num_layers * codec.format.row_bytes
     uses_disk = uniform.cap < 1 or uniform.scheduler is not None
-    state = POLICIES[uniform.policy].total_state_bytes(spec.attention, uniform.sparsity, uniform.batch, uniform.num_rows + 1)
+    state = POLICIES[uniform.policy].total_state_bytes(
+        spec.attention, uniform.sparsity, uniform.batch, uniform.num_rows + 1
+    )
     config = EngineConfig(
         policy=uniform.policy,
         sparsity=uniform.sparsity,

@@ -71,7 +71,7 @@ def main() -> None:
     clock, ran = generate(decoder, run_spec, job)
     kernels = choose_backend(decoder.device)
     weights = job.dtype if options.weight_dtype == "auto" else options.weight_dtype
-    notes = [f"{weights} weights, {kv_dtype_of(decoder, setting.config)} KV rows", f"kernels {kernels.name}"]
+    notes = [f"{weights} weights, {kv_dtype_of(decoder, run_spec.config)} KV rows", f"kernels {kernels.name}"]
     notes += [] if options.prefetch else ["no prefetching"]
     notes += [] if options.overlap else ["no overlap of moves with arithmetic"]
     finish(job, clock, packages=["alisa", "torch"], num_output=ran.num_output, notes=notes, details=ran.details())

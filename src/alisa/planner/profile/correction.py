@@ -12,10 +12,10 @@ from statistics import median
 from typing import NamedTuple, TypeVar
 
 from alisa.planner.cost import StepCost
-from alisa.planner.hardware import Attention, Gemm, Hardware, Link, Selection, interpolate
+from alisa.planner.hardware import Attention, Gemm, Hardware, Link, SelectionPrices, interpolate
 from alisa.planner.profile.clock import fit
 
-T = TypeVar("T", Attention, Selection)
+T = TypeVar("T", Attention, SelectionPrices)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from alisa.kernels.base import (
 )
 from alisa.kernels.base import Selection as Chosen
 from alisa.outputs import Phase
-from alisa.planner.hardware import Attention, Selection
+from alisa.planner.hardware import Attention, SelectionPrices
 from alisa.planner.profile.clock import fit, seconds
 from alisa.policy.base import PolicyState, SelectionPolicy
 from alisa.scheduler.plan import ScheduledChunk, StepPlan
@@ -127,7 +127,7 @@ def measure_prompt(dtype: torch.dtype, kernel: PrefillKernel) -> tuple[float, fl
     return taken / values, seeded / (num_seeds * length * num_heads * head_dim)
 
 
-def measure_selection(policy: SelectionPolicy, spec: ModelSpec, kernels: SelectionKernels) -> Selection:
+def measure_selection(policy: SelectionPolicy, spec: ModelSpec, kernels: SelectionKernels) -> SelectionPrices:
     """Choosing and keeping scores with this policy, for four layers of this shape."""
     capacity, max_num_seqs = 1024, 16
     state = policy.start(
@@ -166,7 +166,7 @@ def measure_selection(policy: SelectionPolicy, spec: ModelSpec, kernels: Selecti
         scored = ranked * spec.q_size if policy.query_aware else 0
         amounts.append((1.0, float(batch), 0.0 if scored else float(ranked), float(read), float(scored)))
     call_s, row_s, candidate_s, read_s, value_s = fit(amounts, times)
-    return Selection(
+    return SelectionPrices(
         step_s=sum(begins) / len(begins),
         call_s=call_s,
         row_s=row_s,
