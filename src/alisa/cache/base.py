@@ -155,11 +155,10 @@ def check_opening(store: RowStore, req_idx: int, num_tokens: int, *, in_use: boo
     assert not in_use, f"request index {req_idx} is in use"
 
 
-def check_continues(store: RowStore, segment: Segment) -> None:
-    """See `RowStore.begin`."""
-    length = store.length(segment.req_idx)
-    if segment.start != length or segment.end > store.max_length:
+def check_continues(segment: Segment, length: int, max_length: int) -> None:
+    """See `RowStore.begin`; the sequence has `length` tokens."""
+    if segment.start != length or segment.end > max_length:
         raise CapacityError(
-            f"Request index {segment.req_idx} has {length} of at most {store.max_length} tokens; positions "
+            f"Request index {segment.req_idx} has {length} of at most {max_length} tokens; positions "
             f"{segment.start} to {segment.end - 1} do not continue it."
         )

@@ -95,10 +95,12 @@ class KVStore:
 
     def begin(self, plan: StepPlan) -> None:
         """See `RowStore.begin`; a refused plan changes nothing."""
-        for segment in plan.segments:
-            check_continues(self, segment)
         assert not plan.moves, "there is nowhere to move rows to"
-        needed = self._missing(plan.segments)
+        needed = 0
+        for segment in plan.segments:
+            sequence = self._open[segment.req_idx]
+            check_continues(segment, sequence.length, self.max_length)
+            needed += max(segment.end - len(sequence.slots), 0)
         if needed > len(self._free_slots):
             self._trim()
             needed = self._missing(plan.segments)
@@ -219,7 +221,7 @@ class KVStore:
         end = min(length + spare, self.max_length)
         self._widen(end)
         taken = self._free_slots.take(end - have)
-        sequence.slots.extend(taken.tolist())
+        sequence.slots.frombytes(taken.tobytes())
         self._table[req_idx, have:end] = torch.from_numpy(taken).to(self.device)
 
     def _widen(self, length: int) -> None:
