@@ -82,7 +82,7 @@ def test_rows_that_are_put_are_there_for_the_next_kernel(device):
 
 
 @on_each_device
-def test_a_device_gets_the_shelf_that_it_needs(device):
+def test_a_device_gets_the_buffer_that_it_needs(device):
     rows = torch.zeros(2, 4, 16, dtype=torch.uint8, device=device)
     kinds = {type(buffer) for buffer in transfer_buffers(rows)}
     assert kinds == {HostBuffer if device == "cpu" else DeviceBuffer}

@@ -20,7 +20,7 @@ def req_indices(*numbers):
     return np.array(numbers, np.int64)
 
 
-def test_a_ticket_is_done_when_its_work_is(transfers):
+def test_a_handle_is_done_when_its_work_is(transfers):
     go = threading.Event()
     handle = transfers.start(lambda subset: go.wait(10), req_indices(0))
     assert not handle.is_done

@@ -155,11 +155,10 @@ def check_opening(store: RowStore, req_idx: int, num_tokens: int, *, in_use: boo
     assert not in_use, f"request index {req_idx} is in use"
 
 
-def check_continues(store: RowStore, chunk: ScheduledChunk) -> None:
-    """See `RowStore.begin`."""
-    length = store.length(chunk.req_idx)
-    if chunk.start != length or chunk.end > store.max_length:
+def check_continues(chunk: ScheduledChunk, length: int, max_length: int) -> None:
+    """See `RowStore.begin`; the sequence has `length` tokens."""
+    if chunk.start != length or chunk.end > max_length:
         raise CapacityError(
-            f"Request index {chunk.req_idx} has {length} of at most {store.max_length} tokens; positions "
+            f"Request index {chunk.req_idx} has {length} of at most {max_length} tokens; positions "
             f"{chunk.start} to {chunk.end - 1} do not continue it."
         )

@@ -18,7 +18,8 @@ _IN_FLIGHT_SHARE = 16
 _MOST_IN_FLIGHT_BYTES = 1 << 26
 
 _TABLE_SHARE = 4
-"""One part in this many of the cap is the most that tables for tokens below the device take, unless a single sequence needs more."""
+"""One part in this many of the cap is the most that tables for tokens below the device take, unless one sequence needs
+more."""
 
 
 class StateMemory(NamedTuple):

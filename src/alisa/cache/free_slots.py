@@ -37,14 +37,16 @@ class FreeSlots:
         return self._returned.itemsize * len(self._returned)
 
     def take(self, count: int) -> NDArray[np.int32]:
-        """The caller has these slots Int32[count]; the ones returned last come first."""
+        """The caller has these slots Int32[count]; the ones that were given back last come first."""
         assert count <= len(self), f"{count} slots of {len(self)} free ones"
         split = max(len(self._returned) - count, 0)
-        returned = np.array(self._returned[split:], np.int32)[::-1]
+        taken = self._returned[split:]
         del self._returned[split:]
+        taken.reverse()
         first = self._first_unused
-        self._first_unused += count - len(returned)
-        return np.concatenate((returned, np.arange(first, self._first_unused, dtype=np.int32)))
+        self._first_unused += count - len(taken)
+        taken.extend(range(first, self._first_unused))
+        return np.array(taken, np.int32)
 
     def give_back(self, slots: Iterable[int]) -> None:
         """These slots are free again; `take` will give the last of them first."""

@@ -97,10 +97,12 @@ class KVStore:
 
     def begin(self, plan: StepPlan) -> None:
         """See `RowStore.begin`; a refused plan changes nothing."""
-        for chunk in plan.chunks:
-            check_continues(self, chunk)
         assert not plan.moves, "there is nowhere to move rows to"
-        needed = self._missing(plan.chunks)
+        needed = 0
+        for chunk in plan.chunks:
+            sequence = self._open[chunk.req_idx]
+            check_continues(chunk, sequence.length, self.max_length)
+            needed += max(chunk.end - len(sequence.slots), 0)
         if needed > len(self._free_slots):
             self._trim()
             needed = self._missing(plan.chunks)
@@ -236,7 +238,7 @@ class KVStore:
         end = min(length + spare, self.max_length)
         self._widen(end)
         taken = self._free_slots.take(end - have)
-        sequence.slots.extend(taken.tolist())
+        sequence.slots.frombytes(taken.tobytes())
         self._table[req_idx, have:end] = torch.from_numpy(taken).to(self.device)
 
     def _widen(self, length: int) -> None:

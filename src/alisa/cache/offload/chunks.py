@@ -1,8 +1,8 @@
-"""A selection as rows that a kernel can read: in place when they all fit the device, in pieces when they do not."""
+"""Rows for those who read: a selection, in pieces when it is larger than the pool, or a range of a prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +44,7 @@ class ChunkReader:
         in_flight: rows that may leave soon.
         meter: counts look-ups.
         device: where a kernel wants its indices.
+        make_buffers: how transfers reach the device's memory.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class ChunkReader:
         in_flight: InFlightStores,
         meter: TrafficMeter,
         device: torch.device,
+        make_buffers: Callable[[Tensor], tuple[TransferBuffer, ...]],
     ) -> None:
         self._pool = pool
         self._staging = staging
@@ -65,6 +67,7 @@ class ChunkReader:
         self._in_flight = in_flight
         self._meter = meter
         self._device = device
+        self._make_buffers = make_buffers
         self._req_indices = np.empty(0, np.int64)
         self._ends = np.empty(0, np.int64)
         self._last: _Request | None = None
@@ -100,11 +103,40 @@ class ChunkReader:
             self._pool[layer].rows, torch.from_numpy(slots)[:, None].to(self._device), selection.counts, None, None
         )
 
+    def prefetch(
+        self, layer: int, req_indices: NDArray[np.int64], lengths: NDArray[np.int64], selection: Selection
+    ) -> None:
+        """See `RowStore.prefetch`; the sequences have these lengths."""
+        positions, real = _positions(selection)
+        # The newest token of the next step has no row yet: it is the last one of each sequence.
+        row, column = np.nonzero(real & (positions < lengths[:, None]))
+        owners = req_indices[row]
+        ids = self._row_ids.lookup(owners, positions[row, column])
+        slots = self._residency.slots[layer][ids]
+        missing = slots == NOWHERE
+        self._residency.touch(layer, slots[~missing], ahead=True)
+        if missing.any():
+            self._loader.prefetch(layer, ids[missing], owners[missing])
+
+    def read(self, layer: int, req_idx: int, start: int, end: int) -> Tensor:
+        """Rows UInt8[end - start, row_bytes] of these positions of a sequence, wherever they lie."""
+        ids = self._row_ids.of(req_idx, start, end)
+        slots = self._residency.slots[layer][ids]
+        here, absent = np.flatnonzero(slots != NOWHERE), np.flatnonzero(slots == NOWHERE)
+        self._loader.wait_loads(layer)
+        pool = self._pool[layer].rows
+        present = pool.index_select(0, torch.from_numpy(slots[here]).to(self._device))
+        if not len(absent):
+            return present
+        [target] = self._make_buffers(pool.new_empty(1, end - start, pool.shape[1]))
+        target.put(here, present)
+        self._loader.load_now(layer, ids[absent], np.full(len(absent), req_idx), target, absent)
+        return target.rows
+
     def _look_up(self, selection: Selection) -> _Request:
         # Dense attention and fixed patterns choose once for all layers.
         if self._last is None or self._last.selection is not selection:
-            positions = selection.positions[:, 0].cpu().numpy()
-            real = np.arange(positions.shape[1]) < np.array(selection.num_tokens)[:, None]
+            positions, real = _positions(selection)
             below = real & (positions < self._ends[:, None])
             ids = self._row_ids.lookup(self._req_indices[:, None], positions)
             self._last = _Request(selection, ids, real, below)
@@ -157,3 +189,9 @@ class ChunkReader:
             torch.from_numpy(sequences).to(self._device),
             torch.from_numpy(columns).to(self._device),
         )
+
+
+def _positions(selection: Selection) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Positions [B, K], and which of them are no padding."""
+    positions = selection.positions[:, 0].cpu().numpy()
+    return positions, np.arange(positions.shape[1]) < np.array(selection.num_tokens)[:, None]

@@ -124,7 +124,6 @@ class TieredStore:
         self._num_layers = num_layers
         self._device = device or torch.device("cpu")
         self._append = append
-        self._make_buffers = make_buffers
         self._rebuildable = rebuildable
         row_bytes = codec.format.row_bytes
         if pool is None:
@@ -161,6 +160,7 @@ class TieredStore:
             self._in_flight,
             self._meter,
             self._device,
+            make_buffers,
         )
         self._open: dict[int, _Sequence] = {}
         self._ends = np.zeros(max_num_seqs, np.int64)  # bounds[0] of every request index
@@ -253,7 +253,7 @@ class TieredStore:
     def begin(self, plan: StepPlan) -> None:
         """See `RowStore.begin`."""
         for chunk in plan.chunks:
-            check_continues(self, chunk)
+            check_continues(chunk, self._open[chunk.req_idx].length, self.max_length)
         for chunk in plan.chunks:
             self._row_ids.extend(chunk.req_idx, chunk.end)
         self._reserve()
@@ -300,33 +300,12 @@ class TieredStore:
 
     def prefetch(self, layer: int, req_indices: tuple[int, ...], selection: Selection) -> None:
         """See `RowStore.prefetch`."""
-        positions = selection.positions[:, 0].cpu().numpy()
-        # The newest token of the next step has no row yet: it is the last one of each sequence.
-        lengths = [self._open[req_idx].length for req_idx in req_indices]
-        known = np.arange(positions.shape[1]) < np.array(selection.num_tokens)[:, None]
-        row, column = np.nonzero(known & (positions < np.array(lengths)[:, None]))
-        owners = np.array(req_indices, np.int64)[row]
-        ids = self._row_ids.lookup(owners, positions[row, column])
-        slots = self._residency.slots[layer][ids]
-        missing = slots == NOWHERE
-        self._residency.touch(layer, slots[~missing], ahead=True)
-        if missing.any():
-            self._loader.prefetch(layer, ids[missing], owners[missing])
+        lengths = np.array([self._open[req_idx].length for req_idx in req_indices])
+        self._reader.prefetch(layer, np.array(req_indices, np.int64), lengths, selection)
 
     def read(self, layer: int, req_idx: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """See `RowStore.read`."""
-        ids = self._row_ids.of(req_idx, start, end)
-        slots = self._residency.slots[layer][ids]
-        here, absent = np.flatnonzero(slots != NOWHERE), np.flatnonzero(slots == NOWHERE)
-        self._loader.wait_loads(layer)
-        pool = self._pool[layer].rows
-        present = pool.index_select(0, self._index(slots[here]))
-        if not len(absent):
-            return self.codec.decode(present)
-        [target] = self._make_buffers(pool.new_empty(1, end - start, pool.shape[1]))
-        target.put(here, present)
-        self._loader.load_now(layer, ids[absent], np.full(len(absent), req_idx), target, absent)
-        return self.codec.decode(target.rows)
+        return self.codec.decode(self._reader.read(layer, req_idx, start, end))
 
     def drain(self) -> None:
         """Nothing is on its way."""
@@ -397,8 +376,6 @@ class TieredStore:
         if self._hidden is not None:
             self._hidden.tier.close()
 
-    # --- how it is done ------------------------------------------------------------------------------------------
-
     def _tables(self) -> Iterator[SlotTable]:
         for _, table in self._levels:
             yield table
@@ -438,11 +415,9 @@ class TieredStore:
                 f"{len(ids)} tokens of req_idx {req_idx} are to go to a tier that has room for {table.num_free}."
             )
         slots = table.take(ids)[: len(existing)]
-        if not len(existing):
-            return
-        if source == 0:
+        if len(existing) and source == 0:
             self._in_flight.start_store(req_idx, existing, tier, slots)
-        else:
+        elif len(existing):
             self._in_flight.move(req_idx, self._levels[source - 1], existing, tier, slots)
 
     def _before_free(self, req_idx: int, ids: Slots) -> None:
