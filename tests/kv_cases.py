@@ -44,15 +44,15 @@ def read_parts(parts, row_bytes, selection):
     found = np.zeros((num_seqs, width, row_bytes), np.uint8)
     times = np.zeros((num_seqs, width), np.int64)
     for part in parts:
-        slots, counts = part.slots[:, 0].numpy(), part.counts.numpy()
-        assert counts.min() >= 1
-        sequences = np.arange(num_seqs) if part.sequences is None else part.sequences.numpy()
-        columns = np.tile(np.arange(width), (num_seqs, 1)) if part.columns is None else part.columns.numpy()
-        assert slots.shape == columns.shape
-        real = np.arange(slots.shape[1]) < counts[:, None]
-        places = (np.repeat(sequences, counts), columns[real])
-        np.add.at(times, places, 1)
-        found[places] = part.rows.numpy()[slots[real]]
+        slots, columns = part.slots[:, 0].numpy(), np.arange(width)
+        assert slots.shape == (num_seqs, width)
+        begins = np.zeros(num_seqs, np.int32) if part.span is None else part.span.begins.numpy()
+        ends = selection.counts.numpy() if part.span is None else part.span.ends.numpy()
+        came = times.sum(axis=1)
+        assert ((begins == came) | (begins == ends)).all(), "the pieces of a sequence do not come in order"
+        here = (columns >= begins[:, None]) & (columns < ends[:, None])
+        times += here
+        found[here] = part.rows.numpy()[slots[here]]
     wanted = np.arange(width) < np.array(selection.num_tokens)[:, None]
     assert np.array_equal(times, wanted), "an entry came twice or never"
     return found

@@ -82,12 +82,12 @@ class TieredMachine(RuleBasedStateMachine):
         eviction=st.sampled_from(EVICTIONS),
         num_rows=st.integers(3, 24),
         media=st.sampled_from(((Medium.DISK,), (Medium.HOST, Medium.DISK))),
-        staging_rows=st.sampled_from((1, 3, 16)),
+        staging=st.sampled_from(((1, 1), (3, 1), (3, 3), (16, 4))),
         late=st.booleans(),
         append=st.sampled_from((None, append_kernel)),
         make_shelves=st.sampled_from((shelves, staged)),
     )
-    def start(self, eviction, num_rows, media, staging_rows, late, append, make_shelves):
+    def start(self, eviction, num_rows, media, staging, late, append, make_shelves):
         self.num_rows = num_rows
         self.tiers = [WornTier(self.make_tier(medium, 40, ROW_BYTES)) for medium in media]
         self.remnant_tier = WornTier(self.make_tier(media[-1], NUM_LANES * REBUILDABLE, REMNANT_BYTES))
@@ -102,7 +102,8 @@ class TieredMachine(RuleBasedStateMachine):
             remnants=remnants_in(self.remnant_tier),
             rebuildable=REBUILDABLE,
             eviction=eviction,
-            staging_rows=staging_rows,
+            staging_rows=staging[0],
+            piece_columns=staging[1],
             append=append,
             make_shelves=make_shelves,
         )

@@ -45,6 +45,7 @@ class Rows:
             remnants=remnants_in(remnant_tier) if rebuildable else None,
             rebuildable=rebuildable,
             staging_rows=staging_rows,
+            piece_columns=min(staging_rows, 2),
         )
         self.pool = LatePool()
         if late:

@@ -13,8 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from alisa.attention.decode import DecodeKernel, head_scores
-from alisa.attention.merge import PartialAttention
+from alisa.attention.decode import DecodeKernel
 from alisa.attention.prefill import KeyBlock, PrefillKernel
 from alisa.engine.recorder import Part, Stopwatch
 from alisa.kv.base import Part as RowPart
@@ -142,44 +141,23 @@ class DecodeAttend:
         return out[:, None]
 
     def _attend(self, layer: int, query: Tensor, selection: Selection) -> Attended:
-        """Attention over the selected rows, in one part or merged from several."""
+        """Attention over the selected rows, in one part or piece by piece: the result is the same, to the last bit."""
         parts = self._store.parts(layer, selection)
         part = self._next(parts)
         assert part is not None, "every sequence reads at least its own token"
-        if part.sequences is None:
+        if part.span is None:
             with self._watch.measure(Part.ATTENTION):
-                return self._kernel(query, part.rows, self._store.codec, part.slots, part.counts)
-        merged = PartialAttention(query)
-        # Parts come out in the dtype of the query: rounded to 16 bits before they are merged, they would not be what
-        # one part is.
-        exact = query.float()
-        scores: list[tuple[RowPart, Tensor]] = []
+                return self._kernel(query, part.rows, self._store.codec, part.slots, selection.counts)
+        pieces = self._kernel.in_pieces(query, self._store.codec, selection.counts, part.slots.shape[2])
         while part is not None:
-            assert part.sequences is not None, "a part that is not the whole selection names its sequences"
-            some = exact[part.sequences]
+            assert part.span is not None, "a selection is one part or all of it is pieces"
             with self._watch.measure(Part.ATTENTION):
-                attended = self._kernel(some, part.rows, self._store.codec, part.slots, part.counts)
-                merged.add(attended.out, attended.log_sum_exp, part.sequences)
-                if self._keeps_mass:
-                    scores.append((part, head_scores(some, part.rows, self._store.codec, part.slots)))
+                pieces.add(part.rows, part.slots, part.span.begins, part.span.ends)
             part = self._next(parts)
         with self._watch.measure(Part.ATTENTION):
-            mass = _mass(scores, merged.log_sum_exp, selection)
-        return Attended(merged.out.to(query.dtype), mass, merged.log_sum_exp)
+            return pieces.finish()
 
     def _next(self, parts: Iterator[RowPart]) -> RowPart | None:
         """The next part, once its rows are there."""
         with self._watch.measure(Part.TRANSFER):
             return next(parts, None)
-
-
-def _mass(scores: Sequence[tuple[RowPart, Tensor]], log_sum_exp: Tensor, selection: Selection) -> Tensor:
-    """Mass Float32[B, 1, K] from the scores `[b, H, w]` of every part: weights need the sum over all parts first."""
-    mass = log_sum_exp.new_zeros(selection.positions.shape)
-    for part, of_heads in scores:
-        assert part.sequences is not None, "parts of a selection say which entries they are"
-        assert part.columns is not None, "parts of a selection say which entries they are"
-        weights = (of_heads - log_sum_exp[part.sequences, :, None]).exp().sum(dim=1)
-        weights *= torch.arange(weights.shape[1], device=weights.device) < part.counts[:, None]
-        mass[:, 0].index_put_((part.sequences[:, None], part.columns), weights, accumulate=True)
-    return mass

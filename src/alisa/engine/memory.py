@@ -159,12 +159,15 @@ def _tiered(
     spec = decoder.spec
     num_layers, row_bytes = spec.num_layers, codec.format.row_bytes
     token_bytes = num_layers * row_bytes
-    staging = staging_rows(caps.device_bytes // row_bytes)
-    num_rows = min((caps.device_bytes - 2 * staging * row_bytes) // token_bytes, sum(largest))
+    piece = min(kernels.attend.piece_columns(codec.format, spec.num_heads), largest[0])
+    # A piece of a selection is read at once, whatever the cap: two buffers where it allows, or else one.
+    staging = max(2 * staging_rows(caps.device_bytes // row_bytes), piece)
+    num_rows = min((caps.device_bytes - staging * row_bytes) // token_bytes, sum(largest))
     if num_rows < 1:
+        least = token_bytes + staging * row_bytes
         raise CapacityError(
-            f"A KV cap of {format_bytes(caps.device_bytes)} holds not even one token of {format_bytes(token_bytes)} "
-            f"and the buffers to read others; raise --kv-device-memory."
+            f"A KV cap of {format_bytes(caps.device_bytes)} is less than the {format_bytes(least)} of one token and "
+            "the buffer to read others through; raise --kv-device-memory."
         )
     dtype_name = str(decoder.dtype).removeprefix("torch.")
     remnant_codec = make_codec(remnant_format(dtype_name, spec.hidden_size))
@@ -209,6 +212,7 @@ def _tiered(
         eviction=caps.eviction,
         overlap=caps.overlap,
         staging_rows=staging,
+        piece_columns=piece,
         device=decoder.device,
         append=kernels.append,
     )

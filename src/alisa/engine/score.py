@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alisa.attention.decode import DecodeKernel
+from alisa.attention.decode import AttentionPieces, DecodeKernel
 from alisa.config import format_bytes
 from alisa.engine.kernels import Kernels
 from alisa.engine.recorder import Stopwatch
@@ -22,7 +22,7 @@ from alisa.errors import CapacityError
 from alisa.kv.store import KVStore
 from alisa.model.decoder import Decoder
 from alisa.policy.base import SelectionPolicy
-from alisa.types import Attended, Codec, Phase, Segment, StepPlan
+from alisa.types import Attended, Codec, Phase, RowFormat, Segment, StepPlan
 
 
 class ScoredItem(NamedTuple):
@@ -256,6 +256,14 @@ class _LostMass:
         everything = self._kernel(q, rows, codec, self._slots, self._counts)
         self._lost.append(float((1 - (attended.log_sum_exp - everything.log_sum_exp).exp()).clamp(0, 1).mean()))
         return attended
+
+    def in_pieces(self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int) -> AttentionPieces:
+        """Never asked for: a `KVStore` gives every selection in one part."""
+        raise AssertionError("rows that are all on the device come in one part")
+
+    def piece_columns(self, row_format: RowFormat, num_heads: int) -> int:
+        """The kernel's own."""
+        return self._kernel.piece_columns(row_format, num_heads)
 
     def mean(self) -> float:
         """Mean over the layers of the step."""

@@ -141,7 +141,7 @@ class KVStore:
             num_seqs, num_sets, num_slots = selection.positions.shape
             slots = self._step_table.gather(1, selection.positions.view(num_seqs, -1).to(torch.int64))
             self._last = (selection, slots.view(num_seqs, num_sets, num_slots))
-        yield Part(self._arena[layer], self._last[1], selection.counts, None, None)
+        yield Part(self._arena[layer], self._last[1], None)
 
     def prefetch(self, layer: int, lanes: tuple[int, ...], selection: Selection) -> None:
         """Everything is there."""

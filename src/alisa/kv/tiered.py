@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alisa.errors import CapacityError
-from alisa.kv.base import AppendKernel, Part
+from alisa.kv.base import AppendKernel, Part, Span
 from alisa.kv.remnant import Remnants
 from alisa.kv.residency import NOWHERE, Eviction, Residency
 from alisa.kv.shelf import HostShelf, Shelf, shelves
@@ -124,7 +124,8 @@ class TieredStore:
         rebuildable: first tokens of every sequence whose layer input is kept.
         eviction: who leaves the hot cache first.
         overlap: whether rows move beside the arithmetic.
-        staging_rows: rows of each of two buffers through which a selection larger than the arena is read.
+        staging_rows: rows through which a selection larger than the arena is read; at least a piece.
+        piece_columns: columns of the smallest piece that the decode kernel takes.
         device: where the arena lies; None: in main memory.
         append: writes rows in place; None: through the codec.
         make_shelves: how transfers reach the device's memory.
@@ -143,7 +144,8 @@ class TieredStore:
         rebuildable: int = 0,
         eviction: Eviction = "lru",
         overlap: bool = True,
-        staging_rows: int = 256,
+        staging_rows: int = 512,
+        piece_columns: int = 64,
         device: torch.device | None = None,
         append: AppendKernel | None = None,
         make_shelves: Callable[[Tensor], tuple[Shelf, ...]] = shelves,
@@ -162,8 +164,18 @@ class TieredStore:
         self._rebuildable = rebuildable
         row_bytes = codec.format.row_bytes
         self._device = device or torch.device("cpu")
-        self._arena = make_shelves(torch.empty(num_layers, num_rows, row_bytes, dtype=torch.uint8, device=self._device))
-        self._staging = make_shelves(torch.empty(2, staging_rows, row_bytes, dtype=torch.uint8, device=self._device))
+        # One allocation: a slot of a layer may point past the arena at a row of the buffers.
+        self._num_rows = num_rows
+        self._piece_columns = min(piece_columns, max_length)
+        num_buffers = 2 if staging_rows >= 2 * self._piece_columns else 1
+        buffer_rows = staging_rows // num_buffers
+        assert buffer_rows >= self._piece_columns, f"{staging_rows} rows of staging are less than a piece"
+        arena_rows = num_layers * num_rows
+        self._pool = torch.empty(
+            arena_rows + num_buffers * buffer_rows, row_bytes, dtype=torch.uint8, device=self._device
+        )
+        self._arena = make_shelves(self._pool[:arena_rows].view(num_layers, num_rows, row_bytes))
+        self._staging = make_shelves(self._pool[arena_rows:].view(num_buffers, buffer_rows, row_bytes))
         self._residency = Residency(num_layers, num_rows, num_lanes, max_length, eviction)
         self._free_lanes = list(range(num_lanes - 1, -1, -1))
         self._open: dict[int, _Lane] = {}
@@ -283,9 +295,7 @@ class TieredStore:
             slots[row, column] = placed
             self._transfers.wait(self._load(layer, wanted, at, self._arena[layer], placed))
         slots[~real] = 0
-        yield Part(
-            self._arena[layer].rows, torch.from_numpy(slots)[:, None].to(self._device), selection.counts, None, None
-        )
+        yield Part(self._arena[layer].rows, torch.from_numpy(slots)[:, None].to(self._device), None)
 
     def prefetch(self, layer: int, lanes: tuple[int, ...], selection: Selection) -> None:
         """See `RowStore.prefetch`."""
@@ -568,41 +578,36 @@ class TieredStore:
         real: NDArray[np.bool_],
         missing: NDArray[np.bool_],
     ) -> Iterator[Part]:
-        """What is on the device, then the rest through two buffers in turn: one is read while the other fills."""
-        row, column = np.nonzero(real & ~missing)
-        if len(row):
-            yield self._part(self._arena[layer].rows, row, column, slots[row, column])
-        row, column = np.nonzero(missing)
-        size = len(self._staging[0].rows)
-        pieces = [slice(first, first + size) for first in range(0, len(row), size)]
+        """The selection in its own order; what is not on the device comes through the buffers in turn.
+
+        One buffer is read while the other fills. Pieces are cut at multiples of what the kernel sums up at once, so
+        that the result is that of one part.
+        """
+        pieces = _cut_pieces(missing, real.sum(axis=1), self._piece_columns, len(self._staging[0].rows))
+        num_buffers = len(self._staging)
 
         def fill(index: int) -> Ticket:
-            some = pieces[index]
-            wanted, at = lanes[row[some]], positions[row[some], column[some]].astype(np.int64)
-            return self._load(layer, wanted, at, self._staging[index % 2], np.arange(len(wanted)))
+            buffer, piece = index % num_buffers, pieces[index]
+            row, column = np.nonzero(missing & piece.holds(missing.shape[1]))
+            places = np.arange(len(row))
+            # Behind the layer's own rows come those of the layers after it, then the buffers.
+            first = (self._num_layers - layer) * self._num_rows + buffer * len(self._staging[0].rows)
+            slots[row, column] = first + places
+            return self._load(layer, lanes[row], positions[row, column].astype(np.int64), self._staging[buffer], places)
 
         coming = fill(0)
-        for index, some in enumerate(pieces):
+        for index, piece in enumerate(pieces):
             self._transfers.wait(coming)
-            if index + 1 < len(pieces):
+            if num_buffers > 1 and index + 1 < len(pieces):
                 coming = fill(index + 1)
-            count = len(row[some])
-            yield self._part(self._staging[index % 2].rows, row[some], column[some], np.arange(count, dtype=np.int32))
-
-    def _part(self, rows: Tensor, row: Slots, column: Slots, slots: NDArray[np.int32]) -> Part:
-        """Entries (sequence, column) of a selection, in order of sequences, as a padded part."""
-        sequences, first, counts = np.unique(row, return_index=True, return_counts=True)
-        place = (np.repeat(np.arange(len(sequences)), counts), np.arange(len(row)) - np.repeat(first, counts))
-        padded = np.zeros((len(sequences), counts.max()), np.int32)
-        columns = np.zeros((len(sequences), counts.max()), np.int64)
-        padded[place], columns[place] = slots, column
-        return Part(
-            rows,
-            torch.from_numpy(padded)[:, None].to(self._device),
-            torch.from_numpy(counts.astype(np.int32)).to(self._device),
-            torch.from_numpy(sequences).to(self._device),
-            torch.from_numpy(columns).to(self._device),
-        )
+            yield Part(
+                self._pool[layer * self._num_rows :],
+                # A copy: the next pieces are still being placed.
+                torch.from_numpy(np.where(piece.holds(slots.shape[1]), slots, 0))[:, None].to(self._device),
+                Span(torch.from_numpy(piece.begins).to(self._device), torch.from_numpy(piece.ends).to(self._device)),
+            )
+            if num_buffers == 1 and index + 1 < len(pieces):
+                coming = fill(index + 1)
 
     def _arrive(self, layer: int) -> None:
         """Everything that was fetched ahead for this layer is there."""
@@ -633,6 +638,42 @@ class TieredStore:
         self._land(block=True)
         self._flush()
         self._arrive_everywhere()
+
+
+class _Piece(NamedTuple):
+    """Columns begins[b] to ends[b] - 1 of each sequence, Int32[B]."""
+
+    begins: NDArray[np.int32]
+    ends: NDArray[np.int32]
+
+    def holds(self, width: int) -> NDArray[np.bool_]:
+        """Bool[B, width]: the columns of this piece."""
+        columns = np.arange(width)
+        return (columns >= self.begins[:, None]) & (columns < self.ends[:, None])
+
+
+def _cut_pieces(missing: NDArray[np.bool_], counts: NDArray[np.int64], step: int, num_rows: int) -> list[_Piece]:
+    """A selection cut at multiples of `step` columns, so that no piece lacks more than `num_rows` rows.
+
+    Args:
+        missing: Bool[B, K], the rows that a piece brings.
+        counts: columns of each sequence.
+        step: at most `num_rows`.
+        num_rows: at least 1.
+    """
+    pieces: list[_Piece] = []
+    begins, ends = np.zeros((2, len(counts)), np.int32)
+    room = num_rows
+    for sequence, count in enumerate(counts.tolist()):
+        for first in range(0, count, step):
+            needed = int(np.count_nonzero(missing[sequence, first : first + step]))
+            if needed > room:
+                pieces.append(_Piece(begins.copy(), ends.copy()))
+                begins[:] = ends
+                room = num_rows
+            room -= needed
+            ends[sequence] = min(first + step, count)
+    return [*pieces, _Piece(begins, ends)]
 
 
 def _asked(

@@ -16,13 +16,14 @@ import triton.language as tl
 from alisa.kernels.gpu.rows import LOWEST, high_plane, load_tile, low_plane
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots", "in_pieces"])
 def attend_group(
     q_ptr,
     values_ptr,
     pairs_ptr,
     slots_ptr,
-    counts_ptr,
+    begins_ptr,
+    ends_ptr,
     scores_ptr,
     outs_ptr,
     tops_ptr,
@@ -30,6 +31,7 @@ def attend_group(
     value_stride,
     pair_stride,
     num_slots,
+    in_pieces,
     split_len,
     scale,
     NUM_HEADS: tl.constexpr,
@@ -43,7 +45,7 @@ def attend_group(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Scores, and for each split its maximum, sum and weighted values.
+    """Scores, and for each split between begins and ends its maximum, sum and weighted values.
 
     Grid (splits, G, B). Scores are in powers of two: q . k / sqrt(D) * log2(e), which is what `scale` holds.
     """
@@ -51,10 +53,11 @@ def attend_group(
     kv_head, num_kv_heads = tl.program_id(1), NUM_HEADS // GROUP
     seq = tl.program_id(2).to(tl.int64)
     start = split * split_len
-    count = tl.load(counts_ptr + seq)
-    if start >= count:
+    stop = tl.load(ends_ptr + seq)
+    # A whole selection begins at 0: then `in_pieces` is 0, and what lies at begins_ptr does not matter.
+    if start >= stop or start < tl.load(begins_ptr + seq) * in_pieces:
         return
-    end = tl.minimum(start + split_len, count)
+    end = tl.minimum(start + split_len, stop)
 
     members = tl.arange(0, PADDED)
     real = members < GROUP

@@ -18,13 +18,14 @@ import triton.language as tl
 from alisa.kernels.gpu.rows import LOWEST, high_plane, load_tile, low_plane
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots", "in_pieces"])
 def attend_single(
     q_ptr,
     values_ptr,
     pairs_ptr,
     slots_ptr,
-    counts_ptr,
+    begins_ptr,
+    ends_ptr,
     scores_ptr,
     outs_ptr,
     tops_ptr,
@@ -32,6 +33,7 @@ def attend_single(
     value_stride,
     pair_stride,
     num_slots,
+    in_pieces,
     split_len,
     scale,
     NUM_HEADS: tl.constexpr,
@@ -50,10 +52,11 @@ def attend_single(
     head = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
     start = split * split_len
-    count = tl.load(counts_ptr + seq)
-    if start >= count:
+    stop = tl.load(ends_ptr + seq)
+    # A whole selection begins at 0: then `in_pieces` is 0, and what lies at begins_ptr does not matter.
+    if start >= stop or start < tl.load(begins_ptr + seq) * in_pieces:
         return
-    end = tl.minimum(start + split_len, count)
+    end = tl.minimum(start + split_len, stop)
 
     columns = tl.arange(0, WIDTH)
     q_ptr += (seq * NUM_HEADS + head) * HEAD_DIM
