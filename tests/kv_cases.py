@@ -48,15 +48,15 @@ def read_chunks(chunks, row_bytes, selection):
     found = np.zeros((num_seqs, width, row_bytes), np.uint8)
     times = np.zeros((num_seqs, width), np.int64)
     for chunk in chunks:
-        slots, counts = chunk.slots[:, 0].numpy(), chunk.counts.numpy()
-        assert counts.min() >= 1
-        sequences = np.arange(num_seqs) if chunk.sequences is None else chunk.sequences.numpy()
-        columns = np.tile(np.arange(width), (num_seqs, 1)) if chunk.columns is None else chunk.columns.numpy()
-        assert slots.shape == columns.shape
-        real = np.arange(slots.shape[1]) < counts[:, None]
-        places = (np.repeat(sequences, counts), columns[real])
-        np.add.at(times, places, 1)
-        found[places] = chunk.rows.numpy()[slots[real]]
+        slots, columns = chunk.slots[:, 0].numpy(), np.arange(width)
+        assert slots.shape == (num_seqs, width)
+        begins = np.zeros(num_seqs, np.int32) if chunk.span is None else chunk.span.begins.numpy()
+        ends = selection.counts.numpy() if chunk.span is None else chunk.span.ends.numpy()
+        came = times.sum(axis=1)
+        assert ((begins == came) | (begins == ends)).all(), "the pieces of a sequence do not come in order"
+        here = (columns >= begins[:, None]) & (columns < ends[:, None])
+        times += here
+        found[here] = chunk.rows.numpy()[slots[here]]
     wanted = np.arange(width) < np.array(selection.num_tokens)[:, None]
     assert np.array_equal(times, wanted), "an entry came twice or never"
     return found

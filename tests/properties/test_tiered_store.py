@@ -84,13 +84,13 @@ class TieredMachine(RuleBasedStateMachine):
         eviction=st.sampled_from(EVICTIONS),
         num_rows=st.integers(3, 24),
         media=st.sampled_from(((Medium.DISK,), (Medium.HOST, Medium.DISK))),
-        staging_rows=st.sampled_from((1, 3, 16)),
+        staging=st.sampled_from(((1, 1), (3, 1), (3, 3), (16, 4))),
         in_flight_bytes=st.sampled_from((0, 600, 1 << 20)),
         late=st.booleans(),
         append=st.sampled_from((None, append_kernel)),
         make_buffers=st.sampled_from((transfer_buffers, staged)),
     )
-    def start(self, eviction, num_rows, media, staging_rows, in_flight_bytes, late, append, make_buffers):
+    def start(self, eviction, num_rows, media, staging, in_flight_bytes, late, append, make_buffers):
         self.num_rows = num_rows
         self.tiers = [WornTier(self.make_tier(medium, 40, ROW_BYTES)) for medium in media]
         self.hidden_tier = WornTier(self.make_tier(media[-1], NUM_LANES * REBUILDABLE, HIDDEN_BYTES))
@@ -105,7 +105,8 @@ class TieredMachine(RuleBasedStateMachine):
             hidden=hidden_in(self.hidden_tier),
             rebuildable=REBUILDABLE,
             eviction=eviction,
-            staging_rows=staging_rows,
+            staging_rows=staging[0],
+            piece_columns=staging[1],
             in_flight_bytes=in_flight_bytes,
             append=append,
             make_buffers=make_buffers,

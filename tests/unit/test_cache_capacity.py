@@ -67,13 +67,14 @@ def test_whatever_lies_in_a_tiered_store_its_parts_stay_under_the_cap(
         max_length=max_length,
         lower_tokens=wanted,
         num_tiers=1,
+        piece_columns=4,
         holds_tables=True,
     )
     assert capacity.lower_tokens <= wanted
     if capacity.num_rows < 1:
         return
     pool_bytes = capacity.num_rows * num_layers * FORMAT.row_bytes
-    staging_bytes = 2 * capacity.staging_rows * FORMAT.row_bytes
+    staging_bytes = capacity.staging_rows * FORMAT.row_bytes
     assert pool_bytes + staging_bytes + capacity.in_flight_bytes + capacity.table_bytes <= num_bytes
     tier = HostTier(num_layers, capacity.lower_tokens, FORMAT.row_bytes)
     store = tiered(
@@ -83,6 +84,7 @@ def test_whatever_lies_in_a_tiered_store_its_parts_stay_under_the_cap(
         max_num_seqs=max_num_seqs,
         max_length=max_length,
         staging_rows=capacity.staging_rows,
+        piece_columns=4,
         in_flight_bytes=capacity.in_flight_bytes,
     )
     for _ in range(2):  # what was used and given back takes room, too

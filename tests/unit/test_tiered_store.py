@@ -47,6 +47,7 @@ class Rows:
             hidden=hidden_in(hidden_tier) if rebuildable else None,
             rebuildable=rebuildable,
             staging_rows=staging_rows,
+            piece_columns=min(staging_rows, 2),
         )
         self.pool = LatePool()
         if late:

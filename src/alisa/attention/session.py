@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alisa.attention.pieces import attend_in_pieces
 from alisa.attention.prefill import PrefillStep
 from alisa.attention.timing import StepSection, StepTimer
 from alisa.cache.base import KVChunk, RowStore
@@ -83,6 +82,7 @@ class KVSession:
         self._timer = timer
         self._prefill_kernel = timer.timed(StepSection.ATTENTION, backend.prefill)
         self._kernel = timer.timed(StepSection.ATTENTION, backend.attend)
+        self._in_pieces = backend.attend.in_pieces
         self._on_append = timer.timed(StepSection.SELECTION, state.on_append)
         self._select = timer.timed(StepSection.SELECTION, state.select)
         self._on_attended = timer.timed(StepSection.SELECTION, state.on_attended)
@@ -172,6 +172,7 @@ class KVSession:
     def _bind(self, store: RowStore) -> None:
         """From now on rows come from this store."""
         self._store = store
+        self._codec = store.codec
         self._append = self._timer.timed(StepSection.ATTENTION, store.append)
         self._prefetch = self._timer.timed(StepSection.TRANSFER, store.prefetch)
 
@@ -206,16 +207,19 @@ class KVSession:
         self._chosen = ahead.selections if ahead is not None and is_chosen else None
 
     def _attend(self, layer: int, query: Tensor, selection: Selection) -> Attended:
-        """Attention over the selected rows, in one call or merged from several."""
+        """Attention over the selected rows, in one call or piece by piece: the same, to the last bit."""
         chunks = self._store.chunks(layer, selection)
         chunk = self._next_chunk(chunks)
         assert chunk is not None, "every sequence reads at least its own token"
-        if chunk.sequences is None:
-            return self._kernel(query, chunk.rows, self._store.codec, chunk.slots, chunk.counts)
-        rest = iter(lambda: self._next_chunk(chunks), None)
-        return attend_in_pieces(
-            self._kernel, query, chunk, rest, self._store.codec, selection, uses_mass=self.policy.uses_mass
-        )
+        if chunk.span is None:
+            return self._kernel(query, chunk.rows, self._codec, chunk.slots, selection.counts)
+        pieces = self._in_pieces(query, self._codec, selection.counts, chunk.slots.shape[2])
+        add = self._timer.timed(StepSection.ATTENTION, pieces.add)
+        while chunk is not None:
+            assert chunk.span is not None, "a selection is one chunk, or all of it is pieces"
+            add(chunk.rows, chunk.slots, chunk.span.begins, chunk.span.ends)
+            chunk = self._next_chunk(chunks)
+        return self._timer.timed(StepSection.ATTENTION, pieces.finish)()
 
     def _look_ahead(self) -> None:
         """Choose for the next step of the same sequences. If it turns out another, choosing again gives the same."""

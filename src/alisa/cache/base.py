@@ -13,19 +13,24 @@ from alisa.outputs import Medium, Traffic
 from alisa.scheduler.plan import ScheduledChunk, StepPlan
 
 
+class Span(NamedTuple):
+    """Columns begins[b] to ends[b] - 1 of a selection, for each sequence b."""
+
+    begins: Tensor
+    """Int32[B]."""
+    ends: Tensor
+    """Int32[B]."""
+
+
 class KVChunk(NamedTuple):
     """Rows that one call of a decode kernel attends to; a selection is one chunk unless it is larger than the pool."""
 
     rows: Tensor
-    """UInt8[N, row_bytes]: a pool, or a buffer that is valid until the next chunk is asked for."""
+    """UInt8[N, row_bytes]: a pool and, after it, buffers that are valid until the next chunk is asked for."""
     slots: Tensor
-    """Int32[b, J, K] into `rows`."""
-    counts: Tensor
-    """Int32[b], at least 1."""
-    sequences: Tensor | None
-    """Int64[b]: which sequences of the batch have rows in this chunk; None: all of them."""
-    columns: Tensor | None
-    """Int64[b, K]: columns of the selection that the slots stand for, padded with 0; None: all, in order."""
+    """Int32[B, J, K] into `rows`, where the chunk is."""
+    span: Span | None
+    """The columns that this chunk brings, see `AttentionPieces.add`; None: all of them."""
 
 
 class RowStore(Protocol):

@@ -44,7 +44,7 @@ class DeviceCapacity(NamedTuple):
     state_tokens: int
     """Tokens that the policy's state has room for: whole blocks."""
     staging_rows: int = 0
-    """Of each of two buffers."""
+    """Through which a selection larger than the pool is read."""
     in_flight_bytes: int = 0
     lower_tokens: int = 0
     """Tokens in the lower tiers, deleted ones included, that the tables have room for."""
@@ -61,6 +61,7 @@ def device_capacity(
     max_length: int,
     lower_tokens: int,
     num_tiers: int,
+    piece_columns: int,
     holds_tables: bool,
     state: StateMemory = NO_STATE,
 ) -> DeviceCapacity:
@@ -78,12 +79,13 @@ def device_capacity(
         max_length: longest sequence, in tokens.
         lower_tokens: tokens that are wanted in the lower tiers together, deleted ones included.
         num_tiers: lower tiers, the one of hidden states included.
+        piece_columns: columns of the smallest piece that the decode kernel takes: it is read at once, whatever the cap.
         holds_tables: whether the device is main memory, where tables and rows on their way lie.
         state: what the selection policy keeps.
     """
-    staging = staging_rows(num_bytes // row_bytes)
+    staging = max(2 * staging_rows(num_bytes // row_bytes), min(piece_columns, max_length))
     in_flight = min(num_bytes // _IN_FLIGHT_SHARE, _MOST_IN_FLIGHT_BYTES)
-    left = num_bytes - 2 * staging * row_bytes - max_num_seqs * state.sequence_bytes
+    left = num_bytes - staging * row_bytes - max_num_seqs * state.sequence_bytes
     id_bytes = slot_bytes = fixed_bytes = 0
     if holds_tables:
         # Of each row id: its slot in every layer and whether it is safe, its slot in every tier and that slot's place

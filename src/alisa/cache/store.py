@@ -55,6 +55,7 @@ class KVStore:
         max_length: longest sequence that can be opened, in tokens.
         device: where the pool lies.
         append: writes rows in place; None: through the codec.
+        spare_rows: rows of one layer after the pool in the same memory, for whoever takes it over.
 
     Raises:
         CapacityError: the machine has less memory than the pool.
@@ -70,6 +71,7 @@ class KVStore:
         max_length: int,
         device: torch.device,
         append: AppendKernel | None = None,
+        spare_rows: int = 0,
     ) -> None:
         self.codec = codec
         self.num_rows = num_rows
@@ -77,7 +79,12 @@ class KVStore:
         self.max_length = max_length
         self.device = device
         self.token_bytes = num_layers * codec.format.row_bytes
-        self._pool = allocate_pool(num_layers, num_rows, codec.format.row_bytes, device)
+        self.num_layers = num_layers
+        self.spare_rows = spare_rows
+        row_bytes, pool_rows = codec.format.row_bytes, num_layers * num_rows
+        self.memory = allocate_pool(1, pool_rows + spare_rows, row_bytes, device)[0]
+        """UInt8[L * R + spare rows, row_bytes]: the pool, then the spare rows."""
+        self._pool = self.memory[:pool_rows].view(num_layers, num_rows, row_bytes)
         self._table = torch.zeros(max_num_seqs, 0, dtype=torch.int32, device=device)
         self.append_kernel = append
         self._free_slots = FreeSlots(num_rows)
@@ -137,12 +144,7 @@ class KVStore:
             num_seqs, num_sets, num_slots = selection.positions.shape
             slots = self._step_table.gather(1, selection.positions.view(num_seqs, -1).to(torch.int64))
             self._last = (selection, slots.view(num_seqs, num_sets, num_slots))
-        yield KVChunk(self._pool[layer], self._last[1], selection.counts, None, None)
-
-    @property
-    def pool(self) -> Tensor:
-        """All rows, UInt8[L, R, row_bytes]."""
-        return self._pool
+        yield KVChunk(self._pool[layer], self._last[1], None)
 
     def sequences(self) -> Iterator[tuple[int, NDArray[np.int32]]]:
         """(req_idx, slots Int32[length] of its rows) of every open sequence."""

@@ -119,6 +119,7 @@ def plan_kv_cache(
         max_length=max_len,
         lower_tokens=wanted,
         num_tiers=1 + (host_tokens > 0) + (config.kv_disk_memory is not None or placement.most_deleted(max_len) > 0),
+        piece_columns=model.backend.attend.piece_columns(codec.format, spec.num_heads),
         holds_tables=model.decoder.device.type == "cpu",
         state=state,
     )
@@ -207,6 +208,7 @@ def build_kv_cache(
         max_length=config.max_model_len,
         device=device,
         append=backend.append,
+        spare_rows=config.capacity.staging_rows,
     )
     if not limits.tiers:
         return CacheManager(flat)
@@ -234,7 +236,7 @@ def build_kv_cache(
             rebuildable=limits.rebuildable,
             eviction=eviction,
             overlap=overlap,
-            staging_rows=config.capacity.staging_rows,
+            piece_columns=backend.attend.piece_columns(codec.format, spec.num_heads),
             in_flight_bytes=config.capacity.in_flight_bytes,
         )
 

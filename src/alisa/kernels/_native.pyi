@@ -27,12 +27,12 @@ class SketchTask:
         width: int,
     ) -> None: ...
 
-class Workspace:
-    def decode(
+PIECE_COLUMNS: int
+
+class DecodeTask:
+    def __init__(
         self,
         *,
-        isa: str,
-        threads: Threads,
         layout: RowLayout,
         q: int,
         q_dtype: int,
@@ -48,6 +48,16 @@ class Workspace:
         mass: int,
         log_sum_exp: int,
     ) -> None: ...
+
+class Plan:
+    def __init__(self) -> None: ...
+
+class Workspace:
+    def decode(self, *, isa: str, threads: Threads, task: DecodeTask) -> None: ...
+    def decode_piece(
+        self, *, isa: str, threads: Threads, task: DecodeTask, plan: Plan, begins: int, ends: int
+    ) -> None: ...
+    def decode_end(self, *, isa: str, threads: Threads, task: DecodeTask, plan: Plan) -> None: ...
     def encode(
         self,
         *,

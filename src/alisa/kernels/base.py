@@ -76,8 +76,33 @@ class Attended(NamedTuple):
     """Float32[B, H]: log of the sum of exponentials of the scaled scores; merges partial results exactly."""
 
 
+class AttentionPieces(Protocol):
+    """One selection that is attended to piece by piece."""
+
+    def add(self, rows: Tensor, slots: Tensor, begins: Tensor, ends: Tensor) -> None:
+        """Attend to columns begins[b] to ends[b] - 1 of each sequence b; none where these are equal.
+
+        Every column comes once, those of a sequence in ascending order. A piece begins at a multiple of the kernel's
+        `piece_columns`, and ends at one or at the last column.
+
+        Args:
+            rows: UInt8[R, row_bytes]; only read during this call.
+            slots: Int32[B, 1, K]; only read where the piece is.
+            begins: Int32[B], on the device of the kernel as all of these are.
+            ends: Int32[B].
+        """
+        ...
+
+    def finish(self) -> Attended:
+        """What one call gives for the whole selection, to the last bit; all pieces have been added."""
+        ...
+
+
 class DecodeKernel(Protocol):
-    """Attention of one new token per sequence over selected rows of one layer."""
+    """Attention of one new token per sequence over selected rows of one layer.
+
+    What a sequence gets depends on its own query, rows and slots only, to the last bit.
+    """
 
     def __call__(self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor) -> Attended:
         """Attend with q `[B, H, D]` to rows UInt8[R, row_bytes] at slots Int32[B, J, K].
@@ -85,6 +110,14 @@ class DecodeKernel(Protocol):
         The first `counts[b]` (Int32[B], at least 1) slots of each set are real, the rest is padding. J = 1: one index
         set for all heads; J = G: one for each KV head.
         """
+        ...
+
+    def in_pieces(self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int) -> AttentionPieces:
+        """The same for one index set of width `num_slots` whose rows do not lie in one place at one time."""
+        ...
+
+    def piece_columns(self, row_format: RowFormat, num_heads: int) -> int:
+        """Columns of the smallest piece: pieces begin and end at multiples of it."""
         ...
 
 

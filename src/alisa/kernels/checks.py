@@ -35,6 +35,14 @@ def check_decode(q: Tensor, rows: Tensor, row_format: RowFormat, slots: Tensor, 
         raise TypeError(f"slots and counts are int32 and q is a float, not {slots.dtype}, {counts.dtype}, {q.dtype}")
 
 
+def check_piece(begins: Tensor, ends: Tensor, counts: Tensor) -> None:
+    """A piece of a selection says for each sequence where it begins and ends; raises otherwise."""
+    if begins.shape != counts.shape or ends.shape != counts.shape:
+        raise ValueError(f"begins {tuple(begins.shape)} and ends {tuple(ends.shape)} are not {tuple(counts.shape)}")
+    if begins.dtype != torch.int32 or ends.dtype != torch.int32:
+        raise TypeError(f"begins and ends are int32, not {begins.dtype} and {ends.dtype}")
+
+
 def check_multiply(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
     """The arguments of a product with 8-bit weights fit each other; raises otherwise."""
     num_out = len(scales)

@@ -23,13 +23,14 @@ from alisa.config import format_bytes
 from alisa.engine.builder import device_cap
 from alisa.engine.runner import ModelRunner
 from alisa.errors import CapacityError
-from alisa.kernels.base import Attended, Codec, DecodeKernel
+from alisa.kernels.base import Attended, AttentionPieces, Codec, DecodeKernel
 from alisa.kernels.choose import AttentionBackend, choose_backend
 from alisa.llm import LLM
 from alisa.model.decoder import Decoder
 from alisa.outputs import Phase
 from alisa.policy.base import SelectionPolicy
 from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
+from alisa.spec import RowFormat
 
 
 class ScoredItem(NamedTuple):
@@ -315,6 +316,14 @@ class _LostMass:
         slots = self._store.slot_table(req_index, max(lengths))[:, None]
         padding = torch.arange(max(lengths), device=self._store.device) >= counts[:, None, None]
         return slots.masked_fill(padding, 0), counts
+
+    def in_pieces(self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int) -> AttentionPieces:
+        """Never asked for: a `KVStore` gives every selection in one chunk."""
+        raise AssertionError("rows that are all on the device come in one chunk")
+
+    def piece_columns(self, row_format: RowFormat, num_heads: int) -> int:
+        """The kernel's own."""
+        return self._kernel.piece_columns(row_format, num_heads)
 
     def mean(self) -> float:
         """Mean over the layers of the step."""

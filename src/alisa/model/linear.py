@@ -21,6 +21,14 @@ for one row, 13.9 / 10.4 / 11.1 / 11.3 for 16, 25 / 19 / 16 / 20 for 64. The bfl
 Fusing the activation into the product gained nothing at 1 and 16 rows, so it stays apart.
 """
 
+ONE_ROW_INPUTS = 1024
+"""Inputs up to which oneDNN adds up one row as it adds up a row among others, in float32 and native bfloat16.
+
+Beyond, with AVX-512, a single row is summed in longer runs, and a sequence would get other bits alone than in a batch;
+from two rows on nothing depends on their number, their order or the threads (oneDNN 3.12, 1 to 2048 rows; with AVX2
+nothing ever does). `tests/equivalence/test_company.py` finds out if another version differs.
+"""
+
 
 class Linear(Protocol):
     """A matrix product with a fixed weight: `[..., in] -> [..., out]`, same dtype in and out."""
@@ -64,20 +72,33 @@ class PackedLinear:
     These two operators are what `torch.compile` uses to freeze weights for CPU inference; they are private to torch, so
     `make_linear` tries them on one row and keeps the plain form when they fail.
 
+    A row's result does not depend on the rows beside it: where oneDNN treats a single row differently, it goes twice,
+    which takes no longer (the weight is read once).
+
     Raises:
         RuntimeError: this build or CPU does not take the dtype.
     """
 
-    __slots__ = ("_packed", "bias", "nbytes")
+    __slots__ = ("_doubles", "_num_in", "_packed", "bias", "nbytes")
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
         self.bias = bias
+        self._num_in = weight.shape[1]
+        # Private to torch, as in kernels/cpu_prefill.py.
+        exact = weight.dtype == torch.float32 or (
+            torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+        )
+        self._doubles = self._num_in > ONE_ROW_INPUTS or not exact
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), BATCH_HINT)
         self(weight.new_zeros(1, weight.shape[1]))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Product of `x [..., in]` with the weight, plus the bias: `[..., out]`."""
+        if self._doubles and x.numel() == self._num_in:
+            row = x.reshape(1, self._num_in)
+            out = torch.ops.mkldnn._linear_pointwise(torch.cat((row, row)), self._packed, self.bias, "none", [], "")
+            return out[0].view(*x.shape[:-1], -1)
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
 

@@ -10,14 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alisa.cache.base import KVChunk
+from alisa.cache.base import KVChunk, Span
 from alisa.cache.offload.inflight import InFlightStores
 from alisa.cache.offload.loader import Loader
+from alisa.cache.offload.pieces import cut_pieces
 from alisa.cache.offload.residency import Residency
 from alisa.cache.offload.traffic import TrafficMeter
 from alisa.cache.offload.transfer import TransferBuffer, TransferHandle
 from alisa.cache.row_ids import NOWHERE, Ids, RowIds
-from alisa.kernels.base import Selection, Slots
+from alisa.kernels.base import Selection
 
 
 class _Request(NamedTuple):
@@ -36,8 +37,11 @@ class ChunkReader:
     """Finds the rows of a selection, and brings those that are missing.
 
     Args:
-        pool: the device's rows, layer by layer.
-        staging: two buffers through which a selection larger than the pool is read.
+        memory: UInt8[L * R + staging, row_bytes]: the device's rows layer by layer, then the staging buffers, so that a
+            slot of any layer may point at them.
+        pool: the rows of each layer, for transfers.
+        staging: one or two buffers through which a selection larger than the pool is read; none smaller than a piece.
+        piece_columns: columns of the smallest piece that the decode kernel takes.
         row_ids: numbers the rows.
         residency: which of them are on the device.
         loader: brings the others.
@@ -49,8 +53,10 @@ class ChunkReader:
 
     def __init__(
         self,
+        memory: Tensor,
         pool: tuple[TransferBuffer, ...],
         staging: tuple[TransferBuffer, ...],
+        piece_columns: int,
         row_ids: RowIds,
         residency: Residency,
         loader: Loader,
@@ -59,8 +65,10 @@ class ChunkReader:
         device: torch.device,
         make_buffers: Callable[[Tensor], tuple[TransferBuffer, ...]],
     ) -> None:
+        self._memory = memory
         self._pool = pool
         self._staging = staging
+        self._piece_columns = piece_columns
         self._row_ids = row_ids
         self._residency = residency
         self._loader = loader
@@ -99,9 +107,7 @@ class ChunkReader:
             slots[row, column] = placed
             self._loader.load_now(layer, ids, self._req_indices[row], self._pool[layer], placed)
         slots[~request.real] = 0
-        yield KVChunk(
-            self._pool[layer].rows, torch.from_numpy(slots)[:, None].to(self._device), selection.counts, None, None
-        )
+        yield KVChunk(self._pool[layer].rows, torch.from_numpy(slots)[:, None].to(self._device), None)
 
     def prefetch(
         self, layer: int, req_indices: NDArray[np.int64], lengths: NDArray[np.int64], selection: Selection
@@ -154,41 +160,35 @@ class ChunkReader:
     def _in_pieces(
         self, layer: int, request: _Request, slots: NDArray[np.int32], missing: NDArray[np.bool_]
     ) -> Iterator[KVChunk]:
-        """What is on the device, then the rest through two buffers in turn: one is read while the other fills."""
-        row, column = np.nonzero(request.real & ~missing)
-        if len(row):
-            yield self._chunk(self._pool[layer].rows, row, column, slots[row, column])
-        row, column = np.nonzero(missing)
-        size = len(self._staging[0].rows)
-        pieces = [slice(first, first + size) for first in range(0, len(row), size)]
+        """The selection in its own order; what is not on the device comes through the buffers in turn.
+
+        With two buffers, one is read while the other fills. Pieces are cut at multiples of what the kernel sums up at
+        once, so that the result is that of one chunk.
+        """
+        buffer_rows, num_buffers = len(self._staging[0].rows), len(self._staging)
+        pieces = cut_pieces(missing, request.real.sum(axis=1), self._piece_columns, buffer_rows)
+        num_rows = len(self._pool[0].rows)
 
         def fill(index: int) -> TransferHandle:
-            piece = pieces[index]
-            ids, owners = request.ids[row[piece], column[piece]], self._req_indices[row[piece]]
-            return self._loader.load(layer, ids, owners, self._staging[index % 2], np.arange(len(ids)))
+            buffer = index % num_buffers
+            row, column = np.nonzero(missing & pieces[index].holds(missing.shape[1]))
+            indices = np.arange(len(row))
+            # After the layer's own rows come those of the layers after it, then the buffers.
+            slots[row, column] = (len(self._pool) - layer) * num_rows + buffer * buffer_rows + indices
+            ids, owners = request.ids[row, column], self._req_indices[row]
+            return self._loader.load(layer, ids, owners, self._staging[buffer], indices)
 
         coming = fill(0)
         for index, piece in enumerate(pieces):
             self._loader.wait(coming)
-            if index + 1 < len(pieces):
+            if num_buffers > 1 and index + 1 < len(pieces):
                 coming = fill(index + 1)
-            filled = np.arange(len(row[piece]), dtype=np.int32)
-            yield self._chunk(self._staging[index % 2].rows, row[piece], column[piece], filled)
-
-    def _chunk(self, rows: Tensor, row: Slots, column: Slots, slots: NDArray[np.int32]) -> KVChunk:
-        """Entries (sequence, column) of a selection, in order of sequences, as a padded chunk."""
-        sequences, first, counts = np.unique(row, return_index=True, return_counts=True)
-        place = (np.repeat(np.arange(len(sequences)), counts), np.arange(len(row)) - np.repeat(first, counts))
-        padded = np.zeros((len(sequences), counts.max()), np.int32)
-        columns = np.zeros((len(sequences), counts.max()), np.int64)
-        padded[place], columns[place] = slots, column
-        return KVChunk(
-            rows,
-            torch.from_numpy(padded)[:, None].to(self._device),
-            torch.from_numpy(counts.astype(np.int32)).to(self._device),
-            torch.from_numpy(sequences).to(self._device),
-            torch.from_numpy(columns).to(self._device),
-        )
+            # A copy: the next piece is being placed already.
+            here = np.where(piece.holds(slots.shape[1]), slots, 0)[:, None]
+            span = Span(torch.from_numpy(piece.begins).to(self._device), torch.from_numpy(piece.ends).to(self._device))
+            yield KVChunk(self._memory[layer * num_rows :], torch.from_numpy(here).to(self._device), span)
+            if num_buffers == 1 and index + 1 < len(pieces):
+                coming = fill(index + 1)
 
 
 def _positions(selection: Selection) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:

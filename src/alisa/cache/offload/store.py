@@ -69,8 +69,8 @@ class TieredStore:
     """A capped device pool over lower tiers.
 
     What a cap of the device's memory covers: the pool (`num_rows` rows of each layer), two staging buffers
-    (`staging_rows` rows of one layer each), and, where main memory is the device, rows and hidden states on their way
-    (`in_flight_bytes`) and the tables that say where rows lie (`table_bytes`). The tables grow with the tokens that
+    (`staging_rows` rows of one layer together), and, where main memory is the device, rows and hidden states on their
+    way (`in_flight_bytes`) and the tables that say where rows lie (`table_bytes`). The tables grow with the tokens that
     exist; `alisa.cache.capacity` knows how far, and shares out a cap. A pool on a CPU takes no memory until rows are
     written.
 
@@ -85,13 +85,14 @@ class TieredStore:
         rebuildable: first tokens of every sequence whose layer input is kept.
         eviction: who leaves the hot cache first.
         overlap: whether rows move beside the arithmetic.
-        staging_rows: rows of each of two buffers through which a selection larger than the pool is read.
+        staging_rows: rows through which a selection larger than the pool is read; at least a piece.
+        piece_columns: columns of the smallest piece that the decode kernel takes.
         in_flight_bytes: rows that never lie on the device and are not written yet take at most half of this; hidden
             states that are being read take at most three eighths, or what three of them take.
         device: where the pool lies; None: in main memory.
         append: writes rows in place; None: through the codec.
         make_buffers: how transfers reach the device's memory.
-        pool: UInt8[L, R, row_bytes]; None: one of its own.
+        memory: UInt8[L * R + staging_rows, row_bytes]; None: its own.
 
     Raises:
         CapacityError: the machine has less memory than the pool.
@@ -110,12 +111,13 @@ class TieredStore:
         rebuildable: int = 0,
         eviction: Eviction = "lru",
         overlap: bool = True,
-        staging_rows: int = 256,
+        staging_rows: int = 512,
+        piece_columns: int = 64,
         in_flight_bytes: int = 1 << 26,
         device: torch.device | None = None,
         append: AppendKernel | None = None,
         make_buffers: Callable[[Tensor], tuple[TransferBuffer, ...]] = transfer_buffers,
-        pool: Tensor | None = None,
+        memory: Tensor | None = None,
     ) -> None:
         self.codec = codec
         self.max_num_seqs = max_num_seqs
@@ -126,10 +128,16 @@ class TieredStore:
         self._append = append
         self._rebuildable = rebuildable
         row_bytes = codec.format.row_bytes
-        if pool is None:
-            pool = allocate_pool(num_layers, num_rows, row_bytes, self._device)
-        self._pool = make_buffers(pool)
-        staging = make_buffers(allocate_pool(2, staging_rows, row_bytes, self._device))
+        pool_rows = num_layers * num_rows
+        if memory is None:
+            memory = allocate_pool(1, pool_rows + staging_rows, row_bytes, self._device)[0]
+        piece_columns = min(piece_columns, max_length)
+        num_buffers = 2 if staging_rows >= 2 * piece_columns else 1
+        buffer_rows = staging_rows // num_buffers
+        assert buffer_rows >= piece_columns, f"{staging_rows} rows of staging are less than a piece"
+        self._pool = make_buffers(memory[:pool_rows].view(num_layers, num_rows, row_bytes))
+        staged = memory[pool_rows : pool_rows + num_buffers * buffer_rows]
+        staging = make_buffers(staged.view(num_buffers, buffer_rows, row_bytes))
         self._row_ids = RowIds(max_num_seqs, max_length)
         self._residency = Residency(num_layers, num_rows, self._row_ids, eviction)
         self._levels = tuple(Level(tier, SlotTable(tier.num_rows)) for tier in tiers)
@@ -152,8 +160,10 @@ class TieredStore:
             in_flight_bytes // 8,  # read ahead, and twice where a selection comes in pieces
         )
         self._reader = ChunkReader(
+            memory,
             self._pool,
             staging,
+            piece_columns,
             self._row_ids,
             self._residency,
             self._loader,
@@ -176,18 +186,18 @@ class TieredStore:
         rebuildable: int = 0,
         eviction: Eviction = "lru",
         overlap: bool = True,
-        staging_rows: int = 256,
+        piece_columns: int = 64,
         in_flight_bytes: int = 1 << 26,
     ) -> TieredStore:
-        """A store that has taken over a flat one's pool and sequences, with tiers below; the flat one is used no more.
+        """A store that has taken over a flat one's pool and sequences, with tiers below.
 
-        Where rows may be rebuilt, the flat one has no sequences yet: their hidden states are kept from the start.
+        The flat one's spare rows are the staging. Where rows may be rebuilt, it has no sequences yet: their hidden states
+        are kept from the start.
         """
-        num_layers, num_rows, _ = flat.pool.shape
         store = cls(
-            num_layers=num_layers,
+            num_layers=flat.num_layers,
             codec=flat.codec,
-            num_rows=num_rows,
+            num_rows=flat.num_rows,
             max_num_seqs=flat.max_num_seqs,
             max_length=flat.max_length,
             tiers=tiers,
@@ -195,11 +205,12 @@ class TieredStore:
             rebuildable=rebuildable,
             eviction=eviction,
             overlap=overlap,
-            staging_rows=staging_rows,
+            staging_rows=flat.spare_rows,
+            piece_columns=piece_columns,
             in_flight_bytes=in_flight_bytes,
             device=flat.device,
             append=flat.append_kernel,
-            pool=flat.pool,
+            memory=flat.memory,
         )
         store._adopt(dict(flat.sequences()))
         return store

@@ -26,6 +26,7 @@ from alisa.kernels.checks import (
     check_mean_add,
     check_mean_blend,
     check_observe,
+    check_piece,
     check_select,
     check_sketch_append,
     check_sketch_scores,
@@ -34,7 +35,7 @@ from alisa.kernels.checks import (
 from alisa.spec import RowFormat
 
 if TYPE_CHECKING:
-    from alisa.kernels._native import RowLayout, SketchTask, Threads
+    from alisa.kernels._native import DecodeTask, RowLayout, SketchTask, Threads, Workspace
 
 try:
     from alisa.kernels import _native
@@ -171,33 +172,22 @@ class CpuKernels:
 
         Counts are at least 1, slots valid and without duplicates within a set; `check_slots` says whether they are.
         """
-        row_format = codec.format
-        check_decode(q, rows, row_format, slots, counts)
-        num_seqs, num_heads, _ = q.shape
-        _, num_sets, num_slots = slots.shape
+        check_decode(q, rows, codec.format, slots, counts)
         q, slots, counts = q.contiguous(), slots.contiguous(), counts.contiguous()
-        out = torch.empty_like(q)
-        mass = torch.empty(num_seqs, num_sets, num_slots)
-        log_sum_exp = torch.empty(num_seqs, num_heads)
-        self._workspace.decode(
-            isa=self.isa,
-            threads=self._team.threads(),
-            layout=self._layout(row_format),
-            q=q.data_ptr(),
-            q_dtype=VALUE_CODES[q.dtype],
-            rows=rows.data_ptr(),
-            row_stride=rows.stride(0),
-            slots=slots.data_ptr(),
-            counts=counts.data_ptr(),
-            num_seqs=num_seqs,
-            num_heads=num_heads,
-            num_sets=num_sets,
-            num_slots=num_slots,
-            out=out.data_ptr(),
-            mass=mass.data_ptr(),
-            log_sum_exp=log_sum_exp.data_ptr(),
+        attended = _room_for(q, slots.shape[1], slots.shape[2])
+        task = _decode_task(self._layout(codec.format), q, rows, slots, counts, attended)
+        self._workspace.decode(isa=self.isa, threads=self._team.threads(), task=task)
+        return attended
+
+    def in_pieces(self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int) -> CpuPieces:
+        """See `DecodeKernel`: q `[B, H, D]`, counts Int32[B]."""
+        return CpuPieces(
+            self.isa, self._team, self._workspace, self._layout(codec.format), codec.format, q, counts, num_slots
         )
-        return Attended(out, mass, log_sum_exp)
+
+    def piece_columns(self, row_format: RowFormat, num_heads: int) -> int:
+        """See `DecodeKernel`."""
+        return library().PIECE_COLUMNS
 
     def append(self, rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """K and V `[N, G, D]` stand as rows at `slots` Int64[N] of one layer's pool; nothing else is touched."""
@@ -464,6 +454,86 @@ class CpuKernels:
             assert layout.row_bytes == row_format.row_bytes, "RowFormat and RowLayout count bytes differently"
             self._layouts[row_format] = layout
         return layout
+
+
+class CpuPieces:
+    """See `AttentionPieces`; made by `CpuKernels.in_pieces`."""
+
+    def __init__(
+        self,
+        isa: str,
+        team: Team,
+        workspace: Workspace,
+        layout: RowLayout,
+        row_format: RowFormat,
+        q: Tensor,
+        counts: Tensor,
+        num_slots: int,
+    ) -> None:
+        self._isa = isa
+        self._team = team
+        self._workspace = workspace
+        self._layout = layout
+        self._format = row_format
+        self._q = q.contiguous()
+        self._counts = counts.contiguous()
+        self._attended = _room_for(self._q, 1, num_slots)
+        self._plan = library().Plan()
+
+    def add(self, rows: Tensor, slots: Tensor, begins: Tensor, ends: Tensor) -> None:
+        """See `AttentionPieces`."""
+        check_decode(self._q, rows, self._format, slots, self._counts)
+        check_piece(begins, ends, self._counts)
+        slots, begins, ends = slots.contiguous(), begins.contiguous(), ends.contiguous()
+        self._workspace.decode_piece(
+            isa=self._isa,
+            threads=self._team.threads(),
+            task=_decode_task(self._layout, self._q, rows, slots, self._counts, self._attended),
+            plan=self._plan,
+            begins=begins.data_ptr(),
+            ends=ends.data_ptr(),
+        )
+        self._last = rows, slots
+
+    def finish(self) -> Attended:
+        """See `AttentionPieces`."""
+        rows, slots = self._last
+        self._workspace.decode_end(
+            isa=self._isa,
+            threads=self._team.threads(),
+            task=_decode_task(self._layout, self._q, rows, slots, self._counts, self._attended),
+            plan=self._plan,
+        )
+        return self._attended
+
+
+def _room_for(q: Tensor, num_sets: int, num_slots: int) -> Attended:
+    """What decode attention with q `[B, H, D]` gives, not yet written."""
+    num_seqs, num_heads, _ = q.shape
+    return Attended(torch.empty_like(q), torch.empty(num_seqs, num_sets, num_slots), torch.empty(num_seqs, num_heads))
+
+
+def _decode_task(
+    layout: RowLayout, q: Tensor, rows: Tensor, slots: Tensor, counts: Tensor, attended: Attended
+) -> DecodeTask:
+    """Checked, contiguous tensors as addresses: they must live as long as it is used."""
+    num_seqs, num_heads, _ = q.shape
+    return library().DecodeTask(
+        layout=layout,
+        q=q.data_ptr(),
+        q_dtype=VALUE_CODES[q.dtype],
+        rows=rows.data_ptr(),
+        row_stride=rows.stride(0),
+        slots=slots.data_ptr(),
+        counts=counts.data_ptr(),
+        num_seqs=num_seqs,
+        num_heads=num_heads,
+        num_sets=slots.shape[1],
+        num_slots=slots.shape[2],
+        out=attended.out.data_ptr(),
+        mass=attended.mass.data_ptr(),
+        log_sum_exp=attended.log_sum_exp.data_ptr(),
+    )
 
 
 def _sketch_task(

@@ -14,13 +14,14 @@ import triton.language as tl
 from alisa.kernels.triton.rows import LOWEST, high_plane, load_tile, low_plane
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots", "in_pieces"])
 def attend_group(
     q_ptr: tl.tensor,
     values_ptr: tl.tensor,
     pairs_ptr: tl.tensor,
     slots_ptr: tl.tensor,
-    counts_ptr: tl.tensor,
+    begins_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
     scores_ptr: tl.tensor,
     outs_ptr: tl.tensor,
     tops_ptr: tl.tensor,
@@ -28,6 +29,7 @@ def attend_group(
     value_stride: tl.tensor,
     pair_stride: tl.tensor,
     num_slots: tl.tensor,
+    in_pieces: tl.tensor,
     split_len: tl.tensor,
     scale: tl.tensor,
     NUM_HEADS: tl.constexpr,
@@ -41,7 +43,7 @@ def attend_group(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Scores, and for each split its maximum, sum and weighted values.
+    """Scores, and for each split between begins and ends its maximum, sum and weighted values.
 
     Grid (splits, G, B). Scores are in powers of two: q . k / sqrt(D) * log2(e), which is what `scale` holds.
     """
@@ -49,10 +51,11 @@ def attend_group(
     kv_head, num_kv_heads = tl.program_id(1), NUM_HEADS // GROUP
     seq = tl.program_id(2).to(tl.int64)
     start = split * split_len
-    count = tl.load(counts_ptr + seq)
-    if start >= count:
+    stop = tl.load(ends_ptr + seq)
+    # A whole selection begins at 0: then `in_pieces` is 0, and what lies at begins_ptr does not matter.
+    if start >= stop or start < tl.load(begins_ptr + seq) * in_pieces:
         return
-    end = tl.minimum(start + split_len, count)
+    end = tl.minimum(start + split_len, stop)
 
     members = tl.arange(0, PADDED)
     real = members < GROUP

@@ -16,13 +16,14 @@ import triton.language as tl
 from alisa.kernels.triton.rows import LOWEST, high_plane, load_tile, low_plane
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots", "in_pieces"])
 def attend_single(
     q_ptr: tl.tensor,
     values_ptr: tl.tensor,
     pairs_ptr: tl.tensor,
     slots_ptr: tl.tensor,
-    counts_ptr: tl.tensor,
+    begins_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
     scores_ptr: tl.tensor,
     outs_ptr: tl.tensor,
     tops_ptr: tl.tensor,
@@ -30,6 +31,7 @@ def attend_single(
     value_stride: tl.tensor,
     pair_stride: tl.tensor,
     num_slots: tl.tensor,
+    in_pieces: tl.tensor,
     split_len: tl.tensor,
     scale: tl.tensor,
     NUM_HEADS: tl.constexpr,
@@ -48,10 +50,11 @@ def attend_single(
     head = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
     start = split * split_len
-    count = tl.load(counts_ptr + seq)
-    if start >= count:
+    stop = tl.load(ends_ptr + seq)
+    # A whole selection begins at 0: then `in_pieces` is 0, and what lies at begins_ptr does not matter.
+    if start >= stop or start < tl.load(begins_ptr + seq) * in_pieces:
         return
-    end = tl.minimum(start + split_len, count)
+    end = tl.minimum(start + split_len, stop)
 
     columns = tl.arange(0, WIDTH)
     q_ptr += (seq * NUM_HEADS + head) * HEAD_DIM

@@ -1,3 +1,5 @@
+# Kernels are launched by a syntax that type checkers do not know.
+# pyrefly: ignore-errors
 """Decode attention in three launches: splits, their merge, and the mass.
 
 Flash decoding (Dao et al., pytorch.org/blog/flash-decoding, 2023) over rows addressed by slot. Deterministic: nothing
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alisa.kernels.base import Attended
+from alisa.kernels.checks import check_decode, check_piece
 from alisa.kernels.triton.attend_group import attend_group
 from alisa.kernels.triton.attend_single import attend_single
 from alisa.kernels.triton.launch import launch, num_pieces
@@ -22,69 +25,100 @@ from alisa.kernels.triton.settings import attend_settings, power_of_two, tile_ro
 from alisa.spec import RowFormat
 
 
-def launch_decode(q: Tensor, rows: Tensor, row_format: RowFormat, slots: Tensor, counts: Tensor) -> Attended:
-    """Queries `[B, H, D]` have attended to `slots` Int32[B, J, K] of rows UInt8[R, row_bytes], as in `DecodeKernel`.
+class Decoding:
+    """Decode attention of `[B, H, D]` queries on one selection, as in `AttentionPieces`; each split is read once.
 
     Scratch: a float32 score for each head and slot, and D + 2 float32 for each head and split.
+
+    Args:
+        q: `[B, H, D]`, contiguous.
+        row_format: of the rows.
+        counts: Int32[B], contiguous.
+        num_sets: J, 1 or G.
+        num_slots: K.
     """
-    num_seqs, num_heads, head_dim = q.shape
-    num_sets, num_slots = slots.shape[1:]
-    num_kv_heads = row_format.num_kv_heads
-    group = num_heads // num_kv_heads
-    settings = attend_settings(row_format, group)
-    num_splits = num_pieces(num_slots, settings.split_len)
-    view = RowView.of(rows, row_format)
 
-    scores = q.new_empty(num_seqs, num_heads, num_slots, dtype=torch.float32)
-    outs = q.new_empty(num_seqs, num_heads, num_splits, head_dim, dtype=torch.float32)
-    tops, totals = q.new_empty(2, num_seqs, num_heads, num_splits, dtype=torch.float32).unbind()
-    log_sum_exp, best, inverse = q.new_empty(3, num_seqs, num_heads, dtype=torch.float32).unbind()
-    out = torch.empty_like(q)
-    mass = q.new_empty(num_seqs, num_sets, num_slots, dtype=torch.float32)
+    def __init__(self, q: Tensor, row_format: RowFormat, counts: Tensor, num_sets: int, num_slots: int) -> None:
+        num_seqs, num_heads, head_dim = q.shape
+        self._q = q
+        self._format = row_format
+        self._counts = counts
+        self._num_slots = num_slots
+        self._settings = attend_settings(row_format, num_heads // row_format.num_kv_heads)
+        num_splits = num_pieces(num_slots, self._settings.split_len)
+        self._scores = q.new_empty(num_seqs, num_heads, num_slots, dtype=torch.float32)
+        self._outs = q.new_empty(num_seqs, num_heads, num_splits, head_dim, dtype=torch.float32)
+        self._tops, self._totals = q.new_empty(2, num_seqs, num_heads, num_splits, dtype=torch.float32).unbind()
+        self._mass = q.new_empty(num_seqs, num_sets, num_slots, dtype=torch.float32)
 
-    kernel = attend_single if group == 1 else attend_group
-    launch(kernel, (num_splits, num_kv_heads, num_seqs))(
-        q,
-        view.values,
-        view.pairs,
-        slots,
-        counts,
-        scores,
-        outs,
-        tops,
-        totals,
-        view.values.stride(0),
-        view.pairs.stride(0),
-        num_slots,
-        settings.split_len,
-        head_dim**-0.5 * math.log2(math.e),
-        NUM_HEADS=num_heads,
-        GROUP=group,
-        PADDED=max(16, power_of_two(group)),
-        PER_HEAD=num_sets > 1,
-        HEAD_DIM=head_dim,
-        HEAD_LEN=view.head_len,
-        PLANES=view.planes,
-        CODED=view.coded,
-        WIDTH=max(16, power_of_two(view.head_len)),
-        BLOCK=settings.block,
-        num_warps=settings.num_warps,
-    )
-    width = power_of_two(head_dim)
-    launch(merge_splits, (num_heads, num_seqs))(
-        outs,
-        tops,
-        totals,
-        counts,
-        out,
-        log_sum_exp,
-        best,
-        inverse,
-        settings.split_len,
-        num_splits,
-        HEAD_DIM=head_dim,
-        WIDTH=width,
-        BLOCK=min(32, tile_rows(width)),
-    )
-    launch_mass(scores, best, inverse, counts, mass)
-    return Attended(out, mass, log_sum_exp)
+    def add_all(self, rows: Tensor, slots: Tensor) -> None:
+        """All of slots Int32[B, J, K], contiguous, have been attended to."""
+        self._launch(rows, slots, self._counts, self._counts, in_pieces=0)
+
+    def add(self, rows: Tensor, slots: Tensor, begins: Tensor, ends: Tensor) -> None:
+        """See `AttentionPieces`; a piece is a whole number of splits."""
+        check_decode(self._q, rows, self._format, slots, self._counts)
+        check_piece(begins, ends, self._counts)
+        self._launch(rows, slots.contiguous(), begins.contiguous(), ends.contiguous(), in_pieces=1)
+
+    def finish(self) -> Attended:
+        """See `AttentionPieces`."""
+        q = self._q
+        num_seqs, num_heads, head_dim = q.shape
+        log_sum_exp, best, inverse = q.new_empty(3, num_seqs, num_heads, dtype=torch.float32).unbind()
+        out = torch.empty_like(q)
+        width = power_of_two(head_dim)
+        launch(merge_splits, (num_heads, num_seqs))(
+            self._outs,
+            self._tops,
+            self._totals,
+            self._counts,
+            out,
+            log_sum_exp,
+            best,
+            inverse,
+            self._settings.split_len,
+            self._tops.shape[2],
+            HEAD_DIM=head_dim,
+            WIDTH=width,
+            BLOCK=min(32, tile_rows(width)),
+        )
+        launch_mass(self._scores, best, inverse, self._counts, self._mass)
+        return Attended(out, self._mass, log_sum_exp)
+
+    def _launch(self, rows: Tensor, slots: Tensor, begins: Tensor, ends: Tensor, *, in_pieces: int) -> None:
+        q, settings = self._q, self._settings
+        num_seqs, num_heads, head_dim = q.shape
+        num_kv_heads = self._format.num_kv_heads
+        group = num_heads // num_kv_heads
+        view = RowView.of(rows, self._format)
+        kernel = attend_single if group == 1 else attend_group
+        launch(kernel, (self._tops.shape[2], num_kv_heads, num_seqs))(
+            q,
+            view.values,
+            view.pairs,
+            slots,
+            begins,
+            ends,
+            self._scores,
+            self._outs,
+            self._tops,
+            self._totals,
+            view.values.stride(0),
+            view.pairs.stride(0),
+            self._num_slots,
+            in_pieces,
+            settings.split_len,
+            head_dim**-0.5 * math.log2(math.e),
+            NUM_HEADS=num_heads,
+            GROUP=group,
+            PADDED=max(16, power_of_two(group)),
+            PER_HEAD=slots.shape[1] > 1,
+            HEAD_DIM=head_dim,
+            HEAD_LEN=view.head_len,
+            PLANES=view.planes,
+            CODED=view.coded,
+            WIDTH=max(16, power_of_two(view.head_len)),
+            BLOCK=settings.block,
+            num_warps=settings.num_warps,
+        )

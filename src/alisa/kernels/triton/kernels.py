@@ -21,10 +21,11 @@ from alisa.kernels.checks import (
     check_sketch_select,
 )
 from alisa.kernels.triton.append import launch_append
-from alisa.kernels.triton.decode import launch_decode
+from alisa.kernels.triton.decode import Decoding
 from alisa.kernels.triton.mean_blend import launch_blend
 from alisa.kernels.triton.observe import launch_observe
 from alisa.kernels.triton.select import launch_select
+from alisa.kernels.triton.settings import attend_settings
 from alisa.kernels.triton.sketch_append import launch_sketch_append
 from alisa.kernels.triton.sketch_scores import launch_sketch_scores
 from alisa.kernels.triton.sketch_shares import launch_shares
@@ -43,7 +44,17 @@ class TritonKernels:
         Counts are at least 1, slots valid and without duplicates within a set.
         """
         check_decode(q, rows, codec.format, slots, counts)
-        return launch_decode(q.contiguous(), rows, codec.format, slots.contiguous(), counts.contiguous())
+        decoding = Decoding(q.contiguous(), codec.format, counts.contiguous(), slots.shape[1], slots.shape[2])
+        decoding.add_all(rows, slots.contiguous())
+        return decoding.finish()
+
+    def in_pieces(self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int) -> Decoding:
+        """See `DecodeKernel`: q `[B, H, D]`, counts Int32[B]."""
+        return Decoding(q.contiguous(), codec.format, counts.contiguous(), 1, num_slots)
+
+    def piece_columns(self, row_format: RowFormat, num_heads: int) -> int:
+        """See `DecodeKernel`: a split, which one program reads."""
+        return attend_settings(row_format, num_heads // row_format.num_kv_heads).split_len
 
     def append(self, rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """K and V `[N, G, D]` stand as rows at `slots` Int64[N] of one layer's pool; nothing else is touched."""

@@ -101,8 +101,8 @@ def _calls(
     q = torch.randn(1, 8, 64).to(dtype)
 
     def read() -> None:
-        for part in store.chunks(0, Chosen(one, counts, (1,))):
-            attend(q, part.rows, codec, part.slots, part.counts)
+        for chunk in store.chunks(0, Chosen(one, counts, (1,))):
+            attend(q, chunk.rows, codec, chunk.slots, counts)
 
     return seconds(read, repeats=50), times[1], row_s
 

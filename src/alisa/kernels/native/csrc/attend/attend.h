@@ -1,4 +1,4 @@
-// Decode attention over the rows of one item, in place: a partial softmax and its weighted sum of values.
+// Decode attention over the rows of one item, in place: a partial softmax and its weighted sum of values, or its next part.
 //
 // For every block of kBlock rows: scores of all heads from the K halves, softmax weights relative to a running maximum,
 // then the weighted sum of the V halves. Each half-row is read once, from its first byte to its last, kPanel rows side by
@@ -21,21 +21,19 @@ namespace alisa::ALISA_ISA {
 struct AttendScratch {
   float* query;      // [H, head_stride], scaled by D^-0.5, padded with 0
   float* query_sum;  // [H]
-  float* shift;      // [H]: what the minima of coded rows add to every dimension of the output
   float* scaled;     // [H, kBlock] for coded rows: weight * scale
   uint32_t* pairs;   // [2, G, kBlock] for coded rows, see gather_pairs
 
   static size_t heads(int num_heads) { return static_cast<size_t>(round_up(num_heads, kPad)); }
   static size_t floats(const RowLayout& layout, int num_heads) {
     const int block_heads = layout.coded() ? num_heads + 2 * layout.num_kv_heads : 0;
-    return static_cast<size_t>(num_heads) * layout.head_stride() + 2 * heads(num_heads) +
+    return static_cast<size_t>(num_heads) * layout.head_stride() + heads(num_heads) +
            kBlock * static_cast<size_t>(block_heads);
   }
   AttendScratch(const RowLayout& layout, int num_heads, float* memory)
       : query(memory),
         query_sum(query + static_cast<size_t>(num_heads) * layout.head_stride()),
-        shift(query_sum + heads(num_heads)),
-        scaled(shift + heads(num_heads)),
+        scaled(query_sum + heads(num_heads)),
         pairs(reinterpret_cast<uint32_t*>(scaled + static_cast<size_t>(num_heads) * kBlock)) {}
 };
 
@@ -144,15 +142,19 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
   const int num_heads = task.num_heads;
   const int stride = layout.head_stride();
   const AttendScratch scratch(layout, num_heads, memory);
-  float* acc = task.partial_out + static_cast<size_t>(index) * num_heads * stride;
-  float* maximum = task.partial_max + static_cast<size_t>(index) * num_heads;
-  float* total = task.partial_sum + static_cast<size_t>(index) * num_heads;
+  const auto partial = static_cast<size_t>(task.grid.first_partial[item.seq] + item.first_block / kItemBlocks);
+  float* acc = task.partial_out + partial * num_heads * stride;
+  float* maximum = task.partial_max + partial * num_heads;
+  float* total = task.partial_sum + partial * num_heads;
+  float* shift = task.partial_shift + partial * num_heads;
   prepare_query(task, item.seq, scratch);
-  for (size_t i = 0; i < static_cast<size_t>(num_heads) * stride; ++i) acc[i] = 0.0F;
-  for (int h = 0; h < num_heads; ++h) {
-    maximum[h] = -__builtin_inff();
-    total[h] = 0.0F;
-    scratch.shift[h] = 0.0F;
+  if (item.first_block % kItemBlocks == 0) {
+    for (size_t i = 0; i < static_cast<size_t>(num_heads) * stride; ++i) acc[i] = 0.0F;
+    for (int h = 0; h < num_heads; ++h) {
+      maximum[h] = -__builtin_inff();
+      total[h] = 0.0F;
+      shift[h] = 0.0F;
+    }
   }
 
   BlockAttention<Row> attention(task, scratch, acc);
@@ -161,7 +163,7 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
   const int last_block = item.first_block + item.num_blocks - 1;
   BlockRows rows = block_rows(task, item.seq, 0, item.first_block);
   for (int block = item.first_block; block <= last_block; ++block) {
-    const size_t number = item.block_base + static_cast<size_t>(block - item.first_block);
+    const size_t number = task.grid.first_block[item.seq] + static_cast<size_t>(block);
     float* weights = task.weights + number * num_heads * kBlock;
     for (int set = 0; set < task.num_sets; ++set) {
       const bool last_set = set + 1 == task.num_sets;
@@ -181,19 +183,11 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
         }
         if constexpr (Row::kCoded) {
           float* scaled = scratch.scaled + static_cast<size_t>(h) * kBlock;
-          scratch.shift[h] = scratch.shift[h] * rescale + apply_values(value_pairs + pairs, of_head, scaled);
+          shift[h] = shift[h] * rescale + apply_values(value_pairs + pairs, of_head, scaled);
         }
       }
       attention.accumulate(rows, next, Row::kCoded ? scratch.scaled : weights);
       rows = next;
-    }
-  }
-  if constexpr (Row::kCoded) {
-    for (int h = 0; h < num_heads; ++h) {
-      for (int i = 0; i < stride; i += kWidth) {
-        float* at = acc + static_cast<size_t>(h) * stride + i;
-        store(at, load(at) + set1(scratch.shift[h]));
-      }
     }
   }
 }

@@ -24,22 +24,23 @@ struct FinishScratch {
 inline void merge_head(const DecodeTask& task, int seq, int h, const FinishScratch& scratch) {
   const RowLayout& layout = task.layout;
   const int stride = layout.head_stride();
-  const int first = task.first_item[seq];
-  const int last = task.first_item[seq + 1];
-  const auto at = [&](const float* values, int item) { return values[static_cast<size_t>(item) * task.num_heads + h]; };
+  const int first = task.grid.first_partial[seq];
+  const int last = task.grid.first_partial[seq + 1];
+  const auto at = [&](const float* values, int index) { return values[static_cast<size_t>(index) * task.num_heads + h]; };
   float maximum = at(task.partial_max, first);
-  for (int item = first + 1; item < last; ++item) {
-    const float other = at(task.partial_max, item);
+  for (int index = first + 1; index < last; ++index) {
+    const float other = at(task.partial_max, index);
     maximum = other > maximum ? other : maximum;
   }
   float total = 0.0F;
   for (int i = 0; i < stride; i += kWidth) store(scratch.head + i, set1(0.0F));
-  for (int item = first; item < last; ++item) {
-    const float weight = exp_nonpositive(at(task.partial_max, item) - maximum);
-    const float* partial = task.partial_out + (static_cast<size_t>(item) * task.num_heads + h) * stride;
-    total += weight * at(task.partial_sum, item);
+  for (int index = first; index < last; ++index) {
+    const float weight = exp_nonpositive(at(task.partial_max, index) - maximum);
+    const float* partial = task.partial_out + (static_cast<size_t>(index) * task.num_heads + h) * stride;
+    const F shift = set1(at(task.partial_shift, index));
+    total += weight * at(task.partial_sum, index);
     for (int i = 0; i < stride; i += kWidth) {
-      store(scratch.head + i, fma(set1(weight), load(partial + i), load(scratch.head + i)));
+      store(scratch.head + i, fma(set1(weight), load(partial + i) + shift, load(scratch.head + i)));
     }
   }
   const float inverse = 1.0F / total;
@@ -64,7 +65,7 @@ inline void finish(const DecodeTask& task, int seq, float* memory) {
 
   const int heads_per_set = num_heads / task.num_sets;
   float* mass = task.mass + static_cast<size_t>(seq) * task.num_sets * task.num_slots;
-  size_t number = task.items[task.first_item[seq]].block_base;
+  size_t number = task.grid.first_block[seq];
   const int count = task.counts[seq];
   for (int first = 0; first < count; first += kBlock, ++number) {
     const float* weights = task.weights + number * num_heads * kBlock;

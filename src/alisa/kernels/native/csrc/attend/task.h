@@ -14,6 +14,11 @@ enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, k
 // is where the softmax over a block stops showing in the profile (it is vectorised over the rows of a block).
 constexpr int kBlock = 64;
 
+// Blocks of a sequence that become one partial result: an item of work, and a place where a sum is cut. A constant, because
+// the last bits of a sum tell where it was cut: a sequence is to get the same ones whatever company and threads it has.
+constexpr int kItemBlocks = 4;
+constexpr int kSketchItemBlocks = 8;
+
 // Rows that are read side by side. They share each load of the query and of the accumulators, which together are as large
 // as an L1 cache: eight rows were 10 % faster than four, sixteen no faster than eight.
 constexpr int kPanel = 8;
@@ -56,12 +61,18 @@ struct RowLayout {
   ALISA_INLINE constexpr size_t row_bytes() const { return 2 * half_bytes() + (coded() ? static_cast<size_t>(num_kv_heads) * 8 : 0); }
 };
 
-// A run of blocks of one sequence, worked on by one thread: a partial result.
+// A run of blocks of one sequence, worked on by one thread. It lies within one partial result and begins it, or goes on
+// where an earlier call stopped.
 struct Item {
   int seq;
-  int first_block;    // of the sequence
+  int first_block;  // of the sequence
   int num_blocks;
-  size_t block_base;  // index of `first_block` among the blocks of all sequences
+};
+
+// Where the blocks and the partial results of each sequence begin among those of all of them.
+struct Grid {
+  const size_t* first_block;  // [B + 1]
+  const int* first_partial;   // [B + 1]
 };
 
 struct DecodeTask {
@@ -82,12 +93,13 @@ struct DecodeTask {
 
   // The plan and its buffers, see workspace.cpp.
   const Item* items;
-  const int* first_item;  // [B + 1]: items of a sequence are consecutive
-  float* weights;         // [blocks, H, kBlock]: exp(score - block_max)
-  float* block_max;       // [blocks, H]: the running maximum when the block was weighted
-  float* partial_out;     // [items, H, head_stride]
-  float* partial_max;     // [items, H]
-  float* partial_sum;     // [items, H]
+  Grid grid;
+  float* weights;        // [blocks, H, kBlock]: exp(score - block_max)
+  float* block_max;      // [blocks, H]: the running maximum when the block was weighted
+  float* partial_out;    // [partials, H, head_stride]
+  float* partial_max;    // [partials, H]
+  float* partial_sum;    // [partials, H]
+  float* partial_shift;  // [partials, H]: what the minima of coded rows add to every dimension of the output
 };
 
 // A low-bit copy of keys, `[T, G, ...]`: the codes of a head with a (step, minimum) float16 pair in a tensor of their own.
@@ -126,11 +138,11 @@ struct SketchTask {
 
   // The plan and its buffers, see workspace.cpp. Heads are padded to `heads()`.
   const Item* items;
-  const int* first_item;  // [B + 1]
-  float* weights;         // [blocks, kSketchBlock, heads]: exp(score - block_max)
-  float* block_max;       // [blocks, heads]
-  float* partial_max;     // [items, heads]
-  float* partial_sum;     // [items, heads]
+  Grid grid;
+  float* weights;      // [blocks, kSketchBlock, heads]: exp(score - block_max)
+  float* block_max;    // [blocks, heads]
+  float* partial_max;  // [partials, heads]
+  float* partial_sum;  // [partials, heads]
 
   ALISA_INLINE constexpr int heads() const { return round_up(num_heads, kPad); }
 };

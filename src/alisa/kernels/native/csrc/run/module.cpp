@@ -109,34 +109,61 @@ NB_MODULE(_native, m) {
           "bits"_a, "num_kv_heads"_a, "head_dim"_a, "q"_a, "q_dtype"_a, "codes"_a, "ranges"_a, "starts"_a, "lengths"_a,
           "num_seqs"_a, "num_heads"_a, "num_sets"_a, "width"_a, "A query and the part of a sketch that it asks.");
 
+  m.attr("PIECE_COLUMNS") = alisa::kBlock;
+  nb::class_<alisa::DecodeTask>(m, "DecodeTask")
+      .def(
+          "__init__",
+          [](alisa::DecodeTask* self, const RowLayout& layout, uintptr_t q, int q_dtype, uintptr_t rows, size_t row_stride,
+             uintptr_t slots, uintptr_t counts, int num_seqs, int num_heads, int num_sets, int num_slots, uintptr_t out,
+             uintptr_t mass, uintptr_t log_sum_exp) {
+            new (self) alisa::DecodeTask{};
+            self->q = at<const void>(q);
+            self->q_dtype = static_cast<Dtype>(q_dtype);
+            self->rows = at<const uint8_t>(rows);
+            self->row_stride = row_stride;
+            self->layout = layout;
+            self->slots = at<const int32_t>(slots);
+            self->counts = at<const int32_t>(counts);
+            self->num_seqs = num_seqs;
+            self->num_heads = num_heads;
+            self->num_sets = num_sets;
+            self->num_slots = num_slots;
+            self->out = at<void>(out);
+            self->mass = at<float>(mass);
+            self->log_sum_exp = at<float>(log_sum_exp);
+          },
+          "layout"_a, "q"_a, "q_dtype"_a, "rows"_a, "row_stride"_a, "slots"_a, "counts"_a, "num_seqs"_a, "num_heads"_a,
+          "num_sets"_a, "num_slots"_a, "out"_a, "mass"_a, "log_sum_exp"_a, "Queries, what they attend to, and results.");
+  nb::class_<alisa::Plan>(m, "Plan").def(nb::init<>());
+
   nb::class_<alisa::Workspace>(m, "Workspace")
       .def(nb::init<>())
       .def(
           "decode",
-          [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const RowLayout& layout, uintptr_t q,
-             int q_dtype, uintptr_t rows, size_t row_stride, uintptr_t slots, uintptr_t counts, int num_seqs, int num_heads,
-             int num_sets, int num_slots, uintptr_t out, uintptr_t mass, uintptr_t log_sum_exp) {
+          [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const alisa::DecodeTask& task) {
             const alisa::Isa& kernels = isa_named(isa);
-            alisa::DecodeTask task = {};
-            task.q = at<const void>(q);
-            task.q_dtype = static_cast<Dtype>(q_dtype);
-            task.rows = at<const uint8_t>(rows);
-            task.row_stride = row_stride;
-            task.layout = layout;
-            task.slots = at<const int32_t>(slots);
-            task.counts = at<const int32_t>(counts);
-            task.num_seqs = num_seqs;
-            task.num_heads = num_heads;
-            task.num_sets = num_sets;
-            task.num_slots = num_slots;
-            task.out = at<void>(out);
-            task.mass = at<float>(mass);
-            task.log_sum_exp = at<float>(log_sum_exp);
             const nb::gil_scoped_release unlocked;
             self.decode(kernels, task, threads);
           },
-          "isa"_a, "threads"_a, "layout"_a, "q"_a, "q_dtype"_a, "rows"_a, "row_stride"_a, "slots"_a, "counts"_a,
-          "num_seqs"_a, "num_heads"_a, "num_sets"_a, "num_slots"_a, "out"_a, "mass"_a, "log_sum_exp"_a)
+          "isa"_a, "threads"_a, "task"_a)
+      .def(
+          "decode_piece",
+          [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const alisa::DecodeTask& task,
+             alisa::Plan& plan, uintptr_t begins, uintptr_t ends) {
+            const alisa::Isa& kernels = isa_named(isa);
+            const nb::gil_scoped_release unlocked;
+            self.decode_piece(kernels, task, plan, at<const int32_t>(begins), at<const int32_t>(ends), threads);
+          },
+          "isa"_a, "threads"_a, "task"_a, "plan"_a, "begins"_a, "ends"_a)
+      .def(
+          "decode_end",
+          [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const alisa::DecodeTask& task,
+             alisa::Plan& plan) {
+            const alisa::Isa& kernels = isa_named(isa);
+            const nb::gil_scoped_release unlocked;
+            self.decode_end(kernels, task, plan, threads);
+          },
+          "isa"_a, "threads"_a, "task"_a, "plan"_a)
       .def(
           "encode",
           [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const RowLayout& layout, uintptr_t k,

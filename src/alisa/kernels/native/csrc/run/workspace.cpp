@@ -6,9 +6,6 @@
 namespace alisa {
 namespace {
 
-// Pieces of work for each thread: enough that a thread which loses its core for a moment does not hold up the others.
-constexpr int kItemsPerThread = 8;
-
 // Rows below this total are read or written by one thread: waking another takes a few microseconds, in which one core
 // reads some 40 KB.
 constexpr size_t kSerialBytes = 1 << 16;
@@ -19,9 +16,38 @@ constexpr size_t kLineFloats = 64 / sizeof(float);
 // being read, and a long prompt takes no more memory than one head of it asks for.
 constexpr size_t kPackedBytes = size_t{4} << 20;
 
+// Blocks of `size` that `length` makes.
+int blocks_of(int length, int size) { return (length + size - 1) / size; }
+
 size_t whole_lines(size_t floats) { return (floats + kLineFloats - 1) / kLineFloats * kLineFloats; }
 
+// The buffers of decode attention, one behind the other.
+void place(DecodeTask& task, Plan& plan, size_t num_blocks) {
+  const auto heads = static_cast<size_t>(task.num_heads);
+  const size_t weights = num_blocks * heads * kBlock;
+  const size_t partials = static_cast<size_t>(plan.num_partials()) * heads;
+  const size_t outs = partials * static_cast<size_t>(task.layout.head_stride());
+  task.grid = plan.grid();
+  task.weights = plan.memory.room(weights + outs + num_blocks * heads + 3 * partials);
+  task.partial_out = task.weights + weights;
+  task.block_max = task.partial_out + outs;
+  task.partial_max = task.block_max + num_blocks * heads;
+  task.partial_sum = task.partial_max + partials;
+  task.partial_shift = task.partial_sum + partials;
+}
+
 }  // namespace
+
+size_t Plan::lay_out(const int32_t* lengths, int num_seqs, int block, int item_blocks) {
+  first_block.assign(1, 0);
+  first_partial.assign(1, 0);
+  for (int seq = 0; seq < num_seqs; ++seq) {
+    const int blocks = blocks_of(lengths[seq], block);
+    first_block.push_back(first_block.back() + static_cast<size_t>(blocks));
+    first_partial.push_back(first_partial.back() + blocks_of(blocks, item_blocks));
+  }
+  return first_block.back();
+}
 
 float* Buffer::room(size_t count) {
   if (memory_.size() < count + kLineFloats) {
@@ -32,26 +58,18 @@ float* Buffer::room(size_t count) {
   return memory_.data() + (64 - address % 64) % 64 / sizeof(float);
 }
 
-size_t Workspace::cut(const int32_t* lengths, int num_seqs, int block, int num_threads) {
-  const auto blocks_of = [&](int seq) { return static_cast<size_t>((lengths[seq] + block - 1) / block); };
-  size_t num_blocks = 0;
-  for (int seq = 0; seq < num_seqs; ++seq) num_blocks += blocks_of(seq);
-  const size_t pieces = static_cast<size_t>(num_threads) * kItemsPerThread;
-  const size_t item_blocks = std::max<size_t>(1, num_threads == 1 ? num_blocks : (num_blocks + pieces - 1) / pieces);
-
+template <class First, class Last>
+void Workspace::cut(int num_seqs, int item_blocks, const First& first, const Last& last) {
   items_.clear();
   first_item_.assign(1, 0);
-  size_t base = 0;
   for (int seq = 0; seq < num_seqs; ++seq) {
-    const size_t blocks = blocks_of(seq);
-    for (size_t first = 0; first < blocks; first += item_blocks) {
-      const size_t count = std::min(item_blocks, blocks - first);
-      items_.push_back({seq, static_cast<int>(first), static_cast<int>(count), base + first});
+    const int end = last(seq);
+    for (int block = first(seq), next; block < end; block = next) {
+      next = std::min((block / item_blocks + 1) * item_blocks, end);
+      items_.push_back({seq, block, next - block});
     }
-    base += blocks;
     first_item_.push_back(static_cast<int>(items_.size()));
   }
-  return num_blocks;
 }
 
 template <class Attend, class Finish>
@@ -94,22 +112,33 @@ void Workspace::decode(const Isa& isa, DecodeTask task, const Threads& threads) 
   for (int seq = 0; seq < task.num_seqs; ++seq) num_rows += static_cast<size_t>(task.counts[seq]);
   Threads team = threads;
   if (num_rows * task.layout.row_bytes() < kSerialBytes) team.count = 1;
-  const size_t num_blocks = cut(task.counts, task.num_seqs, kBlock, team.count);
-
-  const auto heads = static_cast<size_t>(task.num_heads);
-  const size_t weights = num_blocks * heads * kBlock;
-  const size_t partials = items_.size() * heads;
-  const size_t outs = partials * task.layout.head_stride();
+  place(task, plan_, plan_.lay_out(task.counts, task.num_seqs, kBlock, kItemBlocks));
+  cut(task.num_seqs, kItemBlocks, [](int) { return 0; }, [&](int seq) { return blocks_of(task.counts[seq], kBlock); });
   task.items = items_.data();
-  task.first_item = first_item_.data();
-  task.weights = plan_.room(weights + outs + num_blocks * heads + 2 * partials);
-  task.partial_out = task.weights + weights;
-  task.block_max = task.partial_out + outs;
-  task.partial_max = task.block_max + num_blocks * heads;
-  task.partial_sum = task.partial_max + partials;
   run_items(
       team, isa.scratch_floats(task.layout, task.num_heads), [&](int item, float* mine) { isa.attend(task, item, mine); },
       [&](int seq, float* mine) { isa.finish(task, seq, mine); });
+}
+
+void Workspace::decode_piece(const Isa& isa, DecodeTask task, Plan& plan, const int32_t* begins, const int32_t* ends,
+                             const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (plan.first_block.empty()) plan.lay_out(task.counts, task.num_seqs, kBlock, kItemBlocks);
+  place(task, plan, plan.first_block.back());
+  cut(
+      task.num_seqs, kItemBlocks, [&](int seq) { return begins[seq] / kBlock; },
+      [&](int seq) { return begins[seq] < ends[seq] ? blocks_of(ends[seq], kBlock) : 0; });
+  task.items = items_.data();
+  run_items(
+      threads, isa.scratch_floats(task.layout, task.num_heads), [&](int item, float* mine) { isa.attend(task, item, mine); },
+      [](int, float*) {});
+}
+
+void Workspace::decode_end(const Isa& isa, DecodeTask task, Plan& plan, const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  place(task, plan, plan.first_block.back());
+  run_count(threads, task.num_seqs, isa.scratch_floats(task.layout, task.num_heads),
+            [&](int seq, uint32_t* mine) { isa.finish(task, seq, reinterpret_cast<float*>(mine)); });
 }
 
 void Workspace::encode(const Isa& isa, const EncodeTask& task, int64_t num_tokens, const Threads& threads) {
@@ -126,13 +155,16 @@ void Workspace::run_sketch(const Isa& isa, SketchTask& task, size_t room, const 
   Threads team = threads;
   // Work goes with the products, of which there is one for every query head.
   if (num_tokens * heads * static_cast<size_t>(task.layout.code_bytes()) < kSerialBytes) team.count = 1;
-  const size_t num_blocks = cut(task.lengths, task.num_seqs, kSketchBlock, team.count);
+  const size_t num_blocks = plan_.lay_out(task.lengths, task.num_seqs, kSketchBlock, kSketchItemBlocks);
+  cut(
+      task.num_seqs, kSketchItemBlocks, [](int) { return 0; },
+      [&](int seq) { return blocks_of(task.lengths[seq], kSketchBlock); });
 
   const size_t weights = num_blocks * kSketchBlock * heads;
-  const size_t partials = items_.size() * heads;
+  const size_t partials = static_cast<size_t>(plan_.num_partials()) * heads;
   task.items = items_.data();
-  task.first_item = first_item_.data();
-  task.weights = plan_.room(weights + num_blocks * heads + 2 * partials + room);
+  task.grid = plan_.grid();
+  task.weights = plan_.memory.room(weights + num_blocks * heads + 2 * partials + room);
   task.block_max = task.weights + weights;
   task.partial_max = task.block_max + num_blocks * heads;
   task.partial_sum = task.partial_max + partials;
@@ -200,7 +232,7 @@ void Workspace::prefill(const PrefillIsa& isa, const PrefillTask& task, const Th
   const size_t head_words = block_words * static_cast<size_t>(num_blocks);
   const size_t heads = kPackedBytes / sizeof(uint32_t) / head_words;
   const int step = std::max(1, std::min(static_cast<int>(heads), task.num_kv_heads));
-  auto* packed = reinterpret_cast<uint32_t*>(plan_.room(head_words * static_cast<size_t>(step)));
+  auto* packed = reinterpret_cast<uint32_t*>(plan_.memory.room(head_words * static_cast<size_t>(step)));
   for (int first = 0; first < task.num_kv_heads; first += step) {
     const int count = std::min(step, task.num_kv_heads - first);
     run_count(threads, count * num_blocks, 0, [&](int item, uint32_t*) {

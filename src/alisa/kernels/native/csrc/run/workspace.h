@@ -23,12 +23,31 @@ class Buffer {
   std::vector<float> memory_;
 };
 
+// Where the partial results of a call lie, and their memory. One that outlives a call carries a selection that is read in
+// several pieces.
+struct Plan {
+  std::vector<size_t> first_block;
+  std::vector<int> first_partial;
+  Buffer memory;
+
+  // Lays out sequences of these lengths; returns how many blocks there are.
+  size_t lay_out(const int32_t* lengths, int num_seqs, int block, int item_blocks);
+  int num_partials() const { return first_partial.back(); }
+  Grid grid() const { return {first_block.data(), first_partial.data()}; }
+};
+
 // Owns what calls need besides their arguments: megabytes freshly allocated for every layer would cost more in page faults
 // than the arithmetic on them. One call at a time; a second caller waits.
 class Workspace {
  public:
   // Decode attention; fills the plan of `task` (its last block of fields).
   void decode(const Isa& isa, DecodeTask task, const Threads& threads);
+  // The same, a piece at a time: columns begins[b] to ends[b] - 1 of each sequence, from one multiple of kBlock to another
+  // or to the last column. Pieces of a sequence come in order, and `plan`, which begins empty, belongs to one selection.
+  // When all have come, `decode_end` writes what `decode` would have written, to the last bit.
+  void decode_piece(const Isa& isa, DecodeTask task, Plan& plan, const int32_t* begins, const int32_t* ends,
+                    const Threads& threads);
+  void decode_end(const Isa& isa, DecodeTask task, Plan& plan, const Threads& threads);
   void encode(const Isa& isa, const EncodeTask& task, int64_t num_tokens, const Threads& threads);
   // Weights of all tokens by a sketch of their keys; fills the plan of `task`.
   void sketch_scores(const Isa& isa, SketchTask task, const Threads& threads);
@@ -48,8 +67,9 @@ class Workspace {
   // output of `task`, where it has none.
   template <class Finish>
   void run_sketch(const Isa& isa, SketchTask& task, size_t room, const Threads& threads, const Finish& finish);
-  // Fills `items_` and `first_item_` with the blocks of every sequence; returns how many blocks there are.
-  size_t cut(const int32_t* lengths, int num_seqs, int block, int num_threads);
+  // Fills `items_` with runs of blocks [first(seq), last(seq)) of every sequence that lie within one partial result.
+  template <class First, class Last>
+  void cut(int num_seqs, int item_blocks, const First& first, const Last& last);
   // Calls attend(item, scratch) for all items and finish(seq, scratch) once all items of a sequence are through.
   template <class Attend, class Finish>
   void run_items(const Threads& threads, size_t scratch_floats, const Attend& attend, const Finish& finish);
@@ -62,10 +82,10 @@ class Workspace {
 
   std::mutex mutex_;
   std::vector<Item> items_;
-  std::vector<int> first_item_;
+  std::vector<int> first_item_;  // [B + 1]: items of a sequence are consecutive
   std::unique_ptr<std::atomic<int>[]> open_items_;
   size_t open_items_capacity_ = 0;
-  Buffer plan_;
+  Plan plan_;
   Buffer scratch_;
 };
 

@@ -191,15 +191,16 @@ void sketch_item(const SketchTask& task, int index, float* memory) {
   const Item& item = task.items[index];
   const SketchScratch scratch(task, memory);
   const auto heads = static_cast<size_t>(task.heads());
-  float* maximum = task.partial_max + index * heads;
-  float* total = task.partial_sum + index * heads;
+  const auto partial = static_cast<size_t>(task.grid.first_partial[item.seq] + item.first_block / kSketchItemBlocks);
+  float* maximum = task.partial_max + partial * heads;
+  float* total = task.partial_sum + partial * heads;
   for (size_t h = 0; h < heads; ++h) maximum[h] = -3e38F, total[h] = 0.0F;
   prepare_query(task, item.seq, scratch);
   for (int i = 0; i < item.num_blocks; ++i) {
     const int first = (item.first_block + i) * kSketchBlock;
     const int left = task.lengths[item.seq] - first;
     const int count = left < kSketchBlock ? left : kSketchBlock;
-    const size_t number = item.block_base + static_cast<size_t>(i);
+    const size_t number = task.grid.first_block[item.seq] + static_cast<size_t>(item.first_block + i);
     float* weights = task.weights + number * kSketchBlock * heads;
     score_block<kBits, kShared, kWhole>(task, static_cast<size_t>(task.starts[item.seq]) + first, count, scratch, weights);
     weigh_tokens(weights, count, task.heads(), maximum, total);
@@ -237,13 +238,13 @@ inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
   float* maximum = memory;           // [heads]
   float* inverse = maximum + heads;  // [heads]: 1 / sum
   float* factor = inverse + heads;   // [heads]
-  const int first_item = task.first_item[seq];
-  const int last_item = task.first_item[seq + 1];
+  const int first_partial = task.grid.first_partial[seq];
+  const int last_partial = task.grid.first_partial[seq + 1];
   for (int h = 0; h < heads; h += kWidth) {
-    F best = load(task.partial_max + static_cast<size_t>(first_item) * heads + h);
-    for (int i = first_item + 1; i < last_item; ++i) best = vmax(best, load(task.partial_max + static_cast<size_t>(i) * heads + h));
+    F best = load(task.partial_max + static_cast<size_t>(first_partial) * heads + h);
+    for (int i = first_partial + 1; i < last_partial; ++i) best = vmax(best, load(task.partial_max + static_cast<size_t>(i) * heads + h));
     F total = set1(0.0F);
-    for (int i = first_item; i < last_item; ++i) {
+    for (int i = first_partial; i < last_partial; ++i) {
       const size_t at = static_cast<size_t>(i) * heads + h;
       total = fma(exp_nonpositive(load(task.partial_max + at) - best), load(task.partial_sum + at), total);
     }
@@ -256,7 +257,7 @@ inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
   const int num_sets = task.num_sets;
   const int heads_per_set = task.num_heads / num_sets;
   float* out = task.out + static_cast<size_t>(seq) * num_sets * task.width;
-  size_t number = task.items[first_item].block_base;
+  size_t number = task.grid.first_block[seq];
   for (int first = 0; first < length; first += kSketchBlock, ++number) {
     for (int h = 0; h < heads; h += kWidth) {
       const F scale = exp_nonpositive(load(task.block_max + number * heads + h) - load(maximum + h));
@@ -292,7 +293,7 @@ inline void sketch_shares(const SketchTask& task, int seq, const int32_t* positi
                           float* memory) {
   const int heads = task.heads();
   const int heads_per_set = task.num_heads / task.num_sets;
-  const float* weights = task.weights + task.items[task.first_item[seq]].block_base * kSketchBlock * heads;
+  const float* weights = task.weights + task.grid.first_block[seq] * kSketchBlock * heads;
   for (int set = 0; set < task.num_sets; ++set, positions += stride) {
     const int end = (set + 1) * heads_per_set;
     for (int h = set * heads_per_set / kWidth * kWidth; h < end; h += kWidth) {

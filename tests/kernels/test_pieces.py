@@ -1,0 +1,134 @@
+"""A selection that is read in pieces, and a sequence in other company, give the same bits: every set of kernels."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from alisa.kernels.base import Attended
+from alisa.kernels.native import kernels as cpu
+from alisa.kernels.reference.decode import ReferenceDecode
+from tests.kernels.cases import ISAS, ROW_DTYPES, kernels, make_problem
+from tests.kernels.triton_device import moved, on_each_device, triton_kernels
+
+
+def assert_equal_bits(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def attend_in_pieces(kernel, problem, seed):
+    """As one selection whose rows are read through another piece of memory each time, cut at random."""
+    counts = problem.counts.tolist()
+    draw = random.Random(seed)
+    step = kernel.piece_columns(problem.codec.format, problem.q.shape[1])
+    pieces = kernel.in_pieces(problem.q, problem.codec, problem.counts, problem.slots.shape[2])
+    begins = torch.zeros_like(problem.counts)
+    while begins.tolist() != counts:
+        # Some sequences go on, by one or several of the smallest pieces.
+        ends = [
+            min(begin + step * draw.randint(0, 3), count) for begin, count in zip(begins.tolist(), counts, strict=True)
+        ]
+        ends = torch.tensor(ends, dtype=torch.int32).to(begins.device)
+        rows, slots = problem.rows.clone(), problem.slots.clone()
+        columns = torch.arange(slots.shape[2], device=slots.device)
+        slots[((columns < begins[:, None]) | (columns >= ends[:, None]))[:, None]] = 0
+        pieces.add(rows, slots, begins, ends)
+        rows.fill_(255)  # the memory has another use now
+        begins = ends
+    return pieces.finish()
+
+
+@st.composite
+def long_problems(draw, longest=900):
+    """Up to three sequences, some of them longer than an item of work."""
+    num_seqs = draw(st.integers(1, 3))
+    counts = [draw(st.sampled_from([1, 64, 65, 256, 257, longest]) | st.integers(1, longest)) for _ in range(num_seqs)]
+    return make_problem(
+        draw(st.sampled_from(ROW_DTYPES)),
+        num_seqs=num_seqs,
+        num_rows=longest,
+        kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.integers(1, 3)),
+        head_dim=draw(st.sampled_from([7, 16, 64])),
+        q_dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        counts=counts,
+        seed=draw(st.integers(0, 10**6)),
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(problem=long_problems(), seed=st.integers(0, 99))
+def test_native_pieces_are_the_whole(isa, problem, seed):
+    kernel = kernels(isa)
+    assert_equal_bits(attend_in_pieces(kernel, problem, seed), kernel(*problem.args()))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(problem=long_problems(longest=300), seed=st.integers(0, 99))
+def test_plain_pieces_are_the_whole(problem, seed):
+    kernel = ReferenceDecode()
+    assert_equal_bits(attend_in_pieces(kernel, problem, seed), kernel(*problem.args()))
+
+
+@on_each_device
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(problem=long_problems(), seed=st.integers(0, 99))
+def test_triton_pieces_are_the_whole(device, problem, seed):
+    kernel = triton_kernels()
+    problem.q, problem.counts = problem.q.to(device), problem.counts.to(device)
+    problem.rows, problem.slots = moved(problem.rows, device), problem.slots.to(device)
+    assert_equal_bits(attend_in_pieces(kernel, problem, seed), kernel(*problem.args()))
+
+
+def alone(problem, seq):
+    """One sequence of a problem, with nothing beside it."""
+    count = int(problem.counts[seq])
+    return (
+        problem.q[seq : seq + 1],
+        problem.rows,
+        problem.codec,
+        problem.slots[seq : seq + 1, :, :count].contiguous(),
+        problem.counts[seq : seq + 1],
+    )
+
+
+@pytest.mark.parametrize("row_dtype", ROW_DTYPES)
+@pytest.mark.parametrize("plain", [False, True])
+def test_company_and_threads_change_no_bit(row_dtype, plain):
+    if not plain and not cpu.available():
+        pytest.skip(cpu.unavailable_reason())
+    problem = make_problem(row_dtype, num_seqs=5, num_rows=3000, counts=[3000, 700, 300, 129, 1], group=2)
+    team = [ReferenceDecode()] if plain else [cpu.CpuKernels(num_threads=count) for count in (1, 2, 7)]
+    expected = team[0](*problem.args())
+    for kernel in team:
+        assert_equal_bits(kernel(*problem.args()), expected)
+        for seq, count in enumerate(problem.counts.tolist()):
+            wanted = Attended(
+                expected.out[seq : seq + 1],
+                expected.mass[seq : seq + 1, :, :count],
+                expected.log_sum_exp[seq : seq + 1],
+            )
+            assert_equal_bits(kernel(*alone(problem, seq)), wanted)
+
+
+@pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+def test_a_sketch_gives_the_same_bits_in_any_company_and_on_any_threads():
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([2000, 300, 31], dtype=torch.int32)
+    starts = torch.tensor([0, 2000, 2300])
+    keys = torch.randn(2331, 2, 64, generator=generator)
+    query = torch.randn(3, 6, 64, generator=generator).to(torch.bfloat16)
+    codes, ranges = torch.empty(2331, 2, 32, dtype=torch.uint8), torch.empty(2331, 2, 2, dtype=torch.float16)
+    cpu.CpuKernels().sketch_append(codes, ranges, torch.arange(2331), keys, 4)
+    expected = cpu.CpuKernels(num_threads=1).sketch_scores(query, codes, ranges, 4, starts, lengths, 2000, 2)
+    for num_threads in (1, 2, 7):
+        kernel = cpu.CpuKernels(num_threads=num_threads)
+        assert torch.equal(kernel.sketch_scores(query, codes, ranges, 4, starts, lengths, 2000, 2), expected)
+        for seq in range(3):
+            one = slice(seq, seq + 1)
+            found = kernel.sketch_scores(query[one], codes, ranges, 4, starts[one], lengths[one], 2000, 2)
+            assert torch.equal(found, expected[one])
