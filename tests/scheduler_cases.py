@@ -1,6 +1,6 @@
 """An engine without a model, to test the scheduler: it executes plans on integers."""
 
-from alisa.budget import reads_of
+from alisa.policy.registry import reads_of
 from alisa.config import SamplingParams
 from alisa.scheduler.placement.all_device import AllDevice
 from alisa.scheduler.request import Request

@@ -123,7 +123,14 @@ def test_the_tables_of_a_store_without_tiers_stay_under_their_bound(num_rows, ma
 
 
 def test_where_tables_lie_elsewhere_they_take_nothing_of_the_cap():
-    options = {"num_layers": 4, "row_bytes": 100, "max_num_seqs": 8, "max_length": 1000, "num_tiers": 1}
+    options = {
+        "num_layers": 4,
+        "row_bytes": 100,
+        "max_num_seqs": 8,
+        "max_length": 1000,
+        "num_tiers": 1,
+        "piece_columns": 64,
+    }
     there = device_capacity(100_000, lower_tokens=5000, holds_tables=False, **options)
     here = device_capacity(100_000, lower_tokens=5000, holds_tables=True, **options)
     assert there.table_bytes == 0

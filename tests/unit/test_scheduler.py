@@ -2,7 +2,7 @@
 
 import pytest
 
-from alisa.budget import reads_of
+from alisa.policy.registry import reads_of
 from alisa.errors import CapacityError, InputError
 from alisa.outputs import Medium, Phase
 from alisa.scheduler.placement.all_device import AllDevice

@@ -189,10 +189,10 @@ class TieredStore:
         piece_columns: int = 64,
         in_flight_bytes: int = 1 << 26,
     ) -> TieredStore:
-        """A store that has taken over a flat one's pool and sequences, with tiers below.
+        """A store that has taken over a flat pool and its sequences, with tiers below.
 
-        The flat one's spare rows are the staging. Where rows may be rebuilt, it has no sequences yet: their hidden states
-        are kept from the start.
+        The pool's spare rows are the staging. Where rows may be rebuilt, there are no sequences yet: their hidden
+        states are kept from the start.
         """
         store = cls(
             num_layers=flat.num_layers,
