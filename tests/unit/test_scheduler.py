@@ -168,12 +168,12 @@ def test_the_one_that_was_swapped_first_resumes_first():
 
 
 def test_one_that_still_reads_its_prompt_is_not_swapped():
-    driver = Driver(Limits(44, (DISK,)), ThreePhase(), prefill_chunk=32)
-    driver.add("a", 40)
-    second = driver.add("b", 12)
-    while not second.num_cached:
-        driver.step()
-        assert second.status is not RequestStatus.SWAPPED
+    driver = Driver(Limits(80, (DISK,)), ThreePhase(), prefill_chunk=32)
+    driver.add("a", 60)
+    second = driver.add("b", 45)
+    steps = [driver.step() for _ in range(4)]
+    assert steps == [{"a": (0, 32)}, {"a": (32, 28)}, {"b": (0, 32)}, {"b": (32, 13)}]
+    assert second.status is RequestStatus.RUNNING
     driver.step()
     assert second.status is RequestStatus.SWAPPED
 
