@@ -22,36 +22,31 @@ from tests.scheduler_cases import TOKEN, Driver
 STATE_BLOCK = 64
 
 
-def some_limits(draw):
-    tiers = tuple(Tier(medium, draw.randint(0, 120)) for medium in draw.choice(([], [Medium.DISK], list(Medium)[1:])))
-    state_tokens = draw.choice((None, STATE_BLOCK * draw.randint(1, 8), draw.randint(64, 300)))
-    return Limits(draw.randint(1, 120), tiers, draw.randint(0, 40) if tiers else 0, state_tokens)
-
-
-def some_placement(draw):
-    steps, chunk = sorted(draw.randint(0, 40) for _ in range(2)), draw.randint(1, 16)
-    schedule = Schedule(
-        offload_from=steps[0], recompute_from=steps[1], offload_ratio=draw.random(), recompute_ratio=draw.random()
-    )
-    return draw.choice(
-        (AllDevice(), StaticSplit(0.99 * draw.random(), chunk), ThreePhase(None, chunk), ThreePhase(schedule, chunk))
-    )
+def some_limits(draw, *, most_tiers):
+    media = [Medium.DISK] if draw.randint(1, most_tiers + 1) == 2 else [Medium.HOST, Medium.DISK][:most_tiers]
+    tiers = tuple(Tier(medium, draw.randint(0, 300)) for medium in media)
+    state_tokens = draw.choice((None, None, STATE_BLOCK * draw.randint(2, 8), draw.randint(128, 600)))
+    return Limits(draw.randint(20, 160), tiers, draw.randint(0, 40) if tiers else 0, state_tokens)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """`live` has every request that is not finished, `lengths` what the cache holds by request index."""
 
-    @initialize(seed=st.integers(0, 2**32 - 1))
-    def set_up(self, seed):
-        draw = random.Random(seed)
-        self.limits = some_limits(draw)
+    most_tiers = 2
+
+    def placement(self, draw):
+        return ThreePhase(None, draw.randint(1, 16))
+
+    @initialize(draw=st.randoms())
+    def set_up(self, draw):
+        self.limits = some_limits(draw, most_tiers=self.most_tiers)
         self.max_num_seqs, self.prefill_chunk = draw.randint(1, 6), draw.choice((4, 16, 64))
-        keep = draw.choice((0, 0.5, 1))
+        keep, costs = draw.choice((0, 0.5, 1)), random.Random(draw.randint(0, 1000))
         self.driver = Driver(
             self.limits,
-            some_placement(draw),
-            policy=draw.choice(("dense", "swa", "local")),
-            keeps=lambda request: draw.random() < keep,
+            self.placement(draw),
+            policy=draw.choice(("dense", "dense", "swa", "local")),
+            keeps=lambda request: costs.random() < keep,
             max_num_seqs=self.max_num_seqs,
             prefill_chunk=self.prefill_chunk,
         )
@@ -63,8 +58,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    @rule(prompt_len=st.integers(1, 60), new=st.integers(1, 40), priority=st.sampled_from((0, 0, 0, -1, 1)))
-    def add(self, prompt_len, new, priority):
+    @rule(draw=st.randoms(), count=st.integers(1, 6))
+    def add(self, draw, count):
+        for _ in range(count):
+            most = draw.choice((20, 60, self.limits.device_tokens))
+            self.add_one(draw.randint(1, most), draw.randint(1, 80), draw.choice((0, 0, 0, -1, 1)))
+
+    def add_one(self, prompt_len, new, priority):
         self.num_added += 1
         name = f"r{self.num_added}"
         try:
@@ -83,14 +83,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             with pytest.raises(InputError):
                 self.driver.add(random.Random(seed).choice(list(self.live)), 1, 1)
 
-    @rule(seed=st.integers(0, 2**32 - 1))
-    def abort(self, seed):
-        draw = random.Random(seed)
-        if not self.live or draw.random() < 0.1:
+    @rule(draw=st.randoms())
+    def abort(self, draw):
+        if not self.live:
             assert self.driver.abort("nobody") is None
             return
-        # Each queue as often as the others.
-        status = draw.choice(sorted({request.status for request, _ in self.live.values()}))
+        found = {request.status for request, _ in self.live.values()}
+        rarest = (RequestStatus.SWAPPED, RequestStatus.RUNNING, RequestStatus.WAITING)
+        status = draw.choice([status for status in rarest if status in found])
         name = draw.choice([name for name, (request, _) in self.live.items() if request.status is status])
         request = self.live[name][0]
         assert self.driver.abort(name) is request
@@ -108,7 +108,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
-    @rule(count=st.integers(1, 20), seed=st.integers(0, 2**32 - 1), trouble=st.sampled_from((0, 0, 0.05)))
+    @rule(count=st.integers(1, 60), seed=st.integers(0, 2**32 - 1), trouble=st.sampled_from((0, 0, 0.05)))
     def steps(self, count, seed, trouble):
         draw = random.Random(seed)
         for _ in range(count):
@@ -216,5 +216,39 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(request.finish_reason == "length" for request in left.values())
 
 
-TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+class AllDeviceMachine(SchedulerMachine):
+    """Without tiers nobody is swapped."""
+
+    most_tiers = 0
+
+    def placement(self, draw):
+        return AllDevice()
+
+
+class StaticMachine(SchedulerMachine):
+    """Nobody is swapped: the split is what is wanted."""
+
+    def placement(self, draw):
+        return StaticSplit(0.99 * draw.random(), draw.randint(1, 16))
+
+
+class ScheduleMachine(SchedulerMachine):
+    """Rows move and are deleted before the device is full."""
+
+    def placement(self, draw):
+        steps = sorted(draw.randint(0, 40) for _ in range(2))
+        schedule = Schedule(
+            offload_from=steps[0], recompute_from=steps[1], offload_ratio=draw.random(), recompute_ratio=draw.random()
+        )
+        return ThreePhase(schedule, draw.randint(1, 16))
+
+
+SETTINGS = settings(max_examples=30, stateful_step_count=20, deadline=None)
+TestThreePhase = SchedulerMachine.TestCase
+TestThreePhase.settings = SETTINGS
+TestAllDevice = AllDeviceMachine.TestCase
+TestAllDevice.settings = SETTINGS
+TestStatic = StaticMachine.TestCase
+TestStatic.settings = SETTINGS
+TestSchedule = ScheduleMachine.TestCase
+TestSchedule.settings = SETTINGS

@@ -140,6 +140,50 @@ def test_what_reads_more_than_the_device_holds_is_swapped_and_resumes():
     assert all(len(request.output_ids) == 60 for request in requests)
 
 
+def test_nobody_is_admitted_while_one_is_swapped():
+    driver = Driver(Limits(44, (DISK,)), ThreePhase(), prefill_chunk=64)
+    first, second = driver.add("a", 40), driver.add("b", 10)
+    driver.step()
+    driver.add("c", 1)  # there would be room for it beside `a`
+    driver.step()
+    assert (first.status, second.status) == (RequestStatus.RUNNING, RequestStatus.SWAPPED)
+    assert driver.scheduler.num_waiting == 1
+    driver.steps()
+    assert driver.finished == ["a", "b", "c"]
+
+
+def test_the_one_that_was_swapped_first_resumes_first():
+    driver = Driver(Limits(100, (DISK,)), ThreePhase(), prefill_chunk=256)
+    for name, prompt_len in (("a", 60), ("b", 35), ("c", 30)):
+        driver.add(name, prompt_len, 8)
+    driver.step()
+    driver.step()
+    assert [request.request_id for request in driver.scheduler.swapped] == ["c"]
+    while len(driver.scheduler.swapped) < 2:
+        driver.step()
+    assert [request.request_id for request in driver.scheduler.running] == ["a"]
+    driver.abort("a")
+    driver.step()
+    assert [request.request_id for request in driver.scheduler.running] == ["c", "b"]
+
+
+def test_one_that_still_reads_its_prompt_is_not_swapped():
+    driver = Driver(Limits(80, (DISK,)), ThreePhase(), prefill_chunk=32)
+    driver.add("a", 60)
+    second = driver.add("b", 45)
+    steps = [driver.step() for _ in range(4)]
+    assert steps == [{"a": (0, 32)}, {"a": (32, 28)}, {"b": (0, 32)}, {"b": (32, 13)}]
+    assert second.status is RequestStatus.RUNNING
+    driver.step()
+    assert second.status is RequestStatus.SWAPPED
+
+
+def test_one_that_reads_more_than_the_device_holds_runs_when_it_is_alone():
+    driver = Driver(Limits(20, (DISK,)), ThreePhase())
+    driver.add("a", 40, 3)
+    assert driver.steps() == [{"a": (0, 16)}, {"a": (16, 16)}, {"a": (32, 8)}, {"a": (40, 1)}, {"a": (41, 1)}]
+
+
 def test_the_state_of_the_policy_is_never_overdrawn():
     driver = Driver(Limits(1000, state_tokens=128))
     first, second = driver.add("a", 60, 20), driver.add("b", 60, 20)
