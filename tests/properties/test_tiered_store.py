@@ -362,6 +362,7 @@ class TieredMachine(RuleBasedStateMachine):
     @rule(tier=st.integers(0, 2), layer=st.integers(0, NUM_LAYERS - 1), slot=st.integers(0, 39))
     def wear(self, tier, layer, slot):
         """A row of a tier goes bad."""
+        self.wait_for_threads()
         tiers = [*self.tiers, self.hidden_tier]
         tiers[tier % len(tiers)].bad.add((layer, slot))
 
@@ -376,11 +377,19 @@ class TieredMachine(RuleBasedStateMachine):
             self.let_go(req_idx)
 
     def fail(self):
-        """ReqIndices that lost rows are known and go, no others."""
+        """Sequences that lost rows are known and go, no others."""
+        if any(tier.bad for tier in (*self.tiers, self.hidden_tier)):
+            self.wait_for_threads()
         failed = self.store.failed()
         assert set(failed) <= self.doomed
         for req_idx in failed:
             self.let_go(req_idx)
+
+    def wait_for_threads(self):
+        """Nothing is on its way where bad rows are concerned: which sequences are open, and so what is drawn next, must
+        not depend on how fast threads are. With a late pool it does not."""
+        if self.pool is None:
+            self.store.drain()
 
     @invariant()
     def agrees(self):
