@@ -7,9 +7,9 @@ import torch
 
 import alisa.llm
 from alisa import LLM, SamplingParams
-from alisa.budget import reads_of
 from alisa.engine.placement import Placement
 from alisa.engine.runner import ModelRunner
+from alisa.policy.registry import reads_of
 from alisa.scheduler.simulate import rollout
 
 PROMPT_LENGTHS = (3, 41, 17, 60, 33, 25)
