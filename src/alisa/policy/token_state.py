@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -147,5 +148,6 @@ def _small_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if not num_bytes:
         return torch.empty(shape, dtype=dtype)
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_NOHUGEPAGE)
+    with suppress(OSError):  # a kernel without huge pages refuses
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
