@@ -1,5 +1,8 @@
 """Selection policies without a model: budgets, and the local sum against a plain re-computation."""
 
+import mmap
+import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -238,6 +241,20 @@ def test_state_takes_the_bytes_that_the_entry_says(name):
     assert state.nbytes == expected
     state.close(3)
     assert state.nbytes == expected - state_tokens(500) * size.per_token - size.per_sequence
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["swa", "h2o", "sketch"])
+def test_room_takes_no_memory_before_it_is_used(name):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    spec = small_spec(num_layers=16, num_kv_heads=4, head_dim=64)
+    before = resident()
+    state = start(make_policy(name, 0.8), 4, 4096, spec=spec, num_tokens=200_000)
+    fill(state, 0, 512)
+    assert sum(table.tensor.nbytes for table in state._tables) > 20 << 20
+    assert resident() - before < 2 * state.nbytes + (8 << 20)
 
 
 @pytest.mark.parametrize("max_buckets", [4, 7])
