@@ -7,6 +7,7 @@ asks the config again. There is no torch here, so that the planner and the simul
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -181,7 +182,7 @@ CODE_BITS: dict[str, int] = {"int8": 8, "int4": 4}
 """Bits of one value in an integer row."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RowFormat:
     """What the bytes of one row mean: K then V of one token of one layer, `[2, G, D]` of `dtype`.
 
@@ -204,7 +205,7 @@ class RowFormat:
             return -(-self.head_dim * CODE_BITS[self.dtype] // 8)
         return self.head_dim * DTYPE_BYTES[self.dtype]
 
-    @property
+    @cached_property  # asked for in every layer of every step
     def row_bytes(self) -> int:
         """Bytes of one token of one layer."""
         scale_bytes = 4 if self.dtype in CODE_BITS else 0

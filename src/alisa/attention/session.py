@@ -10,7 +10,7 @@ Whoever runs a model over cached rows (the engine, teacher-forced scoring, the e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alisa.attention.prefill import PrefillStep
 from alisa.attention.timing import StepSection, StepTimer
-from alisa.cache.base import KVChunk, RowStore
+from alisa.cache.base import RowStore
 from alisa.cache.manager import CacheManager
 from alisa.kernels.base import Attended, Selection, StepBatch
 from alisa.kernels.choose import AttentionBackend
@@ -87,10 +87,14 @@ class KVSession:
         self._select = timer.timed(StepSection.SELECTION, state.select)
         self._on_attended = timer.timed(StepSection.SELECTION, state.on_attended)
         self._combine = timer.timed(StepSection.SELECTION, state.combine)
+        # What a state leaves at its default, which does nothing, need not be called in every layer of every step.
+        self._keeps_tokens = type(state).on_append is not PolicyState.on_append
+        self._uses_mass = policy.uses_mass
+        self._combines = type(state).combine is not PolicyState.combine
         self._observe_prompt = timer.timed(StepSection.SELECTION, state.observe_prompt)
         self._begin_policy = timer.timed(StepSection.SELECTION, state.begin)
         self._begin_cache = timer.timed(StepSection.BEGIN, cache.begin)
-        self._next_chunk = timer.timed(StepSection.TRANSFER, _first)
+        self._next_chunk = timer.timed(StepSection.TRANSFER, next)
         self.selection = Selection(torch.empty(0), torch.empty(0), ())
         """What the last layer of a decode step read; evaluations look at it."""
         self._prompt_lens: dict[int, int] = {}
@@ -154,13 +158,15 @@ class KVSession:
             return self._prefill.attend(layer, q, k, v, hidden)
         query, key, value = q[:, 0], k[:, 0], v[:, 0]
         self._append(layer, key, value, hidden[:, 0])
-        self._on_append(layer, self._batch.req_index, self._positions, key, value)
+        if self._keeps_tokens:
+            self._on_append(layer, self._batch.req_index, self._positions, key, value)
         selection = self._select(layer, query) if self._chosen is None else self._chosen[layer]
         attended = self._attend(layer, query, selection)
-        self._on_attended(layer, selection, attended.mass)
+        if self._uses_mass:
+            self._on_attended(layer, selection, attended.mass)
         self.selection = selection
         self._read.append(selection.num_tokens)
-        return self._combine(layer, attended)[:, None]
+        return (self._combine(layer, attended) if self._combines else attended.out)[:, None]
 
     def end(self) -> StepTraffic:
         """The step is over; the next one's selections are made and asked for, where history alone decides them."""
@@ -209,7 +215,7 @@ class KVSession:
     def _attend(self, layer: int, query: Tensor, selection: Selection) -> Attended:
         """Attention over the selected rows, in one call or piece by piece: the same, to the last bit."""
         chunks = self._store.chunks(layer, selection)
-        chunk = self._next_chunk(chunks)
+        chunk = self._next_chunk(chunks, None)
         assert chunk is not None, "every sequence reads at least its own token"
         if chunk.span is None:
             return self._kernel(query, chunk.rows, self._codec, chunk.slots, selection.counts)
@@ -218,7 +224,7 @@ class KVSession:
         while chunk is not None:
             assert chunk.span is not None, "a selection is one chunk, or all of it is pieces"
             add(chunk.rows, chunk.slots, chunk.span.begins, chunk.span.ends)
-            chunk = self._next_chunk(chunks)
+            chunk = self._next_chunk(chunks, None)
         return self._timer.timed(StepSection.ATTENTION, pieces.finish)()
 
     def _look_ahead(self) -> None:
@@ -239,8 +245,3 @@ class KVSession:
         index = torch.tensor(req_indices, dtype=torch.int64, device=self._device)
         counts = torch.tensor(lengths, dtype=torch.int32, device=self._device)
         return StepBatch(req_indices, lengths, index, counts)
-
-
-def _first(chunks: Iterator[KVChunk]) -> KVChunk | None:
-    """The next chunk, once its rows are there."""
-    return next(chunks, None)

@@ -144,7 +144,7 @@ class KVStore:
             num_seqs, num_sets, num_slots = selection.positions.shape
             slots = self._step_table.gather(1, selection.positions.view(num_seqs, -1).to(torch.int64))
             self._last = (selection, slots.view(num_seqs, num_sets, num_slots))
-        yield KVChunk(self._pool[layer], self._last[1], None)
+        return iter((KVChunk(self._pool[layer], self._last[1], None),))
 
     def sequences(self) -> Iterator[tuple[int, NDArray[np.int32]]]:
         """(req_idx, slots Int32[length] of its rows) of every open sequence."""

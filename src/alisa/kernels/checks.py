@@ -59,7 +59,7 @@ def check_append(rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, 
     """New tokens fit the rows they go to; raises otherwise."""
     _check_rows(rows, row_format)
     shape = (row_format.num_kv_heads, row_format.head_dim)
-    if k.shape != (len(slots), *shape) or v.shape != k.shape:
+    if k.shape != (slots.shape[0], *shape) or v.shape != k.shape:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} are not {len(slots)} tokens of {row_format}")
     if slots.dtype != torch.int64 or k.dtype not in VALUE_DTYPES or v.dtype != k.dtype:
         raise TypeError(f"slots are int64, k and v the same float, not {slots.dtype}, {k.dtype}, {v.dtype}")
@@ -132,14 +132,20 @@ def check_sketch_scores(
 
 def check_sketch_select(query: Tensor, num_sets: int, older_ends: Tensor, older_counts: Tensor, counts: Tensor) -> None:
     """There is a budget for each index set of each sequence; raises otherwise."""
-    budgets = (older_ends, older_counts, counts)
-    if any(values.shape != (len(query) * num_sets,) or not values.is_contiguous() for values in budgets):
+    # Written out, as are others here: this runs in every layer of every step.
+    shape = (query.shape[0] * num_sets,)
+    if (
+        older_ends.shape != shape
+        or older_counts.shape != shape
+        or counts.shape != shape
+        or not (older_ends.is_contiguous() and older_counts.is_contiguous() and counts.is_contiguous())
+    ):
+        shapes = [tuple(values.shape) for values in (older_ends, older_counts, counts)]
         raise ValueError(
-            f"{len(query)} sequences of {num_sets} index sets need as many contiguous budgets, not "
-            f"{[tuple(values.shape) for values in budgets]}"
+            f"{len(query)} sequences of {num_sets} index sets need as many contiguous budgets, not {shapes}"
         )
-    if any(values.dtype != torch.int32 for values in budgets):
-        raise TypeError(f"budgets are int32, not {[values.dtype for values in budgets]}")
+    if older_ends.dtype != torch.int32 or older_counts.dtype != torch.int32 or counts.dtype != torch.int32:
+        raise TypeError(f"budgets are int32, not {[older_ends.dtype, older_counts.dtype, counts.dtype]}")
 
 
 def check_mean_add(sums: Tensor, req_index: Tensor, values: Tensor) -> None:
@@ -201,7 +207,7 @@ def _check_sketch(codes: Tensor, ranges: Tensor, num_heads: int, head_dim: int, 
     if codes.dtype != torch.uint8 or ranges.dtype != torch.float16:
         raise TypeError(f"codes are uint8 and ranges float16, not {codes.dtype}, {ranges.dtype}")
     expected = (num_heads, -(-head_dim * bits // 8))
-    if codes.shape[1:] != expected or ranges.shape != (len(codes), num_heads, 2):
+    if codes.shape[1:] != expected or ranges.shape != (codes.shape[0], num_heads, 2):
         raise ValueError(
             f"codes {tuple(codes.shape)} and ranges {tuple(ranges.shape)} are not [T, {expected[0]}, {expected[1]}] "
             f"and [T, {num_heads}, 2], as {bits} bits for {num_heads} heads of {head_dim} need"

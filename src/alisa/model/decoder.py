@@ -131,6 +131,7 @@ class Decoder:
             x = x + F.embedding(positions + spec.position_offset, self._positions)
         q_shape = (batch, length, spec.num_heads, spec.head_dim)
         kv_shape = (batch, length, 2, spec.num_kv_heads, spec.head_dim)
+        out_shape = (batch, length, spec.q_size)
         for index, layer in enumerate(self._layers):
             normed = layer.attn_norm(x) if spec.norm_first else x
             q = layer.q(normed).view(q_shape)
@@ -141,7 +142,7 @@ class Decoder:
                 k = layer.k_norm(k)
             if rotate is not None:
                 q, k = rotate(q), rotate(k)
-            attended = layer.out(attend(index, q, k, v, normed).reshape(batch, length, spec.q_size))
+            attended = layer.out(attend(index, q, k, v, normed).reshape(out_shape))
             if spec.parallel_residual:
                 x = x + attended + self._mlp(layer, layer.mlp_norm(x))
             elif spec.norm_first:

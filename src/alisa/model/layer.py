@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from alisa.model.linear import Linear, MakeLinear
@@ -38,8 +37,8 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         """Normalised `x [..., C]`, same shape and dtype."""
         if self.bias is None:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            return torch.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ class PackedLinear:
         RuntimeError: this build or CPU does not take the dtype.
     """
 
-    __slots__ = ("_doubles", "_num_in", "_packed", "bias", "nbytes")
+    __slots__ = ("_doubles", "_multiply", "_num_in", "_packed", "bias", "nbytes")
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
@@ -91,15 +91,17 @@ class PackedLinear:
         )
         self._doubles = self._num_in > ONE_ROW_INPUTS or not exact
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), BATCH_HINT)
+        # The operator itself: the object that torch shows is two calls in Python for each product.
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default._op
         self(weight.new_zeros(1, weight.shape[1]))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Product of `x [..., in]` with the weight, plus the bias: `[..., out]`."""
         if self._doubles and x.numel() == self._num_in:
             row = x.reshape(1, self._num_in)
-            out = torch.ops.mkldnn._linear_pointwise(torch.cat((row, row)), self._packed, self.bias, "none", [], "")
+            out = self._multiply(torch.cat((row, row)), self._packed, self.bias, "none", [], "")
             return out[0].view(*x.shape[:-1], -1)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return self._multiply(x, self._packed, self.bias, "none", [], "")
 
 
 def make_linear(weight: Tensor, bias: Tensor | None, device: torch.device) -> Linear:

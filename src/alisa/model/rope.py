@@ -58,11 +58,7 @@ class Rotation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x [..., heads, D]` with the first `rotary_dim` values of each head turned; same dtype."""
-        if x.shape[-1] == self._rotary_dim:
-            return self._turn(x)
-        turned = self._turn(x[..., : self._rotary_dim])
-        return torch.cat((turned, x[..., self._rotary_dim :]), dim=-1)
-
-    def _turn(self, x: Tensor) -> Tensor:
+        head = x if x.shape[-1] == self._rotary_dim else x[..., : self._rotary_dim]
         # In place: for a prompt's q, each further float32 result is as large as the model's products of a layer.
-        return (x * self._cos).addcmul_(x.roll(self._half, -1), self._sin).to(x.dtype)
+        turned = (head * self._cos).addcmul_(head.roll(self._half, -1), self._sin).to(x.dtype)
+        return turned if head is x else torch.cat((turned, x[..., self._rotary_dim :]), dim=-1)

@@ -153,7 +153,7 @@ class CpuKernels:
 
     Args:
         isa: one of `isa_names()`; by default the fastest.
-        num_threads: threads to use; by default as many as torch uses at the time of the call.
+        num_threads: threads to use; by default as many as torch uses when a layer appends its rows.
         share_threads: run on torch's OpenMP threads where they can be found.
     """
 
@@ -164,8 +164,9 @@ class CpuKernels:
             raise ValueError(f"{isa} kernels cannot run here; there are {', '.join(isa_names())}")
         self.isa = isa or isa_names()[0]
         self._team = Team(num_threads, share=share_threads)
+        self._threads = self._team.threads()
         self._workspace = _native.Workspace()
-        self._layouts: dict[RowFormat, RowLayout] = {}
+        self._last: tuple[RowFormat, RowLayout] | None = None
 
     def __call__(self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor) -> Attended:
         """Attend with q `[B, H, D]` to `slots` Int32[B, J, K] of `rows` UInt8[R, row_bytes]; `counts` Int32[B] count.
@@ -174,9 +175,9 @@ class CpuKernels:
         """
         check_decode(q, rows, codec.format, slots, counts)
         q, slots, counts = q.contiguous(), slots.contiguous(), counts.contiguous()
-        attended = _room_for(q, slots.shape[1], slots.shape[2])
+        attended = Attended(torch.empty_like(q), torch.empty(slots.shape), torch.empty(q.shape[:2]))
         task = _decode_task(self._layout(codec.format), q, rows, slots, counts, attended)
-        self._workspace.decode(isa=self.isa, threads=self._team.threads(), task=task)
+        self._workspace.decode(isa=self.isa, threads=self._threads, task=task)
         return attended
 
     def in_pieces(self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int) -> CpuPieces:
@@ -193,9 +194,10 @@ class CpuKernels:
         """K and V `[N, G, D]` stand as rows at `slots` Int64[N] of one layer's pool; nothing else is touched."""
         check_append(rows, row_format, slots, k, v)
         k, v, slots = _dense_tokens(k), _dense_tokens(v), slots.contiguous()
+        self._threads = self._team.threads()  # once for all that a layer does
         self._workspace.encode(
             isa=self.isa,
-            threads=self._team.threads(),
+            threads=self._threads,
             layout=self._layout(row_format),
             k=k.data_ptr(),
             v=v.data_ptr(),
@@ -205,7 +207,7 @@ class CpuKernels:
             rows=rows.data_ptr(),
             row_stride=rows.stride(0),
             slots=slots.data_ptr(),
-            num_tokens=len(slots),
+            num_tokens=slots.shape[0],
         )
 
     def select(
@@ -235,7 +237,7 @@ class CpuKernels:
         check_select(scores, starts, older_ends, older_counts, counts)
         positions = torch.empty(len(starts), num_slots, dtype=torch.int32)
         library().select(
-            threads=self._team.threads(),
+            threads=self._threads,
             scores=scores.data_ptr(),
             wide=scores.dtype == torch.float64,
             lane_stride=1,
@@ -300,7 +302,7 @@ class CpuKernels:
         keys, ids = _dense_tokens(keys), ids.contiguous()
         self._workspace.sketch_append(
             isa=self.isa,
-            threads=self._team.threads(),
+            threads=self._threads,
             bits=bits,
             num_kv_heads=num_heads,
             head_dim=head_dim,
@@ -344,7 +346,7 @@ class CpuKernels:
         scores = torch.empty(len(query), num_sets, width)
         self._workspace.sketch_scores(
             isa=self.isa,
-            threads=self._team.threads(),
+            threads=self._threads,
             task=_sketch_task(query, codes, ranges, bits, starts, lengths, width, num_sets),
             out=scores.data_ptr(),
         )
@@ -392,7 +394,7 @@ class CpuKernels:
         shares = torch.empty(num_seqs, num_heads)
         self._workspace.sketch_select(
             isa=self.isa,
-            threads=self._team.threads(),
+            threads=self._threads,
             task=_sketch_task(query, codes, ranges, bits, starts, lengths, width, num_sets),
             older_ends=older_ends.data_ptr(),
             older_counts=older_counts.data_ptr(),
@@ -427,12 +429,13 @@ class CpuKernels:
         float dtype.
         """
         check_mean_blend(sums, req_index, lengths, out, shares)
-        out, req_index, lengths, shares = (values.contiguous() for values in (out, req_index, lengths, shares))
+        out, req_index = out.contiguous(), req_index.contiguous()
+        lengths, shares = lengths.contiguous(), shares.contiguous()
         num_seqs, num_heads, head_dim = out.shape
         blended = torch.empty_like(out)
         self._workspace.mean_blend(
             isa=self.isa,
-            threads=self._team.threads(),
+            threads=self._threads,
             sums=sums.data_ptr(),
             num_kv_heads=sums.shape[1],
             head_dim=head_dim,
@@ -448,12 +451,11 @@ class CpuKernels:
         return blended
 
     def _layout(self, row_format: RowFormat) -> RowLayout:
-        layout = self._layouts.get(row_format)
-        if layout is None:
+        if self._last is None or self._last[0] is not row_format:
             layout = library().RowLayout(_ROW_DTYPES[row_format.dtype], row_format.num_kv_heads, row_format.head_dim)
             assert layout.row_bytes == row_format.row_bytes, "RowFormat and RowLayout count bytes differently"
-            self._layouts[row_format] = layout
-        return layout
+            self._last = row_format, layout
+        return self._last[1]
 
 
 class CpuPieces:
@@ -477,7 +479,9 @@ class CpuPieces:
         self._format = row_format
         self._q = q.contiguous()
         self._counts = counts.contiguous()
-        self._attended = _room_for(self._q, 1, num_slots)
+        num_seqs, num_heads, _ = q.shape
+        mass, log_sum_exp = torch.empty(num_seqs, 1, num_slots), torch.empty(num_seqs, num_heads)
+        self._attended = Attended(torch.empty_like(self._q), mass, log_sum_exp)
         self._plan = library().Plan()
 
     def add(self, rows: Tensor, slots: Tensor, begins: Tensor, ends: Tensor) -> None:
@@ -507,18 +511,13 @@ class CpuPieces:
         return self._attended
 
 
-def _room_for(q: Tensor, num_sets: int, num_slots: int) -> Attended:
-    """What decode attention with q `[B, H, D]` gives, not yet written."""
-    num_seqs, num_heads, _ = q.shape
-    return Attended(torch.empty_like(q), torch.empty(num_seqs, num_sets, num_slots), torch.empty(num_seqs, num_heads))
-
-
 def _decode_task(
     layout: RowLayout, q: Tensor, rows: Tensor, slots: Tensor, counts: Tensor, attended: Attended
 ) -> DecodeTask:
     """Checked, contiguous tensors as addresses: they must live as long as it is used."""
     num_seqs, num_heads, _ = q.shape
-    return library().DecodeTask(
+    assert _native is not None, "whoever gets here has a layout from it"
+    return _native.DecodeTask(
         layout=layout,
         q=q.data_ptr(),
         q_dtype=VALUE_CODES[q.dtype],
@@ -548,7 +547,8 @@ def _sketch_task(
 ) -> SketchTask:
     """Checked, contiguous tensors as addresses: they must live as long as it is used."""
     num_seqs, num_heads, head_dim = query.shape
-    return library().SketchTask(
+    assert _native is not None, "whoever gets here has a workspace from it"
+    return _native.SketchTask(
         bits=bits,
         num_kv_heads=codes.shape[1],
         head_dim=head_dim,
@@ -578,6 +578,5 @@ def library():  # noqa: ANN201 - the module itself, or an error
 
 def _dense_tokens(values: Tensor) -> Tensor:
     """`[N, G, D]` with each token's values in one run; a copy only where they are not."""
-    num_heads, head_dim = values.shape[1:]
-    dense = values.stride(2) == 1 and (num_heads == 1 or values.stride(1) == head_dim)
-    return values if dense else values.contiguous()
+    is_dense = values.stride(2) == 1 and (values.shape[1] == 1 or values.stride(1) == values.shape[2])
+    return values if is_dense else values.contiguous()
