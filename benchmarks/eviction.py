@@ -19,6 +19,7 @@ from alisa.engine.placement import Placement
 from alisa.engine.recorder import Stopwatch
 from alisa.engine.requests import Request
 from alisa.engine.runner import Runner
+from alisa.engine.threads import make_governor
 from alisa.kv.codec import make_codec
 from alisa.kv.residency import EVICTIONS
 from alisa.llm import embedded_model
@@ -57,7 +58,7 @@ def main() -> None:
                 decoder, policy, memory.store, state, kernels.prefill, kernels.attend, Stopwatch(), looks_ahead=True
             )
             placement = Placement(memory.scheduler, memory.limits, memory.store, policy)
-            engine = Engine(runner, placement, eos_ids=frozenset(), prefill_chunk=1024)
+            engine = Engine(runner, placement, eos_ids=frozenset(), prefill_chunk=1024, governor=make_governor())
             for index in range(args.batch):
                 prompt = tuple(ids[index * args.prompt_len : (index + 1) * args.prompt_len])
                 params = SamplingParams(max_tokens=args.output_len, temperature=0.8, seed=index, ignore_eos=True)

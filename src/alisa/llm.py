@@ -34,6 +34,7 @@ from alisa.engine.requests import Sequence as RunningSequence
 from alisa.engine.runner import Runner
 from alisa.engine.score import ScoredItem, Scorer
 from alisa.engine.text import TextStream
+from alisa.engine.threads import ThreadGovernor, make_governor
 from alisa.engine.verify import VerifyReport, verify
 from alisa.engine.weights import choose_linear
 from alisa.errors import InputError, PromptError
@@ -275,14 +276,16 @@ class LLM:
         self, requests: Sequence[Request], prompts: Sequence[str | Sequence[int]]
     ) -> Iterator[TextDelta | RequestOutput]:
         """Submit everything, which may refuse it, and only then hand out the generator that does the work."""
-        engine, memory, state_bytes = self._engine(requests)
+        governor = make_governor()
+        engine, memory, state_bytes = self._engine(requests, governor)
         for request in requests:
             engine.submit(request)
-        return self._events(engine, memory, state_bytes, requests, prompts)
+        return self._events(engine, governor, memory, state_bytes, requests, prompts)
 
     def _events(
         self,
         engine: Engine,
+        governor: ThreadGovernor,
         memory: Memory,
         state_bytes: int,
         requests: Sequence[Request],
@@ -310,8 +313,9 @@ class LLM:
         finally:  # an interrupted run has totals too
             self._summary = self._summarise(requests, num_output, memory, state_bytes, perf_counter() - started)
             memory.store.close()
+            governor.restore()
 
-    def _engine(self, requests: Sequence[Request]) -> tuple[Engine, Memory, int]:
+    def _engine(self, requests: Sequence[Request], governor: ThreadGovernor) -> tuple[Engine, Memory, int]:
         """An engine with room for this work and no more: rows and state are sized by the largest requests that meet."""
         sizes = [request.num_rows for request in requests]
         num_lanes = min(self.config.max_batch, len(sizes))
@@ -337,7 +341,13 @@ class LLM:
             looks_ahead=memory.scheduler.uses_tiers,
         )
         placement = Placement(memory.scheduler, memory.limits, memory.store, self._policy)
-        engine = Engine(runner, placement, eos_ids=self.tokenizer.eos_ids, prefill_chunk=self.config.prefill_chunk)
+        engine = Engine(
+            runner,
+            placement,
+            eos_ids=self.tokenizer.eos_ids,
+            prefill_chunk=self.config.prefill_chunk,
+            governor=governor,
+        )
         return engine, memory, state.nbytes
 
     def _kv_cap(self) -> int:

@@ -18,6 +18,7 @@ from alisa.engine.placement import Placement
 from alisa.engine.recorder import Stopwatch
 from alisa.engine.requests import Request
 from alisa.engine.runner import Runner
+from alisa.engine.threads import make_governor
 from alisa.kv.codec import make_codec
 from alisa.model.loader import random_decoder
 from alisa.policy.table import make_policy
@@ -40,7 +41,8 @@ memory = make_memory(decoder, policy, codec, kernels, [length + 7], Caps(int(sha
 state = policy.start(spec, 1, length + 7, decoder.device, kernels.selection)
 runner = Runner(decoder, policy, memory.store, state, kernels.prefill, kernels.attend, Stopwatch(), looks_ahead=True)
 engine = Engine(
-    runner, Placement(memory.scheduler, memory.limits, memory.store, policy), eos_ids=frozenset(), prefill_chunk=1024
+    runner, Placement(memory.scheduler, memory.limits, memory.store, policy), eos_ids=frozenset(), prefill_chunk=1024,
+    governor=make_governor(),
 )
 ids = torch.randint(0, 512, (length,), generator=torch.Generator().manual_seed(1)).tolist()
 engine.submit(Request(0, tuple(ids), SamplingParams(max_tokens=8, ignore_eos=True), 8))

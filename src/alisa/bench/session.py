@@ -17,6 +17,7 @@ from alisa.engine.placement import Placement
 from alisa.engine.recorder import Stopwatch
 from alisa.engine.requests import Request
 from alisa.engine.runner import Runner
+from alisa.engine.threads import make_governor
 from alisa.kv.codec import make_codec
 from alisa.model.decoder import Decoder
 from alisa.policy.table import make_policy
@@ -131,7 +132,13 @@ def run_batch(
     watch = Stopwatch()
     runner = Runner(decoder, policy, memory.store, state, kernels.prefill, kernels.attend, watch, looks_ahead=ahead)
     placement = Placement(memory.scheduler, memory.limits, memory.store, policy)
-    engine = Engine(runner, placement, eos_ids=frozenset(), prefill_chunk=setting.prefill_chunk)
+    engine = Engine(
+        runner,
+        placement,
+        eos_ids=frozenset(),
+        prefill_chunk=setting.prefill_chunk,
+        governor=make_governor(),
+    )
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     for index, ids in enumerate(prompts):
         engine.submit(Request(index, tuple(ids), params, output_len))

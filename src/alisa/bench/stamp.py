@@ -12,7 +12,8 @@ import psutil
 import torch
 
 import alisa
-from alisa.machine import Cpu, huge_pages, huge_pages_asked, num_cpus
+from alisa.engine.threads import is_fixed
+from alisa.machine import Cpu, huge_pages, huge_pages_asked, num_cpus, spinning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,10 @@ class Stamp:
     """That the process may keep busy."""
     num_threads: int
     """That torch uses."""
+    spinning: str
+    """How long threads spin that wait for each other."""
+    threads_fixed: bool
+    """Whether the user fixed the threads, so that they do not follow the load."""
     memory_bytes: int
     huge_pages: str | None
     """The kernel's setting: `always`, `madvise` or `never`."""
@@ -52,6 +57,8 @@ class Stamp:
             cpu_capability=torch.backends.cpu.get_cpu_capability(),
             num_cpus=num_cpus(),
             num_threads=torch.get_num_threads(),
+            spinning=spinning(),
+            threads_fixed=is_fixed(),
             memory_bytes=psutil.virtual_memory().total,
             huge_pages=huge_pages(),
             huge_pages_asked=huge_pages_asked(),

@@ -16,9 +16,10 @@ import torch
 from alisa import __version__
 from alisa.doctor.self_test import SelfTest, run_self_test
 from alisa.engine.memory import Caps, default_kv_memory
+from alisa.engine.threads import is_fixed
 from alisa.kernels import cpu, cpu_product
 from alisa.llm import embedded_model
-from alisa.machine import Cpu, Place, free_memory, huge_pages, huge_pages_asked, memory_limit, num_cpus
+from alisa.machine import Cpu, Place, free_memory, huge_pages, huge_pages_asked, memory_limit, num_cpus, spinning
 from alisa.model.linear import PackedLinear, make_linear
 from alisa.model.precision import has_native_bfloat16, resolve_device, resolve_dtype
 
@@ -69,6 +70,10 @@ class Facts:
     """That torch uses."""
     num_cpus: float
     """That this process may keep busy."""
+    spinning: str
+    """How long threads spin that wait for each other, as far as the environment says."""
+    threads_fixed: bool
+    """Whether the environment fixes the threads, so that they do not follow the load."""
     native: Native
     native_bfloat16: bool
     """Whether this CPU multiplies bfloat16."""
@@ -115,6 +120,8 @@ def gather(temporary: Path, disk_tier: Path) -> Facts:
         cpu=Cpu.read(),
         num_threads=torch.get_num_threads(),
         num_cpus=num_cpus(),
+        spinning=spinning(),
+        threads_fixed=is_fixed(),
         native=_native(),
         native_bfloat16=has_native_bfloat16(),
         dtype_16bit=str(resolve_dtype("auto", "float16", device)).removeprefix("torch."),

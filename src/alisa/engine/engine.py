@@ -15,6 +15,7 @@ from alisa.engine.recorder import Part
 from alisa.engine.requests import Request, Sequence
 from alisa.engine.runner import PromptPiece, Runner
 from alisa.engine.sampler import sample
+from alisa.engine.threads import ThreadGovernor
 from alisa.errors import CapacityError
 from alisa.outputs import FinishReason
 from alisa.schedule.work import Work, next_work
@@ -49,13 +50,23 @@ class Engine:
         placement: where rows go, and who fits together.
         eos_ids: token ids that end a request unless it ignores them.
         prefill_chunk: prompt tokens in one pass at the most.
+        governor: chooses how many threads a step runs on.
     """
 
-    def __init__(self, runner: Runner, placement: Placement, *, eos_ids: frozenset[int], prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        placement: Placement,
+        *,
+        eos_ids: frozenset[int],
+        prefill_chunk: int,
+        governor: ThreadGovernor,
+    ) -> None:
         self._runner = runner
         self._store = runner.store
         self._watch = runner.watch
         self._placement = placement
+        self._governor = governor
         self._eos_ids = eos_ids
         self._prefill_chunk = prefill_chunk
         self._waiting = WaitingLine()
@@ -85,6 +96,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> StepResult | None:
         """Do the next piece of work; None when nothing is left to do."""
+        self._governor.before_step()
         self._watch.reset()
         self._num_preempted = 0
         self._resume()

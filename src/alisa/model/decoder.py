@@ -32,7 +32,7 @@ contiguous, its token stride is `2 * G * D`.
 
 
 def _silu(x: Tensor) -> Tensor:
-    """x / (1 + exp(-x)). torch's own gives the last elements of a thread's share other last bits than the others.
+    """X / (1 + exp(-x)). torch's own gives the last elements of a thread's share other last bits than the others.
 
     In 16 bits it does not show (tried on every value). `exp` and `erf` treat all elements alike.
     """
@@ -40,13 +40,13 @@ def _silu(x: Tensor) -> Tensor:
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """x / 2 (1 + erf(x / sqrt(2))), for the same reason, here in 16 bits too."""
+    """X / 2 (1 + erf(x / sqrt(2))), for the same reason, here in 16 bits too."""
     wide = x.to(torch.float32)
     return (wide * math.sqrt(0.5)).erf_().add_(1).mul_(wide).mul_(0.5).to(x.dtype)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
-    """x / 2 (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    """X / 2 (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)."""
     wide = x.to(torch.float32)
     power = (wide * wide).mul_(0.044715).add_(1).mul_(wide).mul_(-2 * math.sqrt(2 / math.pi))
     return (wide / power.exp_().add_(1)).to(x.dtype)
