@@ -24,6 +24,12 @@ __all__ = ["LLM", "SamplingParams", "__version__"]
 # is also `ASK_FOR_HUGE_PAGES` in alisa.machine, which brings psutil and so is not imported here.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+# A thread that waits for others spins. When other programs are busy, the one that is waited for may be without a
+# processor: a shorter spin than libgomp's 300,000 rounds then lets it run. It must be set before torch is loaded. The
+# name is also `SPIN_COUNT` in alisa.machine.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 _HOMES = {"LLM": "alisa.llm", "SamplingParams": "alisa.config"}
 
 

@@ -21,6 +21,12 @@ ASK_FOR_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 Importing alisa sets it, unless it is set already.
 """
 
+SPIN_COUNT = "GOMP_SPINCOUNT"
+"""Rounds that a waiting thread of libgomp spins before it sleeps; read when torch is loaded.
+
+Importing alisa sets it, unless it or OMP_WAIT_POLICY is set already.
+"""
+
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -117,6 +123,27 @@ def num_cpus(own: Path = _OWN_CGROUPS, root: Path = _CGROUPS) -> float:
             # Version 1 keeps the period, which nobody changes from 100 ms, in a file of its own.
             quotas.append(int(quota) / int(period[0] if period else 100_000))
     return min(quotas)
+
+
+def other_cpu_seconds() -> float:
+    """Processor seconds since the machine started, without those of this process and of its children that have ended.
+
+    The system counts in steps of 10 ms.
+    """
+    times = psutil.cpu_times()._asdict()
+    # A guest's time is counted in user too; waiting for a disk keeps no processor busy.
+    idle = ("idle", "iowait", "guest", "guest_nice")
+    own = os.times()
+    own_s = own.user + own.system + own.children_user + own.children_system
+    return sum(value for kind, value in times.items() if kind not in idle) - own_s
+
+
+def spinning() -> str:
+    """How long torch's threads spin when they wait for each other, as far as the environment says."""
+    for name in ("OMP_WAIT_POLICY", SPIN_COUNT):
+        if name in os.environ:
+            return f"{name}={os.environ[name]}"
+    return "as long as the OpenMP runtime likes"
 
 
 def _cgroup_texts(controller: str, name: str, old_name: str, own: Path, root: Path) -> Iterator[str]:

@@ -32,6 +32,8 @@ HEALTHY = Facts(
     cpu=Cpu("Some CPU", frozenset({"avx2", "avx512f"})),
     num_threads=2,
     num_cpus=2.0,
+    spinning="GOMP_SPINCOUNT=10000",
+    threads_fixed=False,
     native=NATIVE,
     native_bfloat16=True,
     dtype_16bit="bfloat16",
@@ -86,8 +88,20 @@ def test_a_healthy_machine_needs_nothing():
         ),
         ({"native": replace(NATIVE, self_test=SelfTest(None, "Boom"))}, "self test", "problem", "Boom", "reinstall"),
         ({"native": replace(NATIVE, shares_threads=False)}, "threads", "note", "start their own", "PyPI"),
-        ({"num_threads": 16, "num_cpus": 2.5}, "threads", "note", "16, 2.5 processors", "OMP_NUM_THREADS=2"),
-        ({"num_threads": 16, "num_cpus": 0.5}, "threads", "note", "16, 0.5 processors", "OMP_NUM_THREADS=1"),
+        (
+            {"num_threads": 16, "num_cpus": 2.5, "threads_fixed": True},
+            "threads",
+            "note",
+            "16, 2.5 processors",
+            "OMP_NUM_THREADS=2",
+        ),
+        (
+            {"num_threads": 16, "num_cpus": 0.5, "threads_fixed": True},
+            "threads",
+            "note",
+            "16, 0.5 processors",
+            "OMP_NUM_THREADS=1",
+        ),
         ({"num_threads": 1, "num_cpus": 8.0}, "threads", "note", "most are idle", "OMP_NUM_THREADS"),
         ({"native_bfloat16": False, "dtype_16bit": "float32"}, "dtype", "note", "in float32", "--dtype bfloat16"),
         ({"packed": ()}, "linear layers", "note", "not packed", "PyPI"),
@@ -185,3 +199,17 @@ def test_the_self_test_notices(alter, failure):
     result = run_self_test(Altered(alter))
     assert not result.passed
     assert result.failure == failure
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"num_threads": 16, "num_cpus": 2.5}, "an engine uses 2 of torch's 16"),
+        ({"threads_fixed": True}, "fixed by the environment"),
+        ({}, "fewer while other programs are busy (waiting: GOMP_SPINCOUNT=10000)"),
+    ],
+)
+def test_what_becomes_of_the_threads_is_said(change, text):
+    [finding] = [finding for finding in diagnose(replace(HEALTHY, **change)) if finding.topic == "threads"]
+    assert finding.status is Status.OK
+    assert text in finding.text

@@ -18,9 +18,10 @@ from alisa.config import EngineConfig
 from alisa.doctor.self_test import SelfTest, run_self_test
 from alisa.engine.builder import device_cap, disk_cap
 from alisa.engine.loaded import embedded_model
+from alisa.engine.threads import is_fixed
 from alisa.kernels.native import kernels as cpu
 from alisa.kernels.native import product as cpu_product
-from alisa.machine import Cpu, Place, free_memory, huge_pages, huge_pages_asked, memory_limit, num_cpus
+from alisa.machine import Cpu, Place, free_memory, huge_pages, huge_pages_asked, memory_limit, num_cpus, spinning
 from alisa.model.linear import PackedLinear, make_linear
 from alisa.model.precision import has_native_bfloat16, resolve_device, resolve_dtype
 
@@ -71,6 +72,10 @@ class Facts:
     """That torch uses."""
     num_cpus: float
     """That this process may keep busy."""
+    spinning: str
+    """How long threads spin that wait for each other, as far as the environment says."""
+    threads_fixed: bool
+    """Whether the environment fixes the threads, so that they do not follow the load."""
     native: Native
     native_bfloat16: bool
     """Whether this CPU multiplies bfloat16."""
@@ -117,6 +122,8 @@ def gather(temporary: Path, disk_tier: Path) -> Facts:
         cpu=Cpu.read(),
         num_threads=torch.get_num_threads(),
         num_cpus=num_cpus(),
+        spinning=spinning(),
+        threads_fixed=is_fixed(),
         native=_native(),
         native_bfloat16=has_native_bfloat16(),
         dtype_16bit=str(resolve_dtype("auto", "float16", device)).removeprefix("torch."),

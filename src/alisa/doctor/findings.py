@@ -87,9 +87,13 @@ def _native(facts: Facts) -> Iterator[Finding]:
 
 def _threads(facts: Facts) -> Finding:
     text = f"torch uses {facts.num_threads}, {facts.num_cpus:g} processors may be used"
-    if facts.num_threads > ceil(facts.num_cpus):
+    if facts.num_threads > ceil(facts.num_cpus) and facts.threads_fixed:
         return Finding(
             Status.NOTE, "threads", f"{text}: they wait for each other", f"OMP_NUM_THREADS={int(facts.num_cpus) or 1}"
+        )
+    if facts.num_threads > ceil(facts.num_cpus):
+        text = (
+            f"an engine uses {int(facts.num_cpus) or 1} of torch's {facts.num_threads}, {facts.num_cpus:g} may be busy"
         )
     if facts.num_threads * 2 < facts.num_cpus:
         return Finding(Status.NOTE, "threads", f"{text}: most are idle", "raise or unset OMP_NUM_THREADS")
@@ -101,7 +105,8 @@ def _threads(facts: Facts) -> Finding:
             "install torch from PyPI, whose builds bring one",
         )
     shared = "; the native kernels run on torch's" if facts.native.isas else ""
-    return Finding(Status.OK, "threads", text + shared)
+    load = "; fixed by the environment" if facts.threads_fixed else "; fewer while other programs are busy"
+    return Finding(Status.OK, "threads", f"{text}{shared}{load} (waiting: {facts.spinning})")
 
 
 def _dtype(facts: Facts) -> Finding:

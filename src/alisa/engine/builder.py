@@ -23,6 +23,7 @@ from alisa.engine.loaded import LoadedModel, kv_codec
 from alisa.engine.prompt import PromptReader
 from alisa.engine.report import EngineSetup
 from alisa.engine.runner import ModelRunner
+from alisa.engine.threads import make_governor
 from alisa.errors import InputError
 from alisa.machine import free_memory
 from alisa.policy.registry import make_policy, reads_of
@@ -100,6 +101,7 @@ def build_engine(
         costs,
         model.tokenizer,
         PromptReader(model.tokenizer, model.spec.vocab_size, cache_config.max_model_len),
+        make_governor(),
         eos_ids=frozenset() if model.tokenizer is None else model.tokenizer.eos_ids,
     )
     return engine, _setup(model, config, cache_config, codec.format.dtype)

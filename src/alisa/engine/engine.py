@@ -15,6 +15,7 @@ from alisa.engine.prompt import PromptReader
 from alisa.engine.report import step_record
 from alisa.engine.runner import ModelRunner, StepResult
 from alisa.engine.sampler import sample
+from alisa.engine.threads import ThreadGovernor
 from alisa.errors import InputError
 from alisa.model.tokenizer import Tokenizer
 from alisa.outputs import FinishReason, RequestOutput, TextDelta
@@ -36,6 +37,7 @@ class Engine:
         costs: what restoring a preempted sequence costs, learnt here.
         tokenizer: None: prompts are token ids, and no text comes out.
         prompts: checks what is asked.
+        governor: chooses how many threads a step runs on.
         eos_ids: token ids that end a request unless it ignores them.
     """
 
@@ -46,6 +48,7 @@ class Engine:
         costs: MeasuredRestoreCosts,
         tokenizer: Tokenizer | None,
         prompts: PromptReader,
+        governor: ThreadGovernor,
         *,
         eos_ids: frozenset[int],
     ) -> None:
@@ -55,6 +58,7 @@ class Engine:
         self._costs = costs
         self._tokenizer = tokenizer
         self._prompts = prompts
+        self._governor = governor
         self._eos_ids = eos_ids
         self._texts: dict[str, RequestText] = {}
         self._names = itertools.count()
@@ -111,6 +115,7 @@ class Engine:
     def step(self) -> EngineOutput:
         """Do the next piece of work; an empty output when there is none."""
         self._check_usable()
+        self._governor.before_step()
         self._runner.timer.reset()
         plan = self.scheduler.schedule(self._session.cache)
         if plan is None:
@@ -128,12 +133,15 @@ class Engine:
         )
         self._costs.learn(record)
         deltas, finished = self._collect(plan, grown, failed)
+        if not self.has_requests:
+            self._governor.restore()
         return EngineOutput(deltas, finished, record, plan, tuple(request.request_id for request in requests))
 
     def close(self) -> None:
         """Requests are forgotten; rows, files and threads are given back. Closing again does nothing."""
         if not self._closed:
             self._closed = True
+            self._governor.restore()
             self._session.cache.close()
 
     def _check_usable(self) -> None:

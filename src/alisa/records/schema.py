@@ -31,6 +31,10 @@ class Stamp:
     """That the process may keep busy."""
     num_threads: int
     """That torch uses."""
+    spinning: str | None = None
+    """How long threads spin that wait for each other."""
+    threads_fixed: bool | None = None
+    """Whether the user fixed the threads, so that they do not follow the load."""
     memory_bytes: int | None = None
     huge_pages: str | None = None
     """The kernel's setting: `always`, `madvise` or `never`."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_info
 from torch import Tensor
 
 from alisa.kernels.base import Attended, Codec
@@ -69,12 +68,10 @@ def isa_names() -> tuple[str, ...]:
 @cache
 def openmp_entry() -> int:
     """Address of `GOMP_parallel` in the OpenMP runtime that torch has loaded; 0 where there is none that has it."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return 0
-    for path in dict.fromkeys(re.findall(r"/\S*lib[gi]?omp\S*\.so\S*", maps)):
-        entry = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+    for pool in threadpool_info():
+        if pool["user_api"] != "openmp":
+            continue
+        entry = getattr(ctypes.CDLL(pool["filepath"]), "GOMP_parallel", None)
         if entry is not None:
             return ctypes.cast(entry, ctypes.c_void_p).value or 0
     return 0

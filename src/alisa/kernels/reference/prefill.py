@@ -14,13 +14,16 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from alisa.kernels.base import KeyBlock, Seed
 from alisa.kernels.reference.merge import PartialAttention
 
 MASS_BLOCK_SCORES = 1 << 23
 """Scores held at once: 32 MiB in float32, small beside the weights of any model and large enough for a GEMM."""
+
+TILE_ROWS = 16
+"""Queries that torch's attention is given are a multiple of this: as many float32 as a cache line holds."""
 
 
 def prefill_attention(
@@ -39,6 +42,9 @@ def prefill_attention(
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention among T tokens: q `[T, H, D]`, k and v `[T, G, D]` -> `[T, H, D]`."""
+    count = len(q)
+    if q.device.type == "cpu":
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)  # tokens after the last are seen by none before them
     out = scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
@@ -46,7 +52,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         is_causal=len(q) > 1,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out[0].transpose(0, 1)
+    return out[0].transpose(0, 1)[:count]
 
 
 def attend_after(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tuple[Tensor, Tensor]:
@@ -62,16 +68,33 @@ def attend_after(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tuple[Te
     if q.device.type != "cpu":
         return attend_after_plain(q, own, past)
     merged = PartialAttention(q)
+    queries = _aligned(q)
     for block in chain(past, (own,)):
+        # Rows of codes are read as float32.
+        k, v = block.k.to(q.dtype), block.v.to(q.dtype)
+        if block is own:
+            k, v = _aligned(k), _aligned(v)
         out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q.transpose(0, 1)[None],
-            # Rows of codes are read as float32.
-            block.k.to(q.dtype).transpose(0, 1)[None],
-            block.v.to(q.dtype).transpose(0, 1)[None],
+            queries.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
             is_causal=block is own,
         )
-        merged.add(out[0].transpose(0, 1), log_sum_exp[0].transpose(0, 1), slice(None))
+        merged.add(out[0].transpose(0, 1)[: len(q)], log_sum_exp[0].transpose(0, 1)[: len(q)], slice(None))
     return merged.out.to(q.dtype), merged.log_sum_exp
+
+
+def _aligned(values: Tensor) -> Tensor:
+    """These tokens `[T, heads, D]` at the beginning of a cache line, and zeros up to a multiple of `TILE_ROWS`.
+
+    torch gives each of its threads a part of one buffer, as long as the queries of a block make it, and the matrix
+    library sums in another order where an operand does not begin at a cache line: with an odd number of queries the
+    result would depend on which thread computes a head, and a packed prompt's on those before it.
+    """
+    missing = -len(values) % TILE_ROWS
+    if not missing and values.data_ptr() % 64 == 0:
+        return values
+    return pad(values, (0, 0, 0, 0, 0, missing))
 
 
 def attend_after_plain(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from time import perf_counter, sleep
 
 import psutil
+
+from alisa.machine import other_cpu_seconds
 
 QUIET_SHARE = 0.05
 """Processor time of others that a measurement can bear: one of two threads late by so much delays the other."""
@@ -15,21 +16,12 @@ class OthersMeter:
     """Counts the processor time that is spent while it exists, but not by this process or children that have ended."""
 
     def __init__(self) -> None:
-        self._started, self._others_s = perf_counter(), self._now()
+        self._started, self._others_s = perf_counter(), other_cpu_seconds()
 
     def share(self) -> float:
         """Time of others over all processor time there was; the system counts in steps of 10 ms."""
         available_s = (perf_counter() - self._started) * (psutil.cpu_count() or 1)
-        return max(0.0, self._now() - self._others_s) / available_s
-
-    @staticmethod
-    def _now() -> float:
-        times = psutil.cpu_times()._asdict()
-        # A guest's time is counted in user too; waiting for a disk keeps no processor busy.
-        idle = ("idle", "iowait", "guest", "guest_nice")
-        own = os.times()
-        own_s = own.user + own.system + own.children_user + own.children_system
-        return sum(value for kind, value in times.items() if kind not in idle) - own_s
+        return max(0.0, other_cpu_seconds() - self._others_s) / available_s
 
 
 def wait_for_quiet(patience_s: float, *, look_s: float = 1.0) -> float:

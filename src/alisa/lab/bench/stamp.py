@@ -11,7 +11,8 @@ import psutil
 import torch
 
 import alisa
-from alisa.machine import Cpu, huge_pages, huge_pages_asked, num_cpus
+from alisa.engine.threads import is_fixed
+from alisa.machine import Cpu, huge_pages, huge_pages_asked, num_cpus, spinning
 from alisa.records.schema import Stamp
 
 
@@ -27,6 +28,8 @@ def current_stamp() -> Stamp:
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         num_cpus=num_cpus(),
         num_threads=torch.get_num_threads(),
+        spinning=spinning(),
+        threads_fixed=is_fixed(),
         memory_bytes=psutil.virtual_memory().total,
         huge_pages=huge_pages(),
         huge_pages_asked=huge_pages_asked(),

@@ -1,0 +1,279 @@
+"""What a request gets does not depend on its company, nor on where its rows lie, nor on the threads: to the last bit.
+
+Token ids are compared, and all logits as bytes: 16-bit models turn a last bit into another token only now and then. The
+fuzz (`pytest -m slow`) tries random settings; ALISA_FUZZ_SEED and ALISA_FUZZ_CASES choose others.
+"""
+
+import json
+import os
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from alisa import LLM, SamplingParams
+from alisa.kernels.choose import choose_backend
+from alisa.lab.scoring import ScoredItem, Scorer
+from alisa.model.linear import make_linear
+from tests.caps import device_cap
+
+PROMPT_LENGTHS = (3, 290, 41, 130, 17)
+NEW_TOKENS = 24
+SIZES = {"max_num_seqs": len(PROMPT_LENGTHS), "max_model_len": max(PROMPT_LENGTHS) + NEW_TOKENS}
+
+
+@dataclass
+class Result:
+    """Token ids of every request, and all logits as bytes.
+
+    A set, because a preempted request goes through its tokens again.
+    """
+
+    tokens: list[tuple[int, ...]]
+    logits: set[bytes]
+
+    def __add__(self, other: "Result") -> "Result":
+        return Result(self.tokens + other.tokens, self.logits | other.logits)
+
+
+@contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def prompts_of(llm, lengths=PROMPT_LENGTHS, seed=11):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, llm.spec.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def run(llm, prompts, num_threads=1, new_tokens=NEW_TOKENS, temperature=0.0):
+    """Generate, and keep what the output layer says."""
+    logits: set[bytes] = set()
+    output_layer = llm.decoder.logits
+
+    def keep(hidden: Tensor) -> Tensor:
+        found = output_layer(hidden)
+        logits.update(row.numpy().tobytes() for row in found)
+        return found
+
+    params = [SamplingParams(max_tokens=new_tokens, ignore_eos=True, temperature=temperature, seed=5)] * len(prompts)
+    llm.decoder.logits = keep
+    try:
+        with threads(num_threads):
+            outputs = llm.generate(prompts, params)
+    finally:
+        llm.decoder.logits = output_layer
+    return Result([output.token_ids for output in outputs], logits)
+
+
+def score(llm, prompts, result, num_threads=1, max_batch=8):
+    """The logits that teacher-forced decoding of the same tokens gives."""
+    scorer = Scorer(llm.decoder, choose_backend(torch.device("cpu")), 1 << 30, max_batch, llm.config.prefill_chunk)
+    items = [ScoredItem(prompt, tokens) for prompt, tokens in zip(prompts, result.tokens, strict=True)]
+    logits: set[bytes] = set()
+    with threads(num_threads):
+        for batch in scorer.batches(items, llm.codec, llm.policy):
+            for step in scorer.steps(llm.policy, llm.codec, [items[index] for index in batch]):
+                logits.update(row.numpy().tobytes() for row in step.logits)
+    return logits
+
+
+def count_deleted(llm):
+    """A list that grows by the rows that every later stream has deleted."""
+    deleted = []
+    stream = llm.stream
+
+    def counting(prompts, params):
+        found = stream(prompts, params)
+        close = found.close
+        found.close = lambda: (deleted.append(found.report().summary.traffic.deleted_rows), close())
+        return found
+
+    llm.stream = counting
+    return deleted
+
+
+def count_pieces(llm, monkeypatch):
+    """A list that grows with every selection that is read in pieces."""
+    asked = []
+    kernel_class = type(llm._model.backend.attend)
+    in_pieces = kernel_class.in_pieces
+    monkeypatch.setattr(kernel_class, "in_pieces", lambda *args: asked.append(1) or in_pieces(*args))
+    return asked
+
+
+THREE_PHASES = {
+    "schedule": "three-phase",
+    "offload_from": 3,
+    "recompute_from": 8,
+    "offload_ratio": 0.7,
+    "recompute_ratio": 0.6,
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": "dense"},
+        {"policy": "sketch"},
+        {"policy": "swa"},
+        {"policy": "dense", "dtype": "float32"},
+        {"policy": "swa", "dtype": "float32"},
+        {"policy": "sketch", "dtype": "float16"},
+        {"policy": "dense", "kv_dtype": "int8", "weight_dtype": "int8"},
+        {"policy": "swa", "kv_dtype": "int4", "weight_dtype": "int8"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_no_company_placement_or_thread_changes_a_bit(options, tmp_path, monkeypatch):
+    options = {"dtype": "bfloat16", "sparsity": 0.5, "prefill_chunk": 64, **SIZES} | options
+    together = LLM(**options)
+    prompts = prompts_of(together)
+    expected = run(together, prompts)
+    assert run(together, prompts, num_threads=2) == expected, "two threads"
+    alone = [run(together, [prompt], num_threads=2) for prompt in prompts]
+    assert sum(alone[1:], alone[0]) == expected, "alone"
+    assert run(LLM(**(options | {"max_num_seqs": 2})), prompts) == expected, "two at a time"
+    assert score(together, prompts, expected) == expected.logits, "scored together"
+    assert score(together, prompts, expected, num_threads=2, max_batch=1) == expected.logits, "scored alone"
+
+    total = sum(PROMPT_LENGTHS) + len(PROMPT_LENGTHS) * NEW_TOKENS
+    third = LLM(**options, kv_device_memory=device_cap(together, total // 3))
+    assert run(third, prompts) == expected, "a third of the rows"
+    capped = LLM(**options, kv_device_memory=device_cap(together, 40))
+    asked = count_pieces(capped, monkeypatch)
+    assert run(capped, prompts, num_threads=2) == expected, "in pieces"
+    assert asked, "the cap was not small enough for pieces"
+    half, disk = device_cap(together, total // 2), total // 4 * together.describe()["kv_token_bytes"]
+    preempting = LLM(**options, kv_device_memory=half, kv_disk_memory=disk)
+    assert run(preempting, prompts) == expected, "preempted"
+    schedule = tmp_path / "schedule.json"
+    schedule.write_text(json.dumps(THREE_PHASES))
+    phases = LLM(**options, schedule=schedule, kv_device_memory=half)
+    deleted = count_deleted(phases)
+    assert run(phases, prompts) == expected, "three phases"
+    assert sum(deleted) > 0
+
+
+def test_plain_torch_keeps_the_promise(tiny_model, monkeypatch):
+    """Where there are no native kernels."""
+    monkeypatch.setattr("alisa.kernels.native.kernels.available", lambda: False)
+    options = {"policy": "dense", "dtype": "bfloat16", "prefill_chunk": 32, "max_num_seqs": 3, "max_model_len": 100}
+    together = LLM(tiny_model("llama-gqa-tied"), **options)
+    assert together.describe()["attention"] == "torch"
+    prompts = prompts_of(together, (3, 70, 41))
+    expected = run(together, prompts, new_tokens=30)
+    alone = [run(together, [prompt], num_threads=2, new_tokens=30) for prompt in prompts]
+    assert sum(alone[1:], alone[0]) == expected
+    capped = LLM(tiny_model("llama-gqa-tied"), **options, kv_device_memory=device_cap(together, 12))
+    asked = count_pieces(capped, monkeypatch)
+    assert run(capped, prompts, new_tokens=30) == expected
+    assert asked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_in", [256, 1024, 1536, 2112])
+def test_a_row_of_a_product_does_not_depend_on_the_others(dtype, num_in):
+    """Shapes as in real models: the tiny ones have too few inputs for a product to be cut."""
+    generator = torch.Generator().manual_seed(num_in)
+    weight = torch.randn(320, num_in, generator=generator).to(dtype) / num_in**0.5
+    x = torch.randn(70, num_in, generator=generator).to(dtype)
+    linear = make_linear(weight, None, torch.device("cpu"))
+    expected = linear(x)
+    for num_threads in (1, 2):
+        with threads(num_threads):
+            for count in (1, 2, 3, 4, 7, 16, 33, 64):
+                for first in range(0, 70 - count, 1 if count < 3 else 5):
+                    found = linear(x[first : first + count])
+                    assert torch.equal(found, expected[first : first + count]), (num_threads, count, first)
+
+
+@pytest.mark.parametrize("family", ["opt-gelu-no-bias", "pythia", "gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_and_norms_of_every_kind_know_no_company(family, dtype, tiny_model):
+    llm = LLM(tiny_model(family), policy="dense", dtype=dtype, prefill_chunk=32)
+    prompts = prompts_of(llm, (3, 41, 17, 60, 33))
+    expected = run(llm, prompts)
+    alone = [run(llm, [prompt], num_threads=2) for prompt in prompts]
+    assert sum(alone[1:], alone[0]) == expected
+
+
+# --- the fuzz --------------------------------------------------------------------------------------------------------
+
+
+def random_case(draw):
+    """One request list, how it is to be, and a setting in which it must come out the same."""
+    family = draw.choice(["embedded", "embedded", "llama-gqa-tied", "opt", "qwen3"])
+    longest = 400 if family == "embedded" else 80
+    schedule = draw.choice(
+        [
+            None,
+            None,
+            {"schedule": "static", "offload_ratio": draw.choice([0.3, 0.75])},
+            THREE_PHASES | {"offload_from": draw.randint(5, 40), "recompute_from": draw.randint(41, 90)},
+        ]
+    )
+    policy = draw.choice(["dense", "dense", "swa", "h2o", "sketch", "sketch", "local", "strided"])
+    return {
+        "family": family,
+        "options": {
+            "policy": policy,
+            "sparsity": draw.choice([0.0, 0.4, 0.8]),
+            "dtype": draw.choice(["bfloat16", "bfloat16", "float16", "float32"]),
+            "weight_dtype": draw.choice(["auto", "auto", "int8"]),
+            "kv_dtype": draw.choice(["auto", "auto", "bfloat16", "int8", "int4"]),
+            "prefill_chunk": draw.choice([16, 64, 1024]),
+        },
+        "lengths": [draw.randint(1, longest) for _ in range(draw.randint(1, 7))],
+        "new_tokens": draw.randint(2, 30),
+        "temperature": draw.choice([0.0, 0.0, 0.8]),
+        "seed": draw.randint(0, 999),
+        "num_threads": draw.choice([1, 2, 3]),
+        "max_num_seqs": draw.choice([1, 2, 5, 32]),
+        "cap": draw.choice([None, 0.7, 0.3, 0.1, 0.0]),
+        "disk": draw.choice([None, None, 0.4]),
+        "schedule": schedule,
+    }
+
+
+def check_case(case, tiny_model, tmp_path):
+    """The requests one by one on one thread, against all of them in the setting of the case."""
+    model = None if case["family"] == "embedded" else tiny_model(case["family"])
+    max_model_len = max(case["lengths"]) + case["new_tokens"]
+    options = case["options"] | {"max_num_seqs": case["max_num_seqs"], "max_model_len": max_model_len}
+    plain = LLM(model, **options)
+    prompts = prompts_of(plain, case["lengths"], case["seed"])
+    rules = {"new_tokens": case["new_tokens"], "temperature": case["temperature"]}
+    alone = [run(plain, [prompt], **rules) for prompt in prompts]
+    expected = sum(alone[1:], alone[0])
+    token_bytes = plain.describe()["kv_token_bytes"]
+    total = sum(case["lengths"]) + len(prompts) * case["new_tokens"]
+    setting = {}
+    if case["cap"] is not None:
+        setting["kv_device_memory"] = device_cap(plain, max(int(case["cap"] * total), 8))
+    if case["disk"] is not None and case["cap"] is not None:
+        setting["kv_disk_memory"] = int(max(case["disk"] * total, max_model_len) * token_bytes)
+    if case["schedule"] is not None:
+        setting["schedule"] = tmp_path / "schedule.json"
+        setting["schedule"].write_text(json.dumps(case["schedule"]))
+    llm = LLM(model, **options, **setting)
+    found = run(llm, prompts, num_threads=case["num_threads"], **rules)
+    assert found.tokens == expected.tokens, f"other tokens: {json.dumps(case)}"
+    assert found.logits == expected.logits, f"other bits: {json.dumps(case)}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_random_settings_change_no_bit(tiny_model, tmp_path):
+    """A failure ends with the case as JSON: `check_case(json.loads(...), tiny_model, tmp_path)` repeats it."""
+    seed = int(os.environ.get("ALISA_FUZZ_SEED", "0"))
+    for number in range(int(os.environ.get("ALISA_FUZZ_CASES", "60"))):
+        check_case(random_case(random.Random(f"{seed}/{number}")), tiny_model, tmp_path)
