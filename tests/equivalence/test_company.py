@@ -8,14 +8,13 @@ import json
 import os
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from alisa import LLM, SamplingParams
-from alisa.kernels.choose import choose_backend
 from alisa.lab.scoring import ScoredItem, Scorer
 from alisa.model.linear import make_linear
 from tests.caps import device_cap
@@ -76,7 +75,7 @@ def run(llm, prompts, num_threads=1, new_tokens=NEW_TOKENS, temperature=0.0):
 
 def score(llm, prompts, result, num_threads=1, max_batch=8):
     """The logits that teacher-forced decoding of the same tokens gives."""
-    scorer = Scorer(llm.decoder, choose_backend(torch.device("cpu")), 1 << 30, max_batch, llm.config.prefill_chunk)
+    scorer = replace(Scorer.of(llm), kv_cap_bytes=1 << 30, max_batch=max_batch)
     items = [ScoredItem(prompt, tokens) for prompt, tokens in zip(prompts, result.tokens, strict=True)]
     logits: set[bytes] = set()
     with threads(num_threads):
