@@ -34,7 +34,7 @@ from alisa.engine.requests import Sequence as RunningSequence
 from alisa.engine.runner import Runner
 from alisa.engine.score import ScoredItem, Scorer
 from alisa.engine.text import TextStream
-from alisa.engine.threads import ThreadGovernor, make_governor
+from alisa.engine.threads import make_governor
 from alisa.engine.verify import VerifyReport, verify
 from alisa.engine.weights import choose_linear
 from alisa.errors import InputError, PromptError
@@ -132,6 +132,7 @@ class LLM:
         kv_dtype_name = str(self._decoder.dtype).removeprefix("torch.") if kv_dtype == "auto" else kv_dtype
         self._codec = make_codec(RowFormat(kv_dtype_name, self.spec.num_kv_heads, self.spec.head_dim))
         self._kernels = choose_kernels(self._decoder.device)
+        self._governor = make_governor()
         self._records: list[StepRecord] = []
         self._plans: list[StepPlan] = []
         self._memory: Memory | None = None
@@ -276,16 +277,14 @@ class LLM:
         self, requests: Sequence[Request], prompts: Sequence[str | Sequence[int]]
     ) -> Iterator[TextDelta | RequestOutput]:
         """Submit everything, which may refuse it, and only then hand out the generator that does the work."""
-        governor = make_governor()
-        engine, memory, state_bytes = self._engine(requests, governor)
+        engine, memory, state_bytes = self._engine(requests)
         for request in requests:
             engine.submit(request)
-        return self._events(engine, governor, memory, state_bytes, requests, prompts)
+        return self._events(engine, memory, state_bytes, requests, prompts)
 
     def _events(
         self,
         engine: Engine,
-        governor: ThreadGovernor,
         memory: Memory,
         state_bytes: int,
         requests: Sequence[Request],
@@ -313,9 +312,9 @@ class LLM:
         finally:  # an interrupted run has totals too
             self._summary = self._summarise(requests, num_output, memory, state_bytes, perf_counter() - started)
             memory.store.close()
-            governor.restore()
+            self._governor.restore()
 
-    def _engine(self, requests: Sequence[Request], governor: ThreadGovernor) -> tuple[Engine, Memory, int]:
+    def _engine(self, requests: Sequence[Request]) -> tuple[Engine, Memory, int]:
         """An engine with room for this work and no more: rows and state are sized by the largest requests that meet."""
         sizes = [request.num_rows for request in requests]
         num_lanes = min(self.config.max_batch, len(sizes))
@@ -346,7 +345,7 @@ class LLM:
             placement,
             eos_ids=self.tokenizer.eos_ids,
             prefill_chunk=self.config.prefill_chunk,
-            governor=governor,
+            governor=self._governor,
         )
         return engine, memory, state.nbytes
 

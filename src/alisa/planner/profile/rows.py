@@ -87,7 +87,7 @@ def _calls(
 
     def read() -> None:
         for part in store.parts(0, Chosen(one, counts, (1,))):
-            attend(q, part.rows, codec, part.slots, part.counts)
+            attend(q, part.rows, codec, part.slots, counts)
 
     return seconds(read, repeats=50), times[1], row_s
 
