@@ -28,6 +28,12 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+from alisa import LLM, SamplingParams
+from alisa.lab.bench.others import OthersMeter
+from alisa.lab.bench.stamp import current_stamp
+from alisa.machine import num_cpus
+from alisa.outputs import StepRecord
+
 VARIANTS = {
     "default": {},
     "active": {"OMP_NUM_THREADS": "{threads}", "GOMP_SPINCOUNT": "300000"},
@@ -39,24 +45,28 @@ SETTINGS = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BI
 
 def work(args: argparse.Namespace) -> None:
     """In a process of its own: decode for some seconds; one line of JSON."""
-    from alisa import LLM, SamplingParams
-    from alisa.lab.bench.stamp import current_stamp
-
-    llm = LLM(args.model, policy=args.policy, max_batch=args.batch)
+    llm = LLM(args.model, policy=args.policy, max_num_seqs=args.batch)
     prompts = [list(range(5, 5 + args.prompt_len))] * args.batch
     params = SamplingParams(max_tokens=args.output_len, ignore_eos=True)
-    tokens, decode_s, longest_s, deadline = 0, 0.0, 0.0, None
-    while deadline is None or perf_counter() < deadline:
-        llm.generate(prompts, params)
-        if deadline is None:  # the first run warms up
-            deadline = perf_counter() + args.seconds
-            continue
-        steps = [record for record in llm.records if not record.prefill]
+    run(llm, prompts, SamplingParams(max_tokens=4, ignore_eos=True), perf_counter() + args.seconds)
+    deadline = perf_counter() + args.seconds
+    tokens, decode_s, longest_s = 0, 0.0, 0.0
+    while perf_counter() < deadline:
+        steps = run(llm, prompts, params, deadline)
         tokens += sum(record.num_tokens for record in steps)
         decode_s += sum(record.wall_s for record in steps)
         longest_s = max(longest_s, *(record.wall_s for record in steps))
     speed = {"tokens_per_s": tokens / decode_s, "longest_step_s": longest_s}
     print(json.dumps(speed | {"stamp": asdict(current_stamp())}))
+
+
+def run(llm: LLM, prompts: list[list[int]], params: SamplingParams, deadline: float) -> list[StepRecord]:
+    """Decode steps until the requests end or the time is up."""
+    with llm.stream(prompts, params) as stream:
+        for _ in stream:
+            if perf_counter() > deadline:
+                break
+        return [record for record in stream.report().records if not record.prefill]
 
 
 @contextmanager
@@ -101,9 +111,6 @@ def main() -> None:
     if args.work:
         work(args)
         return
-    from alisa.lab.bench.others import OthersMeter
-    from alisa.machine import num_cpus
-
     processors = num_cpus()
     threads = max(1, int(processors))
     share = min(1.0, processors / (threads + args.busy))

@@ -74,14 +74,16 @@ class ThreadClock:
 
 
 class ThreadGovernor:
-    """Chooses the number of threads before each step.
+    """Chooses the number of threads before each step, and remembers it from one run to the next.
 
     Args:
         most: threads when there is room.
         processors: of the machine.
+        follows: whether the number follows the load at all.
         clock: the account of the thread that steps.
         others: processor seconds that all other processes have used.
         now: seconds.
+        get_threads: how many a step would run on.
         set_threads: makes the next step run on this many.
     """
 
@@ -90,9 +92,11 @@ class ThreadGovernor:
         most: int,
         processors: float,
         *,
+        follows: bool = True,
         clock: ThreadClock | None = None,
         others: Callable[[], float] = other_cpu_seconds,
         now: Callable[[], float] = perf_counter,
+        get_threads: Callable[[], int] = torch.get_num_threads,
         set_threads: Callable[[int], None] = torch.set_num_threads,
     ) -> None:
         self.most = most
@@ -101,7 +105,10 @@ class ThreadGovernor:
         self._clock = clock or ThreadClock()
         self._others = others
         self._now = now
+        self._follows = follows
+        self._get_threads = get_threads
         self._set_threads = set_threads
+        self._in_force = False
         self._pause_s = FIRST_PAUSE_S
         self._changed_s = now()
         self._before: Waited | None = None
@@ -109,6 +116,10 @@ class ThreadGovernor:
 
     def before_step(self) -> None:
         """The next step runs on the number of threads that the last ones suggest; takes 2 microseconds."""
+        if not self._follows:
+            return
+        if not self._in_force:
+            self._take_up()
         if self.most == 1 or (waited := self._clock.read()) is None:
             return
         if self._before is None or waited.ran_s < self._before.ran_s:  # the first step, or another thread steps now
@@ -125,9 +136,20 @@ class ThreadGovernor:
 
     def restore(self) -> None:
         """All threads are there for others who use torch in this process."""
-        self._use(self.most)
+        if self._in_force and self.num_threads != self.most:
+            self._set_threads(self.most)
+        self._in_force = False
         self._before = None
         self._clock.close()
+
+    def _take_up(self) -> None:
+        """What the last run found holds, unless the user has asked for another number of threads since."""
+        asked = self._get_threads()
+        if asked != self.most:
+            self.most = self.num_threads = asked
+        elif self.num_threads != asked:
+            self._set_threads(self.num_threads)
+        self._in_force = True
 
     def _begin(self, waited: Waited) -> None:
         self._before = waited
@@ -164,7 +186,7 @@ def make_governor() -> ThreadGovernor:
     """
     threads = torch.get_num_threads()
     if is_fixed():
-        return ThreadGovernor(1, 1.0)
+        return ThreadGovernor(threads, 1.0, follows=False)
     allowed = max(1, int(num_cpus()))
     if threads > allowed:
         torch.set_num_threads(allowed)
