@@ -1,7 +1,7 @@
 """An engine without a model, to test the scheduler: it executes plans on integers."""
 
-from alisa.policy.registry import reads_of
 from alisa.config import SamplingParams
+from alisa.policy.registry import reads_of
 from alisa.scheduler.placement.all_device import AllDevice
 from alisa.scheduler.request import Request
 from alisa.scheduler.scheduler import Scheduler

@@ -2,9 +2,9 @@
 
 import pytest
 
-from alisa.policy.registry import reads_of
 from alisa.errors import CapacityError, InputError
 from alisa.outputs import Medium, Phase
+from alisa.policy.registry import reads_of
 from alisa.scheduler.placement.all_device import AllDevice
 from alisa.scheduler.placement.base import Limits, Tier
 from alisa.scheduler.placement.static import StaticSplit
