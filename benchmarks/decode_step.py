@@ -19,26 +19,26 @@ from typing import get_args
 
 import torch
 
+from alisa.config import EngineConfig, KvDtypeName, PolicyName, WeightDtypeName
 from alisa.lab.bench.floor import measure_speeds
 from alisa.lab.bench.others import OthersMeter
-from alisa.lab.bench.session import (RunSpec, run_batch,)
+from alisa.lab.bench.session import RunSpec, run_batch
 from alisa.lab.bench.stamp import current_stamp
-from alisa.config import (KvDtypeName, PolicyName, WeightDtypeName,)
-from alisa.engine.builder import (Caps, default_kv_memory,)
 from alisa.model.choose_linear import choose_linear
 from alisa.model.decoder import Decoder
 from alisa.model.loader import random_decoder
-from alisa.planner.shapes import SHAPES
 from alisa.outputs import StepRecord
+from alisa.planner.shapes import SHAPES
 
 
 def run(decoder: Decoder, policy: PolicyName, args: argparse.Namespace) -> tuple[StepRecord, ...]:
     """All steps of one batch."""
-    caps = Caps(default_kv_memory(decoder.device), 0, 0, None)
-    run_spec = RunSpec(policy=policy, sparsity=args.sparsity, kv_dtype=args.kv_dtype, caps=caps, max_batch=args.batch)
+    config = EngineConfig(
+        policy=policy, sparsity=args.sparsity, kv_dtype=args.kv_dtype, kv_disk_memory=0, max_num_seqs=args.batch
+    )
     rng = random.Random(args.seed)
     prompts = [[rng.randrange(10, decoder.spec.vocab_size) for _ in range(args.prompt_len)] for _ in range(args.batch)]
-    return run_batch(decoder, run_spec, prompts, args.output_len).records
+    return run_batch(decoder, RunSpec(config), prompts, args.output_len).records
 
 
 def main() -> None:

@@ -7,27 +7,43 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from alisa.budget import state_tokens
-from alisa.config import SamplingParams
-from alisa.engine.engine import Engine
-from alisa.kernels.choose import choose_backend
-from alisa.engine.builder import (Caps, build_kv_cache,)
-from alisa.engine.placement import Placement
-from alisa.attention.timing import Stopwatch
-from alisa.engine.requests import Request
-from alisa.engine.runner import ModelRunner
-from alisa.cache.codec import make_codec
-from alisa.cache.offload.residency import EVICTIONS
-from alisa.llm import embedded_model
-from alisa.model.loader import load_decoder
-from alisa.model.tokenizer import Tokenizer
-from alisa.policy.registry import make_policy
-from alisa.spec import RowFormat
+from alisa.cache.offload.residency import EVICTIONS, Eviction
+from alisa.config import EngineConfig, PolicyName, SamplingParams
+from alisa.engine.builder import CacheOptions, build_engine
+from alisa.engine.loaded import LoadedModel, embedded_model, load_model
+from alisa.lab.bench.session import RunSpec, batch_config, device_cap_within
 from alisa.outputs import Traffic
+from alisa.planner.footprint import kv_token_bytes
+
+
+def run(
+    model: LoadedModel, ids: Sequence[int], policy: PolicyName, eviction: Eviction, args: argparse.Namespace
+) -> Traffic:
+    """What moved while one batch was read and continued."""
+    total = args.batch * (args.prompt_len + args.output_len - 1) * kv_token_bytes(model.spec, model.dtype)
+    config = EngineConfig(
+        policy=policy,
+        sparsity=args.sparsity,
+        kv_disk_memory=2 * total,
+        max_num_seqs=args.batch,
+    )
+    config = batch_config(config, [args.prompt_len] * args.batch, args.output_len)
+    options = CacheOptions(eviction=eviction)
+    cap = device_cap_within(model.decoder, RunSpec(config, options), int(args.cap * total))
+    engine, _ = build_engine(model, replace(config, kv_device_memory=cap), options)
+    for index in range(args.batch):
+        prompt = ids[index * args.prompt_len : (index + 1) * args.prompt_len]
+        params = SamplingParams(max_tokens=args.output_len, temperature=0.8, seed=index, ignore_eos=True)
+        engine.add_request(prompt, params)
+    traffic = Traffic()
+    while (record := engine.step().record) is not None:
+        traffic += record.traffic
+    engine.close()
+    return traffic
 
 
 def main() -> None:
@@ -35,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=embedded_model())
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--cap", type=float, default=0.25)
+    parser.add_argument("--cap", type=float, default=0.25, help="share of the KV cache that the device holds")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--prompt-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=256)
@@ -43,38 +59,13 @@ def main() -> None:
     parser.add_argument("--policy", nargs="*", default=["swa", "sketch"])
     parser.add_argument("--record", type=Path, help="append the record to this file")
     args = parser.parse_args()
-    decoder = load_decoder(args.model, torch.float32, torch.device("cpu"))
-    ids = Tokenizer.load(args.model).encode(args.text.read_text(encoding="utf-8")[:200_000])
-    spec, length = decoder.spec, args.prompt_len + args.output_len - 1
-    codec = make_codec(RowFormat("float32", spec.num_kv_heads, spec.head_dim))
-    total = args.batch * length * spec.num_layers * codec.format.row_bytes
+    model = load_model(EngineConfig(model=str(args.model), dtype="float32", device="cpu"))
+    assert model.tokenizer is not None, "a model that was loaded from files has one"
+    ids = model.tokenizer.encode(args.text.read_text(encoding="utf-8")[:200_000])
     results = []
     for name in args.policy:
         for eviction in EVICTIONS:
-            policy, kernels = make_policy(name, args.sparsity), choose_backend(decoder.device)
-            caps = Caps(int(args.cap * total), 0, 2 * total, None, eviction)
-            memory = build_kv_cache(decoder, policy, codec, kernels, [length] * args.batch, caps, None, args.batch)
-            state = policy.start(
-                spec.attention,
-                max_num_seqs=args.batch,
-                num_tokens=args.batch * state_tokens(length),
-                max_len=length,
-                device=decoder.device,
-                kernels=kernels.selection,
-            )
-            runner = ModelRunner(
-                decoder, policy, memory.store, state, kernels.prefill, kernels.attend, Stopwatch(), looks_ahead=True
-            )
-            placement = Placement(memory.scheduler, memory.limits, memory.store, policy)
-            engine = Engine(runner, placement, eos_ids=frozenset(), prefill_chunk=1024)
-            for index in range(args.batch):
-                prompt = tuple(ids[index * args.prompt_len : (index + 1) * args.prompt_len])
-                params = SamplingParams(max_tokens=args.output_len, temperature=0.8, seed=index, ignore_eos=True)
-                engine.submit(Request(index, prompt, params, args.output_len))
-            traffic = Traffic()
-            while (result := engine.step()) is not None:
-                traffic += result.record.traffic
-            memory.store.close()
+            traffic = run(model, ids, name, eviction, args)
             results.append(
                 {
                     "policy": name,

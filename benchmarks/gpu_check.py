@@ -29,14 +29,17 @@ from typing import Any
 
 import torch
 
-from alisa.lab.bench.cases import (CASES, DecodeCase,)
+from alisa.lab.bench.cases import (
+    CASES,
+    DecodeCase,
+)
 from alisa.lab.bench.remote.measured import EngineJob
 from alisa.lab.bench.shapes import SHAPES
 from alisa.lab.bench.stamp import current_stamp
 from alisa.planner.footprint import kv_token_bytes
 
 ROOT = Path(__file__).parents[1]
-REMOTE = ROOT / "src" / "alisa" / "bench" / "remote"
+REMOTE = ROOT / "src" / "alisa" / "lab" / "bench" / "remote"
 OURS = {
     "alisa dense, fixed split": {"policy": "dense", "schedule": "static"},
     "alisa swa, fixed split": {"policy": "swa", "schedule": "static"},

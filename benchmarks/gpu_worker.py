@@ -5,7 +5,7 @@
 ours      this package's engine on dummy weights; rows that the device has no room for go to main memory
 kernels   decode attention against torch, on the device
 
-`device_memory_bytes` limits torch's allocator on a GPU that has more. On a CPU the job's own budget is the cap.
+`device_memory_bytes` limits torch's allocator on a GPU that has more. On a CPU the job's own budget is for K and V.
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ from typing import Any
 
 import torch
 
-from alisa.lab.bench.cases import DecodeCase
+from alisa.config import EngineConfig
+from alisa.engine.builder import CacheOptions
+from alisa.kernels.choose import choose_backend
 from alisa.lab.bench.case import time_case
+from alisa.lab.bench.cases import DecodeCase
 from alisa.lab.bench.decode import decode_case
 from alisa.lab.bench.kernels import make_record
-from alisa.lab.bench.remote.measured import (Clock, EngineJob, finish,)
-from alisa.lab.bench.session import (RunSpec, run_batch,)
+from alisa.lab.bench.remote.measured import (
+    Clock,
+    EngineJob,
+    finish,
+)
+from alisa.lab.bench.session import RunSpec, batch_config, device_cap_for, device_cap_within, device_tokens, run_batch
 from alisa.lab.bench.stamp import current_stamp
-from alisa.kernels.choose import choose_backend
-from alisa.engine.builder import Caps
 from alisa.model.loader import random_decoder
-from alisa.planner.footprint import (activation_bytes, policy_bytes, row_bytes,)
+from alisa.outputs import StepRecord
+from alisa.planner.footprint import activation_bytes, row_bytes
 from alisa.scheduler.placement.file import schedule_from
 from alisa.spec import ModelSpec, Rope
-from alisa.outputs import StepRecord
 
 RESERVE_BYTES = 512 << 20
 """Of the device's memory, left for cuBLAS and what torch's allocator cannot join."""
@@ -61,24 +66,29 @@ def ours(job: EngineJob) -> None:
     decoder = random_decoder(spec, dtype, device, job.seed)
     kv_dtype = options.get("kv_dtype", "auto")
     token_bytes = spec.num_layers * row_bytes(spec, job.dtype if kv_dtype == "auto" else kv_dtype)
-    need = job.batch * job.longest * token_bytes
-    room = need if job.kv_budget_bytes is None else job.kv_budget_bytes
-    if device.type == "cuda":
-        taken = torch.cuda.memory_allocated(device) + RESERVE_BYTES
-        taken += activation_bytes(spec, job.dtype, job.batch, min(1024, job.batch * job.longest))
-        taken += policy_bytes(spec, options["policy"], options["sparsity"], job.batch, job.longest)
-        room = max(1, min(need, options["device_memory_bytes"] - taken))
-    schedule = options.get("schedule")
-    if schedule == "static":  # as FlexGen would be set: what fits stays, the rest lies below from the beginning
-        schedule = {"schedule": "static", "offload_ratio": round(max(0.0, 1 - 0.9 * room / need), 3)}
-    run_spec = RunSpec(
+    num_tokens = job.batch * job.longest
+    config = EngineConfig(
         policy=options["policy"],
         sparsity=options["sparsity"],
         kv_dtype=kv_dtype,
-        caps=Caps(room, 2 * need, 0, None),
-        scheduler=None if schedule is None else schedule_from(schedule),
-        max_batch=job.batch,
+        kv_disk_memory=0,
+        max_num_seqs=job.batch,
     )
+    config = batch_config(config, list(map(len, job.prompts)), job.output_len)
+    run_spec = RunSpec(config, CacheOptions(host_bytes=2 * num_tokens * token_bytes))
+    need = room = device_cap_for(decoder, run_spec, num_tokens)
+    if device.type == "cuda":
+        taken = torch.cuda.memory_allocated(device) + RESERVE_BYTES
+        taken += activation_bytes(spec, job.dtype, job.batch, min(1024, num_tokens))
+        room = max(1, min(need, options["device_memory_bytes"] - taken))
+    elif job.kv_budget_bytes is not None:
+        room = device_cap_within(decoder, run_spec, job.kv_budget_bytes)
+    schedule = options.get("schedule")
+    if schedule == "static":  # as FlexGen would be set: what fits stays, the rest lies below from the beginning
+        fitting = device_tokens(decoder, run_spec, room) / num_tokens
+        schedule = {"schedule": "static", "offload_ratio": round(max(0.0, 1 - 0.9 * fitting), 3)}
+    placement = None if schedule is None else schedule_from(schedule)
+    run_spec = RunSpec(replace(config, kv_device_memory=room), replace(run_spec.options, placement=placement))
 
     def generate(job: EngineJob) -> tuple[Clock, dict[str, object], int]:
         clock = Clock(len(job.prompts))

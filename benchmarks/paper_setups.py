@@ -12,6 +12,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from alisa.lab.plot.canvas import save
+from alisa.lab.plot.ratios import draw_ratios
 from alisa.planner.baselines import Baselines
 from alisa.planner.footprint import row_bytes
 from alisa.planner.load import RunConfig
@@ -19,8 +21,6 @@ from alisa.planner.presets import PRESETS
 from alisa.planner.search import search
 from alisa.planner.shapes import SHAPES
 from alisa.planner.simulate import UniformWorkload
-from alisa.lab.plot.canvas import save
-from alisa.lab.plot.ratios import draw_ratios
 
 SETUPS = {
     "opt-6.7b": "v100-16gb",

@@ -19,20 +19,35 @@ from statistics import median
 
 import torch
 
+from alisa.config import (
+    KvDtypeName,
+    PolicyName,
+)
 from alisa.lab.bench.session import RunResult
-from alisa.lab.bench.uniform_batch import (UniformBatch, run_uniform_batch,)
-from alisa.config import (KvDtypeName, PolicyName,)
+from alisa.lab.bench.uniform_batch import UniformBatch, run_uniform_batch
 from alisa.model.loader import random_decoder
-from alisa.planner.cost import (CostModel, StepCost,)
+from alisa.outputs import Traffic
+from alisa.planner.cost import (
+    CostModel,
+    StepCost,
+)
 from alisa.planner.hardware import Hardware
-from alisa.planner.load import (StepWork, RunConfig,)
+from alisa.planner.load import (
+    RunConfig,
+    StepWork,
+)
 from alisa.planner.saved import load_profile
-from alisa.planner.shapes import (SHAPES, llama_shape,)
+from alisa.planner.shapes import (
+    SHAPES,
+    llama_shape,
+)
 from alisa.planner.simulate import simulate
 from alisa.scheduler.placement.base import PlacementPolicy
 from alisa.scheduler.placement.static import StaticSplit
-from alisa.scheduler.placement.three_phase import (Schedule, ThreePhase,)
-from alisa.outputs import Traffic
+from alisa.scheduler.placement.three_phase import (
+    Schedule,
+    ThreePhase,
+)
 
 MODELS = {"opt-125m": SHAPES["opt-125m"], "llama-gqa": llama_shape(10, 1024, 16, num_kv_heads=4, ffn_size=2816)}
 SKIPPED = 3
@@ -99,7 +114,7 @@ def predict(case: Case, run: RunResult, hardware: Hardware) -> list[tuple[StepWo
     method = RunConfig(case.policy, 0.8, "bfloat16", case.kv_dtype)
     cost = CostModel(MODELS[case.model], method, hardware)
     prompts = [case.prompt_len] * case.batch
-    timeline = simulate(cost, method, run.memory.scheduler, run.memory.limits, prompts, case.output_len)
+    timeline = simulate(cost, method, run.setup.placement, run.setup.limits, prompts, case.output_len)
     return list(zip(timeline.loads, timeline.costs, strict=True))
 
 

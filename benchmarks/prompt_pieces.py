@@ -19,12 +19,15 @@ from typing import Any
 
 import torch
 
+from alisa.errors import InputError
 from alisa.kernels.base import KeyBlock
-from alisa.kernels.reference.prefill import (attend_after, attend_after_plain,)
+from alisa.kernels.native import prefill as cpu_prefill
+from alisa.kernels.reference.prefill import (
+    attend_after,
+    attend_after_plain,
+)
 from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.stamp import current_stamp
-from alisa.errors import InputError
-from alisa.kernels.native import prefill as cpu_prefill
 from alisa.model.linear import make_linear
 
 ROUNDS = 15
@@ -120,7 +123,12 @@ def main() -> None:
         )
     if args.record:
         with args.record.open("a") as file:
-            record = {"benchmark": "prompt_pieces", "rounds": ROUNDS, "results": results, "stamp": asdict(current_stamp())}
+            record = {
+                "benchmark": "prompt_pieces",
+                "rounds": ROUNDS,
+                "results": results,
+                "stamp": asdict(current_stamp()),
+            }
             file.write(json.dumps(record) + "\n")
 
 

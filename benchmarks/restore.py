@@ -21,13 +21,13 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from alisa.lab.bench.others import OthersMeter
-from alisa.lab.bench.stamp import current_stamp
-from alisa.kernels.choose import choose_backend
 from alisa.cache.codec import make_codec
 from alisa.cache.offload.hidden import HiddenStateCache, hidden_format
 from alisa.cache.offload.tiers import DiskTier
 from alisa.cache.offload.transfer import Transfers
+from alisa.kernels.choose import choose_backend
+from alisa.lab.bench.others import OthersMeter
+from alisa.lab.bench.stamp import current_stamp
 from alisa.model.loader import random_decoder
 from alisa.planner.shapes import SHAPES
 from alisa.spec import RowFormat

@@ -18,16 +18,25 @@ from statistics import median
 import torch
 
 from alisa.lab.bench.stamp import current_stamp
-from alisa.lab.bench.uniform_batch import (UniformBatch, run_uniform_batch,)
+from alisa.lab.bench.uniform_batch import (
+    UniformBatch,
+    run_uniform_batch,
+)
 from alisa.model.loader import random_decoder
 from alisa.planner.footprint import kv_token_bytes
 from alisa.planner.load import RunConfig
 from alisa.planner.saved import load_profile
 from alisa.planner.search import search
 from alisa.planner.shapes import SHAPES
-from alisa.planner.simulate import (MemoryBudget, UniformWorkload,)
+from alisa.planner.simulate import (
+    MemoryBudget,
+    UniformWorkload,
+)
 from alisa.scheduler.placement.base import PlacementPolicy
-from alisa.scheduler.placement.three_phase import (Schedule, ThreePhase,)
+from alisa.scheduler.placement.three_phase import (
+    Schedule,
+    ThreePhase,
+)
 
 
 def by_hand(last: int) -> dict[str, ThreePhase]:

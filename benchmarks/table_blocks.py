@@ -14,7 +14,7 @@ from typing import Any
 
 import accuracy_tables
 
-from alisa.lab.bench.compare import RunSeries, series_of, read_runs
+from alisa.lab.bench.compare import RunSeries, read_runs, series_of
 from alisa.lab.bench.others import QUIET_SHARE
 from alisa.records.schema import RunRecord
 

@@ -1,7 +1,7 @@
 """Less memory than the cache needs: tokens per second and the time split under device caps, random weights.
 
-Each run decodes one batch under a cap that is a share of what the whole KV cache takes; the rest goes to disk. What is
-printed for each: speed, the parts of a decode step, rows fetched and stored, the hit rate of the hot cache, the share
+Each run decodes one batch with room on the device for a share of what the whole KV cache takes, staging included; the
+rest goes to disk. What is printed for each: speed, the parts of a decode step, rows fetched and stored, the hit rate of the hot cache, the share
 of the transfers that was hidden, and the bytes moved for each token.
 
     python benchmarks/tiers.py --policy swa dense --cap 1 0.5 0.25 --static 0.25
@@ -13,43 +13,46 @@ import argparse
 import gc
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
+from alisa.config import EngineConfig
+from alisa.engine.builder import CacheOptions
 from alisa.lab.bench.floor import read_bandwidth
 from alisa.lab.bench.others import OthersMeter
-from alisa.lab.bench.session import (RunSpec, kv_dtype_of, run_batch,)
+from alisa.lab.bench.session import RunSpec, batch_config, device_cap_within, kv_dtype_of, run_batch
 from alisa.lab.bench.stamp import current_stamp
-from alisa.engine.builder import Caps
 from alisa.model.decoder import Decoder
 from alisa.model.loader import random_decoder
+from alisa.outputs import StepRecord
 from alisa.planner.footprint import kv_token_bytes
 from alisa.planner.shapes import SHAPES
 from alisa.scheduler.placement.base import PlacementPolicy
 from alisa.scheduler.placement.static import StaticSplit
-from alisa.scheduler.placement.three_phase import (Schedule, ThreePhase,)
-from alisa.outputs import StepRecord
+from alisa.scheduler.placement.three_phase import Schedule, ThreePhase
 
 
 def run(
     decoder: Decoder, policy: str, cap: float, scheduler: PlacementPolicy | None, args: argparse.Namespace
 ) -> tuple[tuple[StepRecord, ...], dict[str, object]]:
-    """Steps of one batch under a cap of `cap` times the KV cache."""
-    kv_dtype = args.kv_dtype or "auto"
+    """Steps of one batch whose K and V take `cap` times what all rows take."""
     rows = args.batch * (args.prompt_len + args.output_len - 1)
-    total = rows * kv_token_bytes(decoder.spec, kv_dtype_of(decoder, kv_dtype))
-    caps = Caps(int(cap * total), 0, 2 * total if cap < 1 or scheduler else 0, args.disk_path)
-    run_spec = RunSpec(
+    config = EngineConfig(
         policy=policy,
         sparsity=args.sparsity,
-        kv_dtype=kv_dtype,
-        caps=caps,
-        scheduler=scheduler,
-        max_batch=args.batch,
+        kv_dtype=args.kv_dtype or "auto",
+        kv_disk_path=args.disk_path,
+        max_num_seqs=args.batch,
     )
+    total = rows * kv_token_bytes(decoder.spec, kv_dtype_of(decoder, config))
+    config = replace(config, kv_disk_memory=2 * total if cap < 1 or scheduler else 0)
+    config = batch_config(config, [args.prompt_len] * args.batch, args.output_len)
+    options = CacheOptions(placement=scheduler)
+    cap_bytes = device_cap_within(decoder, RunSpec(config, options), int(cap * total))
+    run_spec = RunSpec(replace(config, kv_device_memory=cap_bytes), options)
     rng = random.Random(args.seed)
     prompts = [[rng.randrange(10, decoder.spec.vocab_size) for _ in range(args.prompt_len)] for _ in range(args.batch)]
     started = perf_counter()
@@ -62,7 +65,7 @@ def run(
         "policy": policy,
         "cap": cap,
         "output_len": args.output_len,
-        "cap_bytes": int(cap * total),
+        "cap_bytes": cap_bytes,
         "tokens_per_s": round(tokens / wall_s, 2),
         "decode_tokens_per_s": round(sum(record.num_tokens for record in ran.decode) / decode_s, 2),
         "prefill_s": round(sum(record.wall_s for record in ran.records if record.prefill), 2),
@@ -93,7 +96,9 @@ def main() -> None:
     args = parser.parse_args()
     meter = OthersMeter()
     decoder = random_decoder(SHAPES[args.shape], getattr(torch, args.dtype), torch.device("cpu"), args.seed)
-    jobs: list[tuple[str, float, PlacementPolicy | None]] = [(name, cap, None) for name in args.policy for cap in args.cap]
+    jobs: list[tuple[str, float, PlacementPolicy | None]] = [
+        (name, cap, None) for name in args.policy for cap in args.cap
+    ]
     # As FlexGen would be set: as much on the device as fits, the rest below.
     jobs += [("dense", cap, StaticSplit(1 - 0.9 * cap)) for cap in args.static]
     if args.phases:

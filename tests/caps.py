@@ -1,9 +1,7 @@
 """Caps for tests: how many bytes leave room for a number of tokens, whatever else a cap has to cover."""
 
 from alisa import LLM
-from alisa.engine.builder import disk_cap
-from alisa.engine.kv_cache import plan_kv_cache
-from alisa.errors import CapacityError
+from alisa.lab.bench.session import RunSpec, device_cap_for
 
 
 def device_cap(llm: LLM, num_tokens: int) -> int:
@@ -12,16 +10,4 @@ def device_cap(llm: LLM, num_tokens: int) -> int:
     What else is under the cap (policy state, staging, rows on their way) depends on `max_num_seqs` and `max_model_len`:
     give both to the model.
     """
-    low, high = 0, 1 << 40
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _device_tokens(llm, middle) >= num_tokens else (middle, high)
-    return high
-
-
-def _device_tokens(llm: LLM, num_bytes: int) -> int:
-    try:
-        config = plan_kv_cache(llm._model, llm.policy, llm.codec, llm.config, None, num_bytes, 0, disk_cap(llm.config))
-    except CapacityError:
-        return 0
-    return config.limits.device_tokens
+    return device_cap_for(llm.decoder, RunSpec(llm.config), num_tokens)

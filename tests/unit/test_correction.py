@@ -96,10 +96,10 @@ def test_a_step_priced_after_the_correction_costs_what_was_observed():
 def test_a_trial_runs_what_it_says(tmp_path):
     decoder = random_decoder(small_spec(), torch.float32, torch.device("cpu"), 0)
     run = run_uniform_batch(UniformBatch("swa", 3, 12, 6, kv_dtype="float32", cap=0.8), decoder, tmp_path)
-    assert run.memory.scheduler.uses_tiers
-    assert run.memory.limits.device_tokens < 3 * 17
+    assert run.setup.placement.uses_tiers
+    assert run.setup.limits.device_tokens < 3 * 17
     assert sum(record.num_tokens for record in run.records if record.prefill) == 3 * 12
     assert sum(record.num_tokens for record in run.records if not record.prefill) == 3 * 5
     whole = run_uniform_batch(UniformBatch("dense", 1, 12, 2, kv_dtype="float32"), decoder, tmp_path)
-    assert not whole.memory.scheduler.uses_tiers
+    assert not whole.setup.placement.uses_tiers
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from alisa.budget import state_tokens
 from alisa.cli.report import prediction_line
 from alisa.errors import InputError
 from alisa.kernels.reference.selection import ReferenceSelection
+from alisa.lab.predict import predict
 from alisa.model.loader import random_decoder
 from alisa.outputs import Medium
 from alisa.planner.baselines import Baselines
@@ -197,20 +198,18 @@ def test_interpolation_is_exact_on_points_and_proportional_beyond():
     assert [interpolate(points, x) for x in (0.5, 1, 4, 8, 16, 32)] == pytest.approx([2, 2, 8, 8, 8, 16])
 
 
-def test_a_run_can_be_compared_with_what_it_should_have_cost(tiny_run):
-    llm, summary = tiny_run
+def test_a_run_can_be_compared_with_what_it_should_have_cost(report):
     hardware = dataclasses.replace(PRESETS["h200"], gemm={"float32": PRESETS["h200"].gemm["float16"]})
-    assert llm.predict(hardware) is None  # nothing is known of rows in float32
+    assert predict(report, hardware) is None  # nothing is known of rows in float32
     rows = dict.fromkeys(("float32", "int8"), PRESETS["h200"].attention["float16"])
-    predicted = llm.predict(dataclasses.replace(hardware, attention=rows))
+    predicted = predict(report, dataclasses.replace(hardware, attention=rows))
     assert predicted.linear_s > 0
-    text = prediction_line(summary, predicted)[1]
+    text = prediction_line(report.summary, predicted)[1]
     assert "measured" in text
-    assert "alisa profile" in prediction_line(summary, None)[1]
+    assert "alisa profile" in prediction_line(report.summary, None)[1]
 
 
 @pytest.fixture
-def tiny_run():
+def report():
     llm = LLM(dtype="float32", kv_device_memory="2MiB")
-    llm.generate([[1, 2, 3] * 20] * 3, SamplingParams(max_tokens=40, ignore_eos=True))
-    return llm, llm.summary()
+    return llm.generate([[1, 2, 3] * 20] * 3, SamplingParams(max_tokens=40, ignore_eos=True)).report

@@ -51,6 +51,8 @@ class CacheOptions:
     """Whether the next step's rows are asked for where history decides them."""
     placement: PlacementPolicy | None = None
     """Instead of what the configuration's schedule file says."""
+    host_bytes: int | None = None
+    """Instead of what the configuration says: on a CPU too, where a host tier rehearses what a GPU does."""
 
 
 def build_engine(
@@ -67,7 +69,7 @@ def build_engine(
     placement = options.placement
     if placement is None and config.schedule is not None:
         placement = load_schedule(config.schedule)
-    caps = device_cap(config, model.decoder.device), host_cap(config, model.decoder.device), disk_cap(config)
+    caps = device_cap(config, model.decoder.device), *lower_caps(config, options, model.decoder.device)
     cache_config = plan_kv_cache(model, policy, codec, config, placement, *caps)
     cache = build_kv_cache(
         model, codec, cache_config, disk_directory(config), options.eviction, overlap=options.overlap
@@ -113,6 +115,16 @@ def device_cap(config: EngineConfig, device: torch.device) -> int:
         return parse_bytes(config.kv_device_memory)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     return int(free * DEFAULT_KV_SHARE[device.type])
+
+
+def lower_caps(config: EngineConfig, options: CacheOptions, device: torch.device) -> tuple[int, int]:
+    """Bytes that the host tier and the disk tier may take.
+
+    Raises:
+        InputError: the directory of the disk tier does not exist.
+    """
+    host_bytes = host_cap(config, device) if options.host_bytes is None else options.host_bytes
+    return host_bytes, disk_cap(config)
 
 
 def host_cap(config: EngineConfig, device: torch.device) -> int:

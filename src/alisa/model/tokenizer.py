@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from tokenizers import AddedToken, decoders, pre_tokenizers
-from tokenizers import Tokenizer as Backend
-from tokenizers.models import BPE
+from typing import TYPE_CHECKING, Any
 
 from alisa.errors import InputError, ModelError
-from alisa.model.chat import ChatTemplate
 from alisa.model.detokenizer import Detokenizer
+
+# The tokenizer library and Jinja are imported where they are used: a machine on which models of random weights are
+# measured need not have them.
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -134,11 +134,15 @@ class Tokenizer:
                 "This model has no chat template, so it was hardly trained on conversations; send a plain prompt, or "
                 "put a chat_template.jinja beside its tokenizer."
             )
+        from alisa.model.chat import ChatTemplate
+
         template = ChatTemplate(self._chat_source, self._special_tokens)
         return template.render(messages, add_generation_prompt=add_generation_prompt)
 
 
 def _load_backend(directory: Path, settings: Mapping[str, Any], special_tokens: Mapping[str, str]) -> Backend:
+    from tokenizers import Tokenizer as Backend
+
     path = directory / "tokenizer.json"
     vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
     try:
@@ -168,6 +172,10 @@ def _byte_level_bpe(
     vocabulary: Path, merges: Path, settings: Mapping[str, Any], special_tokens: Mapping[str, str]
 ) -> Backend:
     """GPT-2's tokenizer from its two files; special tokens that the vocabulary knows keep their ids."""
+    from tokenizers import AddedToken, decoders, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import BPE
+
     backend = Backend(BPE.from_file(str(vocabulary), str(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space", False)))
     backend.decoder = decoders.ByteLevel()

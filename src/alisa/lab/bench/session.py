@@ -6,19 +6,26 @@ a user would never want off (prefetching, overlap), to show what that is good fo
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from alisa.config import EngineConfig, SamplingParams
-from alisa.engine.builder import CacheOptions, build_engine
+from alisa.engine.builder import CacheOptions, build_engine, lower_caps
+from alisa.engine.kv_cache import KVCacheConfig, plan_kv_cache
 from alisa.engine.loaded import LoadedModel, kv_codec
 from alisa.engine.report import EngineSetup
+from alisa.errors import CapacityError
 from alisa.kernels.choose import choose_backend
 from alisa.model.decoder import Decoder
 from alisa.outputs import StepRecord, Traffic
+from alisa.policy.registry import make_policy
 
 PARTS = ("linear", "attention", "selection", "transfer", "sampling", "other")
 """Of a step's time, as `StepRecord` names them."""
+
+_MOST_BYTES = 1 << 50
+"""More than any device has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,8 @@ class RunResult:
                 for part in PARTS
             },
             "scheduler": self.setup.placement.name,
+            "kv_cap_bytes": self.setup.device_bytes,
+            "policy_state_bytes": max(record.state_bytes for record in self.records),
             "kv_peak_bytes": max(record.kv_bytes for record in self.records),
             "host_peak_bytes": max(record.host_bytes for record in self.records),
             "disk_peak_bytes": max(record.disk_bytes for record in self.records),
@@ -100,13 +109,8 @@ def run_batch(
     Raises:
         AlisaError: it cannot be done under the caps.
     """
-    model = LoadedModel("", decoder, None, choose_backend(decoder.device))
-    config = replace(
-        run_spec.config,
-        max_num_seqs=min(run_spec.config.max_num_seqs, len(prompts)),
-        max_model_len=max(map(len, prompts)) + output_len,
-    )
-    engine, setup = build_engine(model, config, run_spec.options)
+    config = batch_config(run_spec.config, list(map(len, prompts)), output_len)
+    engine, setup = build_engine(_loaded(decoder), config, run_spec.options)
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     records: list[StepRecord] = []
     outputs: dict[str, list[int]] = {}
@@ -124,6 +128,85 @@ def run_batch(
     return RunResult(tuple(records), tuple(tuple(outputs[name]) for name in names), setup)
 
 
+def batch_config(config: EngineConfig, prompt_lens: Sequence[int], output_len: int) -> EngineConfig:
+    """The configuration with the sizes of this batch."""
+    return replace(
+        config,
+        max_num_seqs=min(config.max_num_seqs, len(prompt_lens)),
+        max_model_len=max(prompt_lens) + output_len,
+    )
+
+
+def device_cap_for(decoder: Decoder, run_spec: RunSpec, num_tokens: int) -> int:
+    """The smallest device cap in bytes under which the rows of so many tokens lie on the device.
+
+    The cap also covers the policy's state, staging, tables and rows on their way; what they take depends on
+    `max_num_seqs` and `max_model_len` (see `batch_config`), and on whether there are tiers, as the other caps say.
+
+    Args:
+        decoder: the model.
+        run_spec: how it is run; its own device cap is not looked at.
+        num_tokens: over all sequences; more than they can have is as many as they can have.
+
+    Raises:
+        CapacityError: no device is large enough, because the disk is too small for the schedule.
+    """
+    plan = _planner(decoder, run_spec)
+    most = plan(_MOST_BYTES).limits.device_tokens
+    return bisect_left(range(_MOST_BYTES), min(num_tokens, most), key=_or_zero(lambda n: plan(n).limits.device_tokens))
+
+
+def device_cap_within(decoder: Decoder, run_spec: RunSpec, kv_bytes: int) -> int:
+    """The largest device cap in bytes under which K and V, in rows and in staging, take no more than `kv_bytes`.
+
+    This is what a budget for K and V alone comes to: policy state and tables are beside it. Where the budget holds
+    everything, the cap is as large as everything, and no larger. Arguments and errors as in `device_cap_for`.
+    """
+    plan = _planner(decoder, run_spec)
+
+    def taken(num_bytes: int) -> int:
+        found = plan(num_bytes)
+        rows = found.limits.device_tokens * decoder.spec.num_layers + found.capacity.staging_rows
+        return rows * found.token_bytes // decoder.spec.num_layers
+
+    whole = device_cap_for(decoder, run_spec, plan(_MOST_BYTES).limits.device_tokens)
+    return bisect_right(range(whole + 1), kv_bytes, key=_or_zero(taken)) - 1
+
+
+def device_tokens(decoder: Decoder, run_spec: RunSpec, num_bytes: int) -> int:
+    """Tokens whose rows lie on the device under a cap of so many bytes; the other way round than `device_cap_for`.
+
+    Raises:
+        CapacityError: not even one.
+    """
+    return _planner(decoder, run_spec)(num_bytes).limits.device_tokens
+
+
+def _planner(decoder: Decoder, run_spec: RunSpec) -> Callable[[int], KVCacheConfig]:
+    """What the cache would be, by device cap."""
+    model, config, options = _loaded(decoder), run_spec.config, run_spec.options
+    policy, codec = make_policy(config.policy, config.sparsity), kv_codec(model, config)
+    below = lower_caps(config, options, decoder.device)
+    return lambda num_bytes: plan_kv_cache(model, policy, codec, config, options.placement, num_bytes, *below)
+
+
+def _or_zero(figure: Callable[[int], int]) -> Callable[[int], int]:
+    """The figure of a cap, 0 where the cap holds nothing."""
+
+    def or_zero(num_bytes: int) -> int:
+        try:
+            return figure(num_bytes)
+        except CapacityError:
+            return 0
+
+    return or_zero
+
+
 def kv_dtype_of(decoder: Decoder, config: EngineConfig) -> str:
     """What rows are kept in."""
-    return kv_codec(LoadedModel("", decoder, None, choose_backend(decoder.device)), config).format.dtype
+    return kv_codec(_loaded(decoder), config).format.dtype
+
+
+def _loaded(decoder: Decoder) -> LoadedModel:
+    """A model without a name or a tokenizer."""
+    return LoadedModel("", decoder, None, choose_backend(decoder.device))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from alisa.cache.codec import make_codec
 from alisa.config import EngineConfig, KvDtypeName, PolicyName
 from alisa.engine.builder import CacheOptions
-from alisa.lab.bench.session import RunResult, RunSpec, run_batch
+from alisa.lab.bench.session import RunResult, RunSpec, batch_config, device_cap_within, run_batch
 from alisa.model.decoder import Decoder
-from alisa.policy.registry import POLICIES
+from alisa.planner.footprint import kv_token_bytes
 from alisa.scheduler.placement.base import PlacementPolicy
-from alisa.spec import RowFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +26,7 @@ class UniformBatch:
     sparsity: float = 0.8
     kv_dtype: KvDtypeName = "bfloat16"
     cap: float = 1.0
-    """Of the bytes that all rows take, the share that the device may hold; below 1 the rest goes to disk."""
+    """Of the bytes that all rows take, the share that K and V may take on the device; below 1 the rest goes to disk."""
     scheduler: PlacementPolicy | None = None
     """None: whatever the cap demands."""
 
@@ -51,22 +49,21 @@ def run_uniform_batch(uniform: UniformBatch, decoder: Decoder, directory: Path, 
         CapacityError: it does not fit.
     """
     spec = decoder.spec
-    codec = make_codec(RowFormat(uniform.kv_dtype, spec.num_kv_heads, spec.head_dim))
-    total = uniform.batch * uniform.num_rows * spec.num_layers * codec.format.row_bytes
+    total = uniform.batch * uniform.num_rows * kv_token_bytes(spec, uniform.kv_dtype)
     uses_disk = uniform.cap < 1 or uniform.scheduler is not None
-    state = POLICIES[uniform.policy].total_state_bytes(
-        spec.attention, uniform.sparsity, uniform.batch, uniform.num_rows + 1
-    )
     config = EngineConfig(
         policy=uniform.policy,
         sparsity=uniform.sparsity,
         kv_dtype=uniform.kv_dtype,
-        kv_device_memory=int(uniform.cap * total) + state,
         kv_disk_memory=2 * total if uses_disk else 0,
         kv_disk_path=directory,
         max_num_seqs=uniform.batch,
     )
+    config = batch_config(config, [uniform.prompt_len] * uniform.batch, uniform.output_len)
     run_spec = RunSpec(config, CacheOptions(placement=uniform.scheduler))
+    cap = device_cap_within(decoder, run_spec, int(uniform.cap * total))
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(10, spec.vocab_size, (uniform.batch, uniform.prompt_len), generator=generator).tolist()
-    return run_batch(decoder, run_spec, prompts, uniform.output_len)
+    return run_batch(
+        decoder, replace(run_spec, config=replace(config, kv_device_memory=cap)), prompts, uniform.output_len
+    )

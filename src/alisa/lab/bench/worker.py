@@ -5,6 +5,7 @@ python -m alisa.lab.bench.worker < job.json
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from alisa.engine.builder import CacheOptions
 from alisa.kernels.choose import choose_backend
 from alisa.lab.bench.engines import OwnOptions
 from alisa.lab.bench.remote.measured import Clock, EngineJob, finish
-from alisa.lab.bench.session import RunResult, RunSpec, kv_dtype_of, run_batch
+from alisa.lab.bench.session import RunResult, RunSpec, batch_config, device_cap_within, kv_dtype_of, run_batch
 from alisa.model.choose_linear import choose_linear
 from alisa.model.decoder import Decoder
 from alisa.model.loader import load_decoder
@@ -22,27 +23,30 @@ from alisa.outputs import StepRecord
 from alisa.scheduler.placement.file import schedule_from
 
 
-def run_spec_of(job: EngineJob, options: OwnOptions) -> RunSpec:
-    """How the job is to be run: with a budget, the rest goes to disk; without, all of it stays in memory."""
-    device_bytes = job.kv_budget_bytes
-    tiers = device_bytes is not None or options.schedule is not None
-    return RunSpec(
-        EngineConfig(
-            policy=options.policy,
-            sparsity=options.sparsity,
-            weight_dtype=options.weight_dtype,
-            kv_dtype=options.kv_dtype,
-            kv_device_memory=device_bytes,
-            kv_disk_memory=None if tiers else 0,
-            kv_disk_path=None if options.disk_path is None else Path(options.disk_path),
-            max_num_seqs=job.batch,
-        ),
+def run_spec_of(job: EngineJob, options: OwnOptions, decoder: Decoder) -> RunSpec:
+    """How the job is to be run: with a budget, what K and V take beyond it goes to disk; without, all stays here."""
+    tiers = job.kv_budget_bytes is not None or options.schedule is not None
+    config = EngineConfig(
+        policy=options.policy,
+        sparsity=options.sparsity,
+        weight_dtype=options.weight_dtype,
+        kv_dtype=options.kv_dtype,
+        kv_disk_memory=None if tiers else 0,
+        kv_disk_path=None if options.disk_path is None else Path(options.disk_path),
+        max_num_seqs=job.batch,
+    )
+    run_spec = RunSpec(
+        batch_config(config, list(map(len, job.prompts)), job.output_len),
         CacheOptions(
             overlap=options.overlap,
             prefetch=options.prefetch,
             placement=None if options.schedule is None else schedule_from(options.schedule),
         ),
     )
+    if job.kv_budget_bytes is None:
+        return run_spec
+    cap = device_cap_within(decoder, run_spec, job.kv_budget_bytes)
+    return replace(run_spec, config=replace(run_spec.config, kv_device_memory=cap))
 
 
 def generate(decoder: Decoder, run_spec: RunSpec, job: EngineJob) -> tuple[Clock, RunResult]:
@@ -63,10 +67,10 @@ def main() -> None:
     job = EngineJob.read()
     torch.set_num_threads(job.threads)
     options = OwnOptions.of(job.options)
-    run_spec = run_spec_of(job, options)
     device = torch.device("cpu")
     make_linear = choose_linear(options.weight_dtype, device)
     decoder = load_decoder(Path(job.model), getattr(torch, job.dtype), device, make_linear=make_linear)
+    run_spec = run_spec_of(job, options, decoder)
     generate(decoder, run_spec, job.warm_up())
     clock, ran = generate(decoder, run_spec, job)
     kernels = choose_backend(decoder.device)
