@@ -21,7 +21,7 @@ Slots = NDArray[np.int64]
 
 
 class Codec(Protocol):
-    """Turns K and V into rows of bytes and back; the only place besides the kernels that knows what a row holds."""
+    """Turns K and V into rows of bytes and back; only it and the kernels know what a row holds."""
 
     @property
     def format(self) -> RowFormat:

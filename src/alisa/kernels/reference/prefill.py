@@ -20,7 +20,7 @@ from alisa.kernels.base import KeyBlock, Seed
 from alisa.kernels.reference.merge import PartialAttention
 
 MASS_BLOCK_SCORES = 1 << 23
-"""Scores held at once: 32 MiB in float32, small beside the weights of any model and large enough for a GEMM."""
+"""Scores held at once: 32 MiB in float32, small next to the weights of any model and large enough for a GEMM."""
 
 TILE_ROWS = 16
 """Queries that torch's attention is given are a multiple of this: as many float32 as a cache line holds."""
@@ -148,7 +148,7 @@ def _scores(q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _add(merged: PartialAttention, rows: slice, scores: Tensor, v: Tensor) -> None:
-    """One block of scores `[G, H/G, rows, N]` and the values `[N, G, D]` behind them."""
+    """One block of scores `[G, H/G, rows, N]` and the values `[N, G, D]` that they weigh."""
     log_sum_exp = scores.logsumexp(dim=-1, keepdim=True)
     weights = (scores - log_sum_exp).exp_()
     out = weights @ v.float().transpose(0, 1)[:, None]  # [G, H/G, rows, D]
