@@ -38,7 +38,7 @@ def main(model: str | None = None) -> None:
     for llm in (dense, sparse):
         with console.status(f"{llm.config.policy}: generating, then comparing with dense attention"):
             outputs = llm.generate(PROMPTS, PARAMS)
-            summary, verified = llm.summary(), verify_outputs(llm, outputs, num_samples=2)
+            summary, verified = outputs.report.summary, verify_outputs(llm, outputs, num_samples=2)
         columns.append(
             (
                 f"{summary.tokens_attended / summary.tokens_dense:.0%}",
