@@ -55,7 +55,7 @@ def work(args: argparse.Namespace) -> None:
         steps = run(llm, prompts, params, deadline)
         tokens += sum(record.num_tokens for record in steps)
         decode_s += sum(record.wall_s for record in steps)
-        longest_s = max(longest_s, *(record.wall_s for record in steps))
+        longest_s = max([longest_s, *(record.wall_s for record in steps)])
     speed = {"tokens_per_s": tokens / decode_s, "longest_step_s": longest_s}
     print(json.dumps(speed | {"stamp": asdict(current_stamp())}))
 

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 else:
     PolicyName = Literal[tuple(POLICIES)]  # the command line offers them
 
-_POLICY = Doc(
+_POLICY_HELP = (
     f"Which earlier tokens a step reads. {policies_help()} Why sketch: at sparsity 0.8 it loses 0.1 % of perplexity "
     "where swa loses 8 %, and it finds all facts in 1024 tokens where every choice by history finds a fifth or less "
     "(docs/accuracy.md)."
 )
-"""What `EngineConfig.policy` says, as PEP 727 has it: nobody writes the policies down a second time."""
+"""From the registry, so that a new policy is told without a word here."""
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}b": factor for unit, factor in _UNITS.items() if len(unit) == 1 and unit != "b"}
@@ -109,7 +109,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """End before the first of these strings; it is not part of the text. A single string is one stop string."""
     stop_ids: tuple[int, ...] = ()
-    """End at the first of these token ids, besides the model's own end tokens."""
+    """End at the first of these token ids, in addition to the model's own end tokens."""
     ignore_eos: bool = False
     """Go on after the model's end token; benchmarks want a fixed length."""
     seed: int = 0
@@ -163,7 +163,7 @@ class EngineConfig:
 
     model: str | None = None
     """A directory or a Hugging Face id of a checkpoint; None: the small model inside the package."""
-    policy: Annotated[PolicyName, _POLICY] = "sketch"
+    policy: Annotated[PolicyName, Doc(_POLICY_HELP)] = "sketch"
     sparsity: float = 0.8
     """Share of the earlier tokens that a decode step does not read, 0 up to but not 1; 1 - r in the paper (r: caching
     ratio). dense ignores it."""
@@ -179,14 +179,15 @@ class EngineConfig:
     device: DeviceName = "auto"
     """Where the model runs; auto: the GPU if there is one."""
     kv_device_memory: str | int | None = None
-    """Hard cap of the memory for K and V on the device, such as 2GiB or 512MiB; None: half of what is free. What does
-    not fit goes below: to main memory on a GPU, then to disk."""
+    """Hard cap of all that grows with tokens on the device (K and V, what the policy keeps of them, buffers, tables),
+    such as 2GiB or 512MiB; None: half of what is free, on a GPU 90 %. K and V that do not fit are offloaded: to main
+    memory below a GPU, then to disk."""
     kv_host_memory: str | int | None = None
     """Hard cap of the K and V in main memory below a GPU; 0: none; None: half of what is free. On a CPU main memory is
     the device, and this means nothing."""
     kv_disk_memory: str | int | None = None
-    """Hard cap of the K and V on disk; 0: no disk, prompts wait for room in memory instead; None: what the work needs,
-    within the free room."""
+    """Hard cap of the K and V on disk, with what deleted ones are rebuilt from; 0: no disk, prompts wait for room in
+    memory instead; None: what the work needs, within 80 % of the free room."""
     kv_disk_path: Path | None = None
     """Directory whose disk is used; None: the directory for temporary files. The file is private to the run and gone
     when it ends, however it ends."""

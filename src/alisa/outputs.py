@@ -36,12 +36,12 @@ class Traffic:
     fetched_rows: int = 0
     """Read from a lower tier."""
     stored_rows: int = 0
-    """Written to a lower tier, remnants included."""
+    """Written to a lower tier, hidden states included."""
     deleted_rows: int = 0
     rebuilt_rows: int = 0
-    """Recomputed from their remnants because a layer wanted to read them."""
+    """Rebuilt from hidden states because a layer wanted to read them."""
     moved_bytes: int = 0
-    """Between the device and lower tiers, both ways, remnants included."""
+    """Between the device and lower tiers, both ways, hidden states included."""
     lookups: int = 0
     """Selected rows that have left the device's own part: each is in the hot cache or must be brought."""
     hits: int = 0
@@ -49,7 +49,7 @@ class Traffic:
     wait_s: float = 0.0
     """Time the model stood still for rows that were on their way."""
     busy_s: float = 0.0
-    """Time that transfers took in their own threads; what is not waited for is hidden behind the arithmetic."""
+    """Time that transfers took in their own threads; what is not waited for is hidden by the arithmetic."""
 
     @property
     def hidden_share(self) -> float:
@@ -84,11 +84,11 @@ class StepRecord:
     """Bytes of the device pool in use after the step, over all layers, the hot cache included."""
     host_bytes: int
     disk_bytes: int
-    """Bytes in use in the lower tiers, remnants included."""
+    """Bytes in use in the lower tiers, hidden states included."""
     deleted_tokens: int
     """Tokens of running sequences whose rows are deleted."""
     num_preempted: int
-    """Sequences that had to give way before this step."""
+    """Sequences that were swapped, or lost their rows, before this step."""
     traffic: Traffic
     linear_s: float
     """The decoder without the attend seam: linear layers, norms, activations, embedding and logits."""
@@ -178,7 +178,7 @@ class RunSummary:
     """Tokens that decode steps gave."""
     kv_cap_bytes: int
     kv_peak_bytes: int
-    """Of the device; `disk_` and `host_` are the lower tiers, remnants included."""
+    """Of the device; `disk_` and `host_` are the lower tiers, hidden states included."""
     host_cap_bytes: int
     host_peak_bytes: int
     disk_cap_bytes: int
@@ -186,10 +186,10 @@ class RunSummary:
     phase_steps: dict[str, int]
     """Decode steps by phase."""
     num_preempted: int
-    """How often a sequence had to give way."""
+    """How often a sequence was swapped, or lost its rows."""
     traffic: Traffic
     policy_state_bytes: int
-    """Most memory that the selection policy held; part of the device cap, beside `kv_peak_bytes`."""
+    """Most memory that the selection policy held; part of the device cap, in addition to `kv_peak_bytes`."""
     tokens_attended: int
     tokens_dense: int
     peak_rss_bytes: int

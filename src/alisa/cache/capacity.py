@@ -28,7 +28,7 @@ class StateMemory(NamedTuple):
     token_bytes: int = 0
     """Over all layers."""
     sequence_bytes: int = 0
-    """Of a sequence besides."""
+    """Of every sequence, in addition."""
     read_share: float = 1.0
     """Share of a long sequence's tokens that one step reads."""
 

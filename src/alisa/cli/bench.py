@@ -1,4 +1,4 @@
-"""`alisa bench ...`: measurements that end in one record, with the physical floor beside every figure."""
+"""`alisa bench ...`: measurements that end in one record, with the physical floor next to every figure."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class BenchRun:
     only: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = ()
     """Only these runs and these workloads."""
     rounds: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: as the experiment says)")] = None
-    """Every measurement so often, in turns; three or more tell a difference from chance."""
+    """How often each measurement is made, in turns; three or more tell a difference from chance."""
     resume: bool = False
     """Skip what --output has already; what failed, or was missing, is tried again."""
     threads: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the processors there are)")] = None

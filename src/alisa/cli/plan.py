@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _DEFAULT = EngineConfig()
 _FREE_SHARE = 0.5
-"""As `alisa generate`: rows may take half of the memory that is free beside the weights."""
+"""As `alisa generate`: what grows with tokens may take half of the memory that the weights leave free."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ def gather_prompts(
     Args:
         words: prompts given on the command line.
         source: a file, `-` for standard input, or None.
-        limit: take only so many from the beginning of `source`.
+        limit: take only this many from the beginning of `source`.
         keep_invalid: a line that cannot be used becomes a prompt with a problem instead of an error.
 
     Raises:

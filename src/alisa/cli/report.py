@@ -45,7 +45,7 @@ def summary_lines(
     if summary.disk_cap_bytes:
         yield from _tier_lines(summary)
     if summary.num_preempted:
-        yield "gave way", f"{summary.num_preempted} times a prompt had to wait in the middle for room"
+        yield "preempted", f"{summary.num_preempted} times a prompt had to wait in the middle for room"
     yield "KV read", f"{_share(summary.tokens_attended, summary.tokens_dense)} of what dense attention reads"
     if verified is not None:
         yield (
@@ -63,19 +63,19 @@ def _tier_lines(summary: RunSummary) -> Iterator[tuple[str, str]]:
     yield "on disk", disk
     steps = ", ".join(f"{count} {phase}" for phase, count in summary.phase_steps.items())
     yield "phases", f"decode steps: {steps}"
-    rows = f"{traffic.stored_rows} down, {traffic.fetched_rows} fetched back"
+    rows = f"{traffic.stored_rows} offloaded, {traffic.fetched_rows} fetched back"
     if traffic.deleted_rows:
         rows += f", {traffic.deleted_rows} deleted, {traffic.rebuilt_rows} rebuilt"
     yield "rows moved", f"{rows} ({format_bytes(traffic.moved_bytes / max(summary.output_tokens, 1))} for each token)"
     yield (
         "hidden",
-        f"{traffic.hidden_share:.0%} of the transfer time behind arithmetic; {traffic.hit_rate:.1%} of the look-ups "
+        f"{traffic.hidden_share:.0%} of the transfer time during arithmetic; {traffic.hit_rate:.1%} of the look-ups "
         "found their row on the device",
     )
 
 
 def prediction_line(summary: RunSummary, predicted: StepCost | None) -> tuple[str, str]:
-    """What the decode steps were expected to take, beside what they took.
+    """What the decode steps were expected to take, and what they took.
 
     Args:
         summary: of the run.

@@ -21,7 +21,7 @@ Slots = NDArray[np.int64]
 
 
 class Codec(Protocol):
-    """Turns K and V into rows of bytes and back; the only place besides the kernels that knows what a row holds."""
+    """Turns K and V into rows of bytes and back; only it and the kernels know what a row holds."""
 
     @property
     def format(self) -> RowFormat:
@@ -129,7 +129,7 @@ class KeyBlock(NamedTuple):
     v: Tensor
 
 
-class Seed(NamedTuple):
+class ObservedMass(NamedTuple):
     """What rows of attention show of consecutive tokens."""
 
     first: int
@@ -144,15 +144,15 @@ class PrefillKernel(Protocol):
     """Dense attention of one piece of a prompt, and the weights of its last rows."""
 
     def __call__(
-        self, q: Tensor, own: KeyBlock, past: Callable[[], Iterable[KeyBlock]], num_seeds: int, num_sets: int
-    ) -> tuple[Tensor, Iterator[Seed]]:
+        self, q: Tensor, own: KeyBlock, past: Callable[[], Iterable[KeyBlock]], num_observed: int, num_sets: int
+    ) -> tuple[Tensor, Iterator[ObservedMass]]:
         """Attend causally with q `[T, H, D]` to `own`, its T tokens, and to everything before them.
 
         Args:
             q: `[T, H, D]`.
             own: keys and values of the same tokens.
-            past: reads the blocks before them, in order; asked again for the seeds. Empty when `own` starts at 0.
-            num_seeds: how many of the last rows are wanted, 0 to T.
+            past: reads the blocks before them, in order; asked again for the weights. Empty when `own` starts at 0.
+            num_observed: how many of the last rows are wanted, 0 to T.
             num_sets: J, 1 for one index set per layer or G for one per KV head.
 
         Returns:

@@ -72,7 +72,7 @@ class PackedLinear:
     These two operators are what `torch.compile` uses to freeze weights for CPU inference; they are private to torch, so
     `make_linear` tries them on one row and keeps the plain form when they fail.
 
-    A row's result does not depend on the rows beside it: where oneDNN treats a single row differently, it goes twice,
+    A row's result does not depend on the other rows: where oneDNN treats a single row differently, it goes twice,
     which takes no longer (the weight is read once).
 
     Raises:

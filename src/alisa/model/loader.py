@@ -56,7 +56,7 @@ def load_decoder(
     """A decoder with the weights of a directory, read one tensor at a time.
 
     Args:
-        directory: config.json beside safetensors or `.bin` files.
+        directory: config.json with safetensors or `.bin` files.
         dtype: what to compute in; the weights are cast to it.
         device: where to run.
         progress: receives (bytes done, bytes in total), in bytes of `dtype`.

@@ -1,7 +1,7 @@
 """Text to token ids and back, as the model's own files say, without transformers.
 
 `tokenizer.json` is read as it is. Older repositories (GPT-2, OPT) have `vocab.json` and `merges.txt`, from which the
-same byte-level BPE is built. What Hugging Face keeps beside them (leading and end tokens, chat template) is read too.
+same byte-level BPE is built. What Hugging Face keeps next to them (leading and end tokens, chat template) is read too.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Tokenizer:
         special_tokens = _special_tokens(settings)
         config = _read_json(directory / "config.json")
         backend = _load_backend(directory, settings, special_tokens)
-        # tokenizer.json says itself what stands in front, and transformers 5 ignores `add_bos_token` beside it.
+        # tokenizer.json says itself what comes first, and transformers 5 ignores `add_bos_token` where there is one.
         # vocab.json and merges.txt do not say: OPT was trained with a leading token, GPT-2 without.
         is_json = (directory / "tokenizer.json").is_file()
         add_bos = not is_json and settings.get("add_bos_token", config.get("model_type") == "opt")

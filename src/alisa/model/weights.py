@@ -23,7 +23,7 @@ from alisa.model.torch_file import TorchFile
 from alisa.spec import ModelSpec
 
 _SHARD = re.compile(r".*-\d+-of-(\d+)\.(safetensors|bin)")
-# Buffers that older libraries saved beside the weights, and that are derived from the config here.
+# Buffers that older libraries saved with the weights, and that are derived from the config here.
 _DERIVED = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(masked_)?bias|version)$")
 
 
@@ -164,7 +164,7 @@ class CheckpointSource:
         piece = self._take(parts[0], name, shape)
         if tuple(piece.shape) == shape:
             return piece
-        # Piece by piece into the whole, so that never all of them are there beside it.
+        # Piece by piece into the whole, so that never all pieces and the whole are held at once.
         joined = page_tensor(shape, piece.dtype)
         num_rows = 0
         for index, part in enumerate(parts):

@@ -110,7 +110,7 @@ class Baselines:
     def block_paging(self, way: Literal["recompute", "swap"]) -> Baseline:
         """As vLLM: blocks of 16 tokens, and as many sequences at a time as have blocks.
 
-        The newest gives way when they run out, and comes back by reading its tokens again (recompute) or by copying
+        The newest is preempted when they run out, and restored by reading its tokens again (recompute) or by copying
         its blocks back (swap).
         """
         name = f"block paging, {way} (vLLM-like)"
@@ -118,7 +118,7 @@ class Baselines:
         if blocks * BLOCK_TOKENS < self._workload.num_rows:
             return Baseline(name, None, "not even one sequence fits")
         cost, num_preempted = self._paged(blocks, way)
-        note = "everything fits" if num_preempted == 0 else f"{num_preempted} times a sequence gave way"
+        note = "everything fits" if num_preempted == 0 else f"{num_preempted} times a sequence was preempted"
         return Baseline(name, self._seconds(cost), note, cost)
 
     def _paged(self, blocks: int, way: str) -> tuple[StepCost, int]:
@@ -217,9 +217,9 @@ def _load(*, prefill: bool, sequences: int, tokens: int, pairs: float = 0.0, rea
         rebuilt=0.0,
         past=0.0,
         stored=0.0,
-        remnants=0,
+        hidden_stored=0,
         device_tokens=0,
         below_tokens=0,
         deleted_tokens=0,
-        remnant_tokens=0,
+        hidden_tokens=0,
     )

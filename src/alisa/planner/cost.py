@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from alisa.budget import Budget
 from alisa.model.names import layer_shapes
-from alisa.planner.footprint import remnant_row_bytes, row_bytes
+from alisa.planner.footprint import hidden_row_bytes, row_bytes
 from alisa.planner.hardware import Hardware, SelectionPrices
 from alisa.planner.load import RunConfig, StepWork
 from alisa.policy.registry import POLICIES
@@ -51,7 +51,7 @@ class StepCost:
         return StepCost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def times(self, count: float) -> StepCost:
-        """So many such steps."""
+        """This many such steps."""
         return StepCost(*(getattr(self, f.name) * count for f in fields(self)))
 
 
@@ -72,7 +72,7 @@ class CostModel:
         self._gemm = hardware.gemm[method.products]
         self._attention = hardware.attention[method.kv_dtype]
         self._row_bytes = row_bytes(spec, method.kv_dtype)
-        self._remnant_bytes = remnant_row_bytes(spec, method.dtype)
+        self._hidden_bytes = hidden_row_bytes(spec, method.dtype)
         weights = [shape for name, shape in layer_shapes(spec).items() if len(shape) == 2 and name.endswith("weight")]
         self._layer_weights = [num_out * num_in for num_out, num_in in weights]
         self._layer_s = hardware.layer_s + (hardware.rope_s if spec.rope else 0.0)
@@ -92,14 +92,14 @@ class CostModel:
         if load.prefill:
             values = load.pairs * spec.q_size
             attention_s += values * hardware.prefill_value_s
-            selection_s = values * hardware.seed_value_s * self._seed_share(load)
+            selection_s = values * hardware.observed_value_s * self._observed_share(load)
         else:
             attention_s += self._attention.seconds(load.read, self._row_bytes, spec.q_size)
             selection_s = self._selection_s(load)
         lookup_s = self._lookup_s(load) if tiers else 0.0
         fetch_s = layers * hardware.read.seconds(load.fetched, self._row_bytes, self.waits(load))
         store_s = layers * hardware.write.seconds(load.stored, self._row_bytes)
-        store_s += layers * hardware.write.seconds(load.remnants, self._remnant_bytes)
+        store_s += layers * hardware.write.seconds(load.hidden_stored, self._hidden_bytes)
         write_overlap = hardware.overlap if load.prefill else hardware.write_overlap
         linear_s = self._linear_s(load.num_tokens) + self._logits_s(load.num_finished)
         return StepCost(
@@ -164,7 +164,7 @@ class CostModel:
             + scored * chooser.value_s
         )
 
-    def _seed_share(self, load: StepWork) -> float:
+    def _observed_share(self, load: StepWork) -> float:
         """Part of the prompt's rows whose weights the policy observes."""
         per_sequence = load.num_tokens // load.num_sequences
         window = self._policy.observation_window(Budget(self.method.sparsity), per_sequence)
@@ -179,10 +179,10 @@ class CostModel:
         return times * (hardware.lookup_call_s + load.read * hardware.lookup_row_s) + hardware.place_s
 
     def _rebuild_s(self, rows: float) -> float:
-        """One layer: fetch the remnants, multiply with W_K and W_V, encode."""
+        """One layer: fetch the hidden states, multiply with W_K and W_V, encode."""
         if rows <= 0:
             return 0.0
         spec, hardware = self._spec, self._hardware
         product = self._gemm.seconds(max(rows, 1), 2 * spec.kv_size * spec.hidden_size)
-        fetch = hardware.read.seconds(rows, self._remnant_bytes)
+        fetch = hardware.read.seconds(rows, self._hidden_bytes)
         return min(rows, 1) * (hardware.rebuild_call_s + product) + rows * hardware.rebuild_row_s + fetch

@@ -1,4 +1,4 @@
-"""Bytes: what weights, activations, rows, remnants and the selection policy take, for every family."""
+"""Bytes: what weights, activations, rows, hidden states and the selection policy take, for every family."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def row_bytes(spec: ModelSpec, kv_dtype: str) -> int:
     return RowFormat(kv_dtype, spec.num_kv_heads, spec.head_dim).row_bytes
 
 
-def remnant_row_bytes(spec: ModelSpec, dtype: str) -> int:
+def hidden_row_bytes(spec: ModelSpec, dtype: str) -> int:
     """Bytes of the layer input that a deleted row is rebuilt from."""
     return spec.hidden_size * DTYPE_BYTES[dtype]
 

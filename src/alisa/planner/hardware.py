@@ -105,13 +105,13 @@ class Hardware:
     """Making room and starting moves, for one layer of one step with tiers."""
     rebuild_call_s: float
     rebuild_row_s: float
-    """Decoding a remnant and encoding its row, without the product."""
+    """Decoding a hidden state and encoding its row, without the product."""
     prefill_value_s: float
     """Causal attention of a prompt: for each pair of positions and value of a query head."""
-    seed_value_s: float
+    observed_value_s: float
     """Explicit weights of the prompt's last rows, counted the same way."""
     layer_s: float
-    """What a layer costs besides: launching and interpreting."""
+    """What else a layer costs: launching and interpreting."""
     rope_s: float
     """And what it costs more when it rotates queries and keys."""
     value_s: float
@@ -122,7 +122,7 @@ class Hardware:
     overlap: float
     """Share of the transfers that can overlap with the arithmetic: 1 with a copy engine, 0 where the cores copy."""
     write_overlap: float
-    """The same for rows that go down while others decode, which nobody waits for."""
+    """The same for rows that are offloaded while others decode, which nobody waits for."""
 
 
 def interpolate(points: tuple[tuple[float, float], ...], x: float) -> float:

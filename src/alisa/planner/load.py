@@ -5,7 +5,7 @@ Which rows a policy picks is not known beforehand, so three assumptions stand he
 - the older tokens that a sequence reads are spread evenly over those that it could read, so that a share of them lies
   below the device which is the share of the candidates that does;
 - of the rows below that a layer reads, a share `churn` is not what it read in the step before; the others are still in
-  the hot cache if that is large enough, and what it holds besides is a random part of the rest;
+  the hot cache if that is large enough, and what else it holds is a random part of the rest;
 - a selection larger than the hot cache is read past it, so that what does not fit is fetched in every step.
 
 `RunConfig.hit_rate` replaces the second and third by a measured figure.
@@ -31,7 +31,7 @@ tokens take the room of those in it, until the next move makes hot rows of the d
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """How a model is run: all that decides the work besides the schedule."""
+    """How a model is run: all that decides the work except the schedule."""
 
     policy: PolicyName
     sparsity: float
@@ -81,19 +81,20 @@ class StepWork:
     fetched: float
     """Of these, rows that a lower tier must give."""
     rebuilt: float
-    """And rows that are made again from remnants."""
+    """Rows that are rebuilt from hidden states."""
     past: float
     """Of both, those that are read past a hot cache too small for them, through the staging buffers."""
     stored: float
-    """Rows that go down."""
-    remnants: int
-    """Layer inputs that go down."""
+    """Rows that are offloaded."""
+    hidden_stored: int
+    """Layer inputs that are written to a lower tier, in case their rows are deleted."""
     device_tokens: int
     """Tokens with rows on the device after the step, the hot cache filled."""
     below_tokens: int
     """Tokens with rows in lower tiers."""
     deleted_tokens: int
-    remnant_tokens: int
+    hidden_tokens: int
+    """Tokens whose layer inputs are kept."""
 
 
 @dataclass(slots=True)
@@ -132,12 +133,12 @@ def loads(
         for move in plan.moves:
             lower_bounds(sequences[move.req_idx].bounds, move, limits)
             stored += move.num_tokens if move.target is not None else 0
-        pairs = num_read = candidates = finished = remnants = 0
+        pairs = num_read = candidates = finished = hidden_stored = 0
         wanted = deleted = population = 0.0
         for chunk in plan.chunks:
             sequence = sequences[chunk.req_idx]
             sequence.length = chunk.end
-            remnants += max(min(chunk.end, limits.rebuildable) - chunk.start, 0)
+            hidden_stored += max(min(chunk.end, limits.rebuildable) - chunk.start, 0)
             if plan.prefill:
                 pairs += chunk.count * (chunk.start + chunk.end + 1) // 2
                 finished += _ends_prompt(chunk, prompt_lens)
@@ -174,11 +175,11 @@ def loads(
             rebuilt=copies * rebuilt,
             past=copies * missing if hot < wanted else 0.0,
             stored=copies * stored / (1 if plan.prefill else stride),
-            remnants=copies * remnants,
+            hidden_stored=copies * hidden_stored,
             device_tokens=copies * int(own + min(hot, population)),
             below_tokens=copies * sum(sequence.bounds[0] - sequence.bounds[-1] for sequence in there),
             deleted_tokens=copies * sum(sequence.bounds[-1] for sequence in there),
-            remnant_tokens=copies * sum(min(sequence.length, limits.rebuildable) for sequence in there),
+            hidden_tokens=copies * sum(min(sequence.length, limits.rebuildable) for sequence in there),
         )
 
 

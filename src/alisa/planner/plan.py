@@ -8,7 +8,7 @@ from typing import Any
 
 from alisa.planner.baselines import Baselines
 from alisa.planner.cost import StepCost
-from alisa.planner.footprint import activation_bytes, kv_token_bytes, policy_bytes, remnant_row_bytes, weight_bytes
+from alisa.planner.footprint import activation_bytes, hidden_row_bytes, kv_token_bytes, policy_bytes, weight_bytes
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import RunConfig
 from alisa.planner.search import PlanCandidate, SearchResult, search
@@ -57,7 +57,7 @@ def make_plan(question: PlanRequest) -> dict[str, Any]:
             "weight_dtype": best.method.products,
             "together": best.workload.batch,
             "waves": best.waves,
-            "schedule": schedule_values(best.scheduler),
+            "schedule": schedule_values(best.placement),
             **_switches(best),
             "device_kv_bytes": best.limits.device_tokens * kv_token_bytes(question.spec, best.method.kv_dtype),
             "seconds": best.seconds(overlap=question.overlap),
@@ -124,7 +124,7 @@ def _bytes(question: PlanRequest) -> dict[str, int]:
         "policy": policy_bytes(spec, method.policy, method.sparsity, work.batch, work.num_rows),
         "kv_token": kv_token_bytes(spec, method.kv_dtype),
         "kv_all": work.batch * work.num_rows * kv_token_bytes(spec, method.kv_dtype),
-        "remnant_token": spec.num_layers * remnant_row_bytes(spec, method.dtype),
+        "hidden_token": spec.num_layers * hidden_row_bytes(spec, method.dtype),
         "device": question.hardware.device_bytes,
         "below": question.hardware.below_bytes,
     }
@@ -146,14 +146,14 @@ def _switches(best: PlanCandidate) -> dict[str, int | None]:
 def _memory(spec: ModelSpec, best: PlanCandidate) -> Iterator[dict[str, float | str]]:
     """Bytes of rows by tier after the steps that were priced."""
     token_bytes = kv_token_bytes(spec, best.method.kv_dtype)
-    remnant_bytes = spec.num_layers * remnant_row_bytes(spec, best.method.dtype)
+    hidden_bytes = spec.num_layers * hidden_row_bytes(spec, best.method.dtype)
     output = 0.0
     for load, cost, weight in zip(best.timeline.loads, best.timeline.costs, best.timeline.weights, strict=True):
         yield {
             "step": round(output),
             "phase": str(load.phase),
             "device_bytes": load.device_tokens * token_bytes,
-            "below_bytes": load.below_tokens * token_bytes + load.remnant_tokens * remnant_bytes,
+            "below_bytes": load.below_tokens * token_bytes + load.hidden_tokens * hidden_bytes,
             "deleted_bytes": load.deleted_tokens * token_bytes,
             "seconds": cost.overlapped_s,
         }

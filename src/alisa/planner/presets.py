@@ -17,7 +17,7 @@ FLOPS_SHARE = 0.5
 LINK_BYTES_PER_S = 20e9
 """Between GPU and CPU memory, as the paper says of its machines (section 5)."""
 LINK_ROW_S = 0.0
-"""Packed copies: gathering single tokens costs nothing besides their bytes. Real gathers do worse."""
+"""Packed copies: gathering single tokens costs nothing more than their bytes. Real gathers do worse."""
 LAUNCH_S = 12e-6
 """Of one kernel from Python; a layer takes about ten of them."""
 KERNELS_PER_LAYER = 10
@@ -59,7 +59,7 @@ def _gpu(name: str, memory_gib: int, bandwidth: float, flops: float, link: float
         rebuild_call_s=2 * LAUNCH_S,
         rebuild_row_s=0.0,
         prefill_value_s=4 / flops,
-        seed_value_s=2 / flops,
+        observed_value_s=2 / flops,
         layer_s=KERNELS_PER_LAYER * LAUNCH_S,
         rope_s=0.0,
         value_s=2 / bandwidth,

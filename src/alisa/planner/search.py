@@ -55,7 +55,7 @@ class PlanCandidate:
     """Of one wave: `batch` sequences run together."""
     waves: int
     method: RunConfig
-    scheduler: PlacementPolicy
+    placement: PlacementPolicy
     limits: Limits
     room: MemoryBudget
     timeline: Timeline
@@ -106,8 +106,8 @@ def search(
         found
         for method in methods
         for batch in _batches(workload.batch)
-        for scheduler in _SIMPLEST
-        if (found := pricer.price(workload, batch, method, scheduler)) is not None
+        for placement in _SIMPLEST
+        if (found := pricer.price(workload, batch, method, placement)) is not None
     ]
     if not starts:
         return None
@@ -152,29 +152,29 @@ class _Pricer:
         return round(self.seconds(candidate), 6), candidate.seconds(overlap=False)
 
     def price(
-        self, workload: UniformWorkload, batch: int, method: RunConfig, scheduler: PlacementPolicy
+        self, workload: UniformWorkload, batch: int, method: RunConfig, placement: PlacementPolicy
     ) -> PlanCandidate | None:
         """This way to do the work; None when it does not fit."""
         wave = replace(workload, batch=batch)
         room = self._room or room_for(self._spec, method, self._hardware, wave)
-        limits = room.limits(self._spec, method, scheduler, wave)
-        if limits.device_tokens < batch or _oversubscribed(scheduler, limits, method, wave):
+        limits = room.limits(self._spec, method, placement, wave)
+        if limits.device_tokens < batch or _oversubscribed(placement, limits, method, wave):
             return None
         stride = max(1, workload.output_len // _PRICED_STEPS)
         cost = self._costs.setdefault(method, CostModel(self._spec, method, self._hardware))
-        timeline = simulate_uniform(cost, method, scheduler, limits, wave, stride=stride)
+        timeline = simulate_uniform(cost, method, placement, limits, wave, stride=stride)
         self.num_priced += 1
         if timeline is None:
             return None
-        return PlanCandidate(wave, -(-workload.batch // batch), method, scheduler, limits, room, timeline)
+        return PlanCandidate(wave, -(-workload.batch // batch), method, placement, limits, room, timeline)
 
 
-def _oversubscribed(scheduler: PlacementPolicy, limits: Limits, method: RunConfig, wave: UniformWorkload) -> bool:
+def _oversubscribed(placement: PlacementPolicy, limits: Limits, method: RunConfig, wave: UniformWorkload) -> bool:
     """Whether the engine would take sequences out of the batch before it ends."""
     if wave.batch == 1:
         return False
     view = fresh_view(wave.num_rows, limits, method.reads)
-    return is_oversubscribed(scheduler, limits, [view.num_read] * wave.batch)
+    return is_oversubscribed(placement, limits, [view.num_read] * wave.batch)
 
 
 def _batches(most: int) -> list[int]:
@@ -215,10 +215,10 @@ def _refined(
 
 
 def _neighbours(best: PlanCandidate, steps: int, ratio: float, last: int) -> Iterator[Schedule]:
-    scheduler = best.scheduler
-    if not isinstance(scheduler, ThreePhase) or scheduler.schedule is None:
+    placement = best.placement
+    if not isinstance(placement, ThreePhase) or placement.schedule is None:
         return
-    now = scheduler.schedule
+    now = placement.schedule
     for sign in (-1, 1):
         start = min(max(now.offload_from + sign * steps, 0), last)
         later = min(max(now.recompute_from + sign * steps, now.offload_from), last)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from alisa.outputs import Medium
 from alisa.planner.cost import CostModel, StepCost
-from alisa.planner.footprint import activation_bytes, kv_token_bytes, policy_bytes, remnant_row_bytes, weight_bytes
+from alisa.planner.footprint import activation_bytes, hidden_row_bytes, kv_token_bytes, policy_bytes, weight_bytes
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import RunConfig, StepWork, loads
 from alisa.scheduler.placement.base import Limits, PlacementPolicy, Tier, seq_view
@@ -45,21 +45,21 @@ class MemoryBudget:
     below_bytes: int
 
     def limits(
-        self, spec: ModelSpec, method: RunConfig, scheduler: PlacementPolicy, workload: UniformWorkload
+        self, spec: ModelSpec, method: RunConfig, placement: PlacementPolicy, workload: UniformWorkload
     ) -> Limits:
-        """Capacities in tokens, as the engine works them out; no tiers where even the remnants do not fit."""
+        """Capacities in tokens, as the engine works them out; no tiers where even the hidden states do not fit."""
         token_bytes = kv_token_bytes(spec, method.kv_dtype)
         sizes = [workload.num_rows] * workload.batch
         device = min(max(self.device_bytes, 0) // token_bytes, sum(sizes))
         below = share_below(
             self.below_bytes,
             token_bytes,
-            spec.num_layers * remnant_row_bytes(spec, method.dtype),
+            spec.num_layers * hidden_row_bytes(spec, method.dtype),
             device_tokens=device,
             sizes=sizes,
-            planned=scheduler.most_deleted(workload.num_rows),
+            planned=placement.most_deleted(workload.num_rows),
         )
-        if not scheduler.uses_tiers or not below.fits:
+        if not placement.uses_tiers or not below.fits:
             return Limits(device)
         return Limits(device, (Tier(Medium.DISK, below.num_tokens),), below.rebuildable)
 
@@ -93,7 +93,7 @@ class Timeline:
 def simulate(
     cost: CostModel,
     method: RunConfig,
-    scheduler: PlacementPolicy,
+    placement: PlacementPolicy,
     limits: Limits,
     prompt_lens: Sequence[int],
     output_len: int,
@@ -108,7 +108,7 @@ def simulate(
     """
     plans = list(
         rollout(
-            scheduler,
+            placement,
             limits,
             prompt_lens,
             output_len,
@@ -120,7 +120,7 @@ def simulate(
     uniform = len(set(prompt_lens)) == 1
     lengths: dict[int, int] | int = prompt_lens[0] if uniform else _first_owners(plans, prompt_lens)
     found = tuple(loads(plans, limits, method, prompt_lens=lengths))
-    tiers = scheduler.uses_tiers
+    tiers = placement.uses_tiers
     return Timeline(found, tuple(cost.step(load, tiers=tiers) for load in found), (1.0,) * len(found))
 
 
@@ -145,7 +145,7 @@ def price_run(
 def simulate_uniform(
     cost: CostModel,
     method: RunConfig,
-    scheduler: PlacementPolicy,
+    placement: PlacementPolicy,
     limits: Limits,
     workload: UniformWorkload,
     *,
@@ -156,7 +156,7 @@ def simulate_uniform(
     Args:
         cost: prices.
         method: how the model is run.
-        scheduler: decides.
+        placement: decides.
         limits: of the whole batch.
         workload: the batch.
         stride: decode steps from one that is priced to the next, which stands for all in between.
@@ -167,7 +167,7 @@ def simulate_uniform(
     batch = workload.batch
     tiers = tuple(Tier(tier.medium, tier.num_tokens // batch) for tier in limits.tiers)
     share = Limits(limits.device_tokens // batch, tiers, limits.rebuildable)
-    plans = list(_plans_of_one(scheduler, share, method, workload, stride))
+    plans = list(_plans_of_one(placement, share, method, workload, stride))
     if not plans or plans[-1] is None:
         return None
     steps = [plan for plan in plans if plan is not None]
@@ -177,7 +177,7 @@ def simulate_uniform(
     weights = []
     ends = [*(plan.chunks[0].end for plan in steps[1:]), workload.num_rows + 1]
     for load, plan, end in zip(found, steps, ends, strict=True):
-        costs.append(cost.step(load, tiers=scheduler.uses_tiers))
+        costs.append(cost.step(load, tiers=placement.uses_tiers))
         weights.append(1.0 if plan.prefill else float(end - plan.chunks[0].end))
         if plan.prefill and batch > per_pass:  # the passes are as small as the engine makes them
             passes = batch / per_pass
@@ -186,7 +186,7 @@ def simulate_uniform(
 
 
 def _plans_of_one(
-    scheduler: PlacementPolicy, limits: Limits, method: RunConfig, workload: UniformWorkload, stride: int
+    placement: PlacementPolicy, limits: Limits, method: RunConfig, workload: UniformWorkload, stride: int
 ) -> Iterator[StepPlan | None]:
     bounds = [0] * (len(limits.tiers) + 1)
     reads = method.reads
@@ -194,7 +194,7 @@ def _plans_of_one(
     lengths = [workload.prompt_len, *range(workload.prompt_len + 1, workload.num_rows + 1, stride)]
     for step, length in enumerate(lengths):
         view = seq_view(0, workload.prompt_len, length, tuple(bounds), rebuildable, reads, active=True)
-        decision = scheduler.plan([view], limits)
+        decision = placement.plan([view], limits)
         if decision is None:
             yield None
             return

@@ -84,7 +84,7 @@ class PolicyState:
 class SelectionPolicy:
     """Frozen parameters of a way to choose tokens.
 
-    What the planner has to know without torch stands in `alisa.policy.registry`; a test compares the two.
+    What the planner has to know without torch is in `alisa.policy.registry`; a test compares the two.
     """
 
     budget: Budget

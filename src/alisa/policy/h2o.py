@@ -110,7 +110,7 @@ class HeavyHittersState(TokenState):
         sums.index_add_(0, ids, kept.view(-1))
 
     def _locate(self, batch: StepBatch, starts: Tensor) -> None:
-        """Every token of every sequence, the last one again behind its end."""
+        """Every token of every sequence, the last one repeated after its end."""
         columns = torch.arange(max(batch.lengths), device=starts.device)
         self._starts = starts
         self._all_ids = (starts[:, None] + columns.minimum(batch.length_counts[:, None] - 1)).view(-1)

@@ -2,7 +2,7 @@
 
 `local` is the sliding window of Longformer (arXiv 2004.05150); `strided` adds older tokens at equal distances, as in
 the Sparse Transformer (arXiv 1904.10509); `streaming` keeps the first tokens, the attention sinks of StreamingLLM
-(arXiv 2309.17453), beside the window, at their original positions. All three read as many tokens as `swa` does.
+(arXiv 2309.17453), in addition to the window, at their original positions. All three read as many tokens as `swa` does.
 """
 
 from __future__ import annotations

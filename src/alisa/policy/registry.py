@@ -59,7 +59,7 @@ class PolicyEntry:
         return self.state(shape, Budget(sparsity), max_len)
 
     def total_state_bytes(self, shape: AttentionShape, sparsity: float, num_seqs: int, length: int) -> int:
-        """As `PolicyState.nbytes` when so many sequences of this length are open, none ever longer."""
+        """As `PolicyState.nbytes` when `num_seqs` sequences of this length are open, none ever longer."""
         found = self.state_bytes(shape, sparsity, length)
         return num_seqs * (state_tokens(length) * found.per_token + found.per_sequence)
 

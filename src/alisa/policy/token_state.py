@@ -52,7 +52,7 @@ class TokenState(PolicyState):
 
     @property
     def nbytes(self) -> int:
-        """The extents of the open sequences, and what each has besides."""
+        """The extents of the open sequences, and what each has in addition."""
         tokens = self._extents.used_tokens
         taken = sum(table.tensor.nbytes // self._num_tokens for table in self._tables) if tokens else 0
         return tokens * taken + self._extents.num_open * self._sequence_bytes

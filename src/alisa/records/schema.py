@@ -1,4 +1,4 @@
-"""What stands in a line of a file of results, as dataclasses.
+"""What a line of a file of results holds, as dataclasses.
 
 `alisa.records.structure.structure_record` makes them of lines. Lines of earlier versions are read too: a field that
 came later, or that was not recorded, has a default.
@@ -148,7 +148,7 @@ class Floor:
         return self.prefill_s + self.decode_s
 
     def line(self) -> dict[str, float | None]:
-        """As it stands in a record."""
+        """As a record holds it."""
         return asdict(self) | {"decode_s": self.decode_s, "wall_s": self.wall_s}
 
 
@@ -188,7 +188,7 @@ class RunRecord:
     num_steps: int | None = None
 
     def line(self) -> Record:
-        """As it stands in a file; what only a run that ran has is left out where there is none."""
+        """As a file holds it; what only a run that ran has is left out where there is none."""
         values = asdict(self)
         only_ran = ("reason", "figures", "floor", "others_share", "versions", "notes", "details")
         for name in (*only_ran, "step_quartiles_s", "num_steps"):

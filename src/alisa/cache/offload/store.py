@@ -84,7 +84,7 @@ class TieredStore:
         hidden: where the layer inputs of deletable tokens lie; None: nothing can be deleted.
         rebuildable: first tokens of every sequence whose layer input is kept.
         eviction: who leaves the hot cache first.
-        overlap: whether rows move beside the arithmetic.
+        overlap: whether rows move while the arithmetic runs.
         staging_rows: rows through which a selection larger than the pool is read; at least a piece.
         piece_columns: columns of the smallest piece that the decode kernel takes.
         in_flight_bytes: rows that never lie on the device and are not written yet take at most half of this; hidden

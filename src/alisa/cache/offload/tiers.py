@@ -43,7 +43,7 @@ class LowerTier(Protocol):
         ...
 
     def read(self, layer: int, slots: Slots, target: Bytes, target_rows: RowIndices) -> None:
-        """Rows `slots` of a layer stand in `target[target_rows]` (UInt8[N, row_bytes]).
+        """Rows `slots` of a layer have been copied to `target[target_rows]` (UInt8[N, row_bytes]).
 
         Raises:
             OSError: the medium failed or holds less than was written; the target's content is undefined.
@@ -51,7 +51,7 @@ class LowerTier(Protocol):
         ...
 
     def write(self, layer: int, slots: Slots, source: Bytes, source_rows: RowIndices) -> None:
-        """`source[source_rows]` stand at rows `slots` of a layer.
+        """`source[source_rows]` are stored in rows `slots` of a layer.
 
         Raises:
             OSError: the medium failed; the content of these rows is undefined.
@@ -154,7 +154,7 @@ class DiskTier:
         self._close()
 
     def _claim(self, num_steps: int) -> None:
-        """The file has at least so many steps, and the disk has room for them."""
+        """The file has at least `num_steps` steps, and the disk has room for them."""
         with self._lock:
             # A write after the end of a file that somebody cut short would make it long again, and lost rows would be
             # read as zeros.

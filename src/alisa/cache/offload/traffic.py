@@ -34,7 +34,7 @@ class TrafficMeter:
         self.moved_bytes += num_rows * row_bytes
 
     def rebuilt(self, num_rows: int, hidden_bytes: int) -> None:
-        """Hidden states of so many bytes each were read to make rows from."""
+        """Hidden states of `hidden_bytes` each were read, to rebuild rows from."""
         self.rebuilt_rows += num_rows
         self.moved_bytes += num_rows * hidden_bytes
 

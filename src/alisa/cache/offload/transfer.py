@@ -152,7 +152,7 @@ Fence = torch.cuda.Event
 
 
 class CopyStream:
-    """The stream that copies run on, beside the model's; on a device without streams, copies just run."""
+    """The stream that copies run on, at the same time as the model's; on a device without streams, copies just run."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None

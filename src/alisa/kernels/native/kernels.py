@@ -217,7 +217,7 @@ class CpuKernels:
         num_slots: int,
         width: int,
     ) -> Tensor:
-        """Positions Int32[B, num_slots] that each sequence reads: ascending, 0 behind `counts` Int32[B].
+        """Positions Int32[B, num_slots] that each sequence reads: ascending, 0 after `counts` Int32[B].
 
         Of positions [0, older_ends[b]) those `older_counts[b]` with the largest scores (of equal ones, the older), then
         the positions from `older_ends[b]` on.
@@ -373,7 +373,7 @@ class CpuKernels:
             bits: 2, 4 or 8.
             starts: Int64[B].
             lengths: Int32[B].
-            older_ends: Int32[B * J], the sets of a sequence behind each other; it and the next two are as in `select`.
+            older_ends: Int32[B * J], the sets of a sequence in order; it and the next two are as in `select`.
             older_counts: Int32[B * J].
             counts: Int32[B * J], the same for all sets of a sequence.
             num_slots: K.

@@ -20,7 +20,7 @@ def available() -> bool:
 class CpuPrefill:
     """The prefill kernels with their working memory: as much as keys and values of one KV head, packed.
 
-    What a token gets does not depend on the tokens beside it, nor on the number of threads.
+    What a token gets does not depend on the other tokens, nor on the number of threads.
 
     Args:
         num_threads: threads to use; by default as many as torch uses at the time of the call.

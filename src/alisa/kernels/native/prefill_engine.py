@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import KeyBlock, Seed
+from alisa.kernels.base import KeyBlock, ObservedMass
 from alisa.kernels.native.prefill import CpuPrefill
 from alisa.kernels.reference.prefill import prefill_attention
 
@@ -20,20 +20,20 @@ class NativePrefill:
         self._kernel = kernel
 
     def __call__(
-        self, q: Tensor, own: KeyBlock, past: Callable[[], Iterable[KeyBlock]], num_seeds: int, num_sets: int
-    ) -> tuple[Tensor, Iterator[Seed]]:
+        self, q: Tensor, own: KeyBlock, past: Callable[[], Iterable[KeyBlock]], num_observed: int, num_sets: int
+    ) -> tuple[Tensor, Iterator[ObservedMass]]:
         """Rows of codes are read as float32: the past is rounded to bfloat16, as the model's own keys are."""
         if q.dtype != torch.bfloat16:
-            return prefill_attention(q, own, past, num_seeds, num_sets)
+            return prefill_attention(q, own, past, num_observed, num_sets)
         earlier = ((block.k.to(q.dtype), block.v.to(q.dtype)) for block in past())
         out, log_sum_exp = self._kernel.attend(q, own.k, own.v, earlier)
-        last = slice(len(q) - num_seeds, None)
-        blocks = chain(past(), (own,)) if num_seeds else ()
-        return out, self._seeds(q[last], log_sum_exp[last], own.start + last.start, blocks, num_sets)
+        last = slice(len(q) - num_observed, None)
+        blocks = chain(past(), (own,)) if num_observed else ()
+        return out, self._observed(q[last], log_sum_exp[last], own.start + last.start, blocks, num_sets)
 
-    def _seeds(
+    def _observed(
         self, q: Tensor, log_sum_exp: Tensor, first: int, blocks: Iterable[KeyBlock], num_sets: int
-    ) -> Iterator[Seed]:
+    ) -> Iterator[ObservedMass]:
         for block in blocks:
             mass = self._kernel.mass(q, block.k.to(q.dtype), log_sum_exp, first - block.start, num_sets)
-            yield Seed(first, block.start, mass)
+            yield ObservedMass(first, block.start, mass)

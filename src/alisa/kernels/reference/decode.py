@@ -3,9 +3,9 @@
 This is the reference of every kernel: same arguments, same three results. It gathers the selected rows, which on a CPU
 costs more than it saves (a copy of every selected row); kernels read them in place.
 
-A sequence gets the same bits whatever is attended to beside it, in one call or in pieces, on any number of threads. So
-its selection is cut into blocks of `BLOCK_COLUMNS`, which are merged in order, and sums are written out as additions
-of whole tensors: torch's own sums and products take an order that depends on shapes and threads.
+A sequence gets the same bits whatever else is attended to, in one call or in pieces, on any number of threads. So its
+selection is cut into blocks of `BLOCK_COLUMNS`, which are merged in order, and sums are written out as additions of
+whole tensors: torch's own sums and products take an order that depends on shapes and threads.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class ReferencePieces:
         maximum = torch.maximum(self._maximum, scores.amax(dim=-1))
         kept = torch.exp(self._maximum - maximum)
         weights = torch.exp(scores - maximum[..., None])
-        # What stands in row 0 is not ours to know: 0 times infinity would be no number.
+        # Nobody knows what row 0 holds: 0 times infinity would be no number.
         values = v.masked_fill(padding[:, None, :, :, None], 0.0)
         self._total = self._total * kept + ordered_sum(weights, 3)
         self._out = self._out * kept[..., None] + ordered_sum(weights[..., None] * values, 3)

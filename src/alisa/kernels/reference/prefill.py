@@ -1,4 +1,4 @@
-"""Attention while a prompt is read: dense and causal, and the few rows that seed a selection policy.
+"""Attention while a prompt is read: dense and causal, and the few rows that a selection policy observes.
 
 No S x S matrix is ever built: attention goes through torch's fused kernel, and only the last rows of the prompt, the
 ones that the policy asks for, get explicit weights, in blocks of bounded size. The later pieces of a long prompt attend
@@ -16,26 +16,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from alisa.kernels.base import KeyBlock, Seed
+from alisa.kernels.base import KeyBlock, ObservedMass
 from alisa.kernels.reference.merge import PartialAttention
 
 MASS_BLOCK_SCORES = 1 << 23
-"""Scores held at once: 32 MiB in float32, small beside the weights of any model and large enough for a GEMM."""
+"""Scores held at once: 32 MiB in float32, small next to the weights of any model and large enough for a GEMM."""
 
 TILE_ROWS = 16
 """Queries that torch's attention is given are a multiple of this: as many float32 as a cache line holds."""
 
 
 def prefill_attention(
-    q: Tensor, own: KeyBlock, past: Callable[[], Iterable[KeyBlock]], num_seeds: int, num_sets: int
-) -> tuple[Tensor, Iterator[Seed]]:
+    q: Tensor, own: KeyBlock, past: Callable[[], Iterable[KeyBlock]], num_observed: int, num_sets: int
+) -> tuple[Tensor, Iterator[ObservedMass]]:
     """See `PrefillKernel`; torch's fused attention, and weights in float32."""
-    last = slice(len(q) - num_seeds, None)
+    last = slice(len(q) - num_observed, None)
     if not own.start:
-        rows = causal_mass(q[last], own.k, num_sets) if num_seeds else ()
-        return causal_attention(q, own.k, own.v), (Seed(first, 0, mass) for first, mass in rows)
+        rows = causal_mass(q[last], own.k, num_sets) if num_observed else ()
+        return causal_attention(q, own.k, own.v), (ObservedMass(first, 0, mass) for first, mass in rows)
     out, log_sum_exp = attend_after(q, own, past())
-    if not num_seeds:
+    if not num_observed:
         return out, iter(())
     return out, mass_after(q[last], log_sum_exp[last], own.start + last.start, chain(past(), (own,)), num_sets)
 
@@ -110,7 +110,9 @@ def attend_after_plain(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tu
     return merged.out.to(q.dtype), merged.log_sum_exp
 
 
-def mass_after(q: Tensor, log_sum_exp: Tensor, first: int, blocks: Iterable[KeyBlock], num_sets: int) -> Iterator[Seed]:
+def mass_after(
+    q: Tensor, log_sum_exp: Tensor, first: int, blocks: Iterable[KeyBlock], num_sets: int
+) -> Iterator[ObservedMass]:
     """Attention weights of W consecutive tokens whose log-sum-exp is known, summed over the heads of each index set.
 
     Args:
@@ -132,7 +134,7 @@ def mass_after(q: Tensor, log_sum_exp: Tensor, first: int, blocks: Iterable[KeyB
             total = log_sum_exp[rows].view(-1, num_kv_heads, group).permute(1, 2, 0)[..., None]
             weights = (scores - total).exp_().sum(dim=1)  # [G, rows, N]
             mass = weights.transpose(0, 1) if num_sets > 1 else weights.sum(dim=0)[:, None]
-            yield Seed(first + rows.start, block.start, mass)
+            yield ObservedMass(first + rows.start, block.start, mass)
 
 
 def _scores(q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -148,7 +150,7 @@ def _scores(q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _add(merged: PartialAttention, rows: slice, scores: Tensor, v: Tensor) -> None:
-    """One block of scores `[G, H/G, rows, N]` and the values `[N, G, D]` behind them."""
+    """One block of scores `[G, H/G, rows, N]` and the values `[N, G, D]` that they weigh."""
     log_sum_exp = scores.logsumexp(dim=-1, keepdim=True)
     weights = (scores - log_sum_exp).exp_()
     out = weights @ v.float().transpose(0, 1)[:, None]  # [G, H/G, rows, D]

@@ -11,7 +11,7 @@ from torch import Tensor
 from alisa.kernels.reference.sketch import sketch, sketch_weights, weight_read
 
 _PADDING = torch.iinfo(torch.int32).max
-"""Sorts behind every position."""
+"""Sorts after every position."""
 
 
 class ReferenceSelection:
@@ -27,7 +27,7 @@ class ReferenceSelection:
         num_slots: int,
         width: int,
     ) -> Tensor:
-        """The best older positions by a stable sort, then those behind them."""
+        """The best older positions by a stable sort, then those after them."""
         columns = torch.arange(width, device=scores.device)
         older = columns < older_ends[:, None]
         ids = torch.where(older, starts[:, None] + columns, 0)

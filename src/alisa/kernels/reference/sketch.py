@@ -72,7 +72,7 @@ def sketch_weights(
 
 
 def token_ids(starts: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """Int64[B * width]: the rows of every sequence, its last one again behind its end."""
+    """Int64[B * width]: the rows of every sequence, its last one repeated after its end."""
     columns = torch.arange(width, device=starts.device)
     return (starts[:, None] + columns.minimum(lengths[:, None] - 1)).view(-1)
 

@@ -71,7 +71,7 @@ class TritonKernels:
         num_slots: int,
         width: int,
     ) -> Tensor:
-        """Positions Int32[N, num_slots] that each row reads: ascending, 0 behind `counts` Int32[N].
+        """Positions Int32[N, num_slots] that each row reads: ascending, 0 after `counts` Int32[N].
 
         Of positions [0, older_ends[i]) those `older_counts[i]` with the largest scores (of equal ones, the older), then
         the positions from `older_ends[i]` on. Scores are Float64 or Float32 `[T]`, contiguous, and row i begins at

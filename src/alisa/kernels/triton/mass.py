@@ -1,4 +1,4 @@
-"""Attention weights summed over the heads of an index set, from the scores that attention left behind.
+"""Attention weights summed over the heads of an index set, from the scores that attention kept.
 
 A weight is known when the sum over all tokens is, that is after the last split. Reading K again would cost half of the
 attention; the scores cost 8 bytes for each query head and token (written once, read once) against 2 D values that the
@@ -30,7 +30,7 @@ def sum_weights(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Mass of some tokens of one index set, 0 behind the count. Grid (blocks, J, B)."""
+    """Mass of some tokens of one index set, 0 after the count. Grid (blocks, J, B)."""
     num_sets = tl.num_programs(1)
     seq_set = tl.program_id(2).to(tl.int64) * num_sets + tl.program_id(1)
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -55,7 +55,7 @@ def launch_mass(scores: Tensor, best: Tensor, inverse: Tensor, counts: Tensor, m
         scores: Float32[B, H, W].
         best: Float32[B, H].
         inverse: Float32[B, H].
-        counts: Int32[B]; behind them mass is 0 and scores are not read.
+        counts: Int32[B]; after them mass is 0 and scores are not read.
         mass: written.
     """
     num_seqs, num_sets, width = mass.shape

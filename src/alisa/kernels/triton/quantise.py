@@ -56,5 +56,5 @@ def to_codes(values: tl.tensor, minimum: tl.tensor, inverse: tl.tensor, NUM_STEP
     """Steps above the minimum of each row of values, Int32."""
     steps = (values - minimum[:, None]) * inverse[:, None]
     steps = tl.minimum(tl.maximum(steps, 0.0), NUM_STEPS)
-    # What is added leaves no bits behind the point: the sum is rounded to an integer, halves to the even one.
+    # What is added leaves no bits after the point: the sum is rounded to an integer, halves to the even one.
     return ((steps + 12582912.0) - 12582912.0).to(tl.int32)

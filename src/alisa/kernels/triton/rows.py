@@ -22,7 +22,7 @@ class RowView:
     """One layer's pool, twice: as values or codes, and as the float16 pairs of integer rows.
 
     A row is a whole number of elements of either, so that an address is a slot times a stride plus a place in the row.
-    The (scale, minimum) pairs, behind 2 G head_len bytes of codes, begin at element G head_len of the float16 view.
+    The (scale, minimum) pairs, after 2 G head_len bytes of codes, begin at element G head_len of the float16 view.
     """
 
     values: Tensor

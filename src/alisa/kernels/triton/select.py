@@ -28,7 +28,7 @@ def load_keys(
     KEY: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Unsigned integers in the order of the scores, -0 equal to 0; those behind the end mean nothing."""
+    """Unsigned integers in the order of the scores, -0 equal to 0; those after the end mean nothing."""
     scores = tl.load(scores_ptr + positions, mask=positions < end, other=0.0)
     bits = tl.where(scores == 0.0, 0.0, scores).to(SIGNED, bitcast=True)
     # Negative floats fall where their bits rise: all but the sign are turned over. Then the sign, for unsigned order.

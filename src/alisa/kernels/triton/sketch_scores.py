@@ -106,7 +106,7 @@ class WeighedTokens(NamedTuple):
     """Weights, and what they were computed from: weight = exp2(score - best) * inverse."""
 
     mass: Tensor
-    """Float32[B, num_sets, width]: summed over the heads of each index set, 0 behind the length."""
+    """Float32[B, num_sets, width]: summed over the heads of each index set, 0 after the length."""
     scores: Tensor
     """Float32[B, H, width]"""
     best: Tensor

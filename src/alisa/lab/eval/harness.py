@@ -128,7 +128,7 @@ class HarnessModel(LM):
         return [*lead, *ids[len(ids) - most + len(lead) :]]
 
     def _first_id(self) -> int:
-        """What stands in front of a text that has nothing in front of it."""
+        """The token before a text that has nothing before it."""
         lead = self._llm.tokenizer.encode("")
         ends = sorted(self._llm.tokenizer.eos_ids)
         if not lead and not ends:

@@ -59,7 +59,7 @@ class Evaluation(Protocol):
 
     @property
     def settings(self) -> Mapping[str, object]:
-        """All that decides the numbers besides the model and the variant."""
+        """All that decides the numbers, except the model and the variant."""
         ...
 
     def measure(self, subject: Subject, variant: Variant) -> UnitResults:

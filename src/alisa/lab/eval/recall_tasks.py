@@ -81,7 +81,7 @@ class Scene:
     length: int
     """Tokens of the whole text, at most."""
     depth: float
-    """Where the thing to recall stands in what precedes the question: 0 first, 1 last."""
+    """Where the thing to recall is in what precedes the question: 0 first, 1 last."""
 
     def room(self, fixed: str) -> int:
         """Tokens left for prose in addition to `fixed` text."""

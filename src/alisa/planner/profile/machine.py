@@ -68,7 +68,7 @@ def measure_machine(tools: Tools, directory: Path, where: str, progress: Callabl
     lookup = measure_lookup(directory, tools.move_rows, tools.append)
     rebuild_call_s, rebuild_row_s = measure_rebuild(directory, tools.move_rows, first)
     progress("prompts and layers")
-    prefill_value_s, seed_value_s = measure_prompt(first, tools.prefill)
+    prefill_value_s, observed_value_s = measure_prompt(first, tools.prefill)
     layer = measure_layer(first, gemm["bfloat16"])
     return Hardware(
         name="this",
@@ -88,7 +88,7 @@ def measure_machine(tools: Tools, directory: Path, where: str, progress: Callabl
         rebuild_call_s=rebuild_call_s,
         rebuild_row_s=rebuild_row_s,
         prefill_value_s=prefill_value_s,
-        seed_value_s=seed_value_s,
+        observed_value_s=observed_value_s,
         layer_s=layer.layer_s,
         rope_s=layer.rope_s,
         value_s=measure_values(first),

@@ -33,7 +33,7 @@ _LAYOUTS = ((12, 12, 64), (4, 32, 64), (32, 32, 128))
 """(KV heads, query heads, values of a head)."""
 _ARENA_BYTES = 1 << 27
 _CPU = torch.device("cpu")
-_SEED_REPEATS = 9
+_OBSERVE_REPEATS = 9
 
 
 def measure_attention(
@@ -109,22 +109,22 @@ def _calls(
 
 def measure_prompt(dtype: torch.dtype, kernel: PrefillKernel) -> tuple[float, float]:
     """(causal attention, explicit weights of the last rows): seconds for each pair of positions and query value."""
-    length, num_heads, head_dim, num_seeds = 256, 12, 64, 26
+    length, num_heads, head_dim, num_observed = 256, 12, 64, 26
     q = torch.randn(length, num_heads, head_dim).to(dtype)
     own = KeyBlock(0, q, q)
     taken = seconds(lambda: kernel(q, own, tuple, 0, 1))
 
-    def seed() -> float:
+    def observe() -> float:
         """The weights alone: they are computed when they are asked for."""
-        _, seeds = kernel(q, own, tuple, num_seeds, 1)
+        _, observed = kernel(q, own, tuple, num_observed, 1)
         started = perf_counter()
-        list(seeds)
+        list(observed)
         return perf_counter() - started
 
-    seed()
-    seeded = median(seed() for _ in range(_SEED_REPEATS))
+    observe()
+    explicit = median(observe() for _ in range(_OBSERVE_REPEATS))
     values = length * (length + 1) / 2 * num_heads * head_dim
-    return taken / values, seeded / (num_seeds * length * num_heads * head_dim)
+    return taken / values, explicit / (num_observed * length * num_heads * head_dim)
 
 
 def measure_selection(policy: SelectionPolicy, spec: ModelSpec, kernels: SelectionKernels) -> SelectionPrices:

@@ -1,12 +1,12 @@
-"""How memory is shared out: on the device, buffers beside rows; below, remnants of deleted rows beside rows."""
+"""How memory is divided: on the device, between rows and buffers; below it, between rows and hidden states."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 _STAGING_SHARE = 16
-"""One part in so many of the device cap is the most that the staging buffers take, and 256 rows each at the most: 2 MiB
-of 8 KiB rows keep a disk busy while the other buffer is read."""
+"""The staging buffers together take at most one part in 16 of the device cap, and at most 256 rows each: 2 MiB of 8 KiB
+rows keep a disk busy while the other buffer is read."""
 
 _MOST_STAGING_ROWS = 256
 
@@ -26,27 +26,27 @@ class Below(NamedTuple):
     num_tokens: int
     """Tokens with rows."""
     rebuildable: int
-    """First tokens of every sequence that keep a remnant."""
+    """First tokens of every sequence whose hidden states are kept."""
     fits: bool
-    """False: the remnants of what is planned to be deleted take more than there is."""
+    """False: the hidden states of what is planned to be deleted take more than there is."""
 
 
 def share_below(
     num_bytes: int,
     token_bytes: int,
-    remnant_bytes: int,
+    hidden_bytes: int,
     *,
     device_tokens: int,
     host_tokens: int = 0,
     sizes: list[int],
     planned: int,
 ) -> Below:
-    """Rows and remnants for sequences of these final lengths, of which the device holds `device_tokens` together.
+    """Rows and hidden states for sequences of these final lengths, of which the device holds `device_tokens` together.
 
     Args:
         num_bytes: of the tier.
         token_bytes: of a token's rows over all layers.
-        remnant_bytes: of a token's layer inputs.
+        hidden_bytes: of a token's layer inputs.
         device_tokens: tokens that stay on the device.
         host_tokens: tokens that a tier in between holds.
         sizes: tokens of every sequence in the end.
@@ -55,10 +55,10 @@ def share_below(
     count, wanted = len(sizes), sum(sizes)
     overflow = wanted - device_tokens - host_tokens
     kept = count * planned
-    if planned == 0 and overflow * token_bytes > num_bytes and remnant_bytes < token_bytes:
-        # So many tokens must be deleted that the others' rows and their remnants fit together.
-        short = -(-(overflow * token_bytes - num_bytes) // (token_bytes - remnant_bytes))
-        kept = min(short + count, overflow, num_bytes // remnant_bytes)
+    if planned == 0 and overflow * token_bytes > num_bytes and hidden_bytes < token_bytes:
+        # As many tokens must be deleted as it takes for the others' rows and their hidden states to fit together.
+        short = -(-(overflow * token_bytes - num_bytes) // (token_bytes - hidden_bytes))
+        kept = min(short + count, overflow, num_bytes // hidden_bytes)
     rebuildable = kept // count
-    taken = rebuildable * count * remnant_bytes
+    taken = rebuildable * count * hidden_bytes
     return Below(min(wanted - host_tokens, max(num_bytes - taken, 0) // token_bytes), rebuildable, taken <= num_bytes)

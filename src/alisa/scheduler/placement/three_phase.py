@@ -200,7 +200,7 @@ def _kept(view: SeqView, bound: int) -> int:
 
 
 def _spare(sequences: Sequence[SeqView], bounds: Sequence[Sequence[int]], limits: Limits) -> int:
-    """Tokens that the tiers below can still take, besides those that can be deleted."""
+    """Tokens that the tiers below can still take, not counting those that can be deleted."""
     kept = sum(_kept(view, ends[0]) for view, ends in zip(sequences, bounds, strict=True))
     return sum(tier.num_tokens for tier in limits.tiers) - kept
 

@@ -47,7 +47,7 @@ inline void prepare_query(const DecodeTask& task, int seq, const AttendScratch& 
     float* query = scratch.query + static_cast<size_t>(h) * layout.head_stride();
     widen(task.q_dtype, source + h * head_bytes, dim, query);
     if (layout.planes() > 1) {
-      // Planes lie one behind the other, each padded.
+      // Planes lie one after the other, each padded.
       const int plane = layout.plane_len();
       float* high = query + layout.plane_stride();
       __builtin_memmove(high, query + plane, static_cast<size_t>(dim - plane) * sizeof(float));

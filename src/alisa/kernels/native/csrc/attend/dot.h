@@ -23,7 +23,7 @@ struct Shape {
   int plane;  // floats from one plane to the next
   int head;   // floats from one head to the next
   int whole;  // whole vectors in a plane
-  int rest;   // values behind them
+  int rest;   // values after them
   size_t head_bytes;
   size_t half_bytes;
 };

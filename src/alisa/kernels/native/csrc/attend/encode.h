@@ -2,7 +2,7 @@
 //
 // Integer rows are asymmetric: for every head of K and of V the minimum, rounded down to float16, and the scale that
 // reaches the maximum, rounded up, so that nothing is clipped and a value moves by at most half a step. Minima saturate at
-// the range of float16 (-65504). `IntCodec` in alisa.kv.codec is the same arithmetic in torch, bit for bit.
+// the range of float16 (-65504). `IntCodec` in alisa.cache.codec is the same arithmetic in torch, bit for bit.
 #pragma once
 
 #include "elements.h"

@@ -10,7 +10,7 @@
 
 namespace alisa::ALISA_ISA {
 
-// Pairs lie behind everything else in a row, where no reader comes by before they are needed. Inlined by force, see Ahead.
+// Pairs lie after everything else in a row, where no reader comes by before they are needed. Inlined by force, see Ahead.
 ALISA_INLINE void prefetch_pairs(const RowLayout& layout, const BlockRows& rows, int first, int count) {
   const size_t half = 4 * static_cast<size_t>(layout.num_kv_heads);
   const size_t offset = 2 * layout.half_bytes() + 4 * static_cast<size_t>(rows.first_kv_head);

@@ -1,7 +1,7 @@
 // How the values of one head are read from a row, for each row dtype: `load` makes vector `index` of every plane, `tail`
-// the last one, of which only `count` values exist (the bytes behind them may belong to nobody).
+// the last one, of which only `count` values exist (the bytes after them may belong to nobody).
 //
-// Included once per instruction set, behind a vec_*.h.
+// Included once per instruction set, after a vec_*.h.
 #pragma once
 
 #include <cstring>

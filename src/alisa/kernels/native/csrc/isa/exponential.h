@@ -1,5 +1,5 @@
 // exp(x) for x <= 0 on whole vectors, to about 2 units in the last place; below -87 it is 0 (exp(-87) is 1e-38, and a weight
-// that small is nothing beside the largest, which is 1).
+// that small is nothing next to the largest, which is 1).
 //
 // Range reduction x = n ln 2 + r and the degree-6 polynomial of exp on [-ln 2 / 2, ln 2 / 2].
 #pragma once

@@ -94,7 +94,7 @@ constexpr int kWords = 32;
 inline Words load_bytes(const void* p) {
   return _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 }
-// A run of 1 to kWords bytes; what lies behind it is not touched and reads as 0.
+// A run of 1 to kWords bytes; what lies after it is not touched and reads as 0.
 using Run = __mmask32;
 inline Run run_of(int count) { return static_cast<Run>((1ULL << count) - 1); }
 inline Words load_run(const void* p, Run run) { return _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(run, p)); }

@@ -54,7 +54,7 @@ inline float max_of(F x) {
 inline float min_of(F x) { return -max_of(-x); }
 inline float sum_of(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-// Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no bits behind the point.
+// Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no bits after the point.
 inline F round_even(F x) {
   const F magic = set1(12582912.0F);
   return (x + magic) - magic;

@@ -31,7 +31,7 @@ inline void transpose(__m512i (&x)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) x[i] = y[i];
 }
 
-// Keys as [pair of values][key], 0 behind the last key and the last value.
+// Keys as [pair of values][key], 0 after the last key and the last value.
 inline void pack_keys(const Heads& k, int kv_head, int first, int count, int head_dim, uint32_t* packed) {
   const int pairs = (head_dim + 1) / 2;
   for (int key = 0; key < kKeyBlock; key += kLanes) {
@@ -50,7 +50,7 @@ inline void pack_keys(const Heads& k, int kv_head, int first, int count, int hea
   }
 }
 
-// Values as [pair of keys][value], 0 behind the last key and the last value.
+// Values as [pair of keys][value], 0 after the last key and the last value.
 inline void pack_values(const Heads& v, int kv_head, int first, int count, int head_dim, uint32_t* packed) {
   const int width = round_up(head_dim, kPad);
   for (int key = 0; key < kKeyBlock; key += 2) {

@@ -20,7 +20,7 @@ constexpr int kGroup = 64;
 // Output channels that lie together, and inputs that one instruction adds up.
 constexpr int kLanes = 64;
 constexpr int kQuad = 4;
-// Tokens whose sums stay in L1 beside a group of a panel (24 KB beside 4 KB).
+// Tokens whose sums stay in L1 next to a group of a panel (24 KB and 4 KB).
 constexpr int kBlockTokens = 96;
 
 struct ProductTask {

@@ -1,4 +1,4 @@
-// The kernels of product.h, for one instruction set: included behind a vec_*.h and the integer vectors of a product_*.cpp.
+// The kernels of product.h, for one instruction set: included after a vec_*.h and the integer vectors of a product_*.cpp.
 #pragma once
 
 #include "elements.h"
@@ -49,7 +49,7 @@ constexpr int kQuadLines = kLanes * kQuad / 64;
 // Weights are asked for so long before they are needed: two groups.
 constexpr size_t kAheadBytes = 2 * kGroup * kLanes;
 
-// Weights that are needed later and brought near meanwhile, so many lines with every quad.
+// Weights that are needed later and brought near meanwhile, some lines with every quad.
 struct Ahead {
   const uint8_t* next;
   int lines;

@@ -1,6 +1,6 @@
 // Runs a function on several threads at once, on torch's own threads where there are any.
 //
-// A second OpenMP runtime would keep its own threads spinning beside torch's and oversubscribe the cores. So this library
+// A second OpenMP runtime would keep its own threads spinning next to torch's and oversubscribe the cores. So this library
 // links none: Python finds the runtime that torch has loaded and hands over its entry point, and a parallel region of ours
 // runs on the same pool as torch's operators.
 #pragma once

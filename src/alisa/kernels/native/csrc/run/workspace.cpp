@@ -21,7 +21,7 @@ int blocks_of(int length, int size) { return (length + size - 1) / size; }
 
 size_t whole_lines(size_t floats) { return (floats + kLineFloats - 1) / kLineFloats * kLineFloats; }
 
-// The buffers of decode attention, one behind the other.
+// The buffers of decode attention, one after the other.
 void place(DecodeTask& task, Plan& plan, size_t num_blocks) {
   const auto heads = static_cast<size_t>(task.num_heads);
   const size_t weights = num_blocks * heads * kBlock;

@@ -36,7 +36,7 @@ struct Plan {
   Grid grid() const { return {first_block.data(), first_partial.data()}; }
 };
 
-// Owns what calls need besides their arguments: megabytes freshly allocated for every layer would cost more in page faults
+// Owns what calls need beyond their arguments: megabytes freshly allocated for every layer would cost more in page faults
 // than the arithmetic on them. One call at a time; a second caller waits.
 class Workspace {
  public:

@@ -20,7 +20,7 @@ struct SelectTask {
   const int32_t* counts;         // [B]: tokens taken in all; the rest follow older_end
   int num_seqs;
   int num_slots;       // K
-  int32_t* positions;  // [B, K] ascending, 0 behind counts[b]
+  int32_t* positions;  // [B, K] ascending, 0 after counts[b]
 };
 
 // The older tokens of highest score, of equal ones those that come first.

@@ -112,7 +112,7 @@ inline void widen_ranges(const SketchTask& task, size_t token, int count, const 
   load_f16_pairs(padded, step, minimum);
   store(steps + i, step);
   store(minima + i, minimum);
-  // Lanes behind the last head must be numbers: their query is 0.
+  // Lanes after the last head must be numbers: their query is 0.
   for (i += kWidth; i < total + kPad; ++i) steps[i] = minima[i] = 0.0F;
 
   for (int t = 0; t < count; ++t) {

@@ -10,7 +10,7 @@ using QueryWord = int8_t;
 
 // Bytes of codes that one half of a vector takes.
 constexpr int kHalf = 32;
-// Heads that are worked on together: head i beside head i + kPairs, so that their sums come out in order.
+// Heads that are worked on together: head i with head i + kPairs, so that their sums come out in order.
 constexpr int kPairs = 4;
 constexpr int kTogether = 2 * kPairs;
 // A vector of high digits and one of low ones.

@@ -1,4 +1,4 @@
-// The kernels of a sketch as a table, behind a vec_*.h and a sketch_dot*.h.
+// The kernels of a sketch as a table, after a vec_*.h and a sketch_dot*.h.
 #pragma once
 
 #include "isa.h"
