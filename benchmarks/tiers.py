@@ -1,8 +1,8 @@
 """Less memory than the cache needs: tokens per second and the time split under device caps, random weights.
 
 Each run decodes one batch with room on the device for a share of what the whole KV cache takes, staging included; the
-rest goes to disk. What is printed for each: speed, the parts of a decode step, rows fetched and stored, the hit rate of the hot cache, the share
-of the transfers that was hidden, and the bytes moved for each token.
+rest goes to disk. What is printed for each: speed, the parts of a decode step, rows fetched and stored, the hit rate
+of the hot cache, the share of the transfers that was hidden, and the bytes moved for each token.
 
     python benchmarks/tiers.py --policy swa dense --cap 1 0.5 0.25 --static 0.25
 """

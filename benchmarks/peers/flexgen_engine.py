@@ -1,7 +1,7 @@
 """FlexGen 0.1.8 (`pip install flexgen==0.1.8`): weights, cache and activations split between a GPU and main memory.
 
-Started by `benchmarks/gpu_check.py` (src/alisa/lab/bench/remote/measured.py). Weights are its own dummies and stay on the
-device; of the cache there stays the share that fits beside them, the rest lies in pinned main memory from the first
+Started by `benchmarks/gpu_check.py` (src/alisa/lab/bench/remote/measured.py). Weights are its own dummies and stay on
+the device; of the cache there stays the share that fits beside them, the rest lies in pinned main memory from the first
 token on. It knows models by name, so the job says which OPT it is.
 """
 

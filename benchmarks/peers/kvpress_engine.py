@@ -1,7 +1,7 @@
 """kvpress: transformers with a KV cache that a press shortens, at the end of the prompt and while tokens are generated.
 
-Started by `alisa bench run` (src/alisa/lab/bench/remote/measured.py). The cache is kept at a fifth of the final length (the
-option `keep`), which is what a sparsity of 0.8 reads at the end; tokens are ranked by the norm of their key, the
+Started by `alisa bench run` (src/alisa/lab/bench/remote/measured.py). The cache is kept at a fifth of the final length
+(the option `keep`), which is what a sparsity of 0.8 reads at the end; tokens are ranked by the norm of their key, the
 cheapest of its presses, and the cache is cut every 32 steps. kvpress has no `generate` for a batch of token ids, so the
 loop is here; dtype, attention and threads are those of the transformers driver.
 """

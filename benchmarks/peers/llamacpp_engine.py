@@ -1,9 +1,9 @@
 """llama.cpp through the C interface of llama-cpp-python: all sequences of the batch in one `llama_decode` a step.
 
-Started by `alisa bench run` (src/alisa/lab/bench/remote/measured.py). Set up for its best here: compiled for this machine,
-bfloat16 weights, cache of 16-bit rows allocated at once, flash attention where it chooses to, as many threads as cores.
-The checkpoint is written as a GGUF file once. llama.cpp has no OPT, so that shape is recorded as unavailable. Batches
-are as large as a memory budget allows, and each ends before the next begins.
+Started by `alisa bench run` (src/alisa/lab/bench/remote/measured.py). Set up for its best here: compiled for this
+machine, bfloat16 weights, cache of 16-bit rows allocated at once, flash attention where it chooses to, as many threads
+as cores. The checkpoint is written as a GGUF file once. llama.cpp has no OPT, so that shape is recorded as
+unavailable. Batches are as large as a memory budget allows, and each ends before the next begins.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Hugging Face transformers: `generate` on the whole batch at once.
 
-Started by `alisa bench run` (src/alisa/lab/bench/remote/measured.py). Set up for its best here: bfloat16 weights, scaled
-dot product attention of torch, as many threads as cores. Caches: `dynamic` (the default of transformers), `static`
-(allocated at once), `quanto-int4` and `hqq-int4` (rows in 4 bits with the last 128 tokens in full), and `offloaded`,
-which transformers can only do with a GPU. None of them has a cap: under a memory budget the batch is made as small as
-the budget asks. Prompts of different lengths are padded on the left, and a batch ends before the next begins.
+Started by `alisa bench run` (src/alisa/lab/bench/remote/measured.py). Set up for its best here: bfloat16 weights,
+scaled dot product attention of torch, as many threads as cores. Caches: `dynamic` (the default of transformers),
+`static` (allocated at once), `quanto-int4` and `hqq-int4` (rows in 4 bits with the last 128 tokens in full), and
+`offloaded`, which transformers can only do with a GPU. None of them has a cap: under a memory budget the batch is made
+as small as the budget asks. Prompts of different lengths are padded on the left, and a batch ends before the next
+begins.
 """
 
 from __future__ import annotations

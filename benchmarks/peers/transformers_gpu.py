@@ -1,7 +1,7 @@
 """Hugging Face transformers on a GPU with its offloaded cache: K and V in main memory, each layer's come in its turn.
 
-Started by `benchmarks/gpu_check.py` (src/alisa/lab/bench/remote/measured.py); weights are dummies of the job's shape, made
-on the device, of whose memory torch may take `device_memory_bytes`.
+Started by `benchmarks/gpu_check.py` (src/alisa/lab/bench/remote/measured.py); weights are dummies of the job's shape,
+made on the device, of whose memory torch may take `device_memory_bytes`.
 """
 
 from __future__ import annotations

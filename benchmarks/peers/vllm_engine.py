@@ -1,8 +1,8 @@
 """vLLM on the CPU, driven step by step through its engine.
 
-Started by `alisa bench run` (src/alisa/lab/bench/remote/measured.py). Set up for its best here: bfloat16, one OpenMP thread
-bound to each core, room in the cache for the whole batch (or what the budget allows), all prompts in one pass, no
-prefix caching, no tokenizer. Its core runs in a process of its own, which is vLLM's default: it starts that one with
+Started by `alisa bench run` (src/alisa/lab/bench/remote/measured.py). Set up for its best here: bfloat16, one OpenMP
+thread bound to each core, room in the cache for the whole batch (or what the budget allows), all prompts in one pass,
+no prefix caching, no tokenizer. Its core runs in a process of its own, which is vLLM's default: it starts that one with
 the OpenMP library that its thread binding needs (decode is a tenth slower in one process). Intel's OpenMP in place of
 torch's was tried and is slower still. The peak is that of both processes together.
 """
