@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from alisa import LLM, SamplingParams
+from alisa.config import with_options
+from alisa.lab.bench.session import RunSpec, device_cap_for
 from alisa.outputs import RunSummary
 
 FILE = Path(__file__).with_name("tokens.json")
@@ -70,31 +72,25 @@ def run(case: Case, prompts: list[str], directory: Path, model: Path | None = No
         directory: takes the schedule file.
         model: another copy of the model; None: the one inside the package.
     """
-    caps: dict[str, int] = {}
     texts = [prompts[number] for number in case.prompts]
-    if case.device_share is not None:
-        caps["kv_device_memory"] = cap_bytes(case, texts, case.device_share)
-    if case.disk_share is not None:
-        caps["kv_disk_memory"] = cap_bytes(case, texts, case.disk_share)
-    schedule = None
+    plain = LLM(model, dtype="float32", **case.options)
+    # The last token of an output is never fed back, so it has no row.
+    lengths = [len(plain.tokenizer.encode(text)) + case.sampling["max_tokens"] for text in texts]
+    num_rows = sum(lengths) - len(lengths)
+    # What else is under the cap (policy state, staging) depends on these.
+    settings: dict[str, Any] = {"max_num_seqs": len(texts), "max_model_len": max(lengths)}
     if case.schedule is not None:
-        schedule = directory / "schedule.json"
-        schedule.write_text(json.dumps(case.schedule))
-    llm = LLM(model, dtype="float32", schedule=schedule, **case.options, **caps)
+        settings["schedule"] = directory / "schedule.json"
+        settings["schedule"].write_text(json.dumps(case.schedule))
+    if case.disk_share is not None:
+        settings["kv_disk_memory"] = int(case.disk_share * num_rows) * plain.describe()["kv_token_bytes"]
+    if case.device_share is not None:
+        spec = RunSpec(with_options(plain.config, settings))
+        settings["kv_device_memory"] = device_cap_for(plain.decoder, spec, int(case.device_share * num_rows))
+    llm = LLM(model, dtype="float32", **case.options, **settings)
     params = [SamplingParams(**case.sampling, seed=case.seed + i, ignore_eos=True) for i in range(len(texts))]
     outputs = llm.generate(texts, params)
-    return [list(output.token_ids) for output in outputs], seen_in(llm.summary())
-
-
-def cap_bytes(case: Case, texts: list[str], share: float) -> int:
-    """Bytes of this share of the rows that the requests need in the end.
-
-    The one place to change when a cap comes to cover more than rows.
-    """
-    llm = LLM(dtype="float32", kv_dtype=case.options["kv_dtype"])
-    # The last token of an output is never fed back, so it has no row.
-    num_rows = sum(len(llm.tokenizer.encode(text)) + case.sampling["max_tokens"] - 1 for text in texts)
-    return int(share * num_rows) * llm.describe()["kv_token_bytes"]
+    return [list(output.token_ids) for output in outputs], seen_in(outputs.report.summary)
 
 
 def seen_in(summary: RunSummary) -> set[str]:

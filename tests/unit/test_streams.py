@@ -8,11 +8,11 @@ import torch
 
 from alisa.cache.offload.tiers import HostTier
 from alisa.cache.offload.transfer import CopyStream, DeviceBuffer, HostBuffer, Transfers, transfer_buffers
-from alisa.engine.builder import Caps
-from alisa.lab.bench.session import RunSpec, run_batch
+from alisa.config import EngineConfig
+from alisa.engine.builder import CacheOptions
+from alisa.lab.bench.session import RunSpec, batch_config, device_cap_for, run_batch
 from alisa.lab.bench.shapes import SHAPES
 from alisa.model.loader import random_decoder
-from alisa.planner.footprint import kv_token_bytes
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU], id="cuda")]
@@ -96,12 +96,14 @@ def test_rows_in_main_memory_give_the_same_tokens(device, policy, dtype):
     decoder = random_decoder(spec, torch.float32, torch.device(device))
     generator = np.random.default_rng(1)
     prompts = [generator.integers(10, spec.vocab_size, length).tolist() for length in (90, 31, 64)]
-    need = sum(len(ids) + 39 for ids in prompts) * kv_token_bytes(spec, dtype)
+    lengths = [len(ids) for ids in prompts]
+    config = EngineConfig(policy=policy, sparsity=0.6, kv_dtype=dtype, max_num_seqs=3, kv_disk_memory=0)
+    need = sum(lengths) + 3 * 39
 
     def tokens(share):
-        caps = Caps(int(share * need), 0 if share == 1 else 2 * need, 0, None)
-        setting = RunSpec(policy=policy, sparsity=0.6, kv_dtype=dtype, caps=caps, max_batch=3)
-        ran = run_batch(decoder, setting, prompts, 40)
+        spec = RunSpec(config, CacheOptions(host_bytes=0 if share == 1 else 1 << 22))
+        cap = device_cap_for(decoder, replace(spec, config=batch_config(config, lengths, 40)), int(share * need))
+        ran = run_batch(decoder, replace(spec, config=replace(config, kv_device_memory=cap)), prompts, 40)
         assert (ran.details()["host_peak_bytes"] > 0) == (share < 1)
         return ran.outputs
 

@@ -3,14 +3,21 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alisa.engine.output import TextStream
+from alisa import SamplingParams
+from alisa.engine.output import RequestText
 
 
 class Pieces:
-    """A detokenizer whose token ids are indices into a list of strings; the last may come only with `flush`."""
+    """A tokenizer whose token ids are indices into a list of strings; the last may come only with `flush`."""
 
-    def __init__(self, pieces, rest=""):
-        self.pieces, self.rest = pieces, rest
+    def __init__(self, pieces, rest="", special=()):
+        self.pieces, self.rest, self.special = pieces, rest, special
+
+    def detokenizer(self):
+        return self
+
+    def special_ids(self, texts):
+        return frozenset(i for i in self.special if self.pieces[i] in texts)
 
     def feed(self, token_id):
         return self.pieces[token_id]
@@ -19,16 +26,20 @@ class Pieces:
         return self.rest
 
 
+def text_of(tokenizer, stop):
+    return RequestText("", SamplingParams(stop=tuple(stop)), tokenizer)
+
+
 @given(
     pieces=st.lists(st.text("ab<>", max_size=4), max_size=12),
     rest=st.text("ab<>", max_size=3),
     stop=st.lists(st.text("ab<>", min_size=1, max_size=4), max_size=2),
 )
 def test_text_ends_before_the_first_stop_string(pieces, rest, stop):
-    stream = TextStream(Pieces(pieces, rest), tuple(stop))
+    stream = text_of(Pieces(pieces, rest), stop)
     shown = []
     for i in range(len(pieces)):
-        shown.append(stream.feed(i))
+        shown.append(stream.feed(i, ended=None))
         if stream.stopped:
             break
     shown.append(stream.flush())
@@ -47,6 +58,18 @@ def test_text_ends_before_the_first_stop_string(pieces, rest, stop):
 
 
 def test_text_is_shown_as_soon_as_it_is_certain():
-    stream = TextStream(Pieces(["one <", "b", "> two <", "br> three"]), ("<br>",))
-    assert [stream.feed(i) for i in range(4)] == ["one ", "", "<b> two ", ""]
+    stream = text_of(Pieces(["one <", "b", "> two <", "br> three"]), ["<br>"])
+    assert [stream.feed(i, ended=None) for i in range(4)] == ["one ", "", "<b> two ", ""]
     assert stream.stopped
+
+
+def test_a_special_token_ends_the_text_though_it_has_none():
+    stream = text_of(Pieces(["one", "<end>", "two"], special=[1]), ["<end>"])
+    assert stream.stop_ids == {1}
+    assert [stream.feed(0, ended=None), stream.feed(1, ended="stop")] == ["one", ""]
+    assert stream.text == "one"
+
+
+def test_the_end_token_of_the_model_is_no_text():
+    stream = text_of(Pieces(["one <", "eos"], rest="."), ["<br>"])
+    assert [stream.feed(0, ended=None), stream.feed(1, ended="eos")] == ["one ", "<."]

@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from time import perf_counter
 
+import torch
+
 from alisa.attention.timing import StepSection
 from alisa.config import SamplingParams
 from alisa.engine.costs import MeasuredRestoreCosts
@@ -112,6 +114,7 @@ class Engine:
             self._session.close(request.req_idx)
         return self._output(request)
 
+    @torch.inference_mode()
     def step(self) -> EngineOutput:
         """Do the next piece of work; an empty output when there is none."""
         self._check_usable()

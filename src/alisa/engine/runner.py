@@ -40,7 +40,6 @@ class ModelRunner:
         self.timer = timer
         self._run = timer.timed(StepSection.MODEL, self._step)
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan, tokens: Sequence[Sequence[int]], wanted: Sequence[bool]) -> StepResult:
         """One step.
 
