@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alisa import LLM, SamplingParams
+from alisa.errors import CapacityError
 from alisa.lab.scoring import ScoredItem, Scorer
 from alisa.model.linear import make_linear
 from tests.caps import device_cap
@@ -118,6 +119,9 @@ THREE_PHASES = {
 }
 
 
+STATIC = {"schedule": "static", "offload_ratio": 0.75}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -216,7 +220,7 @@ def random_case(draw):
         [
             None,
             None,
-            {"schedule": "static", "offload_ratio": draw.choice([0.3, 0.75])},
+            STATIC,
             THREE_PHASES | {"offload_from": draw.randint(5, 40), "recompute_from": draw.randint(41, 90)},
         ]
     )
@@ -237,14 +241,15 @@ def random_case(draw):
         "seed": draw.randint(0, 999),
         "num_threads": draw.choice([1, 2, 3]),
         "max_num_seqs": draw.choice([1, 2, 5, 32]),
-        "cap": draw.choice([None, 0.7, 0.3, 0.1, 0.0]),
+        # A static schedule keeps its part of every sequence on the device, and is refused where that cannot be.
+        "cap": draw.choice([None, 0.7] if schedule is STATIC else [None, 0.7, 0.3, 0.1, 0.0]),
         "disk": draw.choice([None, None, 0.4]),
         "schedule": schedule,
     }
 
 
 def check_case(case, tiny_model, tmp_path):
-    """The requests one by one on one thread, against all of them in the setting of the case."""
+    """The requests one by one on one thread, against all of them in the setting of the case; False: it is refused."""
     model = None if case["family"] == "embedded" else tiny_model(case["family"])
     max_model_len = max(case["lengths"]) + case["new_tokens"]
     options = case["options"] | {"max_num_seqs": case["max_num_seqs"], "max_model_len": max_model_len}
@@ -259,14 +264,19 @@ def check_case(case, tiny_model, tmp_path):
     if case["cap"] is not None:
         setting["kv_device_memory"] = device_cap(plain, max(int(case["cap"] * total), 8))
     if case["disk"] is not None and case["cap"] is not None:
-        setting["kv_disk_memory"] = int(max(case["disk"] * total, max_model_len) * token_bytes)
+        longest = max_model_len + 16
+        setting["kv_disk_memory"] = int(max(case["disk"] * total, longest) * token_bytes)
     if case["schedule"] is not None:
         setting["schedule"] = tmp_path / "schedule.json"
         setting["schedule"].write_text(json.dumps(case["schedule"]))
-    llm = LLM(model, **options, **setting)
-    found = run(llm, prompts, num_threads=case["num_threads"], **rules)
-    assert found.tokens == expected.tokens, f"other tokens: {json.dumps(case)}"
-    assert found.logits == expected.logits, f"other bits: {json.dumps(case)}"
+    try:
+        llm = LLM(model, **options, **setting)
+        found = run(llm, prompts, num_threads=case["num_threads"], **rules)
+    except CapacityError:
+        return False
+    assert found.tokens == expected.tokens
+    assert found.logits == expected.logits
+    return True
 
 
 @pytest.mark.slow
@@ -274,5 +284,12 @@ def check_case(case, tiny_model, tmp_path):
 def test_random_settings_change_no_bit(tiny_model, tmp_path):
     """A failure ends with the case as JSON: `check_case(json.loads(...), tiny_model, tmp_path)` repeats it."""
     seed = int(os.environ.get("ALISA_FUZZ_SEED", "0"))
-    for number in range(int(os.environ.get("ALISA_FUZZ_CASES", "60"))):
-        check_case(random_case(random.Random(f"{seed}/{number}")), tiny_model, tmp_path)
+    num_cases, num_run = int(os.environ.get("ALISA_FUZZ_CASES", "250")), 0
+    for number in range(num_cases):
+        case = random_case(random.Random(f"{seed}/{number}"))
+        try:
+            num_run += check_case(case, tiny_model, tmp_path)
+        except Exception as error:
+            error.add_note(f"case {number} of seed {seed}: {json.dumps(case)}")
+            raise
+    assert num_run >= num_cases // 2, f"{num_cases - num_run} of {num_cases} settings were refused"

@@ -1,6 +1,7 @@
 // The native code without Python, for the sanitizers: every instruction set, row dtype and awkward shape, on buffers of
 // exactly the size that is needed, so that a read or a write one byte beyond is seen. Results are compared with a plain
 // loop in double precision.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -110,6 +111,25 @@ void check_decode(const Isa& isa, const RowLayout& layout, int group, bool per_h
   task.mass = mass.get();
   task.log_sum_exp = log_sum_exp.get();
   workspace.decode(isa, task, threads);
+
+  if (!per_head) {
+    // The same a block at a time, in each sequence its own way.
+    const std::vector<float> whole_out(out.get(), out.get() + out.size), whole_mass(mass.get(), mass.get() + mass.size);
+    Plan plan;
+    Exact<int32_t> begins(num_seqs), ends(num_seqs);
+    for (int piece = 0; piece < 3; ++piece) {
+      for (int seq = 0; seq < num_seqs; ++seq) {
+        begins[seq] = piece == 0 ? 0 : ends[seq];
+        ends[seq] = std::min(counts[seq], (piece + seq) * kBlock);
+        if (piece == 2) ends[seq] = counts[seq];
+      }
+      workspace.decode_piece(isa, task, plan, begins.get(), ends.get(), threads);
+    }
+    for (size_t i = 0; i < out.size; ++i) out[i] = 0;
+    workspace.decode_end(isa, task, plan, threads);
+    expect(std::equal(whole_out.begin(), whole_out.end(), out.get()), "output in pieces", isa.name, layout);
+    expect(std::equal(whole_mass.begin(), whole_mass.end(), mass.get()), "mass in pieces", isa.name, layout);
+  }
 
   for (int seq = 0; seq < num_seqs; ++seq) {
     double total_mass = 0;
