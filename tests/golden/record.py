@@ -1,6 +1,6 @@
 """Records golden tokens: what every policy says under every placement.
 
-    python -m tests.golden.record
+    python -m tests.golden.record --runs out/golden
 
 The tokens in `tokens.json` were recorded with version 0.1. Changes that are not meant to change tokens are checked
 against them; record again only with a change that is meant to, and say so in its commit.
@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -87,6 +88,9 @@ SAMPLING = [
     {"temperature": 1.0, "top_k": 40},
     {"temperature": 1.3, "min_p": 0.05},
 ]
+OTHER_PROMPT = {"h2o-0.8-int8-capped-phases": 2, "sketch-2bit-0.5-int8-static": 2}
+"""Prompts of cases with one prompt whose output splits early: two all but equal tokens come soon."""
+
 CHUNKS = (1024, 48, 16)
 PER_HEAD = ("swa-head", "sketch-head")
 FAST = (0, 5)
@@ -121,36 +125,46 @@ RELATIVE_NOISE = 2.0**-21
 def main() -> None:
     """Write the file, or, as a child of this program, the tokens of one setting."""
     parser = argparse.ArgumentParser(description="Record golden tokens.")
+    parser.add_argument("--runs", type=Path, help="folder that keeps what has been run; what is in it is not run again")
     parser.add_argument("--setting", choices=[setting.name for setting in SETTINGS])
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    if args.setting is None:
-        record()
-    else:
+    if args.setting is not None:
         setting = next(setting for setting in SETTINGS if setting.name == args.setting)
-        args.output.write_text(json.dumps(tokens_under(setting)))
-
-
-def record() -> None:
-    """Run every case under every setting and keep what all agree on."""
-    runs = []
+        run_all(setting, runs_of(setting, args.runs))
+        return
     with tempfile.TemporaryDirectory() as directory:
-        for setting in SETTINGS:
-            sys.stderr.write(f"{setting.name}\n")
-            output = Path(directory) / "tokens.json"
-            command = [sys.executable, "-m", __spec__.name, "--setting", setting.name, "--output", str(output)]
-            # A thread that spins while another program has its core makes a busy machine many times slower.
-            environment = os.environ | {"OMP_WAIT_POLICY": "passive"} | setting.environment
-            subprocess.run(command, env=environment, check=True)
-            runs.append(json.loads(output.read_text()))
-    kept, given = [], 0
+        record(args.runs or Path(directory))
+
+
+def runs_of(setting: Setting, directory: Path) -> Path:
+    """File of what was run under a setting."""
+    return directory / f"{setting.name.replace(' ', '-')}.json"
+
+
+def record(directory: Path) -> None:
+    """Run every case under every setting and keep what all agree on."""
+
+    def run_child(setting: Setting) -> dict[str, list[list[int]]]:
+        command = [sys.executable, "-m", __spec__.name, "--runs", str(directory), "--setting", setting.name]
+        # A thread that spins while another program has its core makes a busy machine many times slower.
+        environment = os.environ | {"OMP_WAIT_POLICY": "passive"} | setting.environment
+        subprocess.run(command, env=environment, check=True)
+        sys.stderr.write(f"{setting.name}: done\n")
+        return json.loads(runs_of(setting, directory).read_text())
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = list(pool.map(run_child, SETTINGS))
+    kept, given, poor = [], 0, []
     for case in cases():
-        agreed = [common_prefix(outputs) for outputs in zip(*(tokens[case.name] for tokens in runs), strict=True)]
+        agreed = [common_prefix(outputs) for outputs in zip(*(tokens[key_of(case)] for tokens in runs), strict=True)]
         num_kept, num_given = sum(map(len, agreed)), len(agreed) * case.sampling["max_tokens"]
         if 2 * num_kept < num_given:
-            sys.exit(f"{case.name} keeps {num_kept} of {num_given} tokens: choose another seed or prompt.")
+            poor.append(f"{case.name} keeps {num_kept} of {num_given} tokens")
         given += num_given
         kept.append(replace(case, tokens=agreed))
+    if poor:
+        sys.exit("\n".join([*poor, "Choose other prompts (OTHER_PROMPT)."]))
     save(Golden(PROMPTS, kept))
     num_kept = sum(len(tokens) for case in kept for tokens in case.tokens)
     sys.stderr.write(f"{len(kept)} cases, {num_kept} of {given} tokens kept\n")
@@ -164,9 +178,10 @@ def cases() -> Iterator[Case]:
         if is_possible(*combination)
     )
     for i, (policy, sparsity, kv_dtype, placement) in enumerate(plan):
+        name = f"{policy}-{sparsity}-{kv_dtype}-{placement.name}"
         alone = i % 4 == 3 and not placement.batches
         yield Case(
-            name=f"{policy}-{sparsity}-{kv_dtype}-{placement.name}",
+            name=name,
             slow=i % 11 not in FAST,
             options={
                 "policy": policy,
@@ -177,7 +192,7 @@ def cases() -> Iterator[Case]:
             device_share=placement.device_share,
             disk_share=placement.disk_share,
             schedule=placement.schedule,
-            prompts=[i // 4 % len(PROMPTS)] if alone else list(range(len(PROMPTS))),
+            prompts=[OTHER_PROMPT.get(name, i // 4 % len(PROMPTS))] if alone else list(range(len(PROMPTS))),
             sampling={"max_tokens": 40 if alone else 24, **SAMPLING[i % len(SAMPLING)]},
             seed=i,
             seen=list(placement.seen),
@@ -192,23 +207,30 @@ def is_possible(policy: str, sparsity: float, kv_dtype: str, placement: Placemen
     return not (policy in PER_HEAD and placement.tiers)
 
 
-def tokens_under(setting: Setting) -> dict[str, list[list[int]]]:
-    """The tokens of every case in this process, which was started for it."""
+def key_of(case: Case) -> str:
+    """All that decides its tokens."""
+    return json.dumps(asdict(replace(case, name="", slow=False, tokens=[])))
+
+
+def run_all(setting: Setting, path: Path) -> None:
+    """The file has the tokens of every case, run in this process, which was started for the setting."""
     if setting.isa == "torch":
         cpu.available = lambda: False
     elif setting.isa:
         if setting.isa not in cpu.isa_names():
             sys.exit(f"this processor has no {setting.isa}: record on one that has.")
         cpu.isa_names = lambda: (setting.isa,)
+    known = json.loads(path.read_text()) if path.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model = noisy_model(directory / "model", setting.noise) if setting.noise else None
-        found = {}
         for case in cases():
-            found[case.name], seen = run(case, PROMPTS, directory, model)
+            if key_of(case) in known:
+                continue
+            known[key_of(case)], seen = run(case, PROMPTS, directory, model)
             if missing := set(case.seen) - seen:
                 sys.exit(f"{case.name} was to show {', '.join(sorted(missing))} and did not.")
-        return found
+            path.write_text(json.dumps(known))
 
 
 def noisy_model(directory: Path, seed: int) -> Path:
