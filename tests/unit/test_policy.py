@@ -2,6 +2,8 @@
 
 import mmap
 import sys
+from itertools import pairwise
+from math import ceil, log2
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +18,7 @@ from alisa.kernels.base import Attended, StepBatch
 from alisa.kernels.native import kernels as cpu
 from alisa.kernels.reference.selection import ReferenceSelection
 from alisa.kernels.reference.sketch import sketch, unsketch
+from alisa.policy import state_bytes
 from alisa.policy.dense import Dense
 from alisa.policy.h2o import HeavyHitters
 from alisa.policy.pattern import Local, Streaming, Strided
@@ -205,11 +208,11 @@ def test_swa_forgets_the_former_owner_of_a_req_idx():
     assert torch.equal(expected, actual)
 
 
-def test_swa_state_shrinks_when_rows_share_buckets():
-    exact, coarse = (start(SparseWindow(Budget(0.8), max_buckets=n), 2, 4000) for n in (1000, 16))
-    for state in (exact, coarse):
-        fill(state, 0, 4000)
-    assert coarse.nbytes < exact.nbytes / 15
+def test_swa_state_stops_growing_when_rows_share_buckets():
+    sizes = [
+        POLICIES["swa"].state_bytes(small_spec().attention, 0.8, length).per_token for length in (200, 640, 100_000)
+    ]
+    assert sizes[0] < sizes[1] == sizes[2]
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8])
@@ -257,15 +260,15 @@ def test_room_takes_no_memory_before_it_is_used(name):
     assert resident() - before < 2 * state.nbytes + (8 << 20)
 
 
-@pytest.mark.parametrize("max_buckets", [4, 7])
-def test_buckets_keep_at_least_the_window(max_buckets):
-    """With w rows to a bucket the sum covers the last k rows and at most w - 1 more."""
+@pytest.mark.parametrize("max_buckets", [4, 7, 64])
+@pytest.mark.parametrize("prompt", [1, 9, 30])
+def test_buckets_keep_at_least_the_window(max_buckets, prompt, monkeypatch):
+    """With w rows to a bucket the sum covers the last k rows and at most w - 1 more; w grows with the sequence."""
+    monkeypatch.setattr(state_bytes, "MAX_BUCKETS", max_buckets)
     budget = Budget(0.5, dense_until=0)
-    state = start(SparseWindow(budget, max_buckets=max_buckets), 1, 200)
+    state = start(SparseWindow(budget), 1, 200)
     fill(state, 0, 200)
-    bucket_rows = -(-budget.recent(200) // max_buckets)
-    prompt = 30
-    num_rows = budget.recent(prompt)
+    num_rows = min(budget.recent(prompt), prompt)
     # every row puts its whole mass on position 0, so the sum there counts the rows
     rows = torch.zeros(num_rows, 1, prompt)
     rows[:, :, 0] = 1
@@ -273,12 +276,44 @@ def test_buckets_keep_at_least_the_window(max_buckets):
     for length in range(prompt + 1, 190):
         state.begin(make_batch([length]))
         window = budget.recent(length - 1)
-        assert window <= float(state._sums[0, 0, 0]) <= window + bucket_rows - 1
+        shared_by = max(1, 2 ** ceil(log2(window / max_buckets)))
+        assert window <= float(state._sums[0, 0, 0]) <= window + shared_by - 1
         selection = state.select(0, torch.empty(0))
         mass = torch.zeros(selection.positions.shape)
         assert selection.positions[0, 0, 0] == 0
         mass[0, 0, 0] = 1
         state.on_attended(0, selection, mass)
+
+
+@given(
+    prompt=st.integers(1, 400),
+    most=st.integers(1, 64),
+    cuts=st.lists(st.integers(1, 399), max_size=3),
+    seed=st.integers(0),
+)
+@settings(deadline=None, max_examples=40)
+def test_neither_chunks_nor_a_longer_maximum_change_the_sums(prompt, most, cuts, seed):
+    budget = Budget(0.4, dense_until=0)
+    num_rows = min(budget.recent(prompt), prompt)
+    first = prompt - num_rows
+    rows = (
+        torch.rand(num_rows, 1, prompt, generator=torch.Generator().manual_seed(seed))
+        .squeeze(1)
+        .tril(first)
+        .unsqueeze(1)
+    )
+    found = []
+    for max_len, starts in ((prompt + most, []), (100_000, sorted({at for at in cuts if first < at < prompt}))):
+        state = start(SparseWindow(budget), 1, max_len)
+        fill(state, 0, prompt + most)
+        for begin, end in pairwise([first, *starts, prompt]):
+            state.observe_prompt(0, 0, begin, 0, rows[begin - first : end - first, :, :end])
+        for length in range(prompt + 1, prompt + most):
+            state.begin(make_batch([length]))
+            selection = state.select(0, torch.empty(0))
+            state.on_attended(0, selection, 1 / (1 + selection.positions.float()))
+        found.append(state._sums[0, :, :prompt])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -12,7 +12,7 @@ from alisa.budget import Budget
 from alisa.spec import AttentionShape
 
 MAX_BUCKETS = 64
-"""Buckets of rows that the local sum of `swa` is kept in."""
+"""Buckets of rows that a window of the local sum of `swa` is kept in."""
 
 
 class StateBytes(NamedTuple):
@@ -26,20 +26,12 @@ StateSize = Callable[[AttentionShape, Budget, int], StateBytes]
 """shape, budget, longest sequence -> bytes."""
 
 
-class Buckets(NamedTuple):
-    """How the local sum of `swa` is divided."""
+def num_buckets(budget: Budget, max_len: int) -> int:
+    """How many parts the local sum of `swa` is kept in, for sequences of at most `max_len` tokens.
 
-    rows: int
-    """w: rows of attention that share a bucket."""
-    count: int
-    """One more than the window covers when it begins inside a bucket, and one for the row being added."""
-
-    @classmethod
-    def plan(cls, budget: Budget, max_len: int, most: int = MAX_BUCKETS) -> Buckets:
-        """At most `most` buckets for the window of the longest sequence."""
-        widest = budget.recent(max_len)
-        rows = -(-widest // most)
-        return cls(rows, -(-widest // rows) + 2)
+    One more than the window covers when it begins inside a bucket, and one for the row that is being added.
+    """
+    return min(budget.recent(max_len), MAX_BUCKETS) + 2
 
 
 def no_state(shape: AttentionShape, budget: Budget, max_len: int) -> StateBytes:
@@ -57,7 +49,7 @@ def window_state(*, per_head: bool) -> StateSize:
 
     def size(shape: AttentionShape, budget: Budget, max_len: int) -> StateBytes:
         num_sets = shape.num_kv_heads if per_head else 1
-        return StateBytes(shape.num_layers * num_sets * (8 + 4 * Buckets.plan(budget, max_len).count))
+        return StateBytes(shape.num_layers * num_sets * (8 + 4 * num_buckets(budget, max_len)))
 
     return size
 

@@ -20,7 +20,7 @@ from alisa.budget import Budget
 from alisa.kernels.base import Selection, SelectionKernels, StepBatch
 from alisa.policy.base import PolicyState, SelectionPolicy
 from alisa.policy.ranked import RankedStep
-from alisa.policy.state_bytes import MAX_BUCKETS, Buckets
+from alisa.policy.state_bytes import num_buckets
 from alisa.policy.token_state import TokenState
 from alisa.spec import AttentionShape
 
@@ -31,12 +31,6 @@ class SparseWindow(SelectionPolicy):
 
     per_head: bool = False
     """One index set for each KV head instead of one for each layer (Algorithm 1, line 2, sums over all heads)."""
-    max_buckets: int = MAX_BUCKETS
-    """Buckets of rows that the local sum is kept in.
-
-    Exact while k <= 64, that is up to 640 tokens at sparsity 0.8 (the paper's 128 + 512); beyond, w = k / 64 rows share
-    a bucket and the window is at most 1.6 % longer. The k is that of the longest sequence allowed.
-    """
 
     @property
     def uses_mass(self) -> bool:
@@ -64,7 +58,7 @@ class SparseWindow(SelectionPolicy):
         """A state of `buckets + 2` floats for each token of each index set."""
         return SparseWindowState(
             self.budget,
-            Buckets.plan(self.budget, max_len, self.max_buckets),
+            num_buckets(self.budget, max_len),
             kernels,
             shape.num_layers,
             self.num_sets(shape),
@@ -75,12 +69,17 @@ class SparseWindow(SelectionPolicy):
 
 
 class SparseWindowState(TokenState):
-    """Local sums Float64[L, J, T], and the buckets of rows they are made of, Float32[L, buckets, J, T]."""
+    """Local sums Float64[L, J, T], and the buckets of rows they are made of, Float32[L, buckets, J, T].
+
+    A bucket holds one row while k <= 64, that is up to 640 tokens at sparsity 0.8 (the paper's 128 + 512): the sum is
+    exact. As a sequence grows beyond, the rows of two neighbours are put together, so w = 2, 4, ... rows share a bucket
+    and the window is at most 3.2 % longer. All this follows from the sequence's own length alone.
+    """
 
     def __init__(
         self,
         budget: Budget,
-        buckets: Buckets,
+        num_buckets: int,
         kernels: SelectionKernels,
         num_layers: int,
         num_sets: int,
@@ -93,10 +92,11 @@ class SparseWindowState(TokenState):
         self._budget = budget
         self._kernels = kernels
         self._num_sets = num_sets
-        self._bucket_rows, self._num_buckets = buckets
+        self._num_buckets = num_buckets
         # float64: rows are added and later subtracted thousands of times, and a forgotten token must come back to 0.
         self._sums = self._new_table((num_layers, num_sets), (), torch.float64, zeroed=True)
         self._buckets = self._new_table((num_layers, self._num_buckets, num_sets), (), torch.float32, zeroed=True)
+        self._bucket_rows: dict[int, int] = {}  # req_idx -> w
         self._first_bucket: dict[int, int] = {}  # req_idx -> oldest bucket that still counts
         self._step: RankedStep | None = None
         self._sum_starts = self._bucket_starts = torch.empty(0)  # where each row of the step lies, flattened
@@ -104,6 +104,7 @@ class SparseWindowState(TokenState):
     def open(self, req_idx: int) -> None:
         """No bucket counts yet."""
         super().open(req_idx)
+        self._bucket_rows.pop(req_idx, None)
         self._first_bucket.pop(req_idx, None)
 
     def observe_prompt(self, layer: int, req_idx: int, first: int, start: int, mass: Tensor) -> None:
@@ -111,8 +112,11 @@ class SparseWindowState(TokenState):
         num_rows, _, num_columns = mass.shape
         start += self._extents.start(req_idx)
         columns = slice(start, start + num_columns)
-        self._first_bucket.setdefault(req_idx, first // self._bucket_rows)
-        buckets = (torch.arange(first, first + num_rows, device=mass.device) // self._bucket_rows) % self._num_buckets
+        if req_idx not in self._bucket_rows:  # the window of the prompt begins here, into whatever chunks it is cut
+            self._bucket_rows[req_idx] = self._rows_for(self._window_from(first))
+            self._first_bucket[req_idx] = first // self._bucket_rows[req_idx]
+        shared_by = self._bucket_rows[req_idx]
+        buckets = (torch.arange(first, first + num_rows, device=mass.device) // shared_by) % self._num_buckets
         self._buckets[layer, :, :, columns].index_add_(0, buckets, mass)
         self._sums[layer, :, columns] += mass.sum(dim=0, dtype=torch.float64)
 
@@ -154,20 +158,53 @@ class SparseWindowState(TokenState):
     def _locate(self, batch: StepBatch, starts: Tensor) -> None:
         """Every row of the step in the sums and in the buckets of one layer."""
         sets = torch.arange(self._num_sets, device=starts.device)
-        buckets = [((length - 1) // self._bucket_rows) % self._num_buckets for length in batch.lengths]
+        buckets = [
+            ((length - 1) // self._bucket_rows[req_idx]) % self._num_buckets
+            for req_idx, length in zip(batch.req_indices, batch.lengths, strict=True)
+        ]
         rows = torch.tensor(buckets, device=starts.device)[:, None] * self._num_sets + sets
         self._sum_starts = (starts[:, None] + sets * self._num_tokens).view(-1)
         self._bucket_starts = (starts[:, None] + rows * self._num_tokens).view(-1)
+
+    def _window_from(self, first: int) -> int:
+        """Rows of the window that begins at this row: k of the shortest prompt for which it does."""
+        window = self._budget.recent(first)
+        while (longer := self._budget.recent(first + window)) > window:
+            window = longer
+        return window
+
+    def _rows_for(self, window: int) -> int:
+        """w: the power of two with which a window of so many rows fits the buckets."""
+        return 1 << max(-(-window // (self._num_buckets - 2)) - 1, 0).bit_length()
 
     def _expire(self, batch: StepBatch) -> None:
         """Subtract the buckets whose rows have all left their sequence's window, for every layer at once."""
         for req_idx, length in zip(batch.req_indices, batch.lengths, strict=True):
             num_earlier = length - 1
-            first_bucket = max(num_earlier - self._budget.recent(num_earlier), 0) // self._bucket_rows
+            window = self._budget.recent(num_earlier)
+            begin = max(num_earlier - window, 0)
             start = self._extents.start(req_idx)
             tokens = slice(start, start + num_earlier)
-            for bucket in range(self._first_bucket.get(req_idx, first_bucket), first_bucket):
+            if req_idx not in self._bucket_rows:
+                self._bucket_rows[req_idx] = self._rows_for(window)
+                self._first_bucket[req_idx] = begin // self._bucket_rows[req_idx]
+            while self._bucket_rows[req_idx] < self._rows_for(window):
+                self._merge_neighbours(req_idx, num_earlier, tokens)
+            first_bucket = begin // self._bucket_rows[req_idx]
+            for bucket in range(self._first_bucket[req_idx], first_bucket):
                 rows = self._buckets[:, bucket % self._num_buckets, :, tokens]
                 self._sums[:, :, tokens] -= rows
                 rows.zero_()
             self._first_bucket[req_idx] = first_bucket
+
+    def _merge_neighbours(self, req_idx: int, num_earlier: int, tokens: slice) -> None:
+        """Each bucket of the sequence holds twice as many rows, for every layer at once."""
+        first, end = self._first_bucket[req_idx], (num_earlier - 1) // self._bucket_rows[req_idx] + 1
+        device = self._buckets.device
+        old = torch.arange(first, end, device=device)
+        mine = self._buckets[:, :, :, tokens]
+        rows = mine[:, old % self._num_buckets]
+        mine.zero_()
+        mine.index_add_(1, old // 2 % self._num_buckets, rows)
+        self._bucket_rows[req_idx] *= 2
+        self._first_bucket[req_idx] = first // 2
