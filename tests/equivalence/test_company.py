@@ -8,7 +8,7 @@ import json
 import os
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alisa import LLM, SamplingParams
 from alisa.errors import CapacityError
+from alisa.kernels.choose import choose_backend
 from alisa.lab.scoring import ScoredItem, Scorer
 from alisa.model.linear import make_linear
 from tests.caps import device_cap
@@ -76,7 +77,7 @@ def run(llm, prompts, num_threads=1, new_tokens=NEW_TOKENS, temperature=0.0):
 
 def score(llm, prompts, result, num_threads=1, max_batch=8):
     """The logits that teacher-forced decoding of the same tokens gives."""
-    scorer = replace(Scorer.of(llm), kv_cap_bytes=1 << 30, max_batch=max_batch)
+    scorer = Scorer(llm.decoder, choose_backend(torch.device("cpu")), 1 << 30, max_batch, llm.config.prefill_chunk)
     items = [ScoredItem(prompt, tokens) for prompt, tokens in zip(prompts, result.tokens, strict=True)]
     logits: set[bytes] = set()
     with threads(num_threads):

@@ -141,7 +141,6 @@ def test_quantised_rows_hardly_change_the_distributions(kv_dtype, most_kl):
             choose_backend(decoder.device),
             items,
             prefill_chunk=64,
-            max_model_len=512,
         )
         for dtype in ("float32", kv_dtype)
     )
@@ -170,7 +169,7 @@ def test_the_prefill_kernel_is_as_near_to_float32_as_torch_is(kv_dtype, prefill_
     def logits(decoder, kernels, kv_dtype):
         codec = make_codec(RowFormat(kv_dtype, decoder.spec.num_kv_heads, decoder.spec.head_dim))
         policy = make_policy("swa", 0.3)  # has an observation window
-        steps = teacher_forced(decoder, policy, codec, kernels, items, prefill_chunk=prefill_chunk, max_model_len=512)
+        steps = teacher_forced(decoder, policy, codec, kernels, items, prefill_chunk=prefill_chunk)
         return torch.cat([step.logits for step in steps]).log_softmax(-1)
 
     exact = logits(wide, torch_kernels, "float32")

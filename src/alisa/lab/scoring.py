@@ -78,8 +78,6 @@ class Scorer:
     max_batch: int
     """Most items that are decoded together."""
     prefill_chunk: int
-    max_model_len: int
-    """Longest sequence, as the engine that is looked at has it: `swa` is exact to the buckets that follow from it."""
 
     @classmethod
     def of(cls, llm: LLM) -> Scorer:
@@ -95,7 +93,6 @@ class Scorer:
             kv_cap_bytes=device_cap(llm.config, llm.decoder.device),
             max_batch=llm.config.max_num_seqs,
             prefill_chunk=llm.config.prefill_chunk,
-            max_model_len=llm.config.max_model_len or llm.spec.max_positions,
         )
 
     def batches(self, items: Sequence[ScoredItem], codec: Codec, policy: SelectionPolicy) -> Iterator[tuple[int, ...]]:
@@ -143,7 +140,6 @@ class Scorer:
             self.kernels,
             items,
             prefill_chunk=self.prefill_chunk,
-            max_model_len=self.max_model_len,
             measure_lost_mass=measure_lost_mass,
         )
 
@@ -158,7 +154,7 @@ class Scorer:
             self.decoder.spec.attention,
             max_num_seqs=1,
             num_tokens=state_tokens(length),
-            max_len=max(self.max_model_len, length),
+            max_len=length,
             device=self.decoder.device,
             kernels=self.kernels.selection,
         )
@@ -194,7 +190,6 @@ def teacher_forced(
     items: Sequence[ScoredItem],
     *,
     prefill_chunk: int,
-    max_model_len: int,
     measure_lost_mass: bool = False,
 ) -> Iterator[ScoredStep]:
     """Feed every item's own tokens and yield the logits that the policy gives for each of them.
@@ -213,7 +208,7 @@ def teacher_forced(
         decoder.device,
         max_num_seqs=len(items),
         state_tokens=sum(map(state_tokens, lengths)),
-        max_len=max(max_model_len, *lengths),
+        max_len=max(lengths),
     )
     runner = ModelRunner(decoder, session, StepTimer())
     for index, item in enumerate(items):

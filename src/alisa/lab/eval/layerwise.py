@@ -148,7 +148,7 @@ class LayerSession:
             decoder.device,
             max_num_seqs=num_seqs,
             state_tokens=num_seqs * state_tokens(length),
-            max_len=max(scorer.max_model_len, length),
+            max_len=length,
         )
         self._is_open = False
 
