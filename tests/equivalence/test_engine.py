@@ -19,6 +19,7 @@ from alisa.model.loader import load_decoder
 from alisa.policy.dense import Dense
 from alisa.policy.registry import make_policy
 from alisa.spec import RowFormat
+from tests.caps import device_cap
 from tests.equivalence.plain_swa import teacher_forced_logits
 from tests.equivalence.test_hf_logits import TOLERANCE
 from tests.shared import stories260k
@@ -193,11 +194,13 @@ def test_long_prompts_in_pieces_equal_one_pass(tiny_model):
 
 def test_a_tight_cap_makes_requests_wait_and_changes_no_token(tiny_model):
     directory = tiny_model("llama")
-    free = LLM(directory, dtype="float32")
+    most = max(PROMPT_LENGTHS) + NEW_TOKENS
+    options = {"dtype": "float32", "max_num_seqs": len(PROMPT_LENGTHS), "max_model_len": most, "kv_disk_memory": 0}
+    free = LLM(directory, **options)
     prompts = make_prompts(free.spec.vocab_size)
-    token_bytes = free.describe()["kv_token_bytes"]
-    largest = max(PROMPT_LENGTHS) + NEW_TOKENS - 1
-    tight = LLM(directory, dtype="float32", kv_device_memory=largest * token_bytes, kv_disk_memory=0)
-    assert greedy(tight, prompts) == greedy(free, prompts)
-    assert max(record.kv_bytes for record in tight.records) <= largest * token_bytes
-    assert max(record.num_sequences for record in tight.records) < len(prompts)
+    tight = LLM(directory, **options, kv_device_memory=device_cap(free, most - 1))
+    outputs = tight.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))
+    assert [list(output.token_ids) for output in outputs] == greedy(free, prompts)
+    records = outputs.report.records
+    assert max(record.kv_bytes + record.state_bytes for record in records) <= tight.config.kv_device_memory
+    assert max(record.num_sequences for record in records) < len(prompts)

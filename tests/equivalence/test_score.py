@@ -1,5 +1,8 @@
 """Teacher-forced scoring in batches that fit the cap: the same numbers, whatever the batches."""
 
+from bisect import bisect_left
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -29,6 +32,13 @@ def float_codec(llm):
     return make_codec(RowFormat("float32", llm.spec.num_kv_heads, llm.spec.head_dim))
 
 
+def smallest_cap(llm, item, codec, policy):
+    scorer = Scorer.of(llm)
+    return bisect_left(
+        range(1 << 24), True, key=lambda cap: replace(scorer, kv_cap_bytes=cap).fits(item, codec, policy)
+    )
+
+
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(50, 200), st.integers(1, 7))
 def test_groups_hold_everything_once_and_keep_both_limits(sizes, most, most_items):
     found = list(score.groups(range(len(sizes)), sizes, most, most_items))
@@ -41,9 +51,9 @@ def test_batches_under_a_tight_cap_change_no_likelihood(policy, tiny_model):
     directory = tiny_model("llama-gqa-tied")
     free = LLM(directory, dtype="float32", prefill_chunk=50)
     items = make_items(free.spec.vocab_size)
-    cap = max(item.num_tokens for item in items) * free.describe()["kv_token_bytes"]
-    tight = LLM(directory, dtype="float32", prefill_chunk=50, kv_device_memory=cap)
     chosen, codec = make_policy(policy, 0.5), float_codec(free)
+    cap = smallest_cap(free, max(items, key=lambda item: item.num_tokens), codec, chosen)
+    tight = LLM(directory, dtype="float32", prefill_chunk=50, kv_device_memory=cap)
     assert len(list(Scorer.of(tight).batches(items, codec, chosen))) > len(
         list(Scorer.of(free).batches(items, codec, chosen))
     )
@@ -75,9 +85,8 @@ def test_verify_is_the_same_in_small_samples_and_never_holds_more_rows_than_the_
         score, "KVStore", lambda **options: open_rows.append(options["num_rows"]) or make_store(**options)
     )
     most_rows = 60 + 24
-    tight = LLM(
-        directory, dtype="float32", sparsity=0.5, kv_device_memory=most_rows * free.describe()["kv_token_bytes"]
-    )
+    cap = smallest_cap(free, ScoredItem([3] * 60, [3] * 24), float_codec(free), free.policy)
+    tight = LLM(directory, dtype="float32", sparsity=0.5, kv_device_memory=cap)
     # 30 distributions at a time: fewer than any two outputs have
     monkeypatch.setattr(verify, "KEPT_BYTES", 30 * 4 * free.spec.vocab_size)
     found = verify_outputs(tight, outputs, num_samples=5)

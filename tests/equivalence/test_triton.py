@@ -14,7 +14,7 @@ def test_tokens_are_those_of_the_torch_twin(device, policy, kv_dtype, tiny_model
     pytest.importorskip("triton")
     tokens = []
     for kernels in (choose_backend(torch.device("cuda")), REFERENCE_BACKEND):
-        monkeypatch.setattr("alisa.llm.choose_backend", lambda _, chosen=kernels: chosen)
+        monkeypatch.setattr("alisa.engine.loaded.choose_backend", lambda _, chosen=kernels: chosen)
         llm = LLM(
             tiny_model("llama-gqa-tied"), policy=policy, sparsity=0.5, dtype="float32", kv_dtype=kv_dtype, device=device
         )

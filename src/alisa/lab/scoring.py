@@ -17,6 +17,7 @@ from torch import Tensor
 from alisa.attention.build import build_session
 from alisa.attention.timing import StepTimer
 from alisa.budget import state_tokens
+from alisa.cache.capacity import resident_table_bytes
 from alisa.cache.manager import CacheManager
 from alisa.cache.store import KVStore
 from alisa.config import format_bytes
@@ -74,7 +75,7 @@ class Scorer:
     decoder: Decoder
     kernels: AttentionBackend
     kv_cap_bytes: int
-    """Hard cap of the rows and the policy's state held at once."""
+    """Hard cap of the rows, their tables and the policy's state held at once."""
     max_batch: int
     """Most items that are decoded together."""
     prefill_chunk: int
@@ -96,21 +97,19 @@ class Scorer:
         )
 
     def batches(self, items: Sequence[ScoredItem], codec: Codec, policy: SelectionPolicy) -> Iterator[tuple[int, ...]]:
-        """Indices of the items in groups that fit the cap, rows and state; long items go with long ones.
+        """Indices of the items in groups that fit the cap, all of it; long items go with long ones.
 
         Raises:
             CapacityError: an item does not fit the cap alone; nothing has been run.
         """
         order = sorted(range(len(items)), key=lambda index: -items[index].num_tokens)
-        longest = items[order[0]].num_tokens if items else 0
-        token_bytes = self.decoder.spec.num_layers * codec.format.row_bytes + self._state_bytes(policy, longest)
-        num_rows = self.kv_cap_bytes // token_bytes
-        if longest > num_rows:
+        sizes = self._sizes(policy, codec, [items[index].num_tokens for index in order])
+        if sizes and sizes[0] > self.kv_cap_bytes:
             raise CapacityError(
-                f"Scoring {longest} tokens needs {format_bytes(longest * token_bytes)} of KV memory and the cap is "
-                f"{format_bytes(self.kv_cap_bytes)}; raise --kv-device-memory or take shorter texts."
+                f"Scoring {items[order[0]].num_tokens} tokens needs {format_bytes(sizes[0])} of KV memory and the cap "
+                f"is {format_bytes(self.kv_cap_bytes)}; raise --kv-device-memory or take shorter texts."
             )
-        return groups(order, [items[index].num_tokens for index in order], num_rows, self.max_batch)
+        return groups(order, sizes, self.kv_cap_bytes, self.max_batch)
 
     def score(self, policy: SelectionPolicy, codec: Codec, items: Sequence[ScoredItem]) -> list[ScoredOutput]:
         """Log likelihoods of every item's output under a policy, in the order of the items.
@@ -145,22 +144,28 @@ class Scorer:
 
     def fits(self, item: ScoredItem, codec: Codec, policy: SelectionPolicy) -> bool:
         """Whether an item can be scored under the cap."""
-        row_bytes = self.decoder.spec.num_layers * codec.format.row_bytes
-        return item.num_tokens * (row_bytes + self._state_bytes(policy, item.num_tokens)) <= self.kv_cap_bytes
+        return self._sizes(policy, codec, [item.num_tokens])[0] <= self.kv_cap_bytes
 
-    def _state_bytes(self, policy: SelectionPolicy, length: int) -> int:
-        """What the state of a policy takes for each token of a sequence of this length."""
+    def _sizes(self, policy: SelectionPolicy, codec: Codec, lengths: Sequence[int]) -> list[int]:
+        """Bytes of rows, tables and state of sequences that are held together, the longest of them first."""
+        if not lengths:
+            return []
+        longest = lengths[0]
         state = policy.start(
             self.decoder.spec.attention,
             max_num_seqs=1,
-            num_tokens=state_tokens(length),
-            max_len=length,
+            num_tokens=state_tokens(longest),
+            max_len=longest,
             device=self.decoder.device,
             kernels=self.kernels.selection,
         )
         state.open(0)
-        state.reserve(0, length)
-        return -(-state.nbytes // max(length, 1))
+        sequence_bytes = state.nbytes
+        state.reserve(0, longest)
+        token_bytes = (state.nbytes - sequence_bytes) // max(state_tokens(longest), 1)
+        sequence_bytes += resident_table_bytes(longest, 1, longest)
+        row_bytes = self.decoder.spec.num_layers * codec.format.row_bytes
+        return [sequence_bytes + n * row_bytes + state_tokens(n) * token_bytes for n in lengths]
 
     def _score_batch(
         self, policy: SelectionPolicy, codec: Codec, items: Sequence[ScoredItem]
