@@ -6,7 +6,7 @@ The tokens in `tokens.json` were recorded with version 0.1. Changes that are not
 against them; record again only with a change that is meant to, and say so in its commit.
 
 Tokens must not depend on the processor, but the last bits of a float do: another vector width, thread count or library
-sums in another order. So each case is run under several SETTINGS, and with weights that are changed in their last
+sums in another order. So each case is run under several VARIANTS, and with weights that are changed in their last
 bits, which stands for all processors that are not at hand. Of each output the file keeps the first tokens, as many as
 all settings agree on. A case that keeps less than half of its tokens is an error: choose another seed or prompt.
 """
@@ -31,8 +31,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alisa.config import PolicyName
-from alisa.kernels import cpu
-from alisa.llm import embedded_model
+from alisa.engine.loaded import embedded_model
+from alisa.kernels.native import kernels as cpu
 from tests.golden.cases import Case, Golden, run, save
 
 PROMPTS = [
@@ -97,7 +97,7 @@ FAST = (0, 5)
 """Cases whose number has one of these remainders by 11 are not slow. No turn that is taken below has that length."""
 
 
-class Setting(NamedTuple):
+class Variant(NamedTuple):
     """How a process is started so that it rounds in its own way."""
 
     name: str
@@ -108,14 +108,14 @@ class Setting(NamedTuple):
     """Seed of the change of the weights; 0: none."""
 
 
-SETTINGS = [
-    Setting("as it is", {"OMP_NUM_THREADS": "2"}),
-    Setting("one thread", {"OMP_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Haswell"}),
-    Setting("portable", {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}, "portable"),
-    Setting("avx2", {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}, "avx2"),
-    Setting("avx512", {"ATEN_CPU_CAPABILITY": "avx512", "OMP_NUM_THREADS": "2"}, "avx512"),
-    Setting("plain torch", {"OMP_NUM_THREADS": "1"}, "torch"),
-    *(Setting(f"other last bits {seed}", {"OMP_NUM_THREADS": "1"}, noise=seed) for seed in (1, 2, 3)),
+VARIANTS = [
+    Variant("as it is", {"OMP_NUM_THREADS": "2"}),
+    Variant("one thread", {"OMP_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Haswell"}),
+    Variant("portable", {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}, "portable"),
+    Variant("avx2", {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}, "avx2"),
+    Variant("avx512", {"ATEN_CPU_CAPABILITY": "avx512", "OMP_NUM_THREADS": "2"}, "avx512"),
+    Variant("plain torch", {"OMP_NUM_THREADS": "1"}, "torch"),
+    *(Variant(f"other last bits {seed}", {"OMP_NUM_THREADS": "1"}, noise=seed) for seed in (1, 2, 3)),
 ]
 
 RELATIVE_NOISE = 2.0**-21
@@ -123,38 +123,38 @@ RELATIVE_NOISE = 2.0**-21
 
 
 def main() -> None:
-    """Write the file, or, as a child of this program, the tokens of one setting."""
+    """Write the file, or, as a child of this program, the tokens of one variant."""
     parser = argparse.ArgumentParser(description="Record golden tokens.")
     parser.add_argument("--runs", type=Path, help="folder that keeps what has been run; what is in it is not run again")
-    parser.add_argument("--setting", choices=[setting.name for setting in SETTINGS])
+    parser.add_argument("--variant", choices=[variant.name for variant in VARIANTS])
     args = parser.parse_args()
-    if args.setting is not None:
-        setting = next(setting for setting in SETTINGS if setting.name == args.setting)
-        run_all(setting, runs_of(setting, args.runs))
+    if args.variant is not None:
+        variant = next(variant for variant in VARIANTS if variant.name == args.variant)
+        run_all(variant, runs_of(variant, args.runs))
         return
     with tempfile.TemporaryDirectory() as directory:
         record(args.runs or Path(directory))
 
 
-def runs_of(setting: Setting, directory: Path) -> Path:
-    """File of what was run under a setting."""
-    return directory / f"{setting.name.replace(' ', '-')}.json"
+def runs_of(variant: Variant, directory: Path) -> Path:
+    """File of what was run under a variant."""
+    return directory / f"{variant.name.replace(' ', '-')}.json"
 
 
 def record(directory: Path) -> None:
-    """Run every case under every setting and keep what all agree on."""
+    """Run every case under every variant and keep what all agree on."""
 
-    def run_child(setting: Setting) -> dict[str, list[list[int]]]:
-        command = [sys.executable, "-m", __spec__.name, "--runs", str(directory), "--setting", setting.name]
+    def run_child(variant: Variant) -> dict[str, list[list[int]]]:
+        command = [sys.executable, "-m", __spec__.name, "--runs", str(directory), "--variant", variant.name]
         # A thread that spins while another program has its core makes a busy machine many times slower.
-        environment = os.environ | {"OMP_WAIT_POLICY": "passive"} | setting.environment
+        environment = os.environ | {"OMP_WAIT_POLICY": "passive"} | variant.environment
         subprocess.run(command, env=environment, check=True)
-        sys.stderr.write(f"{setting.name}: done\n")
-        return json.loads(runs_of(setting, directory).read_text())
+        sys.stderr.write(f"{variant.name}: done\n")
+        return json.loads(runs_of(variant, directory).read_text())
 
     directory.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = list(pool.map(run_child, SETTINGS))
+        runs = list(pool.map(run_child, VARIANTS))
     kept, given, poor = [], 0, []
     for case in cases():
         agreed = [common_prefix(outputs) for outputs in zip(*(tokens[key_of(case)] for tokens in runs), strict=True)]
@@ -212,18 +212,18 @@ def key_of(case: Case) -> str:
     return json.dumps(asdict(replace(case, name="", slow=False, tokens=[])))
 
 
-def run_all(setting: Setting, path: Path) -> None:
-    """The file has the tokens of every case, run in this process, which was started for the setting."""
-    if setting.isa == "torch":
+def run_all(variant: Variant, path: Path) -> None:
+    """The file has the tokens of every case, run in this process, which was started for the variant."""
+    if variant.isa == "torch":
         cpu.available = lambda: False
-    elif setting.isa:
-        if setting.isa not in cpu.isa_names():
-            sys.exit(f"this processor has no {setting.isa}: record on one that has.")
-        cpu.isa_names = lambda: (setting.isa,)
+    elif variant.isa:
+        if variant.isa not in cpu.isa_names():
+            sys.exit(f"this processor has no {variant.isa}: record on one that has.")
+        cpu.isa_names = lambda: (variant.isa,)
     known = json.loads(path.read_text()) if path.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        model = noisy_model(directory / "model", setting.noise) if setting.noise else None
+        model = noisy_model(directory / "model", variant.noise) if variant.noise else None
         for case in cases():
             if key_of(case) in known:
                 continue
