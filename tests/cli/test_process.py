@@ -18,6 +18,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C reaches the programs that are started, even where the tests run in the background of a script: there a
+    shell has it ignored, and what is ignored is inherited."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(
     *options: str, word_s: float = 0.0, stdout: int | None = subprocess.PIPE, file_bytes: int | None = None
 ) -> subprocess.Popen[str]:
