@@ -199,7 +199,8 @@ class EngineConfig:
     max_model_len: int | None = None
     """Tokens of a sequence, prompt and output together; None: as many as the model has positions."""
     prefill_chunk: int = 1024
-    """Prompt tokens that go through the model in one pass; bounds the activations of long prompts."""
+    """Prompt tokens that go through the model in one pass; bounds the activations of long prompts. In 16 bits another
+    number may round longer prompts in another way."""
 
     def __post_init__(self) -> None:
         wrong = _settle(self)

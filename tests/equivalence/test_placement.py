@@ -1,11 +1,14 @@
 """Placement never changes the tokens: any caps, any schedule, any phase give what everything on the device gives."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from alisa import LLM, SamplingParams
+from alisa.cache.offload.store import TieredStore
+from alisa.cache.store import KVStore
 from alisa.outputs import Phase
 from tests.caps import device_cap
 
@@ -118,3 +121,16 @@ def test_weights_in_8_bits_know_neither_place_nor_company(family, dtype, tiny_mo
     assert summary.traffic.rebuilt_rows > 0
     described = everything.describe()
     assert (described["dtype"], described["weight_dtype"]) == (dtype, "int8")
+
+
+def test_nothing_is_chosen_ahead_before_a_row_has_moved(tiny_model, monkeypatch):
+    """Choosing early is worth its time only where rows must be loaded."""
+    asked = []
+    for store in (KVStore, TieredStore):
+        monkeypatch.setattr(store, "prefetch", lambda self, *_: asked.append(type(self)))  # a hint may be ignored
+    free = LLM(tiny_model("opt"), policy="swa", dtype="float32", sparsity=0.6, **SIZES)
+    expected, _ = run(free)
+    assert not asked
+    capped = LLM(free.config.model, config=replace(free.config, kv_device_memory=device_cap(free, 120)))
+    assert run(capped)[0] == expected
+    assert set(asked) == {TieredStore}

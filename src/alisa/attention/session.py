@@ -170,7 +170,7 @@ class KVSession:
 
     def end(self) -> StepTraffic:
         """The step is over; the next one's selections are made and asked for, where history alone decides them."""
-        if self._prefill is None and self._looks_ahead:
+        if self._prefill is None and self._looks_ahead and self.cache.has_tiers:
             self._look_ahead()
         attended = tuple(sum(layers) for layers in zip(*self._read, strict=True)) or (0,) * self._num_chunks
         return StepTraffic(attended, self._store.traffic(), self._store.failed())

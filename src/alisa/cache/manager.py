@@ -50,14 +50,14 @@ class CacheManager:
         """See `RowStore.release`."""
         self.store.release(req_idx)
         self._open.discard(req_idx)
-        if self._has_tiers and not self._open and not self._starts_tiered:
+        if self.has_tiers and not self._open and not self._starts_tiered:
             self.store.close()
             self._flat.clear()
             self.store = self._flat
 
     def bounds(self, req_idx: int) -> tuple[int, ...]:
         """Where each lower tier ends and what is deleted, see `alisa.scheduler.placement.base`."""
-        return self.store.bounds(req_idx) if self._has_tiers else (0,) * (self._num_tiers + 1)
+        return self.store.bounds(req_idx) if self.has_tiers else (0,) * (self._num_tiers + 1)
 
     def rebuildable(self, req_idx: int) -> int:
         """See `RowStore.rebuildable`."""
@@ -65,7 +65,7 @@ class CacheManager:
 
     def begin(self, plan: StepPlan) -> RowStore:
         """The store that has begun this step; see `RowStore.begin`."""
-        if plan.moves and not self._has_tiers:
+        if plan.moves and not self.has_tiers:
             self._add_tiers()
         self.store.begin(plan)
         return self.store
@@ -79,7 +79,8 @@ class CacheManager:
         self.store.close()
 
     @property
-    def _has_tiers(self) -> bool:
+    def has_tiers(self) -> bool:
+        """Whether rows may lie below the pool, so that loading them early is worth choosing them early."""
         return self.store is not self._flat
 
     def _add_tiers(self) -> None:

@@ -127,13 +127,7 @@ class Engine:
         requests = [running[chunk.req_idx] for chunk in plan.chunks]
         result = self._run(plan, requests)
         grown, failed = self._advance(plan, requests, result)
-        record = step_record(
-            plan,
-            result.traffic,
-            self._runner,
-            tokens_dense=0 if plan.prefill else sum(c.end for c in plan.chunks) * self._runner.decoder.spec.num_layers,
-            num_preempted=plan.num_preempted,
-        )
+        record = step_record(plan, result.traffic, self._runner)
         self._costs.learn(record)
         deltas, finished = self._collect(plan, grown, failed)
         if not self.has_requests:

@@ -52,9 +52,7 @@ class RunReport:
     plans: tuple[StepPlan, ...]
 
 
-def step_record(
-    plan: StepPlan, traffic: StepTraffic, runner: ModelRunner, *, tokens_dense: int, num_preempted: int
-) -> StepRecord:
+def step_record(plan: StepPlan, traffic: StepTraffic, runner: ModelRunner) -> StepRecord:
     """What a step did and took, measured; call it when everything but the outputs is done."""
     timer, cache = runner.timer, runner.session.cache
     attention_s, selection_s = timer.seconds(StepSection.ATTENTION), timer.seconds(StepSection.SELECTION)
@@ -68,13 +66,13 @@ def step_record(
         num_sequences=len(plan.chunks),
         num_tokens=plan.num_tokens,
         tokens_attended=sum(traffic.tokens_attended),
-        tokens_dense=tokens_dense,
+        tokens_dense=0 if plan.prefill else sum(c.end for c in plan.chunks) * runner.decoder.spec.num_layers,
         kv_rows=cache.store.used_rows,
         kv_bytes=cache.nbytes(Medium.DEVICE),
         host_bytes=cache.nbytes(Medium.HOST),
         disk_bytes=cache.nbytes(Medium.DISK),
         deleted_tokens=cache.store.deleted_tokens,
-        num_preempted=num_preempted,
+        num_preempted=plan.num_preempted,
         traffic=traffic.traffic,
         linear_s=model_s - attention_s - selection_s - transfer_s - begin_s,
         attention_s=attention_s,

@@ -13,6 +13,7 @@ from typing import Literal
 from alisa import __version__
 from alisa.errors import InputError
 from alisa.planner.hardware import Hardware
+from alisa.records.document import read_json
 from alisa.records.structure import structure
 
 
@@ -68,9 +69,8 @@ def save_profile(hardware: Hardware, date: str, path: Path | None = None) -> Pat
 def load_profile(path: Path | None = None) -> Hardware | None:
     """The saved profile of this machine; None when there is none, or only one with another stamp."""
     try:
-        values = json.loads((path or profile_path()).read_text(encoding="utf-8"))
-        record = structure(ProfileRecord, values)
-    except (OSError, ValueError, InputError):
+        record = structure(ProfileRecord, read_json(path or profile_path()))
+    except InputError:
         return None
     return record.hardware if record.stamp == machine_stamp() else None
 
@@ -81,12 +81,7 @@ def load_hardware(path: Path) -> Hardware:
     Raises:
         InputError: the file is missing or not such a description.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}.") from error
+    values = read_json(path)
     try:
         if isinstance(values, dict) and values.get("kind") == "profile":
             return structure(ProfileRecord, values).hardware

@@ -7,13 +7,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from alisa.errors import InputError
+from alisa.records.document import read_json
 from alisa.scheduler.placement.all_device import AllDevice
 from alisa.scheduler.placement.base import PlacementPolicy
 from alisa.scheduler.placement.static import StaticSplit
@@ -26,12 +26,7 @@ def load_schedule(path: Path) -> PlacementPolicy:
     Raises:
         InputError: the file is missing or not such a description.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}.") from error
+    values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(
             f"{path} holds a {type(values).__name__} instead of a schedule; `alisa plan --save` writes one."
