@@ -97,7 +97,7 @@ def tensors_of(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
 
 
 def write_model(path: Path, model: transformers.PreTrainedModel, kind: str = "F32") -> Path:
-    """The model as a file, its matrices in a number format; the model gets the numbers that the file then stands for."""
+    """The model as a file, its matrices in a number format; the model gets the numbers that the file stands for."""
     number = gguf.GGMLQuantizationType[kind]
     tensors: dict[str, tuple[np.ndarray, str]] = {}
     for name, values in tensors_of(model).items():

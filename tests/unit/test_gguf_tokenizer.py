@@ -232,7 +232,7 @@ def test_tokens_are_those_that_llama_cpp_expects(path: Path):
     assert len(texts) == len(expected) > 40
     leading = tokenizer.encode("")
     for text, ids in zip(texts, expected, strict=True):
-        # Qwen's tokenizers compose the text first, as ours do; llama.cpp does not. The other files are composed already.
+        # Qwen's tokenizers compose the text first, as ours do; llama.cpp does not. Other texts are composed already.
         if "qwen" in path.name and unicodedata.normalize("NFC", text) != text:
             continue
         assert tokenizer.encode(text)[len(leading) :] == ids, text
