@@ -71,7 +71,7 @@ class AttentionStudy:
         prompt_len = len(self.windows[0].item.prompt_ids)
         num_rows = self.length - prompt_len
         recent = torch.tensor([Budget(variant.sparsity).recent(prompt_len + row) for row in range(num_rows)])
-        layers = [LayerFigures() for _ in range(subject.spec.num_layers)]
+        layers = [LayerFigures() for _ in range(subject.spec.attention.full_layers().num_layers)]
 
         def tell(found: ShadowLayer) -> None:
             _add(layers[found.layer], found, recent.to(found.read.device), prompt_len)
