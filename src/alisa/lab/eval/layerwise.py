@@ -100,9 +100,9 @@ class LayerwiseAttend:
         out = torch.empty_like(q)
         window = self._shape.window(layer)
         if window is not None:
-            for seq in range(self._num_seqs):
-                prompt = (values[seq, : self._prompt_len] for values in (q, k, v))
-                out[seq, : self._prompt_len] = dense_attention(*prompt, window, self._shape.softcap)
+            prompts = (values[:, : self._prompt_len] for values in (q, k, v))
+            for seq, (queries, keys, values) in enumerate(zip(*prompts, strict=True)):
+                out[seq, : self._prompt_len] = dense_attention(queries, keys, values, window, self._shape.softcap)
         else:
             out[:, : self._prompt_len] = self._layer.prefill(q, k, v, hidden)
         if self._reads_all or window is not None:
@@ -127,7 +127,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap
 
 
 class LayerSession:
-    """A session of one layer without a window, that whole sequences of equal length pass through, each layer of a model in its turn.
+    """A session of one layer without a window, that whole sequences of equal length pass through, layer after layer.
 
     Args:
         scorer: gives the decoder's spec and the kernels.
