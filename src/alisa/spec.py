@@ -54,6 +54,11 @@ class Rope:
     rotary_dim: int
     scaling: RopeScaling | None = None
 
+    @property
+    def by_length(self) -> bool:
+        """Whether the angles depend on how long the whole sequence may become, and not on positions alone."""
+        return self.scaling is not None and self.scaling.kind in ("dynamic", "longrope")
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
@@ -192,6 +197,11 @@ class ModelSpec:
     def query_factor(self) -> float:
         """What queries are multiplied with so that scores over sqrt(D) are those of the model."""
         return 1.0 if self.query_scale is None else self.query_scale * self.head_dim**0.5
+
+    @property
+    def rotates_by_length(self) -> bool:
+        """Whether a layer rotates by the length of the sequence: see `Rope.by_length`."""
+        return any(rope is not None and rope.by_length for rope in (self.rope, *self.layer_ropes))
 
     @property
     def q_size(self) -> int:

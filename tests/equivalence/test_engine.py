@@ -54,8 +54,9 @@ def assert_transformers_agrees(directory, prompts, outputs):
     for prompt, output in zip(prompts, outputs, strict=True):
         assert len(output) == NEW_TOKENS
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([prompt + output]), use_cache=False).logits[0]
-        assert_likeliest(logits, prompt, output)
+            # Without the last token, which the engine never feeds: ropes that look at the length would see another.
+            logits = model(input_ids=torch.tensor([prompt + output[:-1]]), use_cache=False).logits[0]
+        assert_likeliest(torch.cat((logits, logits[-1:])), prompt, output)
 
 
 @pytest.mark.parametrize("family", TINY_MODELS)

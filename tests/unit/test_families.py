@@ -139,7 +139,7 @@ def test_defaults_are_those_of_transformers(name):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (LLAMA | {"rope_scaling": {"rope_type": "xpos", "factor": 4.0}}, ["'xpos'", "default, linear"]),
+        (LLAMA | {"rope_scaling": {"rope_type": "xpos", "factor": 4.0}}, ["'xpos'", "default, linear, dynamic"]),
         (LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "turn": 2}}, ["'linear' has turn"]),
         (LLAMA | {"attention_temperature": 0.5}, ["not known here", "attention_temperature (0.5)"]),
         (QWEN2 | {"layer_types": ["linear_attention"] * 32}, ["layer_types has linear_attention"]),

@@ -109,6 +109,8 @@ class KVSession:
         self.selection = Selection(torch.empty(0), torch.empty(0), ())
         """What the last layer of a decode step read; evaluations look at it."""
         self._prompt_lens: dict[int, int] = {}
+        self.max_lengths: dict[int, int] = {}
+        """By request index: tokens that the sequence may come to."""
         self._bind(cache.store)
         self._ahead: _Ahead | None = None
         self._prefill: PrefillStep | None = None
@@ -128,12 +130,13 @@ class KVSession:
         self.cache.open(sequence.req_idx, sequence.num_tokens)
         self.state.open(sequence.req_idx)
         self._prompt_lens[sequence.req_idx] = sequence.prompt_len
+        self.max_lengths[sequence.req_idx] = sequence.num_tokens
 
     def close(self, req_idx: int) -> None:
         """Every row and every other trace of the sequence is gone; its index may be given away at once."""
         self.cache.release(req_idx)
         self.state.close(req_idx)
-        del self._prompt_lens[req_idx]
+        del self._prompt_lens[req_idx], self.max_lengths[req_idx]
         self._ahead = None
 
     def begin(self, plan: StepPlan) -> None:

@@ -217,7 +217,8 @@ def teacher_forced(
     )
     runner = ModelRunner(decoder, session, StepTimer())
     for index, item in enumerate(items):
-        session.open(Opened(index, str(index), item.num_tokens, len(item.prompt_ids)))
+        num_rows = max(item.num_tokens - 1, len(item.prompt_ids))  # as in the engine: the last token is never fed
+        session.open(Opened(index, str(index), num_rows, len(item.prompt_ids)))
     yield ScoredStep(0, tuple(range(len(items))), _read_prompts(runner, items, prefill_chunk), None)
     for step in range(1, max(len(item.output_ids) for item in items)):
         active = tuple(index for index, item in enumerate(items) if len(item.output_ids) > step)

@@ -18,7 +18,7 @@ from torch import Tensor
 from alisa.kernels.reference.softcap import softcapped
 from alisa.model.layer import Builder, Layer, Norm, Progress
 from alisa.model.linear import MakeLinear, PlainLinear, make_linear
-from alisa.model.rope import Rotation, attention_factor, inverse_frequencies
+from alisa.model.rope import Rotation, attention_factor, frequencies_by_length, inverse_frequencies
 from alisa.model.source import WeightSource
 from alisa.spec import ModelSpec, Rope
 
@@ -94,8 +94,9 @@ class Decoder:
         self._embed = build.tensor("embed.weight")
         self._positions = build.tensor("positions.weight") if spec.rope is None else None
         ropes = spec.layer_ropes or (spec.rope,) * spec.num_layers
-        self._frequencies = {rope: inverse_frequencies(rope, device) for rope in ropes if rope is not None}
         self._ropes = ropes
+        self._own_ropes = {rope for rope in ropes if rope is not None}
+        self._frequencies = {rope: inverse_frequencies(rope, device) for rope in self._own_ropes if not rope.by_length}
         self._embed_scale = torch.tensor(spec.embed_scale, dtype=dtype, device=device)
         projected = spec.token_embed_dim != spec.hidden_size
         self._project_in = build.linear("project_in") if projected else None
@@ -118,13 +119,15 @@ class Decoder:
         tables = self._embed.nbytes + (0 if self._positions is None else self._positions.nbytes)
         return tables + sum(part.nbytes for part in parts if part is not None)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, lengths: Tensor | None = None) -> Tensor:
         """Hidden states `[B, T, E]` after the final norm (and the output projection of OPT-350M), ready for `logits`.
 
         Args:
             tokens: Int64[B, T].
             positions: Int64[B, T], logical positions from 0; packed sequences may repeat or jump.
             attend: the seam; called once per layer, in order.
+            lengths: Int64[B, T], how long the sequence of each token may become; asked for by models that rotate by
+                length (`ModelSpec.rotates_by_length`) alone.
         """
         spec = self.spec
         batch, length = tokens.shape
@@ -133,7 +136,7 @@ class Decoder:
             x = x * self._embed_scale
         if self._project_in is not None:
             x = self._project_in(x)
-        rotations = {rope: self._rotation(rope, positions) for rope in self._frequencies}
+        rotations = {rope: self._rotation(rope, positions, lengths) for rope in self._own_ropes}
         if self._positions is not None:
             x = x + F.embedding(positions + spec.position_offset, self._positions)
         q_shape = (batch, length, spec.num_heads, spec.head_dim)
@@ -171,7 +174,7 @@ class Decoder:
             layer: which layer.
             hidden: `[N, C]`, exactly what W_K and W_V read: after the layer's norm (or the bare input when the model
                 normalises after the residual sum).
-            positions: Int64[N], the original positions.
+            positions: Int64[N], the original positions. They are not enough for models that rotate by length.
         """
         weights = self._layers[layer]
         shape = (hidden.shape[0], 2, self.spec.num_kv_heads, self.spec.head_dim)
@@ -180,12 +183,15 @@ class Decoder:
             k = weights.k_norm(k)
         rope = self._ropes[layer]
         if rope is not None:
-            k = self._rotation(rope, positions)(k)
+            k = self._rotation(rope, positions, None)(k)
         return k, v
 
-    def _rotation(self, rope: Rope, positions: Tensor) -> Rotation:
+    def _rotation(self, rope: Rope, positions: Tensor, lengths: Tensor | None) -> Rotation:
         """The rotation of tokens at these positions, for the layers that have this embedding."""
-        return Rotation(positions, self._frequencies[rope], attention_factor(rope))
+        if not rope.by_length:
+            return Rotation(positions, self._frequencies[rope], attention_factor(rope))
+        assert lengths is not None, "this model rotates by length"
+        return Rotation(positions, frequencies_by_length(rope, lengths), attention_factor(rope))
 
     def _residual(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
         """What leaves a layer, `[B, T, C]`, from what entered it and what its attention found."""

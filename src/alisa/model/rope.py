@@ -15,9 +15,9 @@ from alisa.spec import Rope, RopeScaling
 
 
 def inverse_frequencies(rope: Rope, device: torch.device) -> Tensor:
-    """Angle per position of each rotated pair, Float32[rotary_dim / 2]."""
-    exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32, device=device) / rope.rotary_dim
-    frequencies = 1.0 / rope.theta**exponents
+    """Angle per position of each rotated pair, Float32[rotary_dim / 2]; of any rope that is not `by_length`."""
+    assert not rope.by_length, "these angles need lengths"
+    frequencies = 1.0 / rope.theta ** _exponents(rope, device)
     scaling = rope.scaling
     if scaling is None:
         return frequencies
@@ -26,6 +26,32 @@ def inverse_frequencies(rope: Rope, device: torch.device) -> Tensor:
     if scaling.kind == "llama3":
         return _scale_llama3(frequencies, scaling)
     return _scale_yarn(frequencies, rope, scaling)
+
+
+def frequencies_by_length(rope: Rope, lengths: Tensor) -> Tensor:
+    """The same for a rope that is `by_length`: `[..., rotary_dim / 2]` for sequences of these lengths Int64[...].
+
+    longrope (2402.13753) divides by factors of its own for each pair, others within the original length than beyond;
+    dynamic ("NTK-aware") raises the base as a sequence outgrows it. Hugging Face transformers takes the longest length
+    that a batch has come to; here it is what the sequence itself may come to, from its first token on, so that neither
+    company nor the moment changes an angle.
+    """
+    scaling, exponents = rope.scaling, _exponents(rope, lengths.device)
+    assert scaling is not None, "only scaled ropes look at lengths"
+    lengths = lengths[..., None]
+    if scaling.kind == "longrope":
+        long, short = (
+            1.0 / (torch.tensor(factors, device=lengths.device) * rope.theta**exponents)
+            for factors in (scaling.long_factors, scaling.short_factors)
+        )
+        return torch.where(lengths > scaling.original_max_positions, long, short)
+    outgrown = lengths.clamp(min=scaling.original_max_positions) / scaling.original_max_positions
+    power = rope.rotary_dim / (rope.rotary_dim - 2)
+    return 1.0 / (rope.theta * (scaling.factor * outgrown - (scaling.factor - 1)) ** power) ** exponents
+
+
+def _exponents(rope: Rope, device: torch.device) -> Tensor:
+    return torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32, device=device) / rope.rotary_dim
 
 
 def attention_factor(rope: Rope) -> float:
@@ -80,7 +106,7 @@ class Rotation:
 
     Args:
         positions: Int64[...] logical positions of the tokens.
-        frequencies: Float32[rotary_dim / 2] from `inverse_frequencies`.
+        frequencies: Float32[rotary_dim / 2] from `inverse_frequencies`, or `[..., rotary_dim / 2]` by length.
         factor: from `attention_factor`.
     """
 
@@ -91,7 +117,7 @@ class Rotation:
         cos, sin = angles.cos(), angles.sin()
         if factor != 1.0:
             cos, sin = cos * factor, sin * factor
-        self._half = frequencies.shape[0]
+        self._half = frequencies.shape[-1]
         self._rotary_dim = 2 * self._half
         # [..., 1, rotary_dim]: broadcasts over heads. The sign of rotate-half is in the sine, so that turning a head is
         # one roll and one multiply-add instead of two slices, a negation and a concatenation.

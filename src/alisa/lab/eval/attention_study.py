@@ -112,7 +112,7 @@ class AttentionStudy:
             length=self.length,
             tell=tell,
         )
-        decoder.forward(tokens, positions, attend)
+        decoder.forward(tokens, positions, attend, torch.full_like(tokens, self.length))
 
 
 def attention_study_of(subject: Subject, path: Path, *, context: int, prefill: int, num_windows: int) -> AttentionStudy:

@@ -59,7 +59,7 @@ def _score_batch(
     ids = torch.tensor([[*item.prompt_ids, *item.output_ids] for item in items], device=decoder.device)
     positions = torch.arange(ids.shape[1], device=decoder.device).expand_as(ids)
     attend = LayerwiseAttend(scorer, policy, codec, len(items), len(items[0].prompt_ids), ids.shape[1])
-    hidden = decoder.forward(ids, positions, attend)
+    hidden = decoder.forward(ids, positions, attend, torch.full_like(ids, ids.shape[1]))
     rows_at_once = max(1, LOGITS_BYTES // (4 * decoder.spec.vocab_size))
     first = len(items[0].prompt_ids) - 1
     outputs = []

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alisa.model.families.family import Family, WeightPiece, same
 from alisa.model.families.reading import ConfigReader
+from alisa.model.families.rope_fields import longest
 from alisa.spec import ModelSpec
 
 
@@ -38,7 +39,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
         head_dim=head_dim,
         ffn_size=ffn_size,
         vocab_size=vocab_size,
-        max_positions=max_positions,
+        max_positions=longest(rope, max_positions),
         norm="layernorm",
         norm_eps=norm_eps,
         activation=activation,

@@ -8,6 +8,7 @@ from typing import Literal
 
 from alisa.model.families.family import WeightPiece, joined, same
 from alisa.model.families.reading import ConfigReader
+from alisa.model.families.rope_fields import longest
 from alisa.spec import ModelSpec
 
 PREFIXES = ("model.",)
@@ -100,7 +101,7 @@ def read_spec(reader: ConfigReader, variant: LlamaVariant) -> ModelSpec:
         head_dim=head_dim,
         ffn_size=ffn_size,
         vocab_size=vocab_size,
-        max_positions=max_positions,
+        max_positions=longest(rope, max_positions),
         norm="rmsnorm",
         norm_eps=norm_eps,
         activation=activation,

@@ -16,7 +16,7 @@ from alisa.spec import Rope, RopeScaling
 ROPE_FIELDS = ("rope_parameters", "rope_scaling", "original_max_position_embeddings")
 """Fields of a config that this file reads, beside those of the base and of the rotated part."""
 
-_KINDS = ("default", "linear", "llama3", "yarn")
+_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _SCALED_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -88,6 +88,14 @@ def read_rope(
     if kind == "default":
         return Rope(base, rotary_dim)
     return Rope(base, rotary_dim, _scaling(reader, kind, fields, rotary_dim, max_positions))
+
+
+def longest(rope: Rope, max_positions: int) -> int:
+    """The longest sequence: kinds that users add to a config stretch the length that it was written with."""
+    scaling = rope.scaling
+    if scaling is None or scaling.kind not in ("dynamic", "yarn"):
+        return max_positions
+    return max(max_positions, int(scaling.factor * scaling.original_max_positions))
 
 
 def _scaling(
