@@ -18,8 +18,9 @@ MAPS = {
     "qwen3": gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 3),
     "gpt2": gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 3),
     "gptneox": gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPTNEOX, 3),
+    "gemma3": gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 3),
 }
-ARCHITECTURES = {"gpt_neox": "gptneox", "mistral": "llama"}
+ARCHITECTURES = {"gpt_neox": "gptneox", "mistral": "llama", "gemma3_text": "gemma3"}
 """`model_type` of a config -> architecture, where they differ."""
 
 VOCABULARY: dict[str, Any] = {
@@ -68,15 +69,26 @@ def metadata_of(config: transformers.PreTrainedConfig) -> dict[str, Any]:
         values["use_parallel_residual"] = config.use_parallel_residual
         values["rope.dimension_count"] = int(head_dim * config.rope_parameters["partial_rotary_factor"])
     else:
+        rope = config.rope_parameters
+        if kind == "gemma3":
+            rope, local = rope["full_attention"], rope["sliding_attention"]
+            values["rope.freq_base_swa"] = local["rope_theta"]
+            values["attention.sliding_window_pattern"] = [name != "full_attention" for name in config.layer_types]
+            if config.final_logit_softcapping:
+                values["final_logit_softcapping"] = config.final_logit_softcapping
         values["attention.head_count_kv"] = config.num_key_value_heads
         values["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
-        values["rope.freq_base"] = config.rope_parameters["rope_theta"]
+        values["rope.freq_base"] = rope["rope_theta"]
+        if getattr(config, "sliding_window", None):
+            values["attention.sliding_window"] = config.sliding_window
         if head_dim != hidden // heads:
             values |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
         if kind == "llama":
             values |= {"rope.dimension_count": head_dim, "vocab_size": config.vocab_size}
-        if config.rope_parameters["rope_type"] == "linear":
-            values |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_parameters["factor"]}
+        if rope["rope_type"] in ("linear", "yarn"):
+            values |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
+        if rope["rope_type"] == "yarn":
+            values["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
     return {"general.architecture": kind} | {f"{kind}.{name}": value for name, value in values.items()} | VOCABULARY
 
 
@@ -134,8 +146,13 @@ def _turned(name: str, values: torch.Tensor, config: transformers.PreTrainedConf
     return values.t() if ".c_" in name and values.dim() == 2 else values
 
 
+def _around_one(name: str, values: torch.Tensor, config: transformers.PreTrainedConfig) -> torch.Tensor:
+    """Gemma's norms as the factors that they are."""
+    return values + 1 if name.endswith("norm.weight") else values
+
+
 _CONVERTERS: dict[str, Callable[[str, torch.Tensor, transformers.PreTrainedConfig], torch.Tensor]]
-_CONVERTERS = {"llama": _interleaved, "gptneox": _apart, "gpt2": _turned}
+_CONVERTERS = {"llama": _interleaved, "gptneox": _apart, "gpt2": _turned, "gemma3": _around_one}
 
 
 def _llama3_divisors(model: transformers.PreTrainedModel) -> np.ndarray:

@@ -40,6 +40,16 @@ _LLAMA3_SCALING: dict[str, Any] = {
     "original_max_position_embeddings": 32,
 }
 
+_WINDOWED: dict[str, Any] = {
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "max_window_layers": 28,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+}
+_GEMMA: dict[str, Any] = _GATED | {"num_key_value_heads": 2, "head_dim": 24, "query_pre_attn_scalar": 20}
+
+_YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
 TINY_MODELS: dict[str, TinyModel] = {
     "llama": TinyModel("Llama", _GATED),
     "llama-gqa-tied": TinyModel("Llama", _GATED | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
@@ -49,6 +59,30 @@ TINY_MODELS: dict[str, TinyModel] = {
     "llama3-scaling": TinyModel("Llama", _GATED | {"num_key_value_heads": 2, "rope_parameters": _LLAMA3_SCALING}),
     "llama-linear-scaling": TinyModel(
         "Llama", _GATED | {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}
+    ),
+    "llama3-top-level-original": TinyModel(
+        "Llama",
+        _GATED
+        | {
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "llama-yarn": TinyModel("Llama", _GATED | {"rope_scaling": _YARN}),
+    "qwen3-yarn": TinyModel(
+        "Qwen3",
+        _GATED
+        | {"num_key_value_heads": 2, "head_dim": 32}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": _YARN | {"rope_theta": 1e6}},
+    ),
+    "qwen2-yarn-mscale": TinyModel(
+        "Qwen2",
+        _GATED
+        | {"num_key_value_heads": 2}
+        | {"rope_parameters": _YARN | {"mscale": 0.7, "mscale_all_dim": 1.2, "beta_fast": 4.0, "truncate": False}},
+    ),
+    "llama-dynamic": TinyModel(
+        "Llama", _GATED | {"max_position_embeddings": 48, "rope_scaling": {"type": "dynamic", "factor": 3.0}}
     ),
     "mistral": TinyModel("Mistral", _GATED | {"num_key_value_heads": 2, "sliding_window": None}),
     "qwen2": TinyModel("Qwen2", _GATED | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
@@ -61,6 +95,27 @@ TINY_MODELS: dict[str, TinyModel] = {
         "GPTNeoX", _NEOX | {"use_parallel_residual": False, "hidden_act": "gelu_fast", "rotary_pct": 1.0}
     ),
     "gpt2": TinyModel("GPT2", _GPT2),
+    "mistral-window": TinyModel("Mistral", _GATED | {"num_key_value_heads": 2, "sliding_window": 9}),
+    "qwen2-windows": TinyModel("Qwen2", _GATED | {"num_key_value_heads": 2} | _WINDOWED),
+    "qwen3-all-windows": TinyModel(
+        "Qwen3",
+        _GATED
+        | {"num_key_value_heads": 2, "head_dim": 32}
+        | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+    ),
+    "gemma3": TinyModel("Gemma3Text", _GEMMA | {"sliding_window": 11, "sliding_window_pattern": 3}),
+    "gemma3-scaled": TinyModel(
+        "Gemma3Text",
+        _GEMMA
+        | {
+            "sliding_window": 40,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "rope_theta": 5000.0,
+            "rope_local_base_freq": 300.0,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
 }
 
 

@@ -47,6 +47,7 @@ class DecodeTask:
         out: int,
         mass: int,
         log_sum_exp: int,
+        softcap: float,
     ) -> None: ...
 
 class Plan:
@@ -147,6 +148,8 @@ class Workspace:
         num_kv_heads: int,
         head_dim: int,
         causal: bool,
+        hidden: int | None,
+        softcap: float,
         before: int,
         after: int,
         out: int,
@@ -165,6 +168,7 @@ class Workspace:
         head_dim: int,
         num_sets: int,
         ahead: int,
+        softcap: float,
         log_sum_exp: int,
         mass: int,
     ) -> None: ...

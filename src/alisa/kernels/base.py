@@ -104,15 +104,19 @@ class DecodeKernel(Protocol):
     What a sequence gets depends on its own query, rows and slots only, to the last bit.
     """
 
-    def __call__(self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor) -> Attended:
+    def __call__(
+        self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor, softcap: float | None = None
+    ) -> Attended:
         """Attend with q `[B, H, D]` to rows UInt8[R, row_bytes] at slots Int32[B, J, K].
 
         The first `counts[b]` (Int32[B], at least 1) slots of each set are real, the rest is padding. J = 1: one index
-        set for all heads; J = G: one for each KV head.
+        set for all heads; J = G: one for each KV head. `softcap` is that of `AttentionShape`.
         """
         ...
 
-    def in_pieces(self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int) -> AttentionPieces:
+    def in_pieces(
+        self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int, softcap: float | None = None
+    ) -> AttentionPieces:
         """The same for one index set of width `num_slots` whose rows do not lie in one place at one time."""
         ...
 
@@ -144,7 +148,14 @@ class PrefillKernel(Protocol):
     """Dense attention of one piece of a prompt, and the weights of its last rows."""
 
     def __call__(
-        self, q: Tensor, own: KeyBlock, past: Callable[[], Iterable[KeyBlock]], num_observed: int, num_sets: int
+        self,
+        q: Tensor,
+        own: KeyBlock,
+        past: Callable[[], Iterable[KeyBlock]],
+        num_observed: int,
+        num_sets: int,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Iterator[ObservedMass]]:
         """Attend causally with q `[T, H, D]` to `own`, its T tokens, and to everything before them.
 
@@ -152,8 +163,11 @@ class PrefillKernel(Protocol):
             q: `[T, H, D]`.
             own: keys and values of the same tokens.
             past: reads the blocks before them, in order; asked again for the weights. Empty when `own` starts at 0.
+                With a window, those that no query sees may be left out.
             num_observed: how many of the last rows are wanted, 0 to T.
             num_sets: J, 1 for one index set per layer or G for one per KV head.
+            window: tokens that each query sees, itself included; None: all. No rows are observed through one.
+            softcap: of the scores, as in `AttentionShape`.
 
         Returns:
             The output `[T, H, D]`, and the weights of the last rows, computed as they are asked for.

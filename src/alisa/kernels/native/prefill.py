@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from alisa.kernels.base import KeyBlock
 from alisa.kernels.checks import check_prefill
 from alisa.kernels.native import kernels as cpu
 
@@ -33,14 +34,22 @@ class CpuPrefill:
         self._team = cpu.Team(num_threads, share=share_threads)
         self._workspace = cpu.library().Workspace()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, past: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Attention of T tokens to all of `past`, block by block, and to the tokens up to their own in k and v.
+    def attend(
+        self,
+        q: Tensor,
+        own: KeyBlock,
+        past: Iterable[KeyBlock],
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of T tokens to all of `past`, block by block, and to the tokens up to their own in `own`.
 
         Args:
             q: BFloat16[T, H, D].
-            k: BFloat16[T, G, D].
-            v: BFloat16[T, G, D].
-            past: (k, v) BFloat16[S, G, D] of earlier tokens, S at least 1.
+            own: k and v BFloat16[T, G, D] of the same tokens.
+            past: k and v BFloat16[S, G, D] of earlier tokens, S at least 1.
+            window: tokens that each query sees, itself included; None: all.
+            softcap: scores s become softcap * tanh(s / softcap); None: they stay as they are.
 
         Returns:
             BFloat16[T, H, D] and the log-sum-exp Float32[T, H] of the scaled scores.
@@ -48,14 +57,21 @@ class CpuPrefill:
         q, out = _runs(q), torch.empty(q.shape, dtype=q.dtype)
         log_sum_exp = torch.empty(q.shape[:2])
         before: Tensor | None = None
-        for past_k, past_v in past:
+        for block in past:
+            # Token t sees the keys of a block from t + hidden on.
+            hidden = None if window is None else own.start - block.start + 1 - window
+            if hidden is not None and hidden >= len(block.k):
+                continue
             merged = torch.empty(q.shape) if before is None else before
-            self._attend(q, past_k, past_v, False, before, merged, out, log_sum_exp)
+            self._attend(q, block, False, hidden, softcap, before, merged, out, log_sum_exp)
             before = merged
-        self._attend(q, k, v, True, before, None, out, log_sum_exp)
+        hidden = None if window is None else 1 - window
+        self._attend(q, own, True, hidden, softcap, before, None, out, log_sum_exp)
         return out, log_sum_exp
 
-    def mass(self, q: Tensor, k: Tensor, log_sum_exp: Tensor, ahead: int, num_sets: int) -> Tensor:
+    def mass(
+        self, q: Tensor, k: Tensor, log_sum_exp: Tensor, ahead: int, num_sets: int, softcap: float | None = None
+    ) -> Tensor:
         """Attention weights Float32[W, J, S] of W tokens on S, summed over the heads of each index set.
 
         Args:
@@ -64,6 +80,7 @@ class CpuPrefill:
             log_sum_exp: Float32[W, H], over everything that the tokens attend to.
             ahead: token w sees keys 0 to `ahead + w`; from S on it sees all of them, below 0 none.
             num_sets: J, 1 for all heads together or G for those of a KV head each.
+            softcap: as in `attend`.
         """
         check_prefill(q, k, k)
         q, k, log_sum_exp = _runs(q), _runs(k), log_sum_exp.contiguous()
@@ -81,6 +98,7 @@ class CpuPrefill:
             head_dim=q.shape[2],
             num_sets=num_sets,
             ahead=ahead,
+            softcap=softcap or 0.0,
             log_sum_exp=log_sum_exp.data_ptr(),
             mass=mass.data_ptr(),
         )
@@ -89,15 +107,17 @@ class CpuPrefill:
     def _attend(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        block: KeyBlock,
         causal: bool,
+        hidden: int | None,
+        softcap: float | None,
         before: Tensor | None,
         after: Tensor | None,
         out: Tensor,
         log_sum_exp: Tensor,
     ) -> None:
         """One block: merged with `before` into `after`, or into `out` at the end."""
+        k, v = block.k, block.v
         check_prefill(q, k, v)
         assert not causal or len(q) == len(k), "causal attention is that of tokens among themselves"
         k, v = _runs(k), _runs(v)
@@ -112,6 +132,8 @@ class CpuPrefill:
             num_kv_heads=k.shape[1],
             head_dim=q.shape[2],
             causal=causal,
+            hidden=hidden,
+            softcap=softcap or 0.0,
             before=0 if before is None else before.data_ptr(),
             after=0 if after is None else after.data_ptr(),
             out=out.data_ptr(),

@@ -8,12 +8,22 @@ from __future__ import annotations
 import difflib
 
 from alisa.errors import ModelError
-from alisa.model.families import gpt2, gpt_neox, llama, mistral, opt, qwen2, qwen3
+from alisa.model.families import gemma3, gpt2, gpt_neox, llama, mistral, opt, qwen2, qwen3
 from alisa.model.families.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY, mistral.FAMILY, opt.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+    for family in (
+        gemma3.FAMILY,
+        gemma3.SEEING_FAMILY,
+        gpt2.FAMILY,
+        gpt_neox.FAMILY,
+        llama.FAMILY,
+        mistral.FAMILY,
+        opt.FAMILY,
+        qwen2.FAMILY,
+        qwen3.FAMILY,
+    )
 }
 
 

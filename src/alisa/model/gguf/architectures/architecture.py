@@ -68,9 +68,9 @@ def without_none(**config: Any) -> dict[str, Any]:  # noqa: ANN401 - the fields 
 
 
 def rotary_part(fields: ArchitectureFields) -> float | None:
-    """The share of a head that is rotated; None: the file leaves it open."""
+    """The share of a head that is rotated; None: all of it, or the file leaves it open."""
     num_rotated, head_dim = fields.get("rope.dimension_count"), _head_dim(fields)
-    if not num_rotated or not head_dim:
+    if not num_rotated or not head_dim or num_rotated == head_dim:
         return None
     part = num_rotated / head_dim
     # The family multiplies it with the head dim again and cuts the rest off.

@@ -19,7 +19,10 @@ from alisa.spec import ModelSpec
 
 def read_config(fields: ArchitectureFields) -> dict[str, Any]:
     """GPT-NeoX's config."""
-    return common_config(fields) | without_none(
+    config = common_config(fields)
+    # All heads are query heads, and their length follows from the hidden size.
+    del config["num_key_value_heads"]
+    return config | without_none(
         model_type="gpt_neox",
         layer_norm_eps=fields.get("attention.layer_norm_epsilon"),
         use_parallel_residual=fields.get("use_parallel_residual"),

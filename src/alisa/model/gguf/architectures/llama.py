@@ -16,7 +16,7 @@ def read_config(fields: ArchitectureFields) -> dict[str, Any]:
     """Mistral's config when the file has a sliding window, LLaMA's otherwise."""
     config = rms_norm_config(fields)
     window = fields.get("attention.sliding_window")
-    if config.get("partial_rotary_factor") not in (None, 1.0):
+    if "partial_rotary_factor" in config:
         fields.refuse("rope.dimension_count", "the length of a head is supported")
     if window:
         return config | {"model_type": "mistral", "sliding_window": window}
