@@ -166,6 +166,19 @@ def cut(path: Path, num_bytes: int) -> None:
         (lambda d: (d / "config.json").write_text("[]"), "holds a list"),
         (lambda d: (d / "config.json").write_text("{}"), "does not name a model_type"),
         (lambda d: (d / "model.safetensors").unlink(), "holds no weights"),
+        (
+            lambda d: (d / "model.safetensors").rename(d / "consolidated.safetensors"),
+            r"only as consolidated\.safetensors \(the form of the model's maker\), which is not read here; take",
+        ),
+        (
+            lambda d: ((d / "config.json").unlink(), (d / "model.safetensors").rename(d / "consolidated.00.pth")),
+            r"no config\.json, and holds its weights only as consolidated\.00\.pth",
+        ),
+        (
+            lambda d: (d / "model.safetensors").rename(d / "adapter_model.safetensors"),
+            r"adapter_model\.safetensors \(an adapter, the changes to another model\), .* merge it",
+        ),
+        (lambda d: (d / "model.safetensors").rename(d / "model.onnx"), r"model\.onnx \(ONNX\)"),
         (lambda d: cut(d / "model.safetensors", 100_000), r"model.safetensors is cut short: 100000 of \d+ bytes"),
         (lambda d: cut(d / "model.safetensors", 500), "model.safetensors is cut short: 500 of"),
         (lambda d: cut(d / "model.safetensors", 5), "not a usable safetensors file"),

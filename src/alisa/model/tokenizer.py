@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from alisa.errors import InputError, ModelError
 from alisa.model.detokenizer import Detokenizer
+from alisa.model.other_formats import TOKENIZERS, found_format
 
 # The tokenizer library and Jinja are imported where they are used: a machine on which models of random weights are
 # measured need not have them.
@@ -157,12 +158,9 @@ def _load_backend(directory: Path, settings: Mapping[str, Any], special_tokens: 
     # The Rust library raises bare Exception for every kind of damage.
     except Exception as error:
         raise ModelError(f"The tokenizer in {directory} is damaged ({error}); download it again.") from error
-    if (directory / "tokenizer.model").is_file():
-        raise ModelError(
-            f"{directory} has its tokenizer only as tokenizer.model, which is not read here; convert it once with "
-            "transformers and sentencepiece installed: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes "
-            "tokenizer.json."
-        )
+    other = found_format(directory, TOKENIZERS)
+    if other is not None:
+        raise ModelError(f"{directory} has its tokenizer only as {other}.")
     raise ModelError(
         f"{directory} has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt; download it again."
     )
