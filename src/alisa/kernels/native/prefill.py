@@ -36,10 +36,12 @@ class CpuPrefill:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, past: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Attention of T tokens to all of `past`, block by block, and to the tokens up to their own in k and v.
 
+        The queries are the last T of the N tokens of k and v.
+
         Args:
             q: BFloat16[T, H, D].
-            k: BFloat16[T, G, D].
-            v: BFloat16[T, G, D].
+            k: BFloat16[N, G, D].
+            v: BFloat16[N, G, D].
             past: (k, v) BFloat16[S, G, D] of earlier tokens, S at least 1.
 
         Returns:
@@ -50,9 +52,9 @@ class CpuPrefill:
         before: Tensor | None = None
         for past_k, past_v in past:
             merged = torch.empty(q.shape) if before is None else before
-            self._attend(q, past_k, past_v, False, before, merged, out, log_sum_exp)
+            self._attend(q, past_k, past_v, len(past_k), before, merged, out, log_sum_exp)
             before = merged
-        self._attend(q, k, v, True, before, None, out, log_sum_exp)
+        self._attend(q, k, v, len(k) - len(q), before, None, out, log_sum_exp)
         return out, log_sum_exp
 
     def mass(self, q: Tensor, k: Tensor, log_sum_exp: Tensor, ahead: int, num_sets: int) -> Tensor:
@@ -91,15 +93,14 @@ class CpuPrefill:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        causal: bool,
+        ahead: int,
         before: Tensor | None,
         after: Tensor | None,
         out: Tensor,
         log_sum_exp: Tensor,
     ) -> None:
-        """One block: merged with `before` into `after`, or into `out` at the end."""
+        """One block: merged with `before` into `after`, or into `out` at the end; token t sees keys 0 to ahead + t."""
         check_prefill(q, k, v)
-        assert not causal or len(q) == len(k), "causal attention is that of tokens among themselves"
         k, v = _runs(k), _runs(v)
         self._workspace.prefill(
             threads=self._team.threads(),
@@ -111,7 +112,7 @@ class CpuPrefill:
             num_heads=q.shape[1],
             num_kv_heads=k.shape[1],
             head_dim=q.shape[2],
-            causal=causal,
+            ahead=ahead,
             before=0 if before is None else before.data_ptr(),
             after=0 if after is None else after.data_ptr(),
             out=out.data_ptr(),

@@ -20,16 +20,25 @@ class NativePrefill:
         self._kernel = kernel
 
     def __call__(
-        self, q: Tensor, own: KeyBlock, past: Callable[[], Iterable[KeyBlock]], num_observed: int, num_sets: int
+        self,
+        q: Tensor,
+        own: KeyBlock,
+        section_len: int,
+        past: Callable[[], Iterable[KeyBlock]],
+        num_observed: int,
+        num_sets: int,
     ) -> tuple[Tensor, Iterator[ObservedMass]]:
-        """Rows of codes are read as float32: the past is rounded to bfloat16, as the model's own keys are."""
+        """Rows of codes are read as float32: the past is rounded to bfloat16, as the model's own keys are.
+
+        A row's result depends on the row and the keys it sees alone, so a piece needs to know nothing of its section.
+        """
         if q.dtype != torch.bfloat16:
-            return prefill_attention(q, own, past, num_observed, num_sets)
+            return prefill_attention(q, own, section_len, past, num_observed, num_sets)
         earlier = ((block.k.to(q.dtype), block.v.to(q.dtype)) for block in past())
         out, log_sum_exp = self._kernel.attend(q, own.k, own.v, earlier)
         last = slice(len(q) - num_observed, None)
         blocks = chain(past(), (own,)) if num_observed else ()
-        return out, self._observed(q[last], log_sum_exp[last], own.start + last.start, blocks, num_sets)
+        return out, self._observed(q[last], log_sum_exp[last], own.start + len(own.k) - num_observed, blocks, num_sets)
 
     def _observed(
         self, q: Tensor, log_sum_exp: Tensor, first: int, blocks: Iterable[KeyBlock], num_sets: int

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from alisa.errors import ModelError
-from alisa.spec import Rope, RopeScaling
-
-Activation = Literal["relu", "silu", "gelu", "gelu_tanh"]
+from alisa.spec import ActivationName, Rope, RopeScaling
 
 # gelu_fast and gelu_pytorch_tanh are other ways to write the same tanh formula as gelu_new.
-_ACTIVATIONS: dict[str, Activation] = {
+_ACTIVATIONS: dict[str, ActivationName] = {
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
@@ -73,7 +71,7 @@ class ConfigReader:
         if self.flag(name, required) != required:
             self.refuse(f"{name} is {not required}, supported is {required} only")
 
-    def activation(self, name: str, default: str) -> Activation:
+    def activation(self, name: str, default: str) -> ActivationName:
         """The activation function in our spelling."""
         value = self._config.get(name) or default
         if value not in _ACTIVATIONS:

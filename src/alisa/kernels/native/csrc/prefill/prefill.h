@@ -32,7 +32,7 @@ struct PrefillTask {
   int num_heads;     // H
   int num_kv_heads;  // G
   int head_dim;      // D
-  bool causal;       // T = S: token t sees keys 0 to t
+  int ahead;         // token t sees the keys before `ahead + t + 1`
   const float* before;  // [T, H, D]: attention to the blocks before this one, log_sum_exp being theirs; null: there are none
   float* after;         // [T, H, D]: for the next block; null: `out` is written
   uint16_t* out;        // [T, H, D] bfloat16
