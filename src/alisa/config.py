@@ -212,8 +212,8 @@ class EngineConfig:
     """Tokens of a sequence, prompt and output together; None: as many as the model has positions."""
     prefill_chunk: int = 1024
     """Prompt tokens that go through the model in one pass; bounds the activations of long prompts, and how long
-    running requests wait for a new one. Changes no token. With rounded rows (int8, int4) rounded up to whole sections of
-    1024."""
+    running requests wait for a new one. Changes no token. Where rows are rounded (int8, int4), whole sections of 1024
+    tokens are read."""
 
     def __post_init__(self) -> None:
         wrong = _settle(self)
