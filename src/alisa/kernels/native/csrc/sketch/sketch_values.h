@@ -63,6 +63,13 @@ inline void add_head(const ValueBlock& block, int kv_head, int head, float* sums
   }
 }
 
+// The same for `count` heads, at most kMost.
+template <int kBits, int kMost>
+inline void add_some(const ValueBlock& block, int kv_head, int head, int count, float* sums, const SketchLayout& layout) {
+  if (count == kMost) return add_head<kBits, kMost>(block, kv_head, head, sums, layout);
+  if constexpr (kMost > 1) add_some<kBits, kMost - 1>(block, kv_head, head, count, sums, layout);
+}
+
 // Sums [H, head_stride] of the heads [first, last), all those of some K/V heads, have grown by the block.
 template <int kBits>
 inline void add_heads(const SketchTask& task, const ValueBlock& block, int first, int last, float* sums) {
@@ -70,20 +77,11 @@ inline void add_heads(const SketchTask& task, const ValueBlock& block, int first
   constexpr int kMost = kSums * kBits / 8 < 4 ? kSums * kBits / 8 : 4;
   const SketchLayout& layout = task.value_layout;
   const int group = task.num_heads / layout.num_kv_heads;
-  for (int h = first; h < last;) {
+  for (int h = first, count; h < last; h += count) {
     const int kv_head = h / group;
     const int left = (kv_head + 1) * group - h;
-    float* of_head = sums + static_cast<size_t>(h) * layout.head_stride();
-    if (left >= kMost) {
-      add_head<kBits, kMost>(block, kv_head, h, of_head, layout);
-      h += kMost;
-    } else if (kMost > 2 && left >= 2) {
-      add_head<kBits, 2>(block, kv_head, h, of_head, layout);
-      h += 2;
-    } else {
-      add_head<kBits, 1>(block, kv_head, h, of_head, layout);
-      ++h;
-    }
+    count = left < kMost ? left : kMost;
+    add_some<kBits, kMost>(block, kv_head, h, count, sums + static_cast<size_t>(h) * layout.head_stride(), layout);
   }
 }
 
