@@ -46,6 +46,8 @@ class PolicyEntry:
     """Share of the older selection that changes from one step to the next."""
     priced_as: Literal["none", "ranked", "sketch-keys", "sketch"] = "none"
     """Which measured selection it costs as much as: `planner.hardware.Hardware.selection`."""
+    edition: int = 1
+    """Counts up when the name comes to mean other numbers: what was measured of an earlier edition is measured anew."""
 
     def usable_prefix(self, sparsity: float, prompt_len: int) -> int:
         """Tokens at the start of a prompt whose rows may come from a cache.
@@ -82,7 +84,12 @@ def _window(help_text: str, *, per_head: bool) -> PolicyEntry:
 
 
 def _sketch(
-    help_text: str, *, completion: Literal["values", "mean", "none"], bits: int | None = 4, per_head: bool = False
+    help_text: str,
+    *,
+    completion: Literal["values", "mean", "none"],
+    bits: int | None = 4,
+    per_head: bool = False,
+    edition: int = 1,
 ) -> PolicyEntry:
     return PolicyEntry(
         help=help_text,
@@ -92,6 +99,7 @@ def _sketch(
         state=sketch_state(bits=bits, value_bits=2 if completion == "values" else None, uses_mean=completion == "mean"),
         churn=_QUERY_CHURN,
         priced_as="sketch" if completion == "values" else "sketch-keys",
+        edition=edition,
     )
 
 
@@ -127,8 +135,9 @@ POLICIES: Mapping[str, PolicyEntry] = MappingProxyType(
             "the recent ones, and those that a 4-bit copy of all keys finds best for this query; a 2-bit copy of the "
             "values stands in for the rest",
             completion="values",
+            edition=2,
         ),
-        "sketch-head": _sketch("the same for each KV head", completion="values", per_head=True),
+        "sketch-head": _sketch("the same for each KV head", completion="values", per_head=True, edition=2),
         "sketch-mean": _sketch("as sketch, with the mean of all values for the rest", completion="mean"),
         "sketch-mean-head": _sketch("the same for each KV head", completion="mean", per_head=True),
         "sketch-2bit": _sketch("sketch-mean with 2 bits", completion="mean", bits=2),
