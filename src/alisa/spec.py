@@ -12,6 +12,9 @@ from typing import Literal
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+ActivationName = Literal["relu", "silu", "gelu", "gelu_tanh"]
+"""Functions between the two products of an MLP; gelu is exact, gelu_tanh its approximation by tanh."""
+
 LANES = 64
 """Output channels that lie together in a weight of 8 bits; as `kLanes` in kernels/native/product.h."""
 QUAD = 4
@@ -134,7 +137,7 @@ class ModelSpec:
     """Longest sequence (prompt and output together) the position encoding allows."""
     norm: Literal["layernorm", "rmsnorm"]
     norm_eps: float
-    activation: Literal["relu", "silu", "gelu", "gelu_tanh"]
+    activation: ActivationName
     gated_mlp: bool
     """True: down(act(gate(x)) * up(x)); False: down(act(up(x)))."""
     rope: Rope | None

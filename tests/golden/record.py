@@ -3,7 +3,9 @@
     python -m tests.golden.record --runs out/golden
 
 The tokens in `tokens.json` were recorded with version 0.1. Changes that are not meant to change tokens are checked
-against them; record again only with a change that is meant to, and say so in its commit.
+against them; record again only with a change that is meant to, and say so in its commit. (One was: where a prompt is
+cut into chunks no longer changes what its tokens see in rounded rows. The int8 cases with small chunks have the tokens
+that version 0.1 gave with its largest.)
 
 Tokens must not depend on the processor, but the last bits of a float do: another vector width, thread count or library
 sums in another order. So each case is run under several VARIANTS, and with weights that are changed in their last
@@ -88,7 +90,12 @@ SAMPLING = [
     {"temperature": 1.0, "top_k": 40},
     {"temperature": 1.3, "min_p": 0.05},
 ]
-OTHER_PROMPT = {"h2o-0.8-int8-capped-phases": 2, "sketch-2bit-0.5-int8-static": 2}
+OTHER_PROMPT = {
+    "h2o-0.8-int8-capped-phases": 2,
+    "sketch-2bit-0.5-int8-static": 2,
+    "dense-0.5-int8-capped-phases": 0,
+    "streaming-0.5-int8-static": 0,
+}
 """Prompts of cases with one prompt whose output splits early: two all but equal tokens come soon."""
 
 CHUNKS = (1024, 48, 16)

@@ -147,7 +147,7 @@ class Workspace:
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        causal: bool,
+        ahead: int,
         hidden: int | None,
         softcap: float,
         before: int,
@@ -191,6 +191,9 @@ class ProductWorkspace:
         num_out: int,
     ) -> None: ...
 
+def activate(
+    *, isa: str, threads: Threads, kind: int, dtype: int, x: int, out: int, width: int, gated: bool, num_tokens: int
+) -> None: ...
 def select(
     *,
     threads: Threads,

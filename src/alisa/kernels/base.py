@@ -145,24 +145,29 @@ class ObservedMass(NamedTuple):
 
 
 class PrefillKernel(Protocol):
-    """Dense attention of one piece of a prompt, and the weights of its last rows."""
+    """Dense attention of one piece of a prompt, and the weights of its last rows.
+
+    Into which pieces a section of the prompt is cut changes no bit of a token's result on a CPU.
+    """
 
     def __call__(
         self,
         q: Tensor,
         own: KeyBlock,
+        section_len: int,
         past: Callable[[], Iterable[KeyBlock]],
         num_observed: int,
         num_sets: int,
         window: int | None = None,
         softcap: float | None = None,
     ) -> tuple[Tensor, Iterator[ObservedMass]]:
-        """Attend causally with q `[T, H, D]` to `own`, its T tokens, and to everything before them.
+        """Attend causally with q `[T, H, D]` to `own`, of which it is the last T tokens, and to everything before.
 
         Args:
             q: `[T, H, D]`.
-            own: keys and values of the same tokens.
-            past: reads the blocks before them, in order; asked again for the weights. Empty when `own` starts at 0.
+            own: keys and values `[N, G, D]` of a section of the prompt from its begin to the last of these tokens.
+            section_len: tokens of the whole section, at least N; the rest of it comes in later pieces.
+            past: reads the blocks before it, in order; asked again for the weights. Empty when `own` starts at 0.
                 With a window, those that no query sees may be left out.
             num_observed: how many of the last rows are wanted, 0 to T.
             num_sets: J, 1 for one index set per layer or G for one per KV head.

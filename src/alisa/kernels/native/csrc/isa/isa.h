@@ -2,6 +2,7 @@
 // the table to use is chosen when the program runs.
 #pragma once
 
+#include "activation_task.h"
 #include "mean_task.h"
 #include "task.h"
 
@@ -39,6 +40,9 @@ struct Isa {
   size_t (*mean_floats)(int head_dim);
   void (*mean_add)(const MeanAddTask& task, float* scratch);
   void (*mean_blend)(const MeanBlendTask& task, int seq, float* scratch);
+
+  // Tokens [first, last) of an MLP.
+  void (*activate)(const ActivationTask& task, int64_t first, int64_t last);
 };
 
 // Null where this build or this CPU lacks it.

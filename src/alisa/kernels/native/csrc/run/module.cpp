@@ -254,19 +254,20 @@ NB_MODULE(_native, m) {
           "prefill",
           [](alisa::Workspace& self, const Threads& threads, std::tuple<uintptr_t, size_t, size_t> q,
              std::tuple<uintptr_t, size_t, size_t> k, std::tuple<uintptr_t, size_t, size_t> v, int num_queries, int num_keys,
-             int num_heads, int num_kv_heads, int head_dim, bool causal, std::optional<int> hidden, float softcap, uintptr_t before, uintptr_t after, uintptr_t out,
+             int num_heads, int num_kv_heads, int head_dim, int ahead, std::optional<int> hidden, float softcap,
+             uintptr_t before, uintptr_t after, uintptr_t out,
              uintptr_t log_sum_exp) {
             const alisa::PrefillIsa& kernels = prefill_isa();
             const alisa::PrefillTask task = {heads_at(q),          heads_at(k),      heads_at(v),         num_queries,
                                              num_keys,             num_heads,        num_kv_heads,        head_dim,
-                                             causal,               hidden.value_or(alisa::kNothingHidden), softcap,
+                                             ahead,                hidden.value_or(alisa::kNothingHidden), softcap,
                                              at<const float>(before), at<float>(after), at<uint16_t>(out),
                                              at<float>(log_sum_exp)};
             const nb::gil_scoped_release unlocked;
             self.prefill(kernels, task, threads);
           },
           "threads"_a, "q"_a, "k"_a, "v"_a, "num_queries"_a, "num_keys"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-          "causal"_a, "hidden"_a.none(), "softcap"_a, "before"_a, "after"_a, "out"_a, "log_sum_exp"_a)
+          "ahead"_a, "hidden"_a.none(), "softcap"_a, "before"_a, "after"_a, "out"_a, "log_sum_exp"_a)
       .def(
           "prefill_mass",
           [](alisa::Workspace& self, const Threads& threads, std::tuple<uintptr_t, size_t, size_t> q,
@@ -307,6 +308,17 @@ NB_MODULE(_native, m) {
           "isa"_a, "threads"_a, "x"_a, "dtype"_a, "x_stride"_a, "codes"_a, "scales"_a, "bias"_a, "out"_a, "num_tokens"_a,
           "num_in"_a, "num_out"_a);
 
+  m.def(
+      "activate",
+      [](const std::string& isa, const Threads& threads, int kind, int dtype, uintptr_t x, uintptr_t out, int width, bool gated,
+         int64_t num_tokens) {
+        const alisa::Isa& kernels = isa_named(isa);
+        const alisa::ActivationTask task = {static_cast<alisa::Activation>(kind), static_cast<Dtype>(dtype), at<const void>(x),
+                                            at<void>(out), width, gated, num_tokens};
+        const nb::gil_scoped_release unlocked;
+        alisa::activate(kernels, task, threads);
+      },
+      "isa"_a, "threads"_a, "kind"_a, "dtype"_a, "x"_a, "out"_a, "width"_a, "gated"_a, "num_tokens"_a);
   m.def(
       "select",
       [](const Threads& threads, uintptr_t scores, bool wide, size_t lane_stride, uintptr_t lanes, uintptr_t older_ends,

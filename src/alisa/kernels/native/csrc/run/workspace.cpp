@@ -10,6 +10,11 @@ namespace {
 // reads some 40 KB.
 constexpr size_t kSerialBytes = 1 << 16;
 
+// Activations below this many are made by the calling thread alone: it needs about a microsecond for 3,000.
+constexpr int64_t kSerialActivations = 1 << 15;
+// Pieces of work for each thread, so that one that is held up leaves more to the others.
+constexpr int64_t kItemsPerThread = 8;
+
 constexpr size_t kLineFloats = 64 / sizeof(float);
 
 // Packed keys and values of as many KV heads as this are held at once: they stay in a shared cache from being packed to
@@ -252,6 +257,15 @@ void Workspace::prefill_mass(const PrefillIsa& isa, const MassTask& task, const 
   const int num_tiles = (task.num_queries + isa.mass_tile - 1) / isa.mass_tile;
   run_count(threads, num_tiles * num_blocks, isa.mass_scratch_words(task),
             [&](int item, uint32_t* mine) { isa.mass(task, item / num_blocks, item % num_blocks, mine); });
+}
+
+void activate(const Isa& isa, const ActivationTask& task, const Threads& threads) {
+  const int64_t values = task.num_tokens * task.width;
+  const Threads team = {threads.entry, values < kSerialActivations ? 1 : threads.count};
+  const int64_t step = std::max<int64_t>(1, task.num_tokens / (kItemsPerThread * team.count));
+  share_out(team, task.num_tokens, step, [&](int) {
+    return [&](int64_t first, int64_t last) { isa.activate(task, first, last); };
+  });
 }
 
 }  // namespace alisa

@@ -89,4 +89,7 @@ class Workspace {
   Buffer scratch_;
 };
 
+// The activation of an MLP, for all tokens of a call. Needs no memory of its own.
+void activate(const Isa& isa, const ActivationTask& task, const Threads& threads);
+
 }  // namespace alisa
