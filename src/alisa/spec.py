@@ -147,6 +147,8 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMS norm over each head of q and k before the rotation (Qwen3)."""
+    qk_norm_joint: bool = False
+    """That norm is one over all heads together instead (OLMo 2)."""
     parallel_residual: bool = False
     """Attention and MLP read the same input and are added together (GPT-NeoX)."""
     norm_place: Literal["before", "both", "after", "after_sum"] = "before"
@@ -156,6 +158,10 @@ class ModelSpec:
     """The weights of norms stay in float32, and their products are rounded once (Gemma)."""
     embed_scale: float = 1.0
     """What token embeddings are multiplied with, rounded to the model's dtype."""
+    residual_scale: float = 1.0
+    """What the outputs of attention and MLP are multiplied with before they are added to the residual (Granite)."""
+    logit_scale: float = 1.0
+    """What logits are multiplied with."""
     query_scale: float | None = None
     """What scores q . k are multiplied with; None: 1 / sqrt(D)."""
     windows: tuple[int | None, ...] = ()

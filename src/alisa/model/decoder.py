@@ -116,10 +116,7 @@ class Decoder:
             normed = x if spec.norm_place == "after_sum" else _normed(layer.attn_norm, x)
             q = layer.q(normed).view(q_shape)
             k, v = layer.kv(normed).view(kv_shape).unbind(2)
-            if layer.q_norm is not None:
-                q = layer.q_norm(q)
-            if layer.k_norm is not None:
-                k = layer.k_norm(k)
+            q, k = self._head_normed(layer.q_norm, q), self._head_normed(layer.k_norm, k)
             rope = self._ropes[index]
             if rope is not None:
                 q, k = rotations[rope](q), rotations[rope](k)
@@ -134,6 +131,8 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores Float32[N, V] of the next token for the rows `[N, E]` of what `forward` returned."""
         logits = self._output(hidden).to(torch.float32)
+        if self.spec.logit_scale != 1.0:
+            logits = logits * self.spec.logit_scale
         cap = self.spec.logit_softcap
         return logits if cap is None else softcapped(logits, cap)
 
@@ -149,8 +148,7 @@ class Decoder:
         weights = self._layers[layer]
         shape = (hidden.shape[0], 2, self.spec.num_kv_heads, self.spec.head_dim)
         k, v = weights.kv(hidden).view(shape).unbind(1)
-        if weights.k_norm is not None:
-            k = weights.k_norm(k)
+        k = self._head_normed(weights.k_norm, k)
         rope = self._ropes[layer]
         if rope is not None:
             k = self._rotation(rope, positions, None)(k)
@@ -163,17 +161,28 @@ class Decoder:
         assert lengths is not None, "this model rotates by length"
         return Rotation(positions, frequencies_by_length(rope, lengths), attention_factor(rope))
 
+    def _head_normed(self, norm: Norm | None, heads: Tensor) -> Tensor:
+        """Q or k `[..., heads, D]` through the norm that some models have for each head, or for all together."""
+        if norm is None:
+            return heads
+        return norm(heads.flatten(-2)).view_as(heads) if self.spec.qk_norm_joint else norm(heads)
+
     def _residual(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
         """What leaves a layer, `[B, T, C]`, from what entered it and what its attention found."""
         spec = self.spec
         if spec.norm_place == "after_sum":
             x = _normed(layer.attn_norm, x + attended)
             return _normed(layer.mlp_norm, x + self._mlp(layer, x))
-        attended = _normed(layer.attn_post_norm, attended)
+        attended = self._scaled(_normed(layer.attn_post_norm, attended))
         if spec.parallel_residual:
             return x + attended + self._mlp(layer, _normed(layer.mlp_norm, x))
         x = x + attended
-        return x + _normed(layer.mlp_post_norm, self._mlp(layer, _normed(layer.mlp_norm, x)))
+        return x + self._scaled(_normed(layer.mlp_post_norm, self._mlp(layer, _normed(layer.mlp_norm, x))))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """What is about to be added to the residual."""
+        scale = self.spec.residual_scale
+        return x if scale == 1.0 else x * scale
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         """The feed-forward part of one layer, `[B, T, C] -> [B, T, C]`."""

@@ -93,6 +93,10 @@ class ConfigReader:
         """A positive number, or None when absent or null."""
         return None if self.value(name) is None else self.number(name, None)
 
+    def cap(self, name: str, default: float) -> float | None:
+        """A positive number; null means that there is none, absent the default."""
+        return self.optional_number(name) if self.has(name) else default
+
     def flag(self, name: str, default: bool) -> bool:
         """A switch."""
         value = self.value(name)
