@@ -70,13 +70,12 @@ def candidates(case: Case) -> dict[str, Callable[[], object]]:
     k, v = torch.randn(case.past + case.tokens, 2, case.num_kv_heads, case.head_dim).bfloat16().unbind(1)
     own = KeyBlock(case.past, k[case.past :], v[case.past :])
     past = [KeyBlock(0, k[: case.past], v[: case.past])] if case.past else []
-    pairs = [(block.k, block.v) for block in past]
     rows, num_in, num_out = PRODUCT
     x = torch.randn(rows, num_in).bfloat16()
     linear = make_linear(torch.randn(num_out, num_in).bfloat16(), None, torch.device("cpu"))
     kernel = cpu_prefill.CpuPrefill()
     found: dict[str, Callable[[], object]] = {
-        "native": lambda: kernel.attend(q, own.k, own.v, pairs),
+        "native": lambda: kernel.attend(q, own, past),
         "flash": lambda: attend_after(q, own, past),
         "product": lambda: linear(x),
     }

@@ -6,7 +6,7 @@ asks the config again. There is no torch here, so that the planner and the simul
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -23,13 +23,30 @@ QUAD = 4
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """LLaMA 3's frequency scaling (`rope_type: llama3`), or plain `linear` scaling when only `factor` matters."""
+    """How a rotary embedding is stretched beyond the length it was trained for; `alisa.model.rope` has the formulas.
 
-    kind: Literal["linear", "llama3"]
+    Each kind reads the fields that its comment names, and `factor`.
+    """
+
+    kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
     factor: float
     low_freq_factor: float = 1.0
+    """llama3; so is the next."""
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    """All but linear."""
+    attention_factor: float | None = None
+    """yarn, longrope: what sine and cosine are multiplied with; None: what follows from the factor."""
+    beta_fast: float = 32.0
+    """yarn; so are the next four."""
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    """longrope: of each rotated pair, for sequences up to the original length."""
+    long_factors: tuple[float, ...] = ()
+    """The same for longer ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +56,11 @@ class Rope:
     theta: float
     rotary_dim: int
     scaling: RopeScaling | None = None
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the angles depend on how long the whole sequence may become, and not on positions alone."""
+        return self.scaling is not None and self.scaling.kind in ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +80,9 @@ class AttentionShape:
     """D"""
     scale: float
     """What scores q . k are multiplied with before the softmax."""
-    window: int | None = None
-    """Tokens that a sliding window lets each query see, itself included; None: all."""
+    windows: tuple[int | None, ...] = ()
+    """Of each layer: tokens that a sliding window lets each query see, itself included; None: all. Empty: no layer has
+    a window."""
     softcap: float | None = None
     """Scores s become softcap * tanh(s / softcap); None: they stay as they are."""
 
@@ -67,6 +90,26 @@ class AttentionShape:
     def kv_size(self) -> int:
         """G * D: values in K (or V) of one token of one layer."""
         return self.num_kv_heads * self.head_dim
+
+    def window(self, layer: int) -> int | None:
+        """The window of a layer; None: it sees all tokens."""
+        return self.windows[layer] if self.windows else None
+
+    def among_full(self, layer: int) -> int:
+        """The number of a layer among those without a window."""
+        return self.windows[:layer].count(None) if self.windows else layer
+
+    def full_layers(self) -> AttentionShape:
+        """The layers without a window alone: in these a policy chooses, and of these its state knows."""
+        if not self.windows:
+            return self
+        return replace(self, num_layers=self.windows.count(None), windows=())
+
+    def dense_reads(self, length: int) -> int:
+        """Tokens that a step of dense attention reads, summed over the layers; `length` counts the new one."""
+        if not self.windows:
+            return self.num_layers * length
+        return sum(length if window is None else min(length, window) for window in self.windows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +147,31 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMS norm over each head of q and k before the rotation (Qwen3)."""
+    qk_norm_joint: bool = False
+    """That norm is one over all heads together instead (OLMo 2)."""
     parallel_residual: bool = False
     """Attention and MLP read the same input and are added together (GPT-NeoX)."""
-    norm_first: bool = True
-    """False: normalise after the residual sum, and no final norm (OPT-350M)."""
+    norm_place: Literal["before", "both", "after", "after_sum"] = "before"
+    """Where attention and MLP are normalised: `before`: their input; `after`: their output, before it is added to the
+    residual (OLMo 2); `both` (Gemma 2 and 3); `after_sum`: the sum, and there is no final norm (OPT-350M)."""
+    wide_norms: bool = False
+    """The weights of norms stay in float32, and their products are rounded once (Gemma)."""
+    embed_scale: float = 1.0
+    """What token embeddings are multiplied with, rounded to the model's dtype."""
+    residual_scale: float = 1.0
+    """What the outputs of attention and MLP are multiplied with before they are added to the residual (Granite)."""
+    logit_scale: float = 1.0
+    """What logits are multiplied with."""
+    query_scale: float | None = None
+    """What scores q . k are multiplied with; None: 1 / sqrt(D)."""
+    windows: tuple[int | None, ...] = ()
+    """As in `AttentionShape`."""
+    softcap: float | None = None
+    """As in `AttentionShape`."""
+    logit_softcap: float | None = None
+    """Logits l become logit_softcap * tanh(l / logit_softcap)."""
+    layer_ropes: tuple[Rope | None, ...] = ()
+    """Of each layer, where they differ; None: its q and k are not rotated. Empty: `rope` in all layers."""
     position_offset: int = 0
     """First row of the learned position table that position 0 uses (2 for OPT)."""
     embed_dim: int | None = None
@@ -115,19 +179,38 @@ class ModelSpec:
     tied_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        for per_layer in (self.windows, self.layer_ropes):
+            assert len(per_layer) in (0, self.num_layers), "one entry for each layer, or none"
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} KV heads")
 
     @property
     def attention(self) -> AttentionShape:
-        """The part that attention, the KV cache and selection policies work with; the scale is 1 / sqrt(D)."""
+        """The part that attention, the KV cache and selection policies work with.
+
+        The scale is 1 / sqrt(D): where a model has another, the decoder hands over queries that make up for it. A
+        window that no sequence outgrows is none.
+        """
+        windows = tuple(None if w is None or w >= self.max_positions else w for w in self.windows)
         return AttentionShape(
             num_layers=self.num_layers,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             scale=self.head_dim**-0.5,
+            windows=windows if any(windows) else (),
+            softcap=self.softcap,
         )
+
+    @property
+    def query_factor(self) -> float:
+        """What queries are multiplied with so that scores over sqrt(D) are those of the model."""
+        return 1.0 if self.query_scale is None else self.query_scale * self.head_dim**0.5
+
+    @property
+    def rotates_by_length(self) -> bool:
+        """Whether a layer rotates by the length of the sequence: see `Rope.by_length`."""
+        return any(rope is not None and rope.by_length for rope in (self.rope, *self.layer_ropes))
 
     @property
     def q_size(self) -> int:

@@ -169,6 +169,31 @@ def test_no_company_placement_or_thread_changes_a_bit(options, tmp_path, monkeyp
     assert sum(deleted) > 0
 
 
+@pytest.mark.parametrize(
+    ("policy", "dtype", "kernels"),
+    [("dense", "bfloat16", "torch"), ("dense", "float32", "fastest"), ("sketch", "bfloat16", "fastest")],
+)
+def test_sliding_windows_keep_the_promise(policy, dtype, kernels, tiny_model, tmp_path, monkeypatch):
+    if kernels == "torch":
+        monkeypatch.setattr("alisa.kernels.native.kernels.available", lambda: False)
+    options = {"policy": policy, "dtype": dtype, "sparsity": 0.5, "prefill_chunk": 32}
+    options |= {"max_num_seqs": 3, "max_model_len": 100}
+    directory = tiny_model("gemma3")
+    together = LLM(directory, **options)
+    prompts = prompts_of(together, (3, 75, 41))
+    expected = run(together, prompts, new_tokens=12)
+    alone = [run(together, [prompt], num_threads=2, new_tokens=12) for prompt in prompts]
+    assert sum(alone[1:], alone[0]) == expected, "alone"
+    capped = LLM(directory, **options, kv_device_memory=device_cap(together, 30))
+    assert run(capped, prompts, num_threads=2, new_tokens=12) == expected, "under a cap"
+    schedule = tmp_path / "schedule.json"
+    schedule.write_text(json.dumps(THREE_PHASES))
+    phases = LLM(directory, **options, schedule=schedule, kv_device_memory=device_cap(together, 100))
+    deleted = count_deleted(phases)
+    assert run(phases, prompts, new_tokens=12) == expected, "three phases"
+    assert sum(deleted) > 0
+
+
 @pytest.mark.parametrize("policy", ["dense", "swa", "h2o", "sketch"])
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")])
 def test_the_steps_a_long_prompt_is_read_in_change_no_bit(policy, dtype, kv_dtype):
@@ -214,7 +239,7 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(dtype, num_in):
                     assert torch.equal(found, expected[first : first + count]), (num_threads, count, first)
 
 
-@pytest.mark.parametrize("family", ["opt-gelu-no-bias", "pythia", "gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("family", ["opt-gelu-no-bias", "pythia", "gpt2", "llama", "qwen3", "gemma3-scaled"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_and_norms_of_every_kind_know_no_company(family, dtype, tiny_model):
     llm = LLM(tiny_model(family), policy="dense", dtype=dtype, prefill_chunk=32)
@@ -229,7 +254,7 @@ def test_activations_and_norms_of_every_kind_know_no_company(family, dtype, tiny
 
 def random_case(draw):
     """One request list, how it is to be, and a setting in which it must come out the same."""
-    family = draw.choice(["embedded", "embedded", "llama-gqa-tied", "opt", "qwen3"])
+    family = draw.choice(["embedded", "embedded", "llama-gqa-tied", "opt", "qwen3", "gemma3", "mistral-window"])
     longest = 400 if family == "embedded" else 80
     schedule = draw.choice(
         [

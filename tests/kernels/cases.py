@@ -21,9 +21,10 @@ class Problem:
     codec: object
     slots: torch.Tensor
     counts: torch.Tensor
+    softcap: float | None = None
 
     def args(self):
-        return self.q, self.rows, self.codec, self.slots, self.counts
+        return self.q, self.rows, self.codec, self.slots, self.counts, self.softcap
 
 
 def make_problem(
@@ -39,6 +40,7 @@ def make_problem(
     scale=1.0,
     counts=None,
     seed=0,
+    softcap=None,
 ):
     generator = torch.Generator().manual_seed(seed)
     codec = codecs.make_codec(RowFormat(row_dtype, kv_heads, head_dim))
@@ -54,7 +56,7 @@ def make_problem(
     for seq, count in enumerate(counts):
         for chosen in slots[seq]:
             chosen[:count] = torch.randperm(num_rows, generator=generator)[:count]
-    return Problem(q, rows, codec, slots, torch.tensor(counts, dtype=torch.int32))
+    return Problem(q, rows, codec, slots, torch.tensor(counts, dtype=torch.int32), softcap)
 
 
 @st.composite
@@ -75,6 +77,7 @@ def problems(draw, row_dtypes=tuple(ROW_DTYPES), scales=(1.0,), most=4):
         scale=draw(st.sampled_from(scales)),
         counts=[draw(ends) for _ in range(num_seqs)],
         seed=draw(st.integers(0, 10**6)),
+        softcap=draw(st.sampled_from([None, None, 0.7, 30.0])),
     )
 
 
@@ -100,6 +103,10 @@ def assert_agrees(attended, problem):
                 # minimum * sum(q) and scale * (q . codes) cancel: both are bounded by the largest |value| times sum
                 # |q|.
                 slack += float(3 * k.abs().max() * q[seq, head].abs().sum()) * head_dim**-0.5 * (head_dim + 4) * eps
+            if problem.softcap is not None:
+                # The error of a score grows no larger; 1 - exp(-2x) adds some of the cap's.
+                scores = problem.softcap * torch.tanh(scores / problem.softcap)
+                slack += 8 * problem.softcap * eps
             weights = scores.softmax(0)
             weight_slack = 2 * slack + (count + 20) * eps
             out_slack = 3 * weight_slack * float(v.abs().max()) + 1e-30

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -93,7 +94,8 @@ def launch_rows(row_dtype: str, shapes: list[tuple[int, int]]) -> None:
         problem = make_problem(
             row_dtype, num_rows=20, kv_heads=4, group=group, head_dim=head_dim, q_dtype=torch.bfloat16
         )
-        kernels(*problem.args())
+        for softcap in (None, 50.0):
+            kernels(*replace(problem, softcap=softcap).args())
         k = torch.zeros(3, 4, head_dim, dtype=torch.bfloat16)
         kernels.append(problem.rows, problem.codec.format, torch.arange(3), k, k)
 

@@ -35,8 +35,9 @@ def test_extreme_values_stay_finite(isa, problem):
 @pytest.mark.parametrize("row_dtype", ROW_DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("per_head", [False, True])
-def test_it_does_what_the_torch_twin_does(isa, row_dtype, per_head):
-    problem = make_problem(row_dtype, num_seqs=3, num_rows=500, kv_heads=4, group=3, per_head=per_head)
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_it_does_what_the_torch_twin_does(isa, row_dtype, per_head, softcap):
+    problem = make_problem(row_dtype, num_seqs=3, num_rows=500, kv_heads=4, group=3, per_head=per_head, softcap=softcap)
     problem.slots.clamp_(max=499)  # the reference gathers padding too
     fast, slow = kernels(isa)(*problem.args()), decode_attention(*problem.args())
     for ours, theirs in zip(fast, slow, strict=True):
@@ -84,7 +85,7 @@ def test_calls_after_another_shape_reuse_the_workspace():
 def test_arguments_that_do_not_fit_are_refused():
     problem = make_problem("float32")
     kernel = cpu.CpuKernels()
-    q, rows, codec, slots, counts = problem.args()
+    q, rows, codec, slots, counts, _ = problem.args()
     with pytest.raises(TypeError, match="int32"):
         kernel(q, rows, codec, slots.long(), counts)
     with pytest.raises(ValueError, match="do not fit"):

@@ -25,12 +25,16 @@ class Problem(NamedTuple):
     own: KeyBlock
     past: list[KeyBlock]
 
+    window: int | None = None
+    softcap: float | None = None
+
     def native(self, **options):
-        pairs = [(block.k, block.v) for block in self.past]
-        return CpuPrefill(**options).attend(self.q, self.own.k, self.own.v, pairs)
+        return CpuPrefill(**options).attend(self.q, self.own, self.past, self.window, self.softcap)
 
 
-def make_problem(num_new, past_sizes, kv_heads, group, head_dim, *, scale=1.0, seed=0, apart=1):
+def make_problem(
+    num_new, past_sizes, kv_heads, group, head_dim, *, scale=1.0, seed=0, apart=1, window=None, softcap=None
+):
     """Keys and values as the model hands them over: views into one tensor, here with `apart` - 1 heads in between."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(num_new, kv_heads * group, head_dim, generator=generator).mul_(scale).bfloat16()
@@ -40,7 +44,7 @@ def make_problem(num_new, past_sizes, kv_heads, group, head_dim, *, scale=1.0, s
         k, v = pairs[:, :, ::apart].unbind(1)
         blocks.append(KeyBlock(start, k, v))
         start += size
-    return Problem(q, blocks[-1], blocks[:-1])
+    return Problem(q, blocks[-1], blocks[:-1], window, softcap)
 
 
 def assert_agrees(problem, out, log_sum_exp):
@@ -50,11 +54,12 @@ def assert_agrees(problem, out, log_sum_exp):
     they add up to 1), the output once more, and every score is a float32 sum of D products in another order.
     """
     q, own = problem.q.float(), KeyBlock(problem.own.start, problem.own.k.float(), problem.own.v.float())
-    plain, plain_log_sum_exp = attend_after_plain(q, own, problem.past)
+    plain, plain_log_sum_exp = attend_after_plain(q, own, problem.past, problem.window, problem.softcap)
     values = max(float(block.v.abs().max()) for block in (own, *problem.past))
     keys = max(float(block.k.abs().max()) for block in (own, *problem.past))
     # |q| |k| bounds the products of a score and their partial sums.
     score_error = 4 * torch.finfo(torch.float32).eps * float(q.abs().max()) * keys * q.shape[2] ** 0.5 + 1e-6
+    score_error += 8 * torch.finfo(torch.float32).eps * (problem.softcap or 0)
     torch.testing.assert_close(out.float(), plain, rtol=0, atol=(EPS + 2 * score_error) * values)
     torch.testing.assert_close(log_sum_exp, plain_log_sum_exp, rtol=2e-6, atol=score_error + 2e-6)
 
@@ -69,9 +74,14 @@ def assert_agrees(problem, out, log_sum_exp):
     scale=st.sampled_from([0.0, 1.0, 30.0]),
     seed=st.integers(0, 10**6),
     apart=st.integers(1, 2),
+    window=st.none() | st.integers(1, 400),
+    softcap=st.sampled_from([None, None, 0.5, 50.0]),
 )
-def test_prefill_is_that_of_plain_torch(num_new, past_sizes, kv_heads, group, head_dim, scale, seed, apart):
-    problem = make_problem(num_new, past_sizes, kv_heads, group, head_dim, scale=scale, seed=seed, apart=apart)
+def test_prefill_is_that_of_plain_torch(
+    num_new, past_sizes, kv_heads, group, head_dim, scale, seed, apart, window, softcap
+):
+    options = {"scale": scale, "seed": seed, "apart": apart, "window": window, "softcap": softcap}
+    problem = make_problem(num_new, past_sizes, kv_heads, group, head_dim, **options)
     assert_agrees(problem, *problem.native())
 
 
@@ -99,9 +109,10 @@ def test_scores_that_grow_and_fall_stay_in_range():
     head_dim=st.sampled_from([7, 64, 80]),
     per_head=st.booleans(),
     seed=st.integers(0, 10**6),
+    softcap=st.sampled_from([None, 0.5]),
     data=st.data(),
 )
-def test_seeds_are_those_of_plain_torch(num_new, past_size, kv_heads, group, head_dim, per_head, seed, data):
+def test_seeds_are_those_of_plain_torch(num_new, past_size, kv_heads, group, head_dim, per_head, seed, softcap, data):
     problem = make_problem(num_new, [past_size] if past_size else [], kv_heads, group, head_dim, seed=seed, apart=2)
     num_seeds, num_sets = data.draw(st.integers(1, num_new)), kv_heads if per_head else 1
     first = past_size + num_new - num_seeds
@@ -113,12 +124,12 @@ def test_seeds_are_those_of_plain_torch(num_new, past_size, kv_heads, group, hea
         return mass
 
     _, seeds = NativePrefill(CpuPrefill())(
-        problem.q, problem.own, len(problem.q), lambda: problem.past, num_seeds, num_sets
+        problem.q, problem.own, len(problem.q), lambda: problem.past, num_seeds, num_sets, None, softcap
     )
     q = problem.q.float()
-    _, log_sum_exp = attend_after_plain(q, problem.own, problem.past)
+    _, log_sum_exp = attend_after_plain(q, problem.own, problem.past, None, softcap)
     blocks = [*problem.past, problem.own]
-    expected = gather(mass_after(q[-num_seeds:], log_sum_exp[-num_seeds:], first, blocks, num_sets))
+    expected = gather(mass_after(q[-num_seeds:], log_sum_exp[-num_seeds:], first, blocks, num_sets, softcap))
     # Nothing here is rounded to 16 bits: only the order of float32 sums differs.
     torch.testing.assert_close(gather(seeds), expected, rtol=1e-4, atol=1e-5)
 
@@ -128,9 +139,8 @@ def test_the_number_of_threads_changes_nothing(num_threads, share_threads):
     problem = make_problem(130, [70], 3, 2, 48)
     many = CpuPrefill(num_threads=num_threads, share_threads=share_threads)
     one = CpuPrefill(num_threads=1)
-    pairs = [(block.k, block.v) for block in problem.past]
     (out, log_sum_exp), (alone, alone_log_sum_exp) = (
-        kernel.attend(problem.q, problem.own.k, problem.own.v, pairs) for kernel in (many, one)
+        kernel.attend(problem.q, problem.own, problem.past) for kernel in (many, one)
     )
     assert torch.equal(out, alone)
     assert torch.equal(log_sum_exp, alone_log_sum_exp)
@@ -138,14 +148,38 @@ def test_the_number_of_threads_changes_nothing(num_threads, share_threads):
     assert torch.equal(*masses)
 
 
-def test_a_token_does_not_depend_on_those_after_it():
-    whole = make_problem(300, [], 2, 3, 64)
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_token_does_not_depend_on_those_after_it(window):
+    whole = make_problem(300, [], 2, 3, 64, window=window)
     out, log_sum_exp = whole.native()
     for count in (1, 5, 48, 64, 127, 299):
         own = KeyBlock(0, whole.own.k[:count], whole.own.v[:count])
-        less, less_log_sum_exp = Problem(whole.q[:count], own, []).native()
+        less, less_log_sum_exp = Problem(whole.q[:count], own, [], window).native()
         assert torch.equal(less, out[:count])
         assert torch.equal(less_log_sum_exp, log_sum_exp[:count])
+
+
+@pytest.mark.parametrize("lost", [70, 128, 300])
+def test_blocks_that_a_window_hides_need_not_be_there(lost):
+    """To the last bit: what is hidden and not skipped counts as nothing."""
+    problem = make_problem(40, [128, 172, 100], 1, 3, 32, window=401 - lost)
+    out, log_sum_exp = problem.native()
+    fewer = [block for block in problem.past if block.start + len(block.k) > lost]
+    less, less_log_sum_exp = problem._replace(past=fewer).native()
+    assert torch.equal(out, less)
+    assert torch.equal(log_sum_exp, less_log_sum_exp)
+    assert torch.isfinite(out.float()).all()
+
+
+@pytest.mark.parametrize("window", [None, 60, 320])
+def test_a_piece_of_a_section_sees_through_a_window_what_the_section_sees(window):
+    whole = make_problem(300, [64], 2, 3, 64)
+    for kernel in (NativePrefill(CpuPrefill()), prefill_attention):
+        out, _ = kernel(whole.q, whole.own, 300, lambda: whole.past, 0, 1, window)
+        for first, last in ((0, 1), (0, 64), (1, 65), (270, 299), (299, 300)):
+            own = KeyBlock(whole.own.start, whole.own.k[:last], whole.own.v[:last])
+            piece, _ = kernel(whole.q[first:last], own, 300, lambda: whole.past, 0, 1, window)
+            assert torch.equal(piece, out[first:last])
 
 
 def test_a_piece_of_a_section_gets_what_the_section_gets():
@@ -186,8 +220,8 @@ def test_what_does_not_fit_is_refused():
     problem = make_problem(4, [], 2, 2, 8)
     kernel = CpuPrefill()
     with pytest.raises(ValueError, match="do not fit each other"):
-        kernel.attend(problem.q[:, :3], problem.own.k, problem.own.v, [])
+        kernel.attend(problem.q[:, :3], problem.own, [])
     with pytest.raises(TypeError, match="are bfloat16, not"):
-        kernel.attend(problem.q.float(), problem.own.k, problem.own.v, [])
+        kernel.attend(problem.q.float(), problem.own, [])
     with pytest.raises(ValueError, match="log-sum-exp is"):
         kernel.mass(problem.q, problem.own.k, torch.zeros(4), 0, 1)

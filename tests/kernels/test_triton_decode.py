@@ -11,10 +11,10 @@ from tests.kernels.triton_device import moved, on_each_device, triton_kernels
 
 
 def attend(problem, device):
-    q, rows, codec, slots, counts = problem.args()
+    q, rows, codec, slots, counts, softcap = problem.args()
     arguments = (moved(tensor, device) for tensor in (q, rows, slots, counts))
     q, rows, slots, counts = arguments
-    return Attended(*(result.cpu() for result in triton_kernels()(q, rows, codec, slots, counts)))
+    return Attended(*(result.cpu() for result in triton_kernels()(q, rows, codec, slots, counts, softcap)))
 
 
 @on_each_device
@@ -41,9 +41,11 @@ def test_extreme_values_stay_finite(device, problem):
 @on_each_device
 @pytest.mark.parametrize("row_dtype", ROW_DTYPES)
 @pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize("group", [1, 3])
-def test_it_does_what_the_torch_twin_does(device, row_dtype, per_head, group):
-    problem = make_problem(row_dtype, num_seqs=2, num_rows=300, group=group, per_head=per_head, head_dim=48)
+@pytest.mark.parametrize(("group", "softcap"), [(1, None), (3, None), (1, 0.5), (3, 0.5)])
+def test_it_does_what_the_torch_twin_does(device, row_dtype, per_head, group, softcap):
+    problem = make_problem(
+        row_dtype, num_seqs=2, num_rows=300, group=group, per_head=per_head, head_dim=48, softcap=softcap
+    )
     fast = attend(problem, device)
     problem.slots.clamp_(max=299)  # the reference gathers padding too
     for ours, theirs in zip(fast, decode_attention(*problem.args()), strict=True):
@@ -110,7 +112,7 @@ def test_rows_beyond_two_gigabytes_are_reached():
 
 def test_arguments_that_do_not_fit_are_refused():
     kernels = triton_kernels()
-    q, rows, codec, slots, counts = make_problem("float32").args()
+    q, rows, codec, slots, counts, _ = make_problem("float32").args()
     with pytest.raises(TypeError, match="int32"):
         kernels(q, rows, codec, slots.long(), counts)
     with pytest.raises(ValueError, match="do not fit"):

@@ -62,22 +62,26 @@ def test_decode_attention_is_the_definition(num_seqs, kv_heads, group, head_dim,
     torch.testing.assert_close(mass.sum(dim=(1, 2)), torch.full((num_seqs,), float(kv_heads * group)))
 
 
-def full_weights(q, k):
+def full_weights(q, k, window=None, softcap=None):
     """Float64[H, T, S] causal weights of the last T of S tokens."""
     num_new, num_heads, head_dim = q.shape
     keys = k.double().repeat_interleave(num_heads // k.shape[1], dim=1)
     scores = torch.einsum("thd,shd->hts", q.double(), keys) / math.sqrt(head_dim)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     hidden = torch.ones(num_new, len(k), dtype=torch.bool).triu(len(k) - num_new + 1)
+    if window is not None:
+        hidden |= torch.ones(num_new, len(k), dtype=torch.bool).tril(len(k) - num_new - window)
     return scores.masked_fill(hidden, -torch.inf).softmax(-1)
 
 
-def causal_case(num_new, num_past, kv_heads):
+def causal_case(num_new, num_past, kv_heads, window=None, softcap=None):
     """q, k, v, and the attention of the last `num_new` tokens by definition."""
     generator = torch.Generator().manual_seed(num_new * 10 + num_past)
     q = torch.randn(num_new, 4, 8, generator=generator)
     k, v = (torch.randn(num_new + num_past, kv_heads, 8, generator=generator) for _ in range(2))
     values = v.double().repeat_interleave(4 // kv_heads, dim=1)
-    return q, k, v, torch.einsum("hts,shd->thd", full_weights(q, k), values)
+    return q, k, v, torch.einsum("hts,shd->thd", full_weights(q, k, window, softcap), values)
 
 
 def blocks_of(k, v, end, size):
@@ -115,6 +119,36 @@ def test_attention_after_cached_blocks_is_the_definition(
             mass[rows, :, start : start + part.shape[2]] += part
         weights = full_weights(q, k).view(num_sets, -1, num_new, num_past + num_new).sum(1)
         torch.testing.assert_close(mass.double(), weights.transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_new=st.integers(1, 70),
+    num_past=st.integers(0, 90),
+    size=st.integers(1, 90),
+    kv_heads=st.sampled_from([4, 2]),
+    window=st.integers(1, 170),
+    softcap=st.sampled_from([None, 0.5]),
+)
+def test_attention_through_a_window_is_the_definition(num_new, num_past, size, kv_heads, window, softcap):
+    q, k, v, expected = causal_case(num_new, num_past, kv_heads, window, softcap)
+    own = KeyBlock(num_past, k[num_past:], v[num_past:])
+    past = blocks_of(k, v, num_past, size)
+    for attend in (attend_after, attend_after_plain):
+        out, _ = attend(q, own, past, window, softcap)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    out, observed = prefill.prefill_attention(q, own, num_new, lambda: past, 0, 1, window, softcap)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert not list(observed)
+
+
+@pytest.mark.parametrize("num_sets", [1, 2])
+def test_capped_scores_show_in_the_mass_too(num_sets):
+    q, k, v, _ = causal_case(5, 0, 2, None, 0.5)
+    _, observed = prefill.prefill_attention(q, KeyBlock(0, k, v), 5, tuple, 3, num_sets, None, 0.5)
+    mass = torch.cat([part.mass for part in observed])
+    weights = full_weights(q, k, None, 0.5).view(num_sets, -1, 5, 5).sum(1)[:, 2:]
+    torch.testing.assert_close(mass.double(), weights.transpose(0, 1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

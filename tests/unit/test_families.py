@@ -53,6 +53,9 @@ MISTRAL = LLAMA | {"model_type": "mistral", "num_key_value_heads": 8, "max_posit
 QWEN2 = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 8, "max_position_embeddings": 32768}
 
 
+WINDOWED = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 16}
+
+
 def spec_of(config):
     return find_family(config["model_type"]).to_spec(config)
 
@@ -99,25 +102,31 @@ def test_pythia_in_both_layouts(layout):
 
 def test_opt_350m_is_the_odd_one():
     spec = spec_of(OPT_350M)
-    assert (spec.embed_dim, spec.norm_first, spec.position_offset, spec.position_table_size) == (512, False, 2, 2050)
+    assert (spec.embed_dim, spec.norm_place, spec.position_offset) == (512, "after_sum", 2)
+    assert spec.position_table_size == 2050
     shapes = model_shapes(spec)
     assert shapes["project_in.weight"] == (1024, 512)
     assert "final_norm.weight" not in shapes
 
 
 @pytest.mark.parametrize(
-    ("config", "max_positions"),
+    ("config", "windows"),
     [
-        (MISTRAL | {"sliding_window": 4096}, 4096),
-        (MISTRAL | {"sliding_window": None}, 32768),
-        (MISTRAL, 4096),
-        (QWEN2 | {"use_sliding_window": False, "sliding_window": 4096}, 32768),
-        (QWEN2 | {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 16}, 4096),
-        (QWEN2 | {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 32}, 32768),
+        (MISTRAL | {"sliding_window": 4096}, (4096,) * 32),
+        (MISTRAL | {"sliding_window": None}, ()),
+        (MISTRAL, (4096,) * 32),
+        (QWEN2 | {"use_sliding_window": False, "sliding_window": 4096}, ()),
+        (QWEN2 | WINDOWED, (None,) * 16 + (4096,) * 16),
+        (QWEN2 | WINDOWED | {"max_window_layers": 0}, (4096,) * 32),
+        (QWEN2 | WINDOWED | {"max_window_layers": 32}, ()),
+        (QWEN2 | WINDOWED | {"layer_types": ["full_attention"] * 32}, ()),
+        (QWEN2 | WINDOWED | {"layer_types": ["sliding_attention"] + ["full_attention"] * 31}, (4096,) + (None,) * 31),
     ],
 )
-def test_a_sliding_window_limits_the_length(config, max_positions):
-    assert spec_of(config).max_positions == max_positions
+def test_sliding_windows_by_layer(config, windows):
+    spec = spec_of(config)
+    assert spec.windows == windows
+    assert spec.max_positions == 32768
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -130,7 +139,11 @@ def test_defaults_are_those_of_transformers(name):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'", "default, linear, llama3"]),
+        (LLAMA | {"rope_scaling": {"rope_type": "xpos", "factor": 4.0}}, ["'xpos'", "default, linear, dynamic"]),
+        (LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "turn": 2}}, ["'linear' has turn"]),
+        (LLAMA | {"attention_temperature": 0.5}, ["not known here", "attention_temperature (0.5)"]),
+        (QWEN2 | {"layer_types": ["linear_attention"] * 32}, ["layer_types has linear_attention"]),
+        (QWEN2 | {"layer_types": ["full_attention"]}, ["a list of 32 kinds is needed"]),
         (LLAMA | {"hidden_act": "xielu"}, ["'xielu'", "relu, silu"]),
         (LLAMA | {"hidden_size": None}, ["hidden_size is None"]),
         (LLAMA | {"num_attention_heads": 30}, ["4096", "30 attention heads"]),
@@ -151,8 +164,8 @@ def test_every_reason_is_named(config, words):
 
 
 def test_unknown_families_get_a_list_and_a_near_name():
-    with pytest.raises(ModelError, match=r"'mixtral' are not supported; supported are gpt2, .*nearest is mistral"):
-        find_family("mixtral")
+    with pytest.raises(ModelError, match=r"'mistrall' are not supported; supported are .*gpt2, .*nearest is mistral"):
+        find_family("mistrall")
     with pytest.raises(ModelError, match="'rwkv'"):
         find_family("rwkv")
 

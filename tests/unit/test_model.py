@@ -14,11 +14,11 @@ from alisa.errors import InputError, ModelError
 from alisa.model import hub, precision
 from alisa.model.hub import resolve_model
 from alisa.model.loader import load_decoder, random_decoder
-from alisa.model.names import num_weights
+from alisa.model.names import weight_bytes
 from alisa.model.precision import resolve_device, resolve_dtype
 from alisa.model.rope import Rotation, inverse_frequencies
 from alisa.spec import Rope
-from tests.equivalence.test_hf_logits import causal, run
+from tests.equivalence.test_hf_logits import causal_of, run
 from tests.specs import small_spec
 from tests.tiny_models import build, save
 
@@ -29,12 +29,12 @@ CUDA = torch.device("cuda")
 def test_weight_bytes_count_what_is_held():
     untied = dataclasses.replace(small_spec(), tied_embeddings=False)
     for dtype in (torch.float32, torch.bfloat16):
-        assert random_decoder(untied, dtype, CPU).weight_bytes == num_weights(untied) * dtype.itemsize
+        assert random_decoder(untied, dtype, CPU).weight_bytes == weight_bytes(untied, dtype.itemsize)
     tied = small_spec()
     table = tied.vocab_size * tied.hidden_size
     # Packed for the logits and plain for the look-up; float16 is not packed and shares the table.
-    assert random_decoder(tied, torch.float32, CPU).weight_bytes == (num_weights(tied) + table) * 4
-    assert random_decoder(tied, torch.float16, CPU).weight_bytes == num_weights(tied) * 2
+    assert random_decoder(tied, torch.float32, CPU).weight_bytes == weight_bytes(tied, 4) + 4 * table
+    assert random_decoder(tied, torch.float16, CPU).weight_bytes == weight_bytes(tied, 2)
 
 
 def test_random_weights_repeat_and_keep_activations_finite():
@@ -53,7 +53,7 @@ def test_attend_is_called_once_per_layer_in_order_with_the_promised_shapes():
 
     def attend(layer, q, k, v, hidden):
         seen.append((layer, *(tuple(x.shape) for x in (q, k, v, hidden))))
-        return causal(layer, q, k, v, hidden)
+        return causal_of(decoder)(layer, q, k, v, hidden)
 
     decoder = random_decoder(spec, torch.float32, CPU)
     hidden = decoder.forward(torch.zeros(2, 5, dtype=torch.int64), torch.arange(5).expand(2, 5), attend)

@@ -25,7 +25,7 @@ def build_session(
     timer: StepTimer | None = None,
     looks_ahead: bool = False,
 ) -> KVSession:
-    """A session with a fresh policy state.
+    """A session with a fresh policy state, of the layers without a sliding window.
 
     Args:
         cache: where rows lie.
@@ -40,7 +40,7 @@ def build_session(
         looks_ahead: see `KVSession`.
     """
     state = policy.start(
-        shape,
+        shape.full_layers(),
         max_num_seqs=max_num_seqs,
         num_tokens=state_tokens,
         max_len=max_len,

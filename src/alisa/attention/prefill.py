@@ -12,6 +12,7 @@ from torch import Tensor
 from alisa.cache.base import RowStore
 from alisa.kernels.base import KeyBlock, PrefillKernel
 from alisa.scheduler.plan import ScheduledChunk
+from alisa.spec import AttentionShape
 
 SECTION_TOKENS = 1024
 """Attention of a prompt is cut at multiples of this, whatever steps it is read in, so that steps change no bit of it.
@@ -44,6 +45,7 @@ class PrefillStep:
         prompt_lens: of each chunk's sequence.
         observed_from: for each chunk, from which position on its rows of attention are shown to the policy; None: none.
         num_sets: J.
+        shape: of the attention; a layer with a window is none of the policy's.
         device: of the model.
     """
 
@@ -58,8 +60,10 @@ class PrefillStep:
         prompt_lens: Sequence[int],
         observed_from: Sequence[int | None],
         num_sets: int,
+        shape: AttentionShape,
         device: torch.device,
     ) -> None:
+        self._shape = shape
         self._store = store
         self._append = append
         self._on_append = on_append
@@ -79,7 +83,8 @@ class PrefillStep:
         q, k, v = q[0], k[0], v[0]
         out = torch.empty_like(q)
         self._append(layer, k, v, hidden[0])
-        self._on_append(layer, self._req_index, self._positions, k, v)
+        if self._shape.window(layer) is None:
+            self._on_append(self._shape.among_full(layer), self._req_index, self._positions, k, v)
         start = 0
         for piece in self._pieces:
             span = slice(start, start + piece.end - piece.start)
@@ -92,17 +97,23 @@ class PrefillStep:
         if piece.start > piece.section_start:
             earlier_k, earlier_v = self._store.read(layer, piece.req_idx, piece.section_start, piece.start)
             k, v = torch.cat((earlier_k.to(k.dtype), k)), torch.cat((earlier_v.to(v.dtype), v))
+        window, softcap = self._shape.window(layer), self._shape.softcap
+        num_observed = piece.num_observed if window is None else 0
         own = KeyBlock(piece.section_start, k, v)
         section_len = piece.section_end - piece.section_start
-        past = partial(self._past, layer, piece)
-        out, observed = self._kernel(q, own, section_len, past, piece.num_observed, self._num_sets)
+        past = partial(self._past, layer, piece, window)
+        out, observed = self._kernel(q, own, section_len, past, num_observed, self._num_sets, window, softcap)
         for first, start, mass in observed:
-            self._observe_prompt(layer, piece.req_idx, first, start, mass)
+            self._observe_prompt(self._shape.among_full(layer), piece.req_idx, first, start, mass)
         return out
 
-    def _past(self, layer: int, piece: _Piece) -> Iterator[KeyBlock]:
-        """K and V of the sections before the piece's, from wherever their rows lie."""
-        for first in range(0, piece.section_start, SECTION_TOKENS):
+    def _past(self, layer: int, piece: _Piece, window: int | None) -> Iterator[KeyBlock]:
+        """K and V of the sections before the piece's, from wherever their rows lie.
+
+        With a window, those that its section sees something of: the same for all pieces of it.
+        """
+        first_seen = 0 if window is None else max(piece.section_start + 1 - window, 0)
+        for first in range(first_seen // SECTION_TOKENS * SECTION_TOKENS, piece.section_start, SECTION_TOKENS):
             k, v = self._store.read(layer, piece.req_idx, first, first + SECTION_TOKENS)
             yield KeyBlock(first, k, v)
 

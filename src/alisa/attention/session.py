@@ -38,6 +38,15 @@ class StepTraffic(NamedTuple):
     """Request indices whose rows were lost, and why: their output is worthless."""
 
 
+class _Layer(NamedTuple):
+    """What a step asks of a layer."""
+
+    window: int | None
+    """Its sliding window: it reads exactly that, and no policy is asked."""
+    among_full: int
+    """Its number among the layers without one, which are those that the policy knows."""
+
+
 class _Ahead(NamedTuple):
     """Selections of every layer for a step that has not come yet."""
 
@@ -77,6 +86,8 @@ class KVSession:
         self.policy = policy
         self.state = state
         self._shape = shape
+        self._layers = [_Layer(shape.window(i), shape.among_full(i)) for i in range(shape.num_layers)]
+        self._windows = sorted({window for window in shape.windows if window is not None})
         self._device = device
         self._looks_ahead = looks_ahead and not policy.query_aware
         self._timer = timer
@@ -98,12 +109,15 @@ class KVSession:
         self.selection = Selection(torch.empty(0), torch.empty(0), ())
         """What the last layer of a decode step read; evaluations look at it."""
         self._prompt_lens: dict[int, int] = {}
+        self.max_lengths: dict[int, int] = {}
+        """By request index: tokens that the sequence may come to."""
         self._bind(cache.store)
         self._ahead: _Ahead | None = None
         self._prefill: PrefillStep | None = None
         self._batch = StepBatch((), (), torch.empty(0), torch.empty(0))
         self._positions = torch.empty(0)
         self._chosen: Sequence[Selection] | None = None
+        self._in_window: dict[int, Selection] = {}
         self._read: list[tuple[int, ...]] = []
         self._num_chunks = 0
 
@@ -116,12 +130,13 @@ class KVSession:
         self.cache.open(sequence.req_idx, sequence.num_tokens)
         self.state.open(sequence.req_idx)
         self._prompt_lens[sequence.req_idx] = sequence.prompt_len
+        self.max_lengths[sequence.req_idx] = sequence.num_tokens
 
     def close(self, req_idx: int) -> None:
         """Every row and every other trace of the sequence is gone; its index may be given away at once."""
         self.cache.release(req_idx)
         self.state.close(req_idx)
-        del self._prompt_lens[req_idx]
+        del self._prompt_lens[req_idx], self.max_lengths[req_idx]
         self._ahead = None
 
     def begin(self, plan: StepPlan) -> None:
@@ -158,15 +173,20 @@ class KVSession:
             return self._prefill.attend(layer, q, k, v, hidden)
         query, key, value = q[:, 0], k[:, 0], v[:, 0]
         self._append(layer, key, value, hidden[:, 0])
+        window, among_full = self._layers[layer]
+        if window is not None:
+            self.selection = self._in_window[window]
+            self._read.append(self.selection.num_tokens)
+            return self._attend(layer, query, self.selection).out[:, None]
         if self._keeps_tokens:
-            self._on_append(layer, self._batch.req_index, self._positions, key, value)
-        selection = self._select(layer, query) if self._chosen is None else self._chosen[layer]
+            self._on_append(among_full, self._batch.req_index, self._positions, key, value)
+        selection = self._select(among_full, query) if self._chosen is None else self._chosen[layer]
         attended = self._attend(layer, query, selection)
         if self._uses_mass:
-            self._on_attended(layer, selection, attended.mass)
+            self._on_attended(among_full, selection, attended.mass)
         self.selection = selection
         self._read.append(selection.num_tokens)
-        return (self._combine(layer, attended) if self._combines else attended.out)[:, None]
+        return (self._combine(among_full, attended) if self._combines else attended.out)[:, None]
 
     def end(self) -> StepTraffic:
         """The step is over; the next one's selections are made and asked for, where history alone decides them."""
@@ -199,6 +219,7 @@ class KVSession:
             prompt_lens,
             observed_from,
             self.policy.num_sets(self._shape),
+            self._shape,
             self._device,
         )
 
@@ -209,6 +230,7 @@ class KVSession:
         self._positions = self._batch.length_counts.to(torch.int64) - 1
         # Also where the choice was made ahead: room for the new tokens may have moved what the state knows.
         self._begin_policy(self._batch)
+        self._in_window = {window: window_selection(self._batch, window) for window in self._windows}
         ahead, self._ahead = self._ahead, None
         is_chosen = ahead is not None and (ahead.req_indices, ahead.lengths) == (req_indices, lengths)
         self._chosen = ahead.selections if ahead is not None and is_chosen else None
@@ -219,8 +241,8 @@ class KVSession:
         chunk = self._next_chunk(chunks, None)
         assert chunk is not None, "every sequence reads at least its own token"
         if chunk.span is None:
-            return self._kernel(query, chunk.rows, self._codec, chunk.slots, selection.counts)
-        pieces = self._in_pieces(query, self._codec, selection.counts, chunk.slots.shape[2])
+            return self._kernel(query, chunk.rows, self._codec, chunk.slots, selection.counts, self._shape.softcap)
+        pieces = self._in_pieces(query, self._codec, selection.counts, chunk.slots.shape[2], self._shape.softcap)
         add = self._timer.timed(StepSection.ATTENTION, pieces.add)
         while chunk is not None:
             assert chunk.span is not None, "a selection is one chunk, or all of it is pieces"
@@ -237,7 +259,11 @@ class KVSession:
         following = self._batch_of(tuple(longer), tuple(longer.values()))
         self._begin_policy(following)
         no_query = torch.empty(0)
-        selections = tuple(self._select(layer, no_query) for layer in range(self._shape.num_layers))
+        in_window = {window: window_selection(following, window) for window in self._windows}
+        selections = tuple(
+            self._select(among_full, no_query) if window is None else in_window[window]
+            for window, among_full in self._layers
+        )
         for layer, selection in enumerate(selections):
             self._prefetch(layer, following.req_indices, selection)
         self._ahead = _Ahead(following.req_indices, following.lengths, selections)
@@ -246,3 +272,14 @@ class KVSession:
         index = torch.tensor(req_indices, dtype=torch.int64, device=self._device)
         counts = torch.tensor(lengths, dtype=torch.int32, device=self._device)
         return StepBatch(req_indices, lengths, index, counts)
+
+
+def window_selection(batch: StepBatch, window: int) -> Selection:
+    """What a sliding window of this many tokens leaves each sequence: its last ones, the new one among them."""
+    num_tokens = tuple(min(length, window) for length in batch.lengths)
+    counts = batch.length_counts.clamp(max=window)
+    columns = torch.arange(max(num_tokens), dtype=torch.int32, device=counts.device)
+    positions = columns + (batch.length_counts - counts)[:, None]
+    if min(num_tokens) < len(columns):
+        positions = positions.masked_fill(columns >= counts[:, None], 0)
+    return Selection(positions[:, None], counts, num_tokens)

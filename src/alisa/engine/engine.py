@@ -167,10 +167,10 @@ class Engine:
         Returns:
             The requests that have grown, and the request indices that have failed, and why.
         """
-        num_layers = self._runner.decoder.spec.num_layers
+        shape = self._runner.decoder.spec.attention
         for request, chunk, attended in zip(requests, plan.chunks, result.traffic.tokens_attended, strict=True):
             request.tokens_attended += attended
-            request.tokens_dense += 0 if plan.prefill else chunk.end * num_layers
+            request.tokens_dense += 0 if plan.prefill else shape.dense_reads(chunk.end)
         ready = [r for r, c in zip(requests, plan.chunks, strict=True) if len(r.token_ids) == c.end]
         grown: list[Request] = []
         failed = dict(result.traffic.failed)

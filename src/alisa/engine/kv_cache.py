@@ -129,6 +129,11 @@ def plan_kv_cache(
     # Rows are deleted because a schedule says so, or because the disk was given less than it takes. A disk that merely
     # has less room than the greatest work of all would need is no reason to keep a hidden state of every token.
     is_capped = config.kv_disk_memory is not None
+    if planned and spec.rotates_by_length:
+        raise InputError(
+            f"the schedule {placement.name} deletes up to {planned} tokens of a sequence, and the keys of this model "
+            "cannot be rebuilt: they are rotated by the length of the sequence; use a schedule that deletes none."
+        )
     below, rebuildable, fits = share_below(
         disk_bytes if is_capped or planned else max(disk_bytes, wanted * token_bytes),
         token_bytes,
@@ -138,6 +143,8 @@ def plan_kv_cache(
         sizes=[max_len] * config.max_num_seqs,
         planned=planned,
     )
+    if spec.rotates_by_length:
+        below, rebuildable = disk_bytes // token_bytes, 0
     kept = rebuildable * config.max_num_seqs
     if not fits:
         raise CapacityError(

@@ -59,6 +59,7 @@ def step_record(plan: StepPlan, traffic: StepTraffic, runner: ModelRunner) -> St
     begin_s, transfer_s = timer.seconds(StepSection.BEGIN), timer.seconds(StepSection.TRANSFER)
     model_s, sampling_s = timer.seconds(StepSection.MODEL), timer.seconds(StepSection.SAMPLING)
     wall_s = timer.wall_s
+    shape = runner.decoder.spec.attention
     return StepRecord(
         step=plan.step,
         phase=plan.phase,
@@ -66,7 +67,7 @@ def step_record(plan: StepPlan, traffic: StepTraffic, runner: ModelRunner) -> St
         num_sequences=len(plan.chunks),
         num_tokens=plan.num_tokens,
         tokens_attended=sum(traffic.tokens_attended),
-        tokens_dense=0 if plan.prefill else sum(c.end for c in plan.chunks) * runner.decoder.spec.num_layers,
+        tokens_dense=0 if plan.prefill else sum(shape.dense_reads(c.end) for c in plan.chunks),
         kv_rows=cache.store.used_rows,
         kv_bytes=cache.nbytes(Medium.DEVICE),
         host_bytes=cache.nbytes(Medium.HOST),

@@ -58,16 +58,24 @@ class ModelRunner:
         if plan.prefill:
             packed = [token for chunk in tokens for token in chunk]
             positions = [position for chunk in plan.chunks for position in range(chunk.start, chunk.end)]
-            hidden = self.decoder.forward(self._ids([packed]), self._ids([positions]), self.session.attend)[0]
+            hidden = self._forward(plan, self._ids([packed]), self._ids([positions]))[0]
             ends = list(_ends(plan))
         else:
             columns = [[chunk.start] for chunk in plan.chunks]
-            hidden = self.decoder.forward(self._ids(list(tokens)), self._ids(columns), self.session.attend)[:, 0]
+            hidden = self._forward(plan, self._ids(list(tokens)), self._ids(columns))[:, 0]
             ends = list(range(len(plan.chunks)))
         traffic = self.session.end()
         rows = [row for row, is_wanted in zip(ends, wanted, strict=True) if is_wanted]
         logits = self.decoder.logits(hidden if len(rows) == len(hidden) else hidden[self._ids(rows)])
         return StepResult(logits, traffic)
+
+    def _forward(self, plan: StepPlan, ids: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states `[B, T, E]` of ids and positions Int64[B, T], the tokens of the plan in order."""
+        lengths = None
+        if self.decoder.spec.rotates_by_length:
+            most = self.session.max_lengths
+            lengths = self._ids([most[c.req_idx] for c in plan.chunks for _ in range(c.count)]).view_as(ids)
+        return self.decoder.forward(ids, positions, self.session.attend, lengths)
 
     def _ids(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         """Int64 tensor on the decoder's device."""

@@ -51,6 +51,7 @@ class DecodeTask:
         out: int,
         mass: int,
         log_sum_exp: int,
+        softcap: float,
     ) -> None: ...
 
 class Plan:
@@ -165,6 +166,8 @@ class Workspace:
         num_kv_heads: int,
         head_dim: int,
         ahead: int,
+        hidden: int | None,
+        softcap: float,
         before: int,
         after: int,
         out: int,
@@ -183,6 +186,7 @@ class Workspace:
         head_dim: int,
         num_sets: int,
         ahead: int,
+        softcap: float,
         log_sum_exp: int,
         mass: int,
     ) -> None: ...

@@ -104,15 +104,19 @@ class DecodeKernel(Protocol):
     What a sequence gets depends on its own query, rows and slots only, to the last bit.
     """
 
-    def __call__(self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor) -> Attended:
+    def __call__(
+        self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor, softcap: float | None = None
+    ) -> Attended:
         """Attend with q `[B, H, D]` to rows UInt8[R, row_bytes] at slots Int32[B, J, K].
 
         The first `counts[b]` (Int32[B], at least 1) slots of each set are real, the rest is padding. J = 1: one index
-        set for all heads; J = G: one for each KV head.
+        set for all heads; J = G: one for each KV head. `softcap` is that of `AttentionShape`.
         """
         ...
 
-    def in_pieces(self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int) -> AttentionPieces:
+    def in_pieces(
+        self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int, softcap: float | None = None
+    ) -> AttentionPieces:
         """The same for one index set of width `num_slots` whose rows do not lie in one place at one time."""
         ...
 
@@ -154,6 +158,8 @@ class PrefillKernel(Protocol):
         past: Callable[[], Iterable[KeyBlock]],
         num_observed: int,
         num_sets: int,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Iterator[ObservedMass]]:
         """Attend causally with q `[T, H, D]` to `own`, of which it is the last T tokens, and to everything before.
 
@@ -162,8 +168,11 @@ class PrefillKernel(Protocol):
             own: keys and values `[N, G, D]` of a section of the prompt from its begin to the last of these tokens.
             section_len: tokens of the whole section, at least N; the rest of it comes in later pieces.
             past: reads the blocks before it, in order; asked again for the weights. Empty when `own` starts at 0.
+                With a window, those that no query sees may be left out.
             num_observed: how many of the last rows are wanted, 0 to T.
             num_sets: J, 1 for one index set per layer or G for one per KV head.
+            window: tokens that each query sees, itself included; None: all. No rows are observed through one.
+            softcap: of the scores, as in `AttentionShape`.
 
         Returns:
             The output `[T, H, D]`, and the weights of the last rows, computed as they are asked for.

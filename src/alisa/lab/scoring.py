@@ -32,7 +32,7 @@ from alisa.model.decoder import Decoder
 from alisa.outputs import Phase
 from alisa.policy.base import SelectionPolicy
 from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
-from alisa.spec import RowFormat
+from alisa.spec import AttentionShape, RowFormat
 
 
 class ScoredItem(NamedTuple):
@@ -153,7 +153,7 @@ class Scorer:
             return []
         longest = lengths[0]
         state = policy.start(
-            self.decoder.spec.attention,
+            self.decoder.spec.attention.full_layers(),
             max_num_seqs=1,
             num_tokens=state_tokens(longest),
             max_len=longest,
@@ -205,7 +205,7 @@ def teacher_forced(
     """
     lengths = [item.num_tokens for item in items]
     store = flat_store(decoder, codec, kernels, num_rows=sum(lengths), num_seqs=len(items), max_length=max(lengths))
-    probe = _LostMass(kernels.attend, store)
+    probe = _LostMass(kernels.attend, store, decoder.spec.attention)
     session = build_session(
         CacheManager(store),
         policy,
@@ -219,7 +219,8 @@ def teacher_forced(
     runner = ModelRunner(decoder, session, StepTimer())
     chunk = chunk_tokens(prefill_chunk, codec.format.dtype, decoder.dtype)
     for index, item in enumerate(items):
-        session.open(Opened(index, str(index), item.num_tokens, len(item.prompt_ids)))
+        num_rows = max(item.num_tokens - 1, len(item.prompt_ids))  # as in the engine: the last token is never fed
+        session.open(Opened(index, str(index), num_rows, len(item.prompt_ids)))
     yield ScoredStep(0, tuple(range(len(items))), _read_prompts(runner, items, chunk), None)
     for step in range(1, max(len(item.output_ids) for item in items)):
         active = tuple(index for index, item in enumerate(items) if len(item.output_ids) > step)
@@ -291,11 +292,15 @@ def _prefill(runner: ModelRunner, chunks: Sequence[ScheduledChunk], items: Seque
 
 
 class _LostMass:
-    """A decode kernel that also attends to everything, to see which share of the weight the selection holds."""
+    """A decode kernel that also attends to everything, to see which share of the weight the selection holds.
 
-    def __init__(self, kernel: DecodeKernel, store: KVStore) -> None:
+    A sliding window loses nothing: it is what the model sees.
+    """
+
+    def __init__(self, kernel: DecodeKernel, store: KVStore, shape: AttentionShape) -> None:
         self._kernel = kernel
         self._store = store
+        self._shape = shape
         self._step: tuple[list[int], list[int]] = ([], [])
         self._everything: tuple[Tensor, Tensor] | None = None
         self._lost: list[float] = []
@@ -306,12 +311,17 @@ class _LostMass:
         self._everything = None
         self._lost = []
 
-    def __call__(self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor) -> Attended:
+    def __call__(
+        self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor, softcap: float | None = None
+    ) -> Attended:
         """The kernel's own result, unchanged."""
+        attended = self._kernel(q, rows, codec, slots, counts, softcap)
+        if self._shape.window(len(self._lost)) is not None:
+            self._lost.append(0.0)
+            return attended
         if self._everything is None:  # the rows of the step have slots only now
             self._everything = self._all_slots()
-        attended = self._kernel(q, rows, codec, slots, counts)
-        everything = self._kernel(q, rows, codec, *self._everything)
+        everything = self._kernel(q, rows, codec, *self._everything, softcap)
         self._lost.append(float((1 - (attended.log_sum_exp - everything.log_sum_exp).exp()).clamp(0, 1).mean()))
         return attended
 
@@ -324,7 +334,9 @@ class _LostMass:
         padding = torch.arange(max(lengths), device=self._store.device) >= counts[:, None, None]
         return slots.masked_fill(padding, 0), counts
 
-    def in_pieces(self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int) -> AttentionPieces:
+    def in_pieces(
+        self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int, softcap: float | None = None
+    ) -> AttentionPieces:
         """Never asked for: a `KVStore` gives every selection in one chunk."""
         raise AssertionError("rows that are all on the device come in one chunk")
 

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alisa.kernels.reference.softcap import softcapped
 from alisa.model.activation import make_activation
-from alisa.model.layer import Builder, Layer, Progress
+from alisa.model.layer import Builder, Layer, Norm, Progress
 from alisa.model.linear import MakeLinear, PlainLinear, make_linear
-from alisa.model.rope import Rotation, inverse_frequencies
+from alisa.model.rope import Rotation, attention_factor, frequencies_by_length, inverse_frequencies
 from alisa.model.source import WeightSource
-from alisa.spec import ModelSpec
+from alisa.spec import ModelSpec, Rope
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
 """layer, q `[B, T, H, D]`, k `[B, T, G, D]`, v `[B, T, G, D]`, hidden `[B, T, C]` -> out `[B, T, H, D]`.
@@ -62,11 +63,15 @@ class Decoder:
         build = Builder(spec, source, dtype=dtype, device=device, progress=progress, make_linear=make_linear)
         self._embed = build.tensor("embed.weight")
         self._positions = build.tensor("positions.weight") if spec.rope is None else None
-        self._frequencies = None if spec.rope is None else inverse_frequencies(spec.rope, device)
+        ropes = spec.layer_ropes or (spec.rope,) * spec.num_layers
+        self._ropes = ropes
+        self._own_ropes = {rope for rope in ropes if rope is not None}
+        self._frequencies = {rope: inverse_frequencies(rope, device) for rope in self._own_ropes if not rope.by_length}
+        self._embed_scale = torch.tensor(spec.embed_scale, dtype=dtype, device=device)
         projected = spec.token_embed_dim != spec.hidden_size
         self._project_in = build.linear("project_in") if projected else None
         self._layers = [build.layer(layer) for layer in range(spec.num_layers)]
-        self._final_norm = build.norm("final_norm") if spec.norm_first else None
+        self._final_norm = build.norm("final_norm")
         self._project_out = build.linear("project_out") if projected else None
         # Tied embeddings: the packed copy on a CPU costs V * C more memory than sharing the table, and is 2 to 5 times
         # faster to multiply with; a plain linear (CUDA) shares the table and costs nothing.
@@ -74,6 +79,7 @@ class Decoder:
         self._output = make_linear(self._embed, None, device) if tied else build.linear("output")
         self._shares_table = tied and isinstance(self._output, PlainLinear)
         self._activation = make_activation(spec.activation, gated=spec.gated_mlp, device=device)
+        self._query_factor = spec.query_factor
 
     @property
     def weight_bytes(self) -> int:
@@ -83,51 +89,52 @@ class Decoder:
         tables = self._embed.nbytes + (0 if self._positions is None else self._positions.nbytes)
         return tables + sum(part.nbytes for part in parts if part is not None)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, lengths: Tensor | None = None) -> Tensor:
         """Hidden states `[B, T, E]` after the final norm (and the output projection of OPT-350M), ready for `logits`.
 
         Args:
             tokens: Int64[B, T].
             positions: Int64[B, T], logical positions from 0; packed sequences may repeat or jump.
             attend: the seam; called once per layer, in order.
+            lengths: Int64[B, T], how long the sequence of each token may become; asked for by models that rotate by
+                length (`ModelSpec.rotates_by_length`) alone.
         """
         spec = self.spec
         batch, length = tokens.shape
         x = F.embedding(tokens, self._embed)
+        if spec.embed_scale != 1.0:
+            x = x * self._embed_scale
         if self._project_in is not None:
             x = self._project_in(x)
-        rotate = None if self._frequencies is None else Rotation(positions, self._frequencies)
+        rotations = {rope: self._rotation(rope, positions, lengths) for rope in self._own_ropes}
         if self._positions is not None:
             x = x + F.embedding(positions + spec.position_offset, self._positions)
         q_shape = (batch, length, spec.num_heads, spec.head_dim)
         kv_shape = (batch, length, 2, spec.num_kv_heads, spec.head_dim)
         out_shape = (batch, length, spec.q_size)
         for index, layer in enumerate(self._layers):
-            normed = layer.attn_norm(x) if spec.norm_first else x
+            normed = x if spec.norm_place == "after_sum" else _normed(layer.attn_norm, x)
             q = layer.q(normed).view(q_shape)
             k, v = layer.kv(normed).view(kv_shape).unbind(2)
-            if layer.q_norm is not None:
-                q = layer.q_norm(q)
-            if layer.k_norm is not None:
-                k = layer.k_norm(k)
-            if rotate is not None:
-                q, k = rotate(q), rotate(k)
+            q, k = self._head_normed(layer.q_norm, q), self._head_normed(layer.k_norm, k)
+            rope = self._ropes[index]
+            if rope is not None:
+                q, k = rotations[rope](q), rotations[rope](k)
+            if self._query_factor != 1.0:
+                q = q * self._query_factor
             attended = layer.out(attend(index, q, k, v, normed).reshape(out_shape))
-            if spec.parallel_residual:
-                x = x + attended + self._mlp(layer, layer.mlp_norm(x))
-            elif spec.norm_first:
-                x = x + attended
-                x = x + self._mlp(layer, layer.mlp_norm(x))
-            else:
-                x = layer.attn_norm(x + attended)
-                x = layer.mlp_norm(x + self._mlp(layer, x))
+            x = self._residual(layer, x, attended)
         if self._final_norm is not None:
             x = self._final_norm(x)
         return x if self._project_out is None else self._project_out(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores Float32[N, V] of the next token for the rows `[N, E]` of what `forward` returned."""
-        return self._output(hidden).to(torch.float32)
+        logits = self._output(hidden).to(torch.float32)
+        if self.spec.logit_scale != 1.0:
+            logits = logits * self.spec.logit_scale
+        cap = self.spec.logit_softcap
+        return logits if cap is None else softcapped(logits, cap)
 
     def project_kv(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """K and V `[N, G, D]` of tokens whose layer input is known: what `attend` saw for them, rebuilt.
@@ -136,17 +143,52 @@ class Decoder:
             layer: which layer.
             hidden: `[N, C]`, exactly what W_K and W_V read: after the layer's norm (or the bare input when the model
                 normalises after the residual sum).
-            positions: Int64[N], the original positions.
+            positions: Int64[N], the original positions. They are not enough for models that rotate by length.
         """
         weights = self._layers[layer]
         shape = (hidden.shape[0], 2, self.spec.num_kv_heads, self.spec.head_dim)
         k, v = weights.kv(hidden).view(shape).unbind(1)
-        if weights.k_norm is not None:
-            k = weights.k_norm(k)
-        if self._frequencies is not None:
-            k = Rotation(positions, self._frequencies)(k)
+        k = self._head_normed(weights.k_norm, k)
+        rope = self._ropes[layer]
+        if rope is not None:
+            k = self._rotation(rope, positions, None)(k)
         return k, v
+
+    def _rotation(self, rope: Rope, positions: Tensor, lengths: Tensor | None) -> Rotation:
+        """The rotation of tokens at these positions, for the layers that have this embedding."""
+        if not rope.by_length:
+            return Rotation(positions, self._frequencies[rope], attention_factor(rope))
+        assert lengths is not None, "this model rotates by length"
+        return Rotation(positions, frequencies_by_length(rope, lengths), attention_factor(rope))
+
+    def _head_normed(self, norm: Norm | None, heads: Tensor) -> Tensor:
+        """Q or k `[..., heads, D]` through the norm that some models have for each head, or for all together."""
+        if norm is None:
+            return heads
+        return norm(heads.flatten(-2)).view_as(heads) if self.spec.qk_norm_joint else norm(heads)
+
+    def _residual(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
+        """What leaves a layer, `[B, T, C]`, from what entered it and what its attention found."""
+        spec = self.spec
+        if spec.norm_place == "after_sum":
+            x = _normed(layer.attn_norm, x + attended)
+            return _normed(layer.mlp_norm, x + self._mlp(layer, x))
+        attended = self._scaled(_normed(layer.attn_post_norm, attended))
+        if spec.parallel_residual:
+            return x + attended + self._mlp(layer, _normed(layer.mlp_norm, x))
+        x = x + attended
+        return x + self._scaled(_normed(layer.mlp_post_norm, self._mlp(layer, _normed(layer.mlp_norm, x))))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """What is about to be added to the residual."""
+        scale = self.spec.residual_scale
+        return x if scale == 1.0 else x * scale
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         """The feed-forward part of one layer, `[B, T, C] -> [B, T, C]`."""
         return layer.down(self._activation(layer.up(x)))
+
+
+def _normed(norm: Norm | None, x: Tensor) -> Tensor:
+    """`x [B, T, C]` through a norm that not every model has."""
+    return x if norm is None else norm(x)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alisa.model.linear import Linear, MakeLinear
-from alisa.model.names import layer_name, layer_shapes, model_shapes, num_weights
+from alisa.model.names import layer_name, layer_shapes, model_shapes, stays_wide, weight_bytes
 from alisa.model.source import WeightSource
 from alisa.spec import ModelSpec
 
@@ -23,7 +23,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """Layer norm with a bias, or RMS norm without, over the last dimension; both compute in float32 inside torch."""
+    """Layer norm with a bias, or RMS norm without, over the last dimension; both compute in float32 inside torch.
+
+    A weight in float32 (`ModelSpec.wide_norms`) is multiplied with before the result is rounded to the dtype of x.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -37,7 +40,8 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         """Normalised `x [..., C]`, same shape and dtype."""
         if self.bias is None:
-            return torch.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            wide = x.to(self.weight.dtype)
+            return torch.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
         return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
@@ -45,22 +49,26 @@ class Norm:
 class Layer:
     """The weights of one transformer layer, packed for the device."""
 
-    attn_norm: Norm
+    attn_norm: Norm | None
     q: Linear
     kv: Linear
     """K rows then V rows, apart from `q`: `project_kv` needs them alone to rebuild a deleted row."""
     q_norm: Norm | None
     k_norm: Norm | None
     out: Linear
-    mlp_norm: Norm
+    attn_post_norm: Norm | None
+    """Of the output of attention; the names of the norms are those of `names.norm_names`."""
+    mlp_norm: Norm | None
     up: Linear
     """Gate rows then up rows when the MLP is gated."""
     down: Linear
+    mlp_post_norm: Norm | None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        parts = (self.attn_norm, self.q, self.kv, self.q_norm, self.k_norm, self.out, self.mlp_norm, self.up, self.down)
+        norms = (self.attn_norm, self.attn_post_norm, self.q_norm, self.k_norm, self.mlp_norm, self.mlp_post_norm)
+        parts = (*norms, self.q, self.kv, self.out, self.up, self.down)
         return sum(part.nbytes for part in parts if part is not None)
 
 
@@ -96,18 +104,21 @@ class Builder:
         for layer in range(spec.num_layers):
             self._shapes |= {layer_name(layer, part): shape for part, shape in layer_shapes(spec).items()}
         self._done_bytes = 0
-        self._total_bytes = num_weights(spec) * dtype.itemsize
+        self._total_bytes = weight_bytes(spec, dtype.itemsize)
 
     def tensor(self, name: str) -> Tensor:
-        """The named tensor in the model's dtype on its device."""
-        tensor = self._source.read(name, self._shapes[name]).to(device=self._device, dtype=self._dtype)
+        """The named tensor in the model's dtype, or in float32 where the spec says so, on its device."""
+        dtype = torch.float32 if stays_wide(self._spec, name) else self._dtype
+        tensor = self._source.read(name, self._shapes[name]).to(device=self._device, dtype=dtype)
         self._done_bytes += tensor.nbytes
         if self._progress is not None:
             self._progress(self._done_bytes, self._total_bytes)
         return tensor
 
-    def norm(self, name: str) -> Norm:
-        """The named norm; the spec says its kind, the head norms of q and k never have a bias."""
+    def norm(self, name: str) -> Norm | None:
+        """The named norm, or None where the spec has none; the head norms of q and k never have a bias."""
+        if f"{name}.weight" not in self._shapes:
+            return None
         has_bias = f"{name}.bias" in self._shapes
         weight = self.tensor(f"{name}.weight")
         return Norm(weight, self.tensor(f"{name}.bias") if has_bias else None, self._spec.norm_eps)
@@ -120,15 +131,16 @@ class Builder:
 
     def layer(self, index: int) -> Layer:
         """All weights of one layer."""
-        qk_norm = self._spec.qk_norm
         return Layer(
             attn_norm=self.norm(layer_name(index, "attn_norm")),
             q=self.linear(layer_name(index, "q")),
             kv=self.linear(layer_name(index, "kv")),
-            q_norm=self.norm(layer_name(index, "q_norm")) if qk_norm else None,
-            k_norm=self.norm(layer_name(index, "k_norm")) if qk_norm else None,
+            q_norm=self.norm(layer_name(index, "q_norm")),
+            k_norm=self.norm(layer_name(index, "k_norm")),
             out=self.linear(layer_name(index, "out")),
+            attn_post_norm=self.norm(layer_name(index, "attn_post_norm")),
             mlp_norm=self.norm(layer_name(index, "mlp_norm")),
             up=self.linear(layer_name(index, "up")),
             down=self.linear(layer_name(index, "down")),
+            mlp_post_norm=self.norm(layer_name(index, "mlp_post_norm")),
         )

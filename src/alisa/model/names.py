@@ -23,6 +23,13 @@ def layer_name(layer: int, part: str) -> str:
     return f"layers.{layer}.{part}"
 
 
+def norm_names(spec: ModelSpec) -> tuple[str, ...]:
+    """The norms of a layer over the hidden size: before attention and MLP, after them, or both."""
+    before = ("attn_norm", "mlp_norm")
+    after = ("attn_post_norm", "mlp_post_norm")
+    return {"before": before, "both": before + after, "after": after, "after_sum": before}[spec.norm_place]
+
+
 def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Name -> shape of every tensor of one layer."""
     shapes: dict[str, Shape] = {}
@@ -37,14 +44,14 @@ def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
         if bias:
             shapes[f"{name}.bias"] = (num_out,)
 
-    norm("attn_norm")
+    for name in norm_names(spec):
+        norm(name)
     linear("q", spec.q_size, spec.hidden_size, spec.qkv_bias)
     linear("kv", 2 * spec.kv_size, spec.hidden_size, spec.qkv_bias)
     if spec.qk_norm:
-        shapes["q_norm.weight"] = (spec.head_dim,)
-        shapes["k_norm.weight"] = (spec.head_dim,)
+        shapes["q_norm.weight"] = (spec.q_size if spec.qk_norm_joint else spec.head_dim,)
+        shapes["k_norm.weight"] = (spec.kv_size if spec.qk_norm_joint else spec.head_dim,)
     linear("out", spec.hidden_size, spec.q_size, spec.out_bias)
-    norm("mlp_norm")
     linear("up", (2 if spec.gated_mlp else 1) * spec.ffn_size, spec.hidden_size, spec.mlp_bias)
     linear("down", spec.hidden_size, spec.ffn_size, spec.mlp_bias)
     return shapes
@@ -58,7 +65,7 @@ def model_shapes(spec: ModelSpec) -> dict[str, Shape]:
     if spec.token_embed_dim != spec.hidden_size:
         shapes["project_in.weight"] = (spec.hidden_size, spec.token_embed_dim)
         shapes["project_out.weight"] = (spec.token_embed_dim, spec.hidden_size)
-    if spec.norm_first:
+    if spec.norm_place != "after_sum":
         shapes["final_norm.weight"] = (spec.hidden_size,)
         if spec.norm == "layernorm":
             shapes["final_norm.bias"] = (spec.hidden_size,)
@@ -67,7 +74,15 @@ def model_shapes(spec: ModelSpec) -> dict[str, Shape]:
     return shapes
 
 
-def num_weights(spec: ModelSpec) -> int:
-    """Numbers in all tensors of the two tables; the total that loading reports its progress against."""
-    per_layer = sum(math.prod(shape) for shape in layer_shapes(spec).values())
-    return spec.num_layers * per_layer + sum(math.prod(shape) for shape in model_shapes(spec).values())
+def stays_wide(spec: ModelSpec, name: str) -> bool:
+    """Whether a tensor is held in float32 whatever the model computes in."""
+    return spec.wide_norms and name.endswith("norm.weight")
+
+
+def weight_bytes(spec: ModelSpec, itemsize: int) -> int:
+    """Bytes of all tensors of the two tables, `itemsize` for a number; the total of the progress of loading."""
+
+    def of(shapes: dict[str, Shape]) -> int:
+        return sum(math.prod(shape) * (4 if stays_wide(spec, name) else itemsize) for name, shape in shapes.items())
+
+    return spec.num_layers * of(layer_shapes(spec)) + of(model_shapes(spec))

@@ -132,7 +132,8 @@ class CheckpointSource:
     def __init__(self, checkpoint: Checkpoint, family: Family, spec: ModelSpec) -> None:
         self._checkpoint = checkpoint
         self._spec = spec
-        self._names = {family.canonical(name): name for name in checkpoint.names}
+        stored = [name for name in checkpoint.names if not name.startswith(family.ignored)]
+        self._names = {family.canonical(name): name for name in stored}
         self._parts: dict[str, tuple[WeightPiece, ...]] = {}
         for name in model_shapes(spec):
             self._parts[name] = family.model_parts[name]

@@ -77,6 +77,7 @@ class CostModel:
         self._layer_weights = [num_out * num_in for num_out, num_in in weights]
         self._layer_s = hardware.layer_s + (hardware.rope_s if spec.rope else 0.0)
         self._values = 6 * spec.hidden_size + 2 * spec.q_size + spec.ffn_size * (4 if spec.gated_mlp else 2)
+        self._windows = [window for window in spec.attention.windows if window is not None]
         self._linear: dict[int, float] = {}
 
     def step(self, load: StepWork, *, tiers: bool = True) -> StepCost:
@@ -87,32 +88,32 @@ class CostModel:
             tiers: whether the store has lower tiers, so that every row has to be looked for.
         """
         spec, hardware = self._spec, self._hardware
-        layers = spec.num_layers
-        attention_s = self._attention.append_call_s + load.num_tokens * self._attention.append_row_s
+        layers, full = spec.num_layers, spec.num_layers - len(self._windows)
+        attention_s = layers * (self._attention.append_call_s + load.num_tokens * self._attention.append_row_s)
+        attention_s += full * self._attending_s(load, None)
+        attention_s += sum(self._attending_s(load, window) for window in self._windows)
         if load.prefill:
-            values = load.pairs * spec.q_size
-            attention_s += values * hardware.prefill_value_s
-            selection_s = values * hardware.observed_value_s * self._observed_share(load)
+            selection_s = load.pairs * spec.q_size * hardware.observed_value_s * self._observed_share(load)
         else:
-            attention_s += self._attention.seconds(load.read, self._row_bytes, spec.q_size)
             selection_s = self._selection_s(load)
         lookup_s = self._lookup_s(load) if tiers else 0.0
-        fetch_s = layers * hardware.read.seconds(load.fetched, self._row_bytes, self.waits(load))
+        # What a window reads is new, and lies on the device.
+        fetch_s = full * hardware.read.seconds(load.fetched, self._row_bytes, self.waits(load))
         store_s = layers * hardware.write.seconds(load.stored, self._row_bytes)
         store_s += layers * hardware.write.seconds(load.hidden_stored, self._hidden_bytes)
         write_overlap = hardware.overlap if load.prefill else hardware.write_overlap
         linear_s = self._linear_s(load.num_tokens) + self._logits_s(load.num_finished)
         return StepCost(
             linear_s=linear_s,
-            attention_s=layers * attention_s,
-            selection_s=layers * selection_s + (0.0 if load.prefill else self._chooser.step_s),
+            attention_s=attention_s,
+            selection_s=full * selection_s + (0.0 if load.prefill else self._chooser.step_s),
             lookup_s=layers * lookup_s,
             fetch_s=fetch_s,
             store_s=store_s,
-            rebuild_s=layers * self._rebuild_s(load.rebuilt),
+            rebuild_s=full * self._rebuild_s(load.rebuilt),
             sampling_s=load.num_finished * spec.vocab_size * hardware.logit_s,
             other_s=hardware.step_s,
-            hidden_s=min(hardware.overlap * fetch_s + write_overlap * store_s, linear_s + layers * attention_s),
+            hidden_s=min(hardware.overlap * fetch_s + write_overlap * store_s, linear_s + attention_s),
         )
 
     @property
@@ -152,6 +153,17 @@ class CostModel:
             return 0.0
         spec = self._spec
         return self._gemm.seconds(num_rows, spec.vocab_size * spec.token_embed_dim)
+
+    def _attending_s(self, load: StepWork, window: int | None) -> float:
+        """Attention of one layer; through a window, as if all sequences of the step were equally long."""
+        spec, hardware = self._spec, self._hardware
+        if load.prefill:
+            mean = load.pairs / load.num_tokens
+            pairs = load.pairs if window is None else min(mean, window) * load.num_tokens
+            return pairs * spec.q_size * hardware.prefill_value_s
+        length = load.candidates // load.num_sequences + 1
+        read = load.read if window is None else min(length, window) * load.num_sequences
+        return self._attention.seconds(read, self._row_bytes, spec.q_size)
 
     def _selection_s(self, load: StepWork) -> float:
         chooser = self._chooser

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from alisa.config import PolicyName, WeightDtypeName
-from alisa.model.names import layer_shapes, model_shapes, num_weights, quantised_bytes
+from alisa.model.names import layer_shapes, model_shapes, quantised_bytes, stays_wide
+from alisa.model.names import weight_bytes as float_weight_bytes
 from alisa.policy.registry import POLICIES
 from alisa.spec import DTYPE_BYTES, ModelSpec, RowFormat
 
@@ -15,7 +16,7 @@ def weight_bytes(spec: ModelSpec, dtype: str, *, packs_tied: bool, weight_dtype:
     if weight_dtype == "int8":
         return _int8_weight_bytes(spec, dtype)
     again = spec.vocab_size * spec.token_embed_dim if packs_tied and spec.tied_embeddings else 0
-    return (num_weights(spec) + again) * DTYPE_BYTES[dtype]
+    return float_weight_bytes(spec, DTYPE_BYTES[dtype]) + again * DTYPE_BYTES[dtype]
 
 
 def _int8_weight_bytes(spec: ModelSpec, dtype: str) -> int:
@@ -24,7 +25,8 @@ def _int8_weight_bytes(spec: ModelSpec, dtype: str) -> int:
     def of(name: str, shape: tuple[int, ...]) -> int:
         if len(shape) == 2 and name not in ("embed.weight", "positions.weight"):
             return quantised_bytes(*shape)
-        return math.prod(shape) * (4 if name.endswith(".bias") and "norm" not in name else DTYPE_BYTES[dtype])
+        is_wide = stays_wide(spec, name) or (name.endswith(".bias") and "norm" not in name)
+        return math.prod(shape) * (4 if is_wide else DTYPE_BYTES[dtype])
 
     layer = sum(of(name, shape) for name, shape in layer_shapes(spec).items())
     rest = sum(of(name, shape) for name, shape in model_shapes(spec).items())

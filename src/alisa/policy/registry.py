@@ -57,8 +57,11 @@ class PolicyEntry:
         return prompt_len - self.observation_window(Budget(sparsity), prompt_len)
 
     def state_bytes(self, shape: AttentionShape, sparsity: float, max_len: int) -> StateBytes:
-        """Memory of the state for each token, and for each sequence on top, none longer than `max_len`."""
-        return self.state(shape, Budget(sparsity), max_len)
+        """Memory of the state for each token, and for each sequence on top, none longer than `max_len`.
+
+        Layers with a sliding window have none: they read it, and nothing is chosen.
+        """
+        return self.state(shape.full_layers(), Budget(sparsity), max_len)
 
     def total_state_bytes(self, shape: AttentionShape, sparsity: float, num_seqs: int, length: int) -> int:
         """As `PolicyState.nbytes` when `num_seqs` sequences of this length are open, none ever longer."""

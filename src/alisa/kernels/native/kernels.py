@@ -167,7 +167,9 @@ class CpuKernels:
         self._workspace = _native.Workspace()
         self._last: tuple[RowFormat, RowLayout] | None = None
 
-    def __call__(self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor) -> Attended:
+    def __call__(
+        self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor, softcap: float | None = None
+    ) -> Attended:
         """Attend with q `[B, H, D]` to `slots` Int32[B, J, K] of `rows` UInt8[R, row_bytes]; `counts` Int32[B] count.
 
         Counts are at least 1, slots valid and without duplicates within a set; `check_slots` says whether they are.
@@ -175,15 +177,16 @@ class CpuKernels:
         check_decode(q, rows, codec.format, slots, counts)
         q, slots, counts = q.contiguous(), slots.contiguous(), counts.contiguous()
         attended = Attended(torch.empty_like(q), torch.empty(slots.shape), torch.empty(q.shape[:2]))
-        task = _decode_task(self._layout(codec.format), q, rows, slots, counts, attended)
+        task = _decode_task(self._layout(codec.format), q, rows, slots, counts, attended, softcap)
         self._workspace.decode(isa=self.isa, threads=self._threads, task=task)
         return attended
 
-    def in_pieces(self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int) -> CpuPieces:
+    def in_pieces(
+        self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int, softcap: float | None = None
+    ) -> CpuPieces:
         """See `DecodeKernel`: q `[B, H, D]`, counts Int32[B]."""
-        return CpuPieces(
-            self.isa, self._team, self._workspace, self._layout(codec.format), codec.format, q, counts, num_slots
-        )
+        layout = self._layout(codec.format)
+        return CpuPieces(self.isa, self._team, self._workspace, layout, codec.format, q, counts, num_slots, softcap)
 
     def piece_columns(self, row_format: RowFormat, num_heads: int) -> int:
         """See `DecodeKernel`."""
@@ -525,7 +528,9 @@ class CpuPieces:
         q: Tensor,
         counts: Tensor,
         num_slots: int,
+        softcap: float | None,
     ) -> None:
+        self._softcap = softcap
         self._isa = isa
         self._team = team
         self._workspace = workspace
@@ -546,7 +551,7 @@ class CpuPieces:
         self._workspace.decode_piece(
             isa=self._isa,
             threads=self._team.threads(),
-            task=_decode_task(self._layout, self._q, rows, slots, self._counts, self._attended),
+            task=_decode_task(self._layout, self._q, rows, slots, self._counts, self._attended, self._softcap),
             plan=self._plan,
             begins=begins.data_ptr(),
             ends=ends.data_ptr(),
@@ -559,14 +564,20 @@ class CpuPieces:
         self._workspace.decode_end(
             isa=self._isa,
             threads=self._team.threads(),
-            task=_decode_task(self._layout, self._q, rows, slots, self._counts, self._attended),
+            task=_decode_task(self._layout, self._q, rows, slots, self._counts, self._attended, self._softcap),
             plan=self._plan,
         )
         return self._attended
 
 
 def _decode_task(
-    layout: RowLayout, q: Tensor, rows: Tensor, slots: Tensor, counts: Tensor, attended: Attended
+    layout: RowLayout,
+    q: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    counts: Tensor,
+    attended: Attended,
+    softcap: float | None,
 ) -> DecodeTask:
     """Checked, contiguous tensors as addresses: they must live as long as it is used."""
     num_seqs, num_heads, _ = q.shape
@@ -586,6 +597,7 @@ def _decode_task(
         out=attended.out.data_ptr(),
         mass=attended.mass.data_ptr(),
         log_sum_exp=attended.log_sum_exp.data_ptr(),
+        softcap=softcap or 0.0,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from alisa.kernels.base import KeyBlock
 from alisa.kernels.checks import check_prefill
 from alisa.kernels.native import kernels as cpu
 
@@ -33,31 +34,48 @@ class CpuPrefill:
         self._team = cpu.Team(num_threads, share=share_threads)
         self._workspace = cpu.library().Workspace()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, past: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Attention of T tokens to all of `past`, block by block, and to the tokens up to their own in k and v.
+    def attend(
+        self,
+        q: Tensor,
+        own: KeyBlock,
+        past: Iterable[KeyBlock],
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of T tokens to all of `past`, block by block, and to the tokens up to their own in `own`.
 
-        The queries are the last T of the N tokens of k and v.
+        They are the last T of its N tokens.
 
         Args:
             q: BFloat16[T, H, D].
-            k: BFloat16[N, G, D].
-            v: BFloat16[N, G, D].
-            past: (k, v) BFloat16[S, G, D] of earlier tokens, S at least 1.
+            own: k and v BFloat16[N, G, D], from the begin of a section to the last of these tokens.
+            past: k and v BFloat16[S, G, D] of earlier tokens, S at least 1.
+            window: tokens that each query sees, itself included; None: all.
+            softcap: scores s become softcap * tanh(s / softcap); None: they stay as they are.
 
         Returns:
             BFloat16[T, H, D] and the log-sum-exp Float32[T, H] of the scaled scores.
         """
         q, out = _runs(q), torch.empty(q.shape, dtype=q.dtype)
         log_sum_exp = torch.empty(q.shape[:2])
+        first = own.start + len(own.k) - len(q)
         before: Tensor | None = None
-        for past_k, past_v in past:
+        for block in past:
+            # Query t sees the keys of a block from t + hidden on.
+            hidden = None if window is None else first - block.start + 1 - window
+            if hidden is not None and hidden >= len(block.k):
+                continue
             merged = torch.empty(q.shape) if before is None else before
-            self._attend(q, past_k, past_v, len(past_k), before, merged, out, log_sum_exp)
+            self._attend(q, block, len(block.k), hidden, softcap, before, merged, out, log_sum_exp)
             before = merged
-        self._attend(q, k, v, len(k) - len(q), before, None, out, log_sum_exp)
+        ahead = len(own.k) - len(q)
+        hidden = None if window is None else ahead + 1 - window
+        self._attend(q, own, ahead, hidden, softcap, before, None, out, log_sum_exp)
         return out, log_sum_exp
 
-    def mass(self, q: Tensor, k: Tensor, log_sum_exp: Tensor, ahead: int, num_sets: int) -> Tensor:
+    def mass(
+        self, q: Tensor, k: Tensor, log_sum_exp: Tensor, ahead: int, num_sets: int, softcap: float | None = None
+    ) -> Tensor:
         """Attention weights Float32[W, J, S] of W tokens on S, summed over the heads of each index set.
 
         Args:
@@ -66,6 +84,7 @@ class CpuPrefill:
             log_sum_exp: Float32[W, H], over everything that the tokens attend to.
             ahead: token w sees keys 0 to `ahead + w`; from S on it sees all of them, below 0 none.
             num_sets: J, 1 for all heads together or G for those of a KV head each.
+            softcap: as in `attend`.
         """
         check_prefill(q, k, k)
         q, k, log_sum_exp = _runs(q), _runs(k), log_sum_exp.contiguous()
@@ -83,6 +102,7 @@ class CpuPrefill:
             head_dim=q.shape[2],
             num_sets=num_sets,
             ahead=ahead,
+            softcap=softcap or 0.0,
             log_sum_exp=log_sum_exp.data_ptr(),
             mass=mass.data_ptr(),
         )
@@ -91,15 +111,20 @@ class CpuPrefill:
     def _attend(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        block: KeyBlock,
         ahead: int,
+        hidden: int | None,
+        softcap: float | None,
         before: Tensor | None,
         after: Tensor | None,
         out: Tensor,
         log_sum_exp: Tensor,
     ) -> None:
-        """One block: merged with `before` into `after`, or into `out` at the end; token t sees keys 0 to ahead + t."""
+        """One block: merged with `before` into `after`, or into `out` at the end.
+
+        Token t sees keys 0 to ahead + t, without those before t + hidden.
+        """
+        k, v = block.k, block.v
         check_prefill(q, k, v)
         k, v = _runs(k), _runs(v)
         self._workspace.prefill(
@@ -113,6 +138,8 @@ class CpuPrefill:
             num_kv_heads=k.shape[1],
             head_dim=q.shape[2],
             ahead=ahead,
+            hidden=hidden,
+            softcap=softcap or 0.0,
             before=0 if before is None else before.data_ptr(),
             after=0 if after is None else after.data_ptr(),
             out=out.data_ptr(),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alisa.kernels.base import Attended, Codec, DecodeKernel
+from alisa.kernels.reference.softcap import softcapped
 from alisa.spec import RowFormat
 
 BLOCK_COLUMNS = 64
@@ -27,15 +28,19 @@ _LOWEST = -3e38
 class ReferenceDecode:
     """See `DecodeKernel`; scores and weights are computed in float32 whatever the dtype of q and the rows."""
 
-    def __call__(self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor) -> Attended:
+    def __call__(
+        self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor, softcap: float | None = None
+    ) -> Attended:
         """See `DecodeKernel`."""
-        pieces = ReferencePieces(q, codec, counts, slots.shape[1], slots.shape[2])
+        pieces = ReferencePieces(q, codec, counts, slots.shape[1], slots.shape[2], softcap)
         pieces.add(rows, slots, torch.zeros_like(counts), counts)
         return pieces.finish()
 
-    def in_pieces(self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int) -> ReferencePieces:
+    def in_pieces(
+        self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int, softcap: float | None = None
+    ) -> ReferencePieces:
         """See `DecodeKernel`."""
-        return ReferencePieces(q, codec, counts, 1, num_slots)
+        return ReferencePieces(q, codec, counts, 1, num_slots, softcap)
 
     def piece_columns(self, row_format: RowFormat, num_heads: int) -> int:
         """See `DecodeKernel`."""
@@ -54,9 +59,13 @@ class ReferencePieces:
         counts: Int32[B], at least 1.
         num_sets: J, 1 or G.
         num_slots: K.
+        softcap: as in `AttentionShape`.
     """
 
-    def __init__(self, q: Tensor, codec: Codec, counts: Tensor, num_sets: int, num_slots: int) -> None:
+    def __init__(
+        self, q: Tensor, codec: Codec, counts: Tensor, num_sets: int, num_slots: int, softcap: float | None
+    ) -> None:
+        self._softcap = softcap
         num_seqs, num_heads, head_dim = q.shape
         groups = (num_seqs, codec.format.num_kv_heads, num_heads // codec.format.num_kv_heads)
         self._codec = codec
@@ -104,7 +113,10 @@ class ReferencePieces:
         k = _per_kv_head(k, num_seqs, self._num_sets, slots.shape[2], num_kv_heads)[:, :, None]
         v = _per_kv_head(v, num_seqs, self._num_sets, slots.shape[2], num_kv_heads)[:, :, None]
         # [B, G, H/G, 1, D] x [B, G, 1, BLOCK_COLUMNS, D] -> [B, G, H/G, BLOCK_COLUMNS]
-        scores = ordered_sum(self._q[..., None, :] * k, 4).masked_fill(padding[:, None], -torch.inf)
+        scores = ordered_sum(self._q[..., None, :] * k, 4)
+        if self._softcap is not None:
+            scores = softcapped(scores, self._softcap)
+        scores = scores.masked_fill(padding[:, None], -torch.inf)
         maximum = torch.maximum(self._maximum, scores.amax(dim=-1))
         kept = torch.exp(self._maximum - maximum)
         weights = torch.exp(scores - maximum[..., None])

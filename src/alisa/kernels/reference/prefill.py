@@ -18,6 +18,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from alisa.kernels.base import KeyBlock, ObservedMass
 from alisa.kernels.reference.merge import PartialAttention
+from alisa.kernels.reference.softcap import softcapped
 
 MASS_BLOCK_SCORES = 1 << 23
 """Scores held at once: 32 MiB in float32, small next to the weights of any model and large enough for a GEMM."""
@@ -33,6 +34,8 @@ def prefill_attention(
     past: Callable[[], Iterable[KeyBlock]],
     num_observed: int,
     num_sets: int,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Iterator[ObservedMass]]:
     """See `PrefillKernel`; torch's fused attention, and weights in float32.
 
@@ -46,15 +49,15 @@ def prefill_attention(
         own = KeyBlock(own.start, pad(own.k, (0, 0, 0, 0, 0, later)), pad(own.v, (0, 0, 0, 0, 0, later)))
     end = section_len - later
     mine, last = slice(earlier, end), slice(end - num_observed, end)
-    if not own.start:
+    if not own.start and softcap is None and (window is None or window >= section_len):
         rows = causal_mass(q[last], own.k, last.start, num_sets) if num_observed else ()
         out = causal_attention(q, own.k, own.v)
         return out[mine], (ObservedMass(first, 0, mass[..., :end]) for first, mass in rows)
-    out, log_sum_exp = attend_after(q, own, past())
+    out, log_sum_exp = attend_after(q, own, past(), window, softcap)
     if not num_observed:
         return out[mine], iter(())
     blocks = chain(past(), (own,))
-    observed = mass_after(q[last], log_sum_exp[last], own.start + last.start, blocks, num_sets)
+    observed = mass_after(q[last], log_sum_exp[last], own.start + last.start, blocks, num_sets, softcap)
     num_seen = own.start + end
     return out[mine], (one._replace(mass=one.mass[..., : num_seen - one.start]) for one in observed)
 
@@ -74,33 +77,56 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[0].transpose(0, 1)[:count]
 
 
-def attend_after(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tuple[Tensor, Tensor]:
+def attend_after(
+    q: Tensor, own: KeyBlock, past: Iterable[KeyBlock], window: int | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Causal attention of T tokens among themselves (`own`) and to everything before them, block by block.
 
     On a CPU each block goes through torch's flash attention (`benchmarks/prompt_pieces.py` compares it with its
     reference, `attend_after_plain`). The operator is private, because the public function keeps the log-sum-exp that
-    merging needs to itself; torch's own context parallelism calls it, too.
+    merging needs to itself; torch's own context parallelism calls it, too. It has no cap of scores.
 
     Returns:
         `[T, H, D]` in the dtype of q `[T, H, D]`, and the log-sum-exp Float32[T, H] of the scaled scores.
     """
-    if q.device.type != "cpu":
-        return attend_after_plain(q, own, past)
+    if q.device.type != "cpu" or softcap is not None:
+        return attend_after_plain(q, own, past, window, softcap)
     merged = PartialAttention(q)
-    queries = _aligned(q)
     for block in chain(past, (own,)):
+        count = _num_seeing(block, own.start, len(q), window)
+        if not count:
+            continue
         # Rows of codes are read as float32.
         k, v = block.k.to(q.dtype), block.v.to(q.dtype)
         if block is own:
             k, v = _aligned(k), _aligned(v)
+        queries = _aligned(q[:count])
+        masks = window is not None and own.start + count - window > block.start
+        mask = _seen(block, own.start, len(queries), len(k), window) if masks else None
         out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries.transpose(0, 1)[None],
             k.transpose(0, 1)[None],
             v.transpose(0, 1)[None],
-            is_causal=block is own,
+            is_causal=block is own and mask is None,
+            attn_mask=None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf),
         )
-        merged.add(out[0].transpose(0, 1)[: len(q)], log_sum_exp[0].transpose(0, 1)[: len(q)], slice(None))
+        merged.add(out[0].transpose(0, 1)[:count], log_sum_exp[0].transpose(0, 1)[:count], slice(count))
     return merged.out.to(q.dtype), merged.log_sum_exp
+
+
+def _num_seeing(block: KeyBlock, first: int, num_queries: int, window: int | None) -> int:
+    """How many of the queries at positions first, first + 1, ... see a key of the block: the first ones, if not all."""
+    if window is None or block.start >= first:
+        return num_queries
+    return min(max(block.start + len(block.k) - 1 + window - first, 0), num_queries)
+
+
+def _seen(block: KeyBlock, first: int, num_queries: int, num_keys: int, window: int | None) -> Tensor:
+    """Which keys of the block (and those after it, that fill it up) each query sees, Bool[queries, keys]."""
+    queries = first + torch.arange(num_queries, device=block.k.device)[:, None]
+    keys = block.start + torch.arange(num_keys, device=block.k.device)
+    seen = keys <= queries
+    return seen if window is None else seen & (keys > queries - window)
 
 
 def _aligned(values: Tensor) -> Tensor:
@@ -116,21 +142,26 @@ def _aligned(values: Tensor) -> Tensor:
     return pad(values, (0, 0, 0, 0, 0, missing))
 
 
-def attend_after_plain(q: Tensor, own: KeyBlock, past: Iterable[KeyBlock]) -> tuple[Tensor, Tensor]:
+def attend_after_plain(
+    q: Tensor, own: KeyBlock, past: Iterable[KeyBlock], window: int | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """As `attend_after`, in plain torch and float32 throughout."""
     merged = PartialAttention(q)
-    for block in past:
-        for rows, scores in _scores(q, block.k):
-            _add(merged, rows, scores, block.v)
-    columns = torch.arange(len(q), device=q.device)
-    for rows, scores in _scores(q, own.k):
-        hidden = columns > columns[rows, None]
-        _add(merged, rows, scores.masked_fill_(hidden, -torch.inf), own.v)
+    for block in chain(past, (own,)):
+        count = _num_seeing(block, own.start, len(q), window)
+        seen = _seen(block, own.start, count, len(block.k), window)
+        for rows, scores in _scores(q[:count], block.k, softcap):
+            _add(merged, rows, scores.masked_fill_(~seen[rows], -torch.inf), block.v)
     return merged.out.to(q.dtype), merged.log_sum_exp
 
 
 def mass_after(
-    q: Tensor, log_sum_exp: Tensor, first: int, blocks: Iterable[KeyBlock], num_sets: int
+    q: Tensor,
+    log_sum_exp: Tensor,
+    first: int,
+    blocks: Iterable[KeyBlock],
+    num_sets: int,
+    softcap: float | None = None,
 ) -> Iterator[ObservedMass]:
     """Attention weights of W consecutive tokens whose log-sum-exp is known, summed over the heads of each index set.
 
@@ -140,13 +171,14 @@ def mass_after(
         first: position of the first query.
         blocks: everything they attend to.
         num_sets: J, 1 for one index set per layer or G for one per KV head.
+        softcap: of the scores.
 
     Yields:
         What some of the rows show of one block.
     """
     for block in blocks:
         positions = block.start + torch.arange(len(block.k), device=q.device)
-        for rows, scores in _scores(q, block.k):
+        for rows, scores in _scores(q, block.k, softcap):
             queries = first + torch.arange(rows.start, rows.stop, device=q.device)
             scores = scores.masked_fill_(positions > queries[:, None], -torch.inf)
             num_kv_heads, group = scores.shape[:2]
@@ -156,7 +188,7 @@ def mass_after(
             yield ObservedMass(first + rows.start, block.start, mass)
 
 
-def _scores(q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _scores(q: Tensor, k: Tensor, softcap: float | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Scaled scores Float32[G, H/G, rows, N] of blocks of queries with k `[N, G, D]`, of bounded size."""
     num_rows, num_heads, head_dim = q.shape
     num_total, num_kv_heads = k.shape[:2]
@@ -165,7 +197,8 @@ def _scores(q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, num_rows, block):
         rows = slice(start, min(start + block, num_rows))
         grouped = (q[rows].float() * head_dim**-0.5).view(-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        yield rows, grouped.permute(1, 2, 0, 3) @ keys
+        scores = grouped.permute(1, 2, 0, 3) @ keys
+        yield rows, scores if softcap is None else softcapped(scores, softcap)
 
 
 def _add(merged: PartialAttention, rows: slice, scores: Tensor, v: Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from alisa.kernels.triton.rows import LOWEST, high_plane, load_tile, low_plane
+from alisa.kernels.triton.rows import LOWEST, cap_scores, high_plane, load_tile, low_plane
 
 
 @triton.jit(do_not_specialize=["num_slots", "in_pieces"])
@@ -32,6 +32,8 @@ def attend_group(
     in_pieces: tl.tensor,
     split_len: tl.tensor,
     scale: tl.tensor,
+    softcap: tl.tensor,
+    CAPPED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
@@ -102,6 +104,8 @@ def attend_group(
             step = tl.load(k_pair, mask=live, other=0.0).to(tl.float32)
             minimum = tl.load(k_pair + 1, mask=live, other=0.0).to(tl.float32)
             scores = scores * step[None, :] + q_sum[:, None] * minimum[None, :]
+        if CAPPED:
+            scores = cap_scores(scores, softcap)
         tl.store(scores_ptr + heads[:, None] * num_slots + ids[None, :], scores, mask=real[:, None] & live[None, :])
 
         scores = tl.where(live[None, :], scores, float("-inf"))

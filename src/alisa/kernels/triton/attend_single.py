@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from alisa.kernels.triton.rows import LOWEST, high_plane, load_tile, low_plane
+from alisa.kernels.triton.rows import LOWEST, cap_scores, high_plane, load_tile, low_plane
 
 
 @triton.jit(do_not_specialize=["num_slots", "in_pieces"])
@@ -34,6 +34,8 @@ def attend_single(
     in_pieces: tl.tensor,
     split_len: tl.tensor,
     scale: tl.tensor,
+    softcap: tl.tensor,
+    CAPPED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
@@ -99,6 +101,8 @@ def attend_single(
             step = tl.load(k_pair, mask=live, other=0.0).to(tl.float32)
             minimum = tl.load(k_pair + 1, mask=live, other=0.0).to(tl.float32)
             scores = scores * step + minimum * q_sum
+        if CAPPED:
+            scores = cap_scores(scores, softcap)
         tl.store(scores_ptr + ids, scores, mask=live)
 
         scores = tl.where(live, scores, float("-inf"))

@@ -36,9 +36,19 @@ class Decoding:
         counts: Int32[B], contiguous.
         num_sets: J, 1 or G.
         num_slots: K.
+        softcap: as in `AttentionShape`.
     """
 
-    def __init__(self, q: Tensor, row_format: RowFormat, counts: Tensor, num_sets: int, num_slots: int) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        row_format: RowFormat,
+        counts: Tensor,
+        num_sets: int,
+        num_slots: int,
+        softcap: float | None,
+    ) -> None:
+        self._softcap = softcap
         num_seqs, num_heads, head_dim = q.shape
         self._q = q
         self._format = row_format
@@ -110,6 +120,8 @@ class Decoding:
             in_pieces,
             settings.split_len,
             head_dim**-0.5 * math.log2(math.e),
+            (self._softcap or 0.0) * math.log2(math.e),
+            CAPPED=self._softcap is not None,
             NUM_HEADS=num_heads,
             GROUP=group,
             PADDED=max(16, power_of_two(group)),

@@ -41,19 +41,24 @@ class TritonKernels:
     All tensors lie on the current CUDA device, or on the CPU where the kernels are interpreted.
     """
 
-    def __call__(self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor) -> Attended:
+    def __call__(
+        self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor, softcap: float | None = None
+    ) -> Attended:
         """Attend with q `[B, H, D]` to `slots` Int32[B, J, K] of `rows` UInt8[R, row_bytes]; `counts` Int32[B] count.
 
         Counts are at least 1, slots valid and without duplicates within a set.
         """
         check_decode(q, rows, codec.format, slots, counts)
-        decoding = Decoding(q.contiguous(), codec.format, counts.contiguous(), slots.shape[1], slots.shape[2])
+        num_sets, num_slots = slots.shape[1:]
+        decoding = Decoding(q.contiguous(), codec.format, counts.contiguous(), num_sets, num_slots, softcap)
         decoding.add_all(rows, slots.contiguous())
         return decoding.finish()
 
-    def in_pieces(self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int) -> Decoding:
+    def in_pieces(
+        self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int, softcap: float | None = None
+    ) -> Decoding:
         """See `DecodeKernel`: q `[B, H, D]`, counts Int32[B]."""
-        return Decoding(q.contiguous(), codec.format, counts.contiguous(), 1, num_slots)
+        return Decoding(q.contiguous(), codec.format, counts.contiguous(), 1, num_slots, softcap)
 
     def piece_columns(self, row_format: RowFormat, num_heads: int) -> int:
         """See `DecodeKernel`: a split, which one program reads."""

@@ -54,6 +54,14 @@ def load_tile(values_ptr: tl.tensor, places: tl.tensor, columns: tl.tensor, live
 
 
 @triton.jit
+def cap_scores(scores: tl.tensor, cap: tl.tensor):
+    """Cap * tanh(score / cap), of scores and a cap in powers of two: ln 2 times both would be in powers of e."""
+    faded = tl.exp2(tl.abs(scores) * (-2 * 1.4426950408889634 / cap))
+    size = cap * (1 - faded) / (1 + faded)
+    return tl.where(scores < 0, -size, size)
+
+
+@triton.jit
 def low_plane(tile: tl.tensor, PLANES: tl.constexpr):
     """Values, or the first code of each byte, in float32."""
     if PLANES == 2:

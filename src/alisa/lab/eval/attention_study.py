@@ -71,7 +71,7 @@ class AttentionStudy:
         prompt_len = len(self.windows[0].item.prompt_ids)
         num_rows = self.length - prompt_len
         recent = torch.tensor([Budget(variant.sparsity).recent(prompt_len + row) for row in range(num_rows)])
-        layers = [LayerFigures() for _ in range(subject.spec.num_layers)]
+        layers = [LayerFigures() for _ in range(subject.spec.attention.full_layers().num_layers)]
 
         def tell(found: ShadowLayer) -> None:
             _add(layers[found.layer], found, recent.to(found.read.device), prompt_len)
@@ -112,7 +112,7 @@ class AttentionStudy:
             length=self.length,
             tell=tell,
         )
-        decoder.forward(tokens, positions, attend)
+        decoder.forward(tokens, positions, attend, torch.full_like(tokens, self.length))
 
 
 def attention_study_of(subject: Subject, path: Path, *, context: int, prefill: int, num_windows: int) -> AttentionStudy:

@@ -23,8 +23,8 @@ from alisa.attention.build import build_session
 from alisa.budget import state_tokens
 from alisa.cache.manager import CacheManager
 from alisa.cache.store import KVStore
-from alisa.kernels.base import Codec, Selection
-from alisa.kernels.reference.prefill import causal_attention
+from alisa.kernels.base import Codec, KeyBlock, Selection
+from alisa.kernels.reference.prefill import prefill_attention
 from alisa.lab.scoring import ScoredItem, ScoredOutput, Scorer, groups
 from alisa.outputs import Phase
 from alisa.policy.base import SelectionPolicy
@@ -59,7 +59,7 @@ def _score_batch(
     ids = torch.tensor([[*item.prompt_ids, *item.output_ids] for item in items], device=decoder.device)
     positions = torch.arange(ids.shape[1], device=decoder.device).expand_as(ids)
     attend = LayerwiseAttend(scorer, policy, codec, len(items), len(items[0].prompt_ids), ids.shape[1])
-    hidden = decoder.forward(ids, positions, attend)
+    hidden = decoder.forward(ids, positions, attend, torch.full_like(ids, ids.shape[1]))
     rows_at_once = max(1, LOGITS_BYTES // (4 * decoder.spec.vocab_size))
     first = len(items[0].prompt_ids) - 1
     outputs = []
@@ -90,6 +90,7 @@ class LayerwiseAttend:
         self, scorer: Scorer, policy: SelectionPolicy, codec: Codec, num_seqs: int, prompt_len: int, length: int
     ) -> None:
         self._layer = LayerSession(scorer, policy, codec, num_seqs, prompt_len, length)
+        self._shape = scorer.decoder.spec.attention
         self._codec = codec
         self._reads_all = isinstance(policy, Dense)
         self._num_seqs, self._prompt_len, self._length = num_seqs, prompt_len, length
@@ -97,24 +98,36 @@ class LayerwiseAttend:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """One layer: q `[B, T, H, D]`, k and v `[B, T, G, D]`, returns `[B, T, H, D]`."""
         out = torch.empty_like(q)
-        out[:, : self._prompt_len] = self._layer.prefill(q, k, v, hidden)
-        if self._reads_all:
-            self._read_all(q, k, v, out)
+        window = self._shape.window(layer)
+        if window is not None:
+            prompts = (values[:, : self._prompt_len] for values in (q, k, v))
+            for seq, (queries, keys, values) in enumerate(zip(*prompts, strict=True)):
+                out[seq, : self._prompt_len] = dense_attention(queries, keys, values, window, self._shape.softcap)
+        else:
+            out[:, : self._prompt_len] = self._layer.prefill(q, k, v, hidden)
+        if self._reads_all or window is not None:
+            self._read_all(q, k, v, window, out)
         else:
             for position in range(self._prompt_len, self._length):
                 out[:, position] = self._layer.decode(position, q, k, v, hidden)
         return out
 
-    def _read_all(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """Everything after the prompt attends to everything before it: no need to go row by row."""
+    def _read_all(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, out: Tensor) -> None:
+        """Everything after the prompt attends to all that its layer sees: no need to go row by row."""
         for seq in range(self._num_seqs):
             keys, values = self._codec.decode(self._codec.encode(k[seq], v[seq]))
-            attended = causal_attention(q[seq], keys.to(q.dtype), values.to(q.dtype))
+            keys, values = keys.to(q.dtype), values.to(q.dtype)
+            attended = dense_attention(q[seq], keys, values, window, self._shape.softcap)
             out[seq, self._prompt_len :] = attended[self._prompt_len :]
 
 
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> Tensor:
+    """Attention of a whole sequence, q `[T, H, D]`, k and v `[T, G, D]` -> `[T, H, D]`; no choice is made."""
+    return prefill_attention(q, KeyBlock(0, k, v), len(k), tuple, 0, 1, window, softcap)[0]
+
+
 class LayerSession:
-    """A session of one layer, that whole sequences of equal length pass through, each layer of a model in its turn.
+    """A session of one layer without a window, that whole sequences of equal length pass through, layer after layer.
 
     Args:
         scorer: gives the decoder's spec and the kernels.
@@ -144,7 +157,7 @@ class LayerSession:
             CacheManager(store),
             policy,
             backend,
-            replace(decoder.spec.attention, num_layers=1),
+            replace(decoder.spec.attention, num_layers=1, windows=()),
             decoder.device,
             max_num_seqs=num_seqs,
             state_tokens=num_seqs * state_tokens(length),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from alisa.kernels.base import Codec
-from alisa.kernels.reference.prefill import causal_attention
-from alisa.lab.eval.layerwise import LayerSession
+from alisa.kernels.reference.softcap import softcapped
+from alisa.lab.eval.layerwise import LayerSession, dense_attention
 from alisa.lab.scoring import Scorer
 from alisa.policy.base import SelectionPolicy
 
@@ -24,6 +24,7 @@ class ShadowLayer(NamedTuple):
     """One layer of some windows: rows are the R decoded tokens, columns all T tokens."""
 
     layer: int
+    """Its number among those without a sliding window: in the others nothing is chosen."""
     weights: Tensor
     """Float32[B, H, R, T]: dense attention weights."""
     read: Tensor
@@ -46,7 +47,7 @@ class ShadowAttend:
         num_seqs: B.
         prompt_len: tokens in front of the decoded ones.
         length: T.
-        tell: called with each layer.
+        tell: called with each layer that has no sliding window.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class ShadowAttend:
         self._layer = LayerSession(scorer, policy, codec, num_seqs, prompt_len, length)
         self._codec = codec
         self._prompt_len, self._length = prompt_len, length
-        self._num_sets = policy.num_sets(scorer.decoder.spec.attention)
+        self._shape = scorer.decoder.spec.attention
+        self._num_sets = policy.num_sets(self._shape)
         self._tell = tell
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
@@ -72,9 +74,12 @@ class ShadowAttend:
             half.view(k.shape).to(q.dtype)
             for half in self._codec.decode(self._codec.encode(k.flatten(0, 1), v.flatten(0, 1)))
         )
-        read = self._select(q, k, v, hidden)
-        self._tell(ShadowLayer(layer, self._weights(q, keys), read))
-        return torch.stack([causal_attention(*sequence) for sequence in zip(q, keys, values, strict=True)])
+        window, softcap = self._shape.window(layer), self._shape.softcap
+        if window is None:
+            read = self._select(q, k, v, hidden)
+            self._tell(ShadowLayer(self._shape.among_full(layer), self._weights(q, keys), read))
+        sequences = zip(q, keys, values, strict=True)
+        return torch.stack([dense_attention(*sequence, window, softcap) for sequence in sequences])
 
     def _weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Dense weights of the decoded rows, Float32[B, H, R, T]."""
@@ -82,6 +87,8 @@ class ShadowAttend:
         rows = q[:, self._prompt_len :].float().transpose(1, 2) * q.shape[-1] ** -0.5  # [B, H, R, D]
         columns = k.float().permute(0, 2, 3, 1).repeat_interleave(group, dim=1)  # [B, H, D, T]
         scores = rows @ columns
+        if self._shape.softcap is not None:
+            scores = softcapped(scores, self._shape.softcap)
         places = torch.arange(self._length, device=q.device)
         return scores.masked_fill_(places > places[self._prompt_len :, None], -torch.inf).softmax(dim=-1)
 

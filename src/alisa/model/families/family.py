@@ -40,6 +40,8 @@ class Family:
     """Prefixes that repositories of different ages put before the names, longest first."""
     aliases: Mapping[str, str]
     """Other names of the same tensor -> the name used in the parts."""
+    ignored: tuple[str, ...] = ()
+    """What the names of tensors begin with that are no part of the language model (as stored)."""
 
     def canonical(self, name: str) -> str:
         """A checkpoint name without its prefix, in the spelling that the parts use."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alisa.model.families.family import Family, WeightPiece, same
 from alisa.model.families.reading import ConfigReader
+from alisa.model.families.rope_fields import longest
 from alisa.spec import ModelSpec
 
 
@@ -24,7 +25,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     max_positions = reader.integer("max_position_embeddings", 2048)
     norm_eps = reader.number("layer_norm_eps", 1e-5)
     activation = reader.activation("hidden_act", "gelu")
-    rope = reader.rope(head_dim, theta_name="rotary_emb_base", part_name="rotary_pct", part=0.25)
+    rope = reader.rope(head_dim, max_positions, theta_name="rotary_emb_base", part_name="rotary_pct", part=0.25)
     attention_bias = reader.flag("attention_bias", True)
     parallel = reader.flag("use_parallel_residual", True)
     tied = reader.flag("tie_word_embeddings", False)
@@ -38,7 +39,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
         head_dim=head_dim,
         ffn_size=ffn_size,
         vocab_size=vocab_size,
-        max_positions=max_positions,
+        max_positions=longest(rope, max_positions),
         norm="layernorm",
         norm_eps=norm_eps,
         activation=activation,

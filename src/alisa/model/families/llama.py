@@ -22,7 +22,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
         out_bias=attention_bias,
         mlp_bias=reader.flag("mlp_bias", False),
     )
-    return read_spec(reader, variant, window=None)
+    return read_spec(reader, variant)
 
 
 FAMILY = Family("llama", to_spec, MODEL_PARTS, LAYER_PARTS, PREFIXES, aliases={})

@@ -1,11 +1,14 @@
-"""What LLaMA, Mistral and Qwen share: rotary positions, RMS norms, a gated MLP, and the weight names of LLaMA."""
+"""What LLaMA and those built like it share: rotary positions, RMS norms, a gated MLP, and the weight names of LLaMA."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 from alisa.model.families.family import WeightPiece, joined, same
 from alisa.model.families.reading import ConfigReader
+from alisa.model.families.rope_fields import longest
 from alisa.spec import ModelSpec
 
 PREFIXES = ("model.",)
@@ -16,17 +19,18 @@ MODEL_PARTS: dict[str, tuple[WeightPiece, ...]] = {
     "output.weight": (WeightPiece("lm_head.weight"),),
 }
 
-_ATTENTION = "layers.{layer}.self_attn"
-_MLP = "layers.{layer}.mlp"
+_LAYER = "layers.{layer}"
+_ATTENTION = f"{_LAYER}.self_attn"
+_MLP = f"{_LAYER}.mlp"
 
 LAYER_PARTS: dict[str, tuple[WeightPiece, ...]] = {
     **same(
-        attn_norm="layers.{layer}.input_layernorm",
+        attn_norm=f"{_LAYER}.input_layernorm",
         q=f"{_ATTENTION}.q_proj",
         q_norm=f"{_ATTENTION}.q_norm",
         k_norm=f"{_ATTENTION}.k_norm",
         out=f"{_ATTENTION}.o_proj",
-        mlp_norm="layers.{layer}.post_attention_layernorm",
+        mlp_norm=f"{_LAYER}.post_attention_layernorm",
         down=f"{_MLP}.down_proj",
     ),
     **joined("kv", f"{_ATTENTION}.k_proj", f"{_ATTENTION}.v_proj"),
@@ -40,42 +44,55 @@ class LlamaVariant:
 
     family: str
     max_positions: int
-    """The default when the config has none, as in the family's config class."""
+    """The default when the config has none, as in the family's config class; so are the next five."""
+    head_dim: int | None = None
+    """None: hidden size over heads."""
+    num_kv_heads: int | None = None
+    """None: one for each query head."""
+    norm_eps: float = 1e-6
+    activation: str = "silu"
+    tied: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Defaults of the other sizes, in families whose configs leave them out; elsewhere they must be there."""
+    activation_name: str = "hidden_act"
+    """The config field that names the activation."""
+    norm_eps_name: str = "rms_norm_eps"
+    """The config field of the epsilon of the norms."""
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    head_dim: int | None = None
-    """The default when the config has none; None: hidden size over heads."""
-    num_kv_heads: int | None = None
-    """The default when the config has none; None: one for each query head."""
+    norm_place: Literal["before", "both", "after"] = "before"
+    rope_kind: str | None = None
+    """The entry of `rope_parameters` that the full layers use, where it has one for each kind."""
+    theta: float = 10000.0
+    """The default base of the rotation."""
 
 
-def read_spec(reader: ConfigReader, variant: LlamaVariant, *, window: int | None) -> ModelSpec:
-    """The spec of a LLaMA-like config.
+def read_spec(reader: ConfigReader, variant: LlamaVariant) -> ModelSpec:
+    """The spec of a LLaMA-like config, without what only some families have.
 
     Args:
-        reader: the config; its problems so far are raised here.
+        reader: the config; every field that the family reads itself has been read, and its problems are raised here.
         variant: the family's own choices and defaults.
-        window: tokens a sliding-window layer attends to, or None. Up to that length a window is full attention, so the
-            longest sequence is limited to it and full attention stays exact.
 
     Raises:
         ModelError: with all reasons at once.
     """
-    hidden_size = reader.integer("hidden_size")
-    num_heads = reader.integer("num_attention_heads")
+    sizes = variant.sizes
+    hidden_size = reader.integer("hidden_size", sizes.get("hidden_size"))
+    num_heads = reader.integer("num_attention_heads", sizes.get("num_attention_heads"))
     head_dim = reader.optional_integer("head_dim") or variant.head_dim
     head_dim = head_dim or reader.heads(hidden_size=hidden_size, num_heads=num_heads)
     max_positions = reader.integer("max_position_embeddings", variant.max_positions)
-    num_layers = reader.integer("num_hidden_layers")
+    num_layers = reader.integer("num_hidden_layers", sizes.get("num_hidden_layers"))
     num_kv_heads = reader.kv_heads("num_key_value_heads", variant.num_kv_heads, num_heads=num_heads)
-    ffn_size = reader.integer("intermediate_size")
-    vocab_size = reader.integer("vocab_size")
-    norm_eps = reader.number("rms_norm_eps", 1e-6)
-    activation = reader.activation("hidden_act", "silu")
-    rope = reader.rope(head_dim, theta_name="rope_theta", part_name="partial_rotary_factor", part=1.0)
-    tied = reader.flag("tie_word_embeddings", False)
+    ffn_size = reader.integer("intermediate_size", sizes.get("intermediate_size"))
+    vocab_size = reader.integer("vocab_size", sizes.get("vocab_size"))
+    norm_eps = reader.number(variant.norm_eps_name, variant.norm_eps)
+    activation = reader.activation(variant.activation_name, variant.activation)
+    rope = reader.rope(head_dim, max_positions, theta=variant.theta, kind=variant.rope_kind)
+    tied = reader.flag("tie_word_embeddings", variant.tied)
     reader.finish()
     return ModelSpec(
         family=variant.family,
@@ -86,7 +103,7 @@ def read_spec(reader: ConfigReader, variant: LlamaVariant, *, window: int | None
         head_dim=head_dim,
         ffn_size=ffn_size,
         vocab_size=vocab_size,
-        max_positions=max_positions if window is None else min(max_positions, window),
+        max_positions=longest(rope, max_positions),
         norm="rmsnorm",
         norm_eps=norm_eps,
         activation=activation,
@@ -96,14 +113,14 @@ def read_spec(reader: ConfigReader, variant: LlamaVariant, *, window: int | None
         out_bias=variant.out_bias,
         mlp_bias=variant.mlp_bias,
         qk_norm=variant.qk_norm,
+        norm_place=variant.norm_place,
         tied_embeddings=tied,
     )
 
 
-def qwen_window(reader: ConfigReader) -> int | None:
-    """The sliding window of a Qwen config, when it is switched on and at least one layer uses it."""
-    if not reader.flag("use_sliding_window", False):
-        return None
-    first_windowed = reader.integer("max_window_layers", 28)
-    windowed = first_windowed < reader.integer("num_hidden_layers")
-    return reader.integer("sliding_window", 4096) if windowed else None
+def qwen_windows(reader: ConfigReader) -> tuple[int | None, ...]:
+    """The sliding windows of a Qwen config: switched on or not, and by `layer_types` or else from a layer on."""
+    num_layers = reader.integer("num_hidden_layers")
+    is_on, window = reader.flag("use_sliding_window", False), reader.window(4096)
+    first = reader.integer("max_window_layers", 28, least=0)
+    return reader.windows(num_layers, window if is_on else None, lambda layer: layer >= first)

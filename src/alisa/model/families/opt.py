@@ -47,7 +47,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=bias,
-        norm_first=norm_first,
+        norm_place="before" if norm_first else "after_sum",
         position_offset=2,
         embed_dim=None if embed_dim == hidden_size else embed_dim,
         tied_embeddings=tied,

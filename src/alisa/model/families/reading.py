@@ -1,12 +1,18 @@
-"""Reads a Hugging Face config and collects every complaint, so that one error names everything that is in the way."""
+"""Reads a Hugging Face config and collects every complaint, so that one error names everything that is in the way.
+
+A field that nobody asks for and that `harmless.py` does not list is a complaint too: what the decoder does not
+implement is refused by its name, never ignored.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from alisa.errors import ModelError
-from alisa.spec import ActivationName, Rope, RopeScaling
+from alisa.model.families.harmless import is_harmless
+from alisa.model.families.rope_fields import ROPE_FIELDS, read_rope, rope_fields
+from alisa.spec import ActivationName, Rope
 
 # gelu_fast and gelu_pytorch_tanh are other ways to write the same tanh formula as gelu_new.
 _ACTIVATIONS: dict[str, ActivationName] = {
@@ -18,62 +24,97 @@ _ACTIVATIONS: dict[str, ActivationName] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-_ROPE_KINDS = ("default", "linear", "llama3")
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""The kinds of attention that `layer_types` may name here."""
 
 
 class ConfigReader:
     """Typed access to one config; problems are remembered and raised together by `finish`.
 
     Getters return a harmless value after a problem, so reading can go on; call `finish` before using any of them.
+
+    Args:
+        config: the fields of config.json.
+        family: for messages.
+        part: the field that holds the config of the language model, where the config of a multimodal one has it.
     """
 
-    def __init__(self, config: Mapping[str, Any], family: str) -> None:
-        self._config = config
+    def __init__(self, config: Mapping[str, Any], family: str, *, part: str | None = None) -> None:
+        quantisation = config.get("quantization_config")
+        inner = None if part is None else config.get(part)
+        self._config = config if not isinstance(inner, Mapping) else inner
         self._family = family
         self._problems: list[str] = []
-        quantisation = config.get("quantization_config")
+        self._asked: set[str] = {"quantization_config"}
+        quantisation = quantisation or self._config.get("quantization_config")
         if isinstance(quantisation, Mapping):
             method = quantisation.get("quant_method", "unknown")
             self.refuse(f"its weights are quantised ({method}), only float weights can be read")
 
     def refuse(self, problem: str) -> None:
         """Remember a reason why this model cannot run."""
-        self._problems.append(problem)
+        if problem not in self._problems:  # a field may be read twice
+            self._problems.append(problem)
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A positive whole number; without a default it must be there."""
-        value = self._config.get(name)
+    def value(self, name: str) -> object:
+        """The field as it is; None where it is absent."""
+        self._asked.add(name)
+        return self._config.get(name)
+
+    def has(self, name: str) -> bool:
+        """Whether the config has the field, be it null."""
+        self._asked.add(name)
+        return name in self._config
+
+    def ignore(self, *names: str) -> None:
+        """These fields have no influence on this family."""
+        self._asked.update(names)
+
+    def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number from `least` on; without a default it must be there."""
+        value = self.value(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.refuse(f"{name} is {value!r}, a positive whole number is needed")
-            return 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            wanted = "a positive whole number" if least == 1 else f"a whole number from {least} on"
+            self.refuse(f"{name} is {value!r}, {wanted} is needed")
+            return max(least, 1)
         return value
 
     def optional_integer(self, name: str) -> int | None:
         """A positive whole number, or None when absent or null."""
-        return None if self._config.get(name) is None else self.integer(name)
+        return None if self.value(name) is None else self.integer(name)
 
-    def number(self, name: str, default: float) -> float:
-        """A positive number."""
-        return self._positive(self._config, name, default)
+    def number(self, name: str, default: float | None) -> float:
+        """A positive number; without a default it must be there."""
+        return self.positive({name: self.value(name)}, name, default)
+
+    def optional_number(self, name: str) -> float | None:
+        """A positive number, or None when absent or null."""
+        return None if self.value(name) is None else self.number(name, None)
+
+    def cap(self, name: str, default: float) -> float | None:
+        """A positive number; null means that there is none, absent the default."""
+        return self.optional_number(name) if self.has(name) else default
 
     def flag(self, name: str, default: bool) -> bool:
         """A switch."""
-        value = self._config.get(name)
+        value = self.value(name)
         value = default if value is None else value
         if not isinstance(value, bool):
             self.refuse(f"{name} is {value!r}, true or false is needed")
             return default
         return value
 
-    def fixed(self, name: str, required: bool) -> None:
-        """Refuse a switch that stands the other way; absent means as required."""
-        if self.flag(name, required) != required:
-            self.refuse(f"{name} is {not required}, supported is {required} only")
+    def fixed(self, name: str, required: bool | float | None) -> None:
+        """Refuse a field of another value; absent and null mean as required."""
+        value = self.value(name)
+        if value is not None and value != required:
+            self.refuse(f"{name} is {value!r}, supported is {required!r} only")
 
     def activation(self, name: str, default: str) -> ActivationName:
         """The activation function in our spelling."""
-        value = self._config.get(name) or default
+        value = self.value(name) or default
         if value not in _ACTIVATIONS:
             self.refuse(f"{name} is {value!r}, supported are {', '.join(_ACTIVATIONS)}")
             return "relu"
@@ -94,36 +135,59 @@ class ConfigReader:
             return num_heads
         return num_kv_heads
 
-    def rope(self, head_dim: int, *, theta_name: str, part_name: str, part: float) -> Rope:
-        """Rotary embedding from either layout of the config.
+    def window(self, default: int | None) -> int | None:
+        """`sliding_window`: null means that there is none, absent what the family says."""
+        return self.optional_integer("sliding_window") if self.has("sliding_window") else default
 
-        `rope_parameters` (transformers 5) holds base, part and scaling together; before, base and part were fields of
-        the config and `rope_scaling` held the rest, its kind under `rope_type` or, older still, `type`.
+    def windows(
+        self, num_layers: int, window: int | None, slides: Callable[[int], bool] = lambda layer: True
+    ) -> tuple[int | None, ...]:
+        """The sliding window of each layer; empty where no layer has one.
+
+        Args:
+            num_layers: L.
+            window: tokens, None: none is set, and all layers are full.
+            slides: whether a layer has it, where `layer_types` does not say.
+        """
+        kinds = self.value("layer_types")
+        if kinds is None:
+            sliding: Sequence[bool] = [slides(layer) for layer in range(num_layers)]
+        elif not isinstance(kinds, list) or len(kinds) != num_layers:
+            self.refuse(f"layer_types is {kinds!r}, a list of {num_layers} kinds is needed")
+            return ()
+        else:
+            unknown = sorted({str(kind) for kind in kinds} - {SLIDING, FULL})
+            if unknown:
+                self.refuse(f"layer_types has {', '.join(unknown)}, supported are {FULL} and {SLIDING}")
+            sliding = [kind == SLIDING for kind in kinds]
+        windows = tuple(window if is_sliding else None for is_sliding in sliding)
+        return windows if any(windows) else ()
+
+    def rope(
+        self,
+        head_dim: int,
+        max_positions: int,
+        *,
+        theta: float = 10000.0,
+        theta_name: str = "rope_theta",
+        part_name: str = "partial_rotary_factor",
+        part: float = 1.0,
+        kind: str | None = None,
+    ) -> Rope:
+        """Rotary embedding from either layout of the config; see `rope_fields`.
 
         Args:
             head_dim: D.
+            max_positions: what scaled kinds take for the original length where nothing else says it.
+            theta: the base when no field gives it.
             theta_name: the field of the base in the older layout.
             part_name: the field of the rotated share of each head in the older layout.
             part: that share when no field gives it.
+            kind: of `layer_types`, where the fields are given for each.
         """
-        new = self._config.get("rope_parameters")
-        scaling = new if isinstance(new, Mapping) else self._config.get("rope_scaling")
-        scaling = scaling if isinstance(scaling, Mapping) else {}
-        old = {"rope_theta": self._config.get(theta_name), "partial_rotary_factor": self._config.get(part_name)}
-        fields = old | dict(scaling)
-        theta = self._positive(fields, "rope_theta", 10000.0)
-        rotary_part = self._positive(fields, "partial_rotary_factor", part)
-        rotary_dim = int(head_dim * rotary_part)
-        if rotary_part > 1 or rotary_dim % 2 or rotary_dim < 2:
-            self.refuse(f"rotating {rotary_part} of head dim {head_dim} is not an even number of values")
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in _ROPE_KINDS:
-            self.refuse(f"its position encoding is {kind!r}, supported are {', '.join(_ROPE_KINDS)}")
-        if kind == "linear":
-            return Rope(theta, rotary_dim, RopeScaling("linear", self._positive(scaling, "factor", None)))
-        if kind == "llama3":
-            return Rope(theta, rotary_dim, self._llama3(scaling))
-        return Rope(theta, rotary_dim)
+        self._asked.update((*ROPE_FIELDS, theta_name, part_name))
+        fields = rope_fields(self._config, theta_name, part_name, kind)
+        return read_rope(self, fields, head_dim, max_positions, theta=theta, part=part)
 
     def finish(self) -> None:
         """Return only when the config is usable.
@@ -131,24 +195,26 @@ class ConfigReader:
         Raises:
             ModelError: with all problems met so far.
         """
+        unknown = [
+            name for name in self._config if name not in self._asked and not is_harmless(name, self._config[name])
+        ]
+        if unknown:
+            shown = ", ".join(f"{name} ({_short(self._config[name])})" for name in sorted(unknown))
+            self.refuse(f"its config.json has fields that are not known here and may change what it computes: {shown}")
         if self._problems:
             raise ModelError(f"This {self._family} model cannot run here: {'; '.join(self._problems)}.")
 
-    def _llama3(self, scaling: Mapping[str, Any]) -> RopeScaling:
-        original = scaling.get("original_max_position_embeddings")
-        if isinstance(original, bool) or not isinstance(original, int) or original < 1:
-            self.refuse(f"original_max_position_embeddings is {original!r}, a positive whole number is needed")
-            original = 1
-        low = self._positive(scaling, "low_freq_factor", None)
-        high = self._positive(scaling, "high_freq_factor", None)
-        if high <= low and not self._problems:
-            self.refuse(f"high_freq_factor {high} must be above low_freq_factor {low}")
-        return RopeScaling("llama3", self._positive(scaling, "factor", None), low, high, original)
-
-    def _positive(self, fields: Mapping[str, Any], name: str, default: float | None) -> float:
+    def positive(self, fields: Mapping[str, Any], name: str, default: float | None) -> float:
+        """A positive number among some fields; without a default it must be there."""
         value = fields.get(name)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             self.refuse(f"{name} is {value!r}, a positive number is needed")
             return 1.0
         return float(value)
+
+
+def _short(value: object) -> str:
+    """A value for a message."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -114,6 +114,19 @@ class BlockAttention {
   Ahead ahead_;
 };
 
+// Scores s of one head become cap * tanh(s / cap), with the exponential that the weights have.
+inline void cap_scores(float* scores, float cap) {
+  const F one = set1(1.0F);
+  const F zero = set1(0.0F);
+  for (int i = 0; i < kBlock; i += kWidth) {
+    const F score = load(scores + i);
+    const F faded = exp_nonpositive(vmax(score, zero - score) * set1(-2.0F / cap));
+    const F size = set1(cap) * ((one - faded) / (one + faded));
+    const F positive = keep_from(score, zero, size);
+    store(scores + i, positive - (size - positive));
+  }
+}
+
 // Scores of one head become weights relative to its running maximum; returns what the sums so far must be scaled by.
 inline float weigh(float* weights, int count, float& maximum, float& total) {
   for (int i = count; i < kBlock; ++i) weights[i] = -__builtin_inff();
@@ -175,6 +188,7 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
         float* of_head = weights + static_cast<size_t>(h) * kBlock;
         const size_t pairs = static_cast<size_t>(h / group) * kBlock;
         if constexpr (Row::kCoded) apply_keys(scratch.pairs + pairs, scratch.query_sum[h], of_head);
+        if (task.softcap > 0.0F) cap_scores(of_head, task.softcap);
         const float rescale = weigh(of_head, rows.count, maximum[h], total[h]);
         task.block_max[number * num_heads + h] = maximum[h];
         if (rescale != 1.0F) {

@@ -90,6 +90,7 @@ struct DecodeTask {
   void* out;              // [B, H, D] in q_dtype
   float* mass;            // [B, J, K]
   float* log_sum_exp;     // [B, H]
+  float softcap;          // scores s become softcap * tanh(s / softcap); 0: they stay as they are
 
   // The plan and its buffers, see workspace.cpp.
   const Item* items;

@@ -11,6 +11,8 @@ namespace alisa {
 // Keys that are scored at once.
 constexpr int kKeyBlock = 64;
 
+constexpr int kNothingHidden = -(1 << 30);
+
 // A run of heads of tokens, bfloat16 bits; strides in values. The values of a head are consecutive.
 struct Heads {
   const uint16_t* values;
@@ -33,6 +35,8 @@ struct PrefillTask {
   int num_kv_heads;  // G
   int head_dim;      // D
   int ahead;         // token t sees the keys before `ahead + t + 1`
+  int hidden;        // and not those before `hidden + t`; kNothingHidden: there is no window
+  float softcap;     // scores s become softcap * tanh(s / softcap); 0: they stay as they are
   const float* before;  // [T, H, D]: attention to the blocks before this one, log_sum_exp being theirs; null: there are none
   float* after;         // [T, H, D]: for the next block; null: `out` is written
   uint16_t* out;        // [T, H, D] bfloat16
@@ -55,6 +59,7 @@ struct MassTask {
   int head_dim;              // D
   int num_sets;              // J: 1 or G
   int ahead;                 // token w sees the keys before `ahead + w + 1`
+  float softcap;             // as in PrefillTask
   const float* log_sum_exp;  // [W, H], over everything that they attend to
   float* mass;               // [W, J, S]
 

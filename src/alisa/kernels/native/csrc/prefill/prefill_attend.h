@@ -20,13 +20,17 @@ constexpr int kTile = kRows * kStrips;  // its queries, sums and one packed bloc
 // rescale nothing, and neither float32 sums nor bfloat16 weights lose a bit by it.
 constexpr float kSlack = 8.0F;
 
+// The maximum of a row that has seen no key yet: finite, because what a window hides scores minus infinity.
+constexpr float kLowest = -1e30F;
+
 struct Scratch {
   uint32_t* q;        // [kTile, pairs]
   uint32_t* weights;  // [kRows, kKeyPairs]
   float* sums;        // [kTile, width]
   float* totals;      // [kTile, kLanes]: partial sums of the weights
   float* maxima;      // [kTile], in powers of two
-  int* visible;       // [kTile]: keys that the row sees
+  int* visible;       // [kTile]: the row sees the keys before this one,
+  int* hidden;        // [kTile]: and not those before this one
 
   Scratch(const PrefillTask& task, uint32_t* memory) {
     sums = reinterpret_cast<float*>(memory);
@@ -34,10 +38,11 @@ struct Scratch {
     weights = reinterpret_cast<uint32_t*>(totals + kTile * kLanes);
     maxima = reinterpret_cast<float*>(weights + kRows * kKeyPairs);
     visible = reinterpret_cast<int*>(maxima + kTile);
-    q = reinterpret_cast<uint32_t*>(visible + kTile);
+    hidden = visible + kTile;
+    q = reinterpret_cast<uint32_t*>(hidden + kTile);
   }
   static size_t words(const PrefillTask& task) {
-    return static_cast<size_t>(kTile) * (task.width() + kLanes + 2 + task.pairs()) + kRows * kKeyPairs;
+    return static_cast<size_t>(kTile) * (task.width() + kLanes + 3 + task.pairs()) + kRows * kKeyPairs;
   }
 };
 
@@ -69,15 +74,20 @@ inline void raise_maximum(float* sums, float* totals, float& maximum, float rais
 // Weights of one strip on the first 16 * kUsed keys of a block, as bfloat16 in scratch.weights.
 template <int kUsed>
 inline void weigh(const Scratch& scratch, int strip, const uint32_t* keys, int first_key, bool hides, int pairs, int width,
-                  F scale) {
+                  F scale, float cap) {
   F scores[kRows][kUsed];
   const int first = strip * kRows;
   products<kUsed>(scratch.q + first * pairs, keys, pairs, scores);
   for (int row = 0; row < kRows; ++row) {
     F (&x)[kUsed] = scores[row];
+    if (cap > 0.0F) {
+      for (int i = 0; i < kUsed; ++i) x[i] = cap_scores(x[i], cap);
+    }
     if (hides) {
       for (int i = 0; i < kUsed; ++i) {
-        const __mmask16 seen = first_lanes(scratch.visible[first + row] - first_key - i * kLanes);
+        const int lane = first_key + i * kLanes;
+        const auto seen = static_cast<__mmask16>(first_lanes(scratch.visible[first + row] - lane) &
+                                                 ~first_lanes(scratch.hidden[first + row] - lane));
         x[i] = _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), seen, x[i]);
       }
     }
@@ -145,17 +155,19 @@ inline int open_rows(const PrefillTask& task, int kv_head, int tile, const Scrat
     query[pairs - 1] = 0;
     for (int j = 0; j < width; j += kLanes) _mm512_storeu_ps(sums + j, _mm512_setzero_ps());
     _mm512_storeu_ps(totals, _mm512_setzero_ps());
-    scratch.maxima[i] = -__builtin_inff();
+    scratch.maxima[i] = kLowest;
     if (row >= rows) {
       // Nobody reads what becomes of these.
       for (int pair = 0; pair < pairs; ++pair) query[pair] = 0;
       scratch.visible[i] = scratch.visible[i - 1];
+      scratch.hidden[i] = scratch.hidden[i - 1];
       continue;
     }
     const int token = row / group;
     const int head = kv_head * group + row % group;
     std::memcpy(query, task.q.at(token, head), static_cast<size_t>(task.head_dim) * sizeof(uint16_t));
     scratch.visible[i] = std::min(task.num_keys, task.ahead + token + 1);
+    scratch.hidden[i] = task.hidden == kNothingHidden ? 0 : token + task.hidden;
     if (scratch.visible[i] > most) most = scratch.visible[i];
     if (task.before != nullptr) {
       const size_t at = static_cast<size_t>(token) * task.num_heads + head;
@@ -175,8 +187,10 @@ inline void close_rows(const PrefillTask& task, int kv_head, int tile, const Scr
     const int row = tile * kTile + i;
     const size_t at = static_cast<size_t>(row / group) * task.num_heads + kv_head * group + row % group;
     const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(scratch.totals + i * kLanes));
-    const F inverse = _mm512_set1_ps(1.0F / total);
-    task.log_sum_exp[at] = scratch.maxima[i] * kLn2 + __builtin_logf(total);
+    // A row that a window hides all keys from so far counts as one of a weight that is nothing next to any other.
+    const bool sees = total > 0.0F;
+    const F inverse = _mm512_set1_ps(sees ? 1.0F / total : 0.0F);
+    task.log_sum_exp[at] = sees ? scratch.maxima[i] * kLn2 + __builtin_logf(total) : kLowest;
     for (int j = 0; j < width; j += kLanes) {
       const F mean = _mm512_mul_ps(_mm512_loadu_ps(scratch.sums + i * width + j), inverse);
       const __mmask16 mask = first_lanes(task.head_dim - j);
@@ -194,20 +208,25 @@ inline void attend(const PrefillTask& task, int kv_head, int tile, const uint32_
   const Scratch scratch(task, memory);
   const int pairs = task.pairs();
   const int width = task.width();
-  const F scale = _mm512_set1_ps(kLog2E / __builtin_sqrtf(static_cast<float>(task.head_dim)));
+  const float root = __builtin_sqrtf(static_cast<float>(task.head_dim));
+  const F scale = _mm512_set1_ps(kLog2E / root);
+  const float cap = task.softcap * root;
   const int most = open_rows(task, kv_head, tile, scratch);
-  for (int first = 0; first < most; first += kKeyBlock) {
+  const int least = scratch.hidden[0] > 0 ? scratch.hidden[0] / kKeyBlock * kKeyBlock : 0;
+  for (int first = least; first < most; first += kKeyBlock) {
     const uint32_t* keys = packed + static_cast<size_t>(first / kKeyBlock) * block_words(task);
     for (int strip = 0; strip < kStrips; ++strip) {
       // Rows of a strip see ever more keys.
       const int least_seen = scratch.visible[strip * kRows] - first;
       const int most_seen = scratch.visible[strip * kRows + kRows - 1] - first;
-      if (most_seen <= 0) continue;
-      const bool hides = least_seen < kKeyBlock;
+      // And of a window, ever later ones.
+      const int most_hidden = scratch.hidden[strip * kRows + kRows - 1] - first;
+      if (most_seen <= 0 || scratch.hidden[strip * kRows] - first >= kKeyBlock) continue;
+      const bool hides = least_seen < kKeyBlock || most_hidden > 0;
       if (most_seen > kKeyBlock / 2) {
-        weigh<kVectors>(scratch, strip, keys, first, hides, pairs, width, scale);
+        weigh<kVectors>(scratch, strip, keys, first, hides, pairs, width, scale, cap);
       } else {
-        weigh<kVectors / 2>(scratch, strip, keys, first, hides, pairs, width, scale);
+        weigh<kVectors / 2>(scratch, strip, keys, first, hides, pairs, width, scale, cap);
       }
       const int key_pairs = most_seen > kKeyBlock / 2 ? kKeyPairs : kKeyPairs / 2;
       add_all_values(scratch.weights, keys + key_words(task), key_pairs, width, scratch.sums + strip * kRows * width);

@@ -30,7 +30,9 @@ inline void add_mass(const MassTask& task, int kv_head, int first_token, int num
                      const MassScratch& scratch) {
   const int group = task.group();
   const int pairs = task.pairs();
-  const F scale = _mm512_set1_ps(kLog2E / __builtin_sqrtf(static_cast<float>(task.head_dim)));
+  const float root = __builtin_sqrtf(static_cast<float>(task.head_dim));
+  const F scale = _mm512_set1_ps(kLog2E / root);
+  const float cap = task.softcap * root;
   const int rows = num_tokens * group;
   for (int strip = 0; strip < rows; strip += kRows) {
     const int count = rows - strip < kRows ? rows - strip : kRows;
@@ -51,7 +53,8 @@ inline void add_mass(const MassTask& task, int kv_head, int first_token, int num
       const int seen = task.ahead + first_token + token + 1 - first_key;
       float* mass = scratch.mass + token * kKeyBlock;
       for (int j = 0; j < kVectors; ++j) {
-        const F weight = exp2_of(_mm512_fmadd_ps(scores[i][j], scale, negative));
+        const F score = cap > 0.0F ? cap_scores(scores[i][j], cap) : scores[i][j];
+        const F weight = exp2_of(_mm512_fmadd_ps(score, scale, negative));
         const F sum = _mm512_loadu_ps(mass + j * kLanes);
         _mm512_storeu_ps(mass + j * kLanes, _mm512_mask_add_ps(sum, first_lanes(seen - j * kLanes), sum, weight));
       }

@@ -35,6 +35,15 @@ ALISA_INLINE F exp2_of(F x) {
   return _mm512_scalef_ps(p, x);
 }
 
+// cap * tanh(x / cap), for cap > 0.
+ALISA_INLINE F cap_scores(F x, float cap) {
+  const F one = _mm512_set1_ps(1.0F);
+  const F faded = exp2_of(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2.0F * kLog2E / cap)));
+  const F size = _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_div_ps(_mm512_sub_ps(one, faded), _mm512_add_ps(one, faded)));
+  const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+  return _mm512_mask_sub_ps(size, negative, _mm512_setzero_ps(), size);
+}
+
 // Products of a strip of queries with the first `kUsed` vectors of a packed block of keys.
 template <int kUsed>
 ALISA_INLINE void products(const uint32_t* q, const uint32_t* keys, int pairs, F (&scores)[kRows][kUsed]) {

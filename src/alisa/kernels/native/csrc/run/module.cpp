@@ -1,10 +1,12 @@
 // The Python module `alisa.kernels._native`: addresses and sizes in, results written where they point. It knows nothing of
 // torch, so one build serves every version of it; alisa/kernels/cpu*.py check dtypes, shapes and strides.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -121,7 +123,7 @@ NB_MODULE(_native, m) {
           "__init__",
           [](alisa::DecodeTask* self, const RowLayout& layout, uintptr_t q, int q_dtype, uintptr_t rows, size_t row_stride,
              uintptr_t slots, uintptr_t counts, int num_seqs, int num_heads, int num_sets, int num_slots, uintptr_t out,
-             uintptr_t mass, uintptr_t log_sum_exp) {
+             uintptr_t mass, uintptr_t log_sum_exp, float softcap) {
             new (self) alisa::DecodeTask{};
             self->q = at<const void>(q);
             self->q_dtype = static_cast<Dtype>(q_dtype);
@@ -137,9 +139,10 @@ NB_MODULE(_native, m) {
             self->out = at<void>(out);
             self->mass = at<float>(mass);
             self->log_sum_exp = at<float>(log_sum_exp);
+            self->softcap = softcap;
           },
           "layout"_a, "q"_a, "q_dtype"_a, "rows"_a, "row_stride"_a, "slots"_a, "counts"_a, "num_seqs"_a, "num_heads"_a,
-          "num_sets"_a, "num_slots"_a, "out"_a, "mass"_a, "log_sum_exp"_a, "Queries, what they attend to, and results.");
+          "num_sets"_a, "num_slots"_a, "out"_a, "mass"_a, "log_sum_exp"_a, "softcap"_a, "Queries, what they attend to, and results.");
   nb::class_<alisa::Plan>(m, "Plan").def(nb::init<>());
 
   nb::class_<alisa::Workspace>(m, "Workspace")
@@ -269,32 +272,34 @@ NB_MODULE(_native, m) {
           "prefill",
           [](alisa::Workspace& self, const Threads& threads, std::tuple<uintptr_t, size_t, size_t> q,
              std::tuple<uintptr_t, size_t, size_t> k, std::tuple<uintptr_t, size_t, size_t> v, int num_queries, int num_keys,
-             int num_heads, int num_kv_heads, int head_dim, int ahead, uintptr_t before, uintptr_t after, uintptr_t out,
+             int num_heads, int num_kv_heads, int head_dim, int ahead, std::optional<int> hidden, float softcap,
+             uintptr_t before, uintptr_t after, uintptr_t out,
              uintptr_t log_sum_exp) {
             const alisa::PrefillIsa& kernels = prefill_isa();
             const alisa::PrefillTask task = {heads_at(q),          heads_at(k),      heads_at(v),         num_queries,
                                              num_keys,             num_heads,        num_kv_heads,        head_dim,
-                                             ahead,                at<const float>(before), at<float>(after), at<uint16_t>(out),
+                                             ahead,                hidden.value_or(alisa::kNothingHidden), softcap,
+                                             at<const float>(before), at<float>(after), at<uint16_t>(out),
                                              at<float>(log_sum_exp)};
             const nb::gil_scoped_release unlocked;
             self.prefill(kernels, task, threads);
           },
           "threads"_a, "q"_a, "k"_a, "v"_a, "num_queries"_a, "num_keys"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-          "ahead"_a, "before"_a, "after"_a, "out"_a, "log_sum_exp"_a)
+          "ahead"_a, "hidden"_a.none(), "softcap"_a, "before"_a, "after"_a, "out"_a, "log_sum_exp"_a)
       .def(
           "prefill_mass",
           [](alisa::Workspace& self, const Threads& threads, std::tuple<uintptr_t, size_t, size_t> q,
              std::tuple<uintptr_t, size_t, size_t> k, int num_queries, int num_keys, int num_heads, int num_kv_heads,
-             int head_dim, int num_sets, int ahead, uintptr_t log_sum_exp, uintptr_t mass) {
+             int head_dim, int num_sets, int ahead, float softcap, uintptr_t log_sum_exp, uintptr_t mass) {
             const alisa::PrefillIsa& kernels = prefill_isa();
             const alisa::MassTask task = {heads_at(q),  heads_at(k), num_queries, num_keys,
                                           num_heads,    num_kv_heads, head_dim,   num_sets,
-                                          ahead,        at<const float>(log_sum_exp), at<float>(mass)};
+                                          ahead,        softcap, at<const float>(log_sum_exp), at<float>(mass)};
             const nb::gil_scoped_release unlocked;
             self.prefill_mass(kernels, task, threads);
           },
           "threads"_a, "q"_a, "k"_a, "num_queries"_a, "num_keys"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-          "num_sets"_a, "ahead"_a, "log_sum_exp"_a, "mass"_a);
+          "num_sets"_a, "ahead"_a, "softcap"_a, "log_sum_exp"_a, "mass"_a);
 
   nb::class_<alisa::ProductWorkspace>(m, "ProductWorkspace")
       .def(nb::init<>())
