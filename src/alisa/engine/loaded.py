@@ -13,8 +13,8 @@ from alisa.kernels.choose import AttentionBackend, choose_backend
 from alisa.model.choose_linear import choose_linear
 from alisa.model.decoder import Decoder
 from alisa.model.hub import resolve_model
-from alisa.model.loader import checkpoint_dtype, load_decoder, load_spec
 from alisa.model.precision import resolve_device, resolve_dtype
+from alisa.model.stored import open_model
 from alisa.model.tokenizer import Tokenizer
 from alisa.spec import ModelSpec, RowFormat
 
@@ -57,13 +57,13 @@ def load_model(config: EngineConfig, progress: Callable[[int, int], None] | None
         InputError: the device or a precision is not to be had here.
         ModelError: the model cannot be found, read or run.
     """
-    directory = embedded_model() if config.model is None else resolve_model(config.model)
-    load_spec(directory)  # before anything else is read: a wrong directory or family is refused by its config
-    tokenizer = Tokenizer.load(directory)
+    # Opened before anything else is read: a wrong directory or family is refused by its config.
+    stored = open_model(embedded_model() if config.model is None else resolve_model(config.model))
+    tokenizer = stored.tokenizer()
     device = resolve_device(config.device)
     make_linear = choose_linear(config.weight_dtype, device)
-    dtype = resolve_dtype(config.dtype, checkpoint_dtype(directory), device)
-    decoder = load_decoder(directory, dtype, device, progress, make_linear)
+    dtype = resolve_dtype(config.dtype, stored.dtype_name(), device)
+    decoder = stored.decoder(dtype, device, progress, make_linear)
     return LoadedModel(config.model or "embedded", decoder, tokenizer, choose_backend(decoder.device))
 
 

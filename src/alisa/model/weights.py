@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,37 @@ _SHARD = re.compile(r".*-\d+-of-(\d+)\.(safetensors|bin)")
 _DERIVED = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(masked_)?bias|version)$")
 
 
+class StoredTensors(Protocol):
+    """Tensors in files, by the names that a family's checkpoints have."""
+
+    @property
+    def place(self) -> Path:
+        """The directory or the file, for messages."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What describes the model they are of, for messages: `config.json`."""
+        ...
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor, without reading it."""
+        ...
+
+    def file_name(self, name: str) -> str:
+        """The file a tensor lies in, for messages."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in a float dtype, in memory of its own."""
+        ...
+
+
 class Checkpoint:
     """The tensors of a model directory by their names in the files.
 
@@ -38,7 +70,8 @@ class Checkpoint:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.place = directory
+        self.description = "config.json"
         self._files: dict[str, SafetensorsFile | TorchFile] = {}
         for path in weight_files(directory):
             file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
@@ -118,7 +151,7 @@ def _complete(found: list[Path]) -> list[Path]:
 
 
 class CheckpointSource:
-    """A checkpoint read through a family's name map.
+    """Stored tensors read through a family's name map.
 
     Args:
         checkpoint: the files.
@@ -129,7 +162,7 @@ class CheckpointSource:
         ModelError: tensors are missing or unknown; the message names the first few of each.
     """
 
-    def __init__(self, checkpoint: Checkpoint, family: Family, spec: ModelSpec) -> None:
+    def __init__(self, checkpoint: StoredTensors, family: Family, spec: ModelSpec) -> None:
         self._checkpoint = checkpoint
         self._spec = spec
         stored = [name for name in checkpoint.names if not name.startswith(family.ignored)]
@@ -202,16 +235,16 @@ class CheckpointSource:
         if extra:
             reasons.append(f"{len(extra)} are not part of a {family.model_type} model ({_some(extra)})")
         raise ModelError(
-            f"The weights in {self._checkpoint.directory} do not fit config.json ({family.model_type}, "
-            f"{self._spec.num_layers} layers): {' and '.join(reasons)}; download the repository again."
+            f"The weights in {self._checkpoint.place} do not fit {self._checkpoint.description} ({family.model_type}, "
+            f"{self._spec.num_layers} layers): {' and '.join(reasons)}; download them again."
         )
 
     def _misshapen(self, parts: Sequence[WeightPiece], name: str, shape: Shape) -> ModelError:
         originals = [self._names[part.name] for part in parts]
         found = ", ".join(f"{original} {list(self._checkpoint.shape(original))}" for original in originals)
         return ModelError(
-            f"{self._checkpoint.file_name(originals[0])}: {found} cannot make up {name} {list(shape)} as config.json "
-            "describes it; config and weights are of different models, download both again."
+            f"{self._checkpoint.file_name(originals[0])}: {found} cannot make up {name} {list(shape)} as "
+            f"{self._checkpoint.description} describes it; the two are of different models, download both again."
         )
 
 
