@@ -46,9 +46,18 @@ _WINDOWED: dict[str, Any] = {
     "max_window_layers": 28,
     "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
 }
+_LOW_IDS: dict[str, Any] = _GATED | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _GEMMA: dict[str, Any] = _GATED | {"num_key_value_heads": 2, "head_dim": 24, "query_pre_attn_scalar": 20}
 
 _YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+_LAYER_NORM: dict[str, Any] = _COMMON | {"intermediate_size": 96, "max_position_embeddings": 128}
+_LAYER_NORM |= {"num_key_value_heads": 2}
+_LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * i for i in range(6)],
+    "long_factor": [1.5 + 0.7 * i for i in range(6)],
+}
 
 TINY_MODELS: dict[str, TinyModel] = {
     "llama": TinyModel("Llama", _GATED),
@@ -102,6 +111,47 @@ TINY_MODELS: dict[str, TinyModel] = {
         _GATED
         | {"num_key_value_heads": 2, "head_dim": 32}
         | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+    ),
+    "gemma2": TinyModel(
+        "Gemma2", _GEMMA | {"sliding_window": 13, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
+    ),
+    "phi3": TinyModel("Phi3", _LOW_IDS | {"sliding_window": 30}),
+    "phi3-longrope": TinyModel(
+        "Phi3",
+        _LOW_IDS
+        | {
+            "num_key_value_heads": 2,
+            "original_max_position_embeddings": 64,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": _LONGROPE,
+        },
+    ),
+    "olmo2": TinyModel("Olmo2", _GATED | {"num_key_value_heads": 2}),
+    "granite": TinyModel(
+        "Granite",
+        _GATED
+        | {
+            "num_key_value_heads": 2,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 0.3,
+        },
+    ),
+    "smollm3": TinyModel("SmolLM3", _LOW_IDS | {"num_key_value_heads": 2, "no_rope_layer_interval": 2}),
+    "smollm3-windows": TinyModel(
+        "SmolLM3",
+        _LOW_IDS
+        | {"num_key_value_heads": 2, "no_rope_layers": [1, 0, 0]}
+        | {"use_sliding_window": True, "sliding_window": 14},
+    ),
+    "stablelm": TinyModel("StableLm", _LAYER_NORM | {"layer_norm_eps": 0.01, "use_qkv_bias": True}),
+    "starcoder2": TinyModel("Starcoder2", _LAYER_NORM | {"norm_epsilon": 0.01, "sliding_window": 20}),
+    "ministral": TinyModel(
+        "Ministral",
+        _GATED
+        | {"num_key_value_heads": 2, "sliding_window": 10, "head_dim": 16}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
     "gemma3": TinyModel("Gemma3Text", _GEMMA | {"sliding_window": 11, "sliding_window_pattern": 3}),
     "gemma3-scaled": TinyModel(

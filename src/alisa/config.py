@@ -95,6 +95,8 @@ class SamplingParams:
 
     max_tokens: int = 128
     """Upper bound of generated tokens."""
+    n: int = 1
+    """Texts for each prompt, drawn independently; all are equal where the temperature is 0."""
     temperature: float = 0.0
     """0 picks the most likely token (greedy)."""
     top_k: int = 0
@@ -125,6 +127,7 @@ class SamplingParams:
             text
             for bad, text in (
                 (self.max_tokens < 1, f"max_tokens is {self.max_tokens}, at least 1 is needed"),
+                (self.n < 1, f"n is {self.n}, at least 1 is needed"),
                 (not 0 <= self.temperature <= 100, f"temperature is {self.temperature}, allowed is 0 to 100"),
                 (self.top_k < 0, f"top_k is {self.top_k}, allowed is 0 or -1 (off) or more"),
                 (not 0 < self.top_p <= 1, f"top_p is {self.top_p}, allowed is above 0 up to 1"),
@@ -140,6 +143,15 @@ class SamplingParams:
         ]
         if wrong:
             raise InputError("; ".join(wrong) + ".")
+
+
+_SAMPLE_STRIDE = 0x9E3779B97F4A7C15
+"""2**64 over the golden ratio: seeds of samples meet none of those of a list of prompts, which are neighbours."""
+
+
+def sample_params(params: SamplingParams, sample: int) -> SamplingParams:
+    """The parameters of text `sample` (from 0) of the `n` of a prompt; those of the first are as if it were alone."""
+    return replace(params, n=1, seed=(params.seed + sample * _SAMPLE_STRIDE) % NUM_SEEDS)
 
 
 def per_request(params: SamplingParams, index: int) -> SamplingParams:
@@ -199,8 +211,9 @@ class EngineConfig:
     max_model_len: int | None = None
     """Tokens of a sequence, prompt and output together; None: as many as the model has positions."""
     prefill_chunk: int = 1024
-    """Prompt tokens that go through the model in one pass; bounds the activations of long prompts. In 16 bits another
-    number may round longer prompts in another way."""
+    """Prompt tokens that go through the model in one pass; bounds the activations of long prompts, and how long
+    running requests wait for a new one. Changes no token. Where rows are rounded (int8, int4), whole sections of 1024
+    tokens are read."""
 
     def __post_init__(self) -> None:
         wrong = _settle(self)

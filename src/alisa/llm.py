@@ -122,10 +122,13 @@ class LLM:
         prompts: str | Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> RunOutput:
-        """Continue every prompt; outputs in the order of the prompts. Raises what `stream` raises."""
+        """Continue every prompt; outputs in the order of the prompts, the `n` of one prompt one after the other.
+
+        Raises what `stream` raises.
+        """
         with self.stream(prompts, params) as stream:
             outputs = [event for event in stream if isinstance(event, RequestOutput)]
-            return RunOutput(tuple(sorted(outputs, key=lambda output: output.index)), stream.report())
+            return RunOutput(tuple(sorted(outputs, key=lambda output: (output.index, output.sample))), stream.report())
 
     def stream(
         self,

@@ -141,6 +141,8 @@ class RequestOutput:
     """What went wrong, when that is why it ended."""
     request_id: str = ""
     """Its name in the engine."""
+    sample: int = 0
+    """Which of the `n` texts of its prompt this is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,8 @@ class TextDelta:
     request_id: str = ""
     token_ids: tuple[int, ...] = ()
     """The new tokens."""
+    sample: int = 0
+    """Which of the `n` texts of its prompt grows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,9 @@ from typing import Literal
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+ActivationName = Literal["relu", "silu", "gelu", "gelu_tanh"]
+"""Functions between the two products of an MLP; gelu is exact, gelu_tanh its approximation by tanh."""
+
 LANES = 64
 """Output channels that lie together in a weight of 8 bits; as `kLanes` in kernels/native/product.h."""
 QUAD = 4
@@ -136,7 +139,7 @@ class ModelSpec:
     """Longest sequence (prompt and output together) the position encoding allows."""
     norm: Literal["layernorm", "rmsnorm"]
     norm_eps: float
-    activation: Literal["relu", "silu", "gelu", "gelu_tanh"]
+    activation: ActivationName
     gated_mlp: bool
     """True: down(act(gate(x)) * up(x)); False: down(act(up(x)))."""
     rope: Rope | None
@@ -146,6 +149,8 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMS norm over each head of q and k before the rotation (Qwen3)."""
+    qk_norm_joint: bool = False
+    """That norm is one over all heads together instead (OLMo 2)."""
     parallel_residual: bool = False
     """Attention and MLP read the same input and are added together (GPT-NeoX)."""
     norm_place: Literal["before", "both", "after", "after_sum"] = "before"
@@ -155,6 +160,10 @@ class ModelSpec:
     """The weights of norms stay in float32, and their products are rounded once (Gemma)."""
     embed_scale: float = 1.0
     """What token embeddings are multiplied with, rounded to the model's dtype."""
+    residual_scale: float = 1.0
+    """What the outputs of attention and MLP are multiplied with before they are added to the residual (Granite)."""
+    logit_scale: float = 1.0
+    """What logits are multiplied with."""
     query_scale: float | None = None
     """What scores q . k are multiplied with; None: 1 / sqrt(D)."""
     windows: tuple[int | None, ...] = ()

@@ -152,6 +152,8 @@ def test_no_company_placement_or_thread_changes_a_bit(options, tmp_path, monkeyp
     total = sum(PROMPT_LENGTHS) + len(PROMPT_LENGTHS) * NEW_TOKENS
     third = LLM(**options, kv_device_memory=device_cap(together, total // 3))
     assert run(third, prompts) == expected, "a third of the rows"
+    for chunk in (16, 100, 1024):
+        assert run(LLM(**(options | {"prefill_chunk": chunk})), prompts) == expected, "read in other steps"
     capped = LLM(**options, kv_device_memory=device_cap(together, 40))
     asked = count_pieces(capped, monkeypatch)
     assert run(capped, prompts, num_threads=2) == expected, "in pieces"
@@ -190,6 +192,18 @@ def test_sliding_windows_keep_the_promise(policy, dtype, kernels, tiny_model, tm
     deleted = count_deleted(phases)
     assert run(phases, prompts, new_tokens=12) == expected, "three phases"
     assert sum(deleted) > 0
+
+
+@pytest.mark.parametrize("policy", ["dense", "swa", "h2o", "sketch"])
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")])
+def test_the_steps_a_long_prompt_is_read_in_change_no_bit(policy, dtype, kv_dtype):
+    """Prompts of more than one section, cut within and across sections; the embedded model allows 2048 tokens."""
+    options = {"policy": policy, "sparsity": 0.9, "dtype": dtype, "kv_dtype": kv_dtype, "max_num_seqs": 2}
+    results = []
+    for chunk in (2048, 1024, 700, 96):
+        llm = LLM(**options, prefill_chunk=chunk)
+        results.append(run(llm, prompts_of(llm, (1500, 1030)), new_tokens=3))
+    assert all(result == results[0] for result in results)
 
 
 def test_plain_torch_keeps_the_promise(tiny_model, monkeypatch):
@@ -267,6 +281,7 @@ def random_case(draw):
         "seed": draw.randint(0, 999),
         "num_threads": draw.choice([1, 2, 3]),
         "max_num_seqs": draw.choice([1, 2, 5, 32]),
+        "other_chunk": draw.choice([16, 50, 1024]),
         # A static schedule keeps its part of every sequence on the device, and is refused where that cannot be.
         "cap": draw.choice([None, 0.7] if schedule is STATIC else [None, 0.7, 0.3, 0.1, 0.0]),
         "disk": draw.choice([None, None, 0.4]),
@@ -296,7 +311,7 @@ def check_case(case, tiny_model, tmp_path):
         setting["schedule"] = tmp_path / "schedule.json"
         setting["schedule"].write_text(json.dumps(case["schedule"]))
     try:
-        llm = LLM(model, **options, **setting)
+        llm = LLM(model, **(options | {"prefill_chunk": case["other_chunk"]}), **setting)
         found = run(llm, prompts, num_threads=case["num_threads"], **rules)
     except CapacityError:
         return False

@@ -144,5 +144,10 @@ def test_project_kv_rebuilds_what_attend_saw(name: str, tmp_path: Path) -> None:
 
 def _key_projection(model: torch.nn.Module, layer: int) -> torch.nn.Module:
     """The module that computes K of one layer, under the name its family gives it."""
-    ends = (f"layers.{layer}.self_attn.k_proj", f"layers.{layer}.attention.query_key_value", f"h.{layer}.attn.c_attn")
+    ends = (
+        f"layers.{layer}.self_attn.k_proj",
+        f"layers.{layer}.self_attn.qkv_proj",
+        f"layers.{layer}.attention.query_key_value",
+        f"h.{layer}.attn.c_attn",
+    )
     return next(module for name, module in model.named_modules() if name.endswith(ends))

@@ -124,7 +124,7 @@ def test_seeds_are_those_of_plain_torch(num_new, past_size, kv_heads, group, hea
         return mass
 
     _, seeds = NativePrefill(CpuPrefill())(
-        problem.q, problem.own, lambda: problem.past, num_seeds, num_sets, None, softcap
+        problem.q, problem.own, len(problem.q), lambda: problem.past, num_seeds, num_sets, None, softcap
     )
     q = problem.q.float()
     _, log_sum_exp = attend_after_plain(q, problem.own, problem.past, None, softcap)
@@ -171,6 +171,33 @@ def test_blocks_that_a_window_hides_need_not_be_there(lost):
     assert torch.isfinite(out.float()).all()
 
 
+@pytest.mark.parametrize("window", [None, 60, 320])
+def test_a_piece_of_a_section_sees_through_a_window_what_the_section_sees(window):
+    whole = make_problem(300, [64], 2, 3, 64)
+    for kernel in (NativePrefill(CpuPrefill()), prefill_attention):
+        out, _ = kernel(whole.q, whole.own, 300, lambda: whole.past, 0, 1, window)
+        for first, last in ((0, 1), (0, 64), (1, 65), (270, 299), (299, 300)):
+            own = KeyBlock(whole.own.start, whole.own.k[:last], whole.own.v[:last])
+            piece, _ = kernel(whole.q[first:last], own, 300, lambda: whole.past, 0, 1, window)
+            assert torch.equal(piece, out[first:last])
+
+
+def test_a_piece_of_a_section_gets_what_the_section_gets():
+    whole = make_problem(300, [64], 2, 3, 64)
+    kernel = NativePrefill(CpuPrefill())
+    out, seeds = kernel(whole.q, whole.own, 300, lambda: whole.past, 40, 2)
+    mass = {seed.start: seed.mass for seed in seeds}
+    for first, last in ((0, 1), (0, 64), (1, 65), (270, 299), (299, 300)):
+        own = KeyBlock(whole.own.start, whole.own.k[:last], whole.own.v[:last])
+        num_observed = max(0, last - max(first, 260))
+        piece, observed = kernel(whole.q[first:last], own, 300, lambda: whole.past, num_observed, 2)
+        assert torch.equal(piece, out[first:last])
+        for seed in observed:
+            assert seed.first == 64 + last - num_observed
+            row = seed.first - 64 - 260
+            assert torch.equal(seed.mass, mass[seed.start][row : row + num_observed, :, : seed.mass.shape[2]])
+
+
 def test_queries_of_any_stride_are_read_in_place():
     problem = make_problem(20, [], 2, 2, 32)
     wide = torch.zeros(20, 4, 64, dtype=torch.bfloat16)
@@ -183,8 +210,8 @@ def test_queries_of_any_stride_are_read_in_place():
 def test_other_dtypes_go_to_torch():
     problem = make_problem(9, [], 1, 2, 16)
     q, own = problem.q.float(), KeyBlock(0, problem.own.k.float(), problem.own.v.float())
-    out, seeds = NativePrefill(CpuPrefill())(q, own, tuple, 3, 1)
-    expected, expected_seeds = prefill_attention(q, own, tuple, 3, 1)
+    out, seeds = NativePrefill(CpuPrefill())(q, own, 9, tuple, 3, 1)
+    expected, expected_seeds = prefill_attention(q, own, 9, tuple, 3, 1)
     assert torch.equal(out, expected)
     assert all(torch.equal(seed.mass, other.mass) for seed, other in zip(seeds, expected_seeds, strict=True))
 

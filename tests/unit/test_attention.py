@@ -1,5 +1,6 @@
 """Decode and prefill attention against the definition, written out head by head."""
 
+import itertools
 import math
 
 import pytest
@@ -136,7 +137,7 @@ def test_attention_through_a_window_is_the_definition(num_new, num_past, size, k
     for attend in (attend_after, attend_after_plain):
         out, _ = attend(q, own, past, window, softcap)
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
-    out, observed = prefill.prefill_attention(q, own, lambda: past, 0, 1, window, softcap)
+    out, observed = prefill.prefill_attention(q, own, num_new, lambda: past, 0, 1, window, softcap)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     assert not list(observed)
 
@@ -144,7 +145,7 @@ def test_attention_through_a_window_is_the_definition(num_new, num_past, size, k
 @pytest.mark.parametrize("num_sets", [1, 2])
 def test_capped_scores_show_in_the_mass_too(num_sets):
     q, k, v, _ = causal_case(5, 0, 2, None, 0.5)
-    _, observed = prefill.prefill_attention(q, KeyBlock(0, k, v), tuple, 3, num_sets, None, 0.5)
+    _, observed = prefill.prefill_attention(q, KeyBlock(0, k, v), 5, tuple, 3, num_sets, None, 0.5)
     mass = torch.cat([part.mass for part in observed])
     weights = full_weights(q, k, None, 0.5).view(num_sets, -1, 5, 5).sum(1)[:, 2:]
     torch.testing.assert_close(mass.double(), weights.transpose(0, 1), rtol=1e-5, atol=1e-5)
@@ -164,6 +165,34 @@ def test_attention_after_cached_blocks_in_sixteen_bits_is_that_of_plain_torch(dt
     torch.testing.assert_close(log_sum_exp, plain_log_sum_exp, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_past", [0, 64])
+def test_a_piece_of_a_section_gets_what_the_section_gets(dtype, num_past):
+    generator = torch.Generator().manual_seed(5)
+    num_new, num_observed = 1024, 100
+    q = torch.randn(num_new, 6, 32, generator=generator).to(dtype)
+    k, v = (torch.randn(num_past + num_new, 2, 32, generator=generator).to(dtype) for _ in range(2))
+    past = blocks_of(k, v, num_past, num_past or 1)
+
+    def run(first, last):
+        own = KeyBlock(num_past, k[num_past : num_past + last], v[num_past : num_past + last])
+        wanted = max(0, last - max(first, num_new - num_observed))
+        out, observed = prefill.prefill_attention(q[first:last], own, num_new, lambda: past, wanted, 2)
+        mass = torch.zeros(wanted, 2, num_past + num_new)
+        for row, start, part in observed:
+            row -= num_past + last - wanted
+            mass[row : row + len(part), :, start : start + part.shape[2]] += part
+        return out, mass
+
+    out, mass = run(0, num_new)
+    rows = []
+    for first, last in itertools.pairwise((0, 1, 256, 560, 940, 970, 1024)):
+        piece, observed = run(first, last)
+        assert torch.equal(piece, out[first:last]), (first, last)
+        rows.append(observed)
+    assert torch.equal(torch.cat(rows), mass)
+
+
 @pytest.mark.parametrize("num_sets", [1, 2])
 @pytest.mark.parametrize("block_scores", [1, 100, 1 << 23])
 def test_causal_mass_is_the_weights_summed_over_heads(num_sets, block_scores, monkeypatch):
@@ -172,7 +201,7 @@ def test_causal_mass_is_the_weights_summed_over_heads(num_sets, block_scores, mo
     q, k = torch.randn(5, 4, 8, generator=generator), torch.randn(9, 2, 8, generator=generator)
     weights = full_weights(q, k)  # [H, T, S]
     grouped = weights.view(2, 2, 5, 9).sum(1) if num_sets == 2 else weights.sum(0, keepdim=True)
-    blocks = list(causal_mass(q, k, num_sets))
+    blocks = list(causal_mass(q, k, 4, num_sets))
     assert [first for first, _ in blocks] == [4 + sum(len(m) for _, m in blocks[:i]) for i in range(len(blocks))]
     mass = torch.cat([mass for _, mass in blocks])
     torch.testing.assert_close(mass.double(), grouped.transpose(0, 1), rtol=1e-5, atol=1e-6)

@@ -317,8 +317,20 @@ def test_a_run_without_new_options_has_the_digest_of_version_0_1():
         "device": "auto",
     }
     sampling = asdict(SamplingParams(temperature=0.5, stop=("a",)))
-    args = parse(["generate", "a", "--temperature", "0.5", "--stop", "a"])
+    del sampling["n"]  # came later, and changes no text that is there
+    args = parse(["generate", "a", "--temperature", "0.5", "--stop", "a", "--n", "3"])
     assert args.digest() == settings_digest({**settings, "chat": False, "sampling": sampling})
+
+
+def test_several_texts_for_a_prompt_are_lines_of_their_own(tmp_path):
+    output, source = tmp_path / "out.jsonl", tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "a"}\n{"prompt": "b", "n": 1}\n')
+    options = ("--input", str(source), "--output", str(output), "--max-tokens", "2", "--quiet")
+    generate(*options)
+    generate(*options, "--n", "2")
+    found = lines(output)
+    assert sorted((line["index"], line.get("sample", 0)) for line in found) == [(0, 0), (0, 1), (1, 0)]
+    assert len({line["run"] for line in found}) == 1
 
 
 def test_wrong_paths_are_found_before_a_model_is_loaded(tmp_path):

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from alisa.cli.prompts import Prompt
+from alisa.cli.prompts import Prompt, each_sample
 from alisa.cli.results import ResultFile, settings_digest
 from alisa.errors import InputError
 
-PROMPTS = tuple(Prompt(text=text, name=text) for text in ("zero", "one", "two"))
+PROMPTS = each_sample([Prompt(text=text, name=text) for text in ("zero", "one", "two")], 1)
 RUN = "0123456789ab"
 
 
@@ -39,6 +39,20 @@ def test_a_later_run_knows_what_is_finished(tmp_path):
     assert path.read_bytes().count(b"\n") == 3
 
 
+def test_more_or_fewer_texts_for_a_prompt_keep_those_that_are_there(tmp_path):
+    path = tmp_path / "out.jsonl"
+    three = each_sample([Prompt(text="zero", name="zero"), Prompt(text="one", name="one", settings={"n": 1})], 3)
+    assert [(prompt.index, prompt.sample) for prompt in three] == [(0, 0), (0, 1), (0, 2), (1, None)]
+    path.write_bytes(line(0))  # of a run with one text each
+    with ResultFile(path, three, RUN) as results:
+        assert results.finished == {0}
+        results.append(2, record(0) | {"sample": 2})
+    with ResultFile(path, three, RUN) as results:
+        assert results.finished == {0, 2}
+    with ResultFile(path, PROMPTS[:1], RUN) as results:
+        assert results.finished == {0}
+
+
 @pytest.mark.parametrize("length", [1, 5, 20])
 def test_a_torn_last_line_is_cut_off(tmp_path, length):
     path = tmp_path / "out.jsonl"
@@ -54,6 +68,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path, length):
         (line(0, run="another"), r"line 1: comes from a run with another model, policy or sampling settings"),
         (line(0) + line(1, prompt="else"), r"line 2: its prompt or its settings are not those of prompt 1 of this run"),
         (line(0)[:-1].replace(b": 0", b": 3") + b"\n", r"line 1: its prompt or its settings are not those of prompt 3"),
+        (line(0)[:-2] + b', "sample": [1]}\n', r"line 1: its prompt or its settings are not those of prompt 0"),
         (b"my notes\n", r"line 1: not a result of alisa generate"),
         (b'{"index": 0}\n', r"line 1: not a result"),
         (b"[1]\n", r"line 1: not a result"),
@@ -110,5 +125,5 @@ def test_a_prompt_that_was_not_usable_is_done_again_once_it_is_mended(tmp_path):
     path.write_bytes(result(PROMPTS[0], 0) + result(Prompt(text="", name=""), 1, finish_reason="error"))
     with ResultFile(path, PROMPTS, RUN) as results:
         assert results.finished == {0}
-    with ResultFile(path, (PROMPTS[0], Prompt(text="", name="")), RUN) as results:
+    with ResultFile(path, each_sample([PROMPTS[0], Prompt(text="", name="")], 1), RUN) as results:
         assert results.finished == {0, 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,22 @@ from alisa.kernels.base import KeyBlock, PrefillKernel
 from alisa.scheduler.plan import ScheduledChunk
 from alisa.spec import AttentionShape
 
-PAST_BLOCK_TOKENS = 1024
-"""Cached tokens that prefill reads back at once: what it holds of the past does not grow with the prompt."""
+SECTION_TOKENS = 1024
+"""Attention of a prompt is cut at multiples of this, whatever steps it is read in, so that steps change no bit of it.
+
+A token sees the keys of its own section as the model made them, and those of earlier sections as their rows hold them,
+one section after the other: what prefill holds of the past does not grow with the prompt.
+"""
+
+
+def chunk_tokens(wanted: int, row_dtype: str, dtype: torch.dtype) -> int:
+    """Prompt tokens that a step may read, of a model that computes in `dtype` and keeps its rows in `row_dtype`.
+
+    Keys of a section's earlier tokens come out of their rows. Where rows are rounded, that would be other keys than a
+    section read in one step sees, so there a step reads whole sections.
+    """
+    is_exact = str(dtype) == f"torch.{row_dtype}"
+    return wanted if is_exact else -(-wanted // SECTION_TOKENS) * SECTION_TOKENS
 
 
 class PrefillStep:
@@ -27,6 +42,7 @@ class PrefillStep:
         observe_prompt: the policy state's, timed.
         kernel: attention.
         chunks: of the plan.
+        prompt_lens: of each chunk's sequence.
         observed_from: for each chunk, from which position on its rows of attention are shown to the policy; None: none.
         num_sets: J.
         shape: of the attention; a layer with a window is none of the policy's.
@@ -41,6 +57,7 @@ class PrefillStep:
         observe_prompt: Callable[[int, int, int, int, Tensor], None],
         kernel: PrefillKernel,
         chunks: Sequence[ScheduledChunk],
+        prompt_lens: Sequence[int],
         observed_from: Sequence[int | None],
         num_sets: int,
         shape: AttentionShape,
@@ -52,7 +69,11 @@ class PrefillStep:
         self._on_append = on_append
         self._observe_prompt = observe_prompt
         self._kernel = kernel
-        self._chunks = tuple(zip(chunks, observed_from, strict=True))
+        self._pieces = tuple(
+            piece
+            for chunk, prompt_len, first in zip(chunks, prompt_lens, observed_from, strict=True)
+            for piece in _pieces(chunk, prompt_len, first)
+        )
         self._num_sets = num_sets
         tokens = [(chunk.req_idx, position) for chunk in chunks for position in range(chunk.start, chunk.end)]
         self._req_index, self._positions = torch.tensor(tokens, device=device).unbind(1)
@@ -65,31 +86,56 @@ class PrefillStep:
         if self._shape.window(layer) is None:
             self._on_append(self._shape.among_full(layer), self._req_index, self._positions, k, v)
         start = 0
-        for chunk, observed_from in self._chunks:
-            span = slice(start, start + chunk.count)
+        for piece in self._pieces:
+            span = slice(start, start + piece.end - piece.start)
             start = span.stop
-            out[span] = self._chunk(layer, chunk, observed_from, q[span], k[span], v[span])
+            out[span] = self._piece(layer, piece, q[span], k[span], v[span])
         return out[None]
 
-    def _chunk(
-        self, layer: int, chunk: ScheduledChunk, observed_from: int | None, q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
-        """Attention of one chunk `[t, H, D]`; the rows of its observation window go to the policy."""
-        window = self._shape.window(layer)
-        num_observed = 0 if observed_from is None or window is not None else chunk.end - observed_from
-        past = partial(self._past, layer, chunk, window)
-        own = KeyBlock(chunk.start, k, v)
-        out, observed = self._kernel(q, own, past, num_observed, self._num_sets, window, self._shape.softcap)
+    def _piece(self, layer: int, piece: _Piece, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one piece `[t, H, D]`; the rows of its observation window go to the policy."""
+        if piece.start > piece.section_start:
+            earlier_k, earlier_v = self._store.read(layer, piece.req_idx, piece.section_start, piece.start)
+            k, v = torch.cat((earlier_k.to(k.dtype), k)), torch.cat((earlier_v.to(v.dtype), v))
+        window, softcap = self._shape.window(layer), self._shape.softcap
+        num_observed = piece.num_observed if window is None else 0
+        own = KeyBlock(piece.section_start, k, v)
+        section_len = piece.section_end - piece.section_start
+        past = partial(self._past, layer, piece, window)
+        out, observed = self._kernel(q, own, section_len, past, num_observed, self._num_sets, window, softcap)
         for first, start, mass in observed:
-            self._observe_prompt(self._shape.among_full(layer), chunk.req_idx, first, start, mass)
+            self._observe_prompt(self._shape.among_full(layer), piece.req_idx, first, start, mass)
         return out
 
-    def _past(self, layer: int, chunk: ScheduledChunk, window: int | None) -> Iterator[KeyBlock]:
-        """K and V of the tokens before the chunk that it sees some of, from wherever their rows lie.
+    def _past(self, layer: int, piece: _Piece, window: int | None) -> Iterator[KeyBlock]:
+        """K and V of the sections before the piece's, from wherever their rows lie.
 
-        Blocks begin at the same positions for all chunks, so that a window changes no more than which ones there are.
+        With a window, those that its section sees something of: the same for all pieces of it.
         """
-        first_seen = 0 if window is None else max(chunk.start + 1 - window, 0)
-        for first in range(first_seen // PAST_BLOCK_TOKENS * PAST_BLOCK_TOKENS, chunk.start, PAST_BLOCK_TOKENS):
-            k, v = self._store.read(layer, chunk.req_idx, first, min(first + PAST_BLOCK_TOKENS, chunk.start))
+        first_seen = 0 if window is None else max(piece.section_start + 1 - window, 0)
+        for first in range(first_seen // SECTION_TOKENS * SECTION_TOKENS, piece.section_start, SECTION_TOKENS):
+            k, v = self._store.read(layer, piece.req_idx, first, first + SECTION_TOKENS)
             yield KeyBlock(first, k, v)
+
+
+class _Piece(NamedTuple):
+    """Tokens [start, end) of a chunk that lie in one section of their prompt."""
+
+    req_idx: int
+    start: int
+    end: int
+    section_start: int
+    section_end: int
+    num_observed: int
+    """How many of the last rows are shown to the policy."""
+
+
+def _pieces(chunk: ScheduledChunk, prompt_len: int, observed_from: int | None) -> Iterator[_Piece]:
+    start = chunk.start
+    while start < chunk.end:
+        section_start = start // SECTION_TOKENS * SECTION_TOKENS
+        section_end = min(section_start + SECTION_TOKENS, prompt_len)
+        end = min(chunk.end, section_end)
+        num_observed = 0 if observed_from is None else max(0, end - max(start, observed_from))
+        yield _Piece(chunk.req_idx, start, end, section_start, section_end, num_observed)
+        start = end

@@ -204,8 +204,8 @@ class KVSession:
 
     def _prefill_step(self, chunks: tuple[ScheduledChunk, ...]) -> PrefillStep:
         observed_from: list[int | None] = []
-        for chunk in chunks:
-            prompt_len = self._prompt_lens[chunk.req_idx]
+        prompt_lens = [self._prompt_lens[chunk.req_idx] for chunk in chunks]
+        for chunk, prompt_len in zip(chunks, prompt_lens, strict=True):
             first = max(chunk.start, prompt_len - self.policy.observation_window(prompt_len))
             observed_from.append(first if first < chunk.end else None)
         self._batch = self._batch_of((), ())
@@ -216,6 +216,7 @@ class KVSession:
             self._observe_prompt,
             self._prefill_kernel,
             chunks,
+            prompt_lens,
             observed_from,
             self.policy.num_sets(self._shape),
             self._shape,

@@ -12,7 +12,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from alisa.cli.files import refuse_same_file
 from alisa.cli.job import Answers, Job, print_record, run_job
 from alisa.cli.options import DisplayOptions, FileOptions
-from alisa.cli.prompts import gather_prompts
+from alisa.cli.prompts import each_sample, gather_prompts
 from alisa.cli.report import ReportFile, prediction_line, summary_lines, summary_table
 from alisa.cli.results import ResultFile, settings_digest
 from alisa.cli.screen import error_console, loading_bar, say
@@ -30,7 +30,15 @@ LLMFactory: TypeAlias = "Callable[[EngineConfig, Callable[[int, int], None]], LL
 """Options and a progress callback to a model; tests pass a factory of their own."""
 
 _CHANGE_NO_TOKEN = frozenset(
-    ("kv_device_memory", "kv_host_memory", "kv_disk_memory", "kv_disk_path", "schedule", "max_num_seqs")
+    (
+        "kv_device_memory",
+        "kv_host_memory",
+        "kv_disk_memory",
+        "kv_disk_path",
+        "schedule",
+        "max_num_seqs",
+        "prefill_chunk",
+    )
 )
 """Engine options that may differ between runs that share a file of results."""
 _ALWAYS_IN_DIGEST = frozenset(("model", "policy", "sparsity", "dtype", "kv_dtype", "device"))
@@ -78,7 +86,9 @@ class Generate:
                 and getattr(self.engine, option.name) != getattr(default, option.name)
             )
         }
-        return settings_digest({**engine, "chat": self.chat, "sampling": asdict(self.sampling)})
+        # More texts for a prompt change none of those that are there.
+        sampling = {name: value for name, value in asdict(self.sampling).items() if name != "n"}
+        return settings_digest({**engine, "chat": self.chat, "sampling": sampling})
 
 
 def load_llm(config: EngineConfig, progress: Callable[[int, int], None]) -> LLM:
@@ -97,7 +107,8 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
     files = args.files
     own = {"--input": files.input, "--output": files.output, "--report": files.report}
     refuse_same_file({**own, "--schedule": args.engine.schedule})
-    prompts = gather_prompts(args.prompts, files.input, files.limit, keep_invalid=files.skip_invalid)
+    given = gather_prompts(args.prompts, files.input, files.limit, keep_invalid=files.skip_invalid)
+    prompts = each_sample(given, args.sampling.n)
     run = args.digest()
     with ExitStack() as stack:
         results = stack.enter_context(ResultFile(files.output, prompts, run)) if files.output else None

@@ -13,7 +13,7 @@ from alisa.cli.prompts import Prompt
 from alisa.cli.results import ResultFile, error_record, result_record
 from alisa.cli.screen import LiveText, ResultList, Screen, say, waiting
 from alisa.cli.signals import stop_status
-from alisa.config import SamplingParams, per_request
+from alisa.config import SamplingParams, per_request, sample_params
 from alisa.errors import CapacityError, InputError, PromptError
 from alisa.outputs import RequestOutput, RunSummary, TextDelta
 
@@ -29,8 +29,9 @@ class Job:
     """What one call of the command has to do."""
 
     prompts: tuple[Prompt, ...]
+    """One for each text that is wanted."""
     todo: tuple[int, ...]
-    """Indices of the prompts that no earlier run has finished."""
+    """Numbers in `prompts` of those that no earlier run has finished."""
     chat: bool
     sampling: SamplingParams
     """Of every prompt that has no settings of its own."""
@@ -63,9 +64,9 @@ class Job:
 
     def params(self, index: int) -> SamplingParams:
         """Of prompt `index`, from that alone, so that a continued run draws what an uninterrupted one draws."""
-        own = self.prompts[index].settings
-        shared = self.sampling if "seed" in own else per_request(self.sampling, index)
-        return replace(shared, **own)
+        prompt = self.prompts[index]
+        shared = self.sampling if "seed" in prompt.settings else per_request(self.sampling, prompt.index)
+        return sample_params(replace(shared, **prompt.settings), prompt.sample or 0)
 
     def screen(self) -> Screen:
         """What to show while it runs."""
@@ -112,7 +113,7 @@ def run_job(llm: LLM, job: Job, results: ResultFile | None) -> Answers:
         order, stream = _submit(llm, job, answers.skipped)
         with job.screen() as screen:
             for index, problem in sorted(answers.skipped.items()):
-                _keep(answers, results, index, error_record(index, job.prompts[index], problem, job.run))
+                _keep(answers, results, index, error_record(job.prompts[index], problem, job.run))
                 screen.skipped(index, problem)
             if stream is not None:
                 with stream:
@@ -138,7 +139,7 @@ def _take(
     elif event.finish_reason == "error":
         answers.failed[index] = event.error
     else:
-        _keep(answers, results, index, result_record(index, job.prompts[index], event, job.run))
+        _keep(answers, results, index, result_record(job.prompts[index], event, job.run))
         answers.outputs.append(event)
         screen.finished(index, job.prompts[index].text, event)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ class Prompt:
     """Empty where the line could not be read."""
     name: str
     """How a message about it begins: `Prompt 3`, or `a.jsonl, line 3: the prompt`."""
+    index: int = 0
+    """Place in the list of prompts."""
+    sample: int | None = None
+    """Which text for the prompt this asks for; None: the only one."""
     id: str | int | None = None
     """The user's own name of it, unique in its file; kept in the result."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -33,6 +37,16 @@ class Prompt:
     """All other fields of the line; kept in the result."""
     problem: str | None = None
     """Why it cannot be used, as a sentence."""
+
+
+def each_sample(prompts: Sequence[Prompt], n: int) -> tuple[Prompt, ...]:
+    """Every prompt as often as texts are wanted for it: `n`, or what its own line says."""
+    wanted = [prompt.settings.get("n", n) for prompt in prompts]
+    return tuple(
+        replace(prompt, index=index, sample=sample if count > 1 else None)
+        for index, (prompt, count) in enumerate(zip(prompts, wanted, strict=True))
+        for sample in range(count)
+    )
 
 
 def gather_prompts(

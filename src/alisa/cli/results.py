@@ -2,6 +2,8 @@
 
     {"index": 0, "prompt": "...", "text": "...", "token_ids": [...], "finish_reason": "eos", ..., "run": "..."}
 
+Where several texts are wanted for a prompt, each is a line, with its number in `sample`.
+
 `run` is a digest of the settings that decide the tokens. A later run continues a file only when every line carries its
 own digest and its own prompts, so that no file ever mixes two kinds of results. A line belongs to the prompt with its
 `id`, or where there is none to the one with its index.
@@ -24,6 +26,9 @@ from alisa.errors import InputError
 if TYPE_CHECKING:
     from alisa.outputs import RequestOutput
 
+_Places = dict[tuple[str | int | None, int], int]
+"""The user's id of a prompt, or its index, and the number of the text -> the place in the list."""
+
 _WAY_OUT = "choose another --output, or delete the file to start again"
 
 
@@ -32,7 +37,7 @@ def settings_digest(settings: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def result_record(index: int, prompt: Prompt, output: RequestOutput, run: str) -> dict[str, object]:
+def result_record(prompt: Prompt, output: RequestOutput, run: str) -> dict[str, object]:
     """One finished request as plain JSON values."""
     measured = asdict(output.report)
     timings = {name: round(value, 6) for name, value in measured.items() if name.endswith("_s")}
@@ -44,19 +49,20 @@ def result_record(index: int, prompt: Prompt, output: RequestOutput, run: str) -
         "timings": timings,
         **counts,
     }
-    return _record(index, prompt, result, run)
+    return _record(prompt, result, run)
 
 
-def error_record(index: int, prompt: Prompt, problem: str, run: str) -> dict[str, object]:
+def error_record(prompt: Prompt, problem: str, run: str) -> dict[str, object]:
     """A prompt that cannot be used, and why."""
-    return _record(index, prompt, {"text": None, "finish_reason": "error", "error": problem}, run)
+    return _record(prompt, {"text": None, "finish_reason": "error", "error": problem}, run)
 
 
-def _record(index: int, prompt: Prompt, result: Mapping[str, object], run: str) -> dict[str, object]:
+def _record(prompt: Prompt, result: Mapping[str, object], run: str) -> dict[str, object]:
     own_id = {} if prompt.id is None else {"id": prompt.id}
+    sample = {} if prompt.sample is None else {"sample": prompt.sample}
     own = {"settings": prompt.settings, "metadata": prompt.metadata}
     given = {name: dict(values) for name, values in own.items() if values}
-    return {"index": index, **own_id, "prompt": prompt.text, **result, **given, "run": run}
+    return {"index": prompt.index, **own_id, **sample, "prompt": prompt.text, **result, **given, "run": run}
 
 
 class ResultFile:
@@ -112,7 +118,8 @@ class ResultFile:
 
 def _finished_indices(lines: JsonLinesFile, prompts: Sequence[Prompt], run: str) -> set[int]:
     """The prompts that every line of an earlier run belongs to."""
-    by_id = {prompt.id: index for index, prompt in enumerate(prompts) if prompt.id is not None}
+    by_id: _Places = {(p.id, p.sample or 0): number for number, p in enumerate(prompts) if p.id is not None}
+    by_index: _Places = {(p.index, p.sample or 0): number for number, p in enumerate(prompts)}
     finished: set[int] = set()
     for place, record in lines.read():
         if not {"index", "prompt", "run"} <= record.keys():
@@ -122,9 +129,15 @@ def _finished_indices(lines: JsonLinesFile, prompts: Sequence[Prompt], run: str)
                 f"{place}: comes from a run with another model, policy or sampling settings "
                 f"(run {record['run']}, now {run}); {_WAY_OUT}."
             )
-        index = by_id.get(record["id"]) if _has_id(record) else record["index"]
-        if isinstance(index, int) and 0 <= index < len(prompts) and _is_of(record, prompts[index]):
-            finished.add(index)
+        known, key = (by_id, record["id"]) if _has_id(record) else (by_index, record["index"])
+        sample = record.get("sample", 0)
+        if not (isinstance(key, str | int) and isinstance(sample, int)):
+            key, sample = None, 0  # of nobody
+        number = known.get((key, sample))
+        if number is not None and _is_of(record, prompts[number]):
+            finished.add(number)
+        elif number is None and sample > 0 and (key, 0) in known:
+            continue  # fewer texts are wanted now
         elif record.get("finish_reason") != "error":  # a prompt that could not be used may have been mended since
             which = f"the prompt with the id {record['id']!r}" if _has_id(record) else f"prompt {record['index']}"
             raise InputError(f"{place}: its prompt or its settings are not those of {which} of this run; {_WAY_OUT}.")

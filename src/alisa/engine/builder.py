@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from alisa.attention.build import build_session
+from alisa.attention.prefill import chunk_tokens
 from alisa.attention.timing import StepTimer
 from alisa.cache.offload.residency import Eviction
 from alisa.config import EngineConfig, parse_bytes
@@ -94,7 +95,7 @@ def build_engine(
         reads_of(config.policy, config.sparsity),
         costs,
         max_num_seqs=config.max_num_seqs,
-        prefill_chunk=config.prefill_chunk,
+        prefill_chunk=chunk_tokens(config.prefill_chunk, codec.format.dtype, model.decoder.dtype),
         token_bytes=cache_config.token_bytes,
     )
     engine = Engine(

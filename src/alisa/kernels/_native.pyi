@@ -25,6 +25,10 @@ class SketchTask:
         num_heads: int,
         num_sets: int,
         width: int,
+        value_bits: int = 0,
+        value_codes: int = 0,
+        value_ranges: int = 0,
+        rest: int = 0,
     ) -> None: ...
 
 PIECE_COLUMNS: int
@@ -135,6 +139,20 @@ class Workspace:
         lengths: int,
         num_seqs: int,
     ) -> None: ...
+    def rest_blend(
+        self,
+        *,
+        isa: str,
+        threads: Threads,
+        head_dim: int,
+        num_heads: int,
+        read: int,
+        out: int,
+        dtype: int,
+        shares: int,
+        rest: int,
+        num_seqs: int,
+    ) -> None: ...
     def prefill(
         self,
         *,
@@ -147,7 +165,7 @@ class Workspace:
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        causal: bool,
+        ahead: int,
         hidden: int | None,
         softcap: float,
         before: int,
@@ -191,6 +209,9 @@ class ProductWorkspace:
         num_out: int,
     ) -> None: ...
 
+def activate(
+    *, isa: str, threads: Threads, kind: int, dtype: int, x: int, out: int, width: int, gated: bool, num_tokens: int
+) -> None: ...
 def select(
     *,
     threads: Threads,

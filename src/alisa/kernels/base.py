@@ -145,24 +145,29 @@ class ObservedMass(NamedTuple):
 
 
 class PrefillKernel(Protocol):
-    """Dense attention of one piece of a prompt, and the weights of its last rows."""
+    """Dense attention of one piece of a prompt, and the weights of its last rows.
+
+    Into which pieces a section of the prompt is cut changes no bit of a token's result on a CPU.
+    """
 
     def __call__(
         self,
         q: Tensor,
         own: KeyBlock,
+        section_len: int,
         past: Callable[[], Iterable[KeyBlock]],
         num_observed: int,
         num_sets: int,
         window: int | None = None,
         softcap: float | None = None,
     ) -> tuple[Tensor, Iterator[ObservedMass]]:
-        """Attend causally with q `[T, H, D]` to `own`, its T tokens, and to everything before them.
+        """Attend causally with q `[T, H, D]` to `own`, of which it is the last T tokens, and to everything before.
 
         Args:
             q: `[T, H, D]`.
-            own: keys and values of the same tokens.
-            past: reads the blocks before them, in order; asked again for the weights. Empty when `own` starts at 0.
+            own: keys and values `[N, G, D]` of a section of the prompt from its begin to the last of these tokens.
+            section_len: tokens of the whole section, at least N; the rest of it comes in later pieces.
+            past: reads the blocks before it, in order; asked again for the weights. Empty when `own` starts at 0.
                 With a window, those that no query sees may be left out.
             num_observed: how many of the last rows are wanted, 0 to T.
             num_sets: J, 1 for one index set per layer or G for one per KV head.
@@ -195,6 +200,28 @@ class MoveRows(Protocol):
             OSError: the system refused.
         """
         ...
+
+
+class Sketch(NamedTuple):
+    """Low-bit copies of keys or values, one for each token and KV head: see `alisa.kernels.reference.sketch`."""
+
+    codes: Tensor
+    """UInt8[T, G, P], contiguous, with P = ceil(D * bits / 8)."""
+    ranges: Tensor
+    """Float16[T, G, 2], contiguous: (step, minimum) of each head."""
+    bits: int
+    """2, 4 or 8."""
+
+
+class Completed(NamedTuple):
+    """What a step reads, and what takes the place of what it does not."""
+
+    positions: Tensor
+    """Int32[B * J, K]"""
+    shares: Tensor
+    """Float32[B, H]: the part of each head's approximate weight that lies on the tokens read."""
+    rest: Tensor
+    """Float32[B, H, D]: the values of the other tokens at their approximate weights, added up."""
 
 
 class SelectionKernels(Protocol):
@@ -235,20 +262,14 @@ class SelectionKernels(Protocol):
         """
         ...
 
-    def sketch_append(self, codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
-        """The sketch holds keys `[N, G, D]`, a float dtype, at rows `ids` Int64[N].
-
-        `alisa.kernels.reference.sketch` says what codes and ranges mean.
-        `codes` is UInt8[T, G, P] with P = ceil(D * bits / 8), `ranges` Float16[T, G, 2]; bits are 2, 4 or 8.
-        """
+    def sketch_append(self, sketch: Sketch, ids: Tensor, vectors: Tensor) -> None:
+        """The sketch holds these keys or values `[N, G, D]`, a float dtype, at rows `ids` Int64[N]."""
         ...
 
     def sketch_select(
         self,
         query: Tensor,
-        codes: Tensor,
-        ranges: Tensor,
-        bits: int,
+        keys: Sketch,
         starts: Tensor,
         lengths: Tensor,
         older_ends: Tensor,
@@ -264,6 +285,33 @@ class SelectionKernels(Protocol):
         sketch. Their approximate attention weights, summed over the heads of an index set (J = `num_sets`: one set for
         all heads, or G, one for those of each KV head), rank them; the others are as in `select`, Int32[B * J]. A share
         is the part of a head's approximate weight that lies on the tokens read.
+        """
+        ...
+
+    def sketch_complete(
+        self,
+        query: Tensor,
+        keys: Sketch,
+        values: Sketch,
+        starts: Tensor,
+        lengths: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+        width: int,
+        num_sets: int,
+    ) -> Completed:
+        """As `sketch_select`, and what the tokens that are not read add, by a sketch of the values of the same rows.
+
+        Where a sequence reads everything its rest is exactly 0.
+        """
+        ...
+
+    def rest_blend(self, out: Tensor, shares: Tensor, rest: Tensor) -> Tensor:
+        """Blend: share * out + rest, `[B, H, D]` as out; where a share is 1, out to the bit.
+
+        Shares are Float32[B, H], the rest Float32[B, H, D].
         """
         ...
 

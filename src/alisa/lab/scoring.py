@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alisa.attention.build import build_session
+from alisa.attention.prefill import chunk_tokens
 from alisa.attention.timing import StepTimer
 from alisa.budget import state_tokens
 from alisa.cache.capacity import resident_table_bytes
@@ -216,10 +217,11 @@ def teacher_forced(
         max_len=max(lengths),
     )
     runner = ModelRunner(decoder, session, StepTimer())
+    chunk = chunk_tokens(prefill_chunk, codec.format.dtype, decoder.dtype)
     for index, item in enumerate(items):
         num_rows = max(item.num_tokens - 1, len(item.prompt_ids))  # as in the engine: the last token is never fed
         session.open(Opened(index, str(index), num_rows, len(item.prompt_ids)))
-    yield ScoredStep(0, tuple(range(len(items))), _read_prompts(runner, items, prefill_chunk), None)
+    yield ScoredStep(0, tuple(range(len(items))), _read_prompts(runner, items, chunk), None)
     for step in range(1, max(len(item.output_ids) for item in items)):
         active = tuple(index for index, item in enumerate(items) if len(item.output_ids) > step)
         chunks = tuple(ScheduledChunk(index, len(items[index].prompt_ids) + step - 1, 1) for index in active)

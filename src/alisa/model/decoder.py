@@ -8,7 +8,6 @@ small model's step is mostly Python.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alisa.kernels.reference.softcap import softcapped
+from alisa.model.activation import make_activation
 from alisa.model.layer import Builder, Layer, Norm, Progress
 from alisa.model.linear import MakeLinear, PlainLinear, make_linear
 from alisa.model.rope import Rotation, attention_factor, frequencies_by_length, inverse_frequencies
@@ -30,36 +30,6 @@ hidden is what q, k and v were projected from: `project_kv` makes k and v from i
 q and k are already rotated. v (and k without rotation) is a view into the joint K and V product: its last dimension is
 contiguous, its token stride is `2 * G * D`.
 """
-
-
-def _silu(x: Tensor) -> Tensor:
-    """X / (1 + exp(-x)). torch's own gives the last elements of a thread's share other last bits than the others.
-
-    In 16 bits it does not show (tried on every value). `exp` and `erf` treat all elements alike.
-    """
-    return x / x.neg().exp_().add_(1) if x.dtype == torch.float32 else F.silu(x)
-
-
-def _gelu(x: Tensor) -> Tensor:
-    """X / 2 (1 + erf(x / sqrt(2))), for the same reason, here in 16 bits too."""
-    wide = x.to(torch.float32)
-    return (wide * math.sqrt(0.5)).erf_().add_(1).mul_(wide).mul_(0.5).to(x.dtype)
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    """X / 2 (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)."""
-    wide = x.to(torch.float32)
-    power = (wide * wide).mul_(0.044715).add_(1).mul_(wide).mul_(-2 * math.sqrt(2 / math.pi))
-    return (wide / power.exp_().add_(1)).to(x.dtype)
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    # In place, on a product that nobody else holds: for a prompt, fresh pages for the results cost more than they do.
-    "relu": torch.relu_,
-    "silu": _silu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-}
 
 
 class Decoder:
@@ -108,7 +78,7 @@ class Decoder:
         tied = spec.tied_embeddings
         self._output = make_linear(self._embed, None, device) if tied else build.linear("output")
         self._shares_table = tied and isinstance(self._output, PlainLinear)
-        self._activation = _ACTIVATIONS[spec.activation]
+        self._activation = make_activation(spec.activation, gated=spec.gated_mlp, device=device)
         self._query_factor = spec.query_factor
 
     @property
@@ -146,10 +116,7 @@ class Decoder:
             normed = x if spec.norm_place == "after_sum" else _normed(layer.attn_norm, x)
             q = layer.q(normed).view(q_shape)
             k, v = layer.kv(normed).view(kv_shape).unbind(2)
-            if layer.q_norm is not None:
-                q = layer.q_norm(q)
-            if layer.k_norm is not None:
-                k = layer.k_norm(k)
+            q, k = self._head_normed(layer.q_norm, q), self._head_normed(layer.k_norm, k)
             rope = self._ropes[index]
             if rope is not None:
                 q, k = rotations[rope](q), rotations[rope](k)
@@ -164,6 +131,8 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores Float32[N, V] of the next token for the rows `[N, E]` of what `forward` returned."""
         logits = self._output(hidden).to(torch.float32)
+        if self.spec.logit_scale != 1.0:
+            logits = logits * self.spec.logit_scale
         cap = self.spec.logit_softcap
         return logits if cap is None else softcapped(logits, cap)
 
@@ -179,8 +148,7 @@ class Decoder:
         weights = self._layers[layer]
         shape = (hidden.shape[0], 2, self.spec.num_kv_heads, self.spec.head_dim)
         k, v = weights.kv(hidden).view(shape).unbind(1)
-        if weights.k_norm is not None:
-            k = weights.k_norm(k)
+        k = self._head_normed(weights.k_norm, k)
         rope = self._ropes[layer]
         if rope is not None:
             k = self._rotation(rope, positions, None)(k)
@@ -193,25 +161,32 @@ class Decoder:
         assert lengths is not None, "this model rotates by length"
         return Rotation(positions, frequencies_by_length(rope, lengths), attention_factor(rope))
 
+    def _head_normed(self, norm: Norm | None, heads: Tensor) -> Tensor:
+        """Q or k `[..., heads, D]` through the norm that some models have for each head, or for all together."""
+        if norm is None:
+            return heads
+        return norm(heads.flatten(-2)).view_as(heads) if self.spec.qk_norm_joint else norm(heads)
+
     def _residual(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
         """What leaves a layer, `[B, T, C]`, from what entered it and what its attention found."""
         spec = self.spec
         if spec.norm_place == "after_sum":
             x = _normed(layer.attn_norm, x + attended)
             return _normed(layer.mlp_norm, x + self._mlp(layer, x))
-        attended = _normed(layer.attn_post_norm, attended)
+        attended = self._scaled(_normed(layer.attn_post_norm, attended))
         if spec.parallel_residual:
             return x + attended + self._mlp(layer, _normed(layer.mlp_norm, x))
         x = x + attended
-        return x + _normed(layer.mlp_post_norm, self._mlp(layer, _normed(layer.mlp_norm, x)))
+        return x + self._scaled(_normed(layer.mlp_post_norm, self._mlp(layer, _normed(layer.mlp_norm, x))))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """What is about to be added to the residual."""
+        scale = self.spec.residual_scale
+        return x if scale == 1.0 else x * scale
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         """The feed-forward part of one layer, `[B, T, C] -> [B, T, C]`."""
-        hidden = layer.up(x)
-        if self.spec.gated_mlp:
-            gate, hidden = hidden.chunk(2, dim=-1)
-            return layer.down(self._activation(gate).mul_(hidden))
-        return layer.down(self._activation(hidden))
+        return layer.down(self._activation(layer.up(x)))
 
 
 def _normed(norm: Norm | None, x: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
     linear("q", spec.q_size, spec.hidden_size, spec.qkv_bias)
     linear("kv", 2 * spec.kv_size, spec.hidden_size, spec.qkv_bias)
     if spec.qk_norm:
-        shapes["q_norm.weight"] = (spec.head_dim,)
-        shapes["k_norm.weight"] = (spec.head_dim,)
+        shapes["q_norm.weight"] = (spec.q_size if spec.qk_norm_joint else spec.head_dim,)
+        shapes["k_norm.weight"] = (spec.kv_size if spec.qk_norm_joint else spec.head_dim,)
     linear("out", spec.hidden_size, spec.q_size, spec.out_bias)
     linear("up", (2 if spec.gated_mlp else 1) * spec.ffn_size, spec.hidden_size, spec.mlp_bias)
     linear("down", spec.hidden_size, spec.ffn_size, spec.mlp_bias)

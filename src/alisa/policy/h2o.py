@@ -77,7 +77,9 @@ class HeavyHittersState(TokenState):
     def observe_prompt(self, layer: int, req_idx: int, first: int, start: int, mass: Tensor) -> None:
         """Add prompt rows."""
         start += self._extents.start(req_idx)
-        self._sums[layer, start : start + mass.shape[2]] += mass[:, 0].sum(dim=0, dtype=torch.float64)
+        sums = self._sums[layer, None, start : start + mass.shape[2]]
+        # Row after row: whatever pieces the rows come in, they are added up in the same order.
+        sums.index_add_(0, torch.zeros(len(mass), dtype=torch.int64, device=mass.device), mass[:, 0].to(torch.float64))
 
     def begin(self, batch: StepBatch) -> None:
         """Lay out the step."""

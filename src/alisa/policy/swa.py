@@ -118,7 +118,8 @@ class SparseWindowState(TokenState):
         shared_by = self._bucket_rows[req_idx]
         buckets = (torch.arange(first, first + num_rows, device=mass.device) // shared_by) % self._num_buckets
         self._buckets[layer, :, :, columns].index_add_(0, buckets, mass)
-        self._sums[layer, :, columns] += mass.sum(dim=0, dtype=torch.float64)
+        # Row after row: whatever pieces the rows come in, they are added up in the same order.
+        self._sums[layer, None, :, columns].index_add_(0, torch.zeros_like(buckets), mass.to(torch.float64))
 
     def begin(self, batch: StepBatch) -> None:
         """Drop the rows that have left each sequence's window, and lay out the step."""

@@ -6,14 +6,16 @@ offloaded but selected lately. Rows never change, so a copy below is never stale
 forgotten.
 
 What moves is decided elsewhere (`StepPlan.moves`). This package carries it out and loads what a layer selects; its only
-own decision is which rows leave the hot cache. Calls go one way: `TieredStore` (this file) to `ChunkReader`, `Loader`
-and `InFlightStores`, and they to `Residency`, `SlotTable` and the tiers.
+own decision is which rows leave the hot cache. Calls go one way: `TieredStore` (this file) to `Appender`,
+`ChunkReader`, `Loader` and `InFlightStores`, and they to `Residency`, `SlotTable` and the tiers.
+
+A little over 400 lines, because it is all of `RowStore` for tiers and the wiring of the parts; what they do is in them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alisa.cache.base import KVChunk, check_continues, check_opening
+from alisa.cache.offload.appender import Appender
 from alisa.cache.offload.chunks import ChunkReader
 from alisa.cache.offload.hidden import HiddenStateCache
 from alisa.cache.offload.inflight import InFlightStores
@@ -29,14 +32,14 @@ from alisa.cache.offload.residency import Eviction, Residency
 from alisa.cache.offload.table import Level, SlotTable
 from alisa.cache.offload.tiers import LowerTier
 from alisa.cache.offload.traffic import TrafficMeter
-from alisa.cache.offload.transfer import Owners, TransferBuffer, Transfers, transfer_buffers
+from alisa.cache.offload.transfer import TransferBuffer, Transfers, transfer_buffers
 from alisa.cache.pool import allocate_pool
 from alisa.cache.row_ids import NOWHERE, RowIds
 from alisa.cache.store import KVStore
 from alisa.errors import CapacityError
 from alisa.kernels.base import AppendKernel, Codec, Selection, Slots
 from alisa.outputs import Medium, Traffic
-from alisa.scheduler.plan import Move, ScheduledChunk, StepPlan
+from alisa.scheduler.plan import Move, StepPlan
 
 
 @dataclass(slots=True)
@@ -48,21 +51,6 @@ class _Sequence:
     rebuildable: int
     """Positions below this keep a hidden state."""
     length: int = 0
-
-
-@dataclass(slots=True)
-class _Step:
-    """The new tokens of the running step, by where their rows go. Indices point into the step's tokens."""
-
-    home: Slots
-    home_slots: NDArray[np.int32]
-    """Int32[L, n]: device slots, other ones in every layer."""
-    below: list[tuple[LowerTier, Slots, Slots]] = field(default_factory=list)
-    """(tier, tokens, its slots): written past the device, as in the prefill of a prompt larger than the pool."""
-    hidden: tuple[Slots, Slots] | None = None
-    """(tokens, slots) whose hidden states are kept."""
-    owners: Owners = field(default_factory=lambda: np.empty(0, np.int64))
-    """Int64[n]: the request index of each token."""
 
 
 class TieredStore:
@@ -125,7 +113,6 @@ class TieredStore:
         self.token_bytes = num_layers * codec.format.row_bytes
         self._num_layers = num_layers
         self._device = device or torch.device("cpu")
-        self._append = append
         self._rebuildable = rebuildable
         row_bytes = codec.format.row_bytes
         pool_rows = num_layers * num_rows
@@ -172,9 +159,20 @@ class TieredStore:
             self._device,
             make_buffers,
         )
+        self._appender = Appender(
+            self._pool,
+            codec,
+            append,
+            self._row_ids,
+            self._residency,
+            self._levels,
+            hidden,
+            self._loader,
+            self._in_flight,
+            self._device,
+        )
         self._open: dict[int, _Sequence] = {}
         self._ends = np.zeros(max_num_seqs, np.int64)  # bounds[0] of every request index
-        self._step = _Step(np.empty(0, np.int64), np.empty((num_layers, 0), np.int32))
 
     @classmethod
     def over(
@@ -275,7 +273,7 @@ class TieredStore:
             self._loader.wait_all_loads()
         for move in plan.moves:
             self._move(move)
-        self._place(plan.chunks)
+        self._appender.begin(plan.chunks, self._ends, [self._open[c.req_idx].rebuildable for c in plan.chunks])
         for chunk in plan.chunks:
             self._open[chunk.req_idx].length = chunk.end
         req_indices = np.array([chunk.req_idx for chunk in plan.chunks], np.int64)
@@ -289,21 +287,7 @@ class TieredStore:
 
     def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor | None) -> None:
         """See `RowStore.append`."""
-        step = self._step
-        if len(step.home) == len(k) and self._append is not None:
-            slots = torch.from_numpy(step.home_slots[layer]).to(self._device, torch.int64)
-            self._append(self._pool[layer].rows, self.codec.format, slots, k, v)
-        else:
-            rows = self.codec.encode(k, v)
-            self._pool[layer].put(step.home_slots[layer], rows[self._index(step.home)])
-            for tier, tokens, slots_below in step.below:
-                below = rows[self._index(tokens)]
-                self._in_flight.write(layer, tier, slots_below, below, step.owners[tokens])
-        if step.hidden is not None and self._hidden is not None:
-            assert hidden is not None, "what may be deleted is rebuilt from the layer input"
-            tokens, slots_below = step.hidden
-            encoded = self._hidden.encode(hidden[self._index(tokens)])
-            self._in_flight.write(layer, self._hidden.tier, slots_below, encoded, step.owners[tokens])
+        self._appender.append(layer, k, v, hidden)
 
     def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
         """See `RowStore.chunks`; one set for all heads."""
@@ -393,11 +377,8 @@ class TieredStore:
         if self._hidden is not None:
             yield self._hidden.table
 
-    def _index(self, indices: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(indices).to(self._device)
-
     def _move(self, move: Move) -> None:
-        """Carry out one move for the rows that exist; those of this step are noted by `_place`, from the bounds."""
+        """Carry out one move for the rows that exist; the appender places those of this step, from the bounds."""
         sequence = self._open[move.req_idx]
         media = [Medium.DEVICE, *(tier.medium for tier, _ in self._levels), None]
         source, target = media.index(move.source), media.index(move.target)
@@ -436,33 +417,3 @@ class TieredStore:
         self._in_flight.before_free(req_idx, ids)
         if self._residency.any_resident(ids):
             self._loader.wait_for(req_idx)
-
-    def _place(self, chunks: Sequence[ScheduledChunk]) -> None:
-        """Decide for every new token where its rows go: device slots in each layer, or slots below."""
-        counts = [chunk.count for chunk in chunks]
-        owners = np.repeat(np.array([chunk.req_idx for chunk in chunks], np.int64), counts)
-        positions = np.concatenate([np.empty(0, np.int64), *(np.arange(s.start, s.end) for s in chunks)])
-        ids = self._row_ids.lookup(owners, positions)
-        home = np.flatnonzero(positions >= self._ends[owners])
-        home_slots = np.empty((self._num_layers, len(home)), np.int32)
-        for layer in range(self._num_layers):
-            placed = self._residency.place(layer, ids[home])
-            if placed is None:
-                self._in_flight.wait_stores()
-                self._loader.wait_loads(layer)
-                placed = self._residency.place(layer, ids[home], at_any_cost=True)
-            if placed is None:
-                raise CapacityError(f"{len(home)} new tokens have no room in the device pool of layer {layer}.")
-            home_slots[layer] = placed
-        step = _Step(home, home_slots, owners=owners)
-        for tier, table in self._levels:
-            slots = table.find(ids)
-            tokens = np.flatnonzero(slots != NOWHERE)
-            if len(tokens):
-                step.below.append((tier, tokens, slots[tokens]))
-        if self._hidden is not None:
-            rebuildable = np.repeat([self._open[chunk.req_idx].rebuildable for chunk in chunks], counts)
-            kept = np.flatnonzero(positions < rebuildable)
-            if len(kept):
-                step.hidden = (kept, self._hidden.table.take(ids[kept]))
-        self._step = step

@@ -44,9 +44,11 @@ class CpuPrefill:
     ) -> tuple[Tensor, Tensor]:
         """Attention of T tokens to all of `past`, block by block, and to the tokens up to their own in `own`.
 
+        They are the last T of its N tokens.
+
         Args:
             q: BFloat16[T, H, D].
-            own: k and v BFloat16[T, G, D] of the same tokens.
+            own: k and v BFloat16[N, G, D], from the begin of a section to the last of these tokens.
             past: k and v BFloat16[S, G, D] of earlier tokens, S at least 1.
             window: tokens that each query sees, itself included; None: all.
             softcap: scores s become softcap * tanh(s / softcap); None: they stay as they are.
@@ -56,17 +58,19 @@ class CpuPrefill:
         """
         q, out = _runs(q), torch.empty(q.shape, dtype=q.dtype)
         log_sum_exp = torch.empty(q.shape[:2])
+        first = own.start + len(own.k) - len(q)
         before: Tensor | None = None
         for block in past:
-            # Token t sees the keys of a block from t + hidden on.
-            hidden = None if window is None else own.start - block.start + 1 - window
+            # Query t sees the keys of a block from t + hidden on.
+            hidden = None if window is None else first - block.start + 1 - window
             if hidden is not None and hidden >= len(block.k):
                 continue
             merged = torch.empty(q.shape) if before is None else before
-            self._attend(q, block, False, hidden, softcap, before, merged, out, log_sum_exp)
+            self._attend(q, block, len(block.k), hidden, softcap, before, merged, out, log_sum_exp)
             before = merged
-        hidden = None if window is None else 1 - window
-        self._attend(q, own, True, hidden, softcap, before, None, out, log_sum_exp)
+        ahead = len(own.k) - len(q)
+        hidden = None if window is None else ahead + 1 - window
+        self._attend(q, own, ahead, hidden, softcap, before, None, out, log_sum_exp)
         return out, log_sum_exp
 
     def mass(
@@ -108,7 +112,7 @@ class CpuPrefill:
         self,
         q: Tensor,
         block: KeyBlock,
-        causal: bool,
+        ahead: int,
         hidden: int | None,
         softcap: float | None,
         before: Tensor | None,
@@ -116,10 +120,12 @@ class CpuPrefill:
         out: Tensor,
         log_sum_exp: Tensor,
     ) -> None:
-        """One block: merged with `before` into `after`, or into `out` at the end."""
+        """One block: merged with `before` into `after`, or into `out` at the end.
+
+        Token t sees keys 0 to ahead + t, without those before t + hidden.
+        """
         k, v = block.k, block.v
         check_prefill(q, k, v)
-        assert not causal or len(q) == len(k), "causal attention is that of tokens among themselves"
         k, v = _runs(k), _runs(v)
         self._workspace.prefill(
             threads=self._team.threads(),
@@ -131,7 +137,7 @@ class CpuPrefill:
             num_heads=q.shape[1],
             num_kv_heads=k.shape[1],
             head_dim=q.shape[2],
-            causal=causal,
+            ahead=ahead,
             hidden=hidden,
             softcap=softcap or 0.0,
             before=0 if before is None else before.data_ptr(),

@@ -23,20 +23,25 @@ class NativePrefill:
         self,
         q: Tensor,
         own: KeyBlock,
+        section_len: int,
         past: Callable[[], Iterable[KeyBlock]],
         num_observed: int,
         num_sets: int,
         window: int | None = None,
         softcap: float | None = None,
     ) -> tuple[Tensor, Iterator[ObservedMass]]:
-        """Rows of codes are read as float32: the past is rounded to bfloat16, as the model's own keys are."""
+        """Rows of codes are read as float32: the past is rounded to bfloat16, as the model's own keys are.
+
+        A row's result depends on the row and the keys it sees alone, so a piece needs to know nothing of its section.
+        """
         if q.dtype != torch.bfloat16:
-            return prefill_attention(q, own, past, num_observed, num_sets, window, softcap)
+            return prefill_attention(q, own, section_len, past, num_observed, num_sets, window, softcap)
         earlier = (KeyBlock(block.start, block.k.to(q.dtype), block.v.to(q.dtype)) for block in past())
         out, log_sum_exp = self._kernel.attend(q, own, earlier, window, softcap)
         last = slice(len(q) - num_observed, None)
         blocks = chain(past(), (own,)) if num_observed else ()
-        return out, self._observed(q[last], log_sum_exp[last], own.start + last.start, blocks, num_sets, softcap)
+        first = own.start + len(own.k) - num_observed
+        return out, self._observed(q[last], log_sum_exp[last], first, blocks, num_sets, softcap)
 
     def _observed(
         self,

@@ -30,22 +30,36 @@ TILE_ROWS = 16
 def prefill_attention(
     q: Tensor,
     own: KeyBlock,
+    section_len: int,
     past: Callable[[], Iterable[KeyBlock]],
     num_observed: int,
     num_sets: int,
     window: int | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Iterator[ObservedMass]]:
-    """See `PrefillKernel`; torch's fused attention, and weights in float32."""
-    last = slice(len(q) - num_observed, None)
-    if not own.start and softcap is None and (window is None or window >= len(q)):
-        rows = causal_mass(q[last], own.k, num_sets) if num_observed else ()
-        return causal_attention(q, own.k, own.v), (ObservedMass(first, 0, mass) for first, mass in rows)
+    """See `PrefillKernel`; torch's fused attention, and weights in float32.
+
+    The matrix library sums in another order for another number of rows, so a piece of a section goes as the section
+    that it is of, with zeros for what was there before and what is still to come: rows do not mix.
+    """
+    earlier = len(own.k) - len(q)
+    later = section_len - len(own.k)
+    if earlier or later:
+        q = pad(q, (0, 0, 0, 0, earlier, later))
+        own = KeyBlock(own.start, pad(own.k, (0, 0, 0, 0, 0, later)), pad(own.v, (0, 0, 0, 0, 0, later)))
+    end = section_len - later
+    mine, last = slice(earlier, end), slice(end - num_observed, end)
+    if not own.start and softcap is None and (window is None or window >= section_len):
+        rows = causal_mass(q[last], own.k, last.start, num_sets) if num_observed else ()
+        out = causal_attention(q, own.k, own.v)
+        return out[mine], (ObservedMass(first, 0, mass[..., :end]) for first, mass in rows)
     out, log_sum_exp = attend_after(q, own, past(), window, softcap)
     if not num_observed:
-        return out, iter(())
+        return out[mine], iter(())
     blocks = chain(past(), (own,))
-    return out, mass_after(q[last], log_sum_exp[last], own.start + last.start, blocks, num_sets, softcap)
+    observed = mass_after(q[last], log_sum_exp[last], own.start + last.start, blocks, num_sets, softcap)
+    num_seen = own.start + end
+    return out[mine], (one._replace(mass=one.mass[..., : num_seen - one.start]) for one in observed)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -196,12 +210,13 @@ def _add(merged: PartialAttention, rows: slice, scores: Tensor, v: Tensor) -> No
     merged.add(out, log_sum_exp[..., 0].permute(2, 0, 1).flatten(1, 2), rows)
 
 
-def causal_mass(q: Tensor, k: Tensor, num_sets: int) -> Iterator[tuple[int, Tensor]]:
-    """Attention weights of the last W of S tokens, summed over the heads of each index set, in blocks of rows.
+def causal_mass(q: Tensor, k: Tensor, first: int, num_sets: int) -> Iterator[tuple[int, Tensor]]:
+    """Attention weights of W of S tokens, summed over the heads of each index set, in blocks of rows.
 
     Args:
-        q: `[W, H, D]`, the last W queries.
+        q: `[W, H, D]`, the queries at positions first, first + 1, ...
         k: `[S, G, D]`.
+        first: position of the first query.
         num_sets: J, 1 for one index set per layer or G for one per KV head.
 
     Yields:
@@ -210,8 +225,7 @@ def causal_mass(q: Tensor, k: Tensor, num_sets: int) -> Iterator[tuple[int, Tens
     num_total = len(k)
     columns = torch.arange(num_total, device=q.device)
     for rows, scores in _scores(q, k):
-        first = num_total - len(q) + rows.start
-        positions = first + torch.arange(rows.stop - rows.start, device=q.device)
+        positions = first + torch.arange(rows.start, rows.stop, device=q.device)
         scores = scores.masked_fill_(columns > positions[:, None], -torch.inf)
         weights = scores.softmax(dim=-1).sum(dim=1)  # [G, rows, S]
-        yield first, weights.transpose(0, 1) if num_sets > 1 else weights.sum(dim=0)[:, None]
+        yield first + rows.start, weights.transpose(0, 1) if num_sets > 1 else weights.sum(dim=0)[:, None]

@@ -123,7 +123,7 @@ class LayerwiseAttend:
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> Tensor:
     """Attention of a whole sequence, q `[T, H, D]`, k and v `[T, G, D]` -> `[T, H, D]`; no choice is made."""
-    return prefill_attention(q, KeyBlock(0, k, v), tuple, 0, 1, window, softcap)[0]
+    return prefill_attention(q, KeyBlock(0, k, v), len(k), tuple, 0, 1, window, softcap)[0]
 
 
 class LayerSession:

@@ -8,21 +8,46 @@ from __future__ import annotations
 import difflib
 
 from alisa.errors import ModelError
-from alisa.model.families import gemma3, gpt2, gpt_neox, llama, mistral, opt, qwen2, qwen3
+from alisa.model.families import (
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    ministral,
+    mistral,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from alisa.model.families.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        gemma2.FAMILY,
         gemma3.FAMILY,
         gemma3.SEEING_FAMILY,
         gpt2.FAMILY,
         gpt_neox.FAMILY,
+        granite.FAMILY,
         llama.FAMILY,
+        ministral.FAMILY,
         mistral.FAMILY,
+        olmo2.FAMILY,
         opt.FAMILY,
+        phi3.FAMILY,
         qwen2.FAMILY,
         qwen3.FAMILY,
+        smollm3.FAMILY,
+        stablelm.FAMILY,
+        starcoder2.FAMILY,
     )
 }
 

@@ -56,6 +56,8 @@ class LlamaVariant:
     """Defaults of the other sizes, in families whose configs leave them out; elsewhere they must be there."""
     activation_name: str = "hidden_act"
     """The config field that names the activation."""
+    norm_eps_name: str = "rms_norm_eps"
+    """The config field of the epsilon of the norms."""
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -87,7 +89,7 @@ def read_spec(reader: ConfigReader, variant: LlamaVariant) -> ModelSpec:
     num_kv_heads = reader.kv_heads("num_key_value_heads", variant.num_kv_heads, num_heads=num_heads)
     ffn_size = reader.integer("intermediate_size", sizes.get("intermediate_size"))
     vocab_size = reader.integer("vocab_size", sizes.get("vocab_size"))
-    norm_eps = reader.number("rms_norm_eps", variant.norm_eps)
+    norm_eps = reader.number(variant.norm_eps_name, variant.norm_eps)
     activation = reader.activation(variant.activation_name, variant.activation)
     rope = reader.rope(head_dim, max_positions, theta=variant.theta, kind=variant.rope_kind)
     tied = reader.flag("tie_word_embeddings", variant.tied)

@@ -7,17 +7,15 @@ implement is refused by its name, never ignored.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from alisa.errors import ModelError
 from alisa.model.families.harmless import is_harmless
 from alisa.model.families.rope_fields import ROPE_FIELDS, read_rope, rope_fields
-from alisa.spec import Rope
-
-Activation = Literal["relu", "silu", "gelu", "gelu_tanh"]
+from alisa.spec import ActivationName, Rope
 
 # gelu_fast and gelu_pytorch_tanh are other ways to write the same tanh formula as gelu_new.
-_ACTIVATIONS: dict[str, Activation] = {
+_ACTIVATIONS: dict[str, ActivationName] = {
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
@@ -95,6 +93,10 @@ class ConfigReader:
         """A positive number, or None when absent or null."""
         return None if self.value(name) is None else self.number(name, None)
 
+    def cap(self, name: str, default: float) -> float | None:
+        """A positive number; null means that there is none, absent the default."""
+        return self.optional_number(name) if self.has(name) else default
+
     def flag(self, name: str, default: bool) -> bool:
         """A switch."""
         value = self.value(name)
@@ -110,7 +112,7 @@ class ConfigReader:
         if value is not None and value != required:
             self.refuse(f"{name} is {value!r}, supported is {required!r} only")
 
-    def activation(self, name: str, default: str) -> Activation:
+    def activation(self, name: str, default: str) -> ActivationName:
         """The activation function in our spelling."""
         value = self.value(name) or default
         if value not in _ACTIVATIONS:

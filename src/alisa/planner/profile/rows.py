@@ -112,11 +112,11 @@ def measure_prompt(dtype: torch.dtype, kernel: PrefillKernel) -> tuple[float, fl
     length, num_heads, head_dim, num_observed = 256, 12, 64, 26
     q = torch.randn(length, num_heads, head_dim).to(dtype)
     own = KeyBlock(0, q, q)
-    taken = seconds(lambda: kernel(q, own, tuple, 0, 1))
+    taken = seconds(lambda: kernel(q, own, len(q), tuple, 0, 1))
 
     def observe() -> float:
         """The weights alone: they are computed when they are asked for."""
-        _, observed = kernel(q, own, tuple, num_observed, 1)
+        _, observed = kernel(q, own, len(q), tuple, num_observed, 1)
         started = perf_counter()
         list(observed)
         return perf_counter() - started

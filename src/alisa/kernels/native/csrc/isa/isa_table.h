@@ -1,11 +1,13 @@
 // The last lines of every isa_*.cpp: the kernels of this instruction set as a table.
 #pragma once
 
+#include "activation.h"
 #include "attend.h"
 #include "encode.h"
 #include "finish.h"
 #include "isa.h"
 #include "mean_value.h"
+#include "rest.h"
 #include "sketch_dot.h"
 // The dot products come first.
 #include "sketch_table.h"
@@ -19,7 +21,8 @@ inline size_t scratch_floats(const RowLayout& layout, int num_heads) {
 }
 
 constexpr Isa table(const char* name) {
-  return {name, scratch_floats, attend, finish, encode, sketch_kernels(), mean_floats, mean_add, mean_blend};
+  return {name, scratch_floats, attend, finish, encode, sketch_kernels(), mean_floats, mean_add, mean_blend,
+          rest_blend, activate};
 }
 
 }  // namespace alisa::ALISA_ISA

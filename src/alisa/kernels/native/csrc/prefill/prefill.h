@@ -34,8 +34,8 @@ struct PrefillTask {
   int num_heads;     // H
   int num_kv_heads;  // G
   int head_dim;      // D
-  bool causal;       // T = S: token t sees keys 0 to t
-  int hidden;        // token t does not see the keys before t + hidden; kNothingHidden: there is no window
+  int ahead;         // token t sees the keys before `ahead + t + 1`
+  int hidden;        // and not those before `hidden + t`; kNothingHidden: there is no window
   float softcap;     // scores s become softcap * tanh(s / softcap); 0: they stay as they are
   const float* before;  // [T, H, D]: attention to the blocks before this one, log_sum_exp being theirs; null: there are none
   float* after;         // [T, H, D]: for the next block; null: `out` is written

@@ -6,6 +6,7 @@
 // of keys only, not on what shares its tile.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "prefill_pack.h"
@@ -165,7 +166,7 @@ inline int open_rows(const PrefillTask& task, int kv_head, int tile, const Scrat
     const int token = row / group;
     const int head = kv_head * group + row % group;
     std::memcpy(query, task.q.at(token, head), static_cast<size_t>(task.head_dim) * sizeof(uint16_t));
-    scratch.visible[i] = task.causal ? token + 1 : task.num_keys;
+    scratch.visible[i] = std::min(task.num_keys, task.ahead + token + 1);
     scratch.hidden[i] = task.hidden == kNothingHidden ? 0 : token + task.hidden;
     if (scratch.visible[i] > most) most = scratch.visible[i];
     if (task.before != nullptr) {

@@ -10,6 +10,11 @@ namespace {
 // reads some 40 KB.
 constexpr size_t kSerialBytes = 1 << 16;
 
+// Activations below this many are made by the calling thread alone: it needs about a microsecond for 3,000.
+constexpr int64_t kSerialActivations = 1 << 15;
+// Pieces of work for each thread, so that one that is held up leaves more to the others.
+constexpr int64_t kItemsPerThread = 8;
+
 constexpr size_t kLineFloats = 64 / sizeof(float);
 
 // Packed keys and values of as many KV heads as this are held at once: they stay in a shared cache from being packed to
@@ -154,7 +159,8 @@ void Workspace::run_sketch(const Isa& isa, SketchTask& task, size_t room, const 
   const auto heads = static_cast<size_t>(task.heads());
   Threads team = threads;
   // Work goes with the products, of which there is one for every query head.
-  if (num_tokens * heads * static_cast<size_t>(task.layout.code_bytes()) < kSerialBytes) team.count = 1;
+  const int code_bytes = task.layout.code_bytes() + (task.completes() ? task.value_layout.code_bytes() : 0);
+  if (num_tokens * heads * static_cast<size_t>(code_bytes) < kSerialBytes) team.count = 1;
   const size_t num_blocks = plan_.lay_out(task.lengths, task.num_seqs, kSketchBlock, kSketchItemBlocks);
   cut(
       task.num_seqs, kSketchItemBlocks, [](int) { return 0; },
@@ -164,11 +170,18 @@ void Workspace::run_sketch(const Isa& isa, SketchTask& task, size_t room, const 
   const size_t partials = static_cast<size_t>(plan_.num_partials()) * heads;
   task.items = items_.data();
   task.grid = plan_.grid();
-  task.weights = plan_.memory.room(weights + num_blocks * heads + 2 * partials + room);
+  // Heads of `partial_values` are as long as their padding, those of the others are padded together.
+  const size_t shifts = task.completes() ? partials : 0;
+  const size_t values = task.completes() ? static_cast<size_t>(plan_.num_partials()) * task.num_heads *
+                                               static_cast<size_t>(task.value_layout.head_stride())
+                                         : 0;
+  task.weights = plan_.memory.room(weights + num_blocks * heads + 2 * partials + shifts + values + room);
   task.block_max = task.weights + weights;
   task.partial_max = task.block_max + num_blocks * heads;
   task.partial_sum = task.partial_max + partials;
-  if (room > 0) task.out = task.partial_sum + partials;
+  task.partial_shift = task.partial_sum + partials;
+  task.partial_values = task.partial_shift + shifts;
+  if (room > 0) task.out = task.partial_values + values;
   run_items(
       team, isa.sketch.floats(task.layout, task.num_heads), [&](int item, float* mine) { isa.sketch.scores(task, item, mine); },
       finish);
@@ -193,6 +206,9 @@ void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float>
     for (int set = 0; set < task.num_sets; ++set) select_row(rows, first + set);
     isa.sketch.shares(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, chosen.counts[first],
                       shares + static_cast<size_t>(seq) * task.num_heads, mine);
+    if (task.completes()) {
+      isa.sketch.rest(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, chosen.counts[first], mine);
+    }
   });
 }
 
@@ -212,6 +228,14 @@ void Workspace::mean_blend(const Isa& isa, const MeanBlendTask& task, int num_se
   const size_t seq_bytes = static_cast<size_t>(task.num_heads) * task.head_dim * sizeof(float);
   run_tokens(threads, num_seqs, seq_bytes, isa.mean_floats(task.head_dim), [&](int64_t first, int64_t last, float* mine) {
     for (int64_t seq = first; seq < last; ++seq) isa.mean_blend(task, static_cast<int>(seq), mine);
+  });
+}
+
+void Workspace::rest_blend(const Isa& isa, const RestBlendTask& task, int num_seqs, const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const size_t seq_bytes = static_cast<size_t>(task.num_heads) * task.head_dim * sizeof(float);
+  run_tokens(threads, num_seqs, seq_bytes, isa.mean_floats(task.head_dim), [&](int64_t first, int64_t last, float* mine) {
+    for (int64_t seq = first; seq < last; ++seq) isa.rest_blend(task, static_cast<int>(seq), mine);
   });
 }
 
@@ -252,6 +276,15 @@ void Workspace::prefill_mass(const PrefillIsa& isa, const MassTask& task, const 
   const int num_tiles = (task.num_queries + isa.mass_tile - 1) / isa.mass_tile;
   run_count(threads, num_tiles * num_blocks, isa.mass_scratch_words(task),
             [&](int item, uint32_t* mine) { isa.mass(task, item / num_blocks, item % num_blocks, mine); });
+}
+
+void activate(const Isa& isa, const ActivationTask& task, const Threads& threads) {
+  const int64_t values = task.num_tokens * task.width;
+  const Threads team = {threads.entry, values < kSerialActivations ? 1 : threads.count};
+  const int64_t step = std::max<int64_t>(1, task.num_tokens / (kItemsPerThread * team.count));
+  share_out(team, task.num_tokens, step, [&](int) {
+    return [&](int64_t first, int64_t last) { isa.activate(task, first, last); };
+  });
 }
 
 }  // namespace alisa
