@@ -47,8 +47,14 @@ def model_path(request) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reference(model_path) -> Reference:
+def their_tokenizer(model_path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer as transformers builds it; for a large vocabulary that takes a while."""
+    return reference_tokenizer(model_path)
+
+
+@pytest.fixture(scope="session")
+def reference(model_path, their_tokenizer) -> Reference:
     """The same as transformers has it."""
     options = {"gguf_file": model_path.name, "dtype": torch.float32}
     model = transformers.AutoModelForCausalLM.from_pretrained(model_path.parent, **options).eval()
-    return Reference(model_path, model, reference_tokenizer(model_path))
+    return Reference(model_path, model, their_tokenizer)
