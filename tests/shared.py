@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 
+def shared_root():
+    """ALISA_SHARED, by default the folder `shared` beside the checkout; it may be missing."""
+    return Path(os.environ.get("ALISA_SHARED", Path(__file__).parents[2] / "shared"))
+
+
 def shared_path(relative):
-    """A path below ALISA_SHARED, by default the folder `shared` beside the checkout."""
-    root = Path(os.environ.get("ALISA_SHARED", Path(__file__).parents[2] / "shared"))
-    path = root / relative
+    """A path below `shared_root`."""
+    path = shared_root() / relative
     if not path.exists():
         pytest.skip(f"{relative} is not there; set ALISA_SHARED to the folder that holds it")
     return path

@@ -13,7 +13,7 @@ pytest.importorskip("accelerate", reason="transformers needs it to read GGUF fil
 from alisa import LLM, SamplingParams
 from alisa.model.stored import open_model
 from alisa.model.tokenizer import Tokenizer
-from tests.equivalence.test_hf_logits import run
+from tests.equivalence.test_hf_logits import causal_of, run
 from tests.real.conftest import Reference
 from tests.real.texts import PROMPTS, varied_lines
 
@@ -66,6 +66,18 @@ def test_logits_are_those_of_transformers(reference: Reference) -> None:
         with torch.no_grad():
             expected = reference.model(ids).logits
         torch.testing.assert_close(run(decoder, ids), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_logits_beyond_the_window_are_those_of_transformers(reference: Reference) -> None:
+    """700 tokens of prose; the layers of Gemma that have a window see 512."""
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
+    ids = torch.tensor([reference.tokenizer(text).input_ids[:700]])
+    decoder = open_model(reference.path).decoder(torch.float32, torch.device("cpu"))
+    positions = torch.arange(ids.shape[1])[None]
+    hidden = decoder.forward(ids, positions, causal_of(decoder), torch.full_like(ids, ids.shape[1]))
+    with torch.no_grad():
+        expected = reference.model(ids, logits_to_keep=40).logits[0]
+    torch.testing.assert_close(decoder.logits(hidden[0, -40:]), expected, atol=TOLERANCE, rtol=0)
 
 
 def test_ids_and_text_of_varied_lines_are_those_of_transformers(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests.shared import shared_root
 
 PROMPTS = [
     "What is the capital of France?",
@@ -39,10 +40,10 @@ _CODE_POINTS += (range(0x3040, 0x3100), range(0x4E00, 0x4F00), range(0x1F300, 0x
 def varied_lines(count: int) -> list[str]:
     """Lines of prose, code, tables and questions, and made-up ones of many scripts; the same in every run.
 
-    They come from the text files under `ALISA_DATA` where that is set, else from this repository.
+    They come from the text files in the shared folder where it is there, else from this repository.
     """
-    data = os.environ.get("ALISA_DATA")
-    lines = sorted({line for line in (_data_lines(Path(data)) if data else _own_lines()) if line.strip()})
+    data = shared_root() / "data"
+    lines = sorted({line for line in (_data_lines(data) if data.is_dir() else _own_lines()) if line.strip()})
     rng = random.Random(0)
     made_up = [_made_up(rng) for _ in range(count // 5)]
     return rng.sample(lines, count - len(made_up)) + made_up
