@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from alisa.cache.codec import make_codec
@@ -14,6 +14,7 @@ from alisa.model.choose_linear import choose_linear
 from alisa.model.decoder import Decoder
 from alisa.model.hub import resolve_model
 from alisa.model.loader import checkpoint_dtype, load_decoder, load_spec
+from alisa.model.own_sampling import read_sampling
 from alisa.model.precision import resolve_device, resolve_dtype
 from alisa.model.tokenizer import Tokenizer
 from alisa.spec import ModelSpec, RowFormat
@@ -29,6 +30,8 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     """None: prompts are token ids."""
     backend: AttentionBackend
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """What the model's files say of how to sample from it, by the fields of `SamplingParams`."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -64,7 +67,8 @@ def load_model(config: EngineConfig, progress: Callable[[int, int], None] | None
     make_linear = choose_linear(config.weight_dtype, device)
     dtype = resolve_dtype(config.dtype, checkpoint_dtype(directory), device)
     decoder = load_decoder(directory, dtype, device, progress, make_linear)
-    return LoadedModel(config.model or "embedded", decoder, tokenizer, choose_backend(decoder.device))
+    backend = choose_backend(decoder.device)
+    return LoadedModel(config.model or "embedded", decoder, tokenizer, backend, read_sampling(directory))
 
 
 def kv_codec(model: LoadedModel, config: EngineConfig) -> Codec:
