@@ -198,6 +198,13 @@ def _load_backend(directory: Path, settings: Mapping[str, Any], model_type: obje
             "transformers and sentencepiece installed: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes "
             "tokenizer.json."
         )
+    for name in ("tekken.json", "spiece.model", "sentencepiece.bpe.model"):
+        if (directory / name).is_file():
+            raise ModelError(
+                f"{directory} has its tokenizer only as {name}, which is not read here; take tokenizer.json from the "
+                "repository of a model that shares it, or write it with transformers: "
+                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
+            )
     raise ModelError(
         f"{directory} has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt; download it again."
     )

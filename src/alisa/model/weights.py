@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alisa.errors import ModelError
 from alisa.model.families.family import Family, WeightPiece
+from alisa.model.foreign import refuse_foreign, unwrapped, what_it_is, without_unused
 from alisa.model.names import Shape, layer_name, layer_shapes, model_shapes
 from alisa.model.pages import page_tensor
 from alisa.model.safetensors_file import SafetensorsFile
@@ -40,6 +41,7 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._files: dict[str, SafetensorsFile | TorchFile] = {}
+        refuse_foreign(directory)
         for path in weight_files(directory):
             file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
             self._files |= dict.fromkeys(file.names, file)
@@ -133,7 +135,7 @@ class CheckpointSource:
         self._checkpoint = checkpoint
         self._spec = spec
         stored = [name for name in checkpoint.names if not name.startswith(family.ignored)]
-        self._names = {family.canonical(name): name for name in stored}
+        self._names = {family.canonical(unwrapped(name)): name for name in without_unused(stored)}
         self._parts: dict[str, tuple[WeightPiece, ...]] = {}
         for name in model_shapes(spec):
             self._parts[name] = family.model_parts[name]
@@ -203,7 +205,7 @@ class CheckpointSource:
             reasons.append(f"{len(extra)} are not part of a {family.model_type} model ({_some(extra)})")
         raise ModelError(
             f"The weights in {self._checkpoint.directory} do not fit config.json ({family.model_type}, "
-            f"{self._spec.num_layers} layers): {' and '.join(reasons)}; download the repository again."
+            f"{self._spec.num_layers} layers): {' and '.join(reasons)}; {what_it_is(missing, extra)}."
         )
 
     def _misshapen(self, parts: Sequence[WeightPiece], name: str, shape: Shape) -> ModelError:

@@ -68,7 +68,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-_PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.")
+_PREFIXES = ("model.language_model.", "model.")
 _OTHERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 FAMILY = Family("gemma3_text", to_spec, GEMMA_MODEL_PARTS, GEMMA_LAYER_PARTS, _PREFIXES, aliases={})

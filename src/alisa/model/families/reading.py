@@ -51,6 +51,9 @@ class ConfigReader:
         if isinstance(quantisation, Mapping):
             method = quantisation.get("quant_method", "unknown")
             self.refuse(f"its weights are quantised ({method}), only float weights can be read")
+        packed = self.value("quantization")
+        if isinstance(packed, Mapping):
+            self.refuse(f"its weights are quantised (MLX, {packed.get('bits')} bits), only float weights can be read")
 
     def refuse(self, problem: str) -> None:
         """Remember a reason why this model cannot run."""
