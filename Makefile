@@ -13,7 +13,7 @@ CODE = src tests examples
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 SET_UP_FROM = pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/alisa/kernels/native/csrc/**/*)
 
-.PHONY: help demo test test-isa slow-test gpu-check check format clean distclean
+.PHONY: help demo test test-isa slow-test models real-test gpu-check check format clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -22,7 +22,7 @@ demo: $(VENV)/.ready-core  ## generate with the model inside the package, dense 
 	@$(VENV)/bin/python examples/demo.py
 
 # One process for each core, each with one thread (tests/conftest.py); more than eight would only take memory.
-FAST_TESTS = $(VENV)/bin/python -m pytest -m "not gpu and not slow" --numprocesses logical --maxprocesses 8 --dist worksteal
+FAST_TESTS = $(VENV)/bin/python -m pytest -m "not gpu and not slow and not real" --numprocesses logical --maxprocesses 8 --dist worksteal
 
 test: $(VENV)/.ready-dev  ## the tests, without those that need a GPU or more than a few seconds
 	$(FAST_TESTS)
@@ -41,7 +41,13 @@ test-isa: $(VENV)/.ready-dev  ## the same tests as another processor would run t
 	printf '\n%s' "$$verdicts"; exit $$failed
 
 slow-test: $(VENV)/.ready-dev  ## the slow tests
-	$(VENV)/bin/python -m pytest -m "slow and not gpu"
+	$(VENV)/bin/python -m pytest -m "slow and not gpu and not real"
+
+models: $(VENV)/.ready-dev  ## the two real models (325 MiB) into ALISA_MODELS, by default ~/.cache/alisa/models
+	@$(VENV)/bin/python benchmarks/real_models.py
+
+real-test: $(VENV)/.ready-dev  ## the tests on real models; those whose model is not there are skipped (`make models`)
+	$(VENV)/bin/python -m pytest -m "real and not gpu"
 
 gpu-check:  ## with an NVIDIA GPU: its tests, kernels, and engines end to end in 16 GiB; eight minutes, no download
 	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu_check.py --output benchmarks/results/gpu.jsonl

@@ -174,7 +174,7 @@ class EngineConfig:
     """
 
     model: str | None = None
-    """A directory or a Hugging Face id of a checkpoint; None: the small model inside the package."""
+    """A directory or a Hugging Face id of a checkpoint, or a .gguf file; None: the small model inside the package."""
     policy: Annotated[PolicyName, Doc(_POLICY_HELP)] = "sketch"
     sparsity: float = 0.8
     """Share of the earlier tokens that a decode step does not read, 0 up to but not 1; 1 - r in the paper (r: caching

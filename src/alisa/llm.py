@@ -53,7 +53,7 @@ class LLM:
     would get alone. The engine is built when it is first needed, and given back by `close`.
 
     Args:
-        model: Hugging Face model directory or hub id; None for the small model inside the package.
+        model: Hugging Face model directory or hub id, or a GGUF file; None for the small model inside the package.
         config: how to run it; or give its fields as options.
         progress: called with (bytes read, bytes in all) while weights load.
         options: fields of `EngineConfig`, such as `policy`, `sparsity`, `kv_device_memory`.

@@ -28,8 +28,8 @@ class RopeScaling:
     Each kind reads the fields that its comment names, and `factor`.
     """
 
-    kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
-    factor: float
+    kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope", "divisors"]
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     """llama3; so is the next."""
     high_freq_factor: float = 4.0
@@ -47,6 +47,8 @@ class RopeScaling:
     """longrope: of each rotated pair, for sequences up to the original length."""
     long_factors: tuple[float, ...] = ()
     """The same for longer ones."""
+    divisors: tuple[float, ...] = ()
+    """divisors: what the frequency of each rotated pair is divided by; all that a GGUF file keeps of llama3."""
 
 
 @dataclass(frozen=True, slots=True)

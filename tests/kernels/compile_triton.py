@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from alisa.kernels.reference.sketch import sketch
+from alisa.kernels.reference.sketch import make_sketch
 from alisa.kernels.triton.kernels import TritonKernels
 from tests.kernels.cases import make_problem
 
@@ -112,12 +112,10 @@ def launch_selection(dtypes: list[torch.dtype], shapes: list[tuple[int, int]], b
     for num_bits in bits:
         for group, head_dim in shapes:
             keys = torch.zeros(50, 4, head_dim)
-            codes, ranges = sketch(keys, num_bits)
-            kernels.sketch_append(codes, ranges, torch.arange(50), keys.bfloat16(), num_bits)
+            sketched = make_sketch(keys, num_bits)
+            kernels.sketch_append(sketched, torch.arange(50), keys.bfloat16())
             query = torch.zeros(3, 4 * group, head_dim, dtype=torch.bfloat16)
-            kernels.sketch_select(
-                query, codes, ranges, num_bits, rows, integers, integers, integers, integers, 5, 40, 1
-            )
+            kernels.sketch_complete(query, sketched, sketched, rows, integers, integers, integers, integers, 5, 40, 1)
             sums = torch.zeros(3, 4, head_dim).double()
             kernels.mean_blend(sums, rows, integers, query, torch.zeros(query.shape[:2]))
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from alisa.kernels.base import Attended
 from alisa.kernels.native import kernels as cpu
 from alisa.kernels.reference.decode import ReferenceDecode
+from alisa.kernels.reference.sketch import make_sketch
 from tests.kernels.cases import ISAS, ROW_DTYPES, kernels, make_problem
 from tests.kernels.triton_device import moved, on_each_device, triton_kernels
 
@@ -122,13 +123,21 @@ def test_a_sketch_gives_the_same_bits_in_any_company_and_on_any_threads():
     starts = torch.tensor([0, 2000, 2300])
     keys = torch.randn(2331, 2, 64, generator=generator)
     query = torch.randn(3, 6, 64, generator=generator).to(torch.bfloat16)
-    codes, ranges = torch.empty(2331, 2, 32, dtype=torch.uint8), torch.empty(2331, 2, 2, dtype=torch.float16)
-    cpu.CpuKernels().sketch_append(codes, ranges, torch.arange(2331), keys, 4)
-    expected = cpu.CpuKernels(num_threads=1).sketch_scores(query, codes, ranges, 4, starts, lengths, 2000, 2)
+    sketched, values = make_sketch(keys, 4), make_sketch(keys.flip(0), 2)
+    budgets = [torch.tensor(column, dtype=torch.int32) for column in ([1800, 270, 20], [200, 30, 20], [400, 60, 31])]
+    expected = cpu.CpuKernels(num_threads=1).sketch_scores(query, sketched, starts, lengths, 2000, 2)
+    whole = cpu.CpuKernels(num_threads=1).sketch_complete(
+        query, sketched, values, starts, lengths, *budgets, 400, 2000, 1
+    )
     for num_threads in (1, 2, 7):
         kernel = cpu.CpuKernels(num_threads=num_threads)
-        assert torch.equal(kernel.sketch_scores(query, codes, ranges, 4, starts, lengths, 2000, 2), expected)
+        assert torch.equal(kernel.sketch_scores(query, sketched, starts, lengths, 2000, 2), expected)
+        again = kernel.sketch_complete(query, sketched, values, starts, lengths, *budgets, 400, 2000, 1)
+        assert all(map(torch.equal, again, whole))
         for seq in range(3):
             one = slice(seq, seq + 1)
-            found = kernel.sketch_scores(query[one], codes, ranges, 4, starts[one], lengths[one], 2000, 2)
+            found = kernel.sketch_scores(query[one], sketched, starts[one], lengths[one], 2000, 2)
             assert torch.equal(found, expected[one])
+            own = [column[one] for column in budgets]
+            alone = kernel.sketch_complete(query[one], sketched, values, starts[one], lengths[one], *own, 400, 2000, 1)
+            assert all(torch.equal(mine, of_all[one]) for mine, of_all in zip(alone, whole, strict=True))

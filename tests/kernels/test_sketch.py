@@ -8,9 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from alisa.kernels.base import Sketch
 from alisa.kernels.native import kernels as cpu
 from alisa.kernels.reference.selection import ReferenceSelection
-from alisa.kernels.reference.sketch import sketch, sketch_scores, sketch_weights, unsketch
+from alisa.kernels.reference.sketch import make_sketch, sketch_rows, sketch_scores, sketch_weights, unsketch
 from tests.kernels.cases import SKETCH_ISAS, kernels
 from tests.kernels.test_select import by_sorting
 
@@ -22,9 +23,7 @@ EPS = torch.finfo(torch.float32).eps
 @dataclass
 class Problem:
     query: torch.Tensor
-    codes: torch.Tensor
-    ranges: torch.Tensor
-    bits: int
+    keys: Sketch
     starts: torch.Tensor
     lengths: torch.Tensor
     width: int
@@ -53,16 +52,16 @@ def make_problem(
     lanes = torch.randperm(len(lengths) + 2, generator=generator)[: len(lengths)]
     num_tokens = (len(lengths) + 2) * capacity
     keys = torch.randn(num_tokens, kv_heads, head_dim, generator=generator) * scale + offset
-    codes, ranges = sketch(keys, bits)
+    sketched = make_sketch(keys, bits)
     query = torch.randn(len(lengths), kv_heads * group, head_dim, generator=generator) * scale
     starts = lanes * capacity
     inside = torch.zeros(num_tokens, dtype=torch.bool)
     for start, length in zip(starts.tolist(), lengths, strict=True):
         inside[start : start + length] = True
-    ranges[~inside] = torch.nan
+    sketched.ranges[~inside] = torch.nan
     counts = torch.tensor(lengths, dtype=torch.int32)
     num_sets = kv_heads if per_head else 1
-    return Problem(query.to(dtype), codes, ranges, bits, starts, counts, max(lengths) + seed % 3, num_sets)
+    return Problem(query.to(dtype), sketched, starts, counts, max(lengths) + seed % 3, num_sets)
 
 
 @st.composite
@@ -86,12 +85,11 @@ def problems(draw, scales=(1.0,), most=4):
 def assert_agrees(weights, problem):
     """Weights are the float64 answer, up to a query rounded to 1/32639 of its largest value and float32 sums."""
     num_seqs, num_heads, head_dim = problem.query.shape
-    num_kv_heads = problem.codes.shape[1]
+    num_kv_heads = problem.keys.codes.shape[1]
     query = problem.query.double()
     assert weights.shape == (num_seqs, problem.num_sets, problem.width)
     for seq, (start, length) in enumerate(zip(problem.starts.tolist(), problem.lengths.tolist(), strict=True)):
-        rows = slice(start, start + length)
-        keys = unsketch(problem.codes[rows], problem.ranges[rows], problem.bits, head_dim).double()
+        keys = unsketch(sketch_rows(problem.keys, torch.arange(start, start + length)), head_dim).double()
         keys = keys.repeat_interleave(num_heads // num_kv_heads, dim=1)  # [S, H, D]
         expected = (torch.einsum("hd,shd->hs", query[seq], keys) * head_dim**-0.5).softmax(-1)
         rounded = query[seq].abs().amax(-1) / 32639 / 2 * keys.abs().sum(-1).amax(0)
@@ -116,7 +114,7 @@ def test_any_shape_is_the_definition(isa, problem):
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems(scales=(0.0, 1e-30, 1e4)))
 def test_extreme_values_stay_finite(isa, problem):
-    problem.ranges[problem.ranges.isnan()] = 0  # a reference gathers them, a kernel does not
+    problem.keys.ranges[problem.keys.ranges.isnan()] = 0  # a reference gathers them, a kernel does not
     weights = kernels(isa).sketch_scores(*problem.args())
     assert weights.isfinite().all()
     assert (weights >= 0).all()
@@ -156,7 +154,7 @@ def assert_chosen(positions, shares, problem, scores, budgets):
     flat = scores.flatten(0, 1).double()
     expected = [by_sorting(flat, row, *budget, num_slots) for row, budget in enumerate(rows)]
     assert positions.tolist() == expected
-    problem.ranges[problem.ranges.isnan()] = 0  # the reference gathers them
+    problem.keys.ranges[problem.keys.ranges.isnan()] = 0  # the reference gathers them
     weights = sketch_weights(*problem.args()[:-1])
     assert shares.shape == (num_seqs, num_heads)
     for seq, length in enumerate(problem.lengths.tolist()):
@@ -176,6 +174,82 @@ def test_what_is_chosen_and_its_shares(isa, problem, data):
     arguments = (*problem.args()[:-2], *budgets, problem.width, problem.num_sets)
     scores = kernels(isa).sketch_scores(*problem.args())
     assert_chosen(*kernels(isa).sketch_select(*arguments), problem, scores, budgets)
+
+
+@st.composite
+def valued_problems(draw, most=4):
+    """A problem, and values of all rows of its table; those that nobody may read are not numbers."""
+    problem = draw(problems(most=most))
+    num_tokens, num_kv_heads, _ = problem.keys.codes.shape
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    values = torch.randn(num_tokens, num_kv_heads, problem.query.shape[2], generator=generator) + 1.0
+    sketched = make_sketch(values, draw(st.sampled_from([2, 4, 8])))
+    sketched.ranges[problem.keys.ranges.isnan()] = torch.nan
+    return problem, sketched
+
+
+def assert_completed(found, problem, values, budgets):
+    """The rest is what the sketched values of the tokens that are not chosen add up to at float64 weights."""
+    _, num_heads, head_dim = problem.query.shape
+    positions, shares, rest = found
+    counts = budgets[2].tolist()
+    for table in (problem.keys.ranges, values.ranges):
+        table[table.isnan()] = 0
+    weights = sketch_weights(*problem.args()[:-1]).double()
+    for seq, (start, length) in enumerate(zip(problem.starts.tolist(), problem.lengths.tolist(), strict=True)):
+        rows = unsketch(sketch_rows(values, torch.arange(start, start + length)), head_dim).double()
+        for head in range(num_heads):
+            row = seq * problem.num_sets + head * problem.num_sets // num_heads
+            left = weights[seq, head, :length].clone()
+            left[positions[row, : counts[row]].long()] = 0
+            expected = left @ rows[:, head * rows.shape[1] // num_heads]
+            torch.testing.assert_close(rest[seq, head].double(), expected, rtol=2e-3, atol=2e-3)
+            if counts[row] == length:
+                assert (rest[seq, head] == 0).all()
+                assert shares[seq, head] == 1
+
+
+@pytest.mark.parametrize("isa", SKETCH_ISAS)
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@given(valued=valued_problems(), data=st.data())
+def test_what_is_not_read_is_added_up_from_the_sketched_values(isa, valued, data):
+    problem, values = valued
+    budgets = budgets_of(problem, data)
+    query, keys, starts, lengths = problem.args()[:4]
+    arguments = (starts, lengths, *budgets, problem.width, problem.num_sets)
+    found = kernels(isa).sketch_complete(query, keys, values, *arguments)
+    chosen = kernels(isa).sketch_select(query, keys, *arguments)
+    assert torch.equal(found.positions, chosen[0])
+    assert torch.equal(found.shares, chosen[1])
+    assert_completed(found, problem, values, budgets)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(valued=valued_problems(), data=st.data())
+def test_the_reference_adds_up_the_same(valued, data):
+    problem, values = valued
+    budgets = budgets_of(problem, data)
+    for table in (problem.keys.ranges, values.ranges):
+        table[table.isnan()] = 0
+    query, keys, starts, lengths = problem.args()[:4]
+    arguments = (starts, lengths, *budgets, problem.width, problem.num_sets)
+    assert_completed(ReferenceSelection().sketch_complete(query, keys, values, *arguments), problem, values, budgets)
+
+
+@pytest.mark.parametrize("isa", SKETCH_ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [1, 17, 64])
+def test_blending_is_the_twins_and_leaves_what_was_read_in_full(isa, dtype, head_dim):
+    generator = torch.Generator().manual_seed(head_dim)
+    out = torch.randn(3, 5, head_dim, generator=generator).to(dtype)
+    shares, rest = torch.rand(3, 5, generator=generator), torch.randn(3, 5, head_dim, generator=generator)
+    shares[1, 2:], rest[1, 2:] = 1.0, 0.0
+    blended = kernels(isa).rest_blend(out, shares, rest)
+    assert blended.dtype == dtype
+    twins = ReferenceSelection().rest_blend(out, shares, rest)
+    torch.testing.assert_close(blended, twins, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    for mine in (blended, twins):
+        assert torch.equal(mine[1, 2:], out[1, 2:])
 
 
 def test_the_comparison_notices_a_token_too_few():
@@ -224,49 +298,53 @@ def test_append_writes_the_twins_codes(isa, bits, dtype, num_tokens, kv_heads, h
     tables = []
     for append in (kernels(isa).sketch_append, ReferenceSelection().sketch_append):
         codes = torch.full((2 * num_tokens, kv_heads, -(-head_dim * bits // 8)), 7, dtype=torch.uint8)
-        ranges = torch.full((2 * num_tokens, kv_heads, 2), 7, dtype=torch.float16)
-        append(codes, ranges, ids, keys, bits)
-        tables.append((codes, ranges))
-    for ours, theirs in zip(*tables, strict=True):
-        assert torch.equal(ours, theirs)
+        tables.append(Sketch(codes, torch.full((2 * num_tokens, kv_heads, 2), 7, dtype=torch.float16), bits))
+        append(tables[-1], ids, keys)
+    ours, theirs = tables
+    assert torch.equal(ours.codes, theirs.codes)
+    assert torch.equal(ours.ranges, theirs.ranges)
 
 
 def test_append_takes_keys_that_are_parts_of_a_wider_tensor():
     fused = torch.randn(5, 1, 6, 16)
     keys = fused[:, 0, 2:4]
     codes, ranges = torch.zeros(5, 2, 8, dtype=torch.uint8), torch.zeros(5, 2, 2, dtype=torch.float16)
-    cpu.CpuKernels().sketch_append(codes, ranges, torch.arange(5), keys, 4)
-    expected = sketch(keys, 4)
-    assert torch.equal(codes, expected[0])
-    assert torch.equal(ranges, expected[1])
+    cpu.CpuKernels().sketch_append(Sketch(codes, ranges, 4), torch.arange(5), keys)
+    expected = make_sketch(keys, 4)
+    assert torch.equal(codes, expected.codes)
+    assert torch.equal(ranges, expected.ranges)
 
 
 def test_arguments_that_do_not_fit_are_refused():
     kernel = cpu.CpuKernels()
-    query, codes, ranges, bits, starts, lengths, width, num_sets = make_problem(4, lengths=[20, 30]).args()
+    query, keys, starts, lengths, width, num_sets = make_problem(4, lengths=[20, 30]).args()
     with pytest.raises(ValueError, match="2, 4 or 8"):
-        kernel.sketch_scores(query, codes, ranges, 3, starts, lengths, width, num_sets)
+        kernel.sketch_scores(query, keys._replace(bits=3), starts, lengths, width, num_sets)
     with pytest.raises(ValueError, match="as 8 bits"):
-        kernel.sketch_scores(query, codes, ranges, 8, starts, lengths, width, num_sets)
+        kernel.sketch_scores(query, keys._replace(bits=8), starts, lengths, width, num_sets)
     with pytest.raises(ValueError, match="do not fit"):
-        kernel.sketch_scores(query[:, :3], codes, ranges, bits, starts, lengths, width, num_sets)
+        kernel.sketch_scores(query[:, :3], keys, starts, lengths, width, num_sets)
     with pytest.raises(TypeError, match="int64"):
-        kernel.sketch_scores(query, codes, ranges, bits, starts.int(), lengths, width, num_sets)
+        kernel.sketch_scores(query, keys, starts.int(), lengths, width, num_sets)
     with pytest.raises(TypeError, match="float16"):
-        kernel.sketch_scores(query, codes, ranges.float(), bits, starts, lengths, width, num_sets)
+        kernel.sketch_scores(query, keys._replace(ranges=keys.ranges.float()), starts, lengths, width, num_sets)
     with pytest.raises(ValueError, match="contiguous"):
-        kernel.sketch_append(codes[::2], ranges[::2], torch.arange(1), torch.randn(1, 2, 64), 4)
+        kernel.sketch_append(Sketch(keys.codes[::2], keys.ranges[::2], 4), torch.arange(1), torch.randn(1, 2, 64))
     budget = torch.ones(2, dtype=torch.int32)
     with pytest.raises(ValueError, match="as many contiguous budgets"):
-        kernel.sketch_select(
-            query, codes, ranges, bits, starts, lengths, budget, budget, budget[:1], 5, width, num_sets
-        )
+        kernel.sketch_select(query, keys, starts, lengths, budget, budget, budget[:1], 5, width, num_sets)
     with pytest.raises(TypeError, match="budgets are int32"):
-        kernel.sketch_select(
-            query, codes, ranges, bits, starts, lengths, budget, budget, budget.long(), 5, width, num_sets
-        )
+        kernel.sketch_select(query, keys, starts, lengths, budget, budget, budget.long(), 5, width, num_sets)
     with pytest.raises(ValueError, match="as many ids"):
-        kernel.sketch_append(codes, ranges, torch.arange(2), torch.randn(1, 2, 64), 4)
+        kernel.sketch_append(keys, torch.arange(2), torch.randn(1, 2, 64))
+    fewer = Sketch(keys.codes[:-1], keys.ranges[:-1], 4)
+    with pytest.raises(ValueError, match="not those of"):
+        kernel.sketch_complete(query, keys, fewer, starts, lengths, budget, budget, budget, 5, width, num_sets)
+    out = torch.zeros(2, 4, 64)
+    with pytest.raises(ValueError, match="do not fit"):
+        kernel.rest_blend(out, out[:, :3, 0], out)
+    with pytest.raises(TypeError, match="float32"):
+        kernel.rest_blend(out, out[..., 0].double(), out)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alisa.cache import codec as codecs
+from alisa.kernels.base import Sketch
 from alisa.kernels.reference.selection import ReferenceSelection
 from alisa.spec import RowFormat
 from tests.kernels.cases import ROW_DTYPES
@@ -74,7 +75,7 @@ def test_sketches_are_the_twins(device, bits, dtype, num_tokens, kv_heads, head_
     for append, place in ((triton_kernels().sketch_append, device), (ReferenceSelection().sketch_append, "cpu")):
         codes = torch.full((2 * num_tokens, kv_heads, -(-head_dim * bits // 8)), 7, dtype=torch.uint8, device=place)
         ranges = torch.full((2 * num_tokens, kv_heads, 2), 7, dtype=torch.float16, device=place)
-        append(codes, ranges, ids.to(place), keys.to(place), bits)
+        append(Sketch(codes, ranges, bits), ids.to(place), keys.to(place))
         tables.append((codes.cpu(), ranges.cpu()))
     for ours, theirs in zip(*tables, strict=True):
         assert torch.equal(ours, theirs)

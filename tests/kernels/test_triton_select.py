@@ -5,10 +5,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from alisa.kernels.base import Sketch
+from alisa.kernels.reference.selection import ReferenceSelection
 from alisa.kernels.reference.sketch import sketch_scores
 from tests.kernels.test_select import by_sorting, scores_of_all_kinds
 from tests.kernels.test_sketch import assert_agrees as assert_sketch_agrees
-from tests.kernels.test_sketch import assert_chosen, budgets_of
+from tests.kernels.test_sketch import assert_chosen, assert_completed, budgets_of, valued_problems
 from tests.kernels.test_sketch import make_problem as make_sketch_problem
 from tests.kernels.test_sketch import problems as sketch_problems
 from tests.kernels.triton_device import on_each_device, triton_kernels
@@ -77,9 +79,19 @@ def test_observe_adds_to_sums_and_buckets(device):
     assert torch.equal(buckets.cpu(), expected_buckets)
 
 
+def on(device, arguments):
+    """The arguments of a call on a device."""
+
+    def moved(value):
+        if isinstance(value, Sketch):
+            return Sketch(value.codes.to(device), value.ranges.to(device), value.bits)
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    return [moved(value) for value in arguments]
+
+
 def score(problem, device):
-    arguments = [value.to(device) if isinstance(value, torch.Tensor) else value for value in problem.args()]
-    return triton_kernels().sketch_scores(*arguments).cpu()
+    return triton_kernels().sketch_scores(*on(device, problem.args())).cpu()
 
 
 @on_each_device
@@ -106,7 +118,7 @@ def test_extreme_sketches_stay_finite(device, problem):
 def test_sketch_scores_are_the_twins(device, bits, per_head, group):
     problem = make_sketch_problem(bits, lengths=[300, 41], group=group, per_head=per_head)
     fast = score(problem, device)
-    problem.ranges[problem.ranges.isnan()] = 0  # the reference gathers them
+    problem.keys.ranges[problem.keys.ranges.isnan()] = 0  # the reference gathers them
     torch.testing.assert_close(fast, sketch_scores(*problem.args()), rtol=1e-4, atol=1e-7)
 
 
@@ -116,6 +128,29 @@ def test_sketch_scores_are_the_twins(device, bits, per_head, group):
 def test_what_is_chosen_and_its_shares(device, problem, data):
     budgets = budgets_of(problem, data)
     arguments = (*problem.args()[:-2], *budgets, problem.width, problem.num_sets)
-    arguments = [value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments]
-    positions, shares = triton_kernels().sketch_select(*arguments)
+    positions, shares = triton_kernels().sketch_select(*on(device, arguments))
     assert_chosen(positions.cpu(), shares.cpu(), problem, score(problem, device), budgets)
+
+
+@on_each_device
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(valued=valued_problems(most=1), data=st.data())
+def test_what_is_not_read_is_added_up_from_the_sketched_values(device, valued, data):
+    problem, values = valued
+    budgets = budgets_of(problem, data)
+    query, keys, starts, lengths = problem.args()[:4]
+    arguments = on(device, (query, keys, values, starts, lengths, *budgets, problem.width, problem.num_sets))
+    found = triton_kernels().sketch_complete(*arguments)
+    assert_completed([table.cpu() for table in found], problem, values, budgets)
+
+
+@on_each_device
+def test_blending_is_the_twins_and_leaves_what_was_read_in_full(device):
+    generator = torch.Generator().manual_seed(0)
+    out = torch.randn(3, 5, 17, generator=generator).bfloat16()
+    shares, rest = torch.rand(3, 5, generator=generator), torch.randn(3, 5, 17, generator=generator)
+    shares[1, 2:], rest[1, 2:] = 1.0, 0.0
+    blended = triton_kernels().rest_blend(*on(device, (out, shares, rest))).cpu()
+    twins = ReferenceSelection().rest_blend(out, shares, rest)
+    torch.testing.assert_close(blended, twins, rtol=torch.finfo(out.dtype).eps, atol=1e-6)
+    assert torch.equal(blended[1, 2:], out[1, 2:])

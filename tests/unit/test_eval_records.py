@@ -1,6 +1,7 @@
 """The file of cells: resumable, of any mixture, and never silently damaged."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from alisa.lab.eval.record_file import RecordFile, eval_record
 from alisa.lab.eval.statistics import difference, mean
 from alisa.lab.eval.subject import BASELINE, Subject, Variant, variants
 from alisa.lab.eval.tables import tables
+from alisa.policy.registry import POLICIES
 
 
 class Counting:
@@ -79,6 +81,18 @@ def test_a_resumed_run_pairs_with_the_baseline_of_the_first(subject, tmp_path):
         records = list(measure_cells(subject, resumed, CHOSEN[:3], file))
     assert resumed.ran == list(CHOSEN[1:3])
     assert [record.versus_dense for record in records] == [0.0, -0.5, -0.25]
+
+
+def test_a_policy_that_means_something_else_now_is_measured_anew(subject, tmp_path, monkeypatch):
+    path = tmp_path / "cells.jsonl"
+    with RecordFile(path) as file:
+        list(measure_cells(subject, Counting(), CHOSEN, file))
+    newer = replace(POLICIES["sketch"], edition=POLICIES["sketch"].edition + 1)
+    monkeypatch.setattr("alisa.lab.eval.measurement.POLICIES", {**POLICIES, "sketch": newer})
+    again = Counting()
+    with RecordFile(path) as file:
+        list(measure_cells(subject, again, CHOSEN, file))
+    assert again.ran == [variant for variant in CHOSEN if variant.policy == "sketch"]
 
 
 def test_a_shortened_baseline_is_refused_in_a_sentence(subject, tmp_path):

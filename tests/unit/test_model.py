@@ -140,8 +140,52 @@ def test_directories_are_taken_as_they_are(tmp_path, monkeypatch):
     assert resolve_model(str(tmp_path / "model")) == tmp_path / "model"
     assert resolve_model("~/model") == tmp_path / "model"
     (tmp_path / "file").touch()
-    with pytest.raises(ModelError, match="is a file; give the directory"):
+    with pytest.raises(ModelError, match=r"is a file; give a \.gguf file, or the directory"):
         resolve_model(str(tmp_path / "file"))
+
+
+def test_a_gguf_file_is_taken_as_it_is(tmp_path):
+    (tmp_path / "x.gguf").touch()
+    assert resolve_model(str(tmp_path / "x.gguf")) == tmp_path / "x.gguf"
+
+
+@pytest.mark.parametrize(
+    ("files", "chosen"),
+    [
+        (["x.gguf", "README.md"], "x.gguf"),
+        (["x.gguf", "config.json", "tokenizer.json"], "x.gguf"),
+        (["x.gguf", "mmproj-x.gguf"], "x.gguf"),
+        (["x.gguf", "y.gguf", "config.json", "model.safetensors"], None),
+        (["x.gguf", "config.json", "pytorch_model.bin"], None),
+        (["config.json"], None),
+    ],
+)
+def test_a_directory_without_other_weights_stands_for_its_gguf_file(files, chosen, tmp_path, monkeypatch):
+    for name in files:
+        (tmp_path / name).touch()
+    assert resolve_model(str(tmp_path)) == (tmp_path if chosen is None else tmp_path / chosen)
+    # The same of a repository.
+    fake = FakeHub(monkeypatch, files)
+    assert resolve_model("owner/name") == Path("downloaded" if chosen is None else f"downloaded/{chosen}")
+    assert (fake.patterns is None) == (chosen is not None)
+
+
+def test_of_several_gguf_files_one_must_be_named(tmp_path, monkeypatch):
+    files = [f"x.Q{bits}_0.gguf" for bits in range(4, 9)]
+    for name in files:
+        (tmp_path / name).touch()
+    FakeHub(monkeypatch, files)
+    for name in (str(tmp_path), "owner/name"):
+        words = r"holds 5 GGUF files \(x\.Q4_0\.gguf, x\.Q5_0\.gguf, x\.Q6_0\.gguf and 2 more\); give the path of one"
+        with pytest.raises(ModelError, match=words):
+            resolve_model(name)
+
+
+def test_a_cached_gguf_file_is_used_offline(monkeypatch, tmp_path):
+    FakeHub(monkeypatch, error=ConnectionError("x"), cached=tmp_path)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "x.gguf").touch()
+    assert resolve_model("owner/name") == tmp_path / "part" / "x.gguf"
 
 
 @pytest.mark.parametrize("name", ["./x", "/no/such/place", "a/b/c", "models/", "~/x", "", "two words", "a\\b"])
@@ -159,6 +203,7 @@ class FakeHub:
         self._files, self._error, self._cached = files, error, cached
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda hub_id, name: f"downloaded/{name}")
 
     def model_info(self, hub_id, timeout):
         if self._error is not None:

@@ -76,7 +76,9 @@ def test_weights_in_8_bits_are_priced_by_their_own_products():
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
-@pytest.mark.parametrize("policy", ["h2o", "swa", "swa-head", "sketch", "sketch-2bit", "sketch-8bit", "oracle"])
+@pytest.mark.parametrize(
+    "policy", ["h2o", "swa", "swa-head", "sketch", "sketch-head", "sketch-mean", "sketch-8bit", "oracle"]
+)
 def test_the_policys_memory_is_counted_as_it_is_taken(policy, sparsity):
     spec = small_spec(head_dim=24)
     state = make_policy(policy, sparsity).start(

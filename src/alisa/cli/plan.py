@@ -139,9 +139,9 @@ class Plan:
             raise InputError("Say what to plan for: either --model DIR_OR_ID or --shape NAME.")
         if self.model is not None:
             from alisa.model.hub import resolve_config
-            from alisa.model.loader import load_spec
+            from alisa.model.stored import open_model
 
-            return self.model, load_spec(resolve_config(self.model))
+            return self.model, open_model(resolve_config(self.model)).spec
         from alisa.planner.shapes import SHAPES
 
         name = str(self.shape)

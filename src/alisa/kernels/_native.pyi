@@ -25,6 +25,10 @@ class SketchTask:
         num_heads: int,
         num_sets: int,
         width: int,
+        value_bits: int = 0,
+        value_codes: int = 0,
+        value_ranges: int = 0,
+        rest: int = 0,
     ) -> None: ...
 
 PIECE_COLUMNS: int
@@ -133,6 +137,20 @@ class Workspace:
         shares: int,
         lanes: int,
         lengths: int,
+        num_seqs: int,
+    ) -> None: ...
+    def rest_blend(
+        self,
+        *,
+        isa: str,
+        threads: Threads,
+        head_dim: int,
+        num_heads: int,
+        read: int,
+        out: int,
+        dtype: int,
+        shares: int,
+        rest: int,
         num_seqs: int,
     ) -> None: ...
     def prefill(

@@ -202,6 +202,28 @@ class MoveRows(Protocol):
         ...
 
 
+class Sketch(NamedTuple):
+    """Low-bit copies of keys or values, one for each token and KV head: see `alisa.kernels.reference.sketch`."""
+
+    codes: Tensor
+    """UInt8[T, G, P], contiguous, with P = ceil(D * bits / 8)."""
+    ranges: Tensor
+    """Float16[T, G, 2], contiguous: (step, minimum) of each head."""
+    bits: int
+    """2, 4 or 8."""
+
+
+class Completed(NamedTuple):
+    """What a step reads, and what takes the place of what it does not."""
+
+    positions: Tensor
+    """Int32[B * J, K]"""
+    shares: Tensor
+    """Float32[B, H]: the part of each head's approximate weight that lies on the tokens read."""
+    rest: Tensor
+    """Float32[B, H, D]: the values of the other tokens at their approximate weights, added up."""
+
+
 class SelectionKernels(Protocol):
     """What a scored policy does for each layer of each step; `kernels.reference.selection` is it in plain torch."""
 
@@ -240,20 +262,14 @@ class SelectionKernels(Protocol):
         """
         ...
 
-    def sketch_append(self, codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
-        """The sketch holds keys `[N, G, D]`, a float dtype, at rows `ids` Int64[N].
-
-        `alisa.kernels.reference.sketch` says what codes and ranges mean.
-        `codes` is UInt8[T, G, P] with P = ceil(D * bits / 8), `ranges` Float16[T, G, 2]; bits are 2, 4 or 8.
-        """
+    def sketch_append(self, sketch: Sketch, ids: Tensor, vectors: Tensor) -> None:
+        """The sketch holds these keys or values `[N, G, D]`, a float dtype, at rows `ids` Int64[N]."""
         ...
 
     def sketch_select(
         self,
         query: Tensor,
-        codes: Tensor,
-        ranges: Tensor,
-        bits: int,
+        keys: Sketch,
         starts: Tensor,
         lengths: Tensor,
         older_ends: Tensor,
@@ -269,6 +285,33 @@ class SelectionKernels(Protocol):
         sketch. Their approximate attention weights, summed over the heads of an index set (J = `num_sets`: one set for
         all heads, or G, one for those of each KV head), rank them; the others are as in `select`, Int32[B * J]. A share
         is the part of a head's approximate weight that lies on the tokens read.
+        """
+        ...
+
+    def sketch_complete(
+        self,
+        query: Tensor,
+        keys: Sketch,
+        values: Sketch,
+        starts: Tensor,
+        lengths: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+        width: int,
+        num_sets: int,
+    ) -> Completed:
+        """As `sketch_select`, and what the tokens that are not read add, by a sketch of the values of the same rows.
+
+        Where a sequence reads everything its rest is exactly 0.
+        """
+        ...
+
+    def rest_blend(self, out: Tensor, shares: Tensor, rest: Tensor) -> Tensor:
+        """Blend: share * out + rest, `[B, H, D]` as out; where a share is 1, out to the bit.
+
+        Shares are Float32[B, H], the rest Float32[B, H, D].
         """
         ...
 

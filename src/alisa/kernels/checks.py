@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from alisa.kernels.base import Sketch
 from alisa.spec import LANES, QUAD, RowFormat
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,23 +98,21 @@ def check_observe(
         raise ValueError("observe needs contiguous tensors, and a mass for every position")
 
 
-def check_sketch_append(codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
-    """New keys fit the sketch they go to; raises otherwise."""
-    num_tokens, num_heads, head_dim = keys.shape
-    _check_sketch(codes, ranges, num_heads, head_dim, bits)
+def check_sketch_append(sketch: Sketch, ids: Tensor, vectors: Tensor) -> None:
+    """New keys or values fit the sketch they go to; raises otherwise."""
+    num_tokens, num_heads, head_dim = vectors.shape
+    _check_sketch(sketch, num_heads, head_dim)
     if ids.shape != (num_tokens,):
-        raise ValueError(f"{num_tokens} keys need as many ids, not {tuple(ids.shape)}")
-    if ids.dtype != torch.int64 or keys.dtype not in VALUE_DTYPES:
-        raise TypeError(f"ids are int64 and keys a float, not {ids.dtype}, {keys.dtype}")
+        raise ValueError(f"{num_tokens} vectors need as many ids, not {tuple(ids.shape)}")
+    if ids.dtype != torch.int64 or vectors.dtype not in VALUE_DTYPES:
+        raise TypeError(f"ids are int64 and vectors a float, not {ids.dtype}, {vectors.dtype}")
 
 
-def check_sketch_scores(
-    query: Tensor, codes: Tensor, ranges: Tensor, bits: int, starts: Tensor, lengths: Tensor, num_sets: int
-) -> None:
+def check_sketch_scores(query: Tensor, keys: Sketch, starts: Tensor, lengths: Tensor, num_sets: int) -> None:
     """A query and the sequences it asks for fit the sketch; raises otherwise."""
     num_seqs, num_heads, head_dim = query.shape
-    num_kv_heads = codes.shape[1]
-    _check_sketch(codes, ranges, num_kv_heads, head_dim, bits)
+    num_kv_heads = keys.codes.shape[1]
+    _check_sketch(keys, num_kv_heads, head_dim)
     if (
         num_heads % num_kv_heads
         or num_sets not in (1, num_kv_heads)
@@ -128,6 +127,13 @@ def check_sketch_scores(
         raise TypeError(
             f"starts are int64, lengths int32, the query a float, not {starts.dtype}, {lengths.dtype}, {query.dtype}"
         )
+
+
+def check_sketch_values(query: Tensor, keys: Sketch, values: Sketch) -> None:
+    """The sketch of the values has the rows of that of the keys; raises otherwise."""
+    _check_sketch(values, keys.codes.shape[1], query.shape[2])
+    if len(values.codes) != len(keys.codes):
+        raise ValueError(f"{len(values.codes)} sketched values are not those of {len(keys.codes)} sketched keys")
 
 
 def check_sketch_select(query: Tensor, num_sets: int, older_ends: Tensor, older_counts: Tensor, counts: Tensor) -> None:
@@ -178,6 +184,18 @@ def check_mean_blend(sums: Tensor, req_index: Tensor, lengths: Tensor, out: Tens
         )
 
 
+def check_rest_blend(out: Tensor, shares: Tensor, rest: Tensor) -> None:
+    """Outputs, their shares and what the other tokens add fit each other; raises otherwise."""
+    if rest.shape != out.shape or shares.shape != out.shape[:2]:
+        raise ValueError(
+            f"output {tuple(out.shape)}, shares {tuple(shares.shape)} and rest {tuple(rest.shape)} do not fit"
+        )
+    if shares.dtype != torch.float32 or rest.dtype != torch.float32 or out.dtype not in VALUE_DTYPES:
+        raise TypeError(
+            f"shares and rest are float32, the output a float, not {shares.dtype}, {rest.dtype}, {out.dtype}"
+        )
+
+
 def check_prefill(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Queries `[T, H, D]`, keys and values `[S, G, D]` fit each other; raises otherwise."""
     if k.shape != v.shape or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
@@ -201,7 +219,8 @@ def _check_rows(rows: Tensor, row_format: RowFormat) -> None:
         )
 
 
-def _check_sketch(codes: Tensor, ranges: Tensor, num_heads: int, head_dim: int, bits: int) -> None:
+def _check_sketch(sketch: Sketch, num_heads: int, head_dim: int) -> None:
+    codes, ranges, bits = sketch
     if bits not in (2, 4, 8):
         raise ValueError(f"a sketch has 2, 4 or 8 bits per value, not {bits}")
     if codes.dtype != torch.uint8 or ranges.dtype != torch.float16:

@@ -25,6 +25,8 @@ def inverse_frequencies(rope: Rope, device: torch.device) -> Tensor:
         return frequencies / scaling.factor
     if scaling.kind == "llama3":
         return _scale_llama3(frequencies, scaling)
+    if scaling.kind == "divisors":
+        return frequencies / torch.tensor(scaling.divisors, device=device)
     return _scale_yarn(frequencies, rope, scaling)
 
 

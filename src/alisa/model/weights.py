@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,37 @@ _SHARD = re.compile(r".*-\d+-of-(\d+)\.(safetensors|bin)")
 _DERIVED = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(masked_)?bias|version)$")
 
 
+class StoredTensors(Protocol):
+    """Tensors in files, by the names that a family's checkpoints have."""
+
+    @property
+    def place(self) -> Path:
+        """The directory or the file, for messages."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What describes the model they are of, for messages: `config.json`."""
+        ...
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor, without reading it."""
+        ...
+
+    def file_name(self, name: str) -> str:
+        """The file a tensor lies in, for messages."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in a float dtype, in memory of its own."""
+        ...
+
+
 class Checkpoint:
     """The tensors of a model directory by their names in the files.
 
@@ -39,7 +71,8 @@ class Checkpoint:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.place = directory
+        self.description = "config.json"
         self._files: dict[str, SafetensorsFile | TorchFile] = {}
         refuse_foreign(directory)
         for path in weight_files(directory):
@@ -120,7 +153,7 @@ def _complete(found: list[Path]) -> list[Path]:
 
 
 class CheckpointSource:
-    """A checkpoint read through a family's name map.
+    """Stored tensors read through a family's name map.
 
     Args:
         checkpoint: the files.
@@ -131,7 +164,7 @@ class CheckpointSource:
         ModelError: tensors are missing or unknown; the message names the first few of each.
     """
 
-    def __init__(self, checkpoint: Checkpoint, family: Family, spec: ModelSpec) -> None:
+    def __init__(self, checkpoint: StoredTensors, family: Family, spec: ModelSpec) -> None:
         self._checkpoint = checkpoint
         self._spec = spec
         stored = [name for name in checkpoint.names if not name.startswith(family.ignored)]
@@ -204,7 +237,7 @@ class CheckpointSource:
         if extra:
             reasons.append(f"{len(extra)} are not part of a {family.model_type} model ({_some(extra)})")
         raise ModelError(
-            f"The weights in {self._checkpoint.directory} do not fit config.json ({family.model_type}, "
+            f"The weights in {self._checkpoint.place} do not fit {self._checkpoint.description} ({family.model_type}, "
             f"{self._spec.num_layers} layers): {' and '.join(reasons)}; {what_it_is(missing, extra)}."
         )
 
@@ -212,8 +245,8 @@ class CheckpointSource:
         originals = [self._names[part.name] for part in parts]
         found = ", ".join(f"{original} {list(self._checkpoint.shape(original))}" for original in originals)
         return ModelError(
-            f"{self._checkpoint.file_name(originals[0])}: {found} cannot make up {name} {list(shape)} as config.json "
-            "describes it; config and weights are of different models, download both again."
+            f"{self._checkpoint.file_name(originals[0])}: {found} cannot make up {name} {list(shape)} as "
+            f"{self._checkpoint.description} describes it; the two are of different models, download both again."
         )
 
 

@@ -95,7 +95,7 @@ class Hardware:
     attention: dict[str, Attention]
     """By dtype of the rows."""
     selection: dict[str, SelectionPrices]
-    """`none`, `ranked` (swa, h2o), `sketch`."""
+    """`none`, `ranked` (swa, h2o), `sketch-keys` (those without a sketch of the values), `sketch`."""
     read: Link
     write: Link
     lookup_call_s: float

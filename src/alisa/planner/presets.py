@@ -47,8 +47,12 @@ def _gpu(name: str, memory_gib: int, bandwidth: float, flops: float, link: float
             "none": SelectionPrices(step_s=0.0, call_s=0.0),
             # Two more kernels a layer; sums of 8 bytes are read and ranked, weights of 4 written.
             "ranked": SelectionPrices(step_s=0.0, call_s=2 * LAUNCH_S, candidate_s=8 / bandwidth, read_s=8 / bandwidth),
-            "sketch": SelectionPrices(
+            # 4 bits of each key value are read; with a sketch of the values 2 of each of those as well.
+            "sketch-keys": SelectionPrices(
                 step_s=0.0, call_s=2 * LAUNCH_S, candidate_s=8 / bandwidth, value_s=0.5 / bandwidth
+            ),
+            "sketch": SelectionPrices(
+                step_s=0.0, call_s=2 * LAUNCH_S, candidate_s=8 / bandwidth, value_s=0.75 / bandwidth
             ),
         },
         read=copy,

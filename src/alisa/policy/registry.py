@@ -44,8 +44,10 @@ class PolicyEntry:
     """Bytes of its state."""
     churn: float = 0.0
     """Share of the older selection that changes from one step to the next."""
-    priced_as: Literal["none", "ranked", "sketch"] = "none"
+    priced_as: Literal["none", "ranked", "sketch-keys", "sketch"] = "none"
     """Which measured selection it costs as much as: `planner.hardware.Hardware.selection`."""
+    edition: int = 1
+    """Counts up when the name comes to mean other numbers: what was measured of an earlier edition is measured anew."""
 
     def usable_prefix(self, sparsity: float, prompt_len: int) -> int:
         """Tokens at the start of a prompt whose rows may come from a cache.
@@ -84,15 +86,23 @@ def _window(help_text: str, *, per_head: bool) -> PolicyEntry:
     )
 
 
-def _sketch(help_text: str, *, bits: int | None = 4, per_head: bool = False, uses_mean: bool = True) -> PolicyEntry:
+def _sketch(
+    help_text: str,
+    *,
+    completion: Literal["values", "mean", "none"],
+    bits: int | None = 4,
+    per_head: bool = False,
+    edition: int = 1,
+) -> PolicyEntry:
     return PolicyEntry(
         help=help_text,
         policy_class="alisa.policy.sketch:KeySketch",
-        options={"bits": bits, "per_head": per_head, "uses_mean": uses_mean},
+        options={"bits": bits, "per_head": per_head, "completion": completion},
         query_aware=True,
-        state=sketch_state(bits=bits, uses_mean=uses_mean),
+        state=sketch_state(bits=bits, value_bits=2 if completion == "values" else None, uses_mean=completion == "mean"),
         churn=_QUERY_CHURN,
-        priced_as="sketch",
+        priced_as="sketch" if completion == "values" else "sketch-keys",
+        edition=edition,
     )
 
 
@@ -125,14 +135,18 @@ POLICIES: Mapping[str, PolicyEntry] = MappingProxyType(
         "swa": _window("the recent ones, and those most attended lately (ALISA)", per_head=False),
         "swa-head": _window("the same for each KV head", per_head=True),
         "sketch": _sketch(
-            "the recent ones, and those that a 4-bit copy of all keys finds best for this query; the mean of all "
-            "values stands in for the rest"
+            "the recent ones, and those that a 4-bit copy of all keys finds best for this query; a 2-bit copy of the "
+            "values stands in for the rest",
+            completion="values",
+            edition=2,
         ),
-        "sketch-2bit": _sketch("the same with 2 bits", bits=2),
-        "sketch-8bit": _sketch("with 8 bits", bits=8),
-        "sketch-head": _sketch("for each KV head", per_head=True),
-        "sketch-plain": _sketch("without the mean", uses_mean=False),
-        "oracle": _sketch("sketch with exact keys, for comparison", bits=None),
+        "sketch-head": _sketch("the same for each KV head", completion="values", per_head=True, edition=2),
+        "sketch-mean": _sketch("as sketch, with the mean of all values for the rest", completion="mean"),
+        "sketch-mean-head": _sketch("the same for each KV head", completion="mean", per_head=True),
+        "sketch-2bit": _sketch("sketch-mean with 2 bits", completion="mean", bits=2),
+        "sketch-8bit": _sketch("with 8 bits", completion="mean", bits=8),
+        "sketch-plain": _sketch("sketch with nothing for the rest", completion="none"),
+        "oracle": _sketch("sketch-mean with exact keys, for comparison", completion="mean", bits=None),
     }
 )
 

@@ -1,16 +1,22 @@
 """Query-aware selection: rank all tokens against the current query by a low-bit sketch of their keys.
 
-The sketch of every token stays on the device; it is small against the row it stands for (4 bits: 36 of 256 bytes for
-a head of 64 values in 16 bits). Each step computes approximate attention weights of all tokens from it, sums them over
-the heads of an index set and reads the winners in full. A token can return at any time, which the history-based
-policies cannot offer. Ranking by cheap keys: SparQ (arXiv 2312.04985), InfiniGen (2406.19707), Quest (2406.10774).
+The sketch of every token stays on the device; it is small against the row it stands for (for a head of 64 values in 16
+bits 36 of 256 bytes for the key in 4 bits, and 20 for the value in 2). Each step computes approximate attention weights
+w of all tokens from it, sums them over the heads of an index set and reads the winners in full. A token can return at
+any time, which the history-based policies cannot offer. Ranking by cheap keys: SparQ (arXiv 2312.04985), InfiniGen
+(2406.19707), Quest (2406.10774).
 
-The same weights say how much of a head's attention the winners hold; the mean of all values stands in for the rest:
+The same weights say how much of a head's attention the winners hold, its share. What the other tokens would have added
+comes from the sketch of their values v^:
+
+    out = share * out(read) + sum of w_j * v^_j over the tokens j that are not read
+
+Attention that is spread thinly over many tokens is held by no choice of a few; but where many small terms are added,
+the errors of two bits cancel. `sketch-mean` puts the mean of all values in place of the sum (SparQ):
 
     out = share * out(read) + (1 - share) * mean(V)
 
-Attention that is spread thinly over many tokens is close to their mean, and no choice of a few holds it. The correction
-is that of SparQ. `sketch-plain` goes without it. `oracle` is `sketch` with exact keys, for comparison only.
+`sketch-plain` goes without either. `oracle` is `sketch-mean` with exact keys, for comparison only.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Attended, Selection, SelectionKernels, StepBatch
+from alisa.kernels.base import Attended, Selection, SelectionKernels, Sketch, StepBatch
 from alisa.kernels.reference.sketch import attention_weights, token_ids, weight_read
 from alisa.policy.base import PolicyState, SelectionPolicy
 from alisa.policy.ranked import RankedStep
@@ -29,6 +35,10 @@ from alisa.policy.token_state import TokenState
 from alisa.spec import AttentionShape
 
 SketchBits = Literal[2, 4, 8]
+Completion = Literal["values", "mean", "none"]
+"""What stands in for the tokens that are not read: a sketch of their values, the mean of all values, or nothing."""
+VALUE_BITS = 2
+"""Of a sketched value. With 4 bits little is gained, with 1 bit nothing is left."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +49,8 @@ class KeySketch(SelectionPolicy):
     """Bits per key value; None keeps the exact keys (the oracle)."""
     per_head: bool = False
     """One index set for each KV head instead of one for the layer."""
-    uses_mean: bool = True
-    """Whether the mean of all values stands in for the tokens that are not read."""
+    completion: Completion = "values"
+    """Exact keys have none of the values."""
 
     @property
     def query_aware(self) -> bool:
@@ -61,8 +71,15 @@ class KeySketch(SelectionPolicy):
         device: torch.device,
         kernels: SelectionKernels,
     ) -> PolicyState:
-        """A state of `bits / 8` bytes per key value and 4 bytes per key, and 8 for each value of the mean."""
-        state = ExactKeys if self.bits is None else SketchedKeys
+        """A state of `bits / 8` bytes per key value and 4 per key, and what the completion takes.
+
+        That is the same for each value with 2 bits, or 8 bytes for each value of the mean of a sequence.
+        """
+        if self.bits is None:
+            assert self.completion != "values", "a sketch of the values goes with one of the keys"
+            state = ExactKeys
+        else:
+            state = SketchedRows if self.completion == "values" else SketchedKeys
         return state(self, shape, kernels, max_num_seqs=max_num_seqs, num_tokens=num_tokens, device=device)
 
 
@@ -87,7 +104,7 @@ class KeyState(TokenState):
         self._kernels = kernels
         self._num_sets = policy.num_sets(shape)
         self._value_sums: Tensor | None = None
-        if policy.uses_mean:
+        if policy.completion == "mean":
             sums = (shape.num_layers, max_num_seqs, shape.num_kv_heads, shape.head_dim)
             self._value_sums = torch.zeros(sums, dtype=torch.float64, device=device)
             self._sequence_bytes = self._value_sums.nbytes // max_num_seqs
@@ -117,8 +134,7 @@ class KeyState(TokenState):
         step = self._step
         assert step is not None, "select comes after begin"
         # The new token's own weight counts in the softmax, though it is read in any case.
-        positions, self._shares = self._choose(layer, query, step)
-        return step.selection(positions)
+        return step.selection(self._choose(layer, query, step))
 
     def combine(self, layer: int, attended: Attended) -> Tensor:
         """The mean of all values takes the weight that the layer's last selection left out."""
@@ -131,8 +147,8 @@ class KeyState(TokenState):
         """Keys `[N, G, D]` are kept at entries `ids` Int64[N]."""
         raise NotImplementedError
 
-    def _choose(self, layer: int, query: Tensor, step: RankedStep) -> tuple[Tensor, Tensor]:
-        """Positions Int32[B * J, K] to read, and the part of each head's weight that lies on them, Float32[B, H]."""
+    def _choose(self, layer: int, query: Tensor, step: RankedStep) -> Tensor:
+        """Positions Int32[B * J, K] to read; their shares of each head's weight Float32[B, H] are kept."""
         raise NotImplementedError
 
     def _locate(self, batch: StepBatch, starts: Tensor) -> None:
@@ -140,7 +156,7 @@ class KeyState(TokenState):
 
 
 class SketchedKeys(KeyState):
-    """Codes UInt8[L, T, G, P] and ranges Float16[L, T, G, 2]; see `alisa.kernels.reference.sketch`."""
+    """A sketch of the keys of every layer, `[T, G, ...]`; see `alisa.kernels.reference.sketch`."""
 
     def __init__(
         self,
@@ -154,20 +170,22 @@ class SketchedKeys(KeyState):
     ) -> None:
         super().__init__(policy, shape, kernels, max_num_seqs=max_num_seqs, num_tokens=num_tokens, device=device)
         assert policy.bits is not None, "without bits there are exact keys"
-        self._bits = policy.bits
-        code_bytes = -(-shape.head_dim * self._bits // 8)
-        self._codes = self._new_table((shape.num_layers,), (shape.num_kv_heads, code_bytes), torch.uint8)
-        self._ranges = self._new_table((shape.num_layers,), (shape.num_kv_heads, 2), torch.float16)
+        self._key_sketches = self._new_sketches(shape, policy.bits)
+
+    def _new_sketches(self, shape: AttentionShape, bits: int) -> list[Sketch]:
+        """One for each layer."""
+        code_bytes = -(-shape.head_dim * bits // 8)
+        codes = self._new_table((shape.num_layers,), (shape.num_kv_heads, code_bytes), torch.uint8)
+        ranges = self._new_table((shape.num_layers,), (shape.num_kv_heads, 2), torch.float16)
+        return [Sketch(*tables, bits) for tables in zip(codes.unbind(), ranges.unbind(), strict=True)]
 
     def _keep(self, layer: int, ids: Tensor, keys: Tensor) -> None:
-        self._kernels.sketch_append(self._codes[layer], self._ranges[layer], ids, keys, self._bits)
+        self._kernels.sketch_append(self._key_sketches[layer], ids, keys)
 
-    def _choose(self, layer: int, query: Tensor, step: RankedStep) -> tuple[Tensor, Tensor]:
-        return self._kernels.sketch_select(
+    def _choose(self, layer: int, query: Tensor, step: RankedStep) -> Tensor:
+        positions, self._shares = self._kernels.sketch_select(
             query,
-            self._codes[layer],
-            self._ranges[layer],
-            self._bits,
+            self._key_sketches[layer],
             self._starts,
             self._lengths,
             step.older_ends,
@@ -177,6 +195,50 @@ class SketchedKeys(KeyState):
             step.width,
             step.num_sets,
         )
+        return positions
+
+
+class SketchedRows(SketchedKeys):
+    """A sketch of the values as well."""
+
+    def __init__(
+        self,
+        policy: KeySketch,
+        shape: AttentionShape,
+        kernels: SelectionKernels,
+        *,
+        max_num_seqs: int,
+        num_tokens: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(policy, shape, kernels, max_num_seqs=max_num_seqs, num_tokens=num_tokens, device=device)
+        self._value_sketches = self._new_sketches(shape, VALUE_BITS)
+        self._rest = torch.empty(0)
+
+    def on_append(self, layer: int, req_index: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep the new keys and the values."""
+        super().on_append(layer, req_index, positions, keys, values)
+        self._kernels.sketch_append(self._value_sketches[layer], self._token_ids(req_index, positions), values)
+
+    def combine(self, layer: int, attended: Attended) -> Tensor:
+        """The sketch says what the tokens that the layer's last selection left out would have added."""
+        return self._kernels.rest_blend(attended.out, self._shares, self._rest)
+
+    def _choose(self, layer: int, query: Tensor, step: RankedStep) -> Tensor:
+        positions, self._shares, self._rest = self._kernels.sketch_complete(
+            query,
+            self._key_sketches[layer],
+            self._value_sketches[layer],
+            self._starts,
+            self._lengths,
+            step.older_ends,
+            step.older_counts,
+            step.row_counts,
+            step.num_slots,
+            step.width,
+            step.num_sets,
+        )
+        return positions
 
 
 class ExactKeys(KeyState):
@@ -199,7 +261,7 @@ class ExactKeys(KeyState):
     def _keep(self, layer: int, ids: Tensor, keys: Tensor) -> None:
         self._keys[layer].index_copy_(0, ids, keys.float())
 
-    def _choose(self, layer: int, query: Tensor, step: RankedStep) -> tuple[Tensor, Tensor]:
+    def _choose(self, layer: int, query: Tensor, step: RankedStep) -> Tensor:
         """The best by true weight."""
         keys = self._keys[layer].index_select(0, token_ids(self._starts, self._lengths, step.width))
         weights = attention_weights(query, keys, self._lengths, self._scale)
@@ -208,4 +270,5 @@ class ExactKeys(KeyState):
         positions = self._kernels.select(
             scores.view(-1), rows, step.older_ends, step.older_counts, step.row_counts, step.num_slots, step.width
         )
-        return positions, weight_read(weights, positions, step.row_counts, self._lengths)
+        self._shares = weight_read(weights, positions, step.row_counts, self._lengths)
+        return positions

@@ -54,12 +54,21 @@ def window_state(*, per_head: bool) -> StateSize:
     return size
 
 
-def sketch_state(*, bits: int | None, uses_mean: bool) -> StateSize:
-    """`sketch`: for each KV head codes and two float16, or the key in float32; sums of values in float64."""
+def sketch_state(*, bits: int | None, value_bits: int | None, uses_mean: bool) -> StateSize:
+    """`sketch`: for each KV head codes and two float16 of the key and of the value, or the key in float32.
+
+    Sums of values are in float64.
+    """
 
     def size(shape: AttentionShape, budget: Budget, max_len: int) -> StateBytes:
-        key_bytes = 4 * shape.head_dim if bits is None else -(-shape.head_dim * bits // 8) + 4
+        key_bytes = 4 * shape.head_dim if bits is None else _sketch_bytes(shape.head_dim, bits)
+        value_bytes = 0 if value_bits is None else _sketch_bytes(shape.head_dim, value_bits)
         means = 8 * shape.num_layers * shape.kv_size if uses_mean else 0
-        return StateBytes(shape.num_layers * shape.num_kv_heads * key_bytes, means)
+        return StateBytes(shape.num_layers * shape.num_kv_heads * (key_bytes + value_bytes), means)
 
     return size
+
+
+def _sketch_bytes(head_dim: int, bits: int) -> int:
+    """Of one head: codes, and a step and a minimum in float16."""
+    return -(-head_dim * bits // 8) + 4

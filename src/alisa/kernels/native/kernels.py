@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_info
 from torch import Tensor
 
-from alisa.kernels.base import Attended, Codec
+from alisa.kernels.base import Attended, Codec, Completed, Sketch
 from alisa.kernels.checks import (
     check_append,
     check_decode,
@@ -26,10 +26,12 @@ from alisa.kernels.checks import (
     check_mean_blend,
     check_observe,
     check_piece,
+    check_rest_blend,
     check_select,
     check_sketch_append,
     check_sketch_scores,
     check_sketch_select,
+    check_sketch_values,
 )
 from alisa.spec import RowFormat
 
@@ -286,45 +288,34 @@ class CpuKernels:
             num_slots=num_slots,
         )
 
-    def sketch_append(self, codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
-        """The sketch holds these keys at rows `ids`, each head quantised between its own minimum and maximum.
+    def sketch_append(self, sketch: Sketch, ids: Tensor, vectors: Tensor) -> None:
+        """The sketch holds these keys or values at its rows `ids`, each head between its own minimum and maximum.
 
         Args:
-            codes: UInt8[T, G, P], contiguous; P = ceil(D * bits / 8), and byte i of a head holds its codes i, i + P,
-                i + 2P, ..., lowest bits first.
-            ranges: Float16[T, G, 2], contiguous: (step, minimum) of each head; the rest of its row of `codes`.
+            sketch: of T rows; byte i of a head of P bytes holds its codes i, i + P, i + 2P, ..., lowest bits first.
             ids: Int64[N], each below T.
-            keys: `[N, G, D]` in a float dtype.
-            bits: 2, 4 or 8.
+            vectors: `[N, G, D]` in a float dtype.
         """
-        check_sketch_append(codes, ranges, ids, keys, bits)
-        num_tokens, num_heads, head_dim = keys.shape
-        keys, ids = _dense_tokens(keys), ids.contiguous()
+        check_sketch_append(sketch, ids, vectors)
+        num_tokens, num_heads, head_dim = vectors.shape
+        vectors, ids = _dense_tokens(vectors), ids.contiguous()
         self._workspace.sketch_append(
             isa=self.isa,
             threads=self._threads,
-            bits=bits,
+            bits=sketch.bits,
             num_kv_heads=num_heads,
             head_dim=head_dim,
-            keys=keys.data_ptr(),
-            dtype=VALUE_CODES[keys.dtype],
-            stride=keys.stride(0) * keys.element_size(),
-            codes=codes.data_ptr(),
-            ranges=ranges.data_ptr(),
+            keys=vectors.data_ptr(),
+            dtype=VALUE_CODES[vectors.dtype],
+            stride=vectors.stride(0) * vectors.element_size(),
+            codes=sketch.codes.data_ptr(),
+            ranges=sketch.ranges.data_ptr(),
             ids=ids.data_ptr(),
             num_tokens=num_tokens,
         )
 
     def sketch_scores(
-        self,
-        query: Tensor,
-        codes: Tensor,
-        ranges: Tensor,
-        bits: int,
-        starts: Tensor,
-        lengths: Tensor,
-        width: int,
-        num_sets: int,
+        self, query: Tensor, keys: Sketch, starts: Tensor, lengths: Tensor, width: int, num_sets: int
     ) -> Tensor:
         """Approximate attention weights Float32[B, num_sets, width] of tokens starts[b] .. starts[b] + lengths[b] - 1.
 
@@ -333,21 +324,19 @@ class CpuKernels:
 
         Args:
             query: `[B, H, D]` in a float dtype.
-            codes: UInt8[T, G, P], contiguous.
-            ranges: Float16[T, G, 2], contiguous.
-            bits: 2, 4 or 8.
+            keys: sketched.
             starts: Int64[B], rows of the sketch.
             lengths: Int32[B], each at least 1.
             width: at least the largest length.
             num_sets: 1 for all heads together, G for the heads of one KV head each.
         """
-        check_sketch_scores(query, codes, ranges, bits, starts, lengths, num_sets)
+        check_sketch_scores(query, keys, starts, lengths, num_sets)
         query, starts, lengths = query.contiguous(), starts.contiguous(), lengths.contiguous()
         scores = torch.empty(len(query), num_sets, width)
         self._workspace.sketch_scores(
             isa=self.isa,
             threads=self._threads,
-            task=_sketch_task(query, codes, ranges, bits, starts, lengths, width, num_sets),
+            task=_sketch_task(query, keys, starts, lengths, width, num_sets),
             out=scores.data_ptr(),
         )
         return scores
@@ -355,9 +344,7 @@ class CpuKernels:
     def sketch_select(
         self,
         query: Tensor,
-        codes: Tensor,
-        ranges: Tensor,
-        bits: int,
+        keys: Sketch,
         starts: Tensor,
         lengths: Tensor,
         older_ends: Tensor,
@@ -370,10 +357,8 @@ class CpuKernels:
         """What `select` chooses by these scores, and the share of each head's weight that lies on it.
 
         Args:
-            query: `[B, H, D]` in a float dtype; it, the sketch, starts and lengths are as in `sketch_scores`.
-            codes: UInt8[T, G, P], contiguous.
-            ranges: Float16[T, G, 2], contiguous.
-            bits: 2, 4 or 8.
+            query: `[B, H, D]` in a float dtype; it, the keys, starts and lengths are as in `sketch_scores`.
+            keys: sketched.
             starts: Int64[B].
             lengths: Int32[B].
             older_ends: Int32[B * J], the sets of a sequence in order; it and the next two are as in `select`.
@@ -386,24 +371,71 @@ class CpuKernels:
         Returns:
             Positions Int32[B * J, K], and shares Float32[B, H]: exactly 1 where everything is read.
         """
-        check_sketch_scores(query, codes, ranges, bits, starts, lengths, num_sets)
+        check_sketch_scores(query, keys, starts, lengths, num_sets)
         check_sketch_select(query, num_sets, older_ends, older_counts, counts)
         query, starts, lengths = query.contiguous(), starts.contiguous(), lengths.contiguous()
-        num_seqs, num_heads, _ = query.shape
-        positions = torch.empty(num_seqs * num_sets, num_slots, dtype=torch.int32)
-        shares = torch.empty(num_seqs, num_heads)
-        self._workspace.sketch_select(
+        task = _sketch_task(query, keys, starts, lengths, width, num_sets)
+        return self._select(task, query, older_ends, older_counts, counts, num_slots)
+
+    def sketch_complete(
+        self,
+        query: Tensor,
+        keys: Sketch,
+        values: Sketch,
+        starts: Tensor,
+        lengths: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+        width: int,
+        num_sets: int,
+    ) -> Completed:
+        """The same, and what the other tokens add by the sketch of their values.
+
+        Args:
+            query: `[B, H, D]` in a float dtype; it and all but the values are as in `sketch_select`.
+            keys: sketched.
+            values: sketched, of the same rows.
+            starts: Int64[B].
+            lengths: Int32[B].
+            older_ends: Int32[B * J].
+            older_counts: Int32[B * J].
+            counts: Int32[B * J].
+            num_slots: K.
+            width: at least the largest length.
+            num_sets: J.
+
+        Returns:
+            Positions, shares, and a rest Float32[B, H, D] that is exactly 0 where everything is read.
+        """
+        check_sketch_scores(query, keys, starts, lengths, num_sets)
+        check_sketch_values(query, keys, values)
+        check_sketch_select(query, num_sets, older_ends, older_counts, counts)
+        query, starts, lengths = query.contiguous(), starts.contiguous(), lengths.contiguous()
+        rest = torch.empty(query.shape)
+        task = _sketch_task(query, keys, starts, lengths, width, num_sets, (values, rest))
+        return Completed(*self._select(task, query, older_ends, older_counts, counts, num_slots), rest)
+
+    def rest_blend(self, out: Tensor, shares: Tensor, rest: Tensor) -> Tensor:
+        """`[B, H, D]`: out in a float dtype at its share of weight Float32[B, H], and the rest Float32[B, H, D]."""
+        check_rest_blend(out, shares, rest)
+        out, shares, rest = out.contiguous(), shares.contiguous(), rest.contiguous()
+        num_seqs, num_heads, head_dim = out.shape
+        blended = torch.empty_like(out)
+        self._workspace.rest_blend(
             isa=self.isa,
             threads=self._threads,
-            task=_sketch_task(query, codes, ranges, bits, starts, lengths, width, num_sets),
-            older_ends=older_ends.data_ptr(),
-            older_counts=older_counts.data_ptr(),
-            counts=counts.data_ptr(),
-            num_slots=num_slots,
-            positions=positions.data_ptr(),
+            head_dim=head_dim,
+            num_heads=num_heads,
+            read=out.data_ptr(),
+            out=blended.data_ptr(),
+            dtype=VALUE_CODES[out.dtype],
             shares=shares.data_ptr(),
+            rest=rest.data_ptr(),
+            num_seqs=num_seqs,
         )
-        return positions, shares
+        return blended
 
     def mean_add(self, sums: Tensor, req_index: Tensor, values: Tensor) -> None:
         """Sums Float64[N, G, D], contiguous, have grown by values `[n, G, D]` of sequences Int64[n]."""
@@ -449,6 +481,31 @@ class CpuKernels:
             num_seqs=num_seqs,
         )
         return blended
+
+    def _select(
+        self,
+        task: SketchTask,
+        query: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Positions and shares of a task that has been checked."""
+        positions = torch.empty(len(counts), num_slots, dtype=torch.int32)
+        shares = torch.empty(query.shape[:2])
+        self._workspace.sketch_select(
+            isa=self.isa,
+            threads=self._threads,
+            task=task,
+            older_ends=older_ends.data_ptr(),
+            older_counts=older_counts.data_ptr(),
+            counts=counts.data_ptr(),
+            num_slots=num_slots,
+            positions=positions.data_ptr(),
+            shares=shares.data_ptr(),
+        )
+        return positions, shares
 
     def _layout(self, row_format: RowFormat) -> RowLayout:
         if self._last is None or self._last[0] is not row_format:
@@ -546,31 +603,38 @@ def _decode_task(
 
 def _sketch_task(
     query: Tensor,
-    codes: Tensor,
-    ranges: Tensor,
-    bits: int,
+    keys: Sketch,
     starts: Tensor,
     lengths: Tensor,
     width: int,
     num_sets: int,
+    completion: tuple[Sketch, Tensor] | None = None,
 ) -> SketchTask:
-    """Checked, contiguous tensors as addresses: they must live as long as it is used."""
+    """Checked, contiguous tensors as addresses: they must live as long as it is used.
+
+    `completion` are sketched values, and where the rest goes.
+    """
     num_seqs, num_heads, head_dim = query.shape
     assert _native is not None, "whoever gets here has a workspace from it"
+    values, rest = completion or (None, None)
     return _native.SketchTask(
-        bits=bits,
-        num_kv_heads=codes.shape[1],
+        bits=keys.bits,
+        num_kv_heads=keys.codes.shape[1],
         head_dim=head_dim,
         q=query.data_ptr(),
         q_dtype=VALUE_CODES[query.dtype],
-        codes=codes.data_ptr(),
-        ranges=ranges.data_ptr(),
+        codes=keys.codes.data_ptr(),
+        ranges=keys.ranges.data_ptr(),
         starts=starts.data_ptr(),
         lengths=lengths.data_ptr(),
         num_seqs=num_seqs,
         num_heads=num_heads,
         num_sets=num_sets,
         width=width,
+        value_bits=0 if values is None else values.bits,
+        value_codes=0 if values is None else values.codes.data_ptr(),
+        value_ranges=0 if values is None else values.ranges.data_ptr(),
+        rest=0 if rest is None else rest.data_ptr(),
     )
 
 

@@ -8,7 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alisa.kernels.reference.sketch import sketch, sketch_weights, weight_read
+from alisa.kernels.base import Completed, Sketch
+from alisa.kernels.reference.sketch import (
+    make_sketch,
+    sketch_rows,
+    sketch_weights,
+    token_ids,
+    unsketch,
+    value_not_read,
+    weight_read,
+)
 
 _PADDING = torch.iinfo(torch.int32).max
 """Sorts after every position."""
@@ -59,18 +68,16 @@ class ReferenceSelection:
             ids = torch.where(real, starts[:, None] + positions, 0)
             table.view(-1).index_add_(0, ids.view(-1), mass.view(-1).to(table.dtype))
 
-    def sketch_append(self, codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
+    def sketch_append(self, sketch: Sketch, ids: Tensor, vectors: Tensor) -> None:
         """Sketched, then copied to their rows."""
-        new_codes, new_ranges = sketch(keys, bits)
-        codes.index_copy_(0, ids, new_codes)
-        ranges.index_copy_(0, ids, new_ranges)
+        new = make_sketch(vectors, sketch.bits)
+        sketch.codes.index_copy_(0, ids, new.codes)
+        sketch.ranges.index_copy_(0, ids, new.ranges)
 
     def sketch_select(
         self,
         query: Tensor,
-        codes: Tensor,
-        ranges: Tensor,
-        bits: int,
+        keys: Sketch,
         starts: Tensor,
         lengths: Tensor,
         older_ends: Tensor,
@@ -81,11 +88,34 @@ class ReferenceSelection:
         num_sets: int,
     ) -> tuple[Tensor, Tensor]:
         """All keys unpacked, weighed by a full softmax, and sorted."""
-        weights = sketch_weights(query, codes, ranges, bits, starts, lengths, width)
-        scores = weights.unflatten(1, (num_sets, -1)).sum(dim=2)
-        rows = torch.arange(len(query) * num_sets, device=query.device) * width
-        positions = self.select(scores.view(-1), rows, older_ends, older_counts, counts, num_slots, width)
+        weights = sketch_weights(query, keys, starts, lengths, width)
+        positions = self._ranked(weights, older_ends, older_counts, counts, num_slots, num_sets)
         return positions, weight_read(weights, positions, counts, lengths)
+
+    def sketch_complete(
+        self,
+        query: Tensor,
+        keys: Sketch,
+        values: Sketch,
+        starts: Tensor,
+        lengths: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+        width: int,
+        num_sets: int,
+    ) -> Completed:
+        """The same, and all values unpacked."""
+        weights = sketch_weights(query, keys, starts, lengths, width)
+        positions = self._ranked(weights, older_ends, older_counts, counts, num_slots, num_sets)
+        rows = sketch_rows(values, token_ids(starts, lengths, width))
+        rest = value_not_read(weights, unsketch(rows, query.shape[-1]), positions, counts)
+        return Completed(positions, weight_read(weights, positions, counts, lengths), rest)
+
+    def rest_blend(self, out: Tensor, shares: Tensor, rest: Tensor) -> Tensor:
+        """Blended in float32, rounded once."""
+        return torch.addcmul(rest, out.float(), shares.unsqueeze(-1)).to(out.dtype)
 
     def mean_add(self, sums: Tensor, req_index: Tensor, values: Tensor) -> None:
         """An indexed sum in float64."""
@@ -97,3 +127,18 @@ class ReferenceSelection:
         of_groups = (len(out), sums.shape[1], -1)
         read, share = out.float().view(*of_groups, out.shape[-1]), shares.view(*of_groups, 1)
         return torch.lerp(means, read, share).view(out.shape).to(out.dtype)
+
+    def _ranked(
+        self,
+        weights: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+        num_sets: int,
+    ) -> Tensor:
+        """Positions chosen by weights Float32[B, H, S], summed over the heads of each set."""
+        num_seqs, _, width = weights.shape
+        scores = weights.unflatten(1, (num_sets, -1)).sum(dim=2)
+        rows = torch.arange(num_seqs * num_sets, device=weights.device) * width
+        return self.select(scores.view(-1), rows, older_ends, older_counts, counts, num_slots, width)

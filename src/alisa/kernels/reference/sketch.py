@@ -1,4 +1,10 @@
-"""Low-bit copies of keys and the attention weights they give, in plain torch: the reference of every sketch kernel."""
+"""Low-bit copies of keys and values and the attention they give, in plain torch: the reference of every sketch kernel.
+
+    vector = minimum + step * code
+
+for each token and head, with a step and a minimum of its own. Copies of keys give approximate attention weights, by
+which tokens are ranked; copies of values say what the tokens that are not read would have added.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +12,45 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from alisa.kernels.base import Sketch
+
 _FLOAT16_MAX = 65504.0
 
 
-def sketch(keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantise keys `[N, G, D]` between their own minimum and maximum, per token and head.
+def make_sketch(vectors: Tensor, bits: int) -> Sketch:
+    """Quantise keys or values `[N, G, D]` between their own minimum and maximum, per token and head.
 
     With P = ceil(D * bits / 8), byte i holds the codes i, i + P, i + 2P, ..., lowest bits first, so that a kernel gets
     runs of consecutive codes by shifts alone. Bits are 2, 4 or 8.
 
     Returns:
-        Codes UInt8[N, G, P] and (step, minimum) Float16[N, G, 2]: key = minimum + step * code, to half a step and what
-        float16 rounds.
+        Codes UInt8[N, G, P] and (step, minimum) Float16[N, G, 2]: the vector to half a step and what float16 rounds.
     """
-    values = keys.float()
+    values = vectors.float()
     low, high = values.aminmax(dim=-1, keepdim=True)
     minimum = (low.clamp(-_FLOAT16_MAX, _FLOAT16_MAX) + 0.0).half()  # + 0: no negative zero
     reach = (high - minimum.float()) / (2**bits - 1)
     step = (reach.clamp(0.0, _FLOAT16_MAX) + 0.0).half()
     inverse = torch.where(step > 0, 1 / step.float(), 0.0)
     codes = ((values - minimum.float()) * inverse).clamp(0, 2**bits - 1).round().to(torch.uint8)
-    num_planes, head_dim = 8 // bits, keys.shape[-1]
+    num_planes, head_dim = 8 // bits, vectors.shape[-1]
     planes = pad(codes, (0, -head_dim % num_planes)).unflatten(-1, (num_planes, -1))
-    packed = (planes << _shifts(bits, keys.device)).sum(dim=-2).to(torch.uint8)
-    return packed, torch.cat((step, minimum), dim=-1)
+    packed = (planes << _shifts(bits, vectors.device)).sum(dim=-2).to(torch.uint8)
+    return Sketch(packed, torch.cat((step, minimum), dim=-1), bits)
 
 
-def unsketch(codes: Tensor, ranges: Tensor, bits: int, head_dim: int) -> Tensor:
-    """The keys Float32[N, G, D] that the codes stand for."""
+def unsketch(sketched: Sketch, head_dim: int) -> Tensor:
+    """The vectors Float32[N, G, D] that the codes stand for."""
+    codes, ranges, bits = sketched
     planes = (codes.unsqueeze(-2) >> _shifts(bits, codes.device)) & (2**bits - 1)
     values = planes.flatten(-2)[..., :head_dim]
     return values.float() * ranges[..., :1].float() + ranges[..., 1:].float()
+
+
+def sketch_rows(sketched: Sketch, ids: Tensor) -> Sketch:
+    """Rows `ids` Int64[N] of a sketch."""
+    codes, ranges, bits = sketched
+    return Sketch(codes.index_select(0, ids), ranges.index_select(0, ids), bits)
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:
@@ -44,31 +58,19 @@ def _shifts(bits: int, device: torch.device) -> Tensor:
     return torch.arange(0, 8, bits, device=device, dtype=torch.uint8)[:, None]
 
 
-def sketch_scores(
-    query: Tensor,
-    codes: Tensor,
-    ranges: Tensor,
-    bits: int,
-    starts: Tensor,
-    lengths: Tensor,
-    width: int,
-    num_sets: int,
-) -> Tensor:
+def sketch_scores(query: Tensor, keys: Sketch, starts: Tensor, lengths: Tensor, width: int, num_sets: int) -> Tensor:
     """Approximate weights Float32[B, num_sets, width], summed over the heads of each set: what tokens are ranked by.
 
     Arguments as in `SelectionKernels.sketch_select`.
     """
-    return sketch_weights(query, codes, ranges, bits, starts, lengths, width).unflatten(1, (num_sets, -1)).sum(dim=2)
+    return sketch_weights(query, keys, starts, lengths, width).unflatten(1, (num_sets, -1)).sum(dim=2)
 
 
-def sketch_weights(
-    query: Tensor, codes: Tensor, ranges: Tensor, bits: int, starts: Tensor, lengths: Tensor, width: int
-) -> Tensor:
+def sketch_weights(query: Tensor, keys: Sketch, starts: Tensor, lengths: Tensor, width: int) -> Tensor:
     """Approximate weights Float32[B, H, width] of every head, 0 from `lengths[b]` on."""
-    ids = token_ids(starts, lengths, width)
     head_dim = query.shape[-1]
-    keys = unsketch(codes.index_select(0, ids), ranges.index_select(0, ids), bits, head_dim)
-    return attention_weights(query, keys, lengths, head_dim**-0.5)
+    rows = sketch_rows(keys, token_ids(starts, lengths, width))
+    return attention_weights(query, unsketch(rows, head_dim), lengths, head_dim**-0.5)
 
 
 def token_ids(starts: Tensor, lengths: Tensor, width: int) -> Tensor:
@@ -86,6 +88,22 @@ def attention_weights(query: Tensor, keys: Tensor, lengths: Tensor, scale: float
     grouped = query.float().view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim) * scale
     weights = (grouped @ keys).masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1)
     return weights.view(num_seqs, num_heads, -1)
+
+
+def value_not_read(weights: Tensor, values: Tensor, positions: Tensor, counts: Tensor) -> Tensor:
+    """What the tokens that are not read add: Float32[B, H, D], their values at the weights Float32[B, H, S].
+
+    Values Float32[B * S, G, D]; of positions Int32[B * J, K] `counts` Int32[B * J] are real.
+    """
+    num_seqs, num_heads, width = weights.shape
+    num_kv_heads, head_dim = values.shape[1:]
+    real = torch.arange(positions.shape[1], device=positions.device) < counts[:, None]
+    places = torch.where(real, positions, width).to(torch.int64)  # padding goes to a column that is left out
+    read = places.new_zeros(len(positions), width + 1, dtype=torch.bool).scatter_(1, places, value=True)[:, :width]
+    of_sets = weights.view(len(positions), -1, width)
+    left = of_sets.masked_fill(read[:, None], 0.0).view(num_seqs, num_kv_heads, -1, width)
+    rest = left @ values.view(num_seqs, width, num_kv_heads, head_dim).transpose(1, 2)
+    return rest.view(num_seqs, num_heads, head_dim)
 
 
 def weight_read(weights: Tensor, positions: Tensor, counts: Tensor, lengths: Tensor) -> Tensor:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Attended, Codec
+from alisa.kernels.base import Attended, Codec, Completed, Sketch
 from alisa.kernels.checks import (
     check_append,
     check_decode,
     check_mean_add,
     check_mean_blend,
     check_observe,
+    check_rest_blend,
     check_select,
     check_sketch_append,
     check_sketch_scores,
     check_sketch_select,
+    check_sketch_values,
 )
 from alisa.kernels.triton.append import launch_append
 from alisa.kernels.triton.decode import Decoding
@@ -27,7 +29,8 @@ from alisa.kernels.triton.observe import launch_observe
 from alisa.kernels.triton.select import launch_select
 from alisa.kernels.triton.settings import attend_settings
 from alisa.kernels.triton.sketch_append import launch_sketch_append
-from alisa.kernels.triton.sketch_scores import launch_sketch_scores
+from alisa.kernels.triton.sketch_rest import launch_rest, launch_rest_blend
+from alisa.kernels.triton.sketch_scores import WeighedTokens, launch_sketch_scores
 from alisa.kernels.triton.sketch_shares import launch_shares
 from alisa.spec import RowFormat
 
@@ -110,24 +113,16 @@ class TritonKernels:
         check_observe(sums, buckets, sum_starts, bucket_starts, positions, counts, mass)
         launch_observe(sums, buckets, sum_starts, bucket_starts, positions, counts, mass)
 
-    def sketch_append(self, codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
-        """Tokens `ids` Int64[N] of codes UInt8[T, G, P] and ranges Float16[T, G, 2] stand for the keys `[N, G, D]`.
+    def sketch_append(self, sketch: Sketch, ids: Tensor, vectors: Tensor) -> None:
+        """Rows `ids` Int64[N] of the sketch stand for the keys or values `[N, G, D]`.
 
-        Each head lies between its own minimum and maximum: value = minimum + step * code, (step, minimum) in `ranges`.
+        Each head lies between its own minimum and maximum.
         """
-        check_sketch_append(codes, ranges, ids, keys, bits)
-        launch_sketch_append(codes, ranges, ids.contiguous(), _whole_heads(keys), bits)
+        check_sketch_append(sketch, ids, vectors)
+        launch_sketch_append(sketch, ids.contiguous(), _whole_heads(vectors))
 
     def sketch_scores(
-        self,
-        query: Tensor,
-        codes: Tensor,
-        ranges: Tensor,
-        bits: int,
-        starts: Tensor,
-        lengths: Tensor,
-        width: int,
-        num_sets: int,
+        self, query: Tensor, keys: Sketch, starts: Tensor, lengths: Tensor, width: int, num_sets: int
     ) -> Tensor:
         """Approximate attention weights Float32[B, num_sets, width], summed over the heads of each index set.
 
@@ -135,17 +130,14 @@ class TritonKernels:
         Int32[B], at least 1 and at most `width`); 0 from `lengths[b]` on. One set is all heads, G sets are the heads of
         each KV head.
         """
-        check_sketch_scores(query, codes, ranges, bits, starts, lengths, num_sets)
-        return launch_sketch_scores(
-            query.contiguous(), codes, ranges, bits, starts.contiguous(), lengths.contiguous(), width, num_sets
-        ).mass
+        check_sketch_scores(query, keys, starts, lengths, num_sets)
+        starts, lengths = starts.contiguous(), lengths.contiguous()
+        return launch_sketch_scores(query.contiguous(), keys, None, starts, lengths, width, num_sets).mass
 
     def sketch_select(
         self,
         query: Tensor,
-        codes: Tensor,
-        ranges: Tensor,
-        bits: int,
+        keys: Sketch,
         starts: Tensor,
         lengths: Tensor,
         older_ends: Tensor,
@@ -157,18 +149,47 @@ class TritonKernels:
     ) -> tuple[Tensor, Tensor]:
         """What `select` chooses by these scores, Int32[B * J, num_slots], and the share of each head's weight on it.
 
-        The query, the sketch, `width` and `num_sets` (J) are as in `sketch_scores`, the budgets Int32[B * J] as in
+        The query, the keys, `width` and `num_sets` (J) are as in `sketch_scores`, the budgets Int32[B * J] as in
         `select`; shares are Float32[B, H], exactly 1 where everything is read.
         """
-        check_sketch_scores(query, codes, ranges, bits, starts, lengths, num_sets)
+        check_sketch_scores(query, keys, starts, lengths, num_sets)
         check_sketch_select(query, num_sets, older_ends, older_counts, counts)
-        lengths = lengths.contiguous()
-        weighed = launch_sketch_scores(
-            query.contiguous(), codes, ranges, bits, starts.contiguous(), lengths, width, num_sets
-        )
-        rows = torch.arange(len(counts), device=counts.device) * width
-        positions = launch_select(weighed.mass.view(-1), rows, older_ends, older_counts, counts, num_slots, width)
+        starts, lengths = starts.contiguous(), lengths.contiguous()
+        weighed = launch_sketch_scores(query.contiguous(), keys, None, starts, lengths, width, num_sets)
+        positions = _best(weighed, older_ends, older_counts, counts, num_slots)
         return positions, launch_shares(weighed, positions, counts, lengths)
+
+    def sketch_complete(
+        self,
+        query: Tensor,
+        keys: Sketch,
+        values: Sketch,
+        starts: Tensor,
+        lengths: Tensor,
+        older_ends: Tensor,
+        older_counts: Tensor,
+        counts: Tensor,
+        num_slots: int,
+        width: int,
+        num_sets: int,
+    ) -> Completed:
+        """The same, and what the other tokens add by the sketch of their values: a rest Float32[B, H, D].
+
+        It is exactly 0 where everything is read.
+        """
+        check_sketch_scores(query, keys, starts, lengths, num_sets)
+        check_sketch_values(query, keys, values)
+        check_sketch_select(query, num_sets, older_ends, older_counts, counts)
+        starts, lengths = starts.contiguous(), lengths.contiguous()
+        weighed = launch_sketch_scores(query.contiguous(), keys, values, starts, lengths, width, num_sets)
+        positions = _best(weighed, older_ends, older_counts, counts, num_slots)
+        shares = launch_shares(weighed, positions, counts, lengths)
+        return Completed(positions, shares, launch_rest(weighed, values, starts, lengths, positions, counts))
+
+    def rest_blend(self, out: Tensor, shares: Tensor, rest: Tensor) -> Tensor:
+        """`[B, H, D]`: out in a float dtype at its share of weight Float32[B, H], and the rest Float32[B, H, D]."""
+        check_rest_blend(out, shares, rest)
+        return launch_rest_blend(out.contiguous(), shares.contiguous(), rest.contiguous())
 
     def mean_add(self, sums: Tensor, req_index: Tensor, values: Tensor) -> None:
         """Sums Float64[N, G, D], contiguous, have grown by values `[n, G, D]` of sequences Int64[n]."""
@@ -184,6 +205,13 @@ class TritonKernels:
         """
         check_mean_blend(sums, req_index, lengths, out, shares)
         return launch_blend(sums, req_index.contiguous(), lengths.contiguous(), out.contiguous(), shares.contiguous())
+
+
+def _best(weighed: WeighedTokens, older_ends: Tensor, older_counts: Tensor, counts: Tensor, num_slots: int) -> Tensor:
+    """Positions Int32[B * J, num_slots] that `select` chooses by these weights."""
+    width = weighed.mass.shape[2]
+    rows = torch.arange(len(counts), device=counts.device) * width
+    return launch_select(weighed.mass.view(-1), rows, older_ends, older_counts, counts, num_slots, width)
 
 
 def _whole_heads(values: Tensor) -> Tensor:

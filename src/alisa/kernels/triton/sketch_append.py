@@ -1,4 +1,4 @@
-"""New keys become low-bit codes between their own minimum and maximum, in place.
+"""New keys or values become low-bit codes between their own minimum and maximum, in place.
 
 Byte i of a head holds the codes of values i, i + P, i + 2P, ... from its lowest bits up. The same arithmetic as the
 torch reference, bit for bit, under the condition named in quantise.py.
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alisa.kernels.base import Sketch
 from alisa.kernels.triton.launch import launch, num_pieces
 from alisa.kernels.triton.quantise import divide, inverse_of, to_codes, within_float16
 from alisa.kernels.triton.settings import power_of_two, tile_rows
@@ -64,23 +65,23 @@ def sketch_keys(
     tl.store(ranges_ptr + places * 2 + 1, minimum, mask=live)
 
 
-def launch_sketch_append(codes: Tensor, ranges: Tensor, ids: Tensor, keys: Tensor, bits: int) -> None:
-    """Codes UInt8[T, G, P] and ranges Float16[T, G, 2] hold the keys `[N, G, D]` at `ids` Int64[N]."""
-    num_tokens, num_kv_heads, head_dim = keys.shape
-    code_bytes = codes.shape[2]
+def launch_sketch_append(sketch: Sketch, ids: Tensor, vectors: Tensor) -> None:
+    """The sketch holds keys or values `[N, G, D]` at rows `ids` Int64[N]."""
+    num_tokens, num_kv_heads, head_dim = vectors.shape
+    code_bytes = sketch.codes.shape[2]
     tokens = min(16, tile_rows(code_bytes))
     launch(sketch_keys, (num_pieces(num_tokens, tokens), num_kv_heads))(
-        keys,
+        vectors,
         ids,
-        codes,
-        ranges,
+        sketch.codes,
+        sketch.ranges,
         num_tokens,
-        keys.stride(0),
-        keys.stride(1),
+        vectors.stride(0),
+        vectors.stride(1),
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         CODE_BYTES=code_bytes,
-        BITS=bits,
+        BITS=sketch.bits,
         WIDTH=power_of_two(code_bytes),
         TOKENS=tokens,
     )

@@ -88,10 +88,11 @@ class PolicyCase:
 
 @dataclass(frozen=True, kw_only=True)
 class SketchCase:
-    """The key sketch of one layer: ranking all tokens of B sequences with it, or adding the keys of new ones."""
+    """The sketch of one layer: ranking all tokens of B sequences with it, or adding the keys of new ones."""
 
-    work: Literal["scores", "append"]
-    """append: a sketch for every token there is, as a prompt has it."""
+    work: Literal["scores", "complete", "append"]
+    """scores: weights by the keys. complete: a fifth chosen by these, and the values of the others added up. append: a
+    sketch for every token there is, as a prompt has it."""
     bits: Literal[2, 4, 8] = 4
     num_seqs: int = 16
     num_tokens: int = 2048
@@ -106,10 +107,19 @@ class SketchCase:
         return self.num_kv_heads * (-(-self.head_dim * self.bits // 8) + 4)
 
     @property
+    def value_bytes(self) -> int:
+        """Of one token's values in 2 bits."""
+        return self.num_kv_heads * (-(-self.head_dim // 4) + 4)
+
+    @property
     def num_bytes(self) -> int:
-        """scores: sketches read, scores written. append: bfloat16 keys read, sketches written."""
-        other_bytes = 4 * self.num_sets if self.work == "scores" else 2 * self.num_kv_heads * self.head_dim
-        return self.num_seqs * self.num_tokens * (self.key_bytes + other_bytes)
+        """Scores and complete: sketches read, scores written. append: bfloat16 keys read, sketches written."""
+        other_bytes = {
+            "scores": 4 * self.num_sets,
+            "complete": 4 * self.num_sets + self.value_bytes,
+            "append": 2 * self.num_kv_heads * self.head_dim,
+        }
+        return self.num_seqs * self.num_tokens * (self.key_bytes + other_bytes[self.work])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +165,9 @@ CASES: dict[str, CaseSpec] = {
     "sketch-per-head": SketchCase(work="scores", num_kv_heads=8, num_sets=8),
     "sketch-gqa-b1-16k": SketchCase(work="scores", num_kv_heads=8, num_seqs=1, num_tokens=16384),
     "sketch-opt1.3b": SketchCase(work="scores", num_tokens=640, head_dim=64),
+    "sketch-values": SketchCase(work="complete"),
+    "sketch-values-gqa": SketchCase(work="complete", num_kv_heads=8),
+    "sketch-values-opt1.3b": SketchCase(work="complete", num_tokens=640, head_dim=64),
     "sketch-append": SketchCase(work="append", num_seqs=1, num_tokens=1024),
     "product-int8-b1": ProductCase(num_tokens=1),
     "product-int8-b4": ProductCase(num_tokens=4),
@@ -172,6 +185,7 @@ DEFAULT_CASES = (
     "select",
     "observe",
     "sketch",
+    "sketch-values",
     "product-int8-b16",
 )
 """One of each kind, and the shapes most often asked about; under a minute on two cores."""

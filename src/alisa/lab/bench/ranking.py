@@ -1,9 +1,11 @@
-"""Key sketches: ranking every token for a query, and sketching new keys, each against its torch reference."""
+"""Sketches: ranking every token for a query, completing what is read, and sketching new keys, each against torch."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from alisa.kernels.base import Sketch
 from alisa.kernels.native.kernels import CpuKernels
 from alisa.kernels.reference.selection import ReferenceSelection
 from alisa.kernels.reference.sketch import sketch_scores
@@ -14,19 +16,34 @@ from alisa.lab.bench.cases import SketchCase
 def sketch_case(case: SketchCase, kernels: CpuKernels) -> Case:
     """The case with random keys, the same for every sequence: what they are does not change the time."""
     generator = torch.Generator().manual_seed(0)
-    num_rows = case.num_seqs * case.num_tokens
-    codes = torch.empty(num_rows, case.num_kv_heads, -(-case.head_dim * case.bits // 8), dtype=torch.uint8)
-    ranges = torch.empty(num_rows, case.num_kv_heads, 2, dtype=torch.float16)
-    ids = torch.arange(num_rows).view(case.num_seqs, case.num_tokens)
+    ids = torch.arange(case.num_seqs * case.num_tokens).view(case.num_seqs, case.num_tokens)
     keys = torch.randn(case.num_tokens, case.num_kv_heads, case.head_dim, generator=generator).bfloat16()
-    for own_ids in ids:
-        kernels.sketch_append(codes, ranges, own_ids, keys, case.bits)
+    sketch = _sketched(keys, ids, case.bits, kernels)
+    plain = ReferenceSelection()
     if case.work == "append":
-        new = (codes, ranges, ids[0], keys, case.bits)
-        reference = Candidate(Role.REFERENCE, "torch reference", lambda _: ReferenceSelection().sketch_append(*new))
+        new = (sketch, ids[0], keys)
+        reference = Candidate(Role.REFERENCE, "torch reference", lambda _: plain.sketch_append(*new))
         return Case(lambda _: kernels.sketch_append(*new), lambda: [reference], case.num_bytes)
     query = torch.randn(case.num_seqs, case.num_heads, case.head_dim, generator=generator).bfloat16()
-    lengths = torch.full((case.num_seqs,), case.num_tokens, dtype=torch.int32)
-    table = (query, codes, ranges, case.bits, ids[:, 0].contiguous(), lengths, case.num_tokens, case.num_sets)
-    reference = Candidate(Role.REFERENCE, "torch reference", lambda _: sketch_scores(*table))
-    return Case(lambda _: kernels.sketch_scores(*table), lambda: [reference], case.num_bytes)
+    starts, lengths = ids[:, 0].contiguous(), torch.full((case.num_seqs,), case.num_tokens, dtype=torch.int32)
+    if case.work == "scores":
+        table = (query, sketch, starts, lengths, case.num_tokens, case.num_sets)
+        reference = Candidate(Role.REFERENCE, "torch reference", lambda _: sketch_scores(*table))
+        return Case(lambda _: kernels.sketch_scores(*table), lambda: [reference], case.num_bytes)
+    older, recent = case.num_tokens // 10, case.num_tokens // 10 + 1
+    rows = torch.ones(case.num_seqs * case.num_sets, dtype=torch.int32)
+    budgets = (rows * (case.num_tokens - recent), rows * older, rows * (older + recent))
+    values = _sketched(keys, ids, 2, kernels)
+    step = (query, sketch, values, starts, lengths, *budgets, older + recent, case.num_tokens, case.num_sets)
+    reference = Candidate(Role.REFERENCE, "torch reference", lambda _: plain.sketch_complete(*step))
+    return Case(lambda _: kernels.sketch_complete(*step), lambda: [reference], case.num_bytes)
+
+
+def _sketched(vectors: Tensor, ids: Tensor, bits: int, kernels: CpuKernels) -> Sketch:
+    """Vectors `[N, G, D]` at the rows Int64[B, N] of each sequence."""
+    num_rows, (_, num_kv_heads, head_dim) = ids.numel(), vectors.shape
+    codes = torch.empty(num_rows, num_kv_heads, -(-head_dim * bits // 8), dtype=torch.uint8)
+    sketch = Sketch(codes, torch.empty(num_rows, num_kv_heads, 2, dtype=torch.float16), bits)
+    for own_ids in ids:
+        kernels.sketch_append(sketch, own_ids, vectors)
+    return sketch

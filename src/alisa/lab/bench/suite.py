@@ -26,7 +26,7 @@ from alisa.lab.bench.remote.measured import EngineJob
 from alisa.lab.bench.shapes import SHAPES
 from alisa.lab.bench.stamp import current_stamp
 from alisa.machine import ASK_FOR_HUGE_PAGES
-from alisa.model.loader import load_spec
+from alisa.model.stored import open_model
 from alisa.model.tokenizer import Tokenizer
 from alisa.planner.footprint import kv_token_bytes
 from alisa.records.schema import RunFigures, RunRecord, WorkloadRecord
@@ -125,7 +125,7 @@ def prepare_workload(workload: Workload, texts: Sequence[str] | None, places: Pl
             write_checkpoint(spec, model)
     else:
         model = Path(os.path.expandvars(workload.model))
-        spec = load_spec(model)
+        spec = open_model(model).spec
     if texts is None:
         assert workload.prompt_len is not None, "a workload has prompts or their length"
         lengths = [workload.prompt_len] * workload.batch
@@ -135,7 +135,7 @@ def prepare_workload(workload: Workload, texts: Sequence[str] | None, places: Pl
         tokenizer = Tokenizer.load(embedded_model())
         prompts = _random_prompts(workload, spec, [len(tokenizer.encode(text)) for text in texts])
     else:
-        tokenizer = Tokenizer.load(model)
+        tokenizer = open_model(model).tokenizer()
         prompts = [tokenizer.encode(text) for text in texts]
     longest = max(map(len, prompts)) + workload.output_len
     if longest > spec.max_positions:

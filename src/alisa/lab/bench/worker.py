@@ -18,7 +18,7 @@ from alisa.lab.bench.remote.measured import Clock, EngineJob, finish
 from alisa.lab.bench.session import RunResult, RunSpec, batch_config, device_cap_within, kv_dtype_of, run_batch
 from alisa.model.choose_linear import choose_linear
 from alisa.model.decoder import Decoder
-from alisa.model.loader import load_decoder
+from alisa.model.stored import open_model
 from alisa.outputs import StepRecord
 from alisa.scheduler.placement.file import schedule_from
 
@@ -69,7 +69,7 @@ def main() -> None:
     options = OwnOptions.of(job.options)
     device = torch.device("cpu")
     make_linear = choose_linear(options.weight_dtype, device)
-    decoder = load_decoder(Path(job.model), getattr(torch, job.dtype), device, make_linear=make_linear)
+    decoder = open_model(Path(job.model)).decoder(getattr(torch, job.dtype), device, make_linear=make_linear)
     run_spec = run_spec_of(job, options, decoder)
     generate(decoder, run_spec, job.warm_up())
     clock, ran = generate(decoder, run_spec, job)

@@ -22,6 +22,7 @@ from alisa.errors import InputError
 from alisa.lab.eval.record_file import RecordFile
 from alisa.lab.eval.statistics import Estimate
 from alisa.lab.eval.subject import BASELINE, Subject, Variant
+from alisa.policy.registry import POLICIES
 from alisa.records.schema import EvalRecord, EvalStamp
 
 
@@ -139,6 +140,8 @@ def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
     dtype = str(decoder.dtype).removeprefix("torch.")
     # Said where it is not the dtype of the arithmetic alone, so that cells measured before there was a choice stay.
     weights = {} if subject.weight_dtype == dtype else {"weight_dtype": subject.weight_dtype}
+    edition = POLICIES[variant.policy].edition
+    editions = {} if edition == 1 else {"edition": edition}
     return fingerprint(
         {
             "kind": evaluation.kind,
@@ -151,6 +154,7 @@ def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
             "sparsity": variant.sparsity,
             "kv_dtype": subject.kv_dtype(variant),
             **weights,
+            **editions,
         }
     )
 

@@ -61,7 +61,7 @@ def measure_machine(tools: Tools, directory: Path, where: str, progress: Callabl
     few = replace(SHAPES["opt-125m"], num_layers=4)
     selection = {
         kind: measure_selection(make_policy(name, 0.8), few, tools.selection)
-        for kind, name in (("none", "dense"), ("ranked", "swa"), ("sketch", "sketch"))
+        for kind, name in (("none", "dense"), ("ranked", "swa"), ("sketch-keys", "sketch-mean"), ("sketch", "sketch"))
     }
     progress("rows on disk")
     read, write = measure_link(directory, tools.move_rows)

@@ -114,6 +114,9 @@ struct SketchLayout {
 
   ALISA_INLINE constexpr int planes() const { return 8 / bits; }
   ALISA_INLINE constexpr int code_bytes() const { return (head_dim + planes() - 1) / planes(); }  // P
+  // Of a head in float buffers, where every plane is padded.
+  ALISA_INLINE constexpr int plane_stride() const { return round_up(code_bytes(), kPad); }
+  ALISA_INLINE constexpr int head_stride() const { return planes() * plane_stride(); }
 };
 
 // The largest number in a rounded query: two digits of eight bits, each with a sign (127 * 256 + 127).
@@ -122,7 +125,8 @@ constexpr float kQueryReach = 32639.0F;
 // Tokens of a sketch that are weighed together, 32 of them: their scores stay in L1 until their weights are known.
 constexpr int kSketchBlock = 32;
 
-// Approximate attention weights of all tokens of some sequences.
+// Approximate attention weights of all tokens of some sequences, and with a sketch of the values what the tokens that are
+// not read add to the output.
 struct SketchTask {
   SketchLayout layout;
   const void* q;  // [B, H, D]
@@ -137,15 +141,23 @@ struct SketchTask {
   int width;               // at least the longest sequence
   float* out;              // [B, num_sets, width]
 
+  SketchLayout value_layout;
+  const uint8_t* value_codes;    // [T, G, P]; null: there is no sketch of the values
+  const uint16_t* value_ranges;  // [T, G, 2]
+  float* rest;                   // [B, H, D]
+
   // The plan and its buffers, see workspace.cpp. Heads are padded to `heads()`.
   const Item* items;
   Grid grid;
-  float* weights;      // [blocks, kSketchBlock, heads]: exp(score - block_max)
-  float* block_max;    // [blocks, heads]
-  float* partial_max;  // [partials, heads]
-  float* partial_sum;  // [partials, heads]
+  float* weights;         // [blocks, kSketchBlock, heads]: exp(score - block_max)
+  float* block_max;       // [blocks, heads]
+  float* partial_max;     // [partials, heads]
+  float* partial_sum;     // [partials, heads]
+  float* partial_values;  // [partials, H, value_layout.head_stride()]: weights times steps times codes
+  float* partial_shift;   // [partials, heads]: weights times minima, what is added to every dimension
 
   ALISA_INLINE constexpr int heads() const { return round_up(num_heads, kPad); }
+  ALISA_INLINE constexpr bool completes() const { return value_codes != nullptr; }
 };
 
 // New keys written into a sketch.

@@ -19,6 +19,8 @@ struct SketchKernels {
   // The share of weight of what was then chosen.
   void (*shares)(const SketchTask& task, int seq, const int32_t* positions, size_t stride, int count, float* shares,
                  float* scratch);
+  // What is added by the tokens that were not chosen, into the task's `rest`.
+  void (*rest)(const SketchTask& task, int seq, const int32_t* positions, size_t stride, int count, float* scratch);
   // Keys [first, last) into the sketch.
   void (*append)(const SketchAppendTask& task, int64_t first, int64_t last, float* scratch);
 };
@@ -40,6 +42,8 @@ struct Isa {
   size_t (*mean_floats)(int head_dim);
   void (*mean_add)(const MeanAddTask& task, float* scratch);
   void (*mean_blend)(const MeanBlendTask& task, int seq, float* scratch);
+  // One sequence, with as much scratch.
+  void (*rest_blend)(const RestBlendTask& task, int seq, float* scratch);
 
   // Tokens [first, last) of an MLP.
   void (*activate)(const ActivationTask& task, int64_t first, int64_t last);

@@ -7,6 +7,7 @@
 #include "finish.h"
 #include "isa.h"
 #include "mean_value.h"
+#include "rest.h"
 #include "sketch_dot.h"
 // The dot products come first.
 #include "sketch_table.h"
@@ -21,7 +22,7 @@ inline size_t scratch_floats(const RowLayout& layout, int num_heads) {
 
 constexpr Isa table(const char* name) {
   return {name, scratch_floats, attend, finish, encode, sketch_kernels(), mean_floats, mean_add, mean_blend,
-          activate};
+          rest_blend, activate};
 }
 
 }  // namespace alisa::ALISA_ISA

@@ -97,6 +97,20 @@ inline void load_f16_pairs(const void* p, F& first, F& second) {
   second = _mm256_cvtph_ps(narrow16(_mm256_srli_epi32(pairs, 16)));
 }
 
+// Bytes of packed codes, one in each lane; of `count`, what lies after them is not touched and reads as 0.
+using Codes = __m256i;
+inline Codes load_codes(const void* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
+inline Codes load_codes(const void* p, int count) {
+  uint8_t padded[kWidth] = {};
+  __builtin_memcpy(padded, p, static_cast<size_t>(count));
+  return load_codes(padded);
+}
+template <int kShift, int kMask>
+inline F code_values(Codes x) {
+  if constexpr (kShift > 0) x = _mm256_srli_epi32(x, kShift);
+  return _mm256_cvtepi32_ps(kMask == 255 >> kShift ? x : _mm256_and_si256(x, _mm256_set1_epi32(kMask)));
+}
+
 using Word = int16_t;
 using Words = __m256i;
 using Sums = __m256i;

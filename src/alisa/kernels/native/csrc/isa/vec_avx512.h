@@ -85,6 +85,18 @@ inline void load_f16_pairs(const void* p, F& first, F& second) {
   second = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
 }
 
+// Bytes of packed codes, one in each lane; of `count`, what lies after them is not touched and reads as 0.
+using Codes = __m512i;
+inline Codes load_codes(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+inline Codes load_codes(const void* p, int count) {
+  return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1U << count) - 1), p));
+}
+template <int kShift, int kMask>
+inline F code_values(Codes x) {
+  if constexpr (kShift > 0) x = _mm512_srli_epi32(x, kShift);
+  return _mm512_cvtepi32_ps(kMask == 255 >> kShift ? x : _mm512_and_si512(x, _mm512_set1_epi32(kMask)));
+}
+
 // Small whole numbers, for dot products of codes with a rounded query: exact, and in the same order everywhere.
 using Word = int16_t;
 using Words = __m512i;

@@ -122,6 +122,19 @@ inline void load_f16_pairs(const void* p, F& first, F& second) {
   second = from_f16(pairs >> 16);
 }
 
+// Bytes of packed codes, one in each lane; of `count`, what lies after them is not touched and reads as 0.
+using Codes = I;
+inline Codes load_codes(const void* p) { return __builtin_convertvector(read<U8>(p), I); }
+inline Codes load_codes(const void* p, int count) {
+  uint8_t padded[kWidth] = {};
+  std::memcpy(padded, p, static_cast<size_t>(count));
+  return load_codes(padded);
+}
+template <int kShift, int kMask>
+inline F code_values(Codes x) {
+  return __builtin_convertvector((x >> kShift) & kMask, F);
+}
+
 using Word = int32_t;
 using Words = I;
 using Sums = I;

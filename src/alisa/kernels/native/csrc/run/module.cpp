@@ -94,7 +94,8 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](alisa::SketchTask* self, int bits, int num_kv_heads, int head_dim, uintptr_t q, int q_dtype, uintptr_t codes,
-             uintptr_t ranges, uintptr_t starts, uintptr_t lengths, int num_seqs, int num_heads, int num_sets, int width) {
+             uintptr_t ranges, uintptr_t starts, uintptr_t lengths, int num_seqs, int num_heads, int num_sets, int width,
+             int value_bits, uintptr_t value_codes, uintptr_t value_ranges, uintptr_t rest) {
             new (self) alisa::SketchTask{};
             self->layout = {bits, num_kv_heads, head_dim};
             self->q = at<const void>(q);
@@ -107,9 +108,14 @@ NB_MODULE(_native, m) {
             self->num_heads = num_heads;
             self->num_sets = num_sets;
             self->width = width;
+            self->value_layout = {value_bits, num_kv_heads, head_dim};
+            self->value_codes = at<const uint8_t>(value_codes);
+            self->value_ranges = at<const uint16_t>(value_ranges);
+            self->rest = at<float>(rest);
           },
           "bits"_a, "num_kv_heads"_a, "head_dim"_a, "q"_a, "q_dtype"_a, "codes"_a, "ranges"_a, "starts"_a, "lengths"_a,
-          "num_seqs"_a, "num_heads"_a, "num_sets"_a, "width"_a, "A query and the part of a sketch that it asks.");
+          "num_seqs"_a, "num_heads"_a, "num_sets"_a, "width"_a, "value_bits"_a = 0, "value_codes"_a = 0, "value_ranges"_a = 0,
+          "rest"_a = 0, "A query, the part of a sketch that it asks, and that of the values where there is one.");
 
   m.attr("PIECE_COLUMNS") = alisa::kBlock;
   nb::class_<alisa::DecodeTask>(m, "DecodeTask")
@@ -250,6 +256,18 @@ NB_MODULE(_native, m) {
           },
           "isa"_a, "threads"_a, "sums"_a, "num_kv_heads"_a, "head_dim"_a, "num_heads"_a, "read"_a, "out"_a, "dtype"_a,
           "shares"_a, "lanes"_a, "lengths"_a, "num_seqs"_a)
+      .def(
+          "rest_blend",
+          [](alisa::Workspace& self, const std::string& isa, const Threads& threads, int head_dim, int num_heads, uintptr_t read,
+             uintptr_t out, int dtype, uintptr_t shares, uintptr_t rest, int num_seqs) {
+            const alisa::Isa& kernels = isa_named(isa);
+            const nb::gil_scoped_release unlocked;
+            self.rest_blend(kernels,
+                            {num_heads, head_dim, at<const void>(read), at<void>(out), static_cast<Dtype>(dtype),
+                             at<const float>(shares), at<const float>(rest)},
+                            num_seqs, threads);
+          },
+          "isa"_a, "threads"_a, "head_dim"_a, "num_heads"_a, "read"_a, "out"_a, "dtype"_a, "shares"_a, "rest"_a, "num_seqs"_a)
       .def(
           "prefill",
           [](alisa::Workspace& self, const Threads& threads, std::tuple<uintptr_t, size_t, size_t> q,

@@ -159,7 +159,8 @@ void Workspace::run_sketch(const Isa& isa, SketchTask& task, size_t room, const 
   const auto heads = static_cast<size_t>(task.heads());
   Threads team = threads;
   // Work goes with the products, of which there is one for every query head.
-  if (num_tokens * heads * static_cast<size_t>(task.layout.code_bytes()) < kSerialBytes) team.count = 1;
+  const int code_bytes = task.layout.code_bytes() + (task.completes() ? task.value_layout.code_bytes() : 0);
+  if (num_tokens * heads * static_cast<size_t>(code_bytes) < kSerialBytes) team.count = 1;
   const size_t num_blocks = plan_.lay_out(task.lengths, task.num_seqs, kSketchBlock, kSketchItemBlocks);
   cut(
       task.num_seqs, kSketchItemBlocks, [](int) { return 0; },
@@ -169,11 +170,18 @@ void Workspace::run_sketch(const Isa& isa, SketchTask& task, size_t room, const 
   const size_t partials = static_cast<size_t>(plan_.num_partials()) * heads;
   task.items = items_.data();
   task.grid = plan_.grid();
-  task.weights = plan_.memory.room(weights + num_blocks * heads + 2 * partials + room);
+  // Heads of `partial_values` are as long as their padding, those of the others are padded together.
+  const size_t shifts = task.completes() ? partials : 0;
+  const size_t values = task.completes() ? static_cast<size_t>(plan_.num_partials()) * task.num_heads *
+                                               static_cast<size_t>(task.value_layout.head_stride())
+                                         : 0;
+  task.weights = plan_.memory.room(weights + num_blocks * heads + 2 * partials + shifts + values + room);
   task.block_max = task.weights + weights;
   task.partial_max = task.block_max + num_blocks * heads;
   task.partial_sum = task.partial_max + partials;
-  if (room > 0) task.out = task.partial_sum + partials;
+  task.partial_shift = task.partial_sum + partials;
+  task.partial_values = task.partial_shift + shifts;
+  if (room > 0) task.out = task.partial_values + values;
   run_items(
       team, isa.sketch.floats(task.layout, task.num_heads), [&](int item, float* mine) { isa.sketch.scores(task, item, mine); },
       finish);
@@ -198,6 +206,9 @@ void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float>
     for (int set = 0; set < task.num_sets; ++set) select_row(rows, first + set);
     isa.sketch.shares(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, chosen.counts[first],
                       shares + static_cast<size_t>(seq) * task.num_heads, mine);
+    if (task.completes()) {
+      isa.sketch.rest(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, chosen.counts[first], mine);
+    }
   });
 }
 
@@ -217,6 +228,14 @@ void Workspace::mean_blend(const Isa& isa, const MeanBlendTask& task, int num_se
   const size_t seq_bytes = static_cast<size_t>(task.num_heads) * task.head_dim * sizeof(float);
   run_tokens(threads, num_seqs, seq_bytes, isa.mean_floats(task.head_dim), [&](int64_t first, int64_t last, float* mine) {
     for (int64_t seq = first; seq < last; ++seq) isa.mean_blend(task, static_cast<int>(seq), mine);
+  });
+}
+
+void Workspace::rest_blend(const Isa& isa, const RestBlendTask& task, int num_seqs, const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const size_t seq_bytes = static_cast<size_t>(task.num_heads) * task.head_dim * sizeof(float);
+  run_tokens(threads, num_seqs, seq_bytes, isa.mean_floats(task.head_dim), [&](int64_t first, int64_t last, float* mine) {
+    for (int64_t seq = first; seq < last; ++seq) isa.rest_blend(task, static_cast<int>(seq), mine);
   });
 }
 

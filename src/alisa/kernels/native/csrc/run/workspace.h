@@ -58,6 +58,7 @@ class Workspace {
   // One thread: tokens of one sequence must not meet.
   void mean_add(const Isa& isa, const MeanAddTask& task);
   void mean_blend(const Isa& isa, const MeanBlendTask& task, int num_seqs, const Threads& threads);
+  void rest_blend(const Isa& isa, const RestBlendTask& task, int num_seqs, const Threads& threads);
   // Attention of a prompt's tokens, and the weights of its last ones.
   void prefill(const PrefillIsa& isa, const PrefillTask& task, const Threads& threads);
   void prefill_mass(const PrefillIsa& isa, const MassTask& task, const Threads& threads);

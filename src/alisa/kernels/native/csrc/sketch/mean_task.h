@@ -1,4 +1,4 @@
-// What mean_value.h is asked to do; as task.h, included by files that are compiled for one instruction set.
+// What mean_value.h and rest.h are asked to do; as task.h, included by files that are compiled for one instruction set.
 #pragma once
 
 #include "task.h"
@@ -29,6 +29,17 @@ struct MeanBlendTask {
   const float* shares;     // [B, H]
   const int64_t* lanes;    // [B]
   const int32_t* lengths;  // [B]
+};
+
+// Attention over a part of the tokens at its share of the weight, and what the others add.
+struct RestBlendTask {
+  int num_heads;
+  int head_dim;
+  const void* read;  // [B, H, D]
+  void* out;         // [B, H, D]
+  Dtype dtype;
+  const float* shares;  // [B, H]
+  const float* rest;    // [B, H, D]
 };
 
 }  // namespace alisa

@@ -7,140 +7,11 @@
 // completes a sequence scales them and adds up its heads. They stay where they are, for the shares of what is then chosen.
 #pragma once
 
-#include "elements.h"
 #include "exponential.h"
-#include "task.h"
+#include "sketch_scratch.h"
+#include "sketch_values.h"
 
 namespace alisa::ALISA_ISA {
-
-// How far ahead of the reader codes are asked for: 4 KiB as well where a token has 4 KiB, twice as slow where it has one.
-constexpr size_t kSketchAheadBytes = 8192;
-
-// What one thread needs while it scores an item or finishes a sequence. Heads are padded with queries of 0.
-struct SketchScratch {
-  float* query_scale;  // [heads]: what one unit of the rounded query is worth, D^-0.5 included
-  float* query_sum;    // [heads]: sum of the rounded query, in the same measure
-  float* steps;        // [kSketchBlock, heads]: ranges of the block at hand, one for each query head
-  float* minima;       // [kSketchBlock, heads]
-  float* pairs;        // [2, kSketchBlock * G, padded]: the same for each K/V head
-  float* values;       // [D] padded: one head of the query
-  int32_t* offsets;    // [heads]: where the codes of a head begin in those of a token
-  QueryWord* query;    // head_words() for each head, in an order that the products know
-
-  static size_t pair_floats(const SketchLayout& layout) {
-    return static_cast<size_t>(round_up(kSketchBlock * layout.num_kv_heads, kPad) + 2 * kPad);
-  }
-  static size_t floats(const SketchLayout& layout, int num_heads) {
-    const auto heads = static_cast<size_t>(round_up(num_heads, kPad));
-    return (3 + 2 * kSketchBlock) * heads + 2 * pair_floats(layout) + static_cast<size_t>(round_up(layout.head_dim, kPad)) +
-           heads * head_words(layout) * sizeof(QueryWord) / sizeof(float);
-  }
-  SketchScratch(const SketchTask& task, float* memory) {
-    const auto heads = static_cast<size_t>(task.heads());
-    const auto take = [&memory](size_t count) {
-      float* taken = memory;
-      memory += count;
-      return taken;
-    };
-    query_scale = take(heads);
-    query_sum = take(heads);
-    steps = take(kSketchBlock * heads);
-    minima = take(kSketchBlock * heads);
-    pairs = take(2 * pair_floats(task.layout));
-    values = take(static_cast<size_t>(round_up(task.layout.head_dim, kPad)));
-    offsets = reinterpret_cast<int32_t*>(take(heads));
-    query = reinterpret_cast<QueryWord*>(memory);
-  }
-};
-
-// One head of the query becomes whole numbers up to kQueryReach; returns what one of them is worth.
-inline float round_query(float* values, int dim) {
-  for (int i = dim; i < round_up(dim, kWidth); ++i) values[i] = 0.0F;
-  F largest = set1(0.0F);
-  for (int i = 0; i < dim; i += kWidth) {
-    const F x = load(values + i);
-    largest = vmax(largest, vmax(x, set1(0.0F) - x));
-  }
-  const float reach = max_of(largest);
-  // Smaller queries give every token the same weight, to the last bit.
-  const float inverse = reach > 1e-30F ? kQueryReach / reach : 0.0F;
-  for (int i = 0; i < dim; i += kWidth) store(values + i, round_even(load(values + i) * set1(inverse)));
-  return reach / kQueryReach / __builtin_sqrtf(static_cast<float>(dim));
-}
-
-inline void prepare_query(const SketchTask& task, int seq, const SketchScratch& scratch) {
-  const SketchLayout& layout = task.layout;
-  const int dim = layout.head_dim;
-  const size_t head_bytes = static_cast<size_t>(dim) * value_bytes(task.q_dtype);
-  const int group = task.num_heads / layout.num_kv_heads;
-  for (int h = 0; h < task.heads(); ++h) {
-    const bool real = h < task.num_heads;
-    scratch.offsets[h] = (real ? h / group : layout.num_kv_heads - 1) * layout.code_bytes();
-    float unit = 0.0F;
-    if (real) {
-      const size_t index = static_cast<size_t>(seq) * task.num_heads + h;
-      widen(task.q_dtype, static_cast<const uint8_t*>(task.q) + index * head_bytes, dim, scratch.values);
-      unit = round_query(scratch.values, dim);
-    } else {
-      for (int i = 0; i < dim; ++i) scratch.values[i] = 0.0F;
-    }
-    scratch.query_scale[h] = unit;
-    scratch.query_sum[h] = static_cast<float>(put_query(scratch.values, layout, h, scratch.query)) * unit;
-  }
-}
-
-// Steps and minima of `count` tokens from `token` on, for every query head.
-inline void widen_ranges(const SketchTask& task, size_t token, int count, const SketchScratch& scratch) {
-  const int num_kv_heads = task.layout.num_kv_heads;
-  const int group = task.num_heads / num_kv_heads;
-  const int total = count * num_kv_heads;
-  const uint16_t* source = task.ranges + token * num_kv_heads * 2;
-  // Where every query head has a key of its own, and no head is padded, they are in place already.
-  const bool in_place = num_kv_heads == task.heads();
-  float* steps = in_place ? scratch.steps : scratch.pairs;
-  float* minima = in_place ? scratch.minima : scratch.pairs + SketchScratch::pair_floats(task.layout);
-  F step, minimum;
-  int i = 0;
-  for (; i + kWidth <= total; i += kWidth) {
-    load_f16_pairs(source + 2 * i, step, minimum);
-    store(steps + i, step);
-    store(minima + i, minimum);
-  }
-  if (in_place) return;
-  uint16_t padded[2 * kWidth] = {};
-  std::memcpy(padded, source + 2 * i, static_cast<size_t>(total - i) * 2 * sizeof(uint16_t));
-  load_f16_pairs(padded, step, minimum);
-  store(steps + i, step);
-  store(minima + i, minimum);
-  // Lanes after the last head must be numbers: their query is 0.
-  for (i += kWidth; i < total + kPad; ++i) steps[i] = minima[i] = 0.0F;
-
-  for (int t = 0; t < count; ++t) {
-    float* to_steps = scratch.steps + static_cast<size_t>(t) * task.heads();
-    float* to_minima = scratch.minima + static_cast<size_t>(t) * task.heads();
-    const float* from_steps = steps + static_cast<size_t>(t) * num_kv_heads;
-    const float* from_minima = minima + static_cast<size_t>(t) * num_kv_heads;
-    if (group == 1) {
-      for (int h = 0; h < task.heads(); h += kWidth) {
-        store(to_steps + h, load(from_steps + h));
-        store(to_minima + h, load(from_minima + h));
-      }
-      continue;
-    }
-    // Every head's run is written in whole vectors; the next one writes over what is too much.
-    for (int g = 0; g < num_kv_heads; ++g) {
-      const int end = g + 1 < num_kv_heads ? (g + 1) * group : task.heads();
-      for (int h = g * group; h < end; h += kWidth) {
-        if (h + kWidth > task.heads()) {
-          for (int lane = h; lane < task.heads(); ++lane) to_steps[lane] = from_steps[g], to_minima[lane] = from_minima[g];
-        } else {
-          store(to_steps + h, set1(from_steps[g]));
-          store(to_minima + h, set1(from_minima[g]));
-        }
-      }
-    }
-  }
-}
 
 // Scores of one block into weights [tokens, heads].
 template <int kBits, int kShared, int kWhole>
@@ -150,7 +21,7 @@ inline void score_block(const SketchTask& task, size_t token, int count, const S
   const CodeRuns runs(layout);
   const size_t token_bytes = static_cast<size_t>(layout.num_kv_heads) * layout.code_bytes();
   const size_t token_ranges = 2 * static_cast<size_t>(layout.num_kv_heads);
-  widen_ranges(task, token, count, scratch);
+  widen_ranges(task, task.ranges + token * token_ranges, count, scratch);
   for (int t = 0; t < count; ++t) {
     const uint8_t* codes = task.codes + (token + t) * token_bytes;
     // The hardware follows the codes, but begins anew in every page, and loses the ranges from block to block.
@@ -168,13 +39,14 @@ inline void score_block(const SketchTask& task, size_t token, int count, const S
   }
 }
 
-// Scores become weights relative to the running maximum of each head.
-inline void weigh_tokens(float* weights, int count, int heads, float* maximum, float* total) {
+// Scores become weights relative to the running maximum of each head; `rescale` is what earlier ones are worth now.
+inline void weigh_tokens(float* weights, int count, int heads, float* maximum, float* total, float* rescale) {
   for (int h = 0; h < heads; h += kWidth) {
     const F before = load(maximum + h);
     F best = before;
     for (int t = 0; t < count; ++t) best = vmax(best, load(weights + static_cast<size_t>(t) * heads + h));
-    F sum = load(total + h) * exp_nonpositive(before - best);
+    const F scale = exp_nonpositive(before - best);
+    F sum = load(total + h) * scale;
     for (int t = 0; t < count; ++t) {
       float* at = weights + static_cast<size_t>(t) * heads + h;
       const F weight = exp_nonpositive(load(at) - best);
@@ -183,6 +55,7 @@ inline void weigh_tokens(float* weights, int count, int heads, float* maximum, f
     }
     store(maximum + h, best);
     store(total + h, sum);
+    store(rescale + h, scale);
   }
 }
 
@@ -196,14 +69,17 @@ void sketch_item(const SketchTask& task, int index, float* memory) {
   float* total = task.partial_sum + partial * heads;
   for (size_t h = 0; h < heads; ++h) maximum[h] = -3e38F, total[h] = 0.0F;
   prepare_query(task, item.seq, scratch);
+  if (task.completes()) clear_values(task, partial);
   for (int i = 0; i < item.num_blocks; ++i) {
     const int first = (item.first_block + i) * kSketchBlock;
     const int left = task.lengths[item.seq] - first;
     const int count = left < kSketchBlock ? left : kSketchBlock;
     const size_t number = task.grid.first_block[item.seq] + static_cast<size_t>(item.first_block + i);
     float* weights = task.weights + number * kSketchBlock * heads;
-    score_block<kBits, kShared, kWhole>(task, static_cast<size_t>(task.starts[item.seq]) + first, count, scratch, weights);
-    weigh_tokens(weights, count, task.heads(), maximum, total);
+    const size_t token = static_cast<size_t>(task.starts[item.seq]) + first;
+    score_block<kBits, kShared, kWhole>(task, token, count, scratch, weights);
+    weigh_tokens(weights, count, task.heads(), maximum, total, scratch.rescale);
+    if (task.completes()) add_block(task, token, count, weights, partial, scratch);
     std::memcpy(task.block_max + number * heads, maximum, heads * sizeof(float));
   }
 }
@@ -252,6 +128,7 @@ inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
     store(inverse + h, set1(1.0F) / total);
   }
   for (int h = task.num_heads; h < heads; ++h) inverse[h] = 0.0F;
+  if (task.completes()) merge_values(task, seq, maximum, inverse, factor);
 
   const int length = task.lengths[seq];
   const int num_sets = task.num_sets;

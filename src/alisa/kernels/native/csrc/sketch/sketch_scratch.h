@@ -1,0 +1,139 @@
+// What a thread has at hand while it scores tokens of a sketch: the rounded query, and the ranges of a block of tokens.
+#pragma once
+
+#include "elements.h"
+#include "task.h"
+
+namespace alisa::ALISA_ISA {
+
+// How far ahead of the reader codes are asked for: 4 KiB as well where a token has 4 KiB, twice as slow where it has one.
+constexpr size_t kSketchAheadBytes = 8192;
+
+// What one thread needs while it scores an item or finishes a sequence. Heads are padded with queries of 0.
+struct SketchScratch {
+  float* query_scale;  // [heads]: what one unit of the rounded query is worth, D^-0.5 included
+  float* query_sum;    // [heads]: sum of the rounded query, in the same measure
+  float* steps;        // [kSketchBlock, heads]: ranges of the block at hand, one for each query head
+  float* minima;       // [kSketchBlock, heads]
+  float* pairs;        // [2, kSketchBlock * G, padded]: the same for each K/V head
+  float* rescale;      // [heads]: what the sums of earlier blocks are worth at the maximum of this one
+  float* values;       // [D] padded: one head of the query
+  int32_t* offsets;    // [heads]: where the codes of a head begin in those of a token
+  QueryWord* query;    // head_words() for each head, in an order that the products know
+
+  static size_t pair_floats(const SketchLayout& layout) {
+    return static_cast<size_t>(round_up(kSketchBlock * layout.num_kv_heads, kPad) + 2 * kPad);
+  }
+  static size_t floats(const SketchLayout& layout, int num_heads) {
+    const auto heads = static_cast<size_t>(round_up(num_heads, kPad));
+    return (4 + 2 * kSketchBlock) * heads + 2 * pair_floats(layout) + static_cast<size_t>(round_up(layout.head_dim, kPad)) +
+           heads * head_words(layout) * sizeof(QueryWord) / sizeof(float);
+  }
+  SketchScratch(const SketchTask& task, float* memory) {
+    const auto heads = static_cast<size_t>(task.heads());
+    const auto take = [&memory](size_t count) {
+      float* taken = memory;
+      memory += count;
+      return taken;
+    };
+    query_scale = take(heads);
+    query_sum = take(heads);
+    steps = take(kSketchBlock * heads);
+    minima = take(kSketchBlock * heads);
+    pairs = take(2 * pair_floats(task.layout));
+    rescale = take(heads);
+    values = take(static_cast<size_t>(round_up(task.layout.head_dim, kPad)));
+    offsets = reinterpret_cast<int32_t*>(take(heads));
+    query = reinterpret_cast<QueryWord*>(memory);
+  }
+};
+
+// One head of the query becomes whole numbers up to kQueryReach; returns what one of them is worth.
+inline float round_query(float* values, int dim) {
+  for (int i = dim; i < round_up(dim, kWidth); ++i) values[i] = 0.0F;
+  F largest = set1(0.0F);
+  for (int i = 0; i < dim; i += kWidth) {
+    const F x = load(values + i);
+    largest = vmax(largest, vmax(x, set1(0.0F) - x));
+  }
+  const float reach = max_of(largest);
+  // Smaller queries give every token the same weight, to the last bit.
+  const float inverse = reach > 1e-30F ? kQueryReach / reach : 0.0F;
+  for (int i = 0; i < dim; i += kWidth) store(values + i, round_even(load(values + i) * set1(inverse)));
+  return reach / kQueryReach / __builtin_sqrtf(static_cast<float>(dim));
+}
+
+inline void prepare_query(const SketchTask& task, int seq, const SketchScratch& scratch) {
+  const SketchLayout& layout = task.layout;
+  const int dim = layout.head_dim;
+  const size_t head_bytes = static_cast<size_t>(dim) * value_bytes(task.q_dtype);
+  const int group = task.num_heads / layout.num_kv_heads;
+  for (int h = 0; h < task.heads(); ++h) {
+    const bool real = h < task.num_heads;
+    scratch.offsets[h] = (real ? h / group : layout.num_kv_heads - 1) * layout.code_bytes();
+    float unit = 0.0F;
+    if (real) {
+      const size_t index = static_cast<size_t>(seq) * task.num_heads + h;
+      widen(task.q_dtype, static_cast<const uint8_t*>(task.q) + index * head_bytes, dim, scratch.values);
+      unit = round_query(scratch.values, dim);
+    } else {
+      for (int i = 0; i < dim; ++i) scratch.values[i] = 0.0F;
+    }
+    scratch.query_scale[h] = unit;
+    scratch.query_sum[h] = static_cast<float>(put_query(scratch.values, layout, h, scratch.query)) * unit;
+  }
+}
+
+// Steps and minima of `count` tokens, whose ranges [count, G, 2] begin at `source`, for every query head.
+inline void widen_ranges(const SketchTask& task, const uint16_t* source, int count, const SketchScratch& scratch) {
+  const int num_kv_heads = task.layout.num_kv_heads;
+  const int group = task.num_heads / num_kv_heads;
+  const int total = count * num_kv_heads;
+  // Where every query head has a key of its own, and no head is padded, they are in place already.
+  const bool in_place = num_kv_heads == task.heads();
+  float* steps = in_place ? scratch.steps : scratch.pairs;
+  float* minima = in_place ? scratch.minima : scratch.pairs + SketchScratch::pair_floats(task.layout);
+  F step, minimum;
+  int i = 0;
+  for (; i + kWidth <= total; i += kWidth) {
+    load_f16_pairs(source + 2 * i, step, minimum);
+    store(steps + i, step);
+    store(minima + i, minimum);
+  }
+  if (in_place) return;
+  uint16_t padded[2 * kWidth] = {};
+  std::memcpy(padded, source + 2 * i, static_cast<size_t>(total - i) * 2 * sizeof(uint16_t));
+  load_f16_pairs(padded, step, minimum);
+  store(steps + i, step);
+  store(minima + i, minimum);
+  // Lanes after the last head must be numbers: their query is 0.
+  for (i += kWidth; i < total + kPad; ++i) steps[i] = minima[i] = 0.0F;
+
+  for (int t = 0; t < count; ++t) {
+    float* to_steps = scratch.steps + static_cast<size_t>(t) * task.heads();
+    float* to_minima = scratch.minima + static_cast<size_t>(t) * task.heads();
+    const float* from_steps = steps + static_cast<size_t>(t) * num_kv_heads;
+    const float* from_minima = minima + static_cast<size_t>(t) * num_kv_heads;
+    if (group == 1) {
+      for (int h = 0; h < task.heads(); h += kWidth) {
+        store(to_steps + h, load(from_steps + h));
+        store(to_minima + h, load(from_minima + h));
+      }
+      continue;
+    }
+    // Every head's run is written in whole vectors; the next one writes over what is too much.
+    for (int g = 0; g < num_kv_heads; ++g) {
+      const int end = g + 1 < num_kv_heads ? (g + 1) * group : task.heads();
+      for (int h = g * group; h < end; h += kWidth) {
+        if (h + kWidth > task.heads()) {
+          for (int lane = h; lane < task.heads(); ++lane) to_steps[lane] = from_steps[g], to_minima[lane] = from_minima[g];
+        } else {
+          store(to_steps + h, set1(from_steps[g]));
+          store(to_minima + h, set1(from_minima[g]));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace alisa::ALISA_ISA

@@ -1,0 +1,247 @@
+// What tokens that are not read add to the output: their approximate weights times the values that a low-bit copy keeps.
+//
+// Which tokens will not be read is known when all scores are. So every item adds up all of its tokens while their weights
+// are in the cache, relative to the running maximum, whoever completes a sequence merges these sums, and what was then
+// chosen, a few tokens, is taken away again: each code is read once, and those of the chosen tokens twice. A value is
+// minimum + step * code: the codes are multiplied by weight * step, and the minima are one number for each head.
+#pragma once
+
+#include "exponential.h"
+#include "sketch_scratch.h"
+
+namespace alisa::ALISA_ISA {
+
+template <int kBits, int kPlane = 0>
+inline void unpack_codes(Codes bytes, F* planes) {
+  planes[kPlane] = code_values<kPlane * kBits, (1 << kBits) - 1>(bytes);
+  if constexpr ((kPlane + 1) * kBits < 8) unpack_codes<kBits, kPlane + 1>(bytes, planes);
+}
+
+// Tokens whose codes are added up, and for each of them and each head what a code is multiplied by.
+struct ValueBlock {
+  const uint8_t* codes[kSketchBlock];
+  const float* factors;  // [count, heads]
+  int count;
+  int heads;
+};
+
+// Sums [planes, plane_stride] of kTogether heads that share their values have grown by the block.
+template <int kBits, int kTogether, bool kWhole>
+inline void add_vector(const ValueBlock& block, size_t offset, int count, int head, float* sums, const SketchLayout& layout) {
+  constexpr int kPlanes = 8 / kBits;
+  const int stride = layout.plane_stride();
+  F totals[kTogether][kPlanes];
+  for (int i = 0; i < kTogether; ++i) {
+    for (int plane = 0; plane < kPlanes; ++plane) totals[i][plane] = load(sums + i * layout.head_stride() + plane * stride);
+  }
+  for (int t = 0; t < block.count; ++t) {
+    const uint8_t* at = block.codes[t] + offset;
+    F codes[kPlanes];
+    unpack_codes<kBits>(kWhole ? load_codes(at) : load_codes(at, count), codes);
+    const float* factors = block.factors + static_cast<size_t>(t) * block.heads + head;
+    for (int i = 0; i < kTogether; ++i) {
+      const F factor = set1(factors[i]);
+      for (int plane = 0; plane < kPlanes; ++plane) totals[i][plane] = fma(factor, codes[plane], totals[i][plane]);
+    }
+  }
+  for (int i = 0; i < kTogether; ++i) {
+    for (int plane = 0; plane < kPlanes; ++plane) store(sums + i * layout.head_stride() + plane * stride, totals[i][plane]);
+  }
+}
+
+// The same for all of a head's vectors.
+template <int kBits, int kTogether>
+inline void add_head(const ValueBlock& block, int kv_head, int head, float* sums, const SketchLayout& layout) {
+  const int code_bytes = layout.code_bytes();
+  for (int i = 0; i < code_bytes; i += kWidth) {
+    const size_t offset = static_cast<size_t>(kv_head) * code_bytes + i;
+    if (i + kWidth <= code_bytes) {
+      add_vector<kBits, kTogether, true>(block, offset, kWidth, head, sums + i, layout);
+    } else {
+      add_vector<kBits, kTogether, false>(block, offset, code_bytes - i, head, sums + i, layout);
+    }
+  }
+}
+
+// The same for `count` heads, at most kMost.
+template <int kBits, int kMost>
+inline void add_some(const ValueBlock& block, int kv_head, int head, int count, float* sums, const SketchLayout& layout) {
+  if (count == kMost) return add_head<kBits, kMost>(block, kv_head, head, sums, layout);
+  if constexpr (kMost > 1) add_some<kBits, kMost - 1>(block, kv_head, head, count, sums, layout);
+}
+
+// Sums [H, head_stride] of the heads [first, last), all those of some K/V heads, have grown by the block.
+template <int kBits>
+inline void add_heads(const SketchTask& task, const ValueBlock& block, int first, int last, float* sums) {
+  // As many as have their sums in registers.
+  constexpr int kMost = kSums * kBits / 8 < 4 ? kSums * kBits / 8 : 4;
+  const SketchLayout& layout = task.value_layout;
+  const int group = task.num_heads / layout.num_kv_heads;
+  for (int h = first, count; h < last; h += count) {
+    const int kv_head = h / group;
+    const int left = (kv_head + 1) * group - h;
+    count = left < kMost ? left : kMost;
+    add_some<kBits, kMost>(block, kv_head, h, count, sums + static_cast<size_t>(h) * layout.head_stride(), layout);
+  }
+}
+
+inline void add_heads(const SketchTask& task, const ValueBlock& block, int first, int last, float* sums) {
+  switch (task.value_layout.bits) {
+    case 2: return add_heads<2>(task, block, first, last, sums);
+    case 4: return add_heads<4>(task, block, first, last, sums);
+    default: return add_heads<8>(task, block, first, last, sums);
+  }
+}
+
+// Sums of all heads of a partial result.
+inline float* values_of(const SketchTask& task, size_t partial) {
+  return task.partial_values + partial * task.num_heads * task.value_layout.head_stride();
+}
+
+inline void clear_values(const SketchTask& task, size_t partial) {
+  std::memset(values_of(task, partial), 0,
+              static_cast<size_t>(task.num_heads) * task.value_layout.head_stride() * sizeof(float));
+  std::memset(task.partial_shift + partial * task.heads(), 0, static_cast<size_t>(task.heads()) * sizeof(float));
+}
+
+inline void scale_head(float* sums, int count, float scale) {
+  for (int i = 0; i < count; i += kWidth) store(sums + i, load(sums + i) * set1(scale));
+}
+
+// `count` tokens from `token` on at these weights [count, heads].
+inline void add_block(const SketchTask& task, size_t token, int count, const float* weights, size_t partial,
+                      const SketchScratch& scratch) {
+  const SketchLayout& layout = task.value_layout;
+  const int heads = task.heads();
+  const size_t token_bytes = static_cast<size_t>(layout.num_kv_heads) * layout.code_bytes();
+  const size_t token_ranges = 2 * static_cast<size_t>(layout.num_kv_heads);
+  widen_ranges(task, task.value_ranges + token * token_ranges, count, scratch);
+  float* shift = task.partial_shift + partial * heads;
+  for (int h = 0; h < heads; h += kWidth) {
+    F sum = load(shift + h) * load(scratch.rescale + h);
+    for (int t = 0; t < count; ++t) {
+      const size_t at = static_cast<size_t>(t) * heads + h;
+      const F weight = load(weights + at);
+      sum = fma(weight, load(scratch.minima + at), sum);
+      store(scratch.steps + at, weight * load(scratch.steps + at));
+    }
+    store(shift + h, sum);
+  }
+  float* sums = values_of(task, partial);
+  for (int h = 0; h < task.num_heads; ++h) {
+    if (scratch.rescale[h] != 1.0F) {
+      scale_head(sums + static_cast<size_t>(h) * layout.head_stride(), layout.head_stride(), scratch.rescale[h]);
+    }
+  }
+  ValueBlock block;
+  block.factors = scratch.steps;
+  block.count = count;
+  block.heads = heads;
+  for (int t = 0; t < count; ++t) {
+    block.codes[t] = task.value_codes + (token + t) * token_bytes;
+    const uint8_t* ahead = block.codes[t] + kSketchAheadBytes;
+    for (size_t i = 0; i < token_bytes; i += 64) __builtin_prefetch(ahead + i, 0, 3);
+  }
+  add_heads(task, block, 0, task.num_heads, sums);
+}
+
+// The partial results of a sequence merged into its first one, as weights of the whole sequence. `maximum` and `inverse`
+// [heads] are those of the sequence, `factor` has their size.
+inline void merge_values(const SketchTask& task, int seq, const float* maximum, const float* inverse, float* factor) {
+  const int heads = task.heads();
+  const int head_stride = task.value_layout.head_stride();
+  const auto first = static_cast<size_t>(task.grid.first_partial[seq]);
+  const auto last = static_cast<size_t>(task.grid.first_partial[seq + 1]);
+  float* shift = task.partial_shift + first * heads;
+  float* sums = values_of(task, first);
+  for (size_t partial = first; partial < last; ++partial) {
+    for (int h = 0; h < heads; h += kWidth) {
+      const F scale = exp_nonpositive(load(task.partial_max + partial * heads + h) - load(maximum + h)) * load(inverse + h);
+      const F added = load(task.partial_shift + partial * heads + h) * scale;
+      store(factor + h, scale);
+      store(shift + h, partial == first ? added : load(shift + h) + added);
+    }
+    const float* others = values_of(task, partial);
+    for (int h = 0; h < task.num_heads; ++h, others += head_stride) {
+      float* to = sums + static_cast<size_t>(h) * head_stride;
+      if (partial == first) {
+        scale_head(to, head_stride, factor[h]);
+        continue;
+      }
+      for (int i = 0; i < head_stride; i += kWidth) store(to + i, fma(set1(factor[h]), load(others + i), load(to + i)));
+    }
+  }
+}
+
+// Tokens at `count` positions taken away from the sums of the heads [first, last), all those of some K/V heads.
+inline void take_away(const SketchTask& task, int seq, const int32_t* positions, int count, int first, int last,
+                      const SketchScratch& scratch) {
+  const SketchLayout& layout = task.value_layout;
+  const int heads = task.heads();
+  const int group = task.num_heads / layout.num_kv_heads;
+  const int first_kv = first / group;
+  const int num_kv = last / group - first_kv;
+  const size_t token_bytes = static_cast<size_t>(layout.num_kv_heads) * layout.code_bytes();
+  const float* weights = task.weights + task.grid.first_block[seq] * kSketchBlock * heads;
+  const auto partial = static_cast<size_t>(task.grid.first_partial[seq]);
+  float* shift = task.partial_shift + partial * heads;
+  float* steps = scratch.pairs;
+  float* minima = scratch.pairs + SketchScratch::pair_floats(task.layout);
+  auto* gathered = reinterpret_cast<uint16_t*>(scratch.minima);
+  ValueBlock block;
+  block.factors = scratch.steps;
+  block.heads = heads;
+  for (int begin = 0; begin < count; begin += kSketchBlock) {
+    block.count = count - begin < kSketchBlock ? count - begin : kSketchBlock;
+    for (int t = 0; t < block.count; ++t) {
+      const size_t token = static_cast<size_t>(task.starts[seq]) + positions[begin + t];
+      block.codes[t] = task.value_codes + token * token_bytes;
+      const uint16_t* ranges = task.value_ranges + 2 * (token * layout.num_kv_heads + first_kv);
+      std::memcpy(gathered + 2 * t * num_kv, ranges, 2 * sizeof(uint16_t) * num_kv);
+    }
+    for (int i = 0; i < block.count * num_kv; i += kWidth) {
+      F step, minimum;
+      load_f16_pairs(gathered + 2 * i, step, minimum);
+      store(steps + i, step);
+      store(minima + i, minimum);
+    }
+    for (int t = 0; t < block.count; ++t) {
+      const float* of_token = weights + static_cast<size_t>(positions[begin + t]) * heads;
+      float* factors = scratch.steps + static_cast<size_t>(t) * heads;
+      for (int h = first; h < last; ++h) {
+        const int at = t * num_kv + h / group - first_kv;
+        factors[h] = -of_token[h] * steps[at];
+        shift[h] -= of_token[h] * minima[at];
+      }
+    }
+    add_heads(task, block, first, last, values_of(task, partial));
+  }
+}
+
+// What the tokens that are not read add to each head, [H, D]; `count` tokens of each index set are. Comes after
+// `sketch_finish`.
+inline void sketch_rest(const SketchTask& task, int seq, const int32_t* positions, size_t stride, int count, float* memory) {
+  const SketchLayout& layout = task.value_layout;
+  const int dim = layout.head_dim;
+  const int heads_per_set = task.num_heads / task.num_sets;
+  float* rest = task.rest + static_cast<size_t>(seq) * task.num_heads * dim;
+  if (count >= task.lengths[seq]) {
+    std::memset(rest, 0, static_cast<size_t>(task.num_heads) * dim * sizeof(float));
+    return;
+  }
+  const SketchScratch scratch(task, memory);
+  for (int set = 0; set < task.num_sets; ++set, positions += stride) {
+    take_away(task, seq, positions, count, set * heads_per_set, (set + 1) * heads_per_set, scratch);
+  }
+  const auto partial = static_cast<size_t>(task.grid.first_partial[seq]);
+  const float* sums = values_of(task, partial);
+  const float* shift = task.partial_shift + partial * task.heads();
+  for (int h = 0; h < task.num_heads; ++h, sums += layout.head_stride(), rest += dim) {
+    for (int plane = 0, d = 0; plane < layout.planes(); ++plane) {
+      const float* of_plane = sums + plane * layout.plane_stride();
+      for (int i = 0; i < layout.code_bytes() && d < dim; ++i, ++d) rest[d] = of_plane[i] + shift[h];
+    }
+  }
+}
+
+}  // namespace alisa::ALISA_ISA

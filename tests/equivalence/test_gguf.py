@@ -1,0 +1,164 @@
+"""Tiny models as GGUF files against the transformers models they were made from: every architecture, every wiring."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("gguf", reason="the gguf package writes the files")
+
+from alisa import LLM, SamplingParams
+from alisa.errors import ModelError
+from alisa.model.gguf.model import GgufModel
+from alisa.model.linear import make_linear
+from alisa.model.linear_int8 import QuantisedLinear, multiply_int8
+from alisa.spec import ModelSpec
+from tests.equivalence.test_hf_logits import TOLERANCE, run, some_tokens
+from tests.gguf_files import metadata_of, tensors_of, write, write_model
+from tests.tiny_models import build, config_of
+
+CPU = torch.device("cpu")
+MODELS = [
+    "llama", "llama-gqa-tied", "llama-biases-head-dim", "llama3-scaling", "llama-linear-scaling", "mistral", "qwen2",
+    "qwen3", "pythia", "gpt2", "gemma3", "gemma3-scaled", "llama-yarn", "qwen3-yarn", "mistral-window",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    if name.startswith("gemma3"):
+        # The format has no place for what queries are scaled by; it is the length of a head, but in the largest model.
+        for layer in model.model.layers:
+            layer.self_attn.scaling = model.config.head_dim**-0.5
+    stored = GgufModel(write_model(tmp_path / "x.gguf", model))
+    decoder = stored.decoder(torch.float32, CPU)
+    tokens = some_tokens()
+    with torch.no_grad():
+        expected = model(tokens).logits
+    torch.testing.assert_close(run(decoder, tokens), expected, atol=TOLERANCE, rtol=0)
+    assert stored.dtype_name() == "float32"
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_logits_of_quantised_files(kind: str, tmp_path: Path) -> None:
+    """Transformers gets the numbers that the file stands for, as the gguf package decodes them."""
+    model = build("llama-gqa-tied")
+    stored = GgufModel(write_model(tmp_path / "x.gguf", model, kind))
+    tokens = some_tokens()
+    with torch.no_grad():
+        expected = model(tokens).logits
+    actual = run(stored.decoder(torch.float32, CPU), tokens)
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
+    assert stored.dtype_name() == {"F16": "float16", "BF16": "bfloat16"}.get(kind)
+
+
+def test_weights_go_through_the_maker_of_layers(tmp_path: Path) -> None:
+    """Weights in 8 bits are made of the decoded ones, as those of any checkpoint."""
+    stored = GgufModel(write_model(tmp_path / "x.gguf", build("llama-gqa-tied"), "Q8_0"))
+    reference = stored.decoder(torch.float32, CPU)
+    seen: list[tuple[int, ...]] = []
+    maximum = 0.0
+
+    def make(weight, bias, device):
+        nonlocal maximum
+        seen.append(tuple(weight.shape))
+        ours = QuantisedLinear(weight, bias, multiply_int8)
+        x = torch.eye(weight.shape[1])
+        maximum = max(maximum, float((ours(x) - make_linear(weight, bias, device)(x)).abs().max()))
+        return ours
+
+    decoder = stored.decoder(torch.float32, CPU, make_linear=make)
+    assert len(seen) == 3 * 5 + 1
+    assert 0 < maximum < 0.02
+    tokens = some_tokens()
+    assert torch.cosine_similarity(run(decoder, tokens), run(reference, tokens), dim=-1).min() > 0.99
+
+
+def test_a_padded_vocabulary_is_that_of_the_table(tmp_path: Path) -> None:
+    model = build("qwen2")
+    metadata = metadata_of(model.config) | {"qwen2.vocab_size": 7}
+    tensors = {key: (values, "F32") for key, values in tensors_of(model).items()}
+    stored = GgufModel(write(tmp_path / "x.gguf", metadata, tensors))
+    assert stored.spec.vocab_size == 120
+
+
+def spec_with(path: Path, name: str, **changes: object) -> ModelSpec:
+    """Spec of a tiny model with other metadata; the names are those of the architecture, None leaves one out."""
+    model = build(name)
+    values = metadata_of(model.config)
+    kind = values["general.architecture"]
+    for key, value in changes.items():
+        values[key.replace("__", ".").replace("ARCH", kind)] = value
+    kept = {key: value for key, value in values.items() if value is not None}
+    tensors = {key: (values, "F32") for key, values in tensors_of(model).items()}
+    return GgufModel(write(path / "x.gguf", kept, tensors)).spec
+
+
+def test_mistral_has_its_window(tmp_path: Path) -> None:
+    changes = {"ARCH__attention__sliding_window": 32}
+    assert spec_with(tmp_path, "mistral", **changes).family == "mistral"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("llama", {"ARCH__expert_count": 8}, r"not supported here: llama\.expert_count is 8"),
+        (
+            "llama",
+            {"ARCH__attention__value_length": 8},
+            r"llama\.attention\.value_length is 8, the length of a key, 16",
+        ),
+        ("llama", {"ARCH__rope__dimension_count": 8}, r"llama\.rope\.dimension_count is 8, the length of a head"),
+        ("qwen2", {"ARCH__rope__scaling__type": "made-up"}, "'made-up'"),
+        (
+            "llama",
+            {"ARCH__logit_scale": 0.5, "ARCH__a": 1, "ARCH__b": 1, "ARCH__c": 1},
+            r"x\.gguf .*a is 1; .* and 1 more",
+        ),
+        ("llama", {"general__type": "adapter"}, "holds no model but 'adapter'"),
+        ("llama", {"split__count": 3}, "one of 3 parts .*llama-gguf-split"),
+        (
+            "llama",
+            {"general__architecture": "mamba"},
+            "architecture 'mamba'; GGUF files may have gemma3, gpt2, gptneox, ",
+        ),
+        ("qwen2", {"ARCH__attention__head_count": 3}, "multiple"),
+        ("llama", {"ARCH__block_count": None}, "num_hidden_layers is None"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_its_name(name, changes, words, tmp_path) -> None:
+    with pytest.raises(ModelError, match=words):
+        spec_with(tmp_path, name, **changes)
+
+
+def test_what_switches_nothing_on_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    changes = {"ARCH__expert_count": 0, "ARCH__rope__scaling__type": "none", "ARCH__rope__scaling__finetuned": True}
+    assert spec_with(tmp_path, "llama", **changes).num_layers == 3
+
+
+def test_tensors_that_are_missing_or_too_many_are_named(tmp_path: Path) -> None:
+    model = build("llama")
+    tensors = {key: (values, "F32") for key, values in tensors_of(model).items()}
+    tensors["blk.0.attn_sinks.weight"] = tensors.pop("blk.1.ffn_up.weight")
+    stored = GgufModel(write(tmp_path / "x.gguf", metadata_of(model.config), tensors))
+    missing = r"1 tensors are missing \(layers.1.mlp.up_proj.weight\)"
+    unknown = r"1 are not part of a llama model \(blk.0.attn_sinks.weight\)"
+    with pytest.raises(
+        ModelError, match=rf"x\.gguf do not fit its metadata \(llama, 3 layers\): {missing} and {unknown}"
+    ):
+        stored.decoder(torch.float32, CPU)
+
+
+def test_an_engine_takes_a_file_or_the_directory_that_holds_it(tmp_path: Path) -> None:
+    write_model(tmp_path / "x.gguf", build("llama-gqa-tied"))
+    (tmp_path / "README.md").touch()
+    texts = []
+    for place in (tmp_path, tmp_path / "x.gguf"):
+        with LLM(str(place), policy="dense") as llm:
+            [output] = llm.generate("abab", SamplingParams(max_tokens=8))
+            texts.append(output.token_ids)
+    assert texts[0] == texts[1]
+    assert config_of("llama-gqa-tied").tie_word_embeddings
