@@ -239,7 +239,9 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(dtype, num_in):
                     assert torch.equal(found, expected[first : first + count]), (num_threads, count, first)
 
 
-@pytest.mark.parametrize("family", ["opt-gelu-no-bias", "pythia", "gpt2", "llama", "qwen3", "gemma3-scaled"])
+@pytest.mark.parametrize(
+    "family", ["opt-gelu-no-bias", "pythia", "gpt2", "llama", "qwen3", "gemma3-scaled", "qwen3-moe"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_and_norms_of_every_kind_know_no_company(family, dtype, tiny_model):
     llm = LLM(tiny_model(family), policy="dense", dtype=dtype, prefill_chunk=32)

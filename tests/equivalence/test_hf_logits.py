@@ -65,7 +65,8 @@ def test_float32_logits_are_those_of_transformers(name: str, tmp_path: Path) -> 
 def test_bfloat16_errs_no_more_than_transformers_does(name: str, tmp_path: Path) -> None:
     """Against float32 logits of the same rounded weights, our bfloat16 error is that of transformers up to a third.
 
-    How rounding grows through a network depends on its weights, so the yardstick is the reference's own error.
+    How rounding grows through a network depends on its weights, so the yardstick is the reference's own error. A
+    rounded router sends some tokens to other experts, so of models with experts the middle token is taken.
     """
     model = build(name).to(torch.bfloat16)
     decoder = load_decoder(save(model, tmp_path), torch.bfloat16, CPU)
@@ -73,8 +74,9 @@ def test_bfloat16_errs_no_more_than_transformers_does(name: str, tmp_path: Path)
     with torch.no_grad():
         reference = model(tokens).logits.float()
         exact = model.float()(tokens).logits
-    reference_error = (reference - exact).pow(2).mean().sqrt()
-    error = (run(decoder, tokens) - exact).pow(2).mean().sqrt()
+    of_tokens = Tensor.median if decoder.spec.num_experts else Tensor.mean
+    reference_error = of_tokens((reference - exact).pow(2).mean(dim=-1)).sqrt()
+    error = of_tokens((run(decoder, tokens) - exact).pow(2).mean(dim=-1)).sqrt()
     assert 0 < error < 4 / 3 * reference_error
     assert error < 0.1 * exact.std()
 

@@ -174,8 +174,7 @@ class CheckpointSource:
             self._parts[name] = family.model_parts[name]
         for layer in range(spec.num_layers):
             for part in layer_shapes(spec):
-                places = tuple(place.of_layer(layer) for place in family.layer_parts[part])
-                self._parts[layer_name(layer, part)] = places
+                self._parts[layer_name(layer, part)] = family.layer_pieces(part, layer)
         self._check_names(family)
 
     @property
