@@ -96,6 +96,9 @@ inline Codes load_codes(const void* p, int count) {
 template <int kShift, int kMask>
 inline F code_values(Codes x) {
   if constexpr (kShift > 0) x = _mm512_srli_epi32(x, kShift);
+  if constexpr (kMask == 3) {  // the low four bits choose
+    return _mm512_permutexvar_ps(x, _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3));
+  }
   return _mm512_cvtepi32_ps(kMask == 255 >> kShift ? x : _mm512_and_si512(x, _mm512_set1_epi32(kMask)));
 }
 
