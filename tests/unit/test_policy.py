@@ -414,7 +414,9 @@ def test_the_weight_that_is_not_read_goes_to_the_mean_or_to_the_sketched_values(
     lengths = data.draw(st.lists(st.integers(2, 60), min_size=1, max_size=3))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
     capacity, budget = 70, Budget(0.8, dense_until=0)
-    state = start(KeySketch(budget, bits, per_head, completion), 4, capacity, spec=spec, kernels=selection_kernels(native))
+    state = start(
+        KeySketch(budget, bits, per_head, completion), 4, capacity, spec=spec, kernels=selection_kernels(native)
+    )
     keys, values = torch.randn(2, 3, capacity, spec.num_kv_heads, spec.head_dim, generator=generator).unbind()
     query = torch.randn(len(lengths), spec.num_heads, spec.head_dim, generator=generator)
     req_indices = [3, 0, 2][: len(lengths)]
