@@ -10,7 +10,7 @@ from alisa import LLM, SamplingParams
 from alisa.cache.codec import make_codec
 from alisa.config import PolicyName
 from alisa.kernels.choose import choose_backend
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.native import prefill as cpu_prefill
 from alisa.kernels.native.prefill_engine import NativePrefill
 from alisa.kernels.reference.prefill import prefill_attention
@@ -139,13 +139,13 @@ def test_a_batch_gives_what_each_request_gives_alone(policy, tiny_model):
     ("policy", "kv_dtype"), [*((name, "float32") for name in get_args(PolicyName)), ("swa", "int8")]
 )
 def test_native_kernels_give_the_tokens_of_the_torch_twin(policy, kv_dtype, tiny_model, monkeypatch):
-    if not cpu.available():
-        pytest.skip(cpu.unavailable_reason())
+    if not library.available():
+        pytest.skip(library.unavailable_reason())
     directory = tiny_model("llama-gqa-tied")
     native = LLM(directory, policy=policy, dtype="float32", kv_dtype=kv_dtype)
-    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(library, "available", lambda: False)
     reference = LLM(directory, policy=policy, dtype="float32", kv_dtype=kv_dtype)
-    assert (native.describe()["attention"], reference.describe()["attention"]) == (cpu.isa_names()[0], "torch")
+    assert (native.describe()["attention"], reference.describe()["attention"]) == (library.isa_names()[0], "torch")
     prompts = make_prompts(native.spec.vocab_size)
     assert greedy(native, prompts) == greedy(reference, prompts)
 

@@ -140,7 +140,6 @@ def test_nothing_left_to_do_loads_no_model(tmp_path, capsys):
         ("--chat",),
         ("--dtype", "float32"),
         ("--weight-dtype", "int8"),
-        ("--prefill-chunk", "7"),
         ("--max-model-len", "70"),
     ],
 )

@@ -16,6 +16,7 @@ from alisa.budget import Budget, state_tokens
 from alisa.config import PolicyName
 from alisa.kernels.base import Attended, StepBatch
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.reference.selection import ReferenceSelection
 from alisa.kernels.reference.sketch import make_sketch, unsketch
 from alisa.policy import state_bytes
@@ -86,8 +87,8 @@ def test_dense_selects_every_position_of_a_ragged_batch():
 
 
 def selection_kernels(native):
-    if native and not cpu.available():
-        pytest.skip(cpu.unavailable_reason())
+    if native and not library.available():
+        pytest.skip(library.unavailable_reason())
     return cpu.CpuKernels() if native else ReferenceSelection()
 
 
@@ -459,7 +460,7 @@ def test_the_weight_that_is_not_read_goes_to_the_mean_or_to_the_sketched_values(
 def test_reading_everything_leaves_attention_as_it_is(completion):
     spec = small_spec()
     state = start(
-        KeySketch(Budget(0.0), completion=completion), 1, 40, spec=spec, kernels=selection_kernels(cpu.available())
+        KeySketch(Budget(0.0), completion=completion), 1, 40, spec=spec, kernels=selection_kernels(library.available())
     )
     fill(state, 0, 40)
     keys = torch.randn(30, spec.num_kv_heads, spec.head_dim)

@@ -367,13 +367,13 @@ void check_select() {
   const int capacity = 300;
   Exact<double> scores(2 * capacity);
   for (int i = 0; i < 2 * capacity; ++i) scores[i] = (i * 37 % 100) / 8;
-  Exact<int64_t> lanes(1);
-  lanes[0] = 1;
+  Exact<int64_t> starts(1);
+  starts[0] = 1;
   Exact<int32_t> ends(1), older(1), counts(1), positions(52);
   ends[0] = capacity - 10;
   older[0] = 40;
   counts[0] = 50;
-  select_positions<double>({scores.get(), capacity, lanes.get(), ends.get(), older.get(), counts.get(), 1, 52, positions.get()},
+  select_positions<double>({scores.get(), capacity, starts.get(), ends.get(), older.get(), counts.get(), 1, 52, positions.get()},
                            {nullptr, 2});
   for (int i = 1; i < 50; ++i) expect(positions[i] > positions[i - 1], "ascending", "select", {});
   expect(positions[50] == 0 && positions[51] == 0, "padding", "select", {});
