@@ -56,6 +56,12 @@ QWEN2 = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 8, "max_position_
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 16}
 
 
+def like(model_type, **fields):
+    """A LLaMA config under another name."""
+    plain = {name: value for name, value in LLAMA.items() if name != "rms_norm_eps"}
+    return plain | {"model_type": model_type} | fields
+
+
 def spec_of(config):
     return find_family(config["model_type"]).to_spec(config)
 
@@ -142,6 +148,21 @@ def test_defaults_are_those_of_transformers(name):
         (LLAMA | {"rope_scaling": {"rope_type": "xpos", "factor": 4.0}}, ["'xpos'", "default, linear, dynamic"]),
         (LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "turn": 2}}, ["'linear' has turn"]),
         (LLAMA | {"attention_temperature": 0.5}, ["not known here", "attention_temperature (0.5)"]),
+        (LLAMA | {"rope_interleaved": True}, ["rope_interleaved (True)"]),
+        (LLAMA | {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "factor": 2}}, ["short_factor needs 64"]),
+        (LLAMA | {"rope_scaling": {"type": "llama3", "factor": 8}}, ["low_freq_factor is None", "high_freq_factor"]),
+        (MISTRAL | {"layer_types": ["full_attention"] * 32}, ["layer_types ("]),
+        (QWEN2 | {"is_encoder_decoder": True}, ["is_encoder_decoder (True)"]),
+        (like("gemma2", use_bidirectional_attention=True), ["use_bidirectional_attention is True"]),
+        (like("gemma3_text", attn_logit_softcapping=50.0), ["attn_logit_softcapping is 50.0, supported is None"]),
+        (like("gemma3_text", use_bidirectional_attention=True), ["use_bidirectional_attention is True"]),
+        (like("stablelm", qk_layernorm=True), ["qk_layernorm is True"]),
+        (like("stablelm", use_parallel_residual=True), ["use_parallel_residual is True"]),
+        (like("smollm3", no_rope_layers=[1, 2]), ["no_rope_layers is [1, 2], a list of 32 zeros and ones"]),
+        (like("qwen3_moe", mlp_only_layers=[3]), ["mlp_only_layers is [3]"]),
+        (like("qwen3_moe", decoder_sparse_step=2), ["decoder_sparse_step is 2"]),
+        (like("mixtral", num_local_experts=4, num_experts_per_tok=5), ["num_experts_per_tok 5 is more than"]),
+        (like("mixtral", shared_expert_size=7), ["shared_expert_size (7)"]),
         (QWEN2 | {"layer_types": ["linear_attention"] * 32}, ["layer_types has linear_attention"]),
         (QWEN2 | {"layer_types": ["full_attention"]}, ["a list of 32 kinds is needed"]),
         (LLAMA | {"hidden_act": "xielu"}, ["'xielu'", "relu, silu"]),
