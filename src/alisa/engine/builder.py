@@ -72,7 +72,7 @@ def build_engine(
     shape = model.spec.attention
     if config.policy != "dense" and shape.full_layers().num_layers == 0:
         _LOG.warning(
-            "every layer of this model has a sliding window of %s tokens and reads it whole: policy %s chooses nothing.",
+            "every layer of this model has a sliding window of %s tokens and reads it whole: --policy %s has no say.",
             " or ".join(map(str, sorted(window for window in {*shape.windows} if window is not None))),
             config.policy,
         )
