@@ -12,13 +12,13 @@ import torch
 import transformers
 from gguf.quants import dequantize, quantize
 
-MAPS = {
-    "llama": gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3),
-    "qwen2": gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 3),
-    "qwen3": gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 3),
-    "gpt2": gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 3),
-    "gptneox": gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPTNEOX, 3),
-    "gemma3": gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 3),
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gpt2": gguf.MODEL_ARCH.GPT2,
+    "gptneox": gguf.MODEL_ARCH.GPTNEOX,
+    "gemma3": gguf.MODEL_ARCH.GEMMA3,
 }
 ARCHITECTURES = {"gpt_neox": "gptneox", "mistral": "llama", "gemma3_text": "gemma3"}
 """`model_type` of a config -> architecture, where they differ."""
@@ -93,18 +93,24 @@ def metadata_of(config: transformers.PreTrainedConfig) -> dict[str, Any]:
 
 
 def tensors_of(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
-    """The tensors in the order of rows that llama.cpp wants, by their names there."""
-    config = model.config
+    """The tensors of a model as llama.cpp wants them."""
+    tensors = named(model.state_dict(), model.config)
+    scaling = getattr(model.config, "rope_parameters", None) or {}
+    if scaling.get("rope_type") == "llama3":
+        tensors["rope_freqs.weight"] = _llama3_divisors(model)
+    return tensors
+
+
+def named(state: Mapping[str, torch.Tensor], config: transformers.PreTrainedConfig) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint in the order of rows that llama.cpp wants, by their names there."""
     kind = ARCHITECTURES.get(config.model_type, config.model_type)
+    names = gguf.get_tensor_name_map(_ARCHITECTURES[kind], config.num_hidden_layers)
     tensors: dict[str, np.ndarray] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = _CONVERTERS.get(kind, lambda name, values, config: values)(name, tensor, config)
-        tensors[str(MAPS[kind].get_name(name, try_suffixes=(".weight", ".bias")))] = values.contiguous().numpy()
-    scaling = getattr(config, "rope_parameters", None) or {}
-    if scaling.get("rope_type") == "llama3":
-        tensors["rope_freqs.weight"] = _llama3_divisors(model)
+        tensors[str(names.get_name(name, try_suffixes=(".weight", ".bias")))] = values.contiguous().numpy()
     return tensors
 
 

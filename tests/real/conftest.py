@@ -11,11 +11,14 @@ import transformers
 from real_models import GEMMA3, SMOLLM2, RealModel
 from tokenizers import pre_tokenizers
 
+MODELS = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
+
 
 @dataclass(frozen=True)
 class Reference:
-    """A model as transformers reads it out of the file, in float32."""
+    """A model as transformers reads it out of its file, in float32."""
 
+    path: Path
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
 
@@ -37,22 +40,21 @@ def reference_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
-def reference(path: Path) -> Reference:
-    options = {"gguf_file": path.name, "dtype": torch.float32}
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
-    return Reference(model, reference_tokenizer(path))
+@pytest.fixture(scope="session", params=MODELS)
+def model_path(request) -> Path:
+    """The file of each real model."""
+    return path_of(MODELS[request.param])
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
-    return path_of(SMOLLM2)
+def their_tokenizer(model_path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer as transformers builds it; for a large vocabulary that takes a while."""
+    return reference_tokenizer(model_path)
 
 
 @pytest.fixture(scope="session")
-def gemma3() -> Path:
-    return path_of(GEMMA3)
-
-
-@pytest.fixture(scope="session")
-def smollm2_reference(smollm2) -> Reference:
-    return reference(smollm2)
+def reference(model_path, their_tokenizer) -> Reference:
+    """The same as transformers has it."""
+    options = {"gguf_file": model_path.name, "dtype": torch.float32}
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_path.parent, **options).eval()
+    return Reference(model_path, model, their_tokenizer)

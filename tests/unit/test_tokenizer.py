@@ -350,9 +350,14 @@ def test_chats_that_cannot_be_rendered_say_why(template, words, tmp_path):
 def test_directories_without_a_usable_tokenizer_say_what_to_do(tmp_path):
     with pytest.raises(ModelError, match="no tokenizer"):
         Tokenizer.load(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"\n")
-    with pytest.raises(ModelError, match="convert it once"):
-        Tokenizer.load(tmp_path)
+    for name, words in [
+        ("tekken.json", r"only as tekken\.json \(Mistral's own form\), .*; take tokenizer\.json from a repository"),
+        ("spiece.model", r"only as spiece\.model \(SentencePiece\), .*; convert it once"),
+        ("tokenizer.model", r"only as tokenizer\.model \(SentencePiece\), .*; convert it once"),
+    ]:
+        (tmp_path / name).write_bytes(b"\n")
+        with pytest.raises(ModelError, match=words):
+            Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="damaged"):
         Tokenizer.load(tmp_path)

@@ -166,6 +166,19 @@ def cut(path: Path, num_bytes: int) -> None:
         (lambda d: (d / "config.json").write_text("[]"), "holds a list"),
         (lambda d: (d / "config.json").write_text("{}"), "does not name a model_type"),
         (lambda d: (d / "model.safetensors").unlink(), "holds no weights"),
+        (
+            lambda d: (d / "model.safetensors").rename(d / "consolidated.safetensors"),
+            r"only as consolidated\.safetensors \(the form of the model's maker\), which is not read here; take",
+        ),
+        (
+            lambda d: ((d / "config.json").unlink(), (d / "model.safetensors").rename(d / "consolidated.00.pth")),
+            r"no config\.json, and holds its weights only as consolidated\.00\.pth",
+        ),
+        (
+            lambda d: (d / "model.safetensors").rename(d / "adapter_model.safetensors"),
+            r"adapter_model\.safetensors \(an adapter, the changes to another model\), .* merge it",
+        ),
+        (lambda d: (d / "model.safetensors").rename(d / "model.onnx"), r"model\.onnx \(ONNX\)"),
         (lambda d: cut(d / "model.safetensors", 100_000), r"model.safetensors is cut short: 100000 of \d+ bytes"),
         (lambda d: cut(d / "model.safetensors", 500), "model.safetensors is cut short: 500 of"),
         (lambda d: cut(d / "model.safetensors", 5), "not a usable safetensors file"),
@@ -265,7 +278,7 @@ MEASURE = """
 import sys, threading
 from pathlib import Path
 import torch
-from alisa.model.loader import load_decoder
+from alisa.model.stored import open_model
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
@@ -277,7 +290,7 @@ make_linear = choose_linear(sys.argv[3], torch.device("cpu"))
 make_linear(torch.ones(64, 64, dtype=dtype), None, torch.device("cpu"))(torch.ones(2, 64, dtype=dtype))
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
-decoder = load_decoder(directory, dtype, torch.device("cpu"), make_linear=make_linear)
+decoder = open_model(directory).decoder(dtype, torch.device("cpu"), make_linear=make_linear)
 print(before, status("VmHWM"), status("VmRSS"), decoder.weight_bytes)
 """
 
@@ -311,6 +324,7 @@ def large(tmp_path_factory) -> Path:
         pytest.param("safetensors", "bfloat16", "auto", 0.5, marks=pytest.mark.slow),
         pytest.param("safetensors", "bfloat16", "int8", 0.264, marks=pytest.mark.slow),
         pytest.param("bin", "float32", "auto", 1.0, marks=pytest.mark.slow),
+        ("gguf", "bfloat16", "auto", 0.5),
     ],
 )
 def test_nothing_is_held_twice_while_loading(large, format, dtype, weights, share, tmp_path):
@@ -320,6 +334,12 @@ def test_nothing_is_held_twice_while_loading(large, format, dtype, weights, shar
         directory = tmp_path
         (directory / "config.json").write_bytes((large / "config.json").read_bytes())
         torch.save(load_file(large / "model.safetensors"), directory / "pytorch_model.bin")
+    if format == "gguf":
+        gguf_files = pytest.importorskip("tests.gguf_files", reason="the gguf package writes the file")
+        config = transformers.AutoConfig.from_pretrained(large)
+        tensors = gguf_files.named(load_file(large / "model.safetensors"), config)
+        stored = {name: (values, "F32") for name, values in tensors.items()}
+        directory = gguf_files.write(tmp_path / "x.gguf", gguf_files.metadata_of(config), stored)
     command = [sys.executable, "-c", MEASURE, str(directory), dtype, weights]
     source = str(Path(__file__).parents[2] / "src")
     result = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": source})

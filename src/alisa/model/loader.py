@@ -16,6 +16,7 @@ from alisa.model.families import find_family
 from alisa.model.families.family import Family
 from alisa.model.layer import Progress
 from alisa.model.linear import MakeLinear, make_linear
+from alisa.model.other_formats import WEIGHTS, found_format
 from alisa.model.source import RandomSource
 from alisa.model.weights import Checkpoint, CheckpointSource
 from alisa.spec import ModelSpec
@@ -94,6 +95,9 @@ def read_config(directory: Path) -> Mapping[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        other = found_format(directory, WEIGHTS) if directory.is_dir() else None
+        if other is not None:
+            raise ModelError(f"{directory} has no config.json, and holds its weights only as {other}.") from error
         raise ModelError(
             f"{directory} has no config.json, so it is not a model directory; give the folder that holds config.json, "
             "the weights and the tokenizer."

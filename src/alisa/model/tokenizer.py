@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from alisa.errors import InputError, ModelError
 from alisa.model.added_tokens import add_tokens, declared_tokens, role_tokens
 from alisa.model.detokenizer import Detokenizer
+from alisa.model.other_formats import TOKENIZERS, found_format
 from alisa.model.vocabulary_files import byte_level_bpe
 
 # The tokenizer library and Jinja are imported where they are used: a machine on which models of random weights are
@@ -192,19 +193,9 @@ def _load_backend(directory: Path, settings: Mapping[str, Any], model_type: obje
     # The Rust library raises bare Exception for every kind of damage.
     except Exception as error:
         raise ModelError(f"The tokenizer in {directory} is damaged ({error}); download it again.") from error
-    if (directory / "tokenizer.model").is_file():
-        raise ModelError(
-            f"{directory} has its tokenizer only as tokenizer.model, which is not read here; convert it once with "
-            "transformers and sentencepiece installed: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes "
-            "tokenizer.json."
-        )
-    for name in ("tekken.json", "spiece.model", "sentencepiece.bpe.model"):
-        if (directory / name).is_file():
-            raise ModelError(
-                f"{directory} has its tokenizer only as {name}, which is not read here; take tokenizer.json from the "
-                "repository of a model that shares it, or write it with transformers: "
-                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
-            )
+    other = found_format(directory, TOKENIZERS)
+    if other is not None:
+        raise ModelError(f"{directory} has its tokenizer only as {other}.")
     raise ModelError(
         f"{directory} has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt; download it again."
     )

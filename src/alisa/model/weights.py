@@ -19,6 +19,7 @@ from alisa.errors import ModelError
 from alisa.model.families.family import Family, WeightPiece
 from alisa.model.foreign import refuse_foreign, unwrapped, what_it_is, without_unused
 from alisa.model.names import Shape, layer_name, layer_shapes, model_shapes
+from alisa.model.other_formats import WEIGHTS, found_format, is_other
 from alisa.model.pages import page_tensor
 from alisa.model.safetensors_file import SafetensorsFile
 from alisa.model.torch_file import TorchFile
@@ -119,9 +120,12 @@ def weight_files(directory: Path) -> list[Path]:
             return [single]
         if index.is_file():
             return _shards(index)
-        found = sorted(directory.glob(f"*{suffix}"))
+        found = sorted(path for path in directory.glob(f"*{suffix}") if not is_other(path.name, WEIGHTS))
         if suffix == ".safetensors" and found:
             return _complete(found)
+    other = found_format(directory, WEIGHTS)
+    if other is not None:
+        raise ModelError(f"{directory} holds its weights only as {other}.")
     raise ModelError(
         f"{directory} holds no weights: neither model.safetensors nor pytorch_model.bin, whole or in shards with an "
         "index; download the repository again or give another directory."
