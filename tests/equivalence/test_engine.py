@@ -1,5 +1,6 @@
 """The engine against transformers and against a plain Algorithm 1, token for token."""
 
+import json
 from typing import get_args
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from alisa import LLM, SamplingParams
 from alisa.cache.codec import make_codec
 from alisa.config import PolicyName
+from alisa.errors import InputError
 from alisa.kernels.choose import choose_backend
 from alisa.kernels.native import library
 from alisa.kernels.native import prefill as cpu_prefill
@@ -87,6 +89,24 @@ def test_a_policy_chooses_in_layers_without_a_window_and_the_others_read_theirs(
     full = LLM(tiny_model("mistral"), policy=policy, sparsity=0.5, dtype="float32")
     shapes = [model.spec.attention.full_layers().num_layers for model in (llm, full)]
     assert shapes == [1, 3]
+
+
+def test_a_model_with_nothing_to_choose_says_so(tiny_model, caplog):
+    LLM(tiny_model("mistral-window"), policy="sketch").generate([[5, 6]], SamplingParams(max_tokens=2))
+    assert "every layer of this model has a sliding window of 9 tokens" in caplog.text
+    caplog.clear()
+    LLM(tiny_model("mistral-window"), policy="dense").generate([[5, 6]], SamplingParams(max_tokens=2))
+    LLM(tiny_model("gemma3"), policy="sketch").generate([[5, 6]], SamplingParams(max_tokens=2))
+    assert "sliding window" not in caplog.text
+
+
+def test_a_schedule_that_deletes_is_refused_where_keys_cannot_be_rebuilt(tiny_model, tmp_path):
+    schedule = tmp_path / "schedule.json"
+    phases = {"offload_from": 3, "recompute_from": 8, "offload_ratio": 0.7, "recompute_ratio": 0.6}
+    schedule.write_text(json.dumps({"schedule": "three-phase"} | phases))
+    llm = LLM(tiny_model("phi3-longrope"), schedule=schedule, kv_device_memory="64KiB", max_model_len=60)
+    with pytest.raises(InputError, match="rotated by the length of the sequence"):
+        llm.generate([[5, 6]], SamplingParams(max_tokens=2))
 
 
 def test_stories260k_equals_transformers():

@@ -74,7 +74,10 @@ def test_tensors_that_transformers_leaves_are_left_with_a_warning(plain, copy, c
         (lambda d: (d / "adapter_config.json").write_text("{}"), "an adapter .* merge the two once with peft"),
         (lambda d: (d / "quantize_config.json").write_text("{}"), "quantised by GPTQ"),
         (lambda d: (d / "quant_config.json").write_text("{}"), "quantised by AWQ"),
-        (lambda d: (d / "model.safetensors").rename(d / "consolidated.safetensors"), "Mistral's own code"),
+        (
+            lambda d: (d / "model.safetensors").rename(d / "consolidated.safetensors"),
+            "consolidated.safetensors .the form of the model's maker",
+        ),
         (lambda d: rename(d, lambda n: n.replace("mlp", "ffn")), "download the repository again"),
     ],
 )

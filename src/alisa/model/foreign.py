@@ -22,10 +22,10 @@ _PACKED = re.compile(r"\.(qweight|qzeros|g_idx|scales|SCB|absmax|quant_map|weigh
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Check that a model directory holds a model of its own, in a format that is read here.
+    """Check that a model directory holds a model of its own, in float weights.
 
     Raises:
-        ModelError: it is an adapter, quantised by a tool that says so in a file beside, or in another format alone.
+        ModelError: it is an adapter, or quantised by a tool that says so in a file beside.
     """
     if (directory / "adapter_config.json").is_file():
         raise ModelError(
@@ -38,12 +38,6 @@ def refuse_foreign(directory: Path) -> None:
                 f"The weights in {directory} are quantised by {tool} ({name}), only float weights can be read; give "
                 "the repository that they were made from, with --weight-dtype int8 if memory is short."
             )
-    found = sorted(path.name for path in directory.glob("*.safetensors"))
-    if found and all(name.startswith("consolidated") for name in found):
-        raise ModelError(
-            f"{directory} has its weights only as {found[0]}, the format of Mistral's own code; give a repository with "
-            "model.safetensors, or convert it with the script convert_mistral_weights_to_hf.py of transformers."
-        )
 
 
 def unwrapped(name: str) -> str:
