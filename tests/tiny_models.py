@@ -147,6 +147,7 @@ TINY_MODELS: dict[str, TinyModel] = {
         },
     ),
     "smollm3": TinyModel("SmolLM3", _LOW_IDS | {"num_key_value_heads": 2, "no_rope_layer_interval": 2}),
+    "smollm3-every-fourth": TinyModel("SmolLM3", _LOW_IDS | {"num_key_value_heads": 2, "num_hidden_layers": 4}),
     "smollm3-windows": TinyModel(
         "SmolLM3",
         _LOW_IDS

@@ -23,13 +23,14 @@ CPU = torch.device("cpu")
 MODELS = [
     "llama", "llama-gqa-tied", "llama-biases-head-dim", "llama3-scaling", "llama-linear-scaling", "mistral", "qwen2",
     "qwen3", "pythia", "gpt2", "gemma3", "gemma3-scaled", "llama-yarn", "qwen3-yarn", "mistral-window",
+    "gemma2", "granite", "olmo2", "smollm3-every-fourth",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = build(name)
-    if name.startswith("gemma3"):
+    if name.startswith("gemma"):
         # The format has no place for what queries are scaled by; it is the length of a head, but in the largest model.
         for layer in model.model.layers:
             layer.self_attn.scaling = model.config.head_dim**-0.5
@@ -123,7 +124,7 @@ def test_mistral_has_its_window(tmp_path: Path) -> None:
         (
             "llama",
             {"general__architecture": "mamba"},
-            "architecture 'mamba'; GGUF files may have gemma3, gpt2, gptneox, ",
+            "architecture 'mamba'; GGUF files may have gemma2, gemma3, gpt2, ",
         ),
         ("qwen2", {"ARCH__attention__head_count": 3}, "multiple"),
         ("llama", {"ARCH__block_count": None}, "num_hidden_layers is None"),

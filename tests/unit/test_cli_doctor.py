@@ -1,9 +1,12 @@
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import alisa
 from alisa.cli.doctor import report
 from alisa.cli.main import main
 from alisa.doctor.finding import Finding, Status
@@ -24,6 +27,18 @@ def test_one_screen_and_one_json_line(capsys, tmp_path):
 def test_a_place_that_is_not_there_is_a_problem(capsys, tmp_path):
     assert main(["doctor", "--kv-disk-path", str(tmp_path / "missing")]) == 1
     assert "problem" in capsys.readouterr().out
+
+
+def test_a_given_model_is_looked_at(capsys, tmp_path):
+    embedded = str(Path(alisa.__file__).parent / "embedded")
+    assert main(["doctor", "--model", embedded, "--json"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])["findings"][-1]
+    assert (last["status"], last["topic"]) == ("ok", "given model")
+    assert re.search(r": llama, \d+ million parameters, .* no chat template$", last["text"])
+    assert main(["doctor", "--model", str(tmp_path), "--json"]) == 1
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])["findings"][-1]
+    assert last["status"] == "problem"
+    assert "no config.json" in last["text"]
 
 
 @pytest.mark.parametrize(("status", "expected"), [(Status.OK, 0), (Status.NOTE, 0), (Status.PROBLEM, 1)])

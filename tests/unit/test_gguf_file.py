@@ -115,6 +115,12 @@ def test_other_alignments(tmp_path):
         assert file.read(name, torch.float32).equal(torch.full((3, 5), float(ord(name))))
 
 
+@pytest.mark.parametrize("alignment", [0, 3])
+def test_what_is_not_aligned_is_damaged(alignment, tmp_path):
+    with pytest.raises(ModelError, match="not aligned"):
+        GgufFile(write(tmp_path / "x.gguf", BASE | {"general.alignment": alignment}, {}))
+
+
 @pytest.mark.parametrize(
     ("kinds", "expected"),
     [

@@ -30,8 +30,11 @@ class Doctor:
     The exit status is 1 when something is broken, 0 otherwise. For instance:
       alisa doctor
       alisa doctor --kv-disk-path /mnt/nvme --json
+      alisa doctor --model FILE.gguf
     """
 
+    model: Annotated[str | None, arg(metavar="DIR|FILE|ID")] = None
+    """A model to look at too, without reading its weights: a directory, a .gguf file or a Hugging Face id."""
     kv_disk_path: Annotated[
         Path | None, arg(metavar="DIR", help_behavior_hint="(default: the directory for temporary files)")
     ] = None
@@ -45,11 +48,13 @@ class Doctor:
         try:
             from alisa.doctor.facts import gather
             from alisa.doctor.findings import diagnose
+            from alisa.doctor.model import examine
         except (ImportError, OSError) as error:  # a missing package, or a torch whose libraries do not load
             broken = f"alisa cannot be imported: {type(error).__name__}: {error}"
             return report([Finding(Status.PROBLEM, "installation", broken, REINSTALL)], None, json_record=self.json)
         facts = gather(temporary, self.kv_disk_path or temporary)
-        return report(diagnose(facts), facts, json_record=self.json)
+        findings = [*diagnose(facts), *([] if self.model is None else [examine(self.model)])]
+        return report(findings, facts, json_record=self.json)
 
 
 def report(findings: Sequence[Finding], facts: Facts | None, *, json_record: bool) -> int:

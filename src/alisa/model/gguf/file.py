@@ -75,6 +75,8 @@ class GgufFile:
         except (struct.error, ValueError, MemoryError, RecursionError) as error:
             raise ModelError(f"{path.name} is damaged: its header cannot be read; download it again.") from error
         alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 8 or any(info.offset % 8 for info in infos):
+            raise ModelError(f"{path.name} is damaged: its tensors are not aligned; download it again.")
         base = -(-header.position // alignment) * alignment
         self.tensors = _place(path, infos, base)
         """The tensors by their names in the file."""
