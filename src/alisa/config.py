@@ -36,8 +36,8 @@ else:
 
 _POLICY_HELP = (
     f"Which earlier tokens a step reads. {policies_help()} Why sketch: on a real model no loss of perplexity shows at "
-    "sparsity 0.8, and 0.4 % at most at 0.95; and it finds all facts in 1024 tokens where every choice by history finds "
-    "a fifth or less (docs/accuracy.md)."
+    "sparsity 0.8, and 0.4 % at most at 0.95; and it finds all facts in 1024 tokens where every choice by history "
+    "finds a fifth or less (docs/accuracy.md)."
 )
 """From the registry, so that a new policy is told without a word here."""
 
