@@ -155,7 +155,19 @@ def test_other_settings_do_not_continue_a_file(tmp_path, change):
 def test_settings_that_never_change_a_token_may_differ(tmp_path):
     path = tmp_path / "out.jsonl"
     generate("a", "--output", str(path))
-    generate("a", "b", "--output", str(path), "--max-num-seqs", "2", "--prefill-chunk", "7", "--kv-device-memory", "1GiB", "--quiet")
+    generate(
+        "a",
+        "b",
+        "--output",
+        str(path),
+        "--max-num-seqs",
+        "2",
+        "--prefill-chunk",
+        "7",
+        "--kv-device-memory",
+        "1GiB",
+        "--quiet",
+    )
     assert [record["prompt"] for record in lines(path)] == ["a", "b"]
 
 
