@@ -37,6 +37,11 @@ def level(record: Record) -> str:
     return f"{record['value']:.2f}" if record["kind"] == "ppl" else f"{record['value']:.1%}".replace("%", " %")
 
 
+def text_of(record: Record) -> str:
+    """What was read, and in windows of how many tokens."""
+    return f"{record['task']} {record['settings']['context']}"
+
+
 def by_sparsity(records: Sequence[Record]) -> list[str]:
     """Rows: policy and row format. Columns: sparsity."""
     sparsities = sorted({record["sparsity"] for record in records if record["policy"] != "dense"})
@@ -111,9 +116,7 @@ def main() -> None:
         found = [record for record in records if record["kind"] == kind]
         groups: dict[tuple[str, str], list[Record]] = {}
         for record in found:
-            groups.setdefault((record["model"], record["task"] if kind in ("ppl", "sparsity") else ""), []).append(
-                record
-            )
+            groups.setdefault((record["model"], text_of(record) if kind in ("ppl", "sparsity") else ""), []).append(record)
         for (model, task), group in groups.items() if args.kind in (None, kind) else ():
             print(f"\n{kind} {task} {model}, dense {level(group[0])}\n\n" + "\n".join(draw(group)))
         if kind == "recall" and args.kind in (None, "distance") and found:

@@ -1,4 +1,4 @@
-"""The figures in README.md and docs/benchmarks.md, from the records in benchmarks/results and nothing else.
+"""The figures in README.md and in docs/, from the records in benchmarks/results and nothing else.
 
     python benchmarks/tables.py --write
     python benchmarks/tables.py --check      # exit status 1 where a document is not what the records say
@@ -18,6 +18,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from table_blocks import (
@@ -31,6 +32,7 @@ from table_blocks import (
     machine,
     prediction,
     prompts,
+    real_accuracy,
     recall,
     restore,
     schedules,
@@ -38,7 +40,7 @@ from table_blocks import (
 )
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/planner.md")
+DOCUMENTS = ("README.md", "docs/accuracy.md", "docs/benchmarks.md", "docs/planner.md")
 _BLOCK = re.compile(r"(<!-- benchmarks: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Block = Callable[[Results], str]
@@ -85,6 +87,8 @@ BLOCKS: dict[str, Block] = {
     "prediction": prediction,
     "schedules": schedules,
     "accuracy": accuracy,
+    "accuracy-real": real_accuracy,
+    "accuracy-real-first": partial(real_accuracy, most=1),
     "recall": recall,
 }
 """By the name in a document."""

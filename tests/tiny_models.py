@@ -53,6 +53,14 @@ _YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_posit
 
 _LAYER_NORM: dict[str, Any] = _COMMON | {"intermediate_size": 96, "max_position_embeddings": 128}
 _LAYER_NORM |= {"num_key_value_heads": 2}
+_MANY_EXPERTS: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "moe_intermediate_size": 48,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "sliding_window": 25,
+}
 _LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "short_factor": [1.0 + 0.1 * i for i in range(6)],
@@ -148,6 +156,9 @@ TINY_MODELS: dict[str, TinyModel] = {
     ),
     "stablelm": TinyModel("StableLm", _LAYER_NORM | {"layer_norm_eps": 0.01, "use_qkv_bias": True}),
     "starcoder2": TinyModel("Starcoder2", _LAYER_NORM | {"norm_epsilon": 0.01, "sliding_window": 20}),
+    "mixtral": TinyModel("Mixtral", _GATED | {"num_key_value_heads": 2, "num_local_experts": 5}),
+    "qwen3-moe": TinyModel("Qwen3Moe", _GATED | _MANY_EXPERTS | {"norm_topk_prob": True}),
+    "qwen3-moe-shares": TinyModel("Qwen3Moe", _GATED | _MANY_EXPERTS | {"use_sliding_window": True}),
     "ministral": TinyModel(
         "Ministral",
         _GATED

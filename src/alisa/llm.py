@@ -20,6 +20,7 @@ from alisa.engine.shared import SharedEngine, Stream
 from alisa.errors import InputError
 from alisa.kernels.base import Codec
 from alisa.model.decoder import Decoder
+from alisa.model.own_sampling import with_own_sampling
 from alisa.model.tokenizer import Tokenizer
 from alisa.outputs import RequestOutput
 from alisa.policy.base import SelectionPolicy
@@ -158,16 +159,32 @@ class LLM:
             raise InputError(f"{len(prompts)} prompts came with {len(each)} sampling parameters; give one or one each.")
         return self._shared().stream(prompts, each)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def own_sampling(self, params: SamplingParams | None = None) -> SamplingParams:
+        """Sampling as the model's generation_config.json asks for it, where `params` are at their default.
+
+        Raises:
+            InputError: the file names a value that is out of range.
+        """
+        return with_own_sampling(params or SamplingParams(), self._model.sampling)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation in the model's own chat format, ready for the answer.
 
         Args:
             messages: each with `role` and `content`.
+            tools: JSON schemas of functions that the model may call.
+            chat_template_kwargs: what else the model's template knows, such as `enable_thinking`.
 
         Raises:
             InputError: the model has no chat template, or the template refuses the conversation.
         """
-        return self.tokenizer.encode_chat(messages)
+        return self.tokenizer.encode_chat(messages, tools=tools, template_kwargs=chat_template_kwargs)
 
     def free_engine(self) -> None:
         """The engine's memory is given back; the next request builds another engine.

@@ -133,6 +133,7 @@ class ModelSpec:
     head_dim: int
     """D"""
     ffn_size: int
+    """Width of the MLP, or of each expert where there are experts."""
     vocab_size: int
     """V"""
     max_positions: int
@@ -144,6 +145,11 @@ class ModelSpec:
     """True: down(act(gate(x)) * up(x)); False: down(act(up(x)))."""
     rope: Rope | None
     """None: learned absolute positions."""
+    num_experts: int = 0
+    """MLPs of a layer, of which each token goes through a few; 0: one MLP for all tokens."""
+    experts_per_token: int = 0
+    renormalises_experts: bool = True
+    """Whether the weights of a token's experts are made to sum to 1."""
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -235,15 +241,28 @@ class ModelSpec:
         return self.max_positions + self.position_offset
 
     @property
+    def mlp_weights(self) -> int:
+        """Weights of one MLP, or of one expert."""
+        return self.hidden_size * self.ffn_size * (3 if self.gated_mlp else 2)
+
+    @property
     def layer_weights(self) -> int:
-        """Weights (no biases, no norms) that one token's pass through one layer reads."""
-        attention = self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
-        mlp = self.hidden_size * self.ffn_size * (3 if self.gated_mlp else 2)
-        return attention + mlp
+        """Weights (no biases, no norms) of one layer that one token's pass reads: of the experts, its own."""
+        mlps = self.experts_per_token if self.num_experts else 1
+        return self._attention_weights + mlps * self.mlp_weights
+
+    @property
+    def _attention_weights(self) -> int:
+        """Weights of a layer that every token reads."""
+        router = self.num_experts * self.hidden_size
+        return self.hidden_size * (2 * self.q_size + 2 * self.kv_size) + router
 
     @property
     def step_weights(self) -> int:
-        """Weights that one decode step reads: every layer and the output projection."""
+        """Weights that one decode step reads at the least: every layer and the output projection.
+
+        With experts, those of one token; tokens that go through others read more.
+        """
         return self.num_layers * self.layer_weights + self.vocab_size * self.token_embed_dim
 
     @property
@@ -251,7 +270,8 @@ class ModelSpec:
         """Parameters of the linear layers and tables; biases and norms (under 0.1 %) are left out."""
         tables = 1 if self.tied_embeddings else 2
         positions = 0 if self.rope else self.position_table_size * self.hidden_size
-        return self.num_layers * self.layer_weights + tables * self.vocab_size * self.token_embed_dim + positions
+        layer = self._attention_weights + max(self.num_experts, 1) * self.mlp_weights
+        return self.num_layers * layer + tables * self.vocab_size * self.token_embed_dim + positions
 
     def step_weight_bytes(self, dtype: str) -> int:
         """Bytes of weights that a decode step must read, whatever the batch: the floor of its time times bandwidth."""

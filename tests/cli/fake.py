@@ -14,6 +14,7 @@ from alisa.cli.main import run
 from alisa.config import EngineConfig, SamplingParams
 from alisa.engine.report import RunReport
 from alisa.errors import InputError, PromptError
+from alisa.model.own_sampling import with_own_sampling
 from alisa.outputs import Phase, RequestOutput, RequestReport, RunSummary, StepRecord, TextDelta, Traffic
 
 
@@ -42,8 +43,19 @@ class FakeLLM:
         self._word_s = word_s
         self._outputs: list[RequestOutput] = []
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return [ord(char) for message in messages for char in f"<{message['role']}>{message['content']}"]
+    def own_sampling(self, params: SamplingParams) -> SamplingParams:
+        return with_own_sampling(params, {"temperature": 0.6, "top_k": 20})
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        framed = [f"<{message['role']}>{message['content']}" for message in messages]
+        framed += ["" if extra is None else str(extra) for extra in (tools, chat_template_kwargs)]
+        return [ord(char) for text in framed for char in text]
 
     def describe(self) -> dict[str, Any]:
         return {**self.config.describe(), "model": self.name}

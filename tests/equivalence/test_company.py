@@ -175,7 +175,7 @@ def test_no_company_placement_or_thread_changes_a_bit(options, tmp_path, monkeyp
 )
 def test_sliding_windows_keep_the_promise(policy, dtype, kernels, tiny_model, tmp_path, monkeypatch):
     if kernels == "torch":
-        monkeypatch.setattr("alisa.kernels.native.kernels.available", lambda: False)
+        monkeypatch.setattr("alisa.kernels.native.library.available", lambda: False)
     options = {"policy": policy, "dtype": dtype, "sparsity": 0.5, "prefill_chunk": 32}
     options |= {"max_num_seqs": 3, "max_model_len": 100}
     directory = tiny_model("gemma3")
@@ -208,7 +208,7 @@ def test_the_steps_a_long_prompt_is_read_in_change_no_bit(policy, dtype, kv_dtyp
 
 def test_plain_torch_keeps_the_promise(tiny_model, monkeypatch):
     """Where there are no native kernels."""
-    monkeypatch.setattr("alisa.kernels.native.kernels.available", lambda: False)
+    monkeypatch.setattr("alisa.kernels.native.library.available", lambda: False)
     options = {"policy": "dense", "dtype": "bfloat16", "prefill_chunk": 32, "max_num_seqs": 3, "max_model_len": 100}
     together = LLM(tiny_model("llama-gqa-tied"), **options)
     assert together.describe()["attention"] == "torch"
@@ -239,7 +239,9 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(dtype, num_in):
                     assert torch.equal(found, expected[first : first + count]), (num_threads, count, first)
 
 
-@pytest.mark.parametrize("family", ["opt-gelu-no-bias", "pythia", "gpt2", "llama", "qwen3", "gemma3-scaled"])
+@pytest.mark.parametrize(
+    "family", ["opt-gelu-no-bias", "pythia", "gpt2", "llama", "qwen3", "gemma3-scaled", "qwen3-moe"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_and_norms_of_every_kind_know_no_company(family, dtype, tiny_model):
     llm = LLM(tiny_model(family), policy="dense", dtype=dtype, prefill_chunk=32)

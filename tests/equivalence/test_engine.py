@@ -1,5 +1,6 @@
 """The engine against transformers and against a plain Algorithm 1, token for token."""
 
+import json
 from typing import get_args
 
 import pytest
@@ -9,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from alisa import LLM, SamplingParams
 from alisa.cache.codec import make_codec
 from alisa.config import PolicyName
+from alisa.errors import InputError
 from alisa.kernels.choose import choose_backend
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.native import prefill as cpu_prefill
 from alisa.kernels.native.prefill_engine import NativePrefill
 from alisa.kernels.reference.prefill import prefill_attention
@@ -89,6 +91,24 @@ def test_a_policy_chooses_in_layers_without_a_window_and_the_others_read_theirs(
     assert shapes == [1, 3]
 
 
+def test_a_model_with_nothing_to_choose_says_so(tiny_model, caplog):
+    LLM(tiny_model("mistral-window"), policy="sketch").generate([[5, 6]], SamplingParams(max_tokens=2))
+    assert "every layer of this model has a sliding window of 9 tokens" in caplog.text
+    caplog.clear()
+    LLM(tiny_model("mistral-window"), policy="dense").generate([[5, 6]], SamplingParams(max_tokens=2))
+    LLM(tiny_model("gemma3"), policy="sketch").generate([[5, 6]], SamplingParams(max_tokens=2))
+    assert "sliding window" not in caplog.text
+
+
+def test_a_schedule_that_deletes_is_refused_where_keys_cannot_be_rebuilt(tiny_model, tmp_path):
+    schedule = tmp_path / "schedule.json"
+    phases = {"offload_from": 3, "recompute_from": 8, "offload_ratio": 0.7, "recompute_ratio": 0.6}
+    schedule.write_text(json.dumps({"schedule": "three-phase"} | phases))
+    llm = LLM(tiny_model("phi3-longrope"), schedule=schedule, kv_device_memory="64KiB", max_model_len=60)
+    with pytest.raises(InputError, match="rotated by the length of the sequence"):
+        llm.generate([[5, 6]], SamplingParams(max_tokens=2))
+
+
 def test_stories260k_equals_transformers():
     directory = stories260k()
     llm = LLM(directory, policy="dense", dtype="float32")
@@ -139,13 +159,13 @@ def test_a_batch_gives_what_each_request_gives_alone(policy, tiny_model):
     ("policy", "kv_dtype"), [*((name, "float32") for name in get_args(PolicyName)), ("swa", "int8")]
 )
 def test_native_kernels_give_the_tokens_of_the_torch_twin(policy, kv_dtype, tiny_model, monkeypatch):
-    if not cpu.available():
-        pytest.skip(cpu.unavailable_reason())
+    if not library.available():
+        pytest.skip(library.unavailable_reason())
     directory = tiny_model("llama-gqa-tied")
     native = LLM(directory, policy=policy, dtype="float32", kv_dtype=kv_dtype)
-    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(library, "available", lambda: False)
     reference = LLM(directory, policy=policy, dtype="float32", kv_dtype=kv_dtype)
-    assert (native.describe()["attention"], reference.describe()["attention"]) == (cpu.isa_names()[0], "torch")
+    assert (native.describe()["attention"], reference.describe()["attention"]) == (library.isa_names()[0], "torch")
     prompts = make_prompts(native.spec.vocab_size)
     assert greedy(native, prompts) == greedy(reference, prompts)
 

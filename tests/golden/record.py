@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 
 from alisa.config import PolicyName
 from alisa.engine.loaded import embedded_model
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from tests.golden.cases import Case, Golden, run, save
 
 PROMPTS = [
@@ -240,11 +240,11 @@ def key_of(case: Case) -> str:
 def run_all(variant: Variant, path: Path) -> None:
     """The file has the tokens of every case, run in this process, which was started for the variant."""
     if variant.isa == "torch":
-        cpu.available = lambda: False
+        library.available = lambda: False
     elif variant.isa:
-        if variant.isa not in cpu.isa_names():
+        if variant.isa not in library.isa_names():
             sys.exit(f"this processor has no {variant.isa}: record on one that has.")
-        cpu.isa_names = lambda: (variant.isa,)
+        library.isa_names = lambda: (variant.isa,)
     known = json.loads(path.read_text()) if path.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from alisa.cache import codec as codecs
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.spec import RowFormat
 
 ROW_DTYPES = ["float32", "bfloat16", "float16", "int8", "int4"]
@@ -127,8 +128,8 @@ def kernels(isa):
     """Kernels of one instruction set, or a skip that says why not."""
     import pytest
 
-    if not cpu.available():
-        pytest.skip(cpu.unavailable_reason())
-    if isa not in cpu.isa_names():
+    if not library.available():
+        pytest.skip(library.unavailable_reason())
+    if isa not in library.isa_names():
         pytest.skip(f"this CPU has no {isa}")
     return cpu.CpuKernels(isa)

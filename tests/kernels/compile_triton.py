@@ -112,10 +112,13 @@ def launch_selection(dtypes: list[torch.dtype], shapes: list[tuple[int, int]], b
     for num_bits in bits:
         for group, head_dim in shapes:
             keys = torch.zeros(50, 4, head_dim)
-            sketched = make_sketch(keys, num_bits)
+            sketched, values = make_sketch(keys, num_bits), make_sketch(keys, 2)
             kernels.sketch_append(sketched, torch.arange(50), keys.bfloat16())
             query = torch.zeros(3, 4 * group, head_dim, dtype=torch.bfloat16)
-            kernels.sketch_complete(query, sketched, sketched, rows, integers, integers, integers, integers, 5, 40, 1)
+            budgets = (integers, integers, integers, 5, 40, 1)
+            kernels.sketch_select(query, sketched, rows, integers, *budgets)
+            kernels.sketch_complete(query, sketched, values, rows, integers, *budgets)
+            kernels.rest_blend(query, torch.zeros(query.shape[:2]), query.float())
             sums = torch.zeros(3, 4, head_dim).double()
             kernels.mean_blend(sums, rows, integers, query, torch.zeros(query.shape[:2]))
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.native.activation import KINDS, CpuActivation
 from alisa.model.activation import make_activation, plain_activation
 from alisa.spec import ActivationName
@@ -17,7 +17,7 @@ from alisa.spec import ActivationName
 CPU = torch.device("cpu")
 NAMES: tuple[ActivationName, ...] = ("relu", "silu", "gelu", "gelu_tanh")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-needs_native = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+needs_native = pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
 
 
 def exact(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ def test_an_activation_is_the_function_it_is_named_after(name: ActivationName, d
 @needs_native
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize("isa", library.isa_names())
 def test_the_native_gate_is_the_plain_one(name: ActivationName, dtype: torch.dtype, isa: str) -> None:
     torch.manual_seed(0)
     x = (3 * torch.randn(5, 2, 2 * 1037)).to(dtype)

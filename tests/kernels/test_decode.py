@@ -5,10 +5,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.reference.decode import decode_attention
 from tests.kernels.cases import ISAS, ROW_DTYPES, Problem, assert_agrees, kernels, make_problem, problems
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+pytestmark = pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
 
 
 @pytest.mark.parametrize("isa", ISAS)

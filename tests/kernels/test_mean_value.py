@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.reference.selection import ReferenceSelection
 from tests.kernels.cases import ISAS, kernels
 from tests.kernels.triton_device import on_each_device, triton_kernels
@@ -48,7 +49,7 @@ def assert_like_the_twins(add, blend, problem, device="cpu"):
     assert torch.equal(blended[shares == 1.0], out[shares == 1.0])
 
 
-@pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+@pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
 @pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems())
@@ -63,7 +64,7 @@ def test_triton_means_are_the_twins(device, problem):
     assert_like_the_twins(triton_kernels().mean_add, triton_kernels().mean_blend, problem, device)
 
 
-@pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+@pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
 def test_arguments_that_do_not_fit_are_refused():
     kernel = cpu.CpuKernels()
     sums, lanes, values = torch.zeros(2, 2, 8, dtype=torch.float64), torch.arange(2), torch.zeros(2, 2, 8)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.native import prefill as cpu_prefill
 from alisa.kernels.native import product as cpu_product
 
@@ -31,7 +31,7 @@ def test_native_code_is_clean(tmp_path):
     if not shutil.which("cmake") or not shutil.which("c++"):
         pytest.skip("needs cmake and a C++ compiler")
     printed = build_and_run(tmp_path, ["-DALISA_SANITIZE=ON"])
-    for isa in (*cpu.isa_names(), "portable"):
+    for isa in (*library.isa_names(), "portable"):
         assert f"{isa}: checked" in printed
     for isa in cpu_product.product_isa_names():
         assert f"{isa}: products checked" in printed

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from alisa.kernels.base import Attended
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.reference.decode import ReferenceDecode
 from alisa.kernels.reference.sketch import make_sketch
 from tests.kernels.cases import ISAS, ROW_DTYPES, kernels, make_problem
@@ -100,8 +101,8 @@ def alone(problem, seq):
 @pytest.mark.parametrize("row_dtype", ROW_DTYPES)
 @pytest.mark.parametrize("plain", [False, True])
 def test_company_and_threads_change_no_bit(row_dtype, plain):
-    if not plain and not cpu.available():
-        pytest.skip(cpu.unavailable_reason())
+    if not plain and not library.available():
+        pytest.skip(library.unavailable_reason())
     problem = make_problem(row_dtype, num_seqs=5, num_rows=3000, counts=[3000, 700, 300, 129, 1], group=2)
     team = [ReferenceDecode()] if plain else [cpu.CpuKernels(num_threads=count) for count in (1, 2, 7)]
     expected = team[0](*problem.args())
@@ -116,7 +117,7 @@ def test_company_and_threads_change_no_bit(row_dtype, plain):
             assert_equal_bits(kernel(*alone(problem, seq)), wanted)
 
 
-@pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+@pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
 def test_a_sketch_gives_the_same_bits_in_any_company_and_on_any_threads():
     generator = torch.Generator().manual_seed(3)
     lengths = torch.tensor([2000, 300, 31], dtype=torch.int32)

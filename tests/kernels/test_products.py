@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.native import product as cpu_product
 from alisa.model.linear_int8 import GROUP, multiply_int8, quantise_inputs, quantise_weight
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+pytestmark = pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
 
 ISAS = cpu_product.product_isa_names()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

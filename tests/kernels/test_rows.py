@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from alisa.cache import codec as codecs
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.spec import RowFormat
 from tests.kernels.cases import ISAS, ROW_DTYPES, kernels
 
-needs_kernels = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+needs_kernels = pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
 SCALES = st.sampled_from([0.0, 1e-9, 1e-6, 1e-3, 1.0, 300.0, 6e4])
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.reference.selection import ReferenceSelection
 
 KERNELS = pytest.mark.parametrize(
@@ -13,7 +14,8 @@ KERNELS = pytest.mark.parametrize(
     [
         ReferenceSelection,
         pytest.param(
-            cpu.CpuKernels, marks=pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "is there")
+            cpu.CpuKernels,
+            marks=pytest.mark.skipif(not library.available(), reason=library.unavailable_reason() or "is there"),
         ),
     ],
 )

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from alisa.kernels.base import Sketch
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.reference.selection import ReferenceSelection
 from alisa.kernels.reference.sketch import make_sketch, sketch_rows, sketch_scores, sketch_weights, unsketch
 from tests.kernels.cases import SKETCH_ISAS, kernels
 from tests.kernels.test_select import by_sorting
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+pytestmark = pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = torch.finfo(torch.float32).eps
 

@@ -9,19 +9,20 @@ import pytest
 import torch
 
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from tests.kernels.cases import assert_agrees, make_problem
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+pytestmark = pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
 
 
 def test_torch_brings_the_runtime_we_use():
     if "OpenMP" not in torch.__config__.parallel_info() or sys.platform != "linux":
         pytest.skip("torch was built without OpenMP")
-    assert cpu.openmp_entry() != 0
+    assert library.openmp_entry() != 0
 
 
 def test_a_call_starts_no_threads_beside_torchs():
-    if not cpu.openmp_entry():
+    if not library.openmp_entry():
         pytest.skip("no OpenMP runtime to share")
     script = """
         import os, torch

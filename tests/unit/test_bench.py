@@ -8,13 +8,13 @@ import torch
 
 import alisa
 from alisa.errors import InputError
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.lab.bench.case import Candidate, Case, Outcome, Role, Timing, time_case
 from alisa.lab.bench.cases import CASES, DEFAULT_CASES, AppendCase, DecodeCase, PolicyCase, ProductCase, SketchCase
 from alisa.lab.bench.kernels import make_case, make_kernels, make_record, run_case
 from alisa.lab.bench.stamp import checkout_commit, current_stamp
 
-needs_kernels = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+needs_kernels = pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
 
 
 def small(case):
@@ -145,10 +145,10 @@ def test_the_commit_is_that_of_our_own_checkout_only(tmp_path):
 
 
 def test_kernels_that_cannot_run_are_refused(monkeypatch):
-    monkeypatch.setattr(cpu, "isa_names", lambda: ("portable",))
-    if cpu.available():
+    monkeypatch.setattr(library, "isa_names", lambda: ("portable",))
+    if library.available():
         with pytest.raises(InputError, match="cannot run avx512 kernels; there is portable"):
             make_kernels("avx512")
-    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(library, "available", lambda: False)
     with pytest.raises(InputError, match="alisa doctor says why"):
         make_kernels(None)

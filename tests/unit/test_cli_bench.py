@@ -7,11 +7,11 @@ from alisa.cli.bench import BenchKernels, kernels_table
 from alisa.cli.main import main, parse
 from alisa.cli.screen import output_console
 from alisa.errors import InputError
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.lab.bench.cases import CASES, DEFAULT_CASES, PolicyCase
 from tests.unit.test_bench import OUTCOME, small
 
-needs_kernels = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+needs_kernels = pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
 
 
 def options(*words: str) -> BenchKernels:

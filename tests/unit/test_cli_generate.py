@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from alisa.cli.results import settings_digest
 from alisa.cli.screen import ResultList
 from alisa.config import EngineConfig, SamplingParams
 from alisa.errors import InputError
+from alisa.model.own_sampling import with_own_sampling
 from alisa.planner.cost import StepCost
 from tests.cli.fake import FakeLLM, FakeVerifyReport
 
@@ -138,7 +140,6 @@ def test_nothing_left_to_do_loads_no_model(tmp_path, capsys):
         ("--chat",),
         ("--dtype", "float32"),
         ("--weight-dtype", "int8"),
-        ("--prefill-chunk", "7"),
         ("--max-model-len", "70"),
     ],
 )
@@ -154,7 +155,19 @@ def test_other_settings_do_not_continue_a_file(tmp_path, change):
 def test_settings_that_never_change_a_token_may_differ(tmp_path):
     path = tmp_path / "out.jsonl"
     generate("a", "--output", str(path))
-    generate("a", "b", "--output", str(path), "--max-num-seqs", "2", "--kv-device-memory", "1GiB", "--quiet")
+    generate(
+        "a",
+        "b",
+        "--output",
+        str(path),
+        "--max-num-seqs",
+        "2",
+        "--prefill-chunk",
+        "7",
+        "--kv-device-memory",
+        "1GiB",
+        "--quiet",
+    )
     assert [record["prompt"] for record in lines(path)] == ["a", "b"]
 
 
@@ -320,6 +333,49 @@ def test_a_run_without_new_options_has_the_digest_of_version_0_1():
     del sampling["n"]  # came later, and changes no text that is there
     args = parse(["generate", "a", "--temperature", "0.5", "--stop", "a", "--n", "3"])
     assert args.digest() == settings_digest({**settings, "chat": False, "sampling": sampling})
+
+
+def test_tools_and_template_arguments_reach_the_template(tmp_path, capsys):
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"name": "look"}]')
+    extra = '{"enable_thinking": false}'
+    generate("hi", "--chat", "--tools", str(tools), "--chat-template-kwargs", extra, "--max-tokens", "1", "--quiet")
+    said = capsys.readouterr().out.upper()
+    assert "<USER>HI[{'NAME': 'LOOK'}]{'ENABLE_THINKING': FALSE}" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--tools", "FILE"], "--tools is for a chat model's template; add --chat"),
+        (["--chat-template-kwargs", "{}"], "--chat-template-kwargs is for a chat model's template; add --chat"),
+        (["--chat", "--chat-template-kwargs", "[1]"], "--chat-template-kwargs holds a JSON list, a JSON object is"),
+        (["--chat", "--chat-template-kwargs", "{"], "--chat-template-kwargs is not readable JSON"),
+        (["--chat", "--tools", "FILE"], "holds a JSON dict, a JSON list is needed"),
+        (["--chat", "--tools", "/nowhere/tools.json"], "--tools /nowhere/tools.json is not readable"),
+    ],
+)
+def test_template_arguments_that_cannot_be_used_are_refused(words, sentence, tmp_path):
+    (tmp_path / "tools.json").write_text("{}")
+    words = [word.replace("FILE", str(tmp_path / "tools.json")) for word in words]
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        generate("hi", *words)
+
+
+def test_a_chat_is_sampled_as_the_model_asks():
+    def chosen(*words):
+        args = parse(["generate", "a", *words])
+        sampling = args.sampling
+        if args.takes_own_sampling:
+            sampling = with_own_sampling(sampling, {"temperature": 0.6, "top_k": 20})
+        return sampling.temperature, sampling.top_k
+
+    assert chosen() == (0.0, 0)
+    assert chosen("--chat") == chosen("--sampling", "model") == (0.6, 20)
+    assert chosen("--chat", "--sampling", "greedy") == (0.0, 0)
+    assert chosen("--chat", "--temperature", "0.9") == (0.9, 20)
+    digests = {parse(["generate", "a", *words]).digest() for words in ([], ["--chat"], ["--sampling", "model"])}
+    assert len(digests) == 3
 
 
 def test_several_texts_for_a_prompt_are_lines_of_their_own(tmp_path):

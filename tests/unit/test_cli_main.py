@@ -49,7 +49,8 @@ def test_help_names_every_option_with_its_default_and_an_example(capsys):
     text = capsys.readouterr().out
     args = Generate()
     groups = (args.files, args.engine, args.sampling, args.display)
-    names = [option.name for group in groups for option in fields(group)] + ["chat", "verify"]
+    names = [option.name for group in groups for option in fields(group)]
+    names += ["chat", "verify", "tools", "chat_template_kwargs", "sampling"]
     assert not [name for name in names if f"--{name.replace('_', '-')}" not in text]
     assert "[PROMPT ...]" in text
     assert "(default: sketch)" in text

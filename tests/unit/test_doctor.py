@@ -10,6 +10,7 @@ from alisa.doctor.finding import Status
 from alisa.doctor.findings import diagnose
 from alisa.doctor.self_test import SelfTest, run_self_test
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.machine import Cpu, Place
 
 GIB = 1024**3
@@ -151,8 +152,8 @@ def test_what_is_in_order(change, topic):
 def test_this_machine_is_described(tmp_path):
     facts = gather(tmp_path, tmp_path / "missing")
     assert facts.torch == torch.__version__
-    assert facts.native.isas == cpu.isa_names()
-    assert (facts.native.self_test is not None) == cpu.available()
+    assert facts.native.isas == library.isa_names()
+    assert (facts.native.self_test is not None) == library.available()
     assert 0 < facts.kv_bytes < facts.free_bytes
     assert facts.kv_disk_bytes is None
     assert facts.temporary.path == str(tmp_path)
@@ -160,11 +161,11 @@ def test_this_machine_is_described(tmp_path):
     assert [finding.topic for finding in problems] == ["disk"]
 
 
-needs_kernels = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
+needs_kernels = pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
 
 
 @needs_kernels
-@pytest.mark.parametrize("isa", cpu.isa_names())
+@pytest.mark.parametrize("isa", library.isa_names())
 def test_the_self_test_passes_on_every_instruction_set(isa):
     assert run_self_test(cpu.CpuKernels(isa)).passed
 

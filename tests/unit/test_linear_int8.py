@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alisa.errors import InputError
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.native import product as cpu_product
 from alisa.model.choose_linear import choose_linear
 from alisa.model.linear import PackedLinear, PlainLinear, make_linear
@@ -47,8 +47,8 @@ def test_a_row_of_zeros_stays_zero():
 @pytest.mark.parametrize("make", [multiply_int8, None], ids=["reference", "kernel"])
 @pytest.mark.parametrize("num_in", [64, 200, 2048])
 def test_a_product_errs_by_what_rounding_explains(make, num_in):
-    if make is None and not cpu.available():
-        pytest.skip(cpu.unavailable_reason())
+    if make is None and not library.available():
+        pytest.skip(library.unavailable_reason())
     generator = torch.Generator().manual_seed(num_in)
     weight, bias = torch.randn(96, num_in, generator=generator), torch.randn(96, generator=generator)
     x = torch.randn(3, 5, num_in, generator=generator)
@@ -87,7 +87,7 @@ def test_the_name_chooses_the_layer():
 
 
 def test_without_the_library_the_twin_works(monkeypatch):
-    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(library, "available", lambda: False)
     layer = choose_linear("int8", CPU)(torch.ones(8, 16), None, CPU)
     assert layer(torch.ones(2, 16)).tolist() == [[16.0] * 8] * 2
 

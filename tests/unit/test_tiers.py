@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from alisa.cache.offload.tiers import DiskTier, HostTier
 from alisa.errors import CapacityError, InputError
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.reference.rows import move_rows
 from alisa.outputs import Medium
 
@@ -22,7 +22,7 @@ NUM_LAYERS, NUM_ROWS, ROW_BYTES = 2, 700, 12
 
 def movers():
     """The mover of rows and its native reference, where that was built."""
-    return [move_rows, *([cpu.move_rows] if cpu.available() else [])]
+    return [move_rows, *([library.move_rows] if library.available() else [])]
 
 
 STEP_ROWS = 150
@@ -32,14 +32,14 @@ STEP_BYTES = STEP_ROWS * NUM_LAYERS * ROW_BYTES
 
 @pytest.fixture(params=["host", "disk", "disk-native", "disk-in-steps"])
 def tier(request, tmp_path):
-    if request.param == "disk-native" and not cpu.available():
-        pytest.skip(cpu.unavailable_reason())
+    if request.param == "disk-native" and not library.available():
+        pytest.skip(library.unavailable_reason())
     if request.param == "host":
         made = HostTier(NUM_LAYERS, NUM_ROWS, ROW_BYTES)
     elif request.param == "disk-in-steps":
         made = DiskTier(tmp_path, NUM_LAYERS, NUM_ROWS, ROW_BYTES, step_bytes=STEP_BYTES)
     else:
-        move = cpu.move_rows if request.param == "disk-native" else move_rows
+        move = library.move_rows if request.param == "disk-native" else move_rows
         made = DiskTier(tmp_path, NUM_LAYERS, NUM_ROWS, ROW_BYTES, move)
     yield made
     made.close()
@@ -217,7 +217,7 @@ def test_what_the_system_refuses_is_an_os_error(move, tmp_path):
         )
 
 
-@pytest.mark.skipif(not cpu.available(), reason="the native mover was not built")
+@pytest.mark.skipif(not library.available(), reason="the native mover was not built")
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.booleans())
 @settings(max_examples=30)
 def test_both_movers_move_the_same_bytes(tmp_path_factory, seed, share, write):

@@ -170,6 +170,67 @@ def test_an_older_opt_repository_is_read_as_in_transformers(tmp_path):
         assert tokenizer.encode(text)[0] == 1
 
 
+CHAT_TEXTS = [
+    *TEXTS,
+    "<|im_start|>user\nIt's 2024, they'LL see<|im_end|>\n",
+    "a <tool_call> b<|extra|>c <role>d 3.14159",
+]
+
+
+DECLARED = {
+    "400": {"content": "<tool_call>", "special": False},
+    "401": {"content": "<|extra|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False},
+    "402": {"content": "<role>", "special": False, "lstrip": True, "rstrip": False, "normalized": False},
+}
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "added_tokens.json"])
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "Qwen2TokenizerFast", "GPT2Tokenizer", None])
+def test_the_named_class_decides_how_vocabulary_and_merges_cut_words(kind, place, tmp_path):
+    byte_level().model.save(str(tmp_path))
+    settings = {"eos_token": "<|im_end|>", "pad_token": "</s>", "unk_token": "</s>"}
+    settings |= {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    settings |= {} if kind is None else {"tokenizer_class": kind}
+    if place == "added_tokens.json":
+        write_json(tmp_path / place, {fields["content"]: int(token_id) for token_id, fields in DECLARED.items()})
+    else:
+        settings["added_tokens_decoder"] = DECLARED
+    write_json(tmp_path / "tokenizer_config.json", settings)
+    config = transformers.GPT2Config if kind == "GPT2Tokenizer" else transformers.Qwen2Config
+    config(eos_token_id=2).save_pretrained(tmp_path)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    for text in CHAT_TEXTS:
+        assert tokenizer.encode(text) == reference(text).input_ids
+    assert tokenizer.encode("<tool_call><|extra|><role>") == [400, 401, 402]
+    assert tokenizer.encode("<|im_start|><|im_end|>") == [3, 2]
+
+
+def test_a_class_that_is_not_known_is_refused_with_the_recipe(tmp_path):
+    byte_level().model.save(str(tmp_path))
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    with pytest.raises(ModelError, match=r"class unnamed is not known here; .* writes tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
+    with pytest.raises(ModelError, match="class LlamaTokenizer is not known"):
+        Tokenizer.load(tmp_path)
+
+
+def test_tokens_that_only_the_files_beside_tokenizer_json_know_are_single_tokens(tmp_path):
+    declared = {"400": {"content": "<|a|>", "special": True}, "401": {"content": "<b>", "special": False}}
+    directory = save(tmp_path, byte_level(), eos_token="<|end|>", added_tokens_decoder=declared)
+    write_json(directory / "added_tokens.json", {"<b>": 401})
+    reference = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer = Tokenizer.load(directory)
+    for text in ("x<|a|>y", "x <b> y<|end|>", "<|a|><b><|end|>"):
+        assert tokenizer.encode(text) == reference(text).input_ids
+    assert tokenizer.encode("<|a|><b><|end|>") == [400, 401, 402]
+    assert tokenizer.eos_ids == {402}
+    write_json(directory / "added_tokens.json", {"<b>": 401, "<c>": 777})
+    with pytest.raises(ModelError, match=r"'<c>' the id .*, and the files beside it say 777"):
+        Tokenizer.load(directory)
+
+
 def test_end_tokens_come_from_every_file(tmp_path):
     directory = save(tmp_path, byte_level(), eos_token={"content": "<|im_end|>"})
     write_json(directory / "config.json", {"eos_token_id": 0})
@@ -226,6 +287,40 @@ def test_chats_are_rendered_as_in_transformers(backend, template, add_generation
         assert tokenizer.encode(text) == ids, "encoding the text of a chat adds no second leading token"
 
 
+TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]
+WITH_TOOLS = """{% if tools %}{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content or '' }}{% if m.tool_calls %}
+{{ m.tool_calls[0].function.name }}{% endif %}
+{% endfor %}{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"""
+
+
+def test_tools_and_other_arguments_reach_the_template_as_in_transformers(tmp_path):
+    directory = save(tmp_path, byte_level(), eos_token="</s>", chat_template=WITH_TOOLS)
+    tokenizer = Tokenizer.load(directory)
+    reference = transformers.AutoTokenizer.from_pretrained(directory)
+    for thinking in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+        text = tokenizer.render_chat(CHAT, tools=TOOLS, template_kwargs=thinking)
+        assert text == reference.apply_chat_template(
+            CHAT, tools=TOOLS, tokenize=False, add_generation_prompt=True, **thinking
+        )
+        assert ("<think>" in text) == (thinking.get("enable_thinking") is False)
+
+
+def test_a_key_that_is_null_is_left_out(tmp_path):
+    template = "{% for m in messages %}{{ m.role }}{% if 'content' in m %}: {{ m['content'] }}{% endif %};{% endfor %}"
+    tokenizer = Tokenizer.load(save(tmp_path, byte_level(), chat_template=template))
+    assert tokenizer.render_chat([{"role": "assistant", "content": None, "tool_calls": []}]) == "assistant;"
+
+
+def test_a_template_file_is_read_when_a_chat_needs_it(tmp_path):
+    directory = save(tmp_path, byte_level())
+    (directory / "chat_template.jinja").write_bytes(b"{{ '\xff' }}")
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.encode("the fox")
+    with pytest.raises(InputError, match=r"chat_template.jinja is not readable .*0xff"):
+        tokenizer.render_chat(CHAT)
+
+
 def test_named_templates_and_the_template_file(tmp_path):
     named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "{{ messages[0].content }}"}]
     directory = save(tmp_path, byte_level(), chat_template=named)
@@ -241,6 +336,7 @@ def test_named_templates_and_the_template_file(tmp_path):
         ("{% if %}", "not usable"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages.append(1) }}", "refuses"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "calls itself without end"),
         ("{{ ''.__class__.__mro__ }}", "refuses"),
     ],
 )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from alisa.cli.files import refuse_same_file
-from alisa.cli.job import Answers, Job, print_record, run_job
+from alisa.cli.job import Answers, ChatFrame, Job, print_record, run_job
 from alisa.cli.options import DisplayOptions, FileOptions
 from alisa.cli.prompts import each_sample, gather_prompts
 from alisa.cli.report import ReportFile, prediction_line, summary_lines, summary_table
@@ -59,6 +61,15 @@ class Generate:
     """Texts to continue; the text of one prompt appears while it is made."""
     chat: bool = False
     """Treat each prompt as a message to a chat model and let the model's template frame it."""
+    tools: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """With --chat: a JSON list of functions that the model may call, each as its template wants it (a JSON schema)."""
+    chat_template_kwargs: Annotated[str | None, arg(metavar="JSON", help_behavior_hint="")] = None
+    """With --chat: a JSON object of what else the model's template knows, such as {"enable_thinking": false}."""
+    sampling_from: Annotated[
+        Literal["model", "greedy"] | None, arg(name="sampling", help_behavior_hint="(default: model with --chat)")
+    ] = None
+    """model: sampling options below that are at their default are taken from the model's generation_config.json.
+    greedy: the most likely token, unless the options below say otherwise."""
     verify: bool = False
     """Compare a few of the finished texts with dense attention: same next tokens, divergence, attention mass lost."""
     files: FileOptions = field(default_factory=FileOptions)
@@ -70,11 +81,14 @@ class Generate:
         """Do it; returns the exit status."""
         return run_generate(self, make_llm=load_llm)
 
-    def digest(self) -> str:
+    def digest(self, frame: ChatFrame | None = None) -> str:
         """What must be equal for two runs to share a file of results: all that decides the tokens.
 
         Memory caps and batch size are left out, because they never change a token; settings of single prompts, because
         each result carries its own.
+
+        Args:
+            frame: from `chat_frame`.
         """
         default = EngineConfig()
         engine = {
@@ -88,7 +102,16 @@ class Generate:
         }
         # More texts for a prompt change none of those that are there.
         sampling = {name: value for name, value in asdict(self.sampling).items() if name != "n"}
-        return settings_digest({**engine, "chat": self.chat, "sampling": sampling})
+        chat: dict[str, Any] = {} if frame is None else asdict(frame)
+        if self.takes_own_sampling:
+            chat["sampling_from"] = "model"
+        chat = {name: value for name, value in chat.items() if value is not None}
+        return settings_digest({**engine, **chat, "chat": self.chat, "sampling": sampling})
+
+    @property
+    def takes_own_sampling(self) -> bool:
+        """Whether the model's files say how to sample, where no option does."""
+        return self.sampling_from == "model" or (self.sampling_from is None and self.chat)
 
 
 def load_llm(config: EngineConfig, progress: Callable[[int, int], None]) -> LLM:
@@ -105,11 +128,12 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
         AlisaError: something the caller can mend; results finished until then are kept.
     """
     files = args.files
+    frame = chat_frame(args)
     own = {"--input": files.input, "--output": files.output, "--report": files.report}
     refuse_same_file({**own, "--schedule": args.engine.schedule})
     given = gather_prompts(args.prompts, files.input, files.limit, keep_invalid=files.skip_invalid)
     prompts = each_sample(given, args.sampling.n)
-    run = args.digest()
+    run = args.digest(frame)
     with ExitStack() as stack:
         results = stack.enter_context(ResultFile(files.output, prompts, run)) if files.output else None
         report = stack.enter_context(ReportFile(files.report)) if files.report else None
@@ -118,7 +142,7 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
         job = Job(
             prompts=prompts,
             todo=todo,
-            chat=args.chat,
+            chat=frame,
             sampling=args.sampling,
             skip_invalid=files.skip_invalid,
             verify=args.verify,
@@ -133,6 +157,8 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
             return 0
         with loading_bar(args.engine.model or "the embedded model", show=job.show_progress) as progress:
             llm = make_llm(args.engine, progress)
+        if args.takes_own_sampling:
+            job = replace(job, sampling=llm.own_sampling(args.sampling))
         try:
             answers = run_job(llm, job, results)
         except AlisaError:
@@ -153,6 +179,40 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
         if args.display.json:
             print_record(job, answers, engine=llm.describe(), summary=summary)
         return _status(job, answers)
+
+
+def chat_frame(args: Generate) -> ChatFrame | None:
+    """What goes to the model's template beside the prompts; None without --chat.
+
+    Raises:
+        InputError: an option needs --chat, or its JSON is not of its kind.
+    """
+    if not args.chat:
+        for flag, value in (("--tools", args.tools), ("--chat-template-kwargs", args.chat_template_kwargs)):
+            if value is not None:
+                raise InputError(f"{flag} is for a chat model's template; add --chat.")
+        return None
+    tools = None if args.tools is None else _parsed(_text(args.tools), list, f"--tools {args.tools}", "list")
+    text = args.chat_template_kwargs
+    return ChatFrame(tools, None if text is None else _parsed(text, dict, "--chat-template-kwargs", "object"))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--tools {path} is not readable ({error}).") from error
+
+
+def _parsed(text: str, kind: type, name: str, wanted: str) -> Any:  # noqa: ANN401 - JSON
+    """JSON of one kind."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{name} is not readable JSON ({error}).") from error
+    if not isinstance(value, kind):
+        raise InputError(f"{name} holds a JSON {type(value).__name__}, a JSON {wanted} is needed.")
+    return value
 
 
 def predicted_cost(report: RunReport | None, hardware: Hardware) -> StepCost | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alisa.cli.files import to_json
 from alisa.cli.prompts import Prompt
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from alisa.llm import LLM
 
 
+@dataclass(frozen=True)
+class ChatFrame:
+    """What the model's chat template gets in addition to the message."""
+
+    tools: Sequence[Mapping[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What one call of the command has to do."""
@@ -32,7 +40,8 @@ class Job:
     """One for each text that is wanted."""
     todo: tuple[int, ...]
     """Numbers in `prompts` of those that no earlier run has finished."""
-    chat: bool
+    chat: ChatFrame | None
+    """What frames each prompt as a message; None: it is a text to continue."""
     sampling: SamplingParams
     """Of every prompt that has no settings of its own."""
     skip_invalid: bool
@@ -60,7 +69,10 @@ class Job:
             InputError: the model's chat template refuses it.
         """
         text = self.prompts[index].text
-        return llm.chat_prompt([{"role": "user", "content": text}]) if self.chat else llm.tokenizer.encode(text)
+        if self.chat is None:
+            return llm.tokenizer.encode(text)
+        message = {"role": "user", "content": text}
+        return llm.chat_prompt([message], tools=self.chat.tools, chat_template_kwargs=self.chat.template_kwargs)
 
     def params(self, index: int) -> SamplingParams:
         """Of prompt `index`, from that alone, so that a continued run draws what an uninterrupted one draws."""

@@ -20,6 +20,7 @@ from alisa.engine.builder import device_cap, disk_cap
 from alisa.engine.loaded import embedded_model
 from alisa.engine.threads import is_fixed
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.native import product as cpu_product
 from alisa.machine import Cpu, Place, free_memory, huge_pages, huge_pages_asked, memory_limit, num_cpus, spinning
 from alisa.model.linear import PackedLinear, make_linear
@@ -146,13 +147,13 @@ def gather(temporary: Path, disk_tier: Path) -> Facts:
 
 def _native() -> Native:
     return Native(
-        isas=cpu.isa_names(),
+        isas=library.isa_names(),
         products=cpu_product.product_isa_names(),
-        reason=cpu.unavailable_reason(),
+        reason=library.unavailable_reason(),
         built=find_spec("alisa.kernels._native") is not None,
-        shares_threads=cpu.openmp_entry() != 0,
+        shares_threads=library.openmp_entry() != 0,
         compiler=next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None),
-        self_test=run_self_test(cpu.CpuKernels()) if cpu.available() else None,
+        self_test=run_self_test(cpu.CpuKernels()) if library.available() else None,
     )
 
 

@@ -5,6 +5,7 @@ Sizes follow from the configuration (`max_model_len`, `max_num_seqs`, the caps),
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from alisa.policy.registry import make_policy, reads_of
 from alisa.scheduler.placement.base import PlacementPolicy
 from alisa.scheduler.placement.file import load_schedule
 from alisa.scheduler.scheduler import Scheduler
+
+_LOG = logging.getLogger("alisa")
 
 DEFAULT_KV_SHARE = {"cpu": 0.5, "cuda": 0.9}
 """Share of the memory that is free after loading the model which may be used for what grows with tokens when no cap is
@@ -66,6 +69,13 @@ def build_engine(
         CapacityError: the caps hold not even one token.
     """
     policy = make_policy(config.policy, config.sparsity)
+    shape = model.spec.attention
+    if config.policy != "dense" and shape.full_layers().num_layers == 0:
+        _LOG.warning(
+            "every layer of this model has a sliding window of %s tokens and reads it whole: --policy %s has no say.",
+            " or ".join(map(str, sorted(window for window in {*shape.windows} if window is not None))),
+            config.policy,
+        )
     codec = kv_codec(model, config)
     placement = options.placement
     if placement is None and config.schedule is not None:
@@ -80,7 +90,7 @@ def build_engine(
         cache,
         policy,
         model.backend,
-        model.spec.attention,
+        shape,
         model.decoder.device,
         max_num_seqs=config.max_num_seqs,
         state_tokens=cache_config.state_tokens,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from alisa.cache.codec import make_codec
@@ -13,6 +13,7 @@ from alisa.kernels.choose import AttentionBackend, choose_backend
 from alisa.model.choose_linear import choose_linear
 from alisa.model.decoder import Decoder
 from alisa.model.hub import resolve_model
+from alisa.model.own_sampling import read_sampling
 from alisa.model.precision import resolve_device, resolve_dtype
 from alisa.model.stored import open_model
 from alisa.model.tokenizer import Tokenizer
@@ -29,6 +30,8 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     """None: prompts are token ids."""
     backend: AttentionBackend
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """What the model's files say of how to sample from it, by the fields of `SamplingParams`."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -58,13 +61,15 @@ def load_model(config: EngineConfig, progress: Callable[[int, int], None] | None
         ModelError: the model cannot be found, read or run.
     """
     # Opened before anything else is read: a wrong directory or family is refused by its config.
-    stored = open_model(embedded_model() if config.model is None else resolve_model(config.model))
+    path = embedded_model() if config.model is None else resolve_model(config.model)
+    stored = open_model(path)
     tokenizer = stored.tokenizer()
     device = resolve_device(config.device)
     make_linear = choose_linear(config.weight_dtype, device)
     dtype = resolve_dtype(config.dtype, stored.dtype_name(), device)
     decoder = stored.decoder(dtype, device, progress, make_linear)
-    return LoadedModel(config.model or "embedded", decoder, tokenizer, choose_backend(decoder.device))
+    backend = choose_backend(decoder.device)
+    return LoadedModel(config.model or "embedded", decoder, tokenizer, backend, read_sampling(path))
 
 
 def kv_codec(model: LoadedModel, config: EngineConfig) -> Codec:

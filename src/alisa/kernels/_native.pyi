@@ -119,7 +119,7 @@ class Workspace:
         values: int,
         dtype: int,
         stride: int,
-        lanes: int,
+        req_index: int,
         num_tokens: int,
     ) -> None: ...
     def mean_blend(
@@ -135,7 +135,7 @@ class Workspace:
         out: int,
         dtype: int,
         shares: int,
-        lanes: int,
+        req_index: int,
         lengths: int,
         num_seqs: int,
     ) -> None: ...
@@ -217,8 +217,8 @@ def select(
     threads: Threads,
     scores: int,
     wide: bool,
-    lane_stride: int,
-    lanes: int,
+    stride: int,
+    starts: int,
     older_ends: int,
     older_counts: int,
     counts: int,

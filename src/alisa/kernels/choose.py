@@ -10,6 +10,7 @@ import torch
 
 from alisa.kernels.base import AppendKernel, DecodeKernel, MoveRows, PrefillKernel, SelectionKernels
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.native import prefill as cpu_prefill
 from alisa.kernels.native.prefill_engine import NativePrefill
 from alisa.kernels.reference.decode import decode_attention
@@ -47,12 +48,12 @@ def choose_backend(device: torch.device) -> AttentionBackend:
         return _triton_kernels()
     if device.type != "cpu":
         return REFERENCE_BACKEND
-    if not cpu.available():
-        _warn_once(cpu.unavailable_reason())
+    if not library.available():
+        _warn_once(library.unavailable_reason())
         return REFERENCE_BACKEND
     native = cpu.CpuKernels()
     prefill = NativePrefill(cpu_prefill.CpuPrefill()) if cpu_prefill.available() else prefill_attention
-    return AttentionBackend(prefill, native, native, native.append, cpu.move_rows, native.isa)
+    return AttentionBackend(prefill, native, native, native.append, library.move_rows, native.isa)
 
 
 def _triton_kernels() -> AttentionBackend:
@@ -64,7 +65,7 @@ def _triton_kernels() -> AttentionBackend:
         return REFERENCE_BACKEND
     kernels = TritonKernels()
     # Rows on disk go through the memory of the host, whatever the device.
-    move = cpu.move_rows if cpu.available() else move_rows
+    move = library.move_rows if library.available() else move_rows
     return AttentionBackend(prefill_attention, kernels, kernels, kernels.append, move, "triton")
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alisa.kernels.native import activation as native
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.spec import ActivationName
 
 Activation = Callable[[Tensor], Tensor]
@@ -24,7 +24,7 @@ Activation = Callable[[Tensor], Tensor]
 
 def make_activation(name: ActivationName, *, gated: bool, device: torch.device) -> Activation:
     """The fastest form of an activation on this device."""
-    if device.type == "cpu" and name in native.KINDS and cpu.available():
+    if device.type == "cpu" and name in native.KINDS and library.available():
         return native.CpuActivation(name, gated=gated)
     return plain_activation(name, gated=gated)
 

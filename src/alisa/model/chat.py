@@ -71,30 +71,44 @@ class ChatTemplate:
         functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         try:
             self._template = environment.from_string(source, globals=functions)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise InputError(
                 f"The model's chat template is not usable ({error}); send a plain prompt instead."
             ) from error
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt for a conversation.
 
         Args:
-            messages: mappings with `role` and `content`, oldest first.
+            messages: mappings with `role` and `content`, oldest first; a key that is None is left out, because many
+                templates would write the word.
             add_generation_prompt: end with the opening of the assistant's turn.
+            tools: JSON schemas of functions that the model may call; None: none.
+            template_kwargs: what else the template knows, such as `enable_thinking`; None: nothing.
 
         Raises:
             InputError: the template refuses these messages; its own words are in the message.
         """
         try:
-            return self._template.render(
-                self._special_tokens,
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            )
+            names: dict[str, Any] = {"documents": None, **(template_kwargs or {})}
+            names["messages"] = [
+                {key: value for key, value in message.items() if value is not None} for message in messages
+            ]
+            names["tools"] = None if not tools else [dict(tool) for tool in tools]
+            names["add_generation_prompt"] = add_generation_prompt
+            return self._template.render(self._special_tokens | names)
+        except RecursionError as error:
+            raise InputError(
+                "The model's chat template calls itself without end; send a plain prompt instead."
+            ) from error
         # A template is a program: it may fail in any way a program can.
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise InputError(f"The model's chat template refuses these messages: {error}.") from error

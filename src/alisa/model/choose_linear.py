@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alisa.config import WeightDtypeName
 from alisa.errors import InputError
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.kernels.native import product as cpu_product
 from alisa.model.linear import Linear, MakeLinear, make_linear
 from alisa.model.linear_int8 import QuantisedLinear, multiply_int8
@@ -31,10 +31,10 @@ def choose_linear(weight_dtype: WeightDtypeName, device: torch.device) -> MakeLi
             f"weight_dtype {weight_dtype} is for a CPU, and the model runs on {device.type}; use --device cpu, or "
             "--weight-dtype auto."
         )
-    if cpu.available():
+    if library.available():
         multiply = cpu_product.CpuProducts()
     else:
-        _warn_once(cpu.unavailable_reason())
+        _warn_once(library.unavailable_reason())
         multiply = multiply_int8
 
     def make(weight: Tensor, bias: Tensor | None, device: torch.device) -> Linear:

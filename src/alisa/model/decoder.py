@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alisa.kernels.reference.softcap import softcapped
 from alisa.model.activation import make_activation
+from alisa.model.experts import Experts
 from alisa.model.layer import Builder, Layer, Norm, Progress
 from alisa.model.linear import MakeLinear, PlainLinear, make_linear
 from alisa.model.rope import Rotation, attention_factor, frequencies_by_length, inverse_frequencies
@@ -186,7 +187,9 @@ class Decoder:
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         """The feed-forward part of one layer, `[B, T, C] -> [B, T, C]`."""
-        return layer.down(self._activation(layer.up(x)))
+        if isinstance(layer.mlp, Experts):
+            return layer.mlp(x, self._activation)
+        return layer.mlp.down(self._activation(layer.mlp.up(x)))
 
 
 def _normed(norm: Norm | None, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from alisa.errors import ModelError
 
 _TEXT_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json")
-_TEXT_FILES += ("merges.txt", "chat_template.jinja")
+_TEXT_FILES += ("merges.txt", "added_tokens.json", "chat_template.jinja")
 _SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 _GGUF = ".gguf"

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alisa.model.linear import Linear, MakeLinear
-from alisa.model.names import layer_name, layer_shapes, model_shapes, stays_wide, weight_bytes
+from alisa.model.experts import Expert, Experts
+from alisa.model.linear import Linear, MakeLinear, make_linear
+from alisa.model.names import expert_name, layer_name, layer_shapes, model_shapes, stays_wide, weight_bytes
 from alisa.model.source import WeightSource
 from alisa.spec import ModelSpec
 
@@ -59,16 +60,15 @@ class Layer:
     attn_post_norm: Norm | None
     """Of the output of attention; the names of the norms are those of `names.norm_names`."""
     mlp_norm: Norm | None
-    up: Linear
-    """Gate rows then up rows when the MLP is gated."""
-    down: Linear
+    mlp: Expert | Experts
+    """One for all tokens, or many of which each token goes through a few."""
     mlp_post_norm: Norm | None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
         norms = (self.attn_norm, self.attn_post_norm, self.q_norm, self.k_norm, self.mlp_norm, self.mlp_post_norm)
-        parts = (*norms, self.q, self.kv, self.out, self.up, self.down)
+        parts = (*norms, self.q, self.kv, self.out, self.mlp)
         return sum(part.nbytes for part in parts if part is not None)
 
 
@@ -129,6 +129,19 @@ class Builder:
         weight = self.tensor(f"{name}.weight")
         return self._make_linear(weight, self.tensor(f"{name}.bias") if has_bias else None, self._device)
 
+    def _mlp(self, index: int) -> Expert | Experts:
+        spec = self._spec
+        names = [expert_name(number, "") for number in range(spec.num_experts)] or [""]
+        mlps = [
+            Expert(self.linear(layer_name(index, f"{name}up")), self.linear(layer_name(index, f"{name}down")))
+            for name in names
+        ]
+        if not spec.num_experts:
+            return mlps[0]
+        # The router is never rounded to fewer bits: it is small, and a token that goes elsewhere is another token.
+        router = make_linear(self.tensor(layer_name(index, "router.weight")), None, self._device)
+        return Experts(router, mlps, per_token=spec.experts_per_token, renormalises=spec.renormalises_experts)
+
     def layer(self, index: int) -> Layer:
         """All weights of one layer."""
         return Layer(
@@ -140,7 +153,6 @@ class Builder:
             out=self.linear(layer_name(index, "out")),
             attn_post_norm=self.norm(layer_name(index, "attn_post_norm")),
             mlp_norm=self.norm(layer_name(index, "mlp_norm")),
-            up=self.linear(layer_name(index, "up")),
-            down=self.linear(layer_name(index, "down")),
+            mlp=self._mlp(index),
             mlp_post_norm=self.norm(layer_name(index, "mlp_post_norm")),
         )

@@ -23,6 +23,11 @@ def layer_name(layer: int, part: str) -> str:
     return f"layers.{layer}.{part}"
 
 
+def expert_name(number: int, part: str) -> str:
+    """Name within a layer of a part of one expert: `expert_name(3, "up.weight")` is `experts.3.up.weight`."""
+    return f"experts.{number}.{part}"
+
+
 def norm_names(spec: ModelSpec) -> tuple[str, ...]:
     """The norms of a layer over the hidden size: before attention and MLP, after them, or both."""
     before = ("attn_norm", "mlp_norm")
@@ -52,8 +57,11 @@ def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
         shapes["q_norm.weight"] = (spec.q_size if spec.qk_norm_joint else spec.head_dim,)
         shapes["k_norm.weight"] = (spec.kv_size if spec.qk_norm_joint else spec.head_dim,)
     linear("out", spec.hidden_size, spec.q_size, spec.out_bias)
-    linear("up", (2 if spec.gated_mlp else 1) * spec.ffn_size, spec.hidden_size, spec.mlp_bias)
-    linear("down", spec.hidden_size, spec.ffn_size, spec.mlp_bias)
+    if spec.num_experts:
+        linear("router", spec.num_experts, spec.hidden_size, False)
+    for mlp in [expert_name(number, "") for number in range(spec.num_experts)] or [""]:
+        linear(f"{mlp}up", (2 if spec.gated_mlp else 1) * spec.ffn_size, spec.hidden_size, spec.mlp_bias)
+        linear(f"{mlp}down", spec.hidden_size, spec.ffn_size, spec.mlp_bias)
     return shapes
 
 

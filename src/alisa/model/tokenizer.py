@@ -1,7 +1,8 @@
 """Text to token ids and back, as the model's own files say, without transformers.
 
-`tokenizer.json` is read as it is. Older repositories (GPT-2, OPT) have `vocab.json` and `merges.txt`, from which the
-same byte-level BPE is built. What Hugging Face keeps next to them (leading and end tokens, chat template) is read too.
+`tokenizer.json` is read as it is. Older repositories (GPT-2, OPT, Qwen) have `vocab.json` and `merges.txt`, from which
+the same byte-level BPE is built. What Hugging Face keeps next to them (added, leading and end tokens, chat template) is
+read too.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alisa.errors import InputError, ModelError
+from alisa.model.added_tokens import add_tokens, declared_tokens, role_tokens
 from alisa.model.detokenizer import Detokenizer
 from alisa.model.other_formats import TOKENIZERS, found_format
+from alisa.model.vocabulary_files import byte_level_bpe
 
 # The tokenizer library and Jinja are imported where they are used: a machine on which models of random weights are
 # measured need not have them.
@@ -31,7 +34,7 @@ class Tokenizer:
         leading_id: the token a prompt begins with, when the backend does not add it by itself.
         special_tokens: `bos_token`, `eos_token` and so on as text.
         eos_ids: tokens that end a text.
-        chat_template: Jinja text, or None when the model has none.
+        chat_template: Jinja text, a file of it that is read when a chat needs it, or None when the model has none.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class Tokenizer:
         leading_id: int | None,
         special_tokens: Mapping[str, str],
         eos_ids: frozenset[int],
-        chat_template: str | None,
+        chat_template: str | Path | None,
     ) -> None:
         self._backend = backend
         self._leading_id = leading_id
@@ -66,7 +69,9 @@ class Tokenizer:
         settings = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
         special_tokens = _special_tokens(settings)
         config = _read_json(directory / "config.json")
-        backend = _load_backend(directory, settings, special_tokens)
+        backend = _load_backend(directory, settings, config.get("model_type"))
+        roles = role_tokens(settings, special_tokens)
+        add_tokens(backend, declared_tokens(_read_json(directory / "added_tokens.json"), settings, roles), roles)
         # tokenizer.json says itself what comes first, and transformers 5 ignores `add_bos_token` where there is one.
         # vocab.json and merges.txt do not say: OPT was trained with a leading token, GPT-2 without.
         is_json = (directory / "tokenizer.json").is_file()
@@ -102,13 +107,24 @@ class Tokenizer:
             del ids[0]
         return ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Ids of a conversation; the template alone decides about special tokens, as in Hugging Face.
+
+        The arguments are those of `render_chat`.
 
         Raises:
             InputError: the model has no chat template, or it refuses the messages.
         """
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        text = self.render_chat(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, template_kwargs=template_kwargs
+        )
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -124,8 +140,21 @@ class Tokenizer:
         """A new stream decoder for one sequence."""
         return Detokenizer(self.decode, self._held_ids, self.vocab_size)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt text of a conversation (mappings with `role` and `content`).
+
+        Args:
+            messages: oldest first.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            tools: JSON schemas of functions that the model may call.
+            template_kwargs: what else the template knows, such as `enable_thinking`.
 
         Raises:
             InputError: the model has no chat template, or it refuses the messages.
@@ -137,15 +166,19 @@ class Tokenizer:
             )
         from alisa.model.chat import ChatTemplate
 
-        template = ChatTemplate(self._chat_source, self._special_tokens)
-        return template.render(messages, add_generation_prompt=add_generation_prompt)
+        template = ChatTemplate(_template_text(self._chat_source), self._special_tokens)
+        return template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            template_kwargs=template_kwargs or {},
+        )
 
 
-def _load_backend(directory: Path, settings: Mapping[str, Any], special_tokens: Mapping[str, str]) -> Backend:
+def _load_backend(directory: Path, settings: Mapping[str, Any], model_type: object) -> Backend:
     from tokenizers import Tokenizer as Backend
 
     path = directory / "tokenizer.json"
-    vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
     try:
         if path.is_file():
             backend = Backend.from_file(str(path))
@@ -153,8 +186,10 @@ def _load_backend(directory: Path, settings: Mapping[str, Any], special_tokens: 
             backend.no_truncation()
             backend.no_padding()
             return backend
-        if vocabulary.is_file() and merges.is_file():
-            return _byte_level_bpe(vocabulary, merges, settings, special_tokens)
+        if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+            return byte_level_bpe(directory, settings, model_type)
+    except ModelError:
+        raise
     # The Rust library raises bare Exception for every kind of damage.
     except Exception as error:
         raise ModelError(f"The tokenizer in {directory} is damaged ({error}); download it again.") from error
@@ -164,21 +199,6 @@ def _load_backend(directory: Path, settings: Mapping[str, Any], special_tokens: 
     raise ModelError(
         f"{directory} has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt; download it again."
     )
-
-
-def _byte_level_bpe(
-    vocabulary: Path, merges: Path, settings: Mapping[str, Any], special_tokens: Mapping[str, str]
-) -> Backend:
-    """GPT-2's tokenizer from its two files; special tokens that the vocabulary knows keep their ids."""
-    from tokenizers import AddedToken, decoders, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-    from tokenizers.models import BPE
-
-    backend = Backend(BPE.from_file(str(vocabulary), str(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space", False)))
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(text, normalized=False) for text in dict.fromkeys(special_tokens.values())])
-    return backend
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -206,11 +226,27 @@ def _eos_ids(
     return frozenset(ids if eos_id is None else ids | {eos_id})
 
 
-def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+def _template_text(source: str | Path) -> str:
+    """The Jinja text itself.
+
+    Raises:
+        InputError: its file cannot be read.
+    """
+    if isinstance(source, str):
+        return source
+    try:
+        return source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"The chat template {source} is not readable ({error}); send a plain prompt instead."
+        ) from error
+
+
+def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | Path | None:
     """The template in its own file, or in the settings: one text, or a list of named ones of which `default` counts."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return path
     value = settings.get("chat_template")
     if isinstance(value, list):
         named = {item["name"]: item["template"] for item in value if isinstance(item, Mapping)}

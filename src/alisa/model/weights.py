@@ -17,6 +17,7 @@ from torch import Tensor
 
 from alisa.errors import ModelError
 from alisa.model.families.family import Family, WeightPiece
+from alisa.model.foreign import refuse_foreign, unwrapped, what_it_is, without_unused
 from alisa.model.names import Shape, layer_name, layer_shapes, model_shapes
 from alisa.model.other_formats import WEIGHTS, found_format, is_other
 from alisa.model.pages import page_tensor
@@ -74,6 +75,7 @@ class Checkpoint:
         self.place = directory
         self.description = "config.json"
         self._files: dict[str, SafetensorsFile | TorchFile] = {}
+        refuse_foreign(directory)
         for path in weight_files(directory):
             file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
             self._files |= dict.fromkeys(file.names, file)
@@ -170,14 +172,13 @@ class CheckpointSource:
         self._checkpoint = checkpoint
         self._spec = spec
         stored = [name for name in checkpoint.names if not name.startswith(family.ignored)]
-        self._names = {family.canonical(name): name for name in stored}
+        self._names = {family.canonical(unwrapped(name)): name for name in without_unused(stored)}
         self._parts: dict[str, tuple[WeightPiece, ...]] = {}
         for name in model_shapes(spec):
             self._parts[name] = family.model_parts[name]
         for layer in range(spec.num_layers):
             for part in layer_shapes(spec):
-                places = tuple(place.of_layer(layer) for place in family.layer_parts[part])
-                self._parts[layer_name(layer, part)] = places
+                self._parts[layer_name(layer, part)] = family.layer_pieces(part, layer)
         self._check_names(family)
 
     @property
@@ -240,7 +241,7 @@ class CheckpointSource:
             reasons.append(f"{len(extra)} are not part of a {family.model_type} model ({_some(extra)})")
         raise ModelError(
             f"The weights in {self._checkpoint.place} do not fit {self._checkpoint.description} ({family.model_type}, "
-            f"{self._spec.num_layers} layers): {' and '.join(reasons)}; download them again."
+            f"{self._spec.num_layers} layers): {' and '.join(reasons)}; {what_it_is(missing, extra)}."
         )
 
     def _misshapen(self, parts: Sequence[WeightPiece], name: str, shape: Shape) -> ModelError:

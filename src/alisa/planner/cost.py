@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from alisa.budget import Budget
-from alisa.model.names import layer_shapes
+from alisa.model.names import expert_name, layer_shapes
 from alisa.planner.footprint import hidden_row_bytes, row_bytes
 from alisa.planner.hardware import Hardware, SelectionPrices
 from alisa.planner.load import RunConfig, StepWork
@@ -73,10 +74,13 @@ class CostModel:
         self._attention = hardware.attention[method.kv_dtype]
         self._row_bytes = row_bytes(spec, method.kv_dtype)
         self._hidden_bytes = hidden_row_bytes(spec, method.dtype)
-        weights = [shape for name, shape in layer_shapes(spec).items() if len(shape) == 2 and name.endswith("weight")]
-        self._layer_weights = [num_out * num_in for num_out, num_in in weights]
+        shapes = {name: shape for name, shape in layer_shapes(spec).items() if len(shape) == 2}
+        self._layer_weights = [math.prod(shape) for name, shape in shapes.items() if not name.startswith("experts.")]
+        first = expert_name(0, "")
+        self._expert_weights = [math.prod(shape) for name, shape in shapes.items() if name.startswith(first)]
         self._layer_s = hardware.layer_s + (hardware.rope_s if spec.rope else 0.0)
-        self._values = 6 * spec.hidden_size + 2 * spec.q_size + spec.ffn_size * (4 if spec.gated_mlp else 2)
+        mlp_values = spec.ffn_size * (4 if spec.gated_mlp else 2)
+        self._values = 6 * spec.hidden_size + 2 * spec.q_size + mlp_values * max(spec.experts_per_token, 1)
         self._windows = [window for window in spec.attention.windows if window is not None]
         self._linear: dict[int, float] = {}
 
@@ -137,16 +141,26 @@ class CostModel:
     def pass_s(self) -> float:
         """What one more pass over the same tokens costs: launching every layer again."""
         return self._hardware.step_s + self._spec.num_layers * (
-            self._layer_s + len(self._layer_weights) * self._gemm.call_s
+            self._layer_s + (len(self._layer_weights) + 2 * self._spec.experts_per_token) * self._gemm.call_s
         )
 
     def _linear_s(self, num_tokens: int) -> float:
         """All layers; remembered, because a rollout asks for few different numbers."""
         if num_tokens not in self._linear:
             products = sum(self._gemm.seconds(num_tokens, weights) for weights in self._layer_weights)
+            products += self._experts_s(num_tokens)
             other = self._layer_s + num_tokens * self._values * self._hardware.value_s
             self._linear[num_tokens] = self._spec.num_layers * (products + other)
         return self._linear[num_tokens]
+
+    def _experts_s(self, num_tokens: int) -> float:
+        """One layer: a product for each expert that has tokens, as if the router chose at random."""
+        count, chosen = self._spec.num_experts, self._spec.experts_per_token
+        if not count or not num_tokens:
+            return 0.0
+        busy = count * (1 - (1 - chosen / count) ** num_tokens)
+        rows = num_tokens * chosen / busy
+        return busy * sum(self._gemm.seconds(rows, weights) for weights in self._expert_weights)
 
     def _logits_s(self, num_rows: int) -> float:
         if num_rows == 0:

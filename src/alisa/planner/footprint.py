@@ -23,7 +23,7 @@ def _int8_weight_bytes(spec: ModelSpec, dtype: str) -> int:
     """Linear layers in 8 bits, biases in float32, tables and norms in `dtype`; the logits' layer is never shared."""
 
     def of(name: str, shape: tuple[int, ...]) -> int:
-        if len(shape) == 2 and name not in ("embed.weight", "positions.weight"):
+        if len(shape) == 2 and name not in ("embed.weight", "positions.weight", "router.weight"):
             return quantised_bytes(*shape)
         is_wide = stays_wide(spec, name) or (name.endswith(".bias") and "norm" not in name)
         return math.prod(shape) * (4 if is_wide else DTYPE_BYTES[dtype])
@@ -52,9 +52,11 @@ def hidden_row_bytes(spec: ModelSpec, dtype: str) -> int:
 def activation_bytes(spec: ModelSpec, dtype: str, batch: int, pass_tokens: int) -> int:
     """The most that is held in addition to weights and rows: one layer's values of a pass, or the logits of the batch.
 
-    A layer holds the residual sum, its norm, q, k, v, the attention output and the widened MLP at the same time.
+    A layer holds the residual sum, its norm, q, k, v, the attention output and the widened MLP at the same time; with
+    experts, what each of a token's experts gave, in float32 too. All tokens may have chosen the same expert.
     """
     widened = spec.ffn_size * (3 if spec.gated_mlp else 2)
+    widened += 3 * spec.experts_per_token * spec.hidden_size
     values = 3 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + widened
     logits = batch * spec.vocab_size * (4 + DTYPE_BYTES[dtype])
     return max(pass_tokens * values * DTYPE_BYTES[dtype], logits)

@@ -99,7 +99,7 @@ def _sketch(
         policy_class="alisa.policy.sketch:KeySketch",
         options={"bits": bits, "per_head": per_head, "completion": completion},
         query_aware=True,
-        state=sketch_state(bits=bits, value_bits=2 if completion == "values" else None, uses_mean=completion == "mean"),
+        state=sketch_state(bits=bits, uses_values=completion == "values", uses_mean=completion == "mean"),
         churn=_QUERY_CHURN,
         priced_as="sketch" if completion == "values" else "sketch-keys",
         edition=edition,

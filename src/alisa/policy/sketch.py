@@ -31,14 +31,13 @@ from alisa.kernels.base import Attended, Selection, SelectionKernels, Sketch, St
 from alisa.kernels.reference.sketch import attention_weights, token_ids, weight_read
 from alisa.policy.base import PolicyState, SelectionPolicy
 from alisa.policy.ranked import RankedStep
+from alisa.policy.state_bytes import VALUE_BITS
 from alisa.policy.token_state import TokenState
 from alisa.spec import AttentionShape
 
 SketchBits = Literal[2, 4, 8]
 Completion = Literal["values", "mean", "none"]
 """What stands in for the tokens that are not read: a sketch of their values, the mean of all values, or nothing."""
-VALUE_BITS = 2
-"""Of a sketched value. With 4 bits little is gained, with 1 bit nothing is left."""
 
 
 @dataclass(frozen=True)

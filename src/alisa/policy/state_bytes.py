@@ -14,6 +14,9 @@ from alisa.spec import AttentionShape
 MAX_BUCKETS = 64
 """Buckets of rows that a window of the local sum of `swa` is kept in."""
 
+VALUE_BITS = 2
+"""Of a value in the sketch of `sketch`."""
+
 
 class StateBytes(NamedTuple):
     """Memory of a policy's state."""
@@ -54,7 +57,7 @@ def window_state(*, per_head: bool) -> StateSize:
     return size
 
 
-def sketch_state(*, bits: int | None, value_bits: int | None, uses_mean: bool) -> StateSize:
+def sketch_state(*, bits: int | None, uses_values: bool, uses_mean: bool) -> StateSize:
     """`sketch`: for each KV head codes and two float16 of the key and of the value, or the key in float32.
 
     Sums of values are in float64.
@@ -62,7 +65,7 @@ def sketch_state(*, bits: int | None, value_bits: int | None, uses_mean: bool) -
 
     def size(shape: AttentionShape, budget: Budget, max_len: int) -> StateBytes:
         key_bytes = 4 * shape.head_dim if bits is None else _sketch_bytes(shape.head_dim, bits)
-        value_bytes = 0 if value_bits is None else _sketch_bytes(shape.head_dim, value_bits)
+        value_bytes = _sketch_bytes(shape.head_dim, VALUE_BITS) if uses_values else 0
         means = 8 * shape.num_layers * shape.kv_size if uses_mean else 0
         return StateBytes(shape.num_layers * shape.num_kv_heads * (key_bytes + value_bytes), means)
 

@@ -220,22 +220,28 @@ void check_sketch(const Isa& isa, const SketchLayout& layout, int group, bool pe
   task.width = width;
   task.out = out.get();
   workspace.sketch_scores(isa, task, threads);
+  const auto value_at = [&](int seq, int t, int g, int d) {
+    const size_t at = static_cast<size_t>(starts[seq] + t) * layout.num_kv_heads + g;
+    return sketched_value(layout, codes.get() + at * layout.code_bytes(), ranges.get() + 2 * at, d);
+  };
+  const auto weights_of = [&](int seq, int h) {
+    std::vector<double> weights(lengths[seq]);
+    double total = 0;
+    for (int t = 0; t < lengths[seq]; ++t) {
+      double score = 0;
+      for (int d = 0; d < dim; ++d) {
+        score += value_at(seq, t, h / group, d) * q[(static_cast<size_t>(seq) * num_heads + h) * dim + d];
+      }
+      total += weights[t] = std::exp(score / std::sqrt(dim));
+    }
+    for (double& weight : weights) weight /= total;
+    return weights;
+  };
   for (int seq = 0; seq < num_seqs; ++seq) {
     std::vector<double> expected(static_cast<size_t>(num_sets) * width);
     for (int h = 0; h < num_heads; ++h) {
-      const int g = h / group;
-      std::vector<double> weights(lengths[seq]);
-      double total = 0;
-      for (int t = 0; t < lengths[seq]; ++t) {
-        const size_t at = static_cast<size_t>(starts[seq] + t) * layout.num_kv_heads + g;
-        double score = 0;
-        for (int d = 0; d < dim; ++d) {
-          score += sketched_value(layout, codes.get() + at * layout.code_bytes(), ranges.get() + 2 * at, d) *
-                   q[(static_cast<size_t>(seq) * num_heads + h) * dim + d];
-        }
-        total += weights[t] = std::exp(score / std::sqrt(dim));
-      }
-      for (int t = 0; t < lengths[seq]; ++t) expected[(per_head ? g : 0) * width + t] += weights[t] / total;
+      const std::vector<double> weights = weights_of(seq, h);
+      for (int t = 0; t < lengths[seq]; ++t) expected[(per_head ? h / group : 0) * width + t] += weights[t];
     }
     for (int i = 0; i < num_sets * width; ++i) {
       expect(std::fabs(out[static_cast<size_t>(seq) * num_sets * width + i] - expected[i]) < 1e-3, "weight", isa.name, place);
@@ -252,6 +258,12 @@ void check_sketch(const Isa& isa, const SketchLayout& layout, int group, bool pe
     older[row] = ends[row] / 2;
     counts[row] = older[row] + 1;
   }
+  // The keys stand for the values as well.
+  Exact<float> rest(q.size);
+  task.value_layout = layout;
+  task.value_codes = codes.get();
+  task.value_ranges = ranges.get();
+  task.rest = rest.get();
   workspace.sketch_select(isa, task,
                           {nullptr, 0, nullptr, ends.get(), older.get(), counts.get(), num_rows, num_slots, positions.get()},
                           shares.get(), threads);
@@ -261,6 +273,19 @@ void check_sketch(const Isa& isa, const SketchLayout& layout, int group, bool pe
     const int set_heads = num_heads / num_sets;
     for (int h = 0; h < set_heads; ++h) missing -= shares[row * set_heads + h];
     expect(std::fabs(missing) < 1e-3, "share", isa.name, place);
+  }
+  for (int seq = 0; seq < num_seqs; ++seq) {
+    for (int h = 0; h < num_heads; ++h) {
+      std::vector<double> weights = weights_of(seq, h);
+      const int row = seq * num_sets + (per_head ? h / group : 0);
+      for (int i = 0; i < counts[row]; ++i) weights[positions[row * num_slots + i]] = 0;
+      for (int d = 0; d < dim; ++d) {
+        double expected = 0;
+        for (int t = 0; t < lengths[seq]; ++t) expected += weights[t] * value_at(seq, t, h / group, d);
+        const double error = rest[(static_cast<size_t>(seq) * num_heads + h) * dim + d] - expected;
+        expect(std::fabs(error) < 3e-3, "rest", isa.name, place);
+      }
+    }
   }
 }
 
@@ -342,13 +367,13 @@ void check_select() {
   const int capacity = 300;
   Exact<double> scores(2 * capacity);
   for (int i = 0; i < 2 * capacity; ++i) scores[i] = (i * 37 % 100) / 8;
-  Exact<int64_t> lanes(1);
-  lanes[0] = 1;
+  Exact<int64_t> starts(1);
+  starts[0] = 1;
   Exact<int32_t> ends(1), older(1), counts(1), positions(52);
   ends[0] = capacity - 10;
   older[0] = 40;
   counts[0] = 50;
-  select_positions<double>({scores.get(), capacity, lanes.get(), ends.get(), older.get(), counts.get(), 1, 52, positions.get()},
+  select_positions<double>({scores.get(), capacity, starts.get(), ends.get(), older.get(), counts.get(), 1, 52, positions.get()},
                            {nullptr, 2});
   for (int i = 1; i < 50; ++i) expect(positions[i] > positions[i - 1], "ascending", "select", {});
   expect(positions[50] == 0 && positions[51] == 0, "padding", "select", {});

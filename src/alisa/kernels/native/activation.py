@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 
 KINDS = {"silu": 0, "gelu_tanh": 1}
 """The numbers of `Activation` in native/activation_task.h."""
@@ -24,11 +24,11 @@ class CpuActivation:
     __slots__ = ("_gated", "_isa", "_kind", "_run", "_team")
 
     def __init__(self, kind: str, *, gated: bool, isa: str | None = None, num_threads: int | None = None) -> None:
-        self._run = cpu.library().activate
+        self._run = library.native().activate
         self._kind = KINDS[kind]
         self._gated = gated
-        self._isa = isa or cpu.isa_names()[0]
-        self._team = cpu.Team(num_threads)
+        self._isa = isa or library.isa_names()[0]
+        self._team = library.Team(num_threads)
 
     def __call__(self, x: Tensor) -> Tensor:
         """X `[..., F]` or, gated, `[..., 2 F]`, contiguous, a float dtype -> `[..., F]`; x may be overwritten."""
@@ -40,7 +40,7 @@ class CpuActivation:
             isa=self._isa,
             threads=self._team.threads(),
             kind=self._kind,
-            dtype=cpu.VALUE_CODES[x.dtype],
+            dtype=library.VALUE_CODES[x.dtype],
             x=x.data_ptr(),
             out=out.data_ptr(),
             width=width,

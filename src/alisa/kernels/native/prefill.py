@@ -9,13 +9,13 @@ from torch import Tensor
 
 from alisa.kernels.base import KeyBlock
 from alisa.kernels.checks import check_prefill
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 
 
 def available() -> bool:
     """Whether this build and this CPU have the kernels, and torch has nothing faster (its AMX tiles)."""
     # Private to torch; the public query of capabilities came after the oldest version that we run with.
-    return cpu.available() and cpu.library().has_prefill() and not torch.cpu._is_amx_tile_supported()
+    return library.available() and library.native().has_prefill() and not torch.cpu._is_amx_tile_supported()
 
 
 class CpuPrefill:
@@ -29,10 +29,10 @@ class CpuPrefill:
     """
 
     def __init__(self, *, num_threads: int | None = None, share_threads: bool = True) -> None:
-        if not (cpu.available() and cpu.library().has_prefill()):
+        if not (library.available() and library.native().has_prefill()):
             raise RuntimeError("this CPU or build has no prefill kernels: they need AVX512-BF16")
-        self._team = cpu.Team(num_threads, share=share_threads)
-        self._workspace = cpu.library().Workspace()
+        self._team = library.Team(num_threads, share=share_threads)
+        self._workspace = library.native().Workspace()
 
     def attend(
         self,

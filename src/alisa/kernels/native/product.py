@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from alisa.kernels.checks import check_multiply
-from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 
 
 def product_isa_names() -> tuple[str, ...]:
     """Instruction sets that this build and this CPU have in common, fastest first; empty without the library."""
-    return tuple(cpu.library().product_isa_names()) if cpu.available() else ()
+    return tuple(library.native().product_isa_names()) if library.available() else ()
 
 
 class CpuProducts:
@@ -22,12 +22,12 @@ class CpuProducts:
     """
 
     def __init__(self, isa: str | None = None, *, num_threads: int | None = None) -> None:
-        library = cpu.library()
+        native = library.native()
         if isa is not None and isa not in product_isa_names():
             raise ValueError(f"{isa} products cannot run here; there are {', '.join(product_isa_names())}")
         self.isa = isa or product_isa_names()[0]
-        self._team = cpu.Team(num_threads)
-        self._workspace = library.ProductWorkspace()
+        self._team = library.Team(num_threads)
+        self._workspace = native.ProductWorkspace()
 
     def __call__(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         """Product of `x [M, in]` with a weight in 8 bits, plus the bias: `[M, out]` in the dtype of x.
@@ -46,7 +46,7 @@ class CpuProducts:
             isa=self.isa,
             threads=self._team.threads(),
             x=x.data_ptr(),
-            dtype=cpu.VALUE_CODES[x.dtype],
+            dtype=library.VALUE_CODES[x.dtype],
             x_stride=x.stride(0) * x.element_size(),
             codes=codes.data_ptr(),
             scales=scales.data_ptr(),

@@ -132,7 +132,7 @@ class TritonKernels:
         """
         check_sketch_scores(query, keys, starts, lengths, num_sets)
         starts, lengths = starts.contiguous(), lengths.contiguous()
-        return launch_sketch_scores(query.contiguous(), keys, None, starts, lengths, width, num_sets).mass
+        return launch_sketch_scores(query.contiguous(), keys, starts, lengths, width, num_sets).mass
 
     def sketch_select(
         self,
@@ -155,7 +155,7 @@ class TritonKernels:
         check_sketch_scores(query, keys, starts, lengths, num_sets)
         check_sketch_select(query, num_sets, older_ends, older_counts, counts)
         starts, lengths = starts.contiguous(), lengths.contiguous()
-        weighed = launch_sketch_scores(query.contiguous(), keys, None, starts, lengths, width, num_sets)
+        weighed = launch_sketch_scores(query.contiguous(), keys, starts, lengths, width, num_sets)
         positions = _best(weighed, older_ends, older_counts, counts, num_slots)
         return positions, launch_shares(weighed, positions, counts, lengths)
 
@@ -181,10 +181,10 @@ class TritonKernels:
         check_sketch_values(query, keys, values)
         check_sketch_select(query, num_sets, older_ends, older_counts, counts)
         starts, lengths = starts.contiguous(), lengths.contiguous()
-        weighed = launch_sketch_scores(query.contiguous(), keys, values, starts, lengths, width, num_sets)
+        weighed = launch_sketch_scores(query.contiguous(), keys, starts, lengths, width, num_sets)
         positions = _best(weighed, older_ends, older_counts, counts, num_slots)
-        shares = launch_shares(weighed, positions, counts, lengths)
-        return Completed(positions, shares, launch_rest(weighed, values, starts, lengths, positions, counts))
+        shares = launch_shares(weighed, positions, counts, lengths, erase=True)
+        return Completed(positions, shares, launch_rest(weighed, values, starts, lengths, query.shape[2]))
 
     def rest_blend(self, out: Tensor, shares: Tensor, rest: Tensor) -> Tensor:
         """`[B, H, D]`: out in a float dtype at its share of weight Float32[B, H], and the rest Float32[B, H, D]."""

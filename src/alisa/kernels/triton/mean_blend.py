@@ -14,7 +14,7 @@ from alisa.kernels.triton.settings import power_of_two
 @triton.jit
 def blend_head(
     sums_ptr: tl.tensor,
-    lanes_ptr: tl.tensor,
+    req_index_ptr: tl.tensor,
     lengths_ptr: tl.tensor,
     read_ptr: tl.tensor,
     shares_ptr: tl.tensor,
@@ -29,7 +29,7 @@ def blend_head(
     head = seq * num_heads + tl.program_id(0)
     columns = tl.arange(0, WIDTH)
     real = columns < HEAD_DIM
-    owner = tl.load(lanes_ptr + seq) * (num_heads // GROUP) + tl.program_id(0) // GROUP
+    owner = tl.load(req_index_ptr + seq) * (num_heads // GROUP) + tl.program_id(0) // GROUP
     sums = tl.load(sums_ptr + owner * HEAD_DIM + columns, mask=real, other=0.0)
     mean = (sums / tl.load(lengths_ptr + seq)).to(tl.float32)
     share = tl.load(shares_ptr + head)
@@ -39,13 +39,13 @@ def blend_head(
     tl.store(out_ptr + head * HEAD_DIM + columns, out.to(out_ptr.dtype.element_ty), mask=real)
 
 
-def launch_blend(sums: Tensor, lane_ids: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> Tensor:
+def launch_blend(sums: Tensor, req_index: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> Tensor:
     """Output `[B, H, D]` as `SelectionKernels.mean_blend` describes it."""
     num_seqs, num_heads, head_dim = out.shape
     blended = torch.empty_like(out)
     launch(blend_head, (num_heads, num_seqs))(
         sums,
-        lane_ids,
+        req_index,
         lengths,
         out,
         shares,

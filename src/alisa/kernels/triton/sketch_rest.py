@@ -1,8 +1,9 @@
-"""What the tokens that are not read add to each head: those of all tokens, without those that are read.
+"""What the tokens that are not read add to each head: their sketched values at their approximate weights.
 
-All tokens were added up block by block while their keys were read (sketch_scores.py). Here one program merges the
-blocks of a head, reads the sketched values of the few chosen tokens once more and takes them away, in order: the same
-bits every time.
+The scores of all tokens wait in scratch, and those of the tokens read are -inf by now (sketch_shares.py). One launch
+adds up the values of a block of tokens for all heads of a group, so that each code is read once; another adds up the
+blocks of a head, in order: the same bits every time. Together with the scoring of the keys this would be one launch
+less, but one whose programs want more registers than there are.
 """
 
 from __future__ import annotations
@@ -13,110 +14,135 @@ import triton.language as tl
 from torch import Tensor
 
 from alisa.kernels.base import Sketch
-from alisa.kernels.triton.launch import launch
-from alisa.kernels.triton.settings import power_of_two
+from alisa.kernels.triton.launch import launch, num_pieces
+from alisa.kernels.triton.settings import group_warps, power_of_two
 from alisa.kernels.triton.sketch_scores import WeighedTokens
 
 
-@triton.jit(do_not_specialize=["width", "num_slots", "num_blocks"])
-def sum_not_chosen(
+@triton.jit(do_not_specialize=["width"])
+def add_values(
     scores_ptr: tl.tensor,
     best_ptr: tl.tensor,
     inverse_ptr: tl.tensor,
-    tops_ptr: tl.tensor,
-    parts_ptr: tl.tensor,
     codes_ptr: tl.tensor,
     ranges_ptr: tl.tensor,
     starts_ptr: tl.tensor,
     lengths_ptr: tl.tensor,
-    positions_ptr: tl.tensor,
-    counts_ptr: tl.tensor,
-    rest_ptr: tl.tensor,
+    parts_ptr: tl.tensor,
     width: tl.tensor,
-    num_slots: tl.tensor,
-    num_blocks: tl.tensor,
-    KEY_BLOCK: tl.constexpr,
-    SET_HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CODE_BYTES: tl.constexpr,
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One head. Grid (H, B)."""
-    num_heads = tl.num_programs(0)
-    seq = tl.program_id(1).to(tl.int64)
-    head = seq * num_heads + tl.program_id(0)
-    row = seq * (num_heads // SET_HEADS) + tl.program_id(0) // SET_HEADS
-    count, length = tl.load(counts_ptr + row), tl.load(lengths_ptr + seq)
-    best, inverse = tl.load(best_ptr + head), tl.load(inverse_ptr + head)
-    lanes = tl.arange(0, BLOCK)
-    planes = tl.arange(0, 8 // BITS)
+    """Some tokens for a group of heads. Grid (blocks, G, B)."""
+    block, num_blocks = tl.program_id(0), tl.num_programs(0)
+    kv_head, num_kv_heads = tl.program_id(1), NUM_HEADS // GROUP
+    seq = tl.program_id(2).to(tl.int64)
+    length = tl.load(lengths_ptr + seq)
+    if block * BLOCK >= length:
+        return
+    ids = block * BLOCK + tl.arange(0, BLOCK)
+    live = ids < length
+    members = tl.arange(0, PADDED)
+    real = members < GROUP
+    heads = seq * NUM_HEADS + kv_head * GROUP + members
+    best = tl.load(best_ptr + heads, mask=real, other=0.0)
+    inverse = tl.load(inverse_ptr + heads, mask=real, other=0.0)
+    score_ptrs = scores_ptr + heads[:, None] * width + ids[None, :]
+    scores = tl.load(score_ptrs, mask=real[:, None] & live[None, :], other=float("-inf"))
+    weights = tl.exp2(scores - best[:, None]) * inverse[:, None]
+
+    places = (tl.load(starts_ptr + seq) + ids) * num_kv_heads + kv_head
+    step = tl.load(ranges_ptr + places * 2, mask=live, other=0.0).to(tl.float32)
+    minimum = tl.load(ranges_ptr + places * 2 + 1, mask=live, other=0.0).to(tl.float32)
     columns = tl.arange(0, WIDTH)
-    dims = planes[:, None] * CODE_BYTES + columns[None, :]
-    real = (columns < CODE_BYTES)[None, :] & (dims < HEAD_DIM)
-    rest = tl.zeros([8 // BITS, WIDTH], tl.float32)
-    num_live = tl.cdiv(length, KEY_BLOCK)
+    inside = columns < CODE_BYTES
+    code_ptrs = codes_ptr + places[:, None] * CODE_BYTES + columns[None, :]
+    codes = tl.load(code_ptrs, mask=live[:, None] & inside[None, :], other=0)
+    shift = tl.sum(weights * minimum[None, :], axis=1)
+    factors = weights * step[None, :]
+    part_ptrs = parts_ptr + ((heads * num_blocks + block) * HEAD_DIM)[:, None]
+    for plane in tl.static_range(8 // BITS):
+        dims = plane * CODE_BYTES + columns
+        values = ((codes >> (plane * BITS)) & (2**BITS - 1)).to(tl.float32)
+        if PADDED == 1:
+            part = tl.sum(values * tl.trans(factors), axis=0)[None, :]
+        else:
+            part = tl.dot(factors, values, input_precision="tf32x3")
+        mask = real[:, None] & (inside & (dims < HEAD_DIM))[None, :]
+        tl.store(part_ptrs + dims[None, :], part + shift[:, None], mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def sum_parts(
+    parts_ptr: tl.tensor,
+    lengths_ptr: tl.tensor,
+    rest_ptr: tl.tensor,
+    num_blocks: tl.tensor,
+    KEY_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The blocks of one head. Grid (H, B)."""
+    seq = tl.program_id(1).to(tl.int64)
+    head = seq * tl.num_programs(0) + tl.program_id(0)
+    num_live = tl.cdiv(tl.load(lengths_ptr + seq), KEY_BLOCK)
+    lanes, columns = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    real = columns < HEAD_DIM
+    rest = tl.zeros([WIDTH], tl.float32)
     for first in range(0, num_live, BLOCK):
         blocks = first + lanes
-        live = blocks < num_live
-        weights = tl.exp2(tl.load(tops_ptr + head * num_blocks + blocks, mask=live, other=float("-inf")) - best)
-        part_ptrs = parts_ptr + ((head * num_blocks + blocks) * HEAD_DIM)[:, None, None] + dims[None, :, :]
-        parts = tl.load(part_ptrs, mask=live[:, None, None] & real[None, :, :], other=0.0)
-        rest += tl.sum(parts * (weights * inverse)[:, None, None], axis=0)
-
-    num_kv_heads = num_heads // GROUP
-    start, kv_head = tl.load(starts_ptr + seq), tl.program_id(0) // GROUP
-    for first in range(0, count, BLOCK):
-        slots = first + lanes
-        live = slots < count
-        positions = tl.load(positions_ptr + row * num_slots + slots, mask=live, other=0)
-        scores = tl.load(scores_ptr + head * width + positions, mask=live, other=float("-inf"))
-        weights = tl.exp2(scores - best) * inverse
-        places = (start + positions) * num_kv_heads + kv_head
-        step = tl.load(ranges_ptr + places * 2, mask=live, other=0.0).to(tl.float32)
-        minimum = tl.load(ranges_ptr + places * 2 + 1, mask=live, other=0.0).to(tl.float32)
-        code_ptrs = codes_ptr + places[:, None] * CODE_BYTES + columns[None, :]
-        packed = tl.load(code_ptrs, mask=live[:, None] & (columns < CODE_BYTES)[None, :], other=0).to(tl.int32)
-        codes = (packed[:, None, :] >> (planes * BITS)[None, :, None]) & (2**BITS - 1)
-        factors, shifts = (weights * step)[:, None, None], (weights * minimum)[:, None, None]
-        rest -= tl.sum(codes.to(tl.float32) * factors + shifts, axis=0)
-    # Rounding must not show where everything is read.
-    tl.store(rest_ptr + head * HEAD_DIM + dims, tl.where(count >= length, 0.0, rest), mask=real)
+        part_ptrs = parts_ptr + ((head * num_blocks + blocks) * HEAD_DIM)[:, None] + columns[None, :]
+        mask = (blocks < num_live)[:, None] & real[None, :]
+        rest += tl.sum(tl.load(part_ptrs, mask=mask, other=0.0), axis=0)
+    tl.store(rest_ptr + head * HEAD_DIM + columns, rest, mask=real)
 
 
-def launch_rest(
-    weighed: WeighedTokens, values: Sketch, starts: Tensor, lengths: Tensor, positions: Tensor, counts: Tensor
-) -> Tensor:
-    """The rest Float32[B, H, D] of tokens of which `counts` Int32[B * J] positions Int32[B * J, K] are read."""
-    num_seqs, num_heads, num_blocks, head_dim = weighed.parts.shape
-    code_bytes = values.codes.shape[2]
-    rest = weighed.parts.new_empty(num_seqs, num_heads, head_dim)
-    launch(sum_not_chosen, (num_heads, num_seqs))(
+def launch_rest(weighed: WeighedTokens, values: Sketch, starts: Tensor, lengths: Tensor, head_dim: int) -> Tensor:
+    """The rest Float32[B, H, D] of the tokens that have a weight left."""
+    num_seqs, num_heads, width = weighed.scores.shape
+    num_kv_heads, code_bytes = values.codes.shape[1:]
+    group = num_heads // num_kv_heads
+    tile_width = max(16, power_of_two(code_bytes))
+    key_block = min(64, max(16, 2048 // tile_width))
+    num_blocks = num_pieces(width, key_block)
+    parts = weighed.scores.new_empty(num_seqs, num_heads, num_blocks, head_dim)
+    rest = weighed.scores.new_empty(num_seqs, num_heads, head_dim)
+    launch(add_values, (num_blocks, num_kv_heads, num_seqs))(
         weighed.scores,
         weighed.best,
         weighed.inverse,
-        weighed.tops,
-        weighed.parts,
         values.codes,
         values.ranges,
         starts,
         lengths,
-        positions,
-        counts,
-        rest,
-        weighed.scores.shape[2],
-        positions.shape[1],
-        num_blocks,
-        KEY_BLOCK=weighed.key_block,
-        SET_HEADS=num_heads * num_seqs // len(counts),
-        GROUP=num_heads // values.codes.shape[1],
+        parts,
+        width,
+        NUM_HEADS=num_heads,
+        GROUP=group,
+        PADDED=1 if group == 1 else max(16, power_of_two(group)),
         HEAD_DIM=head_dim,
         CODE_BYTES=code_bytes,
         BITS=values.bits,
-        WIDTH=power_of_two(code_bytes),
-        BLOCK=32,
+        WIDTH=tile_width,
+        BLOCK=key_block,
+        num_warps=group_warps(group, head_dim),
+    )
+    launch(sum_parts, (num_heads, num_seqs))(
+        parts,
+        lengths,
+        rest,
+        num_blocks,
+        KEY_BLOCK=key_block,
+        HEAD_DIM=head_dim,
+        WIDTH=power_of_two(head_dim),
+        BLOCK=16,
     )
     return rest
 

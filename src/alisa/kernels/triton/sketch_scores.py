@@ -3,9 +3,6 @@
 Three launches as in decode attention, without values: scores and partial sums of 128 tokens, their merge, and the sum
 over heads. Scores wait in scratch, 4 bytes for each query head and token, because a second read of the codes would cost
 more (68 bytes for 128 keys of 4 bits) unless more than 8 query heads share them.
-
-With a sketch of the values the first launch adds these up as well, at the weights of its own 128 tokens: D float32 for
-each query head. `sketch_rest.py` merges them and takes away what is read.
 """
 
 from __future__ import annotations
@@ -35,9 +32,6 @@ def score_keys(
     scores_ptr: tl.tensor,
     tops_ptr: tl.tensor,
     totals_ptr: tl.tensor,
-    value_codes_ptr: tl.tensor,
-    value_ranges_ptr: tl.tensor,
-    parts_ptr: tl.tensor,
     score_width: tl.tensor,
     scale: tl.tensor,
     NUM_HEADS: tl.constexpr,
@@ -47,15 +41,9 @@ def score_keys(
     CODE_BYTES: tl.constexpr,
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,
-    VALUE_BYTES: tl.constexpr,
-    VALUE_BITS: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Scores of a group of heads for some tokens, with their maximum and sum. Grid (blocks, G, B).
-
-    Unless VALUE_BITS is 0, the sums of these tokens' values at weights relative to that maximum come with them.
-    """
+    """Scores of a group of heads for some tokens, with their maximum and sum. Grid (blocks, G, B)."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
     kv_head, num_kv_heads = tl.program_id(1), NUM_HEADS // GROUP
     seq = tl.program_id(2).to(tl.int64)
@@ -90,29 +78,9 @@ def score_keys(
     tl.store(scores_ptr + heads[:, None] * score_width + ids[None, :], scores, mask=real[:, None] & live[None, :])
     scores = tl.where(live[None, :], scores, float("-inf"))
     top = tl.max(scores, axis=1)
-    weights = tl.exp2(scores - top[:, None])
-    total = tl.sum(weights, axis=1)
+    total = tl.sum(tl.exp2(scores - top[:, None]), axis=1)
     tl.store(tops_ptr + heads * num_blocks + block, top, mask=real)
     tl.store(totals_ptr + heads * num_blocks + block, total, mask=real)
-    if VALUE_BITS > 0:
-        value_step = tl.load(value_ranges_ptr + places * 2, mask=live, other=0.0).to(tl.float32)
-        value_minimum = tl.load(value_ranges_ptr + places * 2 + 1, mask=live, other=0.0).to(tl.float32)
-        shift = tl.sum(weights * value_minimum[None, :], axis=1)
-        factors = weights * value_step[None, :]
-        value_columns = tl.arange(0, VALUE_WIDTH)
-        inside = value_columns < VALUE_BYTES
-        value_ptrs = value_codes_ptr + places[:, None] * VALUE_BYTES + value_columns[None, :]
-        value_codes = tl.load(value_ptrs, mask=live[:, None] & inside[None, :], other=0)
-        part_ptrs = parts_ptr + ((heads * num_blocks + block) * HEAD_DIM)[:, None]
-        for plane in tl.static_range(8 // VALUE_BITS):
-            dims = plane * VALUE_BYTES + value_columns
-            values = ((value_codes >> (plane * VALUE_BITS)) & (2**VALUE_BITS - 1)).to(tl.float32)
-            if PADDED == 1:
-                part = tl.sum(values * tl.trans(factors), axis=0)[None, :]
-            else:
-                part = tl.dot(factors, values, input_precision="tf32x3")
-            mask = real[:, None] & (inside & (dims < HEAD_DIM))[None, :]
-            tl.store(part_ptrs + dims[None, :], part + shift[:, None], mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -146,27 +114,14 @@ class WeighedTokens(NamedTuple):
     """Float32[B, H]"""
     inverse: Tensor
     """Float32[B, H]"""
-    tops: Tensor
-    """Float32[B, H, N]: the maximum of each block of tokens."""
-    parts: Tensor
-    """Float32[B, H, N, D]: values of a block at weights exp2(score - top); empty without a sketch of the values."""
-    key_block: int
-    """Tokens of a block."""
 
 
 def launch_sketch_scores(
-    query: Tensor,
-    keys: Sketch,
-    values: Sketch | None,
-    starts: Tensor,
-    lengths: Tensor,
-    width: int,
-    num_sets: int,
+    query: Tensor, keys: Sketch, starts: Tensor, lengths: Tensor, width: int, num_sets: int
 ) -> WeighedTokens:
-    """Weights of the `lengths` Int32[B] tokens from `starts` Int64[B] on, and their values at these weights."""
+    """Weights of the `lengths` Int32[B] tokens from `starts` Int64[B] on."""
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads, code_bytes = keys.codes.shape[1:]
-    value_bytes = values.codes.shape[2] if values else 0
     group = num_heads // num_kv_heads
     tile_width = max(16, power_of_two(code_bytes))
     key_block = max(16, tile_rows(tile_width))
@@ -175,8 +130,6 @@ def launch_sketch_scores(
     tops, totals = query.new_empty(2, num_seqs, num_heads, num_blocks, dtype=torch.float32).unbind()
     best, inverse = query.new_empty(2, num_seqs, num_heads, dtype=torch.float32).unbind()
     mass = query.new_empty(num_seqs, num_sets, width, dtype=torch.float32)
-    num_parts = num_blocks if values else 0
-    parts = query.new_empty(num_seqs, num_heads, num_parts, head_dim, dtype=torch.float32)
     launch(score_keys, (num_blocks, num_kv_heads, num_seqs))(
         query,
         keys.codes,
@@ -186,9 +139,6 @@ def launch_sketch_scores(
         scores,
         tops,
         totals,
-        values.codes if values else keys.codes,
-        values.ranges if values else keys.ranges,
-        parts,
         width,
         head_dim**-0.5 * math.log2(math.e),
         NUM_HEADS=num_heads,
@@ -198,13 +148,10 @@ def launch_sketch_scores(
         CODE_BYTES=code_bytes,
         BITS=keys.bits,
         WIDTH=tile_width,
-        VALUE_BYTES=value_bytes,
-        VALUE_BITS=values.bits if values else 0,
-        VALUE_WIDTH=max(16, power_of_two(value_bytes)) if values else 0,
         BLOCK=key_block,
     )
     launch(merge_blocks, (num_heads, num_seqs))(
         tops, totals, lengths, best, inverse, num_blocks, KEY_BLOCK=key_block, BLOCK=128
     )
     launch_mass(scores, best, inverse, lengths, mass)
-    return WeighedTokens(mass, scores, best, inverse, tops, parts, key_block)
+    return WeighedTokens(mass, scores, best, inverse)

@@ -1,4 +1,7 @@
-"""The part of each head's attention weight that lies on the tokens chosen, from the scores of all of them."""
+"""The part of each head's attention weight that lies on the tokens chosen, from the scores of all of them.
+
+Where the others are to be added up next (sketch_rest.py), the scores of the chosen ones become those of no weight.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ def sum_chosen(
     width: tl.tensor,
     num_slots: tl.tensor,
     SET_HEADS: tl.constexpr,
+    ERASE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The share of one head. Grid (H, B)."""
@@ -38,15 +42,23 @@ def sum_chosen(
         places = first + lanes
         live = places < count
         positions = tl.load(positions_ptr + row * num_slots + places, mask=live, other=0)
-        scores = tl.load(scores_ptr + head * width + positions, mask=live, other=float("-inf"))
+        score_ptrs = scores_ptr + head * width + positions
+        scores = tl.load(score_ptrs, mask=live, other=float("-inf"))
         weights += tl.exp2(scores - best)
+        if ERASE:
+            tl.store(score_ptrs, tl.full([BLOCK], float("-inf"), tl.float32), mask=live)
     share = tl.sum(weights) * tl.load(inverse_ptr + head)
     # Rounding must not show where everything is read.
     tl.store(shares_ptr + head, tl.where(count >= tl.load(lengths_ptr + seq), 1.0, share))
 
 
-def launch_shares(weighed: WeighedTokens, positions: Tensor, counts: Tensor, lengths: Tensor) -> Tensor:
-    """Shares Float32[B, H] of positions Int32[B * J, K]: `counts` Int32[B * J] are real, out of `lengths` Int32[B]."""
+def launch_shares(
+    weighed: WeighedTokens, positions: Tensor, counts: Tensor, lengths: Tensor, *, erase: bool = False
+) -> Tensor:
+    """Shares Float32[B, H] of positions Int32[B * J, K]: `counts` Int32[B * J] are real, out of `lengths` Int32[B].
+
+    With `erase` their scores are -inf afterwards.
+    """
     num_seqs, num_heads, width = weighed.scores.shape
     shares = torch.empty_like(weighed.best)
     launch(sum_chosen, (num_heads, num_seqs))(
@@ -60,6 +72,7 @@ def launch_shares(weighed: WeighedTokens, positions: Tensor, counts: Tensor, len
         width,
         positions.shape[1],
         SET_HEADS=num_heads * num_seqs // len(counts),
+        ERASE=erase,
         BLOCK=256,
     )
     return shares

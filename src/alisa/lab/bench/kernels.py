@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from alisa.errors import InputError
 from alisa.kernels.native import kernels as cpu
+from alisa.kernels.native import library
 from alisa.lab.bench.case import Case, Outcome, Role, time_case
 from alisa.lab.bench.cases import AppendCase, CaseSpec, DecodeCase, PolicyCase, ProductCase, SketchCase
 from alisa.lab.bench.decode import decode_case
@@ -22,10 +23,10 @@ def make_kernels(isa: str | None) -> cpu.CpuKernels:
     Raises:
         InputError: they were not built, or this CPU does not have the instructions.
     """
-    if not cpu.available():
+    if not library.available():
         raise InputError("There are no native kernels to measure here; alisa doctor says why and what to do.")
-    if isa is not None and isa not in cpu.isa_names():
-        raise InputError(f"This machine cannot run {isa} kernels; there is {', '.join(cpu.isa_names())}.")
+    if isa is not None and isa not in library.isa_names():
+        raise InputError(f"This machine cannot run {isa} kernels; there is {', '.join(library.isa_names())}.")
     return cpu.CpuKernels(isa)
 
 

@@ -122,6 +122,8 @@ def attention_study_of(subject: Subject, path: Path, *, context: int, prefill: i
         InputError: the text, or a length, is not usable.
     """
     subject.check_length(context, "A window of --context")
+    if subject.spec.attention.full_layers().num_layers == 0:
+        raise InputError(f"every layer of {subject.name} has a sliding window and reads it whole: nothing is chosen.")
     if not 1 <= prefill <= context - 2 * NUM_STEP_CLASSES:
         raise InputError(f"--prefill is {prefill}; allowed is 1 up to {context - 2 * NUM_STEP_CLASSES} of {context}.")
     windows = cut_windows(subject.tokenizer, read_documents(path), context=context, prefill=prefill, count=num_windows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,19 +11,17 @@ from torch import Tensor
 
 from alisa.spec import ModelSpec
 
+_EXPERT = re.compile(r"experts\.(\d+)")
+
 
 @dataclass(frozen=True, slots=True)
 class WeightPiece:
     """A piece of one of our tensors: a checkpoint tensor, or some rows of it."""
 
     name: str
-    """Name in the checkpoint without its prefix; `{layer}` stands for the layer number."""
+    """Name in the checkpoint without its prefix; `{layer}` and `{expert}` stand for their numbers."""
     take: Callable[[Tensor, ModelSpec], Tensor] | None = None
     """Cuts our rows `[out, in]` (or `[out]`) out of the checkpoint tensor; None: it is used as it is."""
-
-    def of_layer(self, layer: int) -> WeightPiece:
-        """The same piece of one particular layer."""
-        return replace(self, name=self.name.format(layer=layer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +34,21 @@ class Family:
     model_parts: Mapping[str, tuple[WeightPiece, ...]]
     """Our names outside the layers -> pieces, joined along the rows."""
     layer_parts: Mapping[str, tuple[WeightPiece, ...]]
-    """Our names inside a layer -> pieces, joined along the rows."""
+    """Our names inside a layer -> pieces, joined along the rows; `experts.{expert}.up.weight` for all experts."""
     prefixes: tuple[str, ...]
     """Prefixes that repositories of different ages put before the names, longest first."""
     aliases: Mapping[str, str]
     """Other names of the same tensor -> the name used in the parts."""
     ignored: tuple[str, ...] = ()
     """What the names of tensors begin with that are no part of the language model (as stored)."""
+
+    def layer_pieces(self, part: str, layer: int) -> tuple[WeightPiece, ...]:
+        """Where one of our tensors inside a layer is, `experts.3.up.weight` for example."""
+        expert = _EXPERT.match(part)
+        number = expert[1] if expert else ""
+        key = part if expert is None else f"experts.{{expert}}{part[expert.end() :]}"
+        pieces = self.layer_parts[key]
+        return tuple(replace(piece, name=piece.name.format(layer=layer, expert=number)) for piece in pieces)
 
     def canonical(self, name: str) -> str:
         """A checkpoint name without its prefix, in the spelling that the parts use."""

@@ -30,7 +30,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     query_scale = reader.number("query_pre_attn_scalar", 256.0) ** -0.5
     caps = [reader.cap("attn_logit_softcapping", 50.0), reader.cap("final_logit_softcapping", 30.0)]
     reader.fixed("use_bidirectional_attention", False)
-    reader.ignore("hidden_act", "cache_implementation")  # hidden_activation counts
+    reader.ignore("hidden_act", "sliding_window_size")  # hidden_activation counts
     variant = LlamaVariant(
         "gemma2",
         max_positions=8192,

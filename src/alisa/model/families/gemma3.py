@@ -30,7 +30,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     num_layers = reader.integer("num_hidden_layers", _SIZES["num_hidden_layers"])
     every = reader.integer("sliding_window_pattern", 6)
     # What transformers writes beside layer_types; and hidden_activation counts.
-    reader.ignore("_sliding_window_pattern", "hidden_act", "cache_implementation")
+    reader.ignore("_sliding_window_pattern", "hidden_act")
     windows = reader.windows(num_layers, reader.window(4096), lambda layer: (layer + 1) % every != 0)
     bias = reader.flag("attention_bias", False)
     query_scale = reader.number("query_pre_attn_scalar", 256.0) ** -0.5
@@ -68,7 +68,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-_PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.")
+_PREFIXES = ("model.language_model.", "model.")
 _OTHERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 FAMILY = Family("gemma3_text", to_spec, GEMMA_MODEL_PARTS, GEMMA_LAYER_PARTS, _PREFIXES, aliases={})

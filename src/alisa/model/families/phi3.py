@@ -27,6 +27,11 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     renamed = {name: _longrope(config.get(name)) for name in ("rope_scaling", "rope_parameters") if name in config}
     reader = ConfigReader({"original_max_position_embeddings": 4096} | dict(config) | renamed, "phi3")
     num_layers = reader.integer("num_hidden_layers", _SIZES["num_hidden_layers"])
+    for name in (
+        "full_attn_mod",
+        "interpolate_factor",
+    ):
+        reader.fixed(name, 1)
     windows = reader.windows(num_layers, reader.window(None))
     variant = LlamaVariant("phi3", max_positions=4096, norm_eps=1e-5, sizes=_SIZES)
     return replace(read_spec(reader, variant), windows=windows)

@@ -51,6 +51,9 @@ class ConfigReader:
         if isinstance(quantisation, Mapping):
             method = quantisation.get("quant_method", "unknown")
             self.refuse(f"its weights are quantised ({method}), only float weights can be read")
+        packed = self.value("quantization")
+        if isinstance(packed, Mapping):
+            self.refuse(f"its weights are quantised (MLX, {packed.get('bits')} bits), only float weights can be read")
 
     def refuse(self, problem: str) -> None:
         """Remember a reason why this model cannot run."""
@@ -106,7 +109,7 @@ class ConfigReader:
             return default
         return value
 
-    def fixed(self, name: str, required: bool | float | None) -> None:
+    def fixed(self, name: str, required: bool | float | list[int] | None) -> None:
         """Refuse a field of another value; absent and null mean as required."""
         value = self.value(name)
         if value is not None and value != required:
@@ -138,6 +141,14 @@ class ConfigReader:
     def window(self, default: int | None) -> int | None:
         """`sliding_window`: null means that there is none, absent what the family says."""
         return self.optional_integer("sliding_window") if self.has("sliding_window") else default
+
+    def experts(self, count: int, per_token: int) -> tuple[int, int]:
+        """How many experts there are and how many a token goes through, from their fields or these defaults."""
+        name = "num_experts" if self.has("num_experts") else "num_local_experts"  # transformers takes either
+        num_experts, chosen = self.integer(name, count), self.integer("num_experts_per_tok", per_token)
+        if chosen > num_experts:
+            self.refuse(f"num_experts_per_tok {chosen} is more than {name} {num_experts}")
+        return num_experts, chosen
 
     def windows(
         self, num_layers: int, window: int | None, slides: Callable[[int], bool] = lambda layer: True

@@ -25,6 +25,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     """Read a SmolLM3 config."""
     reader = ConfigReader(config, "smollm3")
     num_layers = reader.integer("num_hidden_layers", _NUM_LAYERS)
+    reader.ignore("max_window_layers")  # layer_types counts
     rotates = _rotating(reader, num_layers)
     is_on, window = reader.flag("use_sliding_window", False), reader.window(None)
     windows = reader.windows(num_layers, window if is_on else None, lambda layer: not rotates[layer])

@@ -26,7 +26,9 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     num_layers = reader.integer("num_hidden_layers", _SIZES["num_hidden_layers"])
     windows = reader.windows(num_layers, reader.window(None))
     bias = reader.flag("use_bias", True)
-    reader.ignore("norm_type", "mlp_type")  # there is one of each
+    reader.fixed("scale_attn_weights", True)
+    # There is one kind of norm and of MLP; hidden_act and norm_epsilon count.
+    reader.ignore("norm_type", "mlp_type", "activation_function", "layer_norm_epsilon")
     variant = LlamaVariant(
         "starcoder2",
         max_positions=4096,

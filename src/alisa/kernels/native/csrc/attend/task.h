@@ -103,7 +103,7 @@ struct DecodeTask {
   float* partial_shift;  // [partials, H]: what the minima of coded rows add to every dimension of the output
 };
 
-// A low-bit copy of keys, `[T, G, ...]`: the codes of a head with a (step, minimum) float16 pair in a tensor of their own.
+// A low-bit copy of keys or values, `[T, G, ...]`: the codes of a head with a (step, minimum) float16 pair in a tensor of their own.
 //
 // value = minimum + step * code. Byte i holds the codes i, i + P, i + 2P, ... from its lowest bits up, P bytes for each head,
 // so that a vector of bytes gives runs of consecutive codes by shifts alone (the int4 rows above are the same for 4 bits).
@@ -160,10 +160,10 @@ struct SketchTask {
   ALISA_INLINE constexpr bool completes() const { return value_codes != nullptr; }
 };
 
-// New keys written into a sketch.
+// New keys or values written into their sketch.
 struct SketchAppendTask {
   SketchLayout layout;
-  const void* keys;  // [N, G, D]
+  const void* vectors;  // [N, G, D]
   Dtype dtype;
   size_t stride;  // bytes from one token to the next
   uint8_t* codes;

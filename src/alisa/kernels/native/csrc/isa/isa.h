@@ -8,7 +8,7 @@
 
 namespace alisa {
 
-// Of a sketch of keys.
+// Of sketches of keys and values.
 struct SketchKernels {
   // Floats of scratch that the others need.
   size_t (*floats)(const SketchLayout& layout, int num_heads);
@@ -21,7 +21,7 @@ struct SketchKernels {
                  float* scratch);
   // What is added by the tokens that were not chosen, into the task's `rest`.
   void (*rest)(const SketchTask& task, int seq, const int32_t* positions, size_t stride, int count, float* scratch);
-  // Keys [first, last) into the sketch.
+  // Keys or values [first, last) into their sketch.
   void (*append)(const SketchAppendTask& task, int64_t first, int64_t last, float* scratch);
 };
 

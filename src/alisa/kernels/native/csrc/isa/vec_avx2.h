@@ -18,6 +18,11 @@ inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline F vmax(F a, F b) { return _mm256_max_ps(a, b); }
 inline F vmin(F a, F b) { return _mm256_min_ps(a, b); }
 
+// Lane i is lane `lanes[i]` of x.
+inline F permute(F x, const int32_t* lanes) {
+  return _mm256_permutevar8x32_ps(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+}
+
 inline float max_of(F x) {
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));

@@ -17,6 +17,8 @@ inline void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F vmax(F a, F b) { return _mm512_max_ps(a, b); }
 inline F vmin(F a, F b) { return _mm512_min_ps(a, b); }
+// Lane i is lane `lanes[i]` of x.
+inline F permute(F x, const int32_t* lanes) { return _mm512_permutexvar_ps(_mm512_loadu_si512(lanes), x); }
 inline float max_of(F x) { return _mm512_reduce_max_ps(x); }
 inline float min_of(F x) { return _mm512_reduce_min_ps(x); }
 inline float sum_of(F x) { return _mm512_reduce_add_ps(x); }
@@ -94,6 +96,9 @@ inline Codes load_codes(const void* p, int count) {
 template <int kShift, int kMask>
 inline F code_values(Codes x) {
   if constexpr (kShift > 0) x = _mm512_srli_epi32(x, kShift);
+  if constexpr (kMask == 3) {  // the low four bits choose
+    return _mm512_permutexvar_ps(x, _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3));
+  }
   return _mm512_cvtepi32_ps(kMask == 255 >> kShift ? x : _mm512_and_si512(x, _mm512_set1_epi32(kMask)));
 }
 

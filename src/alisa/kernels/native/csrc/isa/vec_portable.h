@@ -46,6 +46,12 @@ inline F fma(F a, F b, F c) { return a * b + c; }
 #endif
 inline F vmax(F a, F b) { return a > b ? a : b; }
 inline F vmin(F a, F b) { return a < b ? a : b; }
+// Lane i is lane `lanes[i]` of x.
+inline F permute(F x, const int32_t* lanes) {
+  F out;
+  for (int i = 0; i < kWidth; ++i) out[i] = x[lanes[i]];
+  return out;
+}
 inline float max_of(F x) {
   float best = x[0];
   for (int i = 1; i < kWidth; ++i) best = x[i] > best ? x[i] : best;

@@ -234,28 +234,28 @@ NB_MODULE(_native, m) {
       .def(
           "mean_add",
           [](alisa::Workspace& self, const std::string& isa, uintptr_t sums, int num_kv_heads, int head_dim, uintptr_t values,
-             int dtype, size_t stride, uintptr_t lanes, int64_t num_tokens) {
+             int dtype, size_t stride, uintptr_t req_index, int64_t num_tokens) {
             const alisa::Isa& kernels = isa_named(isa);
             const nb::gil_scoped_release unlocked;
             self.mean_add(kernels, {at<double>(sums), num_kv_heads, head_dim, at<const void>(values), static_cast<Dtype>(dtype),
-                                    stride, at<const int64_t>(lanes), num_tokens});
+                                    stride, at<const int64_t>(req_index), num_tokens});
           },
-          "isa"_a, "sums"_a, "num_kv_heads"_a, "head_dim"_a, "values"_a, "dtype"_a, "stride"_a, "lanes"_a, "num_tokens"_a)
+          "isa"_a, "sums"_a, "num_kv_heads"_a, "head_dim"_a, "values"_a, "dtype"_a, "stride"_a, "req_index"_a, "num_tokens"_a)
       .def(
           "mean_blend",
           [](alisa::Workspace& self, const std::string& isa, const Threads& threads, uintptr_t sums, int num_kv_heads,
-             int head_dim, int num_heads, uintptr_t read, uintptr_t out, int dtype, uintptr_t shares, uintptr_t lanes,
+             int head_dim, int num_heads, uintptr_t read, uintptr_t out, int dtype, uintptr_t shares, uintptr_t req_index,
              uintptr_t lengths, int num_seqs) {
             const alisa::Isa& kernels = isa_named(isa);
             const nb::gil_scoped_release unlocked;
             self.mean_blend(kernels,
                             {at<const double>(sums), num_kv_heads, head_dim, num_heads, at<const void>(read), at<void>(out),
-                             static_cast<Dtype>(dtype), at<const float>(shares), at<const int64_t>(lanes),
+                             static_cast<Dtype>(dtype), at<const float>(shares), at<const int64_t>(req_index),
                              at<const int32_t>(lengths)},
                             num_seqs, threads);
           },
           "isa"_a, "threads"_a, "sums"_a, "num_kv_heads"_a, "head_dim"_a, "num_heads"_a, "read"_a, "out"_a, "dtype"_a,
-          "shares"_a, "lanes"_a, "lengths"_a, "num_seqs"_a)
+          "shares"_a, "req_index"_a, "lengths"_a, "num_seqs"_a)
       .def(
           "rest_blend",
           [](alisa::Workspace& self, const std::string& isa, const Threads& threads, int head_dim, int num_heads, uintptr_t read,
@@ -339,12 +339,12 @@ NB_MODULE(_native, m) {
       "isa"_a, "threads"_a, "kind"_a, "dtype"_a, "x"_a, "out"_a, "width"_a, "gated"_a, "num_tokens"_a);
   m.def(
       "select",
-      [](const Threads& threads, uintptr_t scores, bool wide, size_t lane_stride, uintptr_t lanes, uintptr_t older_ends,
+      [](const Threads& threads, uintptr_t scores, bool wide, size_t stride, uintptr_t starts, uintptr_t older_ends,
          uintptr_t older_counts, uintptr_t counts, int num_seqs, int num_slots, uintptr_t positions) {
         const nb::gil_scoped_release unlocked;
         const auto run = [&](auto* typed) {
           using Score = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-          alisa::select_positions<Score>({typed, lane_stride, at<const int64_t>(lanes), at<const int32_t>(older_ends),
+          alisa::select_positions<Score>({typed, stride, at<const int64_t>(starts), at<const int32_t>(older_ends),
                                           at<const int32_t>(older_counts), at<const int32_t>(counts), num_seqs, num_slots,
                                           at<int32_t>(positions)},
                                          threads);
@@ -355,7 +355,7 @@ NB_MODULE(_native, m) {
           run(at<const float>(scores));
         }
       },
-      "threads"_a, "scores"_a, "wide"_a, "lane_stride"_a, "lanes"_a, "older_ends"_a, "older_counts"_a, "counts"_a,
+      "threads"_a, "scores"_a, "wide"_a, "stride"_a, "starts"_a, "older_ends"_a, "older_counts"_a, "counts"_a,
       "num_seqs"_a, "num_slots"_a, "positions"_a);
   m.def(
       "observe",

@@ -201,7 +201,7 @@ void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float>
     isa.sketch.finish(task, seq, mine);
     SelectTask<float> rows = chosen;
     rows.scores = task.out;
-    rows.lane_stride = width;
+    rows.stride = width;
     const int first = seq * task.num_sets;
     for (int set = 0; set < task.num_sets; ++set) select_row(rows, first + set);
     isa.sketch.shares(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, chosen.counts[first],

@@ -7,19 +7,19 @@ namespace alisa {
 
 // Values of new tokens added to the sums of their sequences.
 struct MeanAddTask {
-  double* sums;  // [lanes, G, D]
+  double* sums;  // [sequences, G, D]
   int num_kv_heads;
   int head_dim;
   const void* values;  // [N, G, D]
   Dtype dtype;
   size_t stride;         // bytes from one token to the next
-  const int64_t* lanes;  // [N]
+  const int64_t* req_index;  // [N]
   int64_t num_tokens;    // N
 };
 
 // Attention over a part of the tokens, and the mean of all values at the weight of the rest.
 struct MeanBlendTask {
-  const double* sums;  // [lanes, G, D]
+  const double* sums;  // [sequences, G, D]
   int num_kv_heads;
   int head_dim;
   int num_heads;
@@ -27,7 +27,7 @@ struct MeanBlendTask {
   void* out;         // [B, H, D]
   Dtype dtype;
   const float* shares;     // [B, H]
-  const int64_t* lanes;    // [B]
+  const int64_t* req_index;    // [B]
   const int32_t* lengths;  // [B]
 };
 

@@ -15,7 +15,7 @@ inline void mean_add(const MeanAddTask& task, float* memory) {
   const size_t head_bytes = static_cast<size_t>(dim) * value_bytes(task.dtype);
   for (int64_t n = 0; n < task.num_tokens; ++n) {
     const uint8_t* values = static_cast<const uint8_t*>(task.values) + static_cast<size_t>(n) * task.stride;
-    double* sums = task.sums + static_cast<size_t>(task.lanes[n]) * task.num_kv_heads * dim;
+    double* sums = task.sums + static_cast<size_t>(task.req_index[n]) * task.num_kv_heads * dim;
     for (int g = 0; g < task.num_kv_heads; ++g, values += head_bytes, sums += dim) {
       widen(task.dtype, values, dim, memory);
       for (int i = 0; i < dim; ++i) sums[i] += static_cast<double>(memory[i]);
@@ -31,7 +31,7 @@ inline void mean_blend(const MeanBlendTask& task, int seq, float* memory) {
   const size_t first = static_cast<size_t>(seq) * task.num_heads;
   const auto* read = static_cast<const uint8_t*>(task.read) + first * head_bytes;
   auto* out = static_cast<uint8_t*>(task.out) + first * head_bytes;
-  const double* sums = task.sums + static_cast<size_t>(task.lanes[seq]) * task.num_kv_heads * dim;
+  const double* sums = task.sums + static_cast<size_t>(task.req_index[seq]) * task.num_kv_heads * dim;
   const double inverse = 1.0 / task.lengths[seq];
   float* mean = memory + round_up(dim, kPad);
   for (int h = 0; h < task.num_heads; ++h, read += head_bytes, out += head_bytes) {

@@ -103,8 +103,8 @@ void select_row(const SelectTask<Score>& task, int seq, Selector<Score>& selecto
   if (older >= end) {
     for (int i = 0; i < older; ++i) positions[i] = i;
   } else if (older > 0) {
-    const auto lane = static_cast<size_t>(task.lanes == nullptr ? seq : task.lanes[seq]);
-    selector.select(task.scores + lane * task.lane_stride, end, older, positions);
+    const auto start = static_cast<size_t>(task.starts == nullptr ? seq : task.starts[seq]);
+    selector.select(task.scores + start * task.stride, end, older, positions);
   }
   const int count = task.counts[seq];
   for (int i = older; i < count; ++i) positions[i] = end + i - older;

@@ -12,9 +12,9 @@ namespace alisa {
 
 template <class Score>
 struct SelectTask {
-  const Score* scores;  // [lanes, lane_stride]
-  size_t lane_stride;
-  const int64_t* lanes;          // [B]; null: row b of the scores belongs to sequence b
+  const Score* scores;  // [sequences, stride]
+  size_t stride;
+  const int64_t* starts;         // [B]; null: row b of the scores belongs to sequence b
   const int32_t* older_ends;     // [B]: positions [0, older_end) compete
   const int32_t* older_counts;   // [B]: how many of them are taken, at most older_end
   const int32_t* counts;         // [B]: tokens taken in all; the rest follow older_end

@@ -1,4 +1,4 @@
-// New keys as low-bit codes. `sketch_append` in alisa.policy.sketch is the same arithmetic in torch, bit for bit.
+// New keys or values as low-bit codes. `make_sketch` in alisa.kernels.reference.sketch is the same arithmetic in torch, bit for bit.
 #pragma once
 
 #include "elements.h"
@@ -13,7 +13,7 @@ inline size_t sketch_append_floats(const SketchLayout& layout) {
 
 inline float within_float16(float x) { return x < -65504.0F ? -65504.0F : x > 65504.0F ? 65504.0F : x; }
 
-// One head: `values` are its D keys, with the room of `sketch_append_floats`.
+// One head: `values` are its D numbers, with the room of `sketch_append_floats`.
 inline void sketch_head(const SketchLayout& layout, float* values, uint8_t* codes, uint16_t* range) {
   const int dim = layout.head_dim;
   const int code_bytes = layout.code_bytes();
@@ -55,7 +55,7 @@ inline void sketch_append(const SketchAppendTask& task, int64_t first, int64_t l
   const SketchLayout& layout = task.layout;
   const size_t head_bytes = static_cast<size_t>(layout.head_dim) * value_bytes(task.dtype);
   for (int64_t token = first; token < last; ++token) {
-    const uint8_t* keys = static_cast<const uint8_t*>(task.keys) + static_cast<size_t>(token) * task.stride;
+    const uint8_t* keys = static_cast<const uint8_t*>(task.vectors) + static_cast<size_t>(token) * task.stride;
     const size_t place = static_cast<size_t>(task.ids[token]) * layout.num_kv_heads;
     for (int g = 0; g < layout.num_kv_heads; ++g) {
       widen(task.dtype, keys + g * head_bytes, layout.head_dim, scratch);

@@ -19,6 +19,7 @@ struct SketchScratch {
   float* rescale;      // [heads]: what the sums of earlier blocks are worth at the maximum of this one
   float* values;       // [D] padded: one head of the query
   int32_t* offsets;    // [heads]: where the codes of a head begin in those of a token
+  int32_t* lanes;      // [heads]: its K/V head, from that of the first head in the same vector on
   QueryWord* query;    // head_words() for each head, in an order that the products know
 
   static size_t pair_floats(const SketchLayout& layout) {
@@ -26,7 +27,7 @@ struct SketchScratch {
   }
   static size_t floats(const SketchLayout& layout, int num_heads) {
     const auto heads = static_cast<size_t>(round_up(num_heads, kPad));
-    return (4 + 2 * kSketchBlock) * heads + 2 * pair_floats(layout) + static_cast<size_t>(round_up(layout.head_dim, kPad)) +
+    return (5 + 2 * kSketchBlock) * heads + 2 * pair_floats(layout) + static_cast<size_t>(round_up(layout.head_dim, kPad)) +
            heads * head_words(layout) * sizeof(QueryWord) / sizeof(float);
   }
   SketchScratch(const SketchTask& task, float* memory) {
@@ -44,6 +45,7 @@ struct SketchScratch {
     rescale = take(heads);
     values = take(static_cast<size_t>(round_up(task.layout.head_dim, kPad)));
     offsets = reinterpret_cast<int32_t*>(take(heads));
+    lanes = reinterpret_cast<int32_t*>(take(heads));
     query = reinterpret_cast<QueryWord*>(memory);
   }
 };
@@ -63,14 +65,20 @@ inline float round_query(float* values, int dim) {
   return reach / kQueryReach / __builtin_sqrtf(static_cast<float>(dim));
 }
 
+// The K/V head of a query head; of padding, the last one.
+inline int kv_head_of(const SketchTask& task, int head) {
+  const int kv_head = head / (task.num_heads / task.layout.num_kv_heads);
+  return kv_head < task.layout.num_kv_heads ? kv_head : task.layout.num_kv_heads - 1;
+}
+
 inline void prepare_query(const SketchTask& task, int seq, const SketchScratch& scratch) {
   const SketchLayout& layout = task.layout;
   const int dim = layout.head_dim;
   const size_t head_bytes = static_cast<size_t>(dim) * value_bytes(task.q_dtype);
-  const int group = task.num_heads / layout.num_kv_heads;
   for (int h = 0; h < task.heads(); ++h) {
     const bool real = h < task.num_heads;
-    scratch.offsets[h] = (real ? h / group : layout.num_kv_heads - 1) * layout.code_bytes();
+    scratch.offsets[h] = kv_head_of(task, h) * layout.code_bytes();
+    scratch.lanes[h] = kv_head_of(task, h) - kv_head_of(task, h / kWidth * kWidth);
     float unit = 0.0F;
     if (real) {
       const size_t index = static_cast<size_t>(seq) * task.num_heads + h;
@@ -87,7 +95,6 @@ inline void prepare_query(const SketchTask& task, int seq, const SketchScratch& 
 // Steps and minima of `count` tokens, whose ranges [count, G, 2] begin at `source`, for every query head.
 inline void widen_ranges(const SketchTask& task, const uint16_t* source, int count, const SketchScratch& scratch) {
   const int num_kv_heads = task.layout.num_kv_heads;
-  const int group = task.num_heads / num_kv_heads;
   const int total = count * num_kv_heads;
   // Where every query head has a key of its own, and no head is padded, they are in place already.
   const bool in_place = num_kv_heads == task.heads();
@@ -106,32 +113,13 @@ inline void widen_ranges(const SketchTask& task, const uint16_t* source, int cou
   load_f16_pairs(padded, step, minimum);
   store(steps + i, step);
   store(minima + i, minimum);
-  // Lanes after the last head must be numbers: their query is 0.
-  for (i += kWidth; i < total + kPad; ++i) steps[i] = minima[i] = 0.0F;
-
-  for (int t = 0; t < count; ++t) {
-    float* to_steps = scratch.steps + static_cast<size_t>(t) * task.heads();
-    float* to_minima = scratch.minima + static_cast<size_t>(t) * task.heads();
-    const float* from_steps = steps + static_cast<size_t>(t) * num_kv_heads;
-    const float* from_minima = minima + static_cast<size_t>(t) * num_kv_heads;
-    if (group == 1) {
-      for (int h = 0; h < task.heads(); h += kWidth) {
-        store(to_steps + h, load(from_steps + h));
-        store(to_minima + h, load(from_minima + h));
-      }
-      continue;
-    }
-    // Every head's run is written in whole vectors; the next one writes over what is too much.
-    for (int g = 0; g < num_kv_heads; ++g) {
-      const int end = g + 1 < num_kv_heads ? (g + 1) * group : task.heads();
-      for (int h = g * group; h < end; h += kWidth) {
-        if (h + kWidth > task.heads()) {
-          for (int lane = h; lane < task.heads(); ++lane) to_steps[lane] = from_steps[g], to_minima[lane] = from_minima[g];
-        } else {
-          store(to_steps + h, set1(from_steps[g]));
-          store(to_minima + h, set1(from_minima[g]));
-        }
-      }
+  for (int h = 0; h < task.heads(); h += kWidth) {
+    const int first = kv_head_of(task, h);
+    for (int t = 0; t < count; ++t) {
+      const size_t at = static_cast<size_t>(t) * task.heads() + h;
+      const int from = t * num_kv_heads + first;
+      store(scratch.steps + at, permute(load(steps + from), scratch.lanes + h));
+      store(scratch.minima + at, permute(load(minima + from), scratch.lanes + h));
     }
   }
 }
