@@ -98,6 +98,15 @@ def spec_with(path: Path, name: str, **changes: object) -> ModelSpec:
     return GgufModel(write(path / "x.gguf", kept, tensors)).spec
 
 
+def test_a_file_may_say_how_it_wants_to_be_sampled_from(tmp_path: Path) -> None:
+    model = build("qwen3")
+    wishes = {"general.sampling.temp": 0.6, "general.sampling.top_k": 20, "general.sampling.sequence": "kp"}
+    tensors = {key: (values, "F32") for key, values in tensors_of(model).items()}
+    path = write(tmp_path / "x.gguf", metadata_of(model.config) | wishes, tensors)
+    assert GgufModel(path).sampling() == {"temperature": pytest.approx(0.6), "top_k": 20}
+    assert GgufModel(write_model(tmp_path / "y.gguf", model)).sampling() == {}
+
+
 def test_mistral_has_its_window(tmp_path: Path) -> None:
     changes = {"ARCH__attention__sliding_window": 32}
     assert spec_with(tmp_path, "mistral", **changes).family == "mistral"

@@ -13,7 +13,6 @@ from alisa.kernels.choose import AttentionBackend, choose_backend
 from alisa.model.choose_linear import choose_linear
 from alisa.model.decoder import Decoder
 from alisa.model.hub import resolve_model
-from alisa.model.own_sampling import read_sampling
 from alisa.model.precision import resolve_device, resolve_dtype
 from alisa.model.stored import open_model
 from alisa.model.tokenizer import Tokenizer
@@ -61,15 +60,14 @@ def load_model(config: EngineConfig, progress: Callable[[int, int], None] | None
         ModelError: the model cannot be found, read or run.
     """
     # Opened before anything else is read: a wrong directory or family is refused by its config.
-    path = embedded_model() if config.model is None else resolve_model(config.model)
-    stored = open_model(path)
+    stored = open_model(embedded_model() if config.model is None else resolve_model(config.model))
     tokenizer = stored.tokenizer()
     device = resolve_device(config.device)
     make_linear = choose_linear(config.weight_dtype, device)
     dtype = resolve_dtype(config.dtype, stored.dtype_name(), device)
     decoder = stored.decoder(dtype, device, progress, make_linear)
     backend = choose_backend(decoder.device)
-    return LoadedModel(config.model or "embedded", decoder, tokenizer, backend, read_sampling(path))
+    return LoadedModel(config.model or "embedded", decoder, tokenizer, backend, stored.sampling())
 
 
 def kv_codec(model: LoadedModel, config: EngineConfig) -> Codec:

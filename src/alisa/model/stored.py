@@ -12,6 +12,7 @@ from alisa.model.gguf.model import GgufModel
 from alisa.model.layer import Progress
 from alisa.model.linear import MakeLinear, make_linear
 from alisa.model.loader import checkpoint_dtype, load_decoder, load_spec
+from alisa.model.own_sampling import read_sampling
 from alisa.model.tokenizer import Tokenizer
 from alisa.spec import ModelSpec
 
@@ -37,6 +38,14 @@ class StoredModel(Protocol):
 
         Raises:
             ModelError: there is none that can be read.
+        """
+        ...
+
+    def sampling(self) -> dict[str, float]:
+        """Fields of `SamplingParams` that the model's files set; empty where they ask for nothing special.
+
+        Raises:
+            ModelError: a file is damaged.
         """
         ...
 
@@ -82,6 +91,10 @@ class ModelDirectory:
     def tokenizer(self) -> Tokenizer:
         """From tokenizer.json, or from vocabulary and merges."""
         return Tokenizer.load(self._directory)
+
+    def sampling(self) -> dict[str, float]:
+        """What generation_config.json says."""
+        return read_sampling(self._directory)
 
     def decoder(
         self,

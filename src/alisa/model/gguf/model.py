@@ -24,6 +24,15 @@ from alisa.spec import ModelSpec, RopeScaling
 _ROPE_DIVISORS = "rope_freqs.weight"
 """What the frequencies of the rotated pairs are divided by: all that the format keeps of LLaMA 3's scaling."""
 
+_SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+"""Fields of `SamplingParams` -> values under `general.sampling`."""
+
 
 class GgufModel:
     """One file, opened by its header.
@@ -61,6 +70,11 @@ class GgufModel:
     def tokenizer(self) -> Tokenizer:
         """Built from the vocabulary in the metadata."""
         return build_tokenizer(self._file.metadata, self._file.path.name)
+
+    def sampling(self) -> dict[str, float]:
+        """What `general.sampling` says; most files say nothing."""
+        values = {name: self._file.metadata.get(f"general.sampling.{key}") for name, key in _SAMPLING.items()}
+        return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
     def decoder(
         self,
