@@ -194,6 +194,15 @@ def test_a_profile_with_another_stamp_is_not_used(tmp_path, monkeypatch):
     assert load_profile(tmp_path / "missing.json") is None
 
 
+def test_a_profile_without_the_prices_of_a_policy_is_not_used(tmp_path):
+    hardware = PRESETS["h200"]
+    fewer = {kind: prices for kind, prices in hardware.selection.items() if kind != "sketch-keys"}
+    path = save_profile(dataclasses.replace(hardware, selection=fewer), "2026-01-01", tmp_path / "profile.json")
+    assert load_profile(path) is None
+    with pytest.raises(InputError, match="no prices of sketch-keys"):
+        load_hardware(path)
+
+
 def test_interpolation_is_exact_on_points_and_proportional_beyond():
     points = ((1.0, 2.0), (4.0, 8.0), (16.0, 8.0))
     assert interpolate(points, 2) == pytest.approx(4.0)

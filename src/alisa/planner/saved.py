@@ -13,6 +13,7 @@ from typing import Literal
 from alisa import __version__
 from alisa.errors import InputError
 from alisa.planner.hardware import Hardware
+from alisa.policy.registry import POLICIES
 from alisa.records.document import read_json
 from alisa.records.structure import structure
 
@@ -67,29 +68,38 @@ def save_profile(hardware: Hardware, date: str, path: Path | None = None) -> Pat
 
 
 def load_profile(path: Path | None = None) -> Hardware | None:
-    """The saved profile of this machine; None when there is none, or only one with another stamp."""
+    """The saved profile of this machine; None when there is none, or one with another stamp or too few prices."""
     try:
         record = structure(ProfileRecord, read_json(path or profile_path()))
     except InputError:
         return None
-    return record.hardware if record.stamp == machine_stamp() else None
+    return record.hardware if record.stamp == machine_stamp() and not _unpriced(record.hardware) else None
 
 
 def load_hardware(path: Path) -> Hardware:
     """The machine that a file describes: a profile with its stamp, or the machine alone.
 
     Raises:
-        InputError: the file is missing or not such a description.
+        InputError: the file is missing, not such a description, or lacks the prices of a policy.
     """
     values = read_json(path)
     try:
-        if isinstance(values, dict) and values.get("kind") == "profile":
-            return structure(ProfileRecord, values).hardware
-        return structure(Hardware, values)
+        is_profile = isinstance(values, dict) and values.get("kind") == "profile"
+        hardware = structure(ProfileRecord, values).hardware if is_profile else structure(Hardware, values)
     except InputError as error:
         raise InputError(
             f"{path} does not describe a machine ({error}); `alisa profile --output` writes one."
         ) from error
+    if missing := _unpriced(hardware):
+        raise InputError(
+            f"{path} has no prices of {', '.join(missing)} under `selection`; `alisa profile --output` writes them."
+        )
+    return hardware
+
+
+def _unpriced(hardware: Hardware) -> list[str]:
+    """Kinds of selection that policies are priced as, and that this machine has no prices of."""
+    return sorted({entry.priced_as for entry in POLICIES.values()} - hardware.selection.keys())
 
 
 def _cpu_name() -> str:

@@ -95,10 +95,13 @@ inline Codes load_codes(const void* p, int count) {
 }
 template <int kShift, int kMask>
 inline F code_values(Codes x) {
-  if constexpr (kShift > 0) x = _mm512_srli_epi32(x, kShift);
-  if constexpr (kMask == 3) {  // the low four bits choose
-    return _mm512_permutexvar_ps(x, _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3));
+  if constexpr (kMask == 3) {  // four bits choose, two codes: one shift for all of a byte
+    if constexpr (kShift >= 4) x = _mm512_srli_epi32(x, 4);
+    const __m512 low = _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+    const __m512 high = _mm512_setr_ps(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(x, kShift % 4 == 0 ? low : high);
   }
+  if constexpr (kShift > 0) x = _mm512_srli_epi32(x, kShift);
   return _mm512_cvtepi32_ps(kMask == 255 >> kShift ? x : _mm512_and_si512(x, _mm512_set1_epi32(kMask)));
 }
 
