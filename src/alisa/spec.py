@@ -192,6 +192,11 @@ class ModelSpec:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} KV heads")
 
+    def within(self, max_len: int) -> ModelSpec:
+        """The same model for sequences of at most so many tokens: a window that none of them outgrows is none."""
+        windows = tuple(None if window is None or window >= max_len else window for window in self.windows)
+        return replace(self, windows=windows if any(windows) else ())
+
     @property
     def attention(self) -> AttentionShape:
         """The part that attention, the KV cache and selection policies work with.
@@ -199,14 +204,13 @@ class ModelSpec:
         The scale is 1 / sqrt(D): where a model has another, the decoder hands over queries that make up for it. A
         window that no sequence outgrows is none.
         """
-        windows = tuple(None if w is None or w >= self.max_positions else w for w in self.windows)
         return AttentionShape(
             num_layers=self.num_layers,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             scale=self.head_dim**-0.5,
-            windows=windows if any(windows) else (),
+            windows=self.within(self.max_positions).windows,
             softcap=self.softcap,
         )
 

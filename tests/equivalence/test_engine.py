@@ -247,3 +247,16 @@ def test_a_tight_cap_makes_requests_wait_and_changes_no_token(tiny_model):
     records = outputs.report.records
     assert max(record.kv_bytes + record.state_bytes for record in records) <= tight.config.kv_device_memory
     assert max(record.num_sequences for record in records) < len(prompts)
+
+
+def test_a_window_that_no_sequence_outgrows_is_none(tiny_model, caplog):
+    short = LLM(tiny_model("mistral-window"), policy="streaming", sparsity=0.5, dtype="float32", max_model_len=9)
+    outputs = short.generate([[5, 6, 7]], SamplingParams(max_tokens=6, ignore_eos=True))
+    assert "sliding window" not in caplog.text
+    reads = reads_of("streaming", 0.5)
+    assert outputs.report.summary.tokens_attended == 3 * sum(sum(reads(length - 1)) + 1 for length in range(4, 9))
+    dense, windowed = (
+        LLM(tiny_model("mistral-window"), policy="dense", dtype="float32", max_model_len=n) for n in (9, 60)
+    )
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    assert dense.generate([[5, 6, 7]], params)[0].token_ids == windowed.generate([[5, 6, 7]], params)[0].token_ids

@@ -72,7 +72,8 @@ def build_engine(
     shape = model.spec.attention
     if config.policy != "dense" and shape.full_layers().num_layers == 0:
         _LOG.warning(
-            "every layer of this model has a sliding window of %s tokens and reads it whole: --policy %s has no say.",
+            "every layer of this model has a sliding window of %s tokens and reads it whole: --policy %s has no say; "
+            "with a --max-model-len up to the window it chooses.",
             " or ".join(map(str, sorted(window for window in {*shape.windows} if window is not None))),
             config.policy,
         )

@@ -66,6 +66,8 @@ def load_model(config: EngineConfig, progress: Callable[[int, int], None] | None
     make_linear = choose_linear(config.weight_dtype, device)
     dtype = resolve_dtype(config.dtype, stored.dtype_name(), device)
     decoder = stored.decoder(dtype, device, progress, make_linear)
+    if config.max_model_len is not None:
+        decoder = decoder.within(config.max_model_len)
     backend = choose_backend(decoder.device)
     return LoadedModel(config.model or "embedded", decoder, tokenizer, backend, stored.sampling())
 

@@ -9,6 +9,7 @@ small model's step is mostly Python.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,12 @@ class Decoder:
         self._shares_table = tied and isinstance(self._output, PlainLinear)
         self._activation = make_activation(spec.activation, gated=spec.gated_mlp, device=device)
         self._query_factor = spec.query_factor
+
+    def within(self, max_len: int) -> Decoder:
+        """The same weights, for sequences of at most so many tokens; see `ModelSpec.within`."""
+        limited = copy(self)
+        limited.spec = self.spec.within(max_len)
+        return limited
 
     @property
     def weight_bytes(self) -> int:
