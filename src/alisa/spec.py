@@ -194,8 +194,11 @@ class ModelSpec:
 
     def within(self, max_len: int) -> ModelSpec:
         """The same model for sequences of at most so many tokens: a window that none of them outgrows is none."""
+        return replace(self, windows=self._windows_within(max_len))
+
+    def _windows_within(self, max_len: int) -> tuple[int | None, ...]:
         windows = tuple(None if window is None or window >= max_len else window for window in self.windows)
-        return replace(self, windows=windows if any(windows) else ())
+        return windows if any(windows) else ()
 
     @property
     def attention(self) -> AttentionShape:
@@ -210,7 +213,7 @@ class ModelSpec:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             scale=self.head_dim**-0.5,
-            windows=self.within(self.max_positions).windows,
+            windows=self._windows_within(self.max_positions),
             softcap=self.softcap,
         )
 

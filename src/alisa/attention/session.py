@@ -85,7 +85,7 @@ class KVSession:
         self.cache = cache
         self.policy = policy
         self.state = state
-        self._shape = shape
+        self.shape = shape
         self._layers = [_Layer(shape.window(i), shape.among_full(i)) for i in range(shape.num_layers)]
         self._windows = sorted({window for window in shape.windows if window is not None})
         self._device = device
@@ -218,8 +218,8 @@ class KVSession:
             chunks,
             prompt_lens,
             observed_from,
-            self.policy.num_sets(self._shape),
-            self._shape,
+            self.policy.num_sets(self.shape),
+            self.shape,
             self._device,
         )
 
@@ -241,8 +241,8 @@ class KVSession:
         chunk = self._next_chunk(chunks, None)
         assert chunk is not None, "every sequence reads at least its own token"
         if chunk.span is None:
-            return self._kernel(query, chunk.rows, self._codec, chunk.slots, selection.counts, self._shape.softcap)
-        pieces = self._in_pieces(query, self._codec, selection.counts, chunk.slots.shape[2], self._shape.softcap)
+            return self._kernel(query, chunk.rows, self._codec, chunk.slots, selection.counts, self.shape.softcap)
+        pieces = self._in_pieces(query, self._codec, selection.counts, chunk.slots.shape[2], self.shape.softcap)
         add = self._timer.timed(StepSection.ATTENTION, pieces.add)
         while chunk is not None:
             assert chunk.span is not None, "a selection is one chunk, or all of it is pieces"

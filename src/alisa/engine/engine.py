@@ -167,7 +167,7 @@ class Engine:
         Returns:
             The requests that have grown, and the request indices that have failed, and why.
         """
-        shape = self._runner.decoder.spec.attention
+        shape = self._session.shape
         for request, chunk, attended in zip(requests, plan.chunks, result.traffic.tokens_attended, strict=True):
             request.tokens_attended += attended
             request.tokens_dense += 0 if plan.prefill else shape.dense_reads(chunk.end)

@@ -59,7 +59,7 @@ def step_record(plan: StepPlan, traffic: StepTraffic, runner: ModelRunner) -> St
     begin_s, transfer_s = timer.seconds(StepSection.BEGIN), timer.seconds(StepSection.TRANSFER)
     model_s, sampling_s = timer.seconds(StepSection.MODEL), timer.seconds(StepSection.SAMPLING)
     wall_s = timer.wall_s
-    shape = runner.decoder.spec.attention
+    shape = runner.session.shape
     return StepRecord(
         step=plan.step,
         phase=plan.phase,

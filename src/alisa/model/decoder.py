@@ -22,7 +22,7 @@ from alisa.model.layer import Builder, Layer, Norm, Progress
 from alisa.model.linear import MakeLinear, PlainLinear, make_linear
 from alisa.model.rope import Rotation, attention_factor, frequencies_by_length, inverse_frequencies
 from alisa.model.source import WeightSource
-from alisa.spec import ModelSpec, Rope
+from alisa.spec import ModelSpec
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
 """layer, q `[B, T, H, D]`, k `[B, T, G, D]`, v `[B, T, G, D]`, hidden `[B, T, C]` -> out `[B, T, H, D]`.
@@ -65,10 +65,11 @@ class Decoder:
         build = Builder(spec, source, dtype=dtype, device=device, progress=progress, make_linear=make_linear)
         self._embed = build.tensor("embed.weight")
         self._positions = build.tensor("positions.weight") if spec.rope is None else None
-        ropes = spec.layer_ropes or (spec.rope,) * spec.num_layers
-        self._ropes = ropes
-        self._own_ropes = {rope for rope in ropes if rope is not None}
-        self._frequencies = {rope: inverse_frequencies(rope, device) for rope in self._own_ropes if not rope.by_length}
+        layer_ropes = spec.layer_ropes or (spec.rope,) * spec.num_layers
+        # Each rope once, and its number for each layer: to hash one in every layer takes longer than to turn a head.
+        self._ropes = [rope for rope in dict.fromkeys(layer_ropes) if rope is not None]
+        self._rope_of_layer = [None if rope is None else self._ropes.index(rope) for rope in layer_ropes]
+        self._frequencies = [None if rope.by_length else inverse_frequencies(rope, device) for rope in self._ropes]
         self._embed_scale = torch.tensor(spec.embed_scale, dtype=dtype, device=device)
         projected = spec.token_embed_dim != spec.hidden_size
         self._project_in = build.linear("project_in") if projected else None
@@ -114,7 +115,7 @@ class Decoder:
             x = x * self._embed_scale
         if self._project_in is not None:
             x = self._project_in(x)
-        rotations = {rope: self._rotation(rope, positions, lengths) for rope in self._own_ropes}
+        rotations = [self._rotation(rope, positions, lengths) for rope in range(len(self._ropes))]
         if self._positions is not None:
             x = x + F.embedding(positions + spec.position_offset, self._positions)
         q_shape = (batch, length, spec.num_heads, spec.head_dim)
@@ -124,10 +125,12 @@ class Decoder:
             normed = x if spec.norm_place == "after_sum" else _normed(layer.attn_norm, x)
             q = layer.q(normed).view(q_shape)
             k, v = layer.kv(normed).view(kv_shape).unbind(2)
-            q, k = self._head_normed(layer.q_norm, q), self._head_normed(layer.k_norm, k)
-            rope = self._ropes[index]
+            if layer.q_norm is not None:
+                q, k = self._head_normed(layer.q_norm, q), self._head_normed(layer.k_norm, k)
+            rope = self._rope_of_layer[index]
             if rope is not None:
-                q, k = rotations[rope](q), rotations[rope](k)
+                rotate = rotations[rope]
+                q, k = rotate(q), rotate(k)
             if self._query_factor != 1.0:
                 q = q * self._query_factor
             attended = layer.out(attend(index, q, k, v, normed).reshape(out_shape))
@@ -157,15 +160,16 @@ class Decoder:
         shape = (hidden.shape[0], 2, self.spec.num_kv_heads, self.spec.head_dim)
         k, v = weights.kv(hidden).view(shape).unbind(1)
         k = self._head_normed(weights.k_norm, k)
-        rope = self._ropes[layer]
+        rope = self._rope_of_layer[layer]
         if rope is not None:
             k = self._rotation(rope, positions, None)(k)
         return k, v
 
-    def _rotation(self, rope: Rope, positions: Tensor, lengths: Tensor | None) -> Rotation:
+    def _rotation(self, number: int, positions: Tensor, lengths: Tensor | None) -> Rotation:
         """The rotation of tokens at these positions, for the layers that have this embedding."""
-        if not rope.by_length:
-            return Rotation(positions, self._frequencies[rope], attention_factor(rope))
+        rope, frequencies = self._ropes[number], self._frequencies[number]
+        if frequencies is not None:
+            return Rotation(positions, frequencies, attention_factor(rope))
         assert lengths is not None, "this model rotates by length"
         return Rotation(positions, frequencies_by_length(rope, lengths), attention_factor(rope))
 

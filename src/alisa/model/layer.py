@@ -41,6 +41,8 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         """Normalised `x [..., C]`, same shape and dtype."""
         if self.bias is None:
+            if self.weight.dtype is x.dtype:
+                return torch.rms_norm(x, self.weight.shape, self.weight, self.eps)
             wide = x.to(self.weight.dtype)
             return torch.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
         return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
