@@ -416,12 +416,12 @@ def accuracy(results: Results) -> str:
 
 
 def real_accuracy(results: Results, most: int | None = None) -> str:
-    """Perplexity lost on a real model, for each text and length of windows, or the first `most` of these."""
-    groups: dict[tuple[str, int], list[Record]] = {}
-    for record in _accuracy(results, "ppl_smollm2.jsonl"):
-        groups.setdefault((record["task"], record["settings"]["context"]), []).append(record)
+    """Perplexity lost on real models, for each text and length of windows, or the first `most` of these."""
+    groups: dict[tuple[str, str, int], list[Record]] = {}
+    for record in [*_accuracy(results, "ppl_smollm2.jsonl"), *_accuracy(results, "ppl_gemma3.jsonl")]:
+        groups.setdefault((record["model"], record["task"], record["settings"]["context"]), []).append(record)
     parts = []
-    for (task, context), found in list(groups.items())[:most]:
+    for (_, task, context), found in list(groups.items())[:most]:
         dense = next(record for record in found if record["policy"] == "dense")
         work = dense["settings"]
         windows = f"{work['windows']} windows" if work["windows"] > 1 else "one window"

@@ -233,8 +233,9 @@ def test_a_prompt_may_come_from_a_cache_up_to_what_the_policy_wants_to_see():
 
 
 @pytest.mark.parametrize("name", get_args(PolicyName))
-def test_state_takes_the_bytes_that_the_entry_says(name):
-    spec = small_spec(head_dim=24)
+@pytest.mark.parametrize("head_dim", [24, 160])
+def test_state_takes_the_bytes_that_the_entry_says(name, head_dim):
+    spec = small_spec(head_dim=head_dim)
     state = start(make_policy(name, 0.5), 4, 700, spec=spec)
     assert state.nbytes == 0
     lengths = {3: 500, 0: 64, 1: 65}
@@ -245,6 +246,18 @@ def test_state_takes_the_bytes_that_the_entry_says(name):
     assert state.nbytes == expected
     state.close(3)
     assert state.nbytes == expected - state_tokens(500) * size.per_token - size.per_sequence
+
+
+def test_the_keys_of_long_heads_have_more_bits():
+    sizes = {
+        (name, head_dim): POLICIES[name].state_bytes(small_spec(head_dim=head_dim).attention, 0.8, 100).per_token
+        for name in ("sketch", "sketch-mean")
+        for head_dim in (128, 136)
+    }
+    heads = small_spec().num_layers * small_spec().num_kv_heads
+    assert sizes["sketch", 128] == heads * (64 + 4 + 32 + 4)
+    assert sizes["sketch", 136] == heads * (136 + 4 + 34 + 4)
+    assert sizes["sketch-mean", 136] == heads * (68 + 4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

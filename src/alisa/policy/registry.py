@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from alisa.budget import Budget, Reads, state_tokens
-from alisa.policy.state_bytes import StateBytes, StateSize, no_state, sketch_state, sums_state, window_state
+from alisa.policy.state_bytes import KeyBits, StateBytes, StateSize, no_state, sketch_state, sums_state, window_state
 from alisa.spec import AttentionShape
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _sketch(
     help_text: str,
     *,
     completion: Literal["values", "mean", "none"],
-    bits: int | None = 4,
+    bits: KeyBits | None = 4,
     per_head: bool = False,
     edition: int = 1,
 ) -> PolicyEntry:
@@ -135,12 +135,13 @@ POLICIES: Mapping[str, PolicyEntry] = MappingProxyType(
         "swa": _window("the recent ones, and those most attended lately (ALISA)", per_head=False),
         "swa-head": _window("the same for each KV head", per_head=True),
         "sketch": _sketch(
-            "the recent ones, and those that a 4-bit copy of all keys finds best for this query; a 2-bit copy of the "
-            "values stands in for the rest",
+            "the recent ones, and those that a 4-bit copy of all keys (8 bits in heads of more than 128 values) finds "
+            "best for this query; a 2-bit copy of the values stands in for the rest",
             completion="values",
+            bits="auto",
             edition=2,
         ),
-        "sketch-head": _sketch("the same for each KV head", completion="values", per_head=True, edition=2),
+        "sketch-head": _sketch("the same for each KV head", completion="values", bits="auto", per_head=True, edition=2),
         "sketch-mean": _sketch("as sketch, with the mean of all values for the rest", completion="mean"),
         "sketch-mean-head": _sketch("the same for each KV head", completion="mean", per_head=True),
         "sketch-2bit": _sketch("sketch-mean with 2 bits", completion="mean", bits=2),

@@ -31,11 +31,10 @@ from alisa.kernels.base import Attended, Selection, SelectionKernels, Sketch, St
 from alisa.kernels.reference.sketch import attention_weights, token_ids, weight_read
 from alisa.policy.base import PolicyState, SelectionPolicy
 from alisa.policy.ranked import RankedStep
-from alisa.policy.state_bytes import VALUE_BITS
+from alisa.policy.state_bytes import VALUE_BITS, KeyBits, key_bits
 from alisa.policy.token_state import TokenState
 from alisa.spec import AttentionShape
 
-SketchBits = Literal[2, 4, 8]
 Completion = Literal["values", "mean", "none"]
 """What stands in for the tokens that are not read: a sketch of their values, the mean of all values, or nothing."""
 
@@ -44,7 +43,7 @@ Completion = Literal["values", "mean", "none"]
 class KeySketch(SelectionPolicy):
     """k recent tokens, and the k older ones with the largest approximate attention weight for the current query."""
 
-    bits: SketchBits | None = 4
+    bits: KeyBits | None = "auto"
     """Bits per key value; None keeps the exact keys (the oracle)."""
     per_head: bool = False
     """One index set for each KV head instead of one for the layer."""
@@ -169,7 +168,7 @@ class SketchedKeys(KeyState):
     ) -> None:
         super().__init__(policy, shape, kernels, max_num_seqs=max_num_seqs, num_tokens=num_tokens, device=device)
         assert policy.bits is not None, "without bits there are exact keys"
-        self._key_sketches = self._new_sketches(shape, policy.bits)
+        self._key_sketches = self._new_sketches(shape, key_bits(policy.bits, shape.head_dim))
 
     def _new_sketches(self, shape: AttentionShape, bits: int) -> list[Sketch]:
         """One for each layer."""
