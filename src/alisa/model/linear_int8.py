@@ -20,8 +20,8 @@ GROUP = 64
 _ZERO = 128
 _SMALLEST = 1e-30
 """A group whose largest input is below this is all zeros: its steps would not be normal numbers."""
-_ROWS_AT_ONCE = 4 * LANES
-"""Output channels that are quantised together: bounds what is held in float32 in addition to the weight."""
+_ROWS_AT_ONCE = LANES
+"""Output channels that are quantised together: what is held of them in float32 is small, and leaves small holes."""
 
 Multiply = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """x `[M, in]`, codes UInt8[panels, quads, 64, 4], scales Float32[out], bias Float32[out] or None -> `[M, out]` as x.
