@@ -323,13 +323,13 @@ void check_prefill(const PrefillIsa& isa, int num, int dim, int kv_heads, int gr
   Workspace workspace;
   const Threads threads{nullptr, 3};
   PrefillTask task = {strided(q, heads * d), strided(past_k, token), strided(past_v, token), num, num, heads, kv_heads, dim,
-                      false, nullptr, between.get(), nullptr, log_sum_exp.get()};
+                      num,   kNothingHidden, 0.0F, nullptr, between.get(), nullptr, log_sum_exp.get()};
   workspace.prefill(isa, task, threads);
-  task.k = strided(k, token), task.v = strided(v, token), task.causal = true;
+  task.k = strided(k, token), task.v = strided(v, token), task.ahead = 0;
   task.before = between.get(), task.after = nullptr, task.out = out.get();
   workspace.prefill(isa, task, threads);
   Exact<float> mass(static_cast<size_t>(num) * num);
-  workspace.prefill_mass(isa, {task.q, strided(past_k, token), num, num, heads, kv_heads, dim, 1, num, log_sum_exp.get(), mass.get()},
+  workspace.prefill_mass(isa, {task.q, strided(past_k, token), num, num, heads, kv_heads, dim, 1, num, 0.0F, log_sum_exp.get(), mass.get()},
                          threads);
 
   for (int t = 0; t < num; ++t) {
@@ -360,6 +360,25 @@ void check_prefill(const PrefillIsa& isa, int num, int dim, int kv_heads, int gr
       }
     }
     expect(std::fabs(missing) < 1e-3, "mass", "prefill", place);
+  }
+}
+
+// An MLP's activation with its gate, on widths around a run and a vector.
+void check_activation(const Isa& isa, Activation kind, int width, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  const int num = 3;
+  Exact<float> x(static_cast<size_t>(num) * 2 * width), out(static_cast<size_t>(num) * width);
+  for (size_t i = 0; i < x.size; ++i) x[i] = 3 * normal(random);
+  activate(isa, {kind, Dtype::kFloat32, x.get(), out.get(), width, true, num}, {nullptr, 2});
+  for (int n = 0; n < num; ++n) {
+    for (int i = 0; i < width; ++i) {
+      const double value = x[static_cast<size_t>(2 * n) * width + i];
+      const double cubic = std::sqrt(8 / M_PI) * (value + 0.044715 * value * value * value);
+      const double found = out[static_cast<size_t>(n) * width + i];
+      const double expected =
+          value / (1 + std::exp(-(kind == Activation::kSilu ? value : cubic))) * x[static_cast<size_t>(2 * n + 1) * width + i];
+      expect(std::fabs(found - expected) < 1e-5 * (1 + std::fabs(expected)), "activation", isa.name, {});
+    }
   }
 }
 
@@ -427,6 +446,9 @@ int main() {
     if (isa == nullptr) {
       std::printf("%s: not on this machine\n", name);
       continue;
+    }
+    for (const Activation kind : {Activation::kSilu, Activation::kGeluTanh}) {
+      for (const int width : {1, 15, 16, 17, 511, 512, 513}) check_activation(*isa, kind, width, random);
     }
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt8, Dtype::kInt4}) {
       for (const int dim : {1, 7, 16, 33, 64, 80}) {
