@@ -122,7 +122,8 @@ class Decoder:
         kv_shape = (batch, length, 2, spec.num_kv_heads, spec.head_dim)
         out_shape = (batch, length, spec.q_size)
         for index, layer in enumerate(self._layers):
-            normed = x if spec.norm_place == "after_sum" else _normed(layer.attn_norm, x)
+            norm = layer.attn_norm
+            normed = x if norm is None or spec.norm_place == "after_sum" else norm(x)
             q = layer.q(normed).view(q_shape)
             k, v = layer.kv(normed).view(kv_shape).unbind(2)
             if layer.q_norm is not None:
@@ -180,21 +181,27 @@ class Decoder:
         return norm(heads.flatten(-2)).view_as(heads) if self.spec.qk_norm_joint else norm(heads)
 
     def _residual(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
-        """What leaves a layer, `[B, T, C]`, from what entered it and what its attention found."""
+        """What leaves a layer, `[B, T, C]`, from what entered it and what its attention found.
+
+        Written out, without a function for a norm that may not be there: in a small model each call shows.
+        """
         spec = self.spec
         if spec.norm_place == "after_sum":
             x = _normed(layer.attn_norm, x + attended)
             return _normed(layer.mlp_norm, x + self._mlp(layer, x))
-        attended = self._scaled(_normed(layer.attn_post_norm, attended))
-        if spec.parallel_residual:
-            return x + attended + self._mlp(layer, _normed(layer.mlp_norm, x))
+        scale = spec.residual_scale
+        if layer.attn_post_norm is not None:
+            attended = layer.attn_post_norm(attended)
+        if scale != 1.0:
+            attended = attended * scale
+        entered = x
         x = x + attended
-        return x + self._scaled(_normed(layer.mlp_post_norm, self._mlp(layer, _normed(layer.mlp_norm, x))))
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        """What is about to be added to the residual."""
-        scale = self.spec.residual_scale
-        return x if scale == 1.0 else x * scale
+        if spec.parallel_residual:
+            return x + self._mlp(layer, _normed(layer.mlp_norm, entered))
+        out = self._mlp(layer, x if layer.mlp_norm is None else layer.mlp_norm(x))
+        if layer.mlp_post_norm is not None:
+            out = layer.mlp_post_norm(out)
+        return x + (out if scale == 1.0 else out * scale)
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         """The feed-forward part of one layer, `[B, T, C] -> [B, T, C]`."""
