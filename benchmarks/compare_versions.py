@@ -6,7 +6,7 @@
 Each checkout runs with its own interpreter (`CHECKOUT/.venv/bin/python` unless another is given), in a new process for
 every run, and the order changes from round to round. Only what every version has is used: `LLM(model, policy=...)` and
 `generate`. A run is timed twice, with one output token and with all of them: the first is reading the prompts, the
-difference is decoding. Weights are random except in the embedded model. A ratio above 1: the second checkout is faster.
+difference is decoding. Weights are random except in the embedded model and in one that is given. A ratio above 1: the second checkout is faster.
 The last line of the output for each case is one JSON record.
 """
 
@@ -72,6 +72,7 @@ WORKLOADS = {
     "opt-1.3b-b1": Workload(shape="opt-1.3b", batch=1, prompt_len=128, output_len=64),
     "opt-1.3b-b16": Workload(shape="opt-1.3b", batch=16, prompt_len=128, output_len=64),
     "llama-1.1b": Workload(shape="llama-1.1b", batch=1, prompt_len=1024, output_len=128),
+    "long-b1": Workload(shape="llama-1.1b", batch=1, prompt_len=3000, output_len=64),
     "embedded-b8": Workload(shape=None, batch=8, prompt_len=128, output_len=256),
     "tiny": Workload(shape="llama-tiny", batch=2, prompt_len=16, output_len=8),
 }
@@ -121,8 +122,8 @@ class Version:
 
 def make_job(workload: Workload, policy: str, args: argparse.Namespace) -> dict[str, Any]:
     """What both are asked; the checkpoint is there."""
-    model = None
-    if workload.shape is not None:
+    model = None if args.model is None else str(args.model.resolve())
+    if model is None and workload.shape is not None:
         directory = args.models / workload.shape
         if not is_written(directory):
             write_checkpoint(SHAPES[workload.shape], directory)
@@ -177,6 +178,7 @@ def compare(name: str, policy: str, versions: tuple[Version, Version], args: arg
         "benchmark": "compare_versions",
         "workload": name,
         **asdict(workload),
+        **({} if args.model is None else {"model": args.model.name}),
         "policy": policy,
         "sparsity": args.sparsity,
         "rounds": args.rounds,
@@ -195,13 +197,14 @@ def main() -> None:
     parser.add_argument("b", type=Path, help="the checkout that is asked about")
     parser.add_argument("--python", nargs=2, type=Path, metavar=("A", "B"), help="their interpreters")
     parser.add_argument(
-        "--workload", nargs="+", choices=WORKLOADS, default=[name for name in WORKLOADS if name != "tiny"]
+        "--workload", nargs="+", choices=WORKLOADS, default=[name for name in WORKLOADS if name not in ("tiny", "long-b1")]
     )
     parser.add_argument("--policy", nargs="+", default=["dense", "sketch"])
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=max(1, int(num_cpus())))
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for other programs to be quiet")
+    parser.add_argument("--model", type=Path, help="a checkpoint that both can read, instead of the workload's own")
     parser.add_argument("--models", type=Path, default=Path(".peers/models"), help="where random weights are written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, help="append the records to this file")

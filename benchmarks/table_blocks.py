@@ -456,6 +456,25 @@ def _accuracy(results: Results, name: str) -> list[Record]:
     return accuracy_tables.read([path]) if path.exists() else []
 
 
+def loading(results: Results) -> str:
+    """What loading a GGUF file takes: the newest record of each model and weight format."""
+    newest = {(record["model"], record["weights"]): record for record in lines(results / "loading.jsonl")}
+    rows = [
+        [
+            f"`{model}`",
+            weights,
+            f"{record['header_s']:.2f}",
+            f"{record['tokenizer_s']:.2f}",
+            f"{record['weights_s']:.2f}",
+            *(f"{record[name] / 2**20:.0f}" for name in ("weight_bytes", "rss_before", "rss_peak")),
+            f"{record['gguf_package_header_s']:.1f}",
+        ]
+        for (model, weights), record in newest.items()
+    ]
+    heads = ["file", "weights", "header, s", "tokenizer, s", "weights, s", "weights, MiB", "RSS before", "RSS peak"]
+    return table([*heads, "`gguf` package, header, s"], rows) if rows else ""
+
+
 # GPU
 
 

@@ -22,25 +22,26 @@ from functools import partial
 from pathlib import Path
 
 from table_blocks import (
-    Results,
     accuracy,
     decode_step,
     engines,
     eviction,
     gpu,
     kernels,
+    loading,
     machine,
     prediction,
     prompts,
     real_accuracy,
     recall,
     restore,
+    Results,
     schedules,
     tiers,
 )
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/accuracy.md", "docs/benchmarks.md", "docs/planner.md")
+DOCUMENTS = ("README.md", "docs/accuracy.md", "docs/benchmarks.md", "docs/models.md", "docs/planner.md")
 _BLOCK = re.compile(r"(<!-- benchmarks: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Block = Callable[[Results], str]
@@ -86,6 +87,7 @@ BLOCKS: dict[str, Block] = {
     "gpu": gpu,
     "prediction": prediction,
     "schedules": schedules,
+    "loading": loading,
     "accuracy": accuracy,
     "accuracy-real": real_accuracy,
     "accuracy-real-first": partial(real_accuracy, most=1),

@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from alisa.kernels.base import Ranking
 from alisa.kernels.reference.sketch import make_sketch
 from alisa.kernels.triton.kernels import TritonKernels
 from tests.kernels.cases import make_problem
@@ -115,9 +116,9 @@ def launch_selection(dtypes: list[torch.dtype], shapes: list[tuple[int, int]], b
             sketched, values = make_sketch(keys, num_bits), make_sketch(keys, 2)
             kernels.sketch_append(sketched, torch.arange(50), keys.bfloat16())
             query = torch.zeros(3, 4 * group, head_dim, dtype=torch.bfloat16)
-            budgets = (integers, integers, integers, 5, 40, 1)
-            kernels.sketch_select(query, sketched, rows, integers, *budgets)
-            kernels.sketch_complete(query, sketched, values, rows, integers, *budgets)
+            ranking = Ranking(rows, integers, integers, integers, integers, 5, 40, 1)
+            kernels.sketch_select(query, sketched, ranking)
+            kernels.sketch_complete(query, sketched, values, ranking)
             kernels.rest_blend(query, torch.zeros(query.shape[:2]), query.float())
             sums = torch.zeros(3, 4, head_dim).double()
             kernels.mean_blend(sums, rows, integers, query, torch.zeros(query.shape[:2]))

@@ -25,6 +25,16 @@ def build_and_run(directory, options, emulator=()):
     return result.stdout
 
 
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_the_check_of_the_native_code_compiles():
+    """It is run by slow tests only; a task that has other fields shows here."""
+    sources = ROOT / "src" / "alisa" / "kernels" / "native" / "csrc"
+    places = [f"-I{topic}" for topic in sources.iterdir() if topic.is_dir()]
+    command = ["c++", "-std=c++17", "-fsyntax-only", *places, ROOT / "tests" / "kernels" / "native" / "check.cpp"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.slow
 def test_native_code_is_clean(tmp_path):
     """AddressSanitizer and UndefinedBehaviorSanitizer, every instruction set of this machine."""

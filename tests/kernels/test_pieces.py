@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alisa.kernels.base import Attended
+from alisa.kernels.base import Attended, Ranking
 from alisa.kernels.native import kernels as cpu
 from alisa.kernels.native import library
 from alisa.kernels.reference.decode import ReferenceDecode
@@ -128,17 +128,18 @@ def test_a_sketch_gives_the_same_bits_in_any_company_and_on_any_threads():
     budgets = [torch.tensor(column, dtype=torch.int32) for column in ([1800, 270, 20], [200, 30, 20], [400, 60, 31])]
     expected = cpu.CpuKernels(num_threads=1).sketch_scores(query, sketched, starts, lengths, 2000, 2)
     whole = cpu.CpuKernels(num_threads=1).sketch_complete(
-        query, sketched, values, starts, lengths, *budgets, 400, 2000, 1
+        query, sketched, values, Ranking(starts, lengths, *budgets, 400, 2000, 1)
     )
     for num_threads in (1, 2, 7):
         kernel = cpu.CpuKernels(num_threads=num_threads)
         assert torch.equal(kernel.sketch_scores(query, sketched, starts, lengths, 2000, 2), expected)
-        again = kernel.sketch_complete(query, sketched, values, starts, lengths, *budgets, 400, 2000, 1)
+        again = kernel.sketch_complete(query, sketched, values, Ranking(starts, lengths, *budgets, 400, 2000, 1))
         assert all(map(torch.equal, again, whole))
         for seq in range(3):
             one = slice(seq, seq + 1)
             found = kernel.sketch_scores(query[one], sketched, starts[one], lengths[one], 2000, 2)
             assert torch.equal(found, expected[one])
             own = [column[one] for column in budgets]
-            alone = kernel.sketch_complete(query[one], sketched, values, starts[one], lengths[one], *own, 400, 2000, 1)
+            ranking = Ranking(starts[one], lengths[one], *own, 400, 2000, 1)
+            alone = kernel.sketch_complete(query[one], sketched, values, ranking)
             assert all(torch.equal(mine, of_all[one]) for mine, of_all in zip(alone, whole, strict=True))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alisa.kernels.base import Sketch
+from alisa.kernels.base import Ranking, Sketch
 from alisa.kernels.native import kernels as cpu
 from alisa.kernels.native import library
 from alisa.kernels.reference.selection import ReferenceSelection
@@ -172,9 +172,10 @@ def assert_chosen(positions, shares, problem, scores, budgets):
 @given(problem=problems(), data=st.data())
 def test_what_is_chosen_and_its_shares(isa, problem, data):
     budgets = budgets_of(problem, data)
-    arguments = (*problem.args()[:-2], *budgets, problem.width, problem.num_sets)
+    query, keys, starts, lengths = problem.args()[:4]
+    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets)
     scores = kernels(isa).sketch_scores(*problem.args())
-    assert_chosen(*kernels(isa).sketch_select(*arguments), problem, scores, budgets)
+    assert_chosen(*kernels(isa).sketch_select(query, keys, ranking), problem, scores, budgets)
 
 
 @st.composite
@@ -217,9 +218,9 @@ def test_what_is_not_read_is_added_up_from_the_sketched_values(isa, valued, data
     problem, values = valued
     budgets = budgets_of(problem, data)
     query, keys, starts, lengths = problem.args()[:4]
-    arguments = (starts, lengths, *budgets, problem.width, problem.num_sets)
-    found = kernels(isa).sketch_complete(query, keys, values, *arguments)
-    chosen = kernels(isa).sketch_select(query, keys, *arguments)
+    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets)
+    found = kernels(isa).sketch_complete(query, keys, values, ranking)
+    chosen = kernels(isa).sketch_select(query, keys, ranking)
     assert torch.equal(found.positions, chosen[0])
     assert torch.equal(found.shares, chosen[1])
     assert_completed(found, problem, values, budgets)
@@ -233,8 +234,8 @@ def test_the_reference_adds_up_the_same(valued, data):
     for table in (problem.keys.ranges, values.ranges):
         table[table.isnan()] = 0
     query, keys, starts, lengths = problem.args()[:4]
-    arguments = (starts, lengths, *budgets, problem.width, problem.num_sets)
-    assert_completed(ReferenceSelection().sketch_complete(query, keys, values, *arguments), problem, values, budgets)
+    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets)
+    assert_completed(ReferenceSelection().sketch_complete(query, keys, values, ranking), problem, values, budgets)
 
 
 @pytest.mark.parametrize("isa", SKETCH_ISAS)
@@ -332,15 +333,16 @@ def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="contiguous"):
         kernel.sketch_append(Sketch(keys.codes[::2], keys.ranges[::2], 4), torch.arange(1), torch.randn(1, 2, 64))
     budget = torch.ones(2, dtype=torch.int32)
+    ranking = Ranking(starts, lengths, budget, budget, budget, 5, width, num_sets)
     with pytest.raises(ValueError, match="as many contiguous budgets"):
-        kernel.sketch_select(query, keys, starts, lengths, budget, budget, budget[:1], 5, width, num_sets)
+        kernel.sketch_select(query, keys, ranking._replace(counts=budget[:1]))
     with pytest.raises(TypeError, match="budgets are int32"):
-        kernel.sketch_select(query, keys, starts, lengths, budget, budget, budget.long(), 5, width, num_sets)
+        kernel.sketch_select(query, keys, ranking._replace(counts=budget.long()))
     with pytest.raises(ValueError, match="as many ids"):
         kernel.sketch_append(keys, torch.arange(2), torch.randn(1, 2, 64))
     fewer = Sketch(keys.codes[:-1], keys.ranges[:-1], 4)
     with pytest.raises(ValueError, match="not those of"):
-        kernel.sketch_complete(query, keys, fewer, starts, lengths, budget, budget, budget, 5, width, num_sets)
+        kernel.sketch_complete(query, keys, fewer, ranking)
     out = torch.zeros(2, 4, 64)
     with pytest.raises(ValueError, match="do not fit"):
         kernel.rest_blend(out, out[:, :3, 0], out)
@@ -352,6 +354,7 @@ def test_arguments_that_do_not_fit_are_refused():
 @given(problem=problems(), data=st.data())
 def test_the_reference_chooses_by_its_scores(problem, data):
     budgets = budgets_of(problem, data)
-    arguments = (*problem.args()[:-2], *budgets, problem.width, problem.num_sets)
+    query, keys, starts, lengths = problem.args()[:4]
+    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets)
     scores = sketch_scores(*problem.args())
-    assert_chosen(*ReferenceSelection().sketch_select(*arguments), problem, scores, budgets)
+    assert_chosen(*ReferenceSelection().sketch_select(query, keys, ranking), problem, scores, budgets)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alisa.kernels.base import Sketch
+from alisa.kernels.base import Ranking, Sketch
 from alisa.kernels.reference.selection import ReferenceSelection
 from alisa.kernels.reference.sketch import sketch_scores
 from tests.kernels.test_select import by_sorting, scores_of_all_kinds
@@ -127,8 +127,9 @@ def test_sketch_scores_are_the_twins(device, bits, per_head, group):
 @given(problem=sketch_problems(most=1), data=st.data())
 def test_what_is_chosen_and_its_shares(device, problem, data):
     budgets = budgets_of(problem, data)
-    arguments = (*problem.args()[:-2], *budgets, problem.width, problem.num_sets)
-    positions, shares = triton_kernels().sketch_select(*on(device, arguments))
+    query, keys, *rows = problem.args()[:4]
+    query, keys, *ranking = on(device, (query, keys, *rows, *budgets, problem.width, problem.num_sets))
+    positions, shares = triton_kernels().sketch_select(query, keys, Ranking(*ranking))
     assert_chosen(positions.cpu(), shares.cpu(), problem, score(problem, device), budgets)
 
 
@@ -138,9 +139,10 @@ def test_what_is_chosen_and_its_shares(device, problem, data):
 def test_what_is_not_read_is_added_up_from_the_sketched_values(device, valued, data):
     problem, values = valued
     budgets = budgets_of(problem, data)
-    query, keys, starts, lengths = problem.args()[:4]
-    arguments = on(device, (query, keys, values, starts, lengths, *budgets, problem.width, problem.num_sets))
-    found = triton_kernels().sketch_complete(*arguments)
+    query, keys, *rows = problem.args()[:4]
+    moved = on(device, (query, keys, values, *rows, *budgets, problem.width, problem.num_sets))
+    query, keys, values_there, *ranking = moved
+    found = triton_kernels().sketch_complete(query, keys, values_there, Ranking(*ranking))
     assert_completed([table.cpu() for table in found], problem, values, budgets)
 
 

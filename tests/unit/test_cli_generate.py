@@ -352,7 +352,7 @@ def test_tools_and_template_arguments_reach_the_template(tmp_path, capsys):
         (["--chat", "--chat-template-kwargs", "[1]"], "--chat-template-kwargs holds a JSON list, a JSON object is"),
         (["--chat", "--chat-template-kwargs", "{"], "--chat-template-kwargs is not readable JSON"),
         (["--chat", "--tools", "FILE"], "holds a JSON dict, a JSON list is needed"),
-        (["--chat", "--tools", "/nowhere/tools.json"], "--tools /nowhere/tools.json is not readable"),
+        (["--chat", "--tools", "/nowhere/tools.json"], "/nowhere/tools.json cannot be read: No such file"),
     ],
 )
 def test_template_arguments_that_cannot_be_used_are_refused(words, sentence, tmp_path):

@@ -71,7 +71,7 @@ def test_tensors_that_transformers_leaves_are_left_with_a_warning(plain, copy, c
         (lambda d: rename(d, lambda n: n.replace("q_proj.weight", "q_proj.qweight")), "quantised, and only float"),
         (lambda d: rename(d, str, **{"score.weight": torch.ones(2, 64)}), "of a classifier"),
         (lambda d: set_config(d, tie_word_embeddings=False), "set tie_word_embeddings to true"),
-        (lambda d: (d / "adapter_config.json").write_text("{}"), "an adapter .* merge the two once with peft"),
+        (lambda d: (d / "adapter_config.json").write_text("{}"), "an adapter.* merge the two once with peft"),
         (lambda d: (d / "quantize_config.json").write_text("{}"), "quantised by GPTQ"),
         (lambda d: (d / "quant_config.json").write_text("{}"), "quantised by AWQ"),
         (

@@ -176,7 +176,7 @@ def cut(path: Path, num_bytes: int) -> None:
         ),
         (
             lambda d: (d / "model.safetensors").rename(d / "adapter_model.safetensors"),
-            r"adapter_model\.safetensors \(an adapter, the changes to another model\), .* merge it",
+            r"adapter_model\.safetensors \(an adapter, the changes to another model\), .* merge the two",
         ),
         (lambda d: (d / "model.safetensors").rename(d / "model.onnx"), r"model\.onnx \(ONNX\)"),
         (lambda d: cut(d / "model.safetensors", 100_000), r"model.safetensors is cut short: 100000 of \d+ bytes"),

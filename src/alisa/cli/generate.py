@@ -21,6 +21,7 @@ from alisa.cli.screen import error_console, loading_bar, say
 from alisa.config import EngineConfig, SamplingParams
 from alisa.errors import AlisaError, InputError
 from alisa.planner.saved import load_profile
+from alisa.records.document import read_json
 
 if TYPE_CHECKING:
     from alisa.engine.report import RunReport
@@ -192,26 +193,27 @@ def chat_frame(args: Generate) -> ChatFrame | None:
             if value is not None:
                 raise InputError(f"{flag} is for a chat model's template; add --chat.")
         return None
-    tools = None if args.tools is None else _parsed(_text(args.tools), list, f"--tools {args.tools}", "list")
-    text = args.chat_template_kwargs
-    return ChatFrame(tools, None if text is None else _parsed(text, dict, "--chat-template-kwargs", "object"))
+    return ChatFrame(_tools(args.tools), _template_kwargs(args.chat_template_kwargs))
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--tools {path} is not readable ({error}).") from error
+def _tools(path: Path | None) -> list[dict[str, Any]] | None:
+    if path is None:
+        return None
+    tools = read_json(path)
+    if not isinstance(tools, list):
+        raise InputError(f"--tools {path} holds a JSON {type(tools).__name__}, a JSON list is needed.")
+    return tools
 
 
-def _parsed(text: str, kind: type, name: str, wanted: str) -> Any:  # noqa: ANN401 - JSON
-    """JSON of one kind."""
+def _template_kwargs(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{name} is not readable JSON ({error}).") from error
-    if not isinstance(value, kind):
-        raise InputError(f"{name} holds a JSON {type(value).__name__}, a JSON {wanted} is needed.")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--chat-template-kwargs is not readable JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise InputError(f"--chat-template-kwargs holds a JSON {type(value).__name__}, a JSON object is needed.")
     return value
 
 

@@ -6,8 +6,10 @@ from alisa.config import format_bytes
 from alisa.doctor.finding import Finding, Status
 from alisa.errors import ModelError
 from alisa.model.hub import resolve_model
+from alisa.model.names import weight_bytes
 from alisa.model.precision import resolve_device, resolve_dtype
 from alisa.model.stored import open_model
+from alisa.spec import DTYPE_BYTES
 
 _TOPIC = "given model"
 
@@ -22,7 +24,7 @@ def examine(name: str) -> Finding:
         return Finding(Status.PROBLEM, _TOPIC, str(error))
     spec = stored.spec
     dtype = str(resolve_dtype("auto", dtype_name, resolve_device("auto"))).removeprefix("torch.")
-    weights = format_bytes(spec.num_parameters * (4 if dtype == "float32" else 2))
+    weights = format_bytes(weight_bytes(spec, DTYPE_BYTES[dtype]))
     template = "a chat template" if tokenizer.has_chat_template else "no chat template"
     text = (
         f"{name}: {spec.family}, {spec.num_parameters / 1e6:.0f} million parameters, {weights} of weights in {dtype}, "

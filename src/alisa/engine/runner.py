@@ -38,6 +38,7 @@ class ModelRunner:
         self.decoder = decoder
         self.session = session
         self.timer = timer
+        self._rotates_by_length = decoder.spec.rotates_by_length
         self._run = timer.timed(StepSection.MODEL, self._step)
 
     def run(self, plan: StepPlan, tokens: Sequence[Sequence[int]], wanted: Sequence[bool]) -> StepResult:
@@ -72,7 +73,7 @@ class ModelRunner:
     def _forward(self, plan: StepPlan, ids: Tensor, positions: Tensor) -> Tensor:
         """Hidden states `[B, T, E]` of ids and positions Int64[B, T], the tokens of the plan in order."""
         lengths = None
-        if self.decoder.spec.rotates_by_length:
+        if self._rotates_by_length:
             most = self.session.max_lengths
             lengths = self._ids([most[c.req_idx] for c in plan.chunks for _ in range(c.count)]).view_as(ids)
         return self.decoder.forward(ids, positions, self.session.attend, lengths)

@@ -213,6 +213,27 @@ class Sketch(NamedTuple):
     """2, 4 or 8."""
 
 
+class Ranking(NamedTuple):
+    """What a step ranks and how much it chooses: the same for every layer. J index sets make J rows of a sequence."""
+
+    starts: Tensor
+    """Int64[B]: first row of each sequence in the sketch."""
+    lengths: Tensor
+    """Int32[B]: rows of each sequence, at least 1."""
+    older_ends: Tensor
+    """Int32[B * J]: this and the next four as in `SelectionKernels.select`."""
+    older_counts: Tensor
+    """Int32[B * J]"""
+    counts: Tensor
+    """Int32[B * J], the same for all sets of a sequence."""
+    num_slots: int
+    """K"""
+    width: int
+    """At least the largest length."""
+    num_sets: int
+    """J: 1 for all heads together, or G, one for the heads of each KV head."""
+
+
 class Completed(NamedTuple):
     """What a step reads, and what takes the place of what it does not."""
 
@@ -266,42 +287,15 @@ class SelectionKernels(Protocol):
         """The sketch holds these keys or values `[N, G, D]`, a float dtype, at rows `ids` Int64[N]."""
         ...
 
-    def sketch_select(
-        self,
-        query: Tensor,
-        keys: Sketch,
-        starts: Tensor,
-        lengths: Tensor,
-        older_ends: Tensor,
-        older_counts: Tensor,
-        counts: Tensor,
-        num_slots: int,
-        width: int,
-        num_sets: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Positions Int32[B * J, num_slots] to read for query `[B, H, D]`, and each head's share of weight `[B, H]`.
+    def sketch_select(self, query: Tensor, keys: Sketch, ranking: Ranking) -> tuple[Tensor, Tensor]:
+        """Positions Int32[B * J, K] to read for query `[B, H, D]`, and each head's share of weight Float32[B, H].
 
-        Sequence b has rows `starts[b]` (Int64[B]) to `starts[b] + lengths[b] - 1` (Int32[B], at most `width`) of the
-        sketch. Their approximate attention weights, summed over the heads of an index set (J = `num_sets`: one set for
-        all heads, or G, one for those of each KV head), rank them; the others are as in `select`, Int32[B * J]. A share
-        is the part of a head's approximate weight that lies on the tokens read.
+        The approximate attention weights of a sequence's rows, summed over the heads of an index set, rank them. A
+        share is the part of a head's weight that lies on the tokens read: exactly 1 where everything is.
         """
         ...
 
-    def sketch_complete(
-        self,
-        query: Tensor,
-        keys: Sketch,
-        values: Sketch,
-        starts: Tensor,
-        lengths: Tensor,
-        older_ends: Tensor,
-        older_counts: Tensor,
-        counts: Tensor,
-        num_slots: int,
-        width: int,
-        num_sets: int,
-    ) -> Completed:
+    def sketch_complete(self, query: Tensor, keys: Sketch, values: Sketch, ranking: Ranking) -> Completed:
         """As `sketch_select`, and what the tokens that are not read add, by a sketch of the values of the same rows.
 
         Where a sequence reads everything its rest is exactly 0.

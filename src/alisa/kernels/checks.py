@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Sketch
+from alisa.kernels.base import Ranking, Sketch
 from alisa.spec import LANES, QUAD, RowFormat
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -132,12 +132,14 @@ def check_sketch_scores(query: Tensor, keys: Sketch, starts: Tensor, lengths: Te
 def check_sketch_values(query: Tensor, keys: Sketch, values: Sketch) -> None:
     """The sketch of the values has the rows of that of the keys; raises otherwise."""
     _check_sketch(values, keys.codes.shape[1], query.shape[2])
-    if len(values.codes) != len(keys.codes):
+    if values.codes.shape[0] != keys.codes.shape[0]:
         raise ValueError(f"{len(values.codes)} sketched values are not those of {len(keys.codes)} sketched keys")
 
 
-def check_sketch_select(query: Tensor, num_sets: int, older_ends: Tensor, older_counts: Tensor, counts: Tensor) -> None:
-    """There is a budget for each index set of each sequence; raises otherwise."""
+def check_ranking(query: Tensor, keys: Sketch, ranking: Ranking) -> None:
+    """A query and what is ranked for it fit the sketch, with a budget for each index set; raises otherwise."""
+    starts, lengths, older_ends, older_counts, counts, _, _, num_sets = ranking
+    check_sketch_scores(query, keys, starts, lengths, num_sets)
     # Written out, as are others here: this runs in every layer of every step.
     shape = (query.shape[0] * num_sets,)
     if (

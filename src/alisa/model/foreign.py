@@ -8,9 +8,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-
-from alisa.errors import ModelError
 
 _LOG = logging.getLogger("alisa")
 
@@ -19,25 +16,6 @@ _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "language_model.")
 # A head of a reward model beside the output projection, and scales of an 8-bit cache; transformers leaves them, too.
 _UNUSED = re.compile(r"(^|\.)v_head\.|\.(k|v)_(scale|zero_point)$")
 _PACKED = re.compile(r"\.(qweight|qzeros|g_idx|scales|SCB|absmax|quant_map|weight_scale(_inv)?|weight_packed|biases)$")
-
-
-def refuse_foreign(directory: Path) -> None:
-    """Check that a model directory holds a model of its own, in float weights.
-
-    Raises:
-        ModelError: it is an adapter, or quantised by a tool that says so in a file beside.
-    """
-    if (directory / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{directory} holds an adapter (adapter_config.json) that belongs onto a base model; merge the two once "
-            "with peft (PeftModel.merge_and_unload, then save_pretrained) and give the merged directory."
-        )
-    for name, tool in (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ")):
-        if (directory / name).is_file():
-            raise ModelError(
-                f"The weights in {directory} are quantised by {tool} ({name}), only float weights can be read; give "
-                "the repository that they were made from, with --weight-dtype int8 if memory is short."
-            )
 
 
 def unwrapped(name: str) -> str:

@@ -25,8 +25,20 @@ _ONE_PIECE = (
 )
 _OTHER_REPOSITORY = "take tokenizer.json from a repository of this model that has it"
 
+_ADAPTER = (
+    "an adapter, the changes to another model",
+    "merge the two once with peft (PeftModel.merge_and_unload, then save_pretrained) and give the merged directory",
+)
+_UNQUANTISED = "give the repository that they were made from, with --weight-dtype int8 if memory is short"
+
+MARKS = (
+    OtherFormat("adapter_config.json", *_ADAPTER),
+    OtherFormat("quantize_config.json", "weights quantised by GPTQ", _UNQUANTISED),
+    OtherFormat("quant_config.json", "weights quantised by AWQ", _UNQUANTISED),
+)
+"""Files that say of the weights beside them that they are no plain model's."""
 WEIGHTS = (
-    OtherFormat("adapter_model.*", "an adapter, the changes to another model", "merge it into that model with peft"),
+    OtherFormat("adapter_model.*", *_ADAPTER),
     OtherFormat("consolidated*.safetensors", "the form of the model's maker", _MAKERS),
     OtherFormat("consolidated*.pth", "the form of the model's maker", _MAKERS),
     OtherFormat("openvino_model.bin", "OpenVINO's form", _HUB_FORM),

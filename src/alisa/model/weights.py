@@ -17,9 +17,9 @@ from torch import Tensor
 
 from alisa.errors import ModelError
 from alisa.model.families.family import Family, WeightPiece
-from alisa.model.foreign import refuse_foreign, unwrapped, what_it_is, without_unused
+from alisa.model.foreign import unwrapped, what_it_is, without_unused
 from alisa.model.names import Shape, layer_name, layer_shapes, model_shapes
-from alisa.model.other_formats import WEIGHTS, found_format, is_other
+from alisa.model.other_formats import MARKS, WEIGHTS, found_format, is_other
 from alisa.model.pages import page_tensor
 from alisa.model.safetensors_file import SafetensorsFile
 from alisa.model.torch_file import TorchFile
@@ -75,7 +75,9 @@ class Checkpoint:
         self.place = directory
         self.description = "config.json"
         self._files: dict[str, SafetensorsFile | TorchFile] = {}
-        refuse_foreign(directory)
+        mark = found_format(directory, MARKS)
+        if mark is not None:
+            raise ModelError(f"{directory} holds no plain model: {mark}.")
         for path in weight_files(directory):
             file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
             self._files |= dict.fromkeys(file.names, file)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alisa.budget import Budget
-from alisa.kernels.base import Selection, StepBatch
+from alisa.kernels.base import Ranking, Selection, StepBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,19 @@ class RankedStep:
             older_ends=column([length - 1 - recent for length, (recent, _) in zip(batch.lengths, splits, strict=True)]),
             older_counts=column([older for _, older in splits]),
             row_counts=column(list(counts)),
+        )
+
+    def ranking(self, starts: Tensor, lengths: Tensor) -> Ranking:
+        """What kernels rank by a sketch whose rows begin at `starts` Int64[B] and are `lengths` Int32[B]."""
+        return Ranking(
+            starts,
+            lengths,
+            self.older_ends,
+            self.older_counts,
+            self.row_counts,
+            self.num_slots,
+            self.width,
+            self.num_sets,
         )
 
     def selection(self, positions: Tensor) -> Selection:

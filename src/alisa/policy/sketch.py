@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Attended, Selection, SelectionKernels, Sketch, StepBatch
+from alisa.kernels.base import Attended, Ranking, Selection, SelectionKernels, Sketch, StepBatch
 from alisa.kernels.reference.sketch import attention_weights, token_ids, weight_read
 from alisa.policy.base import PolicyState, SelectionPolicy
 from alisa.policy.ranked import RankedStep
@@ -107,7 +107,8 @@ class KeyState(TokenState):
             self._value_sums = torch.zeros(sums, dtype=torch.float64, device=device)
             self._sequence_bytes = self._value_sums.nbytes // max_num_seqs
         self._step: RankedStep | None = None
-        self._req_index = self._starts = self._lengths = self._shares = torch.empty(0)
+        self._req_index = self._shares = none = torch.empty(0)
+        self._ranking = Ranking(none, none, none, none, none, 0, 0, 0)
 
     def open(self, req_idx: int) -> None:
         """Values are summed anew; a key is written before it is read."""
@@ -117,14 +118,14 @@ class KeyState(TokenState):
 
     def on_append(self, layer: int, req_index: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep the new keys, and add the values."""
-        self._keep(layer, self._token_ids(req_index, positions), keys)
+        self._keep(layer, self._token_ids(req_index, positions), keys, values)
         if self._value_sums is not None:
             self._kernels.mean_add(self._value_sums[layer], req_index, values)
 
     def begin(self, batch: StepBatch) -> None:
         """Lay out the step."""
         self._step = RankedStep.plan(batch, self._budget, self._num_sets)
-        self._req_index, self._lengths = batch.req_index, batch.length_counts
+        self._req_index = batch.req_index
         super().begin(batch)
 
     def select(self, layer: int, query: Tensor) -> Selection:
@@ -132,25 +133,27 @@ class KeyState(TokenState):
         step = self._step
         assert step is not None, "select comes after begin"
         # The new token's own weight counts in the softmax, though it is read in any case.
-        return step.selection(self._choose(layer, query, step))
+        return step.selection(self._choose(layer, query, self._ranking))
 
     def combine(self, layer: int, attended: Attended) -> Tensor:
         """The mean of all values takes the weight that the layer's last selection left out."""
         if self._value_sums is None:
             return attended.out
         sums = self._value_sums[layer]
-        return self._kernels.mean_blend(sums, self._req_index, self._lengths, attended.out, self._shares)
+        return self._kernels.mean_blend(sums, self._req_index, self._ranking.lengths, attended.out, self._shares)
 
-    def _keep(self, layer: int, ids: Tensor, keys: Tensor) -> None:
-        """Keys `[N, G, D]` are kept at entries `ids` Int64[N]."""
+    def _keep(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
+        """What is kept of keys and values `[N, G, D]` is at entries `ids` Int64[N]."""
         raise NotImplementedError
 
-    def _choose(self, layer: int, query: Tensor, step: RankedStep) -> Tensor:
+    def _choose(self, layer: int, query: Tensor, ranking: Ranking) -> Tensor:
         """Positions Int32[B * J, K] to read; their shares of each head's weight Float32[B, H] are kept."""
         raise NotImplementedError
 
     def _locate(self, batch: StepBatch, starts: Tensor) -> None:
-        self._starts = starts
+        step = self._step
+        assert step is not None, "entries are located when a step begins"
+        self._ranking = step.ranking(starts, batch.length_counts)
 
 
 class SketchedKeys(KeyState):
@@ -177,22 +180,11 @@ class SketchedKeys(KeyState):
         ranges = self._new_table((shape.num_layers,), (shape.num_kv_heads, 2), torch.float16)
         return [Sketch(*tables, bits) for tables in zip(codes.unbind(), ranges.unbind(), strict=True)]
 
-    def _keep(self, layer: int, ids: Tensor, keys: Tensor) -> None:
+    def _keep(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
         self._kernels.sketch_append(self._key_sketches[layer], ids, keys)
 
-    def _choose(self, layer: int, query: Tensor, step: RankedStep) -> Tensor:
-        positions, self._shares = self._kernels.sketch_select(
-            query,
-            self._key_sketches[layer],
-            self._starts,
-            self._lengths,
-            step.older_ends,
-            step.older_counts,
-            step.row_counts,
-            step.num_slots,
-            step.width,
-            step.num_sets,
-        )
+    def _choose(self, layer: int, query: Tensor, ranking: Ranking) -> Tensor:
+        positions, self._shares = self._kernels.sketch_select(query, self._key_sketches[layer], ranking)
         return positions
 
 
@@ -213,29 +205,17 @@ class SketchedRows(SketchedKeys):
         self._value_sketches = self._new_sketches(shape, VALUE_BITS)
         self._rest = torch.empty(0)
 
-    def on_append(self, layer: int, req_index: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Keep the new keys and the values."""
-        super().on_append(layer, req_index, positions, keys, values)
-        self._kernels.sketch_append(self._value_sketches[layer], self._token_ids(req_index, positions), values)
+    def _keep(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
+        self._kernels.sketch_append(self._key_sketches[layer], ids, keys)
+        self._kernels.sketch_append(self._value_sketches[layer], ids, values)
 
     def combine(self, layer: int, attended: Attended) -> Tensor:
         """The sketch says what the tokens that the layer's last selection left out would have added."""
         return self._kernels.rest_blend(attended.out, self._shares, self._rest)
 
-    def _choose(self, layer: int, query: Tensor, step: RankedStep) -> Tensor:
-        positions, self._shares, self._rest = self._kernels.sketch_complete(
-            query,
-            self._key_sketches[layer],
-            self._value_sketches[layer],
-            self._starts,
-            self._lengths,
-            step.older_ends,
-            step.older_counts,
-            step.row_counts,
-            step.num_slots,
-            step.width,
-            step.num_sets,
-        )
+    def _choose(self, layer: int, query: Tensor, ranking: Ranking) -> Tensor:
+        keys, values = self._key_sketches[layer], self._value_sketches[layer]
+        positions, self._shares, self._rest = self._kernels.sketch_complete(query, keys, values, ranking)
         return positions
 
 
@@ -256,17 +236,16 @@ class ExactKeys(KeyState):
         self._scale = shape.scale
         self._keys = self._new_table((shape.num_layers,), (shape.num_kv_heads, shape.head_dim), torch.float32)
 
-    def _keep(self, layer: int, ids: Tensor, keys: Tensor) -> None:
+    def _keep(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
         self._keys[layer].index_copy_(0, ids, keys.float())
 
-    def _choose(self, layer: int, query: Tensor, step: RankedStep) -> Tensor:
+    def _choose(self, layer: int, query: Tensor, ranking: Ranking) -> Tensor:
         """The best by true weight."""
-        keys = self._keys[layer].index_select(0, token_ids(self._starts, self._lengths, step.width))
-        weights = attention_weights(query, keys, self._lengths, self._scale)
-        scores = weights.unflatten(1, (step.num_sets, -1)).sum(dim=2)
-        rows = torch.arange(step.num_seqs * step.num_sets, device=query.device) * step.width
-        positions = self._kernels.select(
-            scores.view(-1), rows, step.older_ends, step.older_counts, step.row_counts, step.num_slots, step.width
-        )
-        self._shares = weight_read(weights, positions, step.row_counts, self._lengths)
+        starts, lengths, older_ends, older_counts, counts, num_slots, width, num_sets = ranking
+        keys = self._keys[layer].index_select(0, token_ids(starts, lengths, width))
+        weights = attention_weights(query, keys, lengths, self._scale)
+        scores = weights.unflatten(1, (num_sets, -1)).sum(dim=2)
+        rows = torch.arange(len(counts), device=query.device) * width
+        positions = self._kernels.select(scores.view(-1), rows, older_ends, older_counts, counts, num_slots, width)
+        self._shares = weight_read(weights, positions, counts, lengths)
         return positions

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Completed, Sketch
+from alisa.kernels.base import Completed, Ranking, Sketch
 from alisa.kernels.checks import (
     check_mean_add,
     check_mean_blend,
     check_observe,
+    check_ranking,
     check_rest_blend,
     check_select,
     check_sketch_append,
     check_sketch_scores,
-    check_sketch_select,
     check_sketch_values,
 )
 from alisa.kernels.native import library
@@ -54,20 +54,7 @@ class CpuSelection:
         num_slots: int,
         width: int,
     ) -> Tensor:
-        """Positions Int32[B, num_slots] that each sequence reads: ascending, 0 after `counts` Int32[B].
-
-        Of positions [0, older_ends[b]) those `older_counts[b]` with the largest scores (of equal ones, the older), then
-        the positions from `older_ends[b]` on.
-
-        Args:
-            scores: Float64 or Float32 `[T]`, contiguous; position p of sequence b has element `starts[b] + p`.
-            starts: Int64[B].
-            older_ends: Int32[B].
-            older_counts: Int32[B], each at most `older_ends`.
-            counts: Int32[B], each at least `older_counts` and at most `num_slots`.
-            num_slots: K.
-            width: of no influence here.
-        """
+        """See `SelectionKernels`; `width` is of no influence here."""
         check_select(scores, starts, older_ends, older_counts, counts)
         positions = torch.empty(len(starts), num_slots, dtype=torch.int32)
         library.native().select(
@@ -95,17 +82,7 @@ class CpuSelection:
         counts: Tensor,
         mass: Tensor,
     ) -> None:
-        """Sums and buckets have grown by the mass of the tokens attended.
-
-        Args:
-            sums: Float64, contiguous; token p of sequence b is its element `sum_starts[b] + p`.
-            buckets: Float32, contiguous, addressed by `bucket_starts` in the same way.
-            sum_starts: Int64[B].
-            bucket_starts: Int64[B].
-            positions: Int32[B, K].
-            counts: Int32[B], the real ones of each row.
-            mass: Float32[B, K].
-        """
+        """See `SelectionKernels`."""
         check_observe(sums, buckets, sum_starts, bucket_starts, positions, counts, mass)
         num_seqs, num_slots = positions.shape
         library.native().observe(
@@ -121,13 +98,7 @@ class CpuSelection:
         )
 
     def sketch_append(self, sketch: Sketch, ids: Tensor, vectors: Tensor) -> None:
-        """The sketch holds these keys or values at its rows `ids`, each head between its own minimum and maximum.
-
-        Args:
-            sketch: of T rows; byte i of a head of P bytes holds its codes i, i + P, i + 2P, ..., lowest bits first.
-            ids: Int64[N], each below T.
-            vectors: `[N, G, D]` in a float dtype.
-        """
+        """See `SelectionKernels`."""
         check_sketch_append(sketch, ids, vectors)
         num_tokens, num_heads, head_dim = vectors.shape
         vectors, ids = dense_tokens(vectors), ids.contiguous()
@@ -173,84 +144,20 @@ class CpuSelection:
         )
         return scores
 
-    def sketch_select(
-        self,
-        query: Tensor,
-        keys: Sketch,
-        starts: Tensor,
-        lengths: Tensor,
-        older_ends: Tensor,
-        older_counts: Tensor,
-        counts: Tensor,
-        num_slots: int,
-        width: int,
-        num_sets: int,
-    ) -> tuple[Tensor, Tensor]:
-        """What `select` chooses by these scores, and the share of each head's weight that lies on it.
+    def sketch_select(self, query: Tensor, keys: Sketch, ranking: Ranking) -> tuple[Tensor, Tensor]:
+        """See `SelectionKernels`."""
+        check_ranking(query, keys, ranking)
+        return self._select(query.contiguous(), keys, ranking)
 
-        Args:
-            query: `[B, H, D]` in a float dtype; it, the keys, starts and lengths are as in `sketch_scores`.
-            keys: sketched.
-            starts: Int64[B].
-            lengths: Int32[B].
-            older_ends: Int32[B * J], the sets of a sequence in order; it and the next two are as in `select`.
-            older_counts: Int32[B * J].
-            counts: Int32[B * J], the same for all sets of a sequence.
-            num_slots: K.
-            width: at least the largest length.
-            num_sets: J: 1 for all heads together, G for the heads of one KV head each.
-
-        Returns:
-            Positions Int32[B * J, K], and shares Float32[B, H]: exactly 1 where everything is read.
-        """
-        check_sketch_scores(query, keys, starts, lengths, num_sets)
-        check_sketch_select(query, num_sets, older_ends, older_counts, counts)
-        query, starts, lengths = query.contiguous(), starts.contiguous(), lengths.contiguous()
-        task = _sketch_task(query, keys, starts, lengths, width, num_sets)
-        return self._select(task, query, older_ends, older_counts, counts, num_slots)
-
-    def sketch_complete(
-        self,
-        query: Tensor,
-        keys: Sketch,
-        values: Sketch,
-        starts: Tensor,
-        lengths: Tensor,
-        older_ends: Tensor,
-        older_counts: Tensor,
-        counts: Tensor,
-        num_slots: int,
-        width: int,
-        num_sets: int,
-    ) -> Completed:
-        """The same, and what the other tokens add by the sketch of their values.
-
-        Args:
-            query: `[B, H, D]` in a float dtype; it and all but the values are as in `sketch_select`.
-            keys: sketched.
-            values: sketched, of the same rows.
-            starts: Int64[B].
-            lengths: Int32[B].
-            older_ends: Int32[B * J].
-            older_counts: Int32[B * J].
-            counts: Int32[B * J].
-            num_slots: K.
-            width: at least the largest length.
-            num_sets: J.
-
-        Returns:
-            Positions, shares, and a rest Float32[B, H, D] that is exactly 0 where everything is read.
-        """
-        check_sketch_scores(query, keys, starts, lengths, num_sets)
+    def sketch_complete(self, query: Tensor, keys: Sketch, values: Sketch, ranking: Ranking) -> Completed:
+        """See `SelectionKernels`."""
+        check_ranking(query, keys, ranking)
         check_sketch_values(query, keys, values)
-        check_sketch_select(query, num_sets, older_ends, older_counts, counts)
-        query, starts, lengths = query.contiguous(), starts.contiguous(), lengths.contiguous()
         rest = torch.empty(query.shape)
-        task = _sketch_task(query, keys, starts, lengths, width, num_sets, (values, rest))
-        return Completed(*self._select(task, query, older_ends, older_counts, counts, num_slots), rest)
+        return Completed(*self._select(query.contiguous(), keys, ranking, (values, rest)), rest)
 
     def rest_blend(self, out: Tensor, shares: Tensor, rest: Tensor) -> Tensor:
-        """`[B, H, D]`: out in a float dtype at its share of weight Float32[B, H], and the rest Float32[B, H, D]."""
+        """See `SelectionKernels`."""
         check_rest_blend(out, shares, rest)
         out, shares, rest = out.contiguous(), shares.contiguous(), rest.contiguous()
         num_seqs, num_heads, head_dim = out.shape
@@ -270,7 +177,7 @@ class CpuSelection:
         return blended
 
     def mean_add(self, sums: Tensor, req_index: Tensor, values: Tensor) -> None:
-        """Sums Float64[N, G, D], contiguous, have grown by values `[n, G, D]` of sequences Int64[n]."""
+        """See `SelectionKernels`."""
         check_mean_add(sums, req_index, values)
         values, req_index = dense_tokens(values), req_index.contiguous()
         num_tokens, num_kv_heads, head_dim = values.shape
@@ -287,11 +194,7 @@ class CpuSelection:
         )
 
     def mean_blend(self, sums: Tensor, req_index: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> Tensor:
-        """`[B, H, D]`: out, and the mean sums / lengths for what its share of weight Float32[B, H] lacks of 1.
-
-        Sums are Float64[req_indices, G, D], contiguous, req_indices Int64[B], lengths Int32[B], out `[B, H, D]` in a
-        float dtype.
-        """
+        """See `SelectionKernels`."""
         check_mean_blend(sums, req_index, lengths, out, shares)
         out, req_index = out.contiguous(), req_index.contiguous()
         lengths, shares = lengths.contiguous(), shares.contiguous()
@@ -315,21 +218,17 @@ class CpuSelection:
         return blended
 
     def _select(
-        self,
-        task: SketchTask,
-        query: Tensor,
-        older_ends: Tensor,
-        older_counts: Tensor,
-        counts: Tensor,
-        num_slots: int,
+        self, query: Tensor, keys: Sketch, ranking: Ranking, completion: tuple[Sketch, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Positions and shares of a task that has been checked."""
-        positions = torch.empty(len(counts), num_slots, dtype=torch.int32)
+        """Positions and shares of arguments that have been checked; `completion` as in `_sketch_task`."""
+        starts, lengths, older_ends, older_counts, counts, num_slots, width, num_sets = ranking
+        starts, lengths = starts.contiguous(), lengths.contiguous()
+        positions = torch.empty(counts.shape[0], num_slots, dtype=torch.int32)
         shares = torch.empty(query.shape[:2])
         self._workspace.sketch_select(
             isa=self.isa,
             threads=self._threads,
-            task=task,
+            task=_sketch_task(query, keys, starts, lengths, width, num_sets, completion),
             older_ends=older_ends.data_ptr(),
             older_counts=older_counts.data_ptr(),
             counts=counts.data_ptr(),

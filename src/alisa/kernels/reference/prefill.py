@@ -149,9 +149,11 @@ def attend_after_plain(
     merged = PartialAttention(q)
     for block in chain(past, (own,)):
         count = _num_seeing(block, own.start, len(q), window)
-        seen = _seen(block, own.start, count, len(block.k), window)
+        # Without a window the past is seen whole.
+        hides = block is own or window is not None
+        hidden = ~_seen(block, own.start, count, len(block.k), window) if hides else None
         for rows, scores in _scores(q[:count], block.k, softcap):
-            _add(merged, rows, scores.masked_fill_(~seen[rows], -torch.inf), block.v)
+            _add(merged, rows, scores if hidden is None else scores.masked_fill_(hidden[rows], -torch.inf), block.v)
     return merged.out.to(q.dtype), merged.log_sum_exp
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Completed, Sketch
+from alisa.kernels.base import Completed, Ranking, Sketch
 from alisa.kernels.reference.sketch import (
     make_sketch,
     sketch_rows,
@@ -74,44 +74,19 @@ class ReferenceSelection:
         sketch.codes.index_copy_(0, ids, new.codes)
         sketch.ranges.index_copy_(0, ids, new.ranges)
 
-    def sketch_select(
-        self,
-        query: Tensor,
-        keys: Sketch,
-        starts: Tensor,
-        lengths: Tensor,
-        older_ends: Tensor,
-        older_counts: Tensor,
-        counts: Tensor,
-        num_slots: int,
-        width: int,
-        num_sets: int,
-    ) -> tuple[Tensor, Tensor]:
+    def sketch_select(self, query: Tensor, keys: Sketch, ranking: Ranking) -> tuple[Tensor, Tensor]:
         """All keys unpacked, weighed by a full softmax, and sorted."""
-        weights = sketch_weights(query, keys, starts, lengths, width)
-        positions = self._ranked(weights, older_ends, older_counts, counts, num_slots, num_sets)
-        return positions, weight_read(weights, positions, counts, lengths)
+        weights = sketch_weights(query, keys, ranking.starts, ranking.lengths, ranking.width)
+        positions = self._ranked(weights, ranking)
+        return positions, weight_read(weights, positions, ranking.counts, ranking.lengths)
 
-    def sketch_complete(
-        self,
-        query: Tensor,
-        keys: Sketch,
-        values: Sketch,
-        starts: Tensor,
-        lengths: Tensor,
-        older_ends: Tensor,
-        older_counts: Tensor,
-        counts: Tensor,
-        num_slots: int,
-        width: int,
-        num_sets: int,
-    ) -> Completed:
+    def sketch_complete(self, query: Tensor, keys: Sketch, values: Sketch, ranking: Ranking) -> Completed:
         """The same, and all values unpacked."""
-        weights = sketch_weights(query, keys, starts, lengths, width)
-        positions = self._ranked(weights, older_ends, older_counts, counts, num_slots, num_sets)
-        rows = sketch_rows(values, token_ids(starts, lengths, width))
-        rest = value_not_read(weights, unsketch(rows, query.shape[-1]), positions, counts)
-        return Completed(positions, weight_read(weights, positions, counts, lengths), rest)
+        weights = sketch_weights(query, keys, ranking.starts, ranking.lengths, ranking.width)
+        positions = self._ranked(weights, ranking)
+        rows = sketch_rows(values, token_ids(ranking.starts, ranking.lengths, ranking.width))
+        rest = value_not_read(weights, unsketch(rows, query.shape[-1]), positions, ranking.counts)
+        return Completed(positions, weight_read(weights, positions, ranking.counts, ranking.lengths), rest)
 
     def rest_blend(self, out: Tensor, shares: Tensor, rest: Tensor) -> Tensor:
         """Blended in float32, rounded once."""
@@ -128,17 +103,9 @@ class ReferenceSelection:
         read, share = out.float().view(*of_groups, out.shape[-1]), shares.view(*of_groups, 1)
         return torch.lerp(means, read, share).view(out.shape).to(out.dtype)
 
-    def _ranked(
-        self,
-        weights: Tensor,
-        older_ends: Tensor,
-        older_counts: Tensor,
-        counts: Tensor,
-        num_slots: int,
-        num_sets: int,
-    ) -> Tensor:
+    def _ranked(self, weights: Tensor, ranking: Ranking) -> Tensor:
         """Positions chosen by weights Float32[B, H, S], summed over the heads of each set."""
-        num_seqs, _, width = weights.shape
+        _, _, older_ends, older_counts, counts, num_slots, width, num_sets = ranking
         scores = weights.unflatten(1, (num_sets, -1)).sum(dim=2)
-        rows = torch.arange(num_seqs * num_sets, device=weights.device) * width
+        rows = torch.arange(len(counts), device=weights.device) * width
         return self.select(scores.view(-1), rows, older_ends, older_counts, counts, num_slots, width)

@@ -8,18 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Attended, Codec, Completed, Sketch
+from alisa.kernels.base import Attended, Codec, Completed, Ranking, Sketch
 from alisa.kernels.checks import (
     check_append,
     check_decode,
     check_mean_add,
     check_mean_blend,
     check_observe,
+    check_ranking,
     check_rest_blend,
     check_select,
     check_sketch_append,
     check_sketch_scores,
-    check_sketch_select,
     check_sketch_values,
 )
 from alisa.kernels.triton.append import launch_append
@@ -79,13 +79,7 @@ class TritonKernels:
         num_slots: int,
         width: int,
     ) -> Tensor:
-        """Positions Int32[N, num_slots] that each row reads: ascending, 0 after `counts` Int32[N].
-
-        Of positions [0, older_ends[i]) those `older_counts[i]` with the largest scores (of equal ones, the older), then
-        the positions from `older_ends[i]` on. Scores are Float64 or Float32 `[T]`, contiguous, and row i begins at
-        element `starts[i]` (Int64[N]); the others are Int32[N]. `older_counts` is at most `older_ends`, which is at
-        most `width`, and `counts` lies between it and `num_slots`.
-        """
+        """See `SelectionKernels`."""
         check_select(scores, starts, older_ends, older_counts, counts)
         return launch_select(scores, starts, older_ends, older_counts, counts, num_slots, width)
 
@@ -99,25 +93,12 @@ class TritonKernels:
         counts: Tensor,
         mass: Tensor,
     ) -> None:
-        """Sums and buckets have grown by the mass of the tokens attended.
-
-        Args:
-            sums: Float64, contiguous; token p of row i is its element `sum_starts[i] + p`.
-            buckets: Float32, contiguous, addressed by `bucket_starts` in the same way.
-            sum_starts: Int64[N].
-            bucket_starts: Int64[N].
-            positions: Int32[N, K], none of them twice among the real ones of a row.
-            counts: Int32[N], the real ones of each row.
-            mass: Float32[N, K].
-        """
+        """See `SelectionKernels`."""
         check_observe(sums, buckets, sum_starts, bucket_starts, positions, counts, mass)
         launch_observe(sums, buckets, sum_starts, bucket_starts, positions, counts, mass)
 
     def sketch_append(self, sketch: Sketch, ids: Tensor, vectors: Tensor) -> None:
-        """Rows `ids` Int64[N] of the sketch stand for the keys or values `[N, G, D]`.
-
-        Each head lies between its own minimum and maximum.
-        """
+        """See `SelectionKernels`."""
         check_sketch_append(sketch, ids, vectors)
         launch_sketch_append(sketch, ids.contiguous(), _whole_heads(vectors))
 
@@ -134,81 +115,49 @@ class TritonKernels:
         starts, lengths = starts.contiguous(), lengths.contiguous()
         return launch_sketch_scores(query.contiguous(), keys, starts, lengths, width, num_sets).mass
 
-    def sketch_select(
-        self,
-        query: Tensor,
-        keys: Sketch,
-        starts: Tensor,
-        lengths: Tensor,
-        older_ends: Tensor,
-        older_counts: Tensor,
-        counts: Tensor,
-        num_slots: int,
-        width: int,
-        num_sets: int,
-    ) -> tuple[Tensor, Tensor]:
-        """What `select` chooses by these scores, Int32[B * J, num_slots], and the share of each head's weight on it.
+    def sketch_select(self, query: Tensor, keys: Sketch, ranking: Ranking) -> tuple[Tensor, Tensor]:
+        """See `SelectionKernels`."""
+        check_ranking(query, keys, ranking)
+        weighed = _weighed(query, keys, ranking)
+        positions = _best(weighed, ranking)
+        return positions, launch_shares(weighed, positions, ranking.counts, ranking.lengths.contiguous())
 
-        The query, the keys, `width` and `num_sets` (J) are as in `sketch_scores`, the budgets Int32[B * J] as in
-        `select`; shares are Float32[B, H], exactly 1 where everything is read.
-        """
-        check_sketch_scores(query, keys, starts, lengths, num_sets)
-        check_sketch_select(query, num_sets, older_ends, older_counts, counts)
-        starts, lengths = starts.contiguous(), lengths.contiguous()
-        weighed = launch_sketch_scores(query.contiguous(), keys, starts, lengths, width, num_sets)
-        positions = _best(weighed, older_ends, older_counts, counts, num_slots)
-        return positions, launch_shares(weighed, positions, counts, lengths)
-
-    def sketch_complete(
-        self,
-        query: Tensor,
-        keys: Sketch,
-        values: Sketch,
-        starts: Tensor,
-        lengths: Tensor,
-        older_ends: Tensor,
-        older_counts: Tensor,
-        counts: Tensor,
-        num_slots: int,
-        width: int,
-        num_sets: int,
-    ) -> Completed:
-        """The same, and what the other tokens add by the sketch of their values: a rest Float32[B, H, D].
-
-        It is exactly 0 where everything is read.
-        """
-        check_sketch_scores(query, keys, starts, lengths, num_sets)
+    def sketch_complete(self, query: Tensor, keys: Sketch, values: Sketch, ranking: Ranking) -> Completed:
+        """See `SelectionKernels`."""
+        check_ranking(query, keys, ranking)
         check_sketch_values(query, keys, values)
-        check_sketch_select(query, num_sets, older_ends, older_counts, counts)
-        starts, lengths = starts.contiguous(), lengths.contiguous()
-        weighed = launch_sketch_scores(query.contiguous(), keys, starts, lengths, width, num_sets)
-        positions = _best(weighed, older_ends, older_counts, counts, num_slots)
-        shares = launch_shares(weighed, positions, counts, lengths, erase=True)
+        starts, lengths = ranking.starts.contiguous(), ranking.lengths.contiguous()
+        weighed = _weighed(query, keys, ranking)
+        positions = _best(weighed, ranking)
+        shares = launch_shares(weighed, positions, ranking.counts, lengths, erase=True)
         return Completed(positions, shares, launch_rest(weighed, values, starts, lengths, query.shape[2]))
 
     def rest_blend(self, out: Tensor, shares: Tensor, rest: Tensor) -> Tensor:
-        """`[B, H, D]`: out in a float dtype at its share of weight Float32[B, H], and the rest Float32[B, H, D]."""
+        """See `SelectionKernels`."""
         check_rest_blend(out, shares, rest)
         return launch_rest_blend(out.contiguous(), shares.contiguous(), rest.contiguous())
 
     def mean_add(self, sums: Tensor, req_index: Tensor, values: Tensor) -> None:
-        """Sums Float64[N, G, D], contiguous, have grown by values `[n, G, D]` of sequences Int64[n]."""
+        """See `SelectionKernels`."""
         check_mean_add(sums, req_index, values)
         # In any order: in double precision no order shows in a mean of float32.
         sums.index_add_(0, req_index, values.to(torch.float64))
 
     def mean_blend(self, sums: Tensor, req_index: Tensor, lengths: Tensor, out: Tensor, shares: Tensor) -> Tensor:
-        """`[B, H, D]`: out, and the mean sums / lengths for what its share of weight Float32[B, H] lacks of 1.
-
-        Sums are Float64[req_indices, G, D], contiguous, req_indices Int64[B], lengths Int32[B], out `[B, H, D]` in a
-        float dtype.
-        """
+        """See `SelectionKernels`."""
         check_mean_blend(sums, req_index, lengths, out, shares)
         return launch_blend(sums, req_index.contiguous(), lengths.contiguous(), out.contiguous(), shares.contiguous())
 
 
-def _best(weighed: WeighedTokens, older_ends: Tensor, older_counts: Tensor, counts: Tensor, num_slots: int) -> Tensor:
-    """Positions Int32[B * J, num_slots] that `select` chooses by these weights."""
+def _weighed(query: Tensor, keys: Sketch, ranking: Ranking) -> WeighedTokens:
+    """Weights of all that is ranked."""
+    starts, lengths = ranking.starts.contiguous(), ranking.lengths.contiguous()
+    return launch_sketch_scores(query.contiguous(), keys, starts, lengths, ranking.width, ranking.num_sets)
+
+
+def _best(weighed: WeighedTokens, ranking: Ranking) -> Tensor:
+    """Positions Int32[B * J, K] that `select` chooses by these weights."""
+    _, _, older_ends, older_counts, counts, num_slots, _, _ = ranking
     width = weighed.mass.shape[2]
     rows = torch.arange(len(counts), device=counts.device) * width
     return launch_select(weighed.mass.view(-1), rows, older_ends, older_counts, counts, num_slots, width)

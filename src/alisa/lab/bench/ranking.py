@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Sketch
+from alisa.kernels.base import Ranking, Sketch
 from alisa.kernels.native.kernels import CpuKernels
 from alisa.kernels.reference.selection import ReferenceSelection
 from alisa.kernels.reference.sketch import sketch_scores
@@ -34,7 +34,8 @@ def sketch_case(case: SketchCase, kernels: CpuKernels) -> Case:
     rows = torch.ones(case.num_seqs * case.num_sets, dtype=torch.int32)
     budgets = (rows * (case.num_tokens - recent), rows * older, rows * (older + recent))
     values = _sketched(keys, ids, 2, kernels)
-    step = (query, sketch, values, starts, lengths, *budgets, older + recent, case.num_tokens, case.num_sets)
+    ranking = Ranking(starts, lengths, *budgets, older + recent, case.num_tokens, case.num_sets)
+    step = (query, sketch, values, ranking)
     reference = Candidate(Role.REFERENCE, "torch reference", lambda _: plain.sketch_complete(*step))
     return Case(lambda _: kernels.sketch_complete(*step), lambda: [reference], case.num_bytes)
 

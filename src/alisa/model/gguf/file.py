@@ -4,8 +4,8 @@ The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) is a head
 tensors, and their blocks at aligned places. The file is mapped; a tensor is decoded a few blocks at a time, straight
 into the dtype that is asked for, and its pages are given back at once: file and model are never in memory together.
 
-The header is read here rather than by the `gguf` package, which takes 1.6 s for a vocabulary of 49 thousand tokens and
-7.5 s for one of 262 thousand; this takes a tenth of a second.
+The header is read here rather than by the `gguf` package, which takes seconds for a large vocabulary
+(`benchmarks/loading.py`, docs/models.md).
 """
 
 from __future__ import annotations
