@@ -116,7 +116,9 @@ def main() -> None:
         found = [record for record in records if record["kind"] == kind]
         groups: dict[tuple[str, str], list[Record]] = {}
         for record in found:
-            groups.setdefault((record["model"], text_of(record) if kind in ("ppl", "sparsity") else ""), []).append(record)
+            groups.setdefault((record["model"], text_of(record) if kind in ("ppl", "sparsity") else ""), []).append(
+                record
+            )
         for (model, task), group in groups.items() if args.kind in (None, kind) else ():
             print(f"\n{kind} {task} {model}, dense {level(group[0])}\n\n" + "\n".join(draw(group)))
         if kind == "recall" and args.kind in (None, "distance") and found:

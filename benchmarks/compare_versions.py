@@ -197,7 +197,10 @@ def main() -> None:
     parser.add_argument("b", type=Path, help="the checkout that is asked about")
     parser.add_argument("--python", nargs=2, type=Path, metavar=("A", "B"), help="their interpreters")
     parser.add_argument(
-        "--workload", nargs="+", choices=WORKLOADS, default=[name for name in WORKLOADS if name not in ("tiny", "long-b1")]
+        "--workload",
+        nargs="+",
+        choices=WORKLOADS,
+        default=[name for name in WORKLOADS if name not in ("tiny", "long-b1")],
     )
     parser.add_argument("--policy", nargs="+", default=["dense", "sketch"])
     parser.add_argument("--sparsity", type=float, default=0.8)

@@ -63,7 +63,7 @@ def main() -> None:
     weight_bytes = spec.step_weights if args.weight_dtype == "int8" else spec.step_weight_bytes(args.dtype)
     read_s = weight_bytes / bandwidth
     device = torch.device("cpu")
-    decoder = random_decoder(spec, dtype, device, args.seed, choose_linear(args.weight_dtype, device))
+    decoder = random_decoder(spec, dtype, device, args.seed, choose_linear(args.weight_dtype, dtype, device))
     print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s; weights {weight_bytes / 1e9:.2f} GB")
     print(f"floor of one step: GEMMs alone {floor_s * 1e3:.0f} ms, reading the weights {read_s * 1e3:.0f} ms")
     columns = ("step", "linear", "/floor", "attend", "select", "sample", "other")

@@ -17,8 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from alisa.lab.bench.stamp import current_stamp
 from real_models import REAL_MODELS
+
+from alisa.lab.bench.stamp import current_stamp
 
 WORKER = """
 import json, sys
@@ -33,9 +34,9 @@ def status(key):
 
 path, weights = Path(sys.argv[1]), sys.argv[2]
 cpu = torch.device("cpu")
-make = choose_linear("int8" if weights == "int8" else "auto", cpu)
+linears = choose_linear("int8" if weights == "int8" else "auto", torch.bfloat16, cpu)
 # What torch brings with its first product belongs to the baseline, not to the weights.
-make(torch.ones(64, 64, dtype=torch.bfloat16), None, cpu)(torch.ones(2, 64, dtype=torch.bfloat16))
+linears.layer(torch.ones(64, 64, dtype=torch.bfloat16), None)(torch.ones(2, 64, dtype=torch.bfloat16))
 path.read_bytes()
 open("/proc/self/clear_refs", "w").write("5")
 before, began = status("VmRSS"), perf_counter()
@@ -43,7 +44,7 @@ stored = open_model(path)
 opened = perf_counter()
 tokenizer = stored.tokenizer()
 told = perf_counter()
-decoder = stored.decoder(torch.bfloat16, cpu, make_linear=make)
+decoder = stored.decoder(torch.bfloat16, cpu, linears=linears)
 loaded = perf_counter()
 print(json.dumps({
     "header_s": opened - began, "tokenizer_s": told - opened, "weights_s": loaded - told, "all_s": loaded - began,

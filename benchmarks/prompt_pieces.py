@@ -28,7 +28,7 @@ from alisa.kernels.reference.prefill import (
 )
 from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.stamp import current_stamp
-from alisa.model.linear import make_linear
+from alisa.model.choose_linear import choose_linear
 
 ROUNDS = 15
 PRODUCT = (1024, 4096, 4096)
@@ -72,7 +72,9 @@ def candidates(case: Case) -> dict[str, Callable[[], object]]:
     past = [KeyBlock(0, k[: case.past], v[: case.past])] if case.past else []
     rows, num_in, num_out = PRODUCT
     x = torch.randn(rows, num_in).bfloat16()
-    linear = make_linear(torch.randn(num_out, num_in).bfloat16(), None, torch.device("cpu"))
+    linear = choose_linear("auto", torch.bfloat16, torch.device("cpu")).layer(
+        torch.randn(num_out, num_in).bfloat16(), None
+    )
     kernel = cpu_prefill.CpuPrefill()
     found: dict[str, Callable[[], object]] = {
         "native": lambda: kernel.attend(q, own, past),

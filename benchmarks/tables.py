@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from table_blocks import (
+    Results,
     accuracy,
     decode_step,
     engines,
@@ -35,7 +36,6 @@ from table_blocks import (
     real_accuracy,
     recall,
     restore,
-    Results,
     schedules,
     tiers,
 )

@@ -26,7 +26,7 @@ from alisa.errors import InputError
 from alisa.policy.registry import POLICIES, policies_help
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-WeightDtypeName = Literal["auto", "int8"]
+WeightDtypeName = Literal["auto", "int8", "int4"]
 KvDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 if TYPE_CHECKING:

@@ -16,9 +16,11 @@ ActivationName = Literal["relu", "silu", "gelu", "gelu_tanh"]
 """Functions between the two products of an MLP; gelu is exact, gelu_tanh its approximation by tanh."""
 
 LANES = 64
-"""Output channels that lie together in a weight of 8 bits; as `kLanes` in kernels/native/product.h."""
+"""Output channels that lie together in a weight; as `kLanes` in kernels/native/csrc/model/matrix.h."""
 QUAD = 4
-"""Inputs that lie together in it; as `kQuad`."""
+"""Inputs that lie together in a weight of 8 bits."""
+SPAN = 32
+"""Inputs that share a scale and a minimum in a weight of 4 bits; as `kSpan`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from alisa import LLM, SamplingParams
 from alisa.errors import CapacityError
 from alisa.kernels.choose import choose_backend
 from alisa.lab.scoring import ScoredItem, Scorer
-from alisa.model.linear import make_linear
+from alisa.model.choose_linear import choose_linear
 from tests.caps import device_cap
 
 PROMPT_LENGTHS = (3, 290, 41, 130, 17)
@@ -222,14 +222,23 @@ def test_plain_torch_keeps_the_promise(tiny_model, monkeypatch):
     assert asked
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [
+        (torch.float32, "auto"),
+        (torch.bfloat16, "auto"),
+        (torch.float16, "auto"),
+        (torch.bfloat16, "int8"),
+        (torch.bfloat16, "int4"),
+    ],
+)
 @pytest.mark.parametrize("num_in", [256, 1024, 1536, 2112])
-def test_a_row_of_a_product_does_not_depend_on_the_others(dtype, num_in):
+def test_a_row_of_a_product_does_not_depend_on_the_others(dtype, weight_dtype, num_in):
     """Shapes as in real models: the tiny ones have too few inputs for a product to be cut."""
     generator = torch.Generator().manual_seed(num_in)
     weight = torch.randn(320, num_in, generator=generator).to(dtype) / num_in**0.5
     x = torch.randn(70, num_in, generator=generator).to(dtype)
-    linear = make_linear(weight, None, torch.device("cpu"))
+    linear = choose_linear(weight_dtype, dtype, weight.device).layer(weight, None)
     expected = linear(x)
     for num_threads in (1, 2):
         with threads(num_threads):

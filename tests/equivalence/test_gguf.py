@@ -12,8 +12,9 @@ pytest.importorskip("gguf", reason="the gguf package writes the files")
 from alisa import LLM, SamplingParams
 from alisa.errors import ModelError
 from alisa.model.gguf.model import GgufModel
-from alisa.model.linear import make_linear
-from alisa.model.linear_int8 import QuantisedLinear, multiply_int8
+from alisa.model.linear import FrameworkLinears
+from alisa.model.linear_int8 import int8_panels
+from alisa.model.linear_panels import PanelLinear
 from alisa.spec import ModelSpec
 from tests.equivalence.test_hf_logits import TOLERANCE, run, some_tokens
 from tests.gguf_files import metadata_of, tensors_of, write, write_model
@@ -63,15 +64,16 @@ def test_weights_go_through_the_maker_of_layers(tmp_path: Path) -> None:
     seen: list[tuple[int, ...]] = []
     maximum = 0.0
 
-    def make(weight, bias, device):
-        nonlocal maximum
-        seen.append(tuple(weight.shape))
-        ours = QuantisedLinear(weight, bias, multiply_int8)
-        x = torch.eye(weight.shape[1])
-        maximum = max(maximum, float((ours(x) - make_linear(weight, bias, device)(x)).abs().max()))
-        return ours
+    class Watched(FrameworkLinears):
+        def layer(self, weight, bias, parts=1):
+            nonlocal maximum
+            seen.append(tuple(weight.shape))
+            ours = PanelLinear(int8_panels(weight, parts), bias, None)
+            x = torch.eye(weight.shape[1])
+            maximum = max(maximum, float((ours(x) - super().layer(weight, bias)(x)).abs().max()))
+            return ours
 
-    decoder = stored.decoder(torch.float32, CPU, make_linear=make)
+    decoder = stored.decoder(torch.float32, CPU, linears=Watched(CPU))
     assert len(seen) == 3 * 5 + 1
     assert 0 < maximum < 0.02
     tokens = some_tokens()

@@ -43,8 +43,8 @@ def test_native_code_is_clean(tmp_path):
     printed = build_and_run(tmp_path, ["-DALISA_SANITIZE=ON"])
     for isa in (*library.isa_names(), "portable"):
         assert f"{isa}: checked" in printed
-    for isa in cpu_product.product_isa_names():
-        assert f"{isa}: products checked" in printed
+    for isa in cpu_product.model_isa_names():
+        assert f"{isa}: layers checked" in printed
     assert "prefill: checked" in printed or not cpu_prefill.available()
 
 

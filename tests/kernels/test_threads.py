@@ -18,11 +18,11 @@ pytestmark = pytest.mark.skipif(not library.available(), reason=library.unavaila
 def test_torch_brings_the_runtime_we_use():
     if "OpenMP" not in torch.__config__.parallel_info() or sys.platform != "linux":
         pytest.skip("torch was built without OpenMP")
-    assert library.openmp_entry() != 0
+    assert library.openmp().parallel != 0
 
 
 def test_a_call_starts_no_threads_beside_torchs():
-    if not library.openmp_entry():
+    if not library.openmp().parallel:
         pytest.skip("no OpenMP runtime to share")
     script = """
         import os, torch

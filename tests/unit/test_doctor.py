@@ -63,7 +63,7 @@ def test_a_healthy_machine_needs_nothing():
     text = "\n".join(finding.text for finding in findings)
     assert "torch 2.13.0 (without CUDA)" in text
     assert "Some CPU: AVX2, AVX-512" in text
-    assert "avx512_vnni runs (also there: avx512, avx2, portable); int8 weights: avx512_vnni" in text
+    assert "avx512_vnni runs (also there: avx512, avx2, portable); layers: avx512_vnni" in text
     assert "KV rows get up to 10.0 GiB of it" in text
     assert "rows that fit no memory may take 40.0 GiB" in text
 

@@ -1,11 +1,16 @@
-"""The packed linear layer against the plain one, and both against float64."""
+"""Linear layers of torch and in panels, all against float64; which one is chosen."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from alisa.model.linear import PackedLinear, PlainLinear, make_linear
+from alisa.kernels.native import library
+from alisa.kernels.native import product as cpu_product
+from alisa.model.choose_linear import choose_linear, has_fast_panels
+from alisa.model.linear import FrameworkLinears, PackedLinear, PlainLinear
+from alisa.model.linear_panels import PanelLinear, float_panels
+from alisa.model.names import panel_bytes
 
 CPU = torch.device("cpu")
 EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
@@ -29,20 +34,40 @@ def test_packed_and_plain_agree_with_float64(dtype, shape, num_in, num_out, bias
     sizes = x.double().abs() @ weight.double().abs().T + 1
     bound = num_in * EPSILON[torch.float32] * sizes + 1.1 * EPSILON[dtype] * (exact.abs() + product.abs())
     packed, plain = PackedLinear(weight, offset), PlainLinear(weight, offset)
-    for layer in (packed, plain):
+    panels = [
+        PanelLinear(float_panels(weight), offset, cpu_product.CpuProducts(isa)) for isa in cpu_product.model_isa_names()
+    ]
+    for layer in (packed, plain, *panels):
         y = layer(x)
         assert y.shape == (*shape, num_out)
         assert y.dtype == dtype
         assert ((y.double() - exact).abs() <= bound).all()
     assert (bound < 0.2 * exact.abs().mean()).all(), "a bound this wide would admit zeros"
     assert packed.nbytes == plain.nbytes == (num_out * num_in + bias * num_out) * dtype.itemsize
+    for layer in panels:
+        assert layer.nbytes == panel_bytes(str(dtype).removeprefix("torch."), num_out, num_in) + 4 * bias * num_out
+
+
+@pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
+@pytest.mark.parametrize("rows", [5, 64, 100])
+@pytest.mark.parametrize("name", ["auto", "int8", "int4"])
+def test_parts_are_apart_and_give_what_the_whole_gives(name, rows):
+    """Each part begins a panel of its own, so that gate and up lie side by side; products do not show it."""
+    generator = torch.Generator().manual_seed(rows)
+    weight, bias = torch.randn(2 * rows, 70, generator=generator), torch.randn(2 * rows, generator=generator)
+    x = torch.randn(3, 70, generator=generator)
+    linears = choose_linear(name, torch.float32, CPU)
+    assert torch.equal(linears.layer(weight, bias, 2)(x), linears.layer(weight, bias)(x))
 
 
 def test_the_device_and_dtype_choose_the_layer():
     weight = torch.ones(8, 16)
-    assert type(make_linear(weight, None, CPU)) is PackedLinear
-    assert type(make_linear(weight.to(torch.bfloat16), None, CPU)) is PackedLinear
-    half = make_linear(weight.to(torch.float16), None, CPU)
+    for dtype in (torch.float32, torch.bfloat16):
+        fast = has_fast_panels(dtype, CPU)
+        layer = choose_linear("auto", dtype, CPU).layer(weight.to(dtype), None)
+        assert type(layer) is (PanelLinear if fast else PackedLinear)
+        assert type(FrameworkLinears(CPU).layer(weight.to(dtype), None)) is PackedLinear
+    half = choose_linear("auto", torch.float16, CPU).layer(weight.to(torch.float16), None)
     assert type(half) is PlainLinear
     assert half(torch.ones(1, 16, dtype=torch.float16)).tolist() == [[16.0] * 8]
 
@@ -50,7 +75,7 @@ def test_the_device_and_dtype_choose_the_layer():
 def test_without_onednn_the_plain_layer_works(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     weight = torch.ones(8, 16)
-    layer = make_linear(weight, None, CPU)
+    layer = FrameworkLinears(CPU).layer(weight, None)
     assert type(layer) is PlainLinear
     assert layer.weight.data_ptr() == weight.data_ptr(), "a plain layer shares the weight"
 
@@ -60,11 +85,14 @@ def test_a_packing_that_fails_falls_back(monkeypatch):
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(PackedLinear, "__init__", refuse)
-    assert type(make_linear(torch.ones(8, 16), torch.ones(8), CPU)) is PlainLinear
+    assert type(FrameworkLinears(CPU).layer(torch.ones(8, 16), torch.ones(8))) is PlainLinear
 
 
 def test_a_packed_layer_does_not_hold_the_weight_it_was_made_from():
     weight, bias = torch.ones(8, 16), torch.ones(8)
-    layer = make_linear(weight, bias, CPU)
+    layers = [
+        linears.layer(weight, bias) for linears in (FrameworkLinears(CPU), choose_linear("auto", torch.float32, CPU))
+    ]
     weight.zero_()
-    assert layer(torch.ones(1, 16)).tolist() == [[17.0] * 8]
+    for layer in layers:
+        assert layer(torch.ones(1, 16)).tolist() == [[17.0] * 8]

@@ -286,11 +286,11 @@ def status(key):
 directory, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
 # What torch brings with its first packed product belongs to the baseline, not to the weights.
 from alisa.model.choose_linear import choose_linear
-make_linear = choose_linear(sys.argv[3], torch.device("cpu"))
-make_linear(torch.ones(64, 64, dtype=dtype), None, torch.device("cpu"))(torch.ones(2, 64, dtype=dtype))
+linears = choose_linear(sys.argv[3], dtype, torch.device("cpu"))
+linears.layer(torch.ones(64, 64, dtype=dtype), None)(torch.ones(2, 64, dtype=dtype))
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
-decoder = open_model(directory).decoder(dtype, torch.device("cpu"), make_linear=make_linear)
+decoder = open_model(directory).decoder(dtype, torch.device("cpu"), linears=linears)
 print(before, status("VmHWM"), status("VmRSS"), decoder.weight_bytes)
 """
 

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -50,8 +51,14 @@ class Profile:
         kernels = choose_backend(cpu)
         stamp = machine_stamp()
         date = datetime.now(UTC).date().isoformat()
-        make_int8 = choose_linear("int8", cpu)
-        tools = Tools(kernels.prefill, kernels.attend, kernels.append, kernels.selection, kernels.move_rows, make_int8)
+        tools = Tools(
+            kernels.prefill,
+            kernels.attend,
+            kernels.append,
+            kernels.selection,
+            kernels.move_rows,
+            partial(choose_linear, device=cpu),
+        )
         directory = self.kv_disk_path or Path(tempfile.gettempdir())
         where = f"measured on {stamp['cpu']}, {stamp['cores']} cores, torch {stamp['torch']}, {date}"
         with error_console().status("measuring") as status, torch.inference_mode():

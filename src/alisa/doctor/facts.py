@@ -23,7 +23,8 @@ from alisa.kernels.native import kernels as cpu
 from alisa.kernels.native import library
 from alisa.kernels.native import product as cpu_product
 from alisa.machine import Cpu, Place, free_memory, huge_pages, huge_pages_asked, memory_limit, num_cpus, spinning
-from alisa.model.linear import PackedLinear, make_linear
+from alisa.model.choose_linear import choose_linear
+from alisa.model.linear import PlainLinear
 from alisa.model.precision import has_native_bfloat16, resolve_device, resolve_dtype
 
 EXTRAS = ("matplotlib", "lm_eval", "transformers", "triton")
@@ -148,20 +149,22 @@ def gather(temporary: Path, disk_tier: Path) -> Facts:
 def _native() -> Native:
     return Native(
         isas=library.isa_names(),
-        products=cpu_product.product_isa_names(),
+        products=cpu_product.model_isa_names(),
         reason=library.unavailable_reason(),
         built=find_spec("alisa.kernels._native") is not None,
-        shares_threads=library.openmp_entry() != 0,
+        shares_threads=library.openmp().parallel != 0,
         compiler=next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None),
         self_test=run_self_test(cpu.CpuKernels()) if library.available() else None,
     )
 
 
 def _packed(dtypes: Sequence[torch.dtype]) -> tuple[str, ...]:
-    device = torch.device("cpu")
-    layers = {dtype: make_linear(torch.ones(32, 32, dtype=dtype), None, device) for dtype in dtypes}
+    weights = {dtype: torch.ones(32, 32, dtype=dtype) for dtype in dtypes}
+    layers = {
+        dtype: choose_linear("auto", dtype, weight.device).layer(weight, None) for dtype, weight in weights.items()
+    }
     return tuple(
-        str(dtype).removeprefix("torch.") for dtype, layer in layers.items() if isinstance(layer, PackedLinear)
+        str(dtype).removeprefix("torch.") for dtype, layer in layers.items() if not isinstance(layer, PlainLinear)
     )
 
 

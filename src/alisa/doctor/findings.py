@@ -72,7 +72,7 @@ def _native(facts: Facts) -> Iterator[Finding]:
         )
         return
     others = f" (also there: {', '.join(native.isas[1:])})" if native.isas[1:] else ""
-    yield Finding(Status.OK, "native kernels", f"{native.isas[0]} runs{others}; int8 weights: {native.products[0]}")
+    yield Finding(Status.OK, "native kernels", f"{native.isas[0]} runs{others}; layers: {native.products[0]}")
     test = native.self_test
     assert test is not None, "kernels that are there were tried"
     if test.passed:

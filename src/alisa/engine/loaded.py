@@ -63,9 +63,9 @@ def load_model(config: EngineConfig, progress: Callable[[int, int], None] | None
     stored = open_model(embedded_model() if config.model is None else resolve_model(config.model))
     tokenizer = stored.tokenizer()
     device = resolve_device(config.device)
-    make_linear = choose_linear(config.weight_dtype, device)
     dtype = resolve_dtype(config.dtype, stored.dtype_name(), device)
-    decoder = stored.decoder(dtype, device, progress, make_linear)
+    linears = choose_linear(config.weight_dtype, dtype, device)
+    decoder = stored.decoder(dtype, device, progress, linears)
     if config.max_model_len is not None:
         decoder = decoder.within(config.max_model_len)
     backend = choose_backend(decoder.device)

@@ -1,7 +1,7 @@
 """What native/module.cpp offers; every address comes from `Tensor.data_ptr()`."""
 
 class Threads:
-    def __init__(self, entry: int, count: int) -> None: ...
+    def __init__(self, entry: int, count: int, team_size: int, team_rank: int) -> None: ...
 
 class RowLayout:
     def __init__(self, dtype: int, num_kv_heads: int, head_dim: int) -> None: ...
@@ -191,22 +191,97 @@ class Workspace:
         mass: int,
     ) -> None: ...
 
+class Norm:
+    def __init__(self, weight: int, bias: int, count: int, eps: float) -> None: ...
+
+class Matrix:
+    def __init__(
+        self,
+        *,
+        format: int,
+        codes: int,
+        scales: int,
+        ranges: int,
+        bias: int,
+        num_in: int,
+        num_out: int,
+        parts: int,
+    ) -> None: ...
+    @property
+    def num_in(self) -> int: ...
+    @property
+    def num_out(self) -> int: ...
+
 class ProductWorkspace:
     def multiply(
         self,
         *,
         isa: str,
         threads: Threads,
+        matrix: Matrix,
         x: int,
         dtype: int,
         x_stride: int,
-        codes: int,
-        scales: int,
-        bias: int,
-        out: int,
         num_tokens: int,
-        num_in: int,
-        num_out: int,
+        out: int,
+    ) -> None: ...
+
+class LayerWeights:
+    def __init__(
+        self,
+        *,
+        attn_norm: Norm,
+        attn_post_norm: Norm,
+        mlp_norm: Norm,
+        mlp_post_norm: Norm,
+        q_norm: Norm,
+        k_norm: Norm,
+        q: Matrix,
+        kv: Matrix,
+        out: Matrix,
+        up: Matrix | None,
+        down: Matrix | None,
+        rotation: int,
+    ) -> None: ...
+
+class StackShape:
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        ffn_size: int,
+        activation: int,
+        norms_after_sum: bool,
+        parallel_residual: bool,
+        residual_scale: float,
+        query_factor: float,
+        final_norm: Norm,
+    ) -> None: ...
+
+class RotationTable:
+    def __init__(self, cos: int, sin: int, width: int) -> None: ...
+
+class StackStep:
+    def __init__(
+        self, *, num_tokens: int, x: int, normed: int, q: int, kv: int, rotations: list[RotationTable]
+    ) -> None: ...
+
+class Stack:
+    def __init__(self, isa: str, shape: StackShape, layers: list[LayerWeights]) -> None: ...
+    def run(self, threads: Threads, step: StackStep, after: int, attended: int, mlp_out: int) -> None: ...
+    def project_kv(
+        self,
+        *,
+        threads: Threads,
+        layer: int,
+        hidden: int,
+        rotation: RotationTable | None,
+        num_tokens: int,
+        kv: int,
     ) -> None: ...
 
 def activate(
@@ -241,6 +316,6 @@ def observe(
 def move_rows(
     *, write: bool, file: int, offsets: int, memory: int, stride: int, rows: int, count: int, row_bytes: int
 ) -> int: ...
-def product_isa_names() -> list[str]: ...
+def model_isa_names() -> list[str]: ...
 def has_prefill() -> bool: ...
 def isa_names() -> list[str]: ...

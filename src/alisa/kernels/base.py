@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alisa.spec import RowFormat
 
+WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
 Bytes = NDArray[np.uint8]
 Slots = NDArray[np.int64]
 
@@ -211,6 +212,31 @@ class Sketch(NamedTuple):
     """Float16[T, G, 2], contiguous: (step, minimum) of each head."""
     bits: int
     """2, 4 or 8."""
+
+
+class Panels(NamedTuple):
+    """A weight `[out, in]` in the order in which native products read it; kernels/native/csrc/model/matrix.h explains.
+
+    Output channels lie in panels of 64. The channels of each part begin with a panel of their own.
+    """
+
+    format: WeightFormat
+    codes: Tensor
+    """`[panels, steps, 64, inputs of a step]`: one float32, two bfloat16, four UInt8; or UInt8[panels, steps, 64, 4]
+    with eight inputs in 4 bits."""
+    scales: Tensor | None
+    """int8: Float32[out]."""
+    ranges: Tensor | None
+    """int4: Float16[panels, spans, 2, 64], scales and minima of 32 inputs each."""
+    num_in: int
+    num_out: int
+    parts: int
+    """2: gate and up of a gated MLP."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.ranges) if tensor is not None)
 
 
 class Ranking(NamedTuple):

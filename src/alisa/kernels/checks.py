@@ -9,11 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Ranking, Sketch
-from alisa.spec import LANES, QUAD, RowFormat
+from alisa.kernels.base import Panels, Ranking, Sketch
+from alisa.spec import LANES, SPAN, RowFormat
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of queries, keys and values."""
+PANEL_FORMATS = {
+    "float32": (torch.float32, 1),
+    "bfloat16": (torch.bfloat16, 2),
+    "int8": (torch.uint8, 4),
+    "int4": (torch.uint8, 8),
+}
+"""By format, the dtype of a weight's codes, and inputs that lie together."""
 
 
 def check_decode(q: Tensor, rows: Tensor, row_format: RowFormat, slots: Tensor, counts: Tensor) -> None:
@@ -44,16 +51,26 @@ def check_piece(begins: Tensor, ends: Tensor, counts: Tensor) -> None:
         raise TypeError(f"begins and ends are int32, not {begins.dtype} and {ends.dtype}")
 
 
-def check_multiply(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
-    """The arguments of a product with 8-bit weights fit each other; raises otherwise."""
-    num_out = len(scales)
-    panels = (-(-num_out // LANES), -(-x.shape[1] // QUAD), LANES, QUAD)
-    if codes.shape != panels or not (codes.is_contiguous() and scales.is_contiguous()):
-        raise ValueError(f"codes {tuple(codes.shape)} are not {panels}, the panels of {x.shape[1]} x {num_out} weights")
-    if x.dtype not in VALUE_DTYPES or codes.dtype != torch.uint8 or scales.dtype != torch.float32:
-        raise TypeError(f"x is a float, codes are uint8, scales float32, not {x.dtype}, {codes.dtype}, {scales.dtype}")
-    if bias is not None and (bias.shape != (num_out,) or bias.dtype != torch.float32 or not bias.is_contiguous()):
-        raise ValueError(f"the bias is {tuple(bias.shape)} in {bias.dtype}, not {num_out} numbers in float32")
+def check_panels(panels: Panels, bias: Tensor | None) -> None:
+    """A weight has the shape that its numbers say, and the bias fits it; raises otherwise."""
+    dtype, inputs = PANEL_FORMATS[panels.format]
+    num_panels = panels.parts * -(-panels.num_out // (panels.parts * LANES))
+    spans = -(-panels.num_in // SPAN)
+    steps = -(-(spans * SPAN if panels.format == "int4" else panels.num_in) // inputs)
+    shape = (num_panels, steps, LANES, 4 // dtype.itemsize)
+    if panels.codes.shape != shape or panels.codes.dtype != dtype or not panels.codes.is_contiguous():
+        raise ValueError(f"codes {tuple(panels.codes.shape)} in {panels.codes.dtype} are not {shape} in {dtype}")
+    if panels.num_out % panels.parts:
+        raise ValueError(f"{panels.num_out} outputs are not {panels.parts} parts of one size")
+    _check_numbers("scales", panels.scales if panels.format == "int8" else None, (panels.num_out,), torch.float32)
+    ranges = (num_panels, spans, 2, LANES)
+    _check_numbers("ranges", panels.ranges if panels.format == "int4" else None, ranges, torch.float16)
+    _check_numbers("bias", bias, (panels.num_out,), torch.float32)
+
+
+def _check_numbers(name: str, numbers: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if numbers is not None and (numbers.shape != shape or numbers.dtype != dtype or not numbers.is_contiguous()):
+        raise ValueError(f"the {name} are {tuple(numbers.shape)} in {numbers.dtype}, not {shape} in {dtype}")
 
 
 def check_append(rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:

@@ -1,8 +1,9 @@
-"""Which linear layers a model is built with: as precise as its arithmetic, or in 8 bits."""
+"""Which linear layers a model is built with: as precise as its arithmetic, or in fewer bits."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -10,39 +11,89 @@ from torch import Tensor
 
 from alisa.config import WeightDtypeName
 from alisa.errors import InputError
+from alisa.kernels.base import Panels
 from alisa.kernels.native import library
-from alisa.kernels.native import product as cpu_product
-from alisa.model.linear import Linear, MakeLinear, make_linear
-from alisa.model.linear_int8 import QuantisedLinear, multiply_int8
+from alisa.kernels.native.product import CpuProducts
+from alisa.model.linear import FrameworkLinears, Linear, LinearMaker
+from alisa.model.linear_int4 import int4_panels
+from alisa.model.linear_int8 import int8_panels
+from alisa.model.linear_panels import PanelLinear, float_panels
+
+Pack = Callable[[Tensor, int], Panels]
+"""A weight `[out, in]` of so many parts, laid out."""
 
 _LOG = logging.getLogger("alisa")
 
 
-def choose_linear(weight_dtype: WeightDtypeName, device: torch.device) -> MakeLinear:
-    """What turns weights into layers for this device; layers of one maker share their working memory.
+class PanelLinears:
+    """See `LinearMaker`: weights in panels, all with the same products and so the same working memory.
+
+    Args:
+        pack: lays out the weights of layers.
+        pack_head: and that of the projection to the vocabulary.
+        products: do the arithmetic; None: plain torch does.
+        exact: makes what is never rounded.
+    """
+
+    def __init__(self, pack: Pack, pack_head: Pack, products: CpuProducts | None, exact: LinearMaker | None) -> None:
+        self._pack = pack
+        self._pack_head = pack_head
+        self._products = products
+        self._exact = exact
+
+    def layer(self, weight: Tensor, bias: Tensor | None, parts: int = 1) -> Linear:
+        """With its bias in float32."""
+        return PanelLinear(self._pack(weight, parts), bias, self._products)
+
+    def head(self, weight: Tensor) -> Linear:
+        """Without a bias."""
+        return PanelLinear(self._pack_head(weight, 1), None, self._products)
+
+    def exact(self, weight: Tensor) -> Linear:
+        """In the weight's own dtype."""
+        return self.layer(weight, None) if self._exact is None else self._exact.exact(weight)
+
+
+def choose_linear(weight_dtype: WeightDtypeName, dtype: torch.dtype, device: torch.device) -> LinearMaker:
+    """What turns weights into layers for this device.
+
+    Args:
+        weight_dtype: what layers are kept in. With int4 the projection to the vocabulary has 8 bits: a token's score
+            comes from one of its rows alone, and no later layer mends it.
+        dtype: what the model computes in.
+        device: where it runs.
 
     Raises:
-        InputError: weights in 8 bits on another device than a CPU.
+        InputError: weights in fewer bits on another device than a CPU.
     """
+    exact = _exact_linears(dtype, device)
     if weight_dtype == "auto":
-        return make_linear
+        return exact
     if device.type != "cpu":
         raise InputError(
             f"weight_dtype {weight_dtype} is for a CPU, and the model runs on {device.type}; use --device cpu, or "
             "--weight-dtype auto."
         )
-    if library.available():
-        multiply = cpu_product.CpuProducts()
-    else:
+    if not library.available():
         _warn_once(library.unavailable_reason())
-        multiply = multiply_int8
+    products = CpuProducts() if library.available() else None
+    return PanelLinears(int8_panels if weight_dtype == "int8" else int4_panels, int8_panels, products, exact)
 
-    def make(weight: Tensor, bias: Tensor | None, device: torch.device) -> Linear:
-        return QuantisedLinear(weight, bias, multiply)
 
-    return make
+def has_fast_panels(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether native products are the fastest for weights in this dtype: not where a matrix unit takes bfloat16."""
+    if device.type != "cpu" or not library.available() or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    # Private to torch, as in kernels/native/prefill.py.
+    return dtype == torch.float32 or not torch.cpu._is_amx_tile_supported()
+
+
+def _exact_linears(dtype: torch.dtype, device: torch.device) -> LinearMaker:
+    if not has_fast_panels(dtype, device):
+        return FrameworkLinears(device)
+    return PanelLinears(float_panels, float_panels, CpuProducts(), None)
 
 
 @cache
 def _warn_once(reason: str) -> None:
-    _LOG.warning("products with 8-bit weights run in plain torch, many times slower: %s.", reason)
+    _LOG.warning("products with weights in fewer bits run in plain torch, many times slower: %s.", reason)

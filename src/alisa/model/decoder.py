@@ -8,7 +8,7 @@ small model's step is mostly Python.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 
 import torch
@@ -19,9 +19,10 @@ from alisa.kernels.reference.softcap import softcapped
 from alisa.model.activation import make_activation
 from alisa.model.experts import Experts
 from alisa.model.layer import Builder, Layer, Norm, Progress
-from alisa.model.linear import MakeLinear, PlainLinear, make_linear
+from alisa.model.linear import LinearMaker, PlainLinear
 from alisa.model.rope import Rotation, attention_factor, frequencies_by_length, inverse_frequencies
 from alisa.model.source import WeightSource
+from alisa.model.stack import LayerStack, can_stack
 from alisa.spec import ModelSpec
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -43,7 +44,7 @@ class Decoder:
         dtype: what the model computes in.
         device: where it runs.
         progress: told after each tensor.
-        make_linear: turns a weight into a linear layer.
+        linears: turn weights into linear layers; None: exact ones that are fast here.
 
     Raises:
         ModelError: from the source, when a tensor is missing, damaged or of another shape.
@@ -57,12 +58,12 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None = None,
-        make_linear: MakeLinear = make_linear,
+        linears: LinearMaker | None = None,
     ) -> None:
         self.spec = spec
         self.dtype = dtype
         self.device = device
-        build = Builder(spec, source, dtype=dtype, device=device, progress=progress, make_linear=make_linear)
+        build = Builder(spec, source, dtype=dtype, device=device, progress=progress, linears=linears)
         self._embed = build.tensor("embed.weight")
         self._positions = build.tensor("positions.weight") if spec.rope is None else None
         layer_ropes = spec.layer_ropes or (spec.rope,) * spec.num_layers
@@ -79,10 +80,12 @@ class Decoder:
         # Tied embeddings: the packed copy on a CPU costs V * C more memory than sharing the table, and is 2 to 5 times
         # faster to multiply with; a plain linear (CUDA) shares the table and costs nothing.
         tied = spec.tied_embeddings
-        self._output = make_linear(self._embed, None, device) if tied else build.linear("output")
+        self._output = build.head(self._embed if tied else build.tensor("output.weight"))
         self._shares_table = tied and isinstance(self._output, PlainLinear)
         self._activation = make_activation(spec.activation, gated=spec.gated_mlp, device=device)
-        self._query_factor = spec.query_factor
+        # All between attention and attention in one call, where it is native.
+        stacks = can_stack(self._layers)
+        self._stack = LayerStack(spec, self._layers, self._final_norm, self._rope_of_layer, dtype) if stacks else None
 
     def within(self, max_len: int) -> Decoder:
         """The same weights, for sequences of at most so many tokens; see `ModelSpec.within`."""
@@ -109,7 +112,6 @@ class Decoder:
                 length (`ModelSpec.rotates_by_length`) alone.
         """
         spec = self.spec
-        batch, length = tokens.shape
         x = F.embedding(tokens, self._embed)
         if spec.embed_scale != 1.0:
             x = x * self._embed_scale
@@ -118,6 +120,17 @@ class Decoder:
         rotations = [self._rotation(rope, positions, lengths) for rope in range(len(self._ropes))]
         if self._positions is not None:
             x = x + F.embedding(positions + spec.position_offset, self._positions)
+        if self._stack is not None:
+            x = self._stack.forward(x, rotations, attend, self._experts)
+        else:
+            x = self._through_layers(x, rotations, attend)
+        return x if self._project_out is None else self._project_out(x)
+
+    def _through_layers(self, x: Tensor, rotations: Sequence[Rotation], attend: Attend) -> Tensor:
+        """Hidden states after the final norm, of embeddings `[B, T, C]`: what `LayerStack.forward` does, in torch."""
+        spec = self.spec
+        batch, length, _ = x.shape
+        query_factor = spec.query_factor
         q_shape = (batch, length, spec.num_heads, spec.head_dim)
         kv_shape = (batch, length, 2, spec.num_kv_heads, spec.head_dim)
         out_shape = (batch, length, spec.q_size)
@@ -132,13 +145,11 @@ class Decoder:
             if rope is not None:
                 rotate = rotations[rope]
                 q, k = rotate(q), rotate(k)
-            if self._query_factor != 1.0:
-                q = q * self._query_factor
+            if query_factor != 1.0:
+                q = q * query_factor
             attended = layer.out(attend(index, q, k, v, normed).reshape(out_shape))
             x = self._residual(layer, x, attended)
-        if self._final_norm is not None:
-            x = self._final_norm(x)
-        return x if self._project_out is None else self._project_out(x)
+        return x if self._final_norm is None else self._final_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores Float32[N, V] of the next token for the rows `[N, E]` of what `forward` returned."""
@@ -158,13 +169,14 @@ class Decoder:
             positions: Int64[N], the original positions. They are not enough for models that rotate by length.
         """
         weights = self._layers[layer]
+        rope = self._rope_of_layer[layer]
+        rotation = None if rope is None else self._rotation(rope, positions, None)
+        if self._stack is not None:
+            return self._stack.project_kv(layer, hidden, rotation)
         shape = (hidden.shape[0], 2, self.spec.num_kv_heads, self.spec.head_dim)
         k, v = weights.kv(hidden).view(shape).unbind(1)
         k = self._head_normed(weights.k_norm, k)
-        rope = self._rope_of_layer[layer]
-        if rope is not None:
-            k = self._rotation(rope, positions, None)(k)
-        return k, v
+        return (k if rotation is None else rotation(k)), v
 
     def _rotation(self, number: int, positions: Tensor, lengths: Tensor | None) -> Rotation:
         """The rotation of tokens at these positions, for the layers that have this embedding."""
@@ -202,6 +214,10 @@ class Decoder:
         if layer.mlp_post_norm is not None:
             out = layer.mlp_post_norm(out)
         return x + (out if scale == 1.0 else out * scale)
+
+    def _experts(self, layer: int, x: Tensor) -> Tensor:
+        """The feed-forward part of a layer with experts."""
+        return self._mlp(self._layers[layer], x)
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         """The feed-forward part of one layer, `[B, T, C] -> [B, T, C]`."""

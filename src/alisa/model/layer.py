@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alisa.model.choose_linear import choose_linear
 from alisa.model.experts import Expert, Experts
-from alisa.model.linear import Linear, MakeLinear, make_linear
+from alisa.model.linear import Linear, LinearMaker
 from alisa.model.names import expert_name, layer_name, layer_shapes, model_shapes, stays_wide, weight_bytes
 from alisa.model.source import WeightSource
 from alisa.spec import ModelSpec
@@ -83,7 +84,7 @@ class Builder:
         dtype: what the model computes in.
         device: where the weights go.
         progress: told after each tensor; None: nobody asks.
-        make_linear: turns a weight into a layer.
+        linears: turn weights into layers; None: exact ones that are fast here.
     """
 
     def __init__(
@@ -94,14 +95,14 @@ class Builder:
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None,
-        make_linear: MakeLinear,
+        linears: LinearMaker | None,
     ) -> None:
         self._spec = spec
         self._source = source
         self._dtype = dtype
         self._device = device
         self._progress = progress
-        self._make_linear = make_linear
+        self._linears = linears or choose_linear("auto", dtype, device)
         self._shapes = model_shapes(spec)
         for layer in range(spec.num_layers):
             self._shapes |= {layer_name(layer, part): shape for part, shape in layer_shapes(spec).items()}
@@ -125,23 +126,29 @@ class Builder:
         weight = self.tensor(f"{name}.weight")
         return Norm(weight, self.tensor(f"{name}.bias") if has_bias else None, self._spec.norm_eps)
 
-    def linear(self, name: str) -> Linear:
+    def linear(self, name: str, parts: int = 1) -> Linear:
         """The named linear layer with its bias if the spec gives it one, packed for the device."""
         has_bias = f"{name}.bias" in self._shapes
         weight = self.tensor(f"{name}.weight")
-        return self._make_linear(weight, self.tensor(f"{name}.bias") if has_bias else None, self._device)
+        bias = self.tensor(f"{name}.bias") if has_bias else None
+        return self._linears.layer(weight, bias, parts)
+
+    def head(self, table: Tensor) -> Linear:
+        """The projection to the vocabulary by the table of the embeddings `[V, C]`."""
+        return self._linears.head(table)
 
     def _mlp(self, index: int) -> Expert | Experts:
         spec = self._spec
         names = [expert_name(number, "") for number in range(spec.num_experts)] or [""]
+        parts = 2 if spec.gated_mlp else 1
         mlps = [
-            Expert(self.linear(layer_name(index, f"{name}up")), self.linear(layer_name(index, f"{name}down")))
+            Expert(self.linear(layer_name(index, f"{name}up"), parts), self.linear(layer_name(index, f"{name}down")))
             for name in names
         ]
         if not spec.num_experts:
             return mlps[0]
         # The router is never rounded to fewer bits: it is small, and a token that goes elsewhere is another token.
-        router = make_linear(self.tensor(layer_name(index, "router.weight")), None, self._device)
+        router = self._linears.exact(self.tensor(layer_name(index, "router.weight")))
         return Experts(router, mlps, per_token=spec.experts_per_token, renormalises=spec.renormalises_experts)
 
     def layer(self, index: int) -> Layer:

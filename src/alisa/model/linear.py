@@ -1,12 +1,12 @@
-"""Linear layers for inference: weights in the layout that the device's matrix library reads fastest.
+"""Linear layers for inference as torch has them: weights in the layout that its matrix library reads fastest.
 
-On a CPU, `F.linear` converts the weight layout in every call; a decode step reads each weight once, so that conversion
-costs more than the product. `PackedLinear` does it once, at load. Either class holds its weight exactly once.
+They serve where there are no native ones (`alisa.model.linear_panels`). On a CPU, `F.linear` converts the weight layout
+in every call; a decode step reads each weight once, so that conversion costs more than the product. `PackedLinear` does
+it once, at load. Either class holds its weight exactly once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -43,8 +43,23 @@ class Linear(Protocol):
         ...
 
 
-MakeLinear = Callable[[Tensor, Tensor | None, torch.device], Linear]
-"""weight `[out, in]`, bias `[out]` or None, device -> the layer; `make_linear` below, or one that rounds the weight."""
+class LinearMaker(Protocol):
+    """Turns weights `[out, in]` into layers; the caller may drop them after."""
+
+    def layer(self, weight: Tensor, bias: Tensor | None, parts: int = 1) -> Linear:
+        """A layer of the model; `bias [out]`.
+
+        `parts` 2: the outputs are two halves that are needed side by side, gate and up.
+        """
+        ...
+
+    def head(self, weight: Tensor) -> Linear:
+        """The projection to the vocabulary."""
+        ...
+
+    def exact(self, weight: Tensor) -> Linear:
+        """A layer whose weight is never rounded."""
+        ...
 
 
 class PlainLinear:
@@ -104,13 +119,28 @@ class PackedLinear:
         return self._multiply(x, self._packed, self.bias, "none", [], "")
 
 
-def make_linear(weight: Tensor, bias: Tensor | None, device: torch.device) -> Linear:
-    """The fastest layer that works for this dtype and device; `weight [out, in]` may be dropped by the caller after."""
-    packable = device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-    if packable and torch.backends.mkldnn.is_available():
-        try:
-            return PackedLinear(weight, bias)
-        except RuntimeError:
-            pass  # an old CPU or a build without oneDNN for this dtype: correct, only slower
-    # No copy when the weight is already there: a tied output projection shares the embedding table this way.
-    return PlainLinear(weight.to(device).contiguous(), None if bias is None else bias.to(device).contiguous())
+class FrameworkLinears:
+    """See `LinearMaker`: what torch has that is fastest for a dtype on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def layer(self, weight: Tensor, bias: Tensor | None, parts: int = 1) -> Linear:
+        """Packed by oneDNN where that takes the dtype, whatever the `parts`."""
+        packable = self._device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+        if packable and torch.backends.mkldnn.is_available():
+            try:
+                return PackedLinear(weight, bias)
+            except RuntimeError:
+                pass  # an old CPU or a build without oneDNN for this dtype: correct, only slower
+        # No copy when the weight is already there: a tied output projection shares the embedding table this way.
+        bias = None if bias is None else bias.to(self._device).contiguous()
+        return PlainLinear(weight.to(self._device).contiguous(), bias)
+
+    def head(self, weight: Tensor) -> Linear:
+        """As any other."""
+        return self.layer(weight, None)
+
+    def exact(self, weight: Tensor) -> Linear:
+        """As any other."""
+        return self.layer(weight, None)

@@ -8,73 +8,39 @@ Whole numbers are summed within a group, exactly; a token's result depends on no
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from alisa.kernels.base import Panels
 from alisa.spec import LANES, QUAD
 
 GROUP = 64
-"""Inputs of a token that share a step; as `kGroup` in kernels/native/product.h."""
+"""Inputs of a token that share a step; as `kGroup` in kernels/native/csrc/model/matrix.h."""
 _ZERO = 128
 _SMALLEST = 1e-30
 """A group whose largest input is below this is all zeros: its steps would not be normal numbers."""
-_ROWS_AT_ONCE = LANES
-"""Output channels that are quantised together: what is held of them in float32 is small, and leaves small holes."""
-
-Multiply = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""x `[M, in]`, codes UInt8[panels, quads, 64, 4], scales Float32[out], bias Float32[out] or None -> `[M, out]` as x.
-
-`multiply_int8` is the meaning; the kernels give the same to the last bit.
-"""
 
 
-class QuantisedLinear:
-    """A weight `[out, in]` rounded to 8 bits once, as panels of 64 output channels in the order in which they are read.
-
-    Args:
-        weight: `[out, in]` in any float dtype; may be dropped by the caller after.
-        bias: `[out]`, or None.
-        multiply: does the arithmetic.
-    """
-
-    __slots__ = ("_bias", "_codes", "_multiply", "_scales")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, multiply: Multiply) -> None:
-        self._codes, self._scales = quantise_weight(weight)
-        self._bias = None if bias is None else bias.to(torch.float32)
-        self._multiply = multiply
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and bias."""
-        return self._codes.nbytes + self._scales.nbytes + (0 if self._bias is None else self._bias.nbytes)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Product of `x [..., in]` with the weight, plus the bias: `[..., out]`."""
-        out = self._multiply(x.reshape(-1, x.shape[-1]), self._codes, self._scales, self._bias)
-        return out.view(*x.shape[:-1], out.shape[1])
-
-
-def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes UInt8[panels, quads, 64, 4], padded with 128 (zero), and scales Float32[out] of a weight `[out, in]`."""
+def int8_panels(weight: Tensor, parts: int = 1) -> Panels:
+    """A weight `[out, in]` in any float dtype, rounded; padding is 128 (zero)."""
     num_out, num_in = weight.shape
-    num_quads = -(-num_in // QUAD)
-    codes = torch.empty(-(-num_out // LANES), num_quads, LANES, QUAD, dtype=torch.uint8)
+    num_quads, rows_of_part = -(-num_in // QUAD), num_out // parts
+    per_part = -(-rows_of_part // LANES)
+    codes = torch.empty(parts * per_part, num_quads, LANES, QUAD, dtype=torch.uint8)
     scales = torch.empty(num_out)
-    for first in range(0, num_out, _ROWS_AT_ONCE):
-        rows = weight[first : first + _ROWS_AT_ONCE].to(torch.float32)
+    for panel in range(len(codes)):
+        part, first = divmod(panel, per_part)
+        begin = part * rows_of_part + first * LANES
+        rows = weight[begin : min(begin + LANES, (part + 1) * rows_of_part)].to(torch.float32)
         count = len(rows)
         scale = rows.abs().amax(dim=1) / 127
-        scales[first : first + count] = scale
+        scales[begin : begin + count] = scale
         steps = (rows / torch.where(scale > 0, scale, 1.0).unsqueeze(1)).round_().clamp_(-127, 127).add_(_ZERO)
-        panels = -(-count // LANES)
-        whole = torch.full((panels * LANES, num_quads * QUAD), _ZERO, dtype=torch.uint8)
+        whole = torch.full((LANES, num_quads * QUAD), _ZERO, dtype=torch.uint8)
         whole[:count, :num_in] = steps
-        place = codes[first // LANES : first // LANES + panels]
-        place.copy_(whole.view(panels, LANES, num_quads, QUAD).transpose(1, 2))
-    return codes, scales
+        # Quads as whole numbers: a transposed matrix of them is copied faster.
+        codes[panel].view(torch.int32).view(num_quads, LANES).copy_(whole.view(torch.int32).view(LANES, num_quads).t())
+    return Panels("int8", codes, scales, None, num_in, num_out, parts)
 
 
 def quantise_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,17 +57,23 @@ def quantise_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
     return (values * inverse.unsqueeze(2)).round(), torch.where(zero, 0.0, largest / 127.0)
 
 
-def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """The product as `Multiply` says, in plain torch.
+def multiply_int8(x: Tensor, panels: Panels, bias: Tensor | None) -> Tensor:
+    """Product of x `[M, in]` with a weight in 8 bits, plus the bias Float32[out]: `[M, out]` as x, in plain torch.
 
     The sum of a group is a whole number below 2^24: float32 holds it exactly, in whatever order it is added up.
     """
-    num_out = len(scales)
+    assert panels.scales is not None, "8 bits have scales"
     x_codes, steps = quantise_inputs(x)
-    total = torch.zeros(len(x), num_out)
+    total = torch.zeros(len(x), panels.num_out)
     for group in range(steps.shape[1]):
-        quads = codes[:, group * GROUP // QUAD : (group + 1) * GROUP // QUAD]
-        weight = quads.transpose(1, 2).reshape(codes.shape[0] * LANES, -1)[:num_out].to(torch.float32) - _ZERO
+        quads = panels.codes[:, group * GROUP // QUAD : (group + 1) * GROUP // QUAD]
+        weight = rows_of(panels, quads).to(torch.float32) - _ZERO
         total += steps[:, group, None] * (x_codes[:, group, : weight.shape[1]] @ weight.T)
-    total *= scales
+    total *= panels.scales
     return (total if bias is None else total + bias).to(x.dtype)
+
+
+def rows_of(panels: Panels, values: Tensor) -> Tensor:
+    """Values `[panels, steps, 64, n]` as rows `[out, steps * n]`, without the padding of the parts."""
+    rows = values.transpose(1, 2).reshape(panels.parts, -1, values.shape[1] * values.shape[3])
+    return rows[:, : panels.num_out // panels.parts].reshape(panels.num_out, -1)

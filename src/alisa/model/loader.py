@@ -15,7 +15,7 @@ from alisa.model.decoder import Decoder
 from alisa.model.families import find_family
 from alisa.model.families.family import Family
 from alisa.model.layer import Progress
-from alisa.model.linear import MakeLinear, make_linear
+from alisa.model.linear import LinearMaker
 from alisa.model.other_formats import WEIGHTS, found_format
 from alisa.model.source import RandomSource
 from alisa.model.weights import Checkpoint, CheckpointSource
@@ -52,7 +52,7 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
-    make_linear: MakeLinear = make_linear,
+    linears: LinearMaker | None = None,
 ) -> Decoder:
     """A decoder with the weights of a directory, read one tensor at a time.
 
@@ -61,7 +61,7 @@ def load_decoder(
         dtype: what to compute in; the weights are cast to it.
         device: where to run.
         progress: receives (bytes done, bytes in total), in bytes of `dtype`.
-        make_linear: turns a weight into a linear layer.
+        linears: turn weights into linear layers; None: exact ones that are fast here.
 
     Raises:
         ModelError: the config or the weights are missing, damaged, unsupported or do not fit each other.
@@ -74,15 +74,15 @@ def load_decoder(
     if source.unties_output:
         spec = dataclasses.replace(spec, tied_embeddings=False)
         source = CheckpointSource(checkpoint, family, spec)
-    return Decoder(spec, source, dtype=dtype, device=device, progress=progress, make_linear=make_linear)
+    return Decoder(spec, source, dtype=dtype, device=device, progress=progress, linears=linears)
 
 
 def random_decoder(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, make_linear: MakeLinear = make_linear
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, linears: LinearMaker | None = None
 ) -> Decoder:
     """A decoder of this shape with random weights, for benchmarks; built exactly as a loaded one."""
     source = RandomSource(dtype=dtype, device=device, seed=seed)
-    return Decoder(spec, source, dtype=dtype, device=device, make_linear=make_linear)
+    return Decoder(spec, source, dtype=dtype, device=device, linears=linears)
 
 
 def read_config(directory: Path) -> Mapping[str, Any]:

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import math
 
-from alisa.spec import LANES, QUAD, ModelSpec
+from alisa.spec import LANES, SPAN, ModelSpec
 
 Shape = tuple[int, ...]
 
 
-def quantised_bytes(num_out: int, num_in: int) -> int:
-    """Bytes of a weight in 8 bits and its scales, as `alisa.model.linear_int8` holds them."""
-    return -(-num_out // LANES) * -(-num_in // QUAD) * LANES * QUAD + 4 * num_out
+_STEP_INPUTS = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}
+
+
+def panel_bytes(name: str, num_out: int, num_in: int, parts: int = 1) -> int:
+    """Bytes of a weight in panels and its scales, as `kernels.base.Panels` holds them; `name` is the format."""
+    panels, spans = parts * -(-num_out // (parts * LANES)), -(-num_in // SPAN)
+    inputs = spans * SPAN if name == "int4" else num_in
+    codes = panels * -(-inputs // _STEP_INPUTS[name]) * LANES * 4
+    return codes + {"int8": 4 * num_out, "int4": panels * spans * 2 * LANES * 2}.get(name, 0)
 
 
 def layer_name(layer: int, part: str) -> str:

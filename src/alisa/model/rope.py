@@ -112,7 +112,7 @@ class Rotation:
         factor: from `attention_factor`.
     """
 
-    __slots__ = ("_cos", "_half", "_rotary_dim", "_sin")
+    __slots__ = ("_half", "_rotary_dim", "cos", "sin")
 
     def __init__(self, positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> None:
         angles = positions.unsqueeze(-1).to(torch.float32) * frequencies
@@ -121,14 +121,14 @@ class Rotation:
             cos, sin = cos * factor, sin * factor
         self._half = frequencies.shape[-1]
         self._rotary_dim = 2 * self._half
-        # [..., 1, rotary_dim]: broadcasts over heads. The sign of rotate-half is in the sine, so that turning a head is
+        # `[..., 1, rotary_dim]`: broadcasts over heads. The sign of rotate-half is in the sine: turning a head is then
         # one roll and one multiply-add instead of two slices, a negation and a concatenation.
-        self._cos = torch.cat((cos, cos), dim=-1).unsqueeze(-2)
-        self._sin = torch.cat((-sin, sin), dim=-1).unsqueeze(-2)
+        self.cos = torch.cat((cos, cos), dim=-1).unsqueeze(-2)
+        self.sin = torch.cat((-sin, sin), dim=-1).unsqueeze(-2)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x [..., heads, D]` with the first `rotary_dim` values of each head turned; same dtype."""
         head = x if x.shape[-1] == self._rotary_dim else x[..., : self._rotary_dim]
         # In place: for a prompt's q, each further float32 result is as large as the model's products of a layer.
-        turned = (head * self._cos).addcmul_(head.roll(self._half, -1), self._sin).to(x.dtype)
+        turned = (head * self.cos).addcmul_(head.roll(self._half, -1), self.sin).to(x.dtype)
         return turned if head is x else torch.cat((turned, x[..., self._rotary_dim :]), dim=-1)

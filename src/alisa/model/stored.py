@@ -10,7 +10,7 @@ import torch
 from alisa.model.decoder import Decoder
 from alisa.model.gguf.model import GgufModel
 from alisa.model.layer import Progress
-from alisa.model.linear import MakeLinear, make_linear
+from alisa.model.linear import LinearMaker
 from alisa.model.loader import checkpoint_dtype, load_decoder, load_spec
 from alisa.model.own_sampling import read_sampling
 from alisa.model.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ class StoredModel(Protocol):
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None = None,
-        make_linear: MakeLinear = make_linear,
+        linears: LinearMaker | None = None,
     ) -> Decoder:
         """A decoder with the weights, read one tensor at a time.
 
@@ -62,7 +62,7 @@ class StoredModel(Protocol):
             dtype: what to compute in.
             device: where to run.
             progress: receives (bytes done, bytes in total), in bytes of `dtype`.
-            make_linear: turns a weight into a linear layer.
+            linears: turn weights into linear layers; None: exact ones that are fast here.
 
         Raises:
             ModelError: the weights are missing, damaged or do not fit.
@@ -101,10 +101,10 @@ class ModelDirectory:
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None = None,
-        make_linear: MakeLinear = make_linear,
+        linears: LinearMaker | None = None,
     ) -> Decoder:
         """Safetensors or `.bin` files."""
-        return load_decoder(self._directory, dtype, device, progress, make_linear)
+        return load_decoder(self._directory, dtype, device, progress, linears)
 
 
 def open_model(path: Path) -> StoredModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from alisa.config import PolicyName, WeightDtypeName
-from alisa.model.names import layer_shapes, model_shapes, quantised_bytes, stays_wide
+from alisa.model.names import layer_shapes, model_shapes, panel_bytes, stays_wide
 from alisa.model.names import weight_bytes as float_weight_bytes
 from alisa.policy.registry import POLICIES
 from alisa.spec import DTYPE_BYTES, ModelSpec, RowFormat
@@ -13,24 +13,28 @@ from alisa.spec import DTYPE_BYTES, ModelSpec, RowFormat
 
 def weight_bytes(spec: ModelSpec, dtype: str, *, packs_tied: bool, weight_dtype: WeightDtypeName = "auto") -> int:
     """As `Decoder.weight_bytes`: every tensor, and a tied table twice where it is packed for the logits."""
-    if weight_dtype == "int8":
-        return _int8_weight_bytes(spec, dtype)
-    again = spec.vocab_size * spec.token_embed_dim if packs_tied and spec.tied_embeddings else 0
-    return float_weight_bytes(spec, DTYPE_BYTES[dtype]) + again * DTYPE_BYTES[dtype]
+    layers = dtype if weight_dtype == "auto" else weight_dtype
+    if weight_dtype == "auto" and not (packs_tied and dtype in ("float32", "bfloat16")):
+        again = spec.vocab_size * spec.token_embed_dim if packs_tied and spec.tied_embeddings else 0
+        return float_weight_bytes(spec, DTYPE_BYTES[dtype]) + again * DTYPE_BYTES[dtype]
+    return _panel_weight_bytes(spec, dtype, layers, head=layers if layers == dtype else "int8")
 
 
-def _int8_weight_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Linear layers in 8 bits, biases in float32, tables and norms in `dtype`; the logits' layer is never shared."""
+def _panel_weight_bytes(spec: ModelSpec, dtype: str, layers: str, head: str) -> int:
+    """Linear layers in panels, biases in float32, tables and norms in `dtype`; the logits' layer is never shared."""
 
     def of(name: str, shape: tuple[int, ...]) -> int:
-        if len(shape) == 2 and name not in ("embed.weight", "positions.weight", "router.weight"):
-            return quantised_bytes(*shape)
+        if name.endswith("router.weight"):
+            return panel_bytes(dtype, *shape) if dtype != "float16" else math.prod(shape) * DTYPE_BYTES[dtype]
+        if len(shape) == 2 and name not in ("embed.weight", "positions.weight"):
+            parts = 2 if spec.gated_mlp and name.endswith("up.weight") else 1
+            return panel_bytes(head if name == "output.weight" else layers, *shape, parts)
         is_wide = stays_wide(spec, name) or (name.endswith(".bias") and "norm" not in name)
         return math.prod(shape) * (4 if is_wide else DTYPE_BYTES[dtype])
 
     layer = sum(of(name, shape) for name, shape in layer_shapes(spec).items())
     rest = sum(of(name, shape) for name, shape in model_shapes(spec).items())
-    again = quantised_bytes(spec.vocab_size, spec.token_embed_dim) if spec.tied_embeddings else 0
+    again = panel_bytes(head, spec.vocab_size, spec.token_embed_dim) if spec.tied_embeddings else 0
     return spec.num_layers * layer + rest + again
 
 

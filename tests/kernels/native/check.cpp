@@ -5,17 +5,22 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
 
-#include "product_workspace.h"
+#include "products.h"
+#include "stack.h"
 #include "workspace.h"
 #include "select.h"
 
 namespace {
 
 using namespace alisa;
+
+const Threads kTwo = {nullptr, 2, nullptr, nullptr};
 
 int failures = 0;
 
@@ -369,14 +374,16 @@ void check_activation(const Isa& isa, Activation kind, int width, std::mt19937& 
   const int num = 3;
   Exact<float> x(static_cast<size_t>(num) * 2 * width), out(static_cast<size_t>(num) * width);
   for (size_t i = 0; i < x.size; ++i) x[i] = 3 * normal(random);
-  activate(isa, {kind, Dtype::kFloat32, x.get(), out.get(), width, true, num}, {nullptr, 2});
+  activate(isa, {kind, Dtype::kFloat32, x.get(), out.get(), width, true, num}, kTwo);
   for (int n = 0; n < num; ++n) {
     for (int i = 0; i < width; ++i) {
       const double value = x[static_cast<size_t>(2 * n) * width + i];
       const double cubic = std::sqrt(8 / M_PI) * (value + 0.044715 * value * value * value);
       const double found = out[static_cast<size_t>(n) * width + i];
-      const double expected =
-          value / (1 + std::exp(-(kind == Activation::kSilu ? value : cubic))) * x[static_cast<size_t>(2 * n + 1) * width + i];
+      double activated = value / (1 + std::exp(-(kind == Activation::kSilu ? value : cubic)));
+      if (kind == Activation::kGelu) activated = value / 2 * (1 + std::erf(value / std::sqrt(2.0)));
+      if (kind == Activation::kRelu) activated = std::max(value, 0.0);
+      const double expected = activated * x[static_cast<size_t>(2 * n + 1) * width + i];
       expect(std::fabs(found - expected) < 1e-5 * (1 + std::fabs(expected)), "activation", isa.name, {});
     }
   }
@@ -393,47 +400,111 @@ void check_select() {
   older[0] = 40;
   counts[0] = 50;
   select_positions<double>({scores.get(), capacity, starts.get(), ends.get(), older.get(), counts.get(), 1, 52, positions.get()},
-                           {nullptr, 2});
+                           kTwo);
   for (int i = 1; i < 50; ++i) expect(positions[i] > positions[i - 1], "ascending", "select", {});
   expect(positions[50] == 0 && positions[51] == 0, "padding", "select", {});
 }
 
-// Whole numbers whose groups have steps of 1: the product is exact.
-void check_product(const ProductIsa& isa, int num_tokens, int num_in, int num_out, std::mt19937& random) {
-  std::uniform_int_distribution<int> code(-127, 127);
-  Exact<float> x(static_cast<size_t>(num_tokens) * num_in), scales(num_out), bias(num_out);
-  Exact<float> out(static_cast<size_t>(num_tokens) * num_out);
-  Exact<uint8_t> codes(static_cast<size_t>((num_out + kLanes - 1) / kLanes) * ((num_in + kQuad - 1) / kQuad) * kLanes * kQuad);
-  const auto place = [&](int n, int k) {
-    const int quads = (num_in + kQuad - 1) / kQuad;
-    return ((static_cast<size_t>(n / kLanes) * quads + k / kQuad) * kLanes + n % kLanes) * kQuad + k % kQuad;
-  };
-  for (size_t i = 0; i < codes.size; ++i) codes[i] = 128;
-  for (int n = 0; n < num_out; ++n) {
-    scales[n] = 2;
-    bias[n] = static_cast<float>(n);
-    for (int k = 0; k < num_in; ++k) codes[place(n, k)] = static_cast<uint8_t>(128 + code(random));
+// A weight whose every number is known, and the memory behind it.
+struct Weight {
+  Weight(WeightFormat format, int num_in, int num_out, std::mt19937& random)
+      : matrix{format, nullptr, nullptr, nullptr, nullptr, num_in, num_out, 1},
+        codes(static_cast<size_t>(matrix.panels()) * matrix.panel_bytes()),
+        ranges(static_cast<size_t>(matrix.panels()) * matrix.spans() * 2 * kLanes), scales(num_out), bias(num_out) {
+    std::uniform_int_distribution<int> number(-7, 8);
+    std::memset(codes.get(), format == WeightFormat::kInt8 ? 128 : 0, codes.size);
+    for (size_t i = 0; i < ranges.size; ++i) ranges[i] = i / kLanes % 2 == 0 ? 0x3c00 : 0xc700;  // 1, -7
+    for (int n = 0; n < num_out; ++n) {
+      scales[n] = 1;
+      bias[n] = static_cast<float>(n);
+      for (int k = 0; k < num_in; ++k) set(n, k, number(random));
+    }
+    matrix.codes = codes.get();
+    matrix.ranges = ranges.get();
+    matrix.scales = scales.get();
+    matrix.bias = bias.get();
   }
+
+  void set(int n, int k, int value) {
+    const int inputs = matrix.inputs_per_step();
+    const size_t step = (static_cast<size_t>(n / kLanes) * matrix.steps() + k / inputs) * kLanes + n % kLanes;
+    uint8_t* place = codes.get() + step * kStepBytes;
+    const auto exact = static_cast<float>(value);
+    uint32_t bits;
+    std::memcpy(&bits, &exact, sizeof(bits));
+    const auto half = static_cast<uint16_t>(bits >> 16);
+    switch (matrix.format) {
+      case WeightFormat::kFloat32: std::memcpy(place, &exact, sizeof(exact)); break;
+      case WeightFormat::kBFloat16: std::memcpy(place + k % 2 * 2, &half, sizeof(half)); break;
+      case WeightFormat::kInt8: place[k % 4] = static_cast<uint8_t>(128 + value); break;
+      default: place[k % 4] = static_cast<uint8_t>(place[k % 4] | (value + 7) << (k % 8 / 4 * 4)); break;
+    }
+    values[{n, k}] = value;
+  }
+
+  Matrix matrix;
+  Exact<uint8_t> codes;
+  Exact<uint16_t> ranges;
+  Exact<float> scales, bias;
+  std::map<std::pair<int, int>, int> values;
+};
+
+// Whole numbers whose groups have steps of 1: products are exact in every format.
+void check_product(const ModelIsa& isa, WeightFormat format, int num_tokens, int num_in, int num_out, std::mt19937& random) {
+  std::uniform_int_distribution<int> code(-127, 127);
+  Weight weight(format, num_in, num_out, random);
+  Exact<float> x(static_cast<size_t>(num_tokens) * num_in);
+  Exact<float> out(static_cast<size_t>(num_tokens) * num_out);
   for (size_t i = 0; i < x.size; ++i) x[i] = static_cast<float>(i % num_in % kGroup ? code(random) : 127);
-  ProductTask task = {};
-  task.x = x.get();
-  task.dtype = Dtype::kFloat32;
-  task.x_stride = static_cast<size_t>(num_in) * sizeof(float);
-  task.codes = codes.get();
-  task.scales = scales.get();
-  task.bias = bias.get();
-  task.out = out.get();
-  task.num_tokens = num_tokens;
-  task.num_in = num_in;
-  task.num_out = num_out;
   ProductWorkspace workspace;
-  workspace.multiply(isa, task, {nullptr, 2});
+  workspace.multiply(isa, weight.matrix, Dtype::kFloat32, x.get(), static_cast<size_t>(num_in) * sizeof(float), num_tokens,
+                     out.get(), kTwo);
   for (int m = 0; m < num_tokens; ++m) {
     for (int n = 0; n < num_out; ++n) {
       double exact = n;
-      for (int k = 0; k < num_in; ++k) exact += 2.0 * x[static_cast<size_t>(m) * num_in + k] * (codes[place(n, k)] - 128);
+      for (int k = 0; k < num_in; ++k) exact += static_cast<double>(x[static_cast<size_t>(m) * num_in + k]) * weight.values[{n, k}];
       expect(exact == out[static_cast<size_t>(m) * num_out + n], "product", isa.name, {Dtype::kFloat32, num_out, num_in});
     }
+  }
+}
+
+// Layers of every wiring run within their memory, and every number of tokens gives a token the same.
+void check_stack(const ModelIsa& isa, WeightFormat format, bool gated, bool parallel, bool after_sum, std::mt19937& random) {
+  const int hidden = 70, heads = 6, kv_heads = 2, dim = 10, ffn = 100, most = 130;
+  Weight q(format, hidden, heads * dim, random), kv(format, hidden, 2 * kv_heads * dim, random);
+  Weight out(format, heads * dim, hidden, random), down(format, ffn, hidden, random);
+  Weight up(format, hidden, ffn, random), both(format, hidden, 2 * 128, random);
+  both.matrix.parts = 2;
+  Weight wide_down(format, 128, hidden, random);
+  Exact<float> norm_weight(hidden), norm_bias(hidden), head_weight(dim);
+  for (int i = 0; i < hidden; ++i) norm_weight[i] = norm_bias[i] = 0.5F;
+  for (int i = 0; i < dim; ++i) head_weight[i] = 1.0F;
+  const Norm norm = {norm_weight.get(), norm_bias.get(), hidden, 1e-5F};
+  const Norm rms = {norm_weight.get(), nullptr, hidden, 1e-5F};
+  const Norm head = {head_weight.get(), nullptr, dim, 1e-5F};
+  const Norm none = {};
+  const LayerWeights layer = {norm, after_sum ? none : rms, norm, none, head, head, q.matrix, kv.matrix, out.matrix,
+                              gated ? both.matrix : up.matrix, gated ? wide_down.matrix : down.matrix, true, 0};
+  const StackShape shape = {Dtype::kBFloat16, hidden, heads, kv_heads, dim, gated ? 128 : ffn, Activation::kGelu, after_sum,
+                            parallel, 0.5F, 2.0F, norm};
+  Exact<float> cos(static_cast<size_t>(most) * 6), sin(static_cast<size_t>(most) * 6);
+  for (size_t i = 0; i < cos.size; ++i) cos[i] = sin[i] = 0.7F;
+  std::uniform_int_distribution<int> bits(0x3e00, 0x4000);
+  std::vector<uint16_t> begun(static_cast<size_t>(most) * hidden), found(static_cast<size_t>(most) * heads * dim);
+  for (uint16_t& value : begun) value = static_cast<uint16_t>(bits(random));
+  for (uint16_t& value : found) value = static_cast<uint16_t>(bits(random));
+  std::vector<uint16_t> expected;
+  Stack stack(isa, shape, {layer, layer});
+  for (const int tokens : {most, 1, 3, 97}) {
+    Exact<uint16_t> x(static_cast<size_t>(tokens) * hidden), normed(static_cast<size_t>(tokens) * hidden);
+    Exact<uint16_t> queries(static_cast<size_t>(tokens) * heads * dim), keys(static_cast<size_t>(tokens) * 2 * kv_heads * dim);
+    std::copy_n(begun.data(), x.size, x.get());
+    const StackStep step = {tokens, x.get(), normed.get(), queries.get(), keys.get(), {{cos.get(), sin.get(), 6}}};
+    for (const int after : {-1, 0, 1}) stack.run(step, after, found.data(), nullptr, kTwo);
+    if (expected.empty()) expected.assign(normed.get(), normed.get() + normed.size);
+    expect(std::equal(normed.get(), normed.get() + normed.size, expected.data()), "stack", isa.name, {});
+    Exact<uint16_t> again(keys.size);
+    stack.project_kv(1, normed.get(), nullptr, tokens, again.get(), kTwo);
   }
 }
 
@@ -447,7 +518,7 @@ int main() {
       std::printf("%s: not on this machine\n", name);
       continue;
     }
-    for (const Activation kind : {Activation::kSilu, Activation::kGeluTanh}) {
+    for (const Activation kind : {Activation::kSilu, Activation::kGeluTanh, Activation::kGelu, Activation::kRelu}) {
       for (const int width : {1, 15, 16, 17, 511, 512, 513}) check_activation(*isa, kind, width, random);
     }
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt8, Dtype::kInt4}) {
@@ -466,15 +537,21 @@ int main() {
     }
     std::printf("%s: checked\n", name);
   }
-  for (const char* name : {"avx512_vnni", "avx2", "portable"}) {
-    const ProductIsa* isa = find_product_isa(name);
+  for (const char* name : {"avx512_bf16", "avx512_vnni", "avx2", "portable"}) {
+    const ModelIsa* isa = find_model_isa(name);
     if (isa == nullptr) continue;
-    for (const int num_tokens : {1, 2, 5, 7, 24, 97}) {
-      for (const int num_in : {1, 33, 64, 131}) {
-        for (const int num_out : {1, 64, 65, 200}) check_product(*isa, num_tokens, num_in, num_out, random);
+    for (const WeightFormat format :
+         {WeightFormat::kFloat32, WeightFormat::kBFloat16, WeightFormat::kInt8, WeightFormat::kInt4}) {
+      for (const int num_tokens : {1, 2, 5, 7, 24, 97}) {
+        for (const int num_in : {1, 33, 64, 131}) {
+          for (const int num_out : {1, 64, 65, 200}) check_product(*isa, format, num_tokens, num_in, num_out, random);
+        }
+      }
+      for (const bool gated : {false, true}) {
+        for (const bool parallel : {false, true}) check_stack(*isa, format, gated, parallel, !parallel && gated, random);
       }
     }
-    std::printf("%s: products checked\n", name);
+    std::printf("%s: layers checked\n", name);
   }
   if (const PrefillIsa* isa = find_prefill()) {
     for (const int num : {1, 65, 100}) {

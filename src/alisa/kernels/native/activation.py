@@ -7,7 +7,7 @@ from torch import Tensor
 
 from alisa.kernels.native import library
 
-KINDS = {"silu": 0, "gelu_tanh": 1}
+KINDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 """The numbers of `Activation` in native/activation_task.h."""
 
 

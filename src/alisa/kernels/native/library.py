@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -48,16 +48,26 @@ def isa_names() -> tuple[str, ...]:
     return tuple(_native.isa_names()) if _native is not None else ()
 
 
+class OpenMP(NamedTuple):
+    """Addresses in the OpenMP runtime that torch has loaded; 0: there is none that has them."""
+
+    parallel: int = 0
+    team_size: int = 0
+    team_rank: int = 0
+
+
 @cache
-def openmp_entry() -> int:
-    """Address of `GOMP_parallel` in the OpenMP runtime that torch has loaded; 0 where there is none that has it."""
+def openmp() -> OpenMP:
+    """`GOMP_parallel`, and how a thread learns of its team."""
     for pool in threadpool_info():
         if pool["user_api"] != "openmp":
             continue
-        entry = getattr(ctypes.CDLL(pool["filepath"]), "GOMP_parallel", None)
-        if entry is not None:
-            return ctypes.cast(entry, ctypes.c_void_p).value or 0
-    return 0
+        runtime = ctypes.CDLL(pool["filepath"])
+        names = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
+        found = [getattr(runtime, name) for name in names if getattr(runtime, name, None) is not None]
+        if len(found) == len(names):
+            return OpenMP(*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found))
+    return OpenMP()
 
 
 def move_rows(
@@ -109,16 +119,17 @@ class Team:
         share: on torch's OpenMP threads where they can be found.
     """
 
-    __slots__ = ("_entry", "_make", "_num_threads")
+    __slots__ = ("_make", "_num_threads", "_openmp")
 
     def __init__(self, num_threads: int | None = None, *, share: bool = True) -> None:
         self._make = native().Threads
         self._num_threads = num_threads
-        self._entry = openmp_entry() if share else 0
+        self._openmp = openmp() if share else OpenMP()
 
     def threads(self) -> Threads:
         """The team of one call."""
-        return self._make(self._entry, self._num_threads or torch.get_num_threads())
+        parallel, team_size, team_rank = self._openmp
+        return self._make(parallel, self._num_threads or torch.get_num_threads(), team_size, team_rank)
 
 
 def dense_tokens(values: Tensor) -> Tensor:

@@ -1,59 +1,72 @@
-"""Products with 8-bit weights, native, as functions of tensors."""
+"""Products with the weights of linear layers, native, as functions of tensors."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from alisa.kernels.checks import check_multiply
+from alisa.kernels.base import Panels
+from alisa.kernels.checks import check_panels
 from alisa.kernels.native import library
 
+if TYPE_CHECKING:
+    from alisa.kernels._native import Matrix
 
-def product_isa_names() -> tuple[str, ...]:
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+"""The numbers of `WeightFormat` in native/csrc/model/matrix.h."""
+
+
+def model_isa_names() -> tuple[str, ...]:
     """Instruction sets that this build and this CPU have in common, fastest first; empty without the library."""
-    return tuple(library.native().product_isa_names()) if library.available() else ()
+    return tuple(library.native().model_isa_names()) if library.available() else ()
+
+
+def make_matrix(panels: Panels, bias: Tensor | None) -> Matrix:
+    """A weight and its bias Float32[out] as the native code sees them: both must live as long as it is used."""
+    check_panels(panels, bias)
+    return library.native().Matrix(
+        format=FORMATS[panels.format],
+        codes=panels.codes.data_ptr(),
+        scales=0 if panels.scales is None else panels.scales.data_ptr(),
+        ranges=0 if panels.ranges is None else panels.ranges.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        num_in=panels.num_in,
+        num_out=panels.num_out,
+        parts=panels.parts,
+    )
 
 
 class CpuProducts:
-    """The native products with 8-bit weights, with their working memory.
+    """The native products, with their working memory.
 
     Args:
-        isa: one of `product_isa_names()`; by default the fastest.
+        isa: one of `model_isa_names()`; by default the fastest.
         num_threads: threads to use; by default as many as torch uses at the time of the call.
     """
 
     def __init__(self, isa: str | None = None, *, num_threads: int | None = None) -> None:
-        native = library.native()
-        if isa is not None and isa not in product_isa_names():
-            raise ValueError(f"{isa} products cannot run here; there are {', '.join(product_isa_names())}")
-        self.isa = isa or product_isa_names()[0]
+        if isa is not None and isa not in model_isa_names():
+            raise ValueError(f"{isa} products cannot run here; there are {', '.join(model_isa_names())}")
+        self.isa = isa or model_isa_names()[0]
         self._team = library.Team(num_threads)
-        self._workspace = native.ProductWorkspace()
+        self._workspace = library.native().ProductWorkspace()
 
-    def __call__(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        """Product of `x [M, in]` with a weight in 8 bits, plus the bias: `[M, out]` in the dtype of x.
-
-        Args:
-            x: float32, bfloat16 or float16.
-            codes: UInt8[ceil(out / 64), ceil(in / 4), 64, 4], contiguous, padded with 128.
-            scales: Float32[out].
-            bias: Float32[out], or None.
-        """
-        check_multiply(x, codes, scales, bias)
+    def __call__(self, x: Tensor, matrix: Matrix) -> Tensor:
+        """Product of `x [M, in]` in a float dtype with a weight, plus its bias: `[M, out]` in the dtype of x."""
         x = x if x.stride(1) == 1 else x.contiguous()
         num_tokens, num_in = x.shape
-        out = x.new_empty(num_tokens, len(scales))
+        if num_in != matrix.num_in:
+            raise ValueError(f"x {tuple(x.shape)} does not fit a weight of {matrix.num_in} inputs")
+        out = x.new_empty(num_tokens, matrix.num_out)
         self._workspace.multiply(
             isa=self.isa,
             threads=self._team.threads(),
+            matrix=matrix,
             x=x.data_ptr(),
             dtype=library.VALUE_CODES[x.dtype],
             x_stride=x.stride(0) * x.element_size(),
-            codes=codes.data_ptr(),
-            scales=scales.data_ptr(),
-            bias=0 if bias is None else bias.data_ptr(),
-            out=out.data_ptr(),
             num_tokens=num_tokens,
-            num_in=num_in,
-            num_out=len(scales),
+            out=out.data_ptr(),
         )
         return out

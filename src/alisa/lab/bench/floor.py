@@ -134,7 +134,7 @@ class _Layers:
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, weight_dtype: WeightDtypeName) -> None:
         self._spec, self._dtype = spec, dtype
         self._device = torch.device("cpu")
-        self._make_linear = choose_linear(weight_dtype, self._device)
+        self._linears = choose_linear(weight_dtype, dtype, self._device)
         shapes = [shape for name, shape in layer_shapes(spec).items() if len(shape) == 2 and name.endswith("weight")]
         self._sizes = [shape[1] for shape in shapes] * _LAYERS
         self._layers = [self._linear(*shape) for shape in shapes * _LAYERS]
@@ -156,7 +156,7 @@ class _Layers:
         return _fastest(lambda: self._logits(hidden))
 
     def _linear(self, num_out: int, num_in: int) -> Linear:
-        return self._make_linear(torch.randn(num_out, num_in, dtype=self._dtype), None, self._device)
+        return self._linears.layer(torch.randn(num_out, num_in, dtype=self._dtype), None)
 
 
 def _fastest(work: Callable[[], object]) -> float:

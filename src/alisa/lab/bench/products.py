@@ -1,4 +1,4 @@
-"""A linear layer with weights in 8 bits, against torch's packed product with weights in bfloat16."""
+"""A linear layer with weights in 8 bits, against the library's packed product with weights in bfloat16."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from alisa.kernels.native.kernels import CpuKernels
-from alisa.kernels.native.product import CpuProducts, product_isa_names
+from alisa.kernels.native.product import CpuProducts, model_isa_names
 from alisa.lab.bench.case import Call, Candidate, Case, Role
 from alisa.lab.bench.cases import ProductCase
-from alisa.model.linear import Linear, make_linear
-from alisa.model.linear_int8 import QuantisedLinear, multiply_int8
+from alisa.model.linear import FrameworkLinears, Linear
+from alisa.model.linear_int8 import int8_panels
+from alisa.model.linear_panels import PanelLinear
 
 _LAYERS = 8
 """Used in turn, so that each finds its weights in memory and not in a cache."""
@@ -25,16 +26,16 @@ def product_case(case: ProductCase, kernels: CpuKernels) -> Case:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(case.num_out, case.num_in, generator=generator).bfloat16()
     x = torch.randn(case.num_tokens, case.num_in, generator=generator).bfloat16()
-    multiply = CpuProducts(_isa(kernels.isa))
+    products = CpuProducts(_isa(kernels.isa))
     few = case.num_tokens <= _TWIN_TOKENS
-    layers = [QuantisedLinear(weight, None, multiply) for _ in range(_LAYERS)]
+    layers = [PanelLinear(int8_panels(weight), None, products) for _ in range(_LAYERS)]
 
     def rivals() -> Iterator[Candidate]:
-        device = torch.device("cpu")
-        packed = [make_linear(weight, None, device) for _ in range(_LAYERS)]
+        torch_has = FrameworkLinears(weight.device)
+        packed = [torch_has.layer(weight, None) for _ in range(_LAYERS)]
         yield Candidate(Role.PACKED, "torch bf16", _in_turn(packed, x))
         if few:
-            reference = QuantisedLinear(weight, None, multiply_int8)
+            reference = PanelLinear(int8_panels(weight), None, None)
             yield Candidate(Role.REFERENCE, "torch reference", lambda _: reference(x))
 
     return Case(_in_turn(layers, x), rivals, case.num_bytes)
@@ -46,4 +47,4 @@ def _in_turn(layers: Sequence[Linear], x: Tensor) -> Call:
 
 def _isa(kernels: str) -> str:
     """The products that go with these kernels: AVX-512 without VNNI has none of its own."""
-    return kernels if kernels in product_isa_names() else "avx2"
+    return kernels if kernels in model_isa_names() else "avx2"

@@ -16,7 +16,7 @@ from alisa.model.gguf.fields import ArchitectureFields
 from alisa.model.gguf.file import GgufFile
 from alisa.model.gguf.tokenizer import build_tokenizer
 from alisa.model.layer import Progress
-from alisa.model.linear import MakeLinear, make_linear
+from alisa.model.linear import LinearMaker
 from alisa.model.tokenizer import Tokenizer
 from alisa.model.weights import CheckpointSource
 from alisa.spec import ModelSpec, RopeScaling
@@ -81,13 +81,13 @@ class GgufModel:
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None = None,
-        make_linear: MakeLinear = make_linear,
+        linears: LinearMaker | None = None,
     ) -> Decoder:
         """The blocks decoded to `dtype`, one tensor at a time."""
         leave = frozenset({_ROPE_DIVISORS})
         checkpoint = GgufCheckpoint(self._file, self._architecture, self.spec, dtype, leave)
         source = CheckpointSource(checkpoint, self._family, self.spec)
-        return Decoder(self.spec, source, dtype=dtype, device=device, progress=progress, make_linear=make_linear)
+        return Decoder(self.spec, source, dtype=dtype, device=device, progress=progress, linears=linears)
 
     def _with_divisors(self, spec: ModelSpec) -> ModelSpec:
         if _ROPE_DIVISORS not in self._file.tensors or spec.rope is None:

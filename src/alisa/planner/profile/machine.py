@@ -11,8 +11,9 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from alisa.config import WeightDtypeName
 from alisa.kernels.base import AppendKernel, DecodeKernel, MoveRows, PrefillKernel, SelectionKernels
-from alisa.model.linear import MakeLinear
+from alisa.model.linear import LinearMaker
 from alisa.planner.hardware import Hardware
 from alisa.planner.profile.products import measure_gemm, measure_layer, measure_logits, measure_values
 from alisa.planner.profile.rows import measure_attention, measure_prompt, measure_selection
@@ -32,8 +33,8 @@ class Tools(NamedTuple):
     append: AppendKernel | None
     selection: SelectionKernels
     move_rows: MoveRows
-    make_int8: MakeLinear
-    """Makes linear layers with weights in 8 bits."""
+    linears: Callable[[WeightDtypeName, torch.dtype], LinearMaker]
+    """By what they are kept in and what the model computes in."""
 
 
 def measure_machine(tools: Tools, directory: Path, where: str, progress: Callable[[str], None]) -> Hardware:
@@ -49,10 +50,11 @@ def measure_machine(tools: Tools, directory: Path, where: str, progress: Callabl
     gemm = {}
     for name, dtype in dtypes.items():
         progress(f"matrix products in {name}")
-        gemm[name] = measure_gemm(dtype)
+        gemm[name] = measure_gemm(dtype, tools.linears("auto", dtype))
     first = torch.bfloat16
-    progress("matrix products with int8 weights")
-    gemm["int8"] = measure_gemm(first, tools.make_int8)
+    for name in ("int8", "int4"):
+        progress(f"matrix products with {name} weights")
+        gemm[name] = measure_gemm(first, tools.linears(name, first))
     attention = {}
     for name in ROW_DTYPES:
         progress(f"attention over {name} rows")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from alisa.model.linear import MakeLinear, make_linear
+from alisa.model.linear import LinearMaker
 from alisa.model.loader import random_decoder
 from alisa.planner.hardware import Gemm
 from alisa.planner.profile.clock import seconds
@@ -23,14 +23,14 @@ _SIZES = ((768, 768, 60), (1024, 4096, 12), (4096, 4096, 3))
 _CPU = torch.device("cpu")
 
 
-def measure_gemm(dtype: torch.dtype, make_linear: MakeLinear = make_linear) -> Gemm:
+def measure_gemm(dtype: torch.dtype, linears: LinearMaker) -> Gemm:
     """Products with inputs of this dtype, of layers made so."""
-    tiny = make_linear(torch.randn(64, 64).to(dtype), None, _CPU)
+    tiny = linears.layer(torch.randn(64, 64).to(dtype), None)
     row = torch.randn(1, 64).to(dtype)
     call_s = seconds(lambda: [tiny(row) for _ in range(200)]) / 200
     curves = []
     for num_out, num_in, copies in _SIZES:
-        layers = [make_linear(torch.randn(num_out, num_in).to(dtype), None, _CPU) for _ in range(copies)]
+        layers = [linears.layer(torch.randn(num_out, num_in).to(dtype), None) for _ in range(copies)]
         points = []
         for rows in _ROWS:
             x = torch.randn(rows, num_in).to(dtype)

@@ -5,8 +5,8 @@
 
 namespace alisa {
 
-// x / (1 + exp(-u)), with u = x, or u = sqrt(8 / pi) (x + 0.044715 x^3): GELU by tanh.
-enum class Activation : int { kSilu = 0, kGeluTanh = 1 };
+// x / (1 + exp(-u)), with u = x, or u = sqrt(8 / pi) (x + 0.044715 x^3): GELU by tanh; GELU itself; max(x, 0).
+enum class Activation : int { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
 
 struct ActivationTask {
   Activation kind;

@@ -102,6 +102,13 @@ inline void load_f16_pairs(const void* p, F& first, F& second) {
   second = _mm256_cvtph_ps(narrow16(_mm256_srli_epi32(pairs, 16)));
 }
 
+// 8 (first, second) pairs of bfloat16.
+inline void load_bf16_pairs(const void* p, F& first, F& second) {
+  const __m256i pairs = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  first = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+  second = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000U))));
+}
+
 // Bytes of packed codes, one in each lane; of `count`, what lies after them is not touched and reads as 0.
 using Codes = __m256i;
 inline Codes load_codes(const void* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }

@@ -87,6 +87,13 @@ inline void load_f16_pairs(const void* p, F& first, F& second) {
   second = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
 }
 
+// 16 (first, second) pairs of bfloat16.
+inline void load_bf16_pairs(const void* p, F& first, F& second) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  second = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000U))));
+}
+
 // Bytes of packed codes, one in each lane; of `count`, what lies after them is not touched and reads as 0.
 using Codes = __m512i;
 inline Codes load_codes(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }

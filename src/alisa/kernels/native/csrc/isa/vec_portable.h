@@ -128,6 +128,13 @@ inline void load_f16_pairs(const void* p, F& first, F& second) {
   second = from_f16(pairs >> 16);
 }
 
+// 4 (first, second) pairs of bfloat16.
+inline void load_bf16_pairs(const void* p, F& first, F& second) {
+  const U pairs = read<U>(p);
+  first = bits<F>(pairs << 16);
+  second = bits<F>(pairs & 0xffff0000U);
+}
+
 // Bytes of packed codes, one in each lane; of `count`, what lies after them is not touched and reads as 0.
 using Codes = I;
 inline Codes load_codes(const void* p) { return __builtin_convertvector(read<U8>(p), I); }

@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "workspace.h"
+#include "bind_model.h"
 #include "isa.h"
 #include "prefill.h"
-#include "product_workspace.h"
 #include "row_io.h"
 #include "select.h"
 #include "threads.h"
@@ -38,20 +38,6 @@ const alisa::Isa& isa_named(const std::string& name) {
   const alisa::Isa* isa = alisa::find_isa(name.c_str());
   if (isa == nullptr) throw std::invalid_argument("this CPU or build has no " + name + " kernels");
   return *isa;
-}
-
-const alisa::ProductIsa& product_isa_named(const std::string& name) {
-  const alisa::ProductIsa* isa = alisa::find_product_isa(name.c_str());
-  if (isa == nullptr) throw std::invalid_argument("this CPU or build has no " + name + " products");
-  return *isa;
-}
-
-std::vector<std::string> product_isa_names() {
-  std::vector<std::string> names;
-  for (const char* name : {"avx512_vnni", "avx2", "portable"}) {
-    if (alisa::find_product_isa(name) != nullptr) names.emplace_back(name);
-  }
-  return names;
 }
 
 // Address, and the strides from one token and from one head to the next, in values.
@@ -78,10 +64,14 @@ std::vector<std::string> isa_names() {
 NB_MODULE(_native, m) {
   nb::class_<Threads>(m, "Threads")
       .def(
-          "__init__", [](Threads* self, uintptr_t entry, int count) {
-            new (self) Threads{reinterpret_cast<alisa::ParallelEntry>(entry), count};
+          "__init__",
+          [](Threads* self, uintptr_t entry, int count, uintptr_t team_size, uintptr_t team_rank) {
+            new (self) Threads{reinterpret_cast<alisa::ParallelEntry>(entry), count,
+                               reinterpret_cast<alisa::TeamQuestion>(team_size), reinterpret_cast<alisa::TeamQuestion>(team_rank)};
           },
-          "entry"_a, "count"_a, "GOMP_parallel of the OpenMP runtime that torch has loaded (0: none), and how many threads.");
+          "entry"_a, "count"_a, "team_size"_a, "team_rank"_a,
+          "GOMP_parallel of the OpenMP runtime that torch has loaded (0: none), how many threads, and the runtime's "
+          "omp_get_num_threads and omp_get_thread_num.");
   nb::class_<RowLayout>(m, "RowLayout")
       .def(
           "__init__", [](RowLayout* self, int dtype, int num_kv_heads, int head_dim) {
@@ -301,30 +291,7 @@ NB_MODULE(_native, m) {
           "threads"_a, "q"_a, "k"_a, "num_queries"_a, "num_keys"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
           "num_sets"_a, "ahead"_a, "softcap"_a, "log_sum_exp"_a, "mass"_a);
 
-  nb::class_<alisa::ProductWorkspace>(m, "ProductWorkspace")
-      .def(nb::init<>())
-      .def(
-          "multiply",
-          [](alisa::ProductWorkspace& self, const std::string& isa, const Threads& threads, uintptr_t x, int dtype,
-             size_t x_stride, uintptr_t codes, uintptr_t scales, uintptr_t bias, uintptr_t out, int64_t num_tokens, int num_in,
-             int num_out) {
-            const alisa::ProductIsa& kernels = product_isa_named(isa);
-            alisa::ProductTask task = {};
-            task.x = at<const void>(x);
-            task.dtype = static_cast<Dtype>(dtype);
-            task.x_stride = x_stride;
-            task.codes = at<const uint8_t>(codes);
-            task.scales = at<const float>(scales);
-            task.bias = at<const float>(bias);
-            task.out = at<void>(out);
-            task.num_tokens = num_tokens;
-            task.num_in = num_in;
-            task.num_out = num_out;
-            const nb::gil_scoped_release unlocked;
-            self.multiply(kernels, task, threads);
-          },
-          "isa"_a, "threads"_a, "x"_a, "dtype"_a, "x_stride"_a, "codes"_a, "scales"_a, "bias"_a, "out"_a, "num_tokens"_a,
-          "num_in"_a, "num_out"_a);
+  bind_model(m);
 
   m.def(
       "activate",
@@ -378,7 +345,6 @@ NB_MODULE(_native, m) {
         return write ? alisa::write_rows(task) : alisa::read_rows(task);
       },
       "write"_a, "file"_a, "offsets"_a, "memory"_a, "stride"_a, "rows"_a, "count"_a, "row_bytes"_a);
-  m.def("product_isa_names", product_isa_names, "Instruction sets with products that this CPU can run, fastest first.");
   m.def(
       "has_prefill", [] { return alisa::find_prefill() != nullptr; }, "Whether this CPU can run `prefill` and `prefill_mass`.");
   m.def("isa_names", isa_names, "Instruction sets that this CPU can run, fastest first.");

@@ -4,7 +4,41 @@
 #include <thread>
 #include <vector>
 
+#ifdef ALISA_X86
+#include <immintrin.h>
+#endif
+
 namespace alisa {
+namespace {
+
+// About 20 microseconds: as long as it takes to wake a thread that sleeps.
+constexpr int kSpins = 1000;
+
+inline void pause() {
+#ifdef ALISA_X86
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+}  // namespace
+
+void Barrier::wait() {
+  const uint32_t round = round_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    round_.store(round + 1, std::memory_order_release);
+    return;
+  }
+  for (int i = 0; round_.load(std::memory_order_acquire) == round; ++i) {
+    if (i < kSpins) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
 
 void run_on(const Threads& threads, void (*fn)(void*), void* data) {
   if (threads.count <= 1) {

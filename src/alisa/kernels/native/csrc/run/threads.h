@@ -14,9 +14,14 @@ namespace alisa {
 // GOMP_parallel of libgomp and compatible runtimes: runs fn(data) once on every thread of a team.
 using ParallelEntry = void (*)(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags);
 
+// omp_get_num_threads and omp_get_thread_num of the same runtime.
+using TeamQuestion = int (*)();
+
 struct Threads {
   ParallelEntry entry;  // null: threads of our own, started for each call
   int count;
+  TeamQuestion team_size;  // null where `entry` is
+  TeamQuestion team_rank;
 };
 
 void run_on(const Threads& threads, void (*fn)(void*), void* data);
@@ -38,6 +43,39 @@ void share_out(const Threads& threads, int64_t count, int64_t step, const Start&
     for (int64_t first = next.fetch_add(step); first < count; first = next.fetch_add(step)) {
       body(first, std::min(first + step, count));
     }
+  });
+}
+
+// Where the threads of a team wait for each other. Whoever waits spins for some microseconds and then gives its processor
+// away, again and again: with other programs about, the one that is waited for may need it.
+class Barrier {
+ public:
+  explicit Barrier(int count) : count_(count) {}
+  void wait();
+
+ private:
+  const int count_;
+  std::atomic<int> arrived_{0};
+  std::atomic<uint32_t> round_{0};
+};
+
+// body(rank, size, barrier) on every thread of a team.
+template <class Body>
+void parallel_team(const Threads& threads, const Body& body) {
+  if (threads.count <= 1) {
+    Barrier barrier(1);
+    body(0, 1, barrier);
+    return;
+  }
+  // A runtime may give a region fewer threads than it was asked for: then one does it all.
+  std::atomic<int> next{0};
+  Barrier asked(threads.count);
+  Barrier alone(1);
+  parallel(threads, [&]() {
+    if (threads.entry == nullptr) return body(next.fetch_add(1), threads.count, asked);
+    const int size = threads.team_size();
+    if (size == threads.count) return body(threads.team_rank(), size, asked);
+    if (threads.team_rank() == 0) body(0, 1, alone);
   });
 }
 

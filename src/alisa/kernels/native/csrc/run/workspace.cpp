@@ -280,7 +280,8 @@ void Workspace::prefill_mass(const PrefillIsa& isa, const MassTask& task, const 
 
 void activate(const Isa& isa, const ActivationTask& task, const Threads& threads) {
   const int64_t values = task.num_tokens * task.width;
-  const Threads team = {threads.entry, values < kSerialActivations ? 1 : threads.count};
+  Threads team = threads;
+  if (values < kSerialActivations) team.count = 1;
   const int64_t step = std::max<int64_t>(1, task.num_tokens / (kItemsPerThread * team.count));
   share_out(team, task.num_tokens, step, [&](int) {
     return [&](int64_t first, int64_t last) { isa.activate(task, first, last); };

@@ -1,4 +1,4 @@
-// Products with 8-bit weights for any CPU.
+// The layers of a model for any CPU.
 #define ALISA_ISA portable
 #include "vec_portable.h"
 
@@ -6,10 +6,10 @@ namespace alisa::ALISA_ISA {
 
 using Ints = I;
 // Byte i of every quad.
-struct Weights {
+struct WeightQuads {
   I byte[4];
 };
-struct Inputs {
+struct InputQuads {
   int32_t byte[4];
 };
 constexpr int kTileTokens = 4;
@@ -32,24 +32,31 @@ inline F plus(F a, F b) { return a + b; }
 inline F times(F a, F b) { return a * b; }
 inline void store_codes(int8_t* p, Ints x) { store_bytes(p, x & 255); }
 
-inline Weights weights_at(const uint8_t* p) {
+inline WeightQuads weights_at(const uint8_t* p) {
   const U quads = read<U>(p);
-  Weights w;
+  WeightQuads w;
   for (int i = 0; i < 4; ++i) w.byte[i] = bits<I>((quads >> (8 * i)) & 255U);
   return w;
 }
-inline Inputs inputs_at(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
-inline Ints add_quads(Ints sum, const Weights& w, const Inputs& x) {
+inline void nibbles_at(const uint8_t* p, WeightQuads& low, WeightQuads& high) {
+  const WeightQuads both = weights_at(p);
+  for (int i = 0; i < 4; ++i) {
+    low.byte[i] = both.byte[i] & 15;
+    high.byte[i] = both.byte[i] >> 4;
+  }
+}
+inline InputQuads inputs_at(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline Ints add_quads(Ints sum, const WeightQuads& w, const InputQuads& x) {
   return sum + ((w.byte[0] * x.byte[0] + w.byte[1] * x.byte[1]) + (w.byte[2] * x.byte[2] + w.byte[3] * x.byte[3]));
 }
 
 }  // namespace alisa::ALISA_ISA
 
 // The vectors come first.
-#include "product_tiles.h"
+#include "model_table.h"
 
 namespace alisa {
 
-const ProductIsa kProductPortable = {"portable", portable::quantise, portable::multiply};
+const ModelIsa kModelPortable = portable::model_table("portable");
 
 }  // namespace alisa

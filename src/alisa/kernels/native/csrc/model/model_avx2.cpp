@@ -1,4 +1,4 @@
-// Products with 8-bit weights for AVX2. CMakeLists.txt gives this file its own compiler flags.
+// The layers of a model for AVX2. CMakeLists.txt gives this file its own compiler flags.
 //
 // Pairs of 16-bit numbers: the instruction that takes bytes would saturate.
 #define ALISA_ISA avx2
@@ -8,10 +8,10 @@ namespace alisa::ALISA_ISA {
 
 using Ints = __m256i;
 // The bytes of each quad, as its even and its odd ones.
-struct Weights {
+struct WeightQuads {
   __m256i even, odd;
 };
-struct Inputs {
+struct InputQuads {
   __m256i even, odd;
 };
 constexpr int kTileTokens = 4;
@@ -42,27 +42,33 @@ inline void store_codes(int8_t* p, Ints x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
 
-inline Weights weights_at(const uint8_t* p) {
+inline WeightQuads weights_at(const uint8_t* p) {
   const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
 }
-inline Inputs inputs_at(const int8_t* p) {
+inline void nibbles_at(const uint8_t* p, WeightQuads& low, WeightQuads& high) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i mask = _mm256_set1_epi16(15);
+  low = {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 8), mask)};
+  high = {_mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), _mm256_srli_epi16(bytes, 12)};
+}
+inline InputQuads inputs_at(const int8_t* p) {
   int32_t quad;
   __builtin_memcpy(&quad, p, sizeof(quad));
   const __m256i bytes = _mm256_set1_epi32(quad);
   return {_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)};
 }
-inline Ints add_quads(Ints sum, const Weights& w, const Inputs& x) {
+inline Ints add_quads(Ints sum, const WeightQuads& w, const InputQuads& x) {
   return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(w.even, x.even), _mm256_madd_epi16(w.odd, x.odd)));
 }
 
 }  // namespace alisa::ALISA_ISA
 
 // The vectors come first.
-#include "product_tiles.h"
+#include "model_table.h"
 
 namespace alisa {
 
-const ProductIsa kProductAvx2 = {"avx2", avx2::quantise, avx2::multiply};
+const ModelIsa kModelAvx2 = avx2::model_table("avx2");
 
 }  // namespace alisa

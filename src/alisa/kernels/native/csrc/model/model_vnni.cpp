@@ -1,4 +1,4 @@
-// Products with 8-bit weights for AVX-512 with VNNI. CMakeLists.txt gives this file its own compiler flags.
+// The layers of a model for AVX-512 with VNNI. CMakeLists.txt gives this file its own compiler flags.
 #define ALISA_ISA vnni
 #include "vec_avx512.h"
 
@@ -6,8 +6,8 @@ namespace alisa::ALISA_ISA {
 
 // Not __m512i, which GCC takes for eight numbers: it then holds every sum twice, and not all of them in registers.
 using Ints = int32_t __attribute__((vector_size(64)));
-using Weights = __m512i;
-using Inputs = __m512i;
+using WeightQuads = __m512i;
+using InputQuads = __m512i;
 constexpr int kTileTokens = 6;
 constexpr int kTileLanes = 64;
 
@@ -25,21 +25,26 @@ inline F plus(F a, F b) { return _mm512_add_ps(a, b); }
 inline F times(F a, F b) { return _mm512_mul_ps(a, b); }
 inline void store_codes(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(raw(x))); }
 
-inline Weights weights_at(const uint8_t* p) { return _mm512_loadu_si512(p); }
-inline Inputs inputs_at(const int8_t* p) {
+inline WeightQuads weights_at(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline void nibbles_at(const uint8_t* p, WeightQuads& low, WeightQuads& high) {
+  const __m512i bytes = _mm512_loadu_si512(p);
+  low = _mm512_and_si512(bytes, _mm512_set1_epi8(15));
+  high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+}
+inline InputQuads inputs_at(const int8_t* p) {
   int32_t quad;
   __builtin_memcpy(&quad, p, sizeof(quad));
   return _mm512_set1_epi32(quad);
 }
-inline Ints add_quads(Ints sum, Weights w, Inputs x) { return ints(_mm512_dpbusd_epi32(raw(sum), w, x)); }
+inline Ints add_quads(Ints sum, WeightQuads w, InputQuads x) { return ints(_mm512_dpbusd_epi32(raw(sum), w, x)); }
 
 }  // namespace alisa::ALISA_ISA
 
 // The vectors come first.
-#include "product_tiles.h"
+#include "model_table.h"
 
 namespace alisa {
 
-const ProductIsa kProductVnni = {"avx512_vnni", vnni::quantise, vnni::multiply};
+const ModelIsa kModelVnni = vnni::model_table("avx512_vnni");
 
 }  // namespace alisa
