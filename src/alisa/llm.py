@@ -14,7 +14,7 @@ import torch
 from alisa import __version__
 from alisa.config import EngineConfig, SamplingParams, per_request, with_options
 from alisa.engine.builder import build_engine
-from alisa.engine.loaded import kv_codec, load_model
+from alisa.engine.loaded import LoadedModel, kv_codec, load_model
 from alisa.engine.report import RunReport
 from alisa.engine.shared import SharedEngine, Stream
 from alisa.errors import InputError
@@ -94,6 +94,11 @@ class LLM:
     def name(self) -> str:
         """The model as it was asked for."""
         return self._model.name
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model in memory, for an engine of one's own (`alisa.engine.builder.build_engine`)."""
+        return self._model
 
     @property
     def spec(self) -> ModelSpec:
