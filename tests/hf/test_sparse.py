@@ -1,5 +1,7 @@
 """A sparse policy gives what alisa's own engine gives; company and caps change nothing."""
 
+import copy
+
 import pytest
 import torch
 
@@ -54,6 +56,21 @@ def test_a_batch_says_what_each_prompt_says_alone(policy):
         for ids, expected in zip(PROMPTS.ids, together, strict=True):
             alone = model.generate(torch.tensor([ids]), max_new_tokens=NEW)
             assert alone[0, len(ids) :].tolist() == expected
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_copy_goes_on_as_its_original_does(policy):
+    model, inputs = ready(build("llama-gqa-tied")), PROMPTS.padded
+    with alisa.hf.attach(model, policy=policy, sparsity=0.7) as cache_factory:
+        cache = cache_factory()
+        begun = model.generate(**inputs, past_key_values=cache, max_new_tokens=10)
+        inputs = {
+            "input_ids": begun,
+            "attention_mask": torch.cat((inputs["attention_mask"], torch.ones(3, 10, dtype=torch.int64)), dim=1),
+        }
+        twin = copy.deepcopy(cache)
+        expected = model.generate(**inputs, past_key_values=cache, max_new_tokens=30)
+        assert model.generate(**inputs, past_key_values=twin, max_new_tokens=30).equal(expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 32])

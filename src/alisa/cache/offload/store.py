@@ -299,6 +299,7 @@ class TieredStore:
 
     def copy(self, layer: int, source: int, start: int, end: int) -> None:
         """See `RowStore.copy`."""
+        assert self._hidden is None, "what may be deleted is rebuilt from the layer input, and there is none"
         self._appender.put(layer, self._reader.read(layer, source, start, end))
 
     def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
