@@ -46,10 +46,42 @@ class CacheOptions:
     """Instead of what the configuration says: on a CPU too, where a host tier rehearses what a GPU does."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What makes steps, without what asks for them."""
+
+    scheduler: Scheduler
+    runner: ModelRunner
+    costs: MeasuredRestoreCosts
+    cache_config: KVCacheConfig
+    kv_dtype: str
+    """What rows are kept in."""
+
+
 def build_engine(
     model: LoadedModel, config: EngineConfig, options: CacheOptions = CacheOptions()
 ) -> tuple[Engine, EngineSetup]:
     """An engine, and what it was built as.
+
+    Raises:
+        InputError: an option does not go with another, or a directory cannot be used.
+        CapacityError: the caps hold not even one token.
+    """
+    parts = build_parts(model, config, options)
+    engine = Engine(
+        parts.scheduler,
+        parts.runner,
+        parts.costs,
+        model.tokenizer,
+        PromptReader(model.tokenizer, model.spec.vocab_size, parts.cache_config.max_model_len),
+        make_governor(),
+        eos_ids=frozenset() if model.tokenizer is None else model.tokenizer.eos_ids,
+    )
+    return engine, _setup(model, config, parts.cache_config, parts.kv_dtype)
+
+
+def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions = CacheOptions()) -> EngineParts:
+    """A scheduler and a runner, for a loop of one's own.
 
     Raises:
         InputError: an option does not go with another, or a directory cannot be used.
@@ -97,16 +129,8 @@ def build_engine(
         prefill_chunk=chunk_tokens(config.prefill_chunk, codec.format.dtype, model.decoder.dtype),
         token_bytes=cache_config.token_bytes,
     )
-    engine = Engine(
-        scheduler,
-        ModelRunner(model.decoder, session, timer),
-        costs,
-        model.tokenizer,
-        PromptReader(model.tokenizer, model.spec.vocab_size, cache_config.max_model_len),
-        make_governor(),
-        eos_ids=frozenset() if model.tokenizer is None else model.tokenizer.eos_ids,
-    )
-    return engine, _setup(model, config, cache_config, codec.format.dtype)
+    runner = ModelRunner(model.decoder, session, timer)
+    return EngineParts(scheduler, runner, costs, cache_config, codec.format.dtype)
 
 
 def _setup(model: LoadedModel, config: EngineConfig, cache: KVCacheConfig, kv_dtype: str) -> EngineSetup:
