@@ -265,3 +265,13 @@ def test_compiling_is_refused(model):
 def test_continuous_batching_of_transformers_says_so_itself(model):
     with alisa.hf.attach(model), pytest.raises(Exception, match="continuous batching"):
         model.generate_batch([[5, 6, 7]])
+
+
+@pytest.mark.parametrize(("found", "said"), [(None, "not installed"), ("5.17.1", "5.17.1"), ("6.0.0rc1", "6.0.0rc1")])
+def test_another_transformers_is_called_by_its_version(found, said):
+    assert said in alisa.hf.missing_transformers(found)
+    assert "alisa[hf]" in alisa.hf.missing_transformers(found)
+
+
+def test_this_transformers_will_do():
+    assert alisa.hf.missing_transformers(transformers.__version__) is None

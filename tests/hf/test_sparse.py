@@ -89,7 +89,7 @@ def test_caps_change_nothing(policy, num_beams, tiny_model):
     with alisa.hf.attach(model, **options) as cache_factory:
         expected = said(model, num_beams=num_beams)
         assert cache_factory.kv_bytes(Medium.DISK) == 0
-    cap = device_cap(LLM(tiny_model("llama-gqa-tied"), **options), 150 * num_beams)
+    cap = device_cap(LLM(tiny_model("llama-gqa-tied"), **options), 90 * num_beams)
     with alisa.hf.attach(model, **options, kv_device_memory=cap) as cache_factory:
         cache = cache_factory()
         assert said(model, num_beams=num_beams, past_key_values=cache) == expected

@@ -90,6 +90,8 @@ def plan_kv_cache(
     device_bytes: int,
     host_bytes: int,
     disk_bytes: int,
+    *,
+    runs_all: bool = False,
 ) -> KVCacheConfig:
     """Capacities of a cache under these caps.
 
@@ -102,6 +104,7 @@ def plan_kv_cache(
         device_bytes: hard cap.
         host_bytes: hard cap of rows in main memory below a GPU.
         disk_bytes: hard cap.
+        runs_all: whether every open sequence takes part in every step, so that none can be swapped.
 
     Raises:
         CapacityError: not even a token fits, or the disk is too small for the schedule.
@@ -119,7 +122,7 @@ def plan_kv_cache(
     has_tiers = can_tier if placement is None else placement.uses_tiers
     found = POLICIES[config.policy].state_bytes(shape, config.sparsity, max_len)
     read_share = (1 + sum(reads_of(config.policy, config.sparsity)(max_len - 1))) / max_len
-    state = StateMemory(found.per_token, found.per_sequence, read_share)
+    state = StateMemory(found.per_token, found.per_sequence, read_share, runs_all)
     if not has_tiers:
         capacity = resident_capacity(
             device_bytes,

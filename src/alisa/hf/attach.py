@@ -170,7 +170,7 @@ def _sequences(model: PreTrainedModel, config: EngineConfig) -> tuple[Sequences,
     policy, backend = make_policy(config.policy, config.sparsity), choose_backend(device)
     source = RowSource(shape, max_len, device, backend, None)
     cache_config = plan_kv_cache(
-        source, policy, codec, config, None, device_cap(config, device), *lower_caps(config, device)
+        source, policy, codec, config, None, device_cap(config, device), *lower_caps(config, device), runs_all=True
     )
     session = build_session(
         build_kv_cache(source, codec, cache_config, disk_directory(config), "lru", overlap=True),
