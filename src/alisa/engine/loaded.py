@@ -45,10 +45,10 @@ class LoadedModel:
 
     @property
     def row_source(self) -> RowSource:
-        """What its KV cache is planned for; keys that are rotated by the length of a sequence are never deleted."""
+        """What its KV cache is planned for; rows that cannot be rebuilt are never deleted."""
         decoder, spec = self.decoder, self.spec
         rebuilding = None
-        if not spec.rotates_by_length:
+        if decoder.can_rebuild:
             rebuilding = Rebuilding(spec.hidden_size, decoder.dtype, decoder.project_kv)
         return RowSource(spec.attention, spec.max_positions, decoder.device, self.backend, rebuilding)
 

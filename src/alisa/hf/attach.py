@@ -132,7 +132,22 @@ def _generate_of(model: PreTrainedModel) -> Callable[..., Any]:
 
 @contextmanager
 def _our_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The text part of the model calls our attention function."""
+    """The text part of the model calls our attention function, until the end of the `with`."""
+    text = model.config.get_text_config(decoder=True)
+    former = text._attn_implementation or "eager"
+    use_our_attention(model)
+    try:
+        yield
+    finally:
+        _set_attention(model, text, former)
+
+
+def use_our_attention(model: PreTrainedModel) -> None:
+    """The text part of the model calls our attention function from now on.
+
+    Raises:
+        InputError: it does already, or it cannot.
+    """
     name, config = type(model).__name__, model.config
     if config.is_encoder_decoder:
         raise refusal(name, "it has an encoder, whose attention is not causal")
@@ -140,14 +155,9 @@ def _our_attention(model: PreTrainedModel) -> Iterator[None]:
     if text._attn_implementation == NAME:
         raise InputError(f"{name} is attached to alisa already; leave that alisa.hf.attach first.")
     register()
-    former = text._attn_implementation or "eager"
     _set_attention(model, text, NAME)
     if text._attn_implementation != NAME:
         raise refusal(name, "it computes its attention itself, outside transformers' attention interface")
-    try:
-        yield
-    finally:
-        _set_attention(model, text, former)
 
 
 def _set_attention(model: PreTrainedModel, text: PreTrainedConfig, implementation: str) -> None:

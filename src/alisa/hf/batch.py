@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alisa.errors import InputError
 from alisa.hf.observed import ObservedAttention
-from alisa.hf.seam import AttentionRequest, NewRows, marked
+from alisa.hf.seam import AttentionRequest, NewRows, marked, scaled
 from alisa.hf.sequences import Sequences
 from alisa.scheduler.plan import ScheduledChunk
 
@@ -183,10 +183,7 @@ class Batch:
 
     def _attend(self, layer: int, request: AttentionRequest, query: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Query `[B, H, T, D]`, k and v `[B, G, T, D]`; returns `[B, T, H, D]`, zeros where there is padding."""
-        q, k, v = (tensor.transpose(1, 2) for tensor in (query, k, v))
-        # Kernels scale by 1 / sqrt(D); what else a model wants is a factor of its queries.
-        if (factor := request.scaling * request.head_dim**0.5) != 1.0:
-            q = q * factor
+        q, k, v = scaled(query, request), k.transpose(1, 2), v.transpose(1, 2)
         if not self._step.prefill:
             return self._sequences.attend(self, layer, q.contiguous(), k.contiguous(), v.contiguous())
         if self._step.is_empty:

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from alisa.errors import AlisaError, InputError
-from alisa.hf.seam import AttentionRequest, NewRows, SeamError, marked
+from alisa.hf.seam import AttentionRequest, MarkingCache, NewRows, SeamError
 from alisa.spec import AttentionShape
 
 
@@ -100,11 +100,11 @@ def observe(model: PreTrainedModel) -> ObservedAttention:
     return cache.observed()
 
 
-class _ObservingCache(Cache):
+class _ObservingCache(MarkingCache):
     """Takes keys and values, keeps nothing, and writes down what is asked."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(layers=[])
+        super().__init__()
         self.name = name
         self._given: set[int] = set()
         self._requests: dict[int, AttentionRequest] = {}
@@ -114,20 +114,12 @@ class _ObservingCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """The same tensors, marked."""
         self._given.add(layer_idx)
-        return marked(NewRows(self, layer_idx, key_states, value_states))
+        return super().update(key_states, value_states, layer_idx)
 
     def attend(self, layer: int, request: AttentionRequest, new: NewRows, query: Tensor, mask: Tensor | None) -> Tensor:
         """Zeros."""
         self._requests[layer] = request
         return torch.zeros_like(query).transpose(1, 2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Nothing is kept."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """The new tokens."""
-        return query_length, 0
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Asked by layers whose state is no K and V."""

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from alisa.errors import InputError
 
@@ -76,6 +76,37 @@ class NewRows:
     layer: int
     k: Tensor
     v: Tensor
+
+
+class MarkingCache(Cache):
+    """A cache that hands new keys and values on to `attend`, and has no tokens itself; a `RowOwner`."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """The same tensors, marked."""
+        return marked(NewRows(self, layer_idx, key_states, value_states))
+
+    def attend(self, layer: int, request: AttentionRequest, new: NewRows, query: Tensor, mask: Tensor | None) -> Tensor:
+        """See `RowOwner`."""
+        raise NotImplementedError
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """No tokens."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """The new tokens."""
+        return query_length, 0
+
+
+def scaled(query: Tensor, request: AttentionRequest) -> Tensor:
+    """Query `[B, H, T, D]` as `[B, T, H, D]`, with what its scale is other than the kernels' 1 / sqrt(D)."""
+    factor = request.scaling * request.head_dim**0.5
+    return query.transpose(1, 2) if factor == 1.0 else query.transpose(1, 2) * factor
 
 
 def marked(new: NewRows) -> tuple[Tensor, Tensor]:
