@@ -42,7 +42,9 @@ OUTSIDERS = {
 }
 
 
-@pytest.mark.parametrize("name", OUTSIDERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "Gemma4Text" else ()) for name in OUTSIDERS]
+)
 def test_a_model_that_attends_otherwise_is_not_attached(name):
     fields, why = OUTSIDERS[name]
     model = of_class(name, **fields)

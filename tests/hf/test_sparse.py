@@ -34,9 +34,10 @@ def test_tokens_are_those_of_the_engine(policy, tiny_model):
         assert said(model) == said_by_engine(tiny_model("llama-gqa-tied"), **options)
 
 
+@pytest.mark.parametrize("policy", ["sketch", "swa"])
 @pytest.mark.parametrize("name", ["gemma3", "qwen2-windows", "gpt2", "granite"])
-def test_tokens_are_those_of_the_engine_with_windows_and_scales(name, tiny_model):
-    model, options = ready(build(name)), {"policy": "sketch", "sparsity": 0.7}
+def test_tokens_are_those_of_the_engine_with_windows_and_scales(name, policy, tiny_model):
+    model, options = ready(build(name)), {"policy": policy, "sparsity": 0.7}
     with alisa.hf.attach(model, **options):
         assert said(model) == said_by_engine(tiny_model(name), **options)
 
