@@ -135,6 +135,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(chunk: ScheduledChunk, prompt_len: int, observed_from: int | None) -> Iterator[_Piece]:
+    assert chunk.end <= prompt_len, "what is read as a prompt is part of it"
     start = chunk.start
     while start < chunk.end:
         section_start = start // SECTION_TOKENS * SECTION_TOKENS

@@ -137,6 +137,28 @@ class KVSession:
         self._prompt_lens[sequence.req_idx] = sequence.prompt_len
         self.max_lengths[sequence.req_idx] = sequence.num_tokens
 
+    def extend_prompt(self, req_idx: int, prompt_len: int) -> None:
+        """The sequence goes on with tokens up to `prompt_len` that are read as a prompt is.
+
+        For policies that do not observe prompts: attention that is observed belongs to one prompt read in one go.
+        """
+        assert not self.policy.observation_window(prompt_len), "what is observed cannot be taken up again"
+        self._prompt_lens[req_idx] = prompt_len
+
+    def copy_rows(self, source: int, chunk: ScheduledChunk) -> None:
+        """A step that has begun, with this one chunk of a prompt, gets its rows from another sequence and is over."""
+        for layer in range(self.shape.num_layers):
+            self._store.copy(layer, source, chunk.start, chunk.end)
+
+    def fork_state(self, source: int, req_idx: int) -> None:
+        """The policy knows of a sequence, all of whose rows have been copied, what it knows of their source."""
+        self.state.fork(source, req_idx)
+
+    def truncate(self, req_idx: int, length: int) -> None:
+        """The sequence ends after `length` tokens. For policies without a state: it would remember the others."""
+        assert self.state.nbytes == 0, "a policy's state cannot be cut"
+        self.cache.store.truncate(req_idx, length)
+
     def close(self, req_idx: int) -> None:
         """Every row and every other trace of the sequence is gone; its index may be given away at once."""
         self.cache.release(req_idx)

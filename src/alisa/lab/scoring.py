@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alisa.attention.build import build_session
+from alisa.attention.caps import device_cap
 from alisa.attention.prefill import chunk_tokens
 from alisa.attention.timing import StepTimer
 from alisa.budget import state_tokens
@@ -22,7 +23,6 @@ from alisa.cache.capacity import resident_table_bytes
 from alisa.cache.manager import CacheManager
 from alisa.cache.store import KVStore
 from alisa.config import format_bytes
-from alisa.engine.builder import device_cap
 from alisa.engine.runner import ModelRunner
 from alisa.errors import CapacityError
 from alisa.kernels.base import Attended, AttentionPieces, Codec, DecodeKernel

@@ -100,6 +100,11 @@ class Decoder:
         return found or None
 
     @property
+    def can_rebuild(self) -> bool:
+        """Whether `project_kv` gives rows again: not where keys are rotated by the length of their sequence."""
+        return not self.spec.rotates_by_length
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all weights; a tied table that is also packed for the logits counts twice, a shared one once."""
         output = None if self._shares_table else self._output

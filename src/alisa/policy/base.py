@@ -12,6 +12,8 @@ Both classes have defaults, so that a policy says only what is special about it.
     begin(batch)                                         once for each decode step, then in each layer
     on_append(layer, ...), select(layer, query), on_attended(layer, ...), combine(layer, ...)
     close(req_idx)
+
+`fork(source, req_idx)` may take the place of the second line: the sequence has become a copy of another one.
 """
 
 from __future__ import annotations
@@ -43,6 +45,9 @@ class PolicyState:
         The caller keeps the sum of `alisa.budget.state_tokens` over all open sequences within the `num_tokens` of
         `start`.
         """
+
+    def fork(self, source: int, req_idx: int) -> None:
+        """The state of this sequence, reserved for as many tokens, is that of the sequence `source`."""
 
     def close(self, req_idx: int) -> None:
         """The sequence is gone, and its room is free."""

@@ -119,6 +119,12 @@ class KeyState(TokenState):
         if self._value_sums is not None:
             self._value_sums[:, req_idx].zero_()
 
+    def fork(self, source: int, req_idx: int) -> None:
+        """The sum of the values too."""
+        super().fork(source, req_idx)
+        if self._value_sums is not None:
+            self._value_sums[:, req_idx] = self._value_sums[:, source]
+
     def on_append(self, layer: int, req_index: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep the new keys, and add the values."""
         self._keep(layer, self._token_ids(req_index, positions), keys, values)
