@@ -19,6 +19,10 @@ class Wording:
     """With {key} and {value}."""
     question: str
     """With {key}; the answer is a space and the value."""
+    link: str
+    """A fact that leads to another one, with {key} and the other's {key} as {value}."""
+    follow: str
+    """Asks for it: with {key}; the answer is a space and the other key."""
     keys: Sequence[str]
     values: Sequence[str]
 
@@ -49,6 +53,8 @@ WORDS = Wording(
     name="words",
     statement=" The word for {key} is {value}.",
     question=" What is the word for {key}?",
+    link=" The word for {key} is {value}.",
+    follow=" What is the word for {key}?",
     keys=tuple(_KEYS.split()),
     values=tuple(_VALUES.split()),
 )
@@ -58,6 +64,8 @@ NUMBERS = Wording(
     name="numbers",
     statement=" The special number of {key} is {value}.",
     question=" What is the special number of {key}? The special number of {key} is",
+    link=" The special number of {key} is the same as that of {value}.",
+    follow=" The special number of {key} is the same as that of",
     keys=tuple(_CITIES.split()),
     values=tuple(str(10007 + 2477 * index) for index in range(36)),
 )
