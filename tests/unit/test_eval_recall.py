@@ -37,8 +37,8 @@ def make(subject, tasks=("needle",), wording=WORDS, **options):
 @pytest.mark.parametrize("task", TASKS)
 def test_every_answer_was_told_before(task, wording, subject, filler):
     for seed in range(5):
-        script = TASKS[task](Scene(subject.tokenizer, filler, wording, 300, 0.3), Random(seed))
-        assert len(subject.tokenizer.encode(script.text)) <= 300
+        script = TASKS[task](Scene(subject.tokenizer, filler, wording, 500, 0.3), Random(seed))
+        assert len(subject.tokenizer.encode(script.text)) <= 500
         for answer in script.answers:
             told = script.text[answer.start : answer.end]
             assert told.startswith(" ")
@@ -59,7 +59,7 @@ def test_a_needle_stands_at_its_depth(subject, filler):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_targets_are_the_tokens_of_the_answers(task, subject):
-    [recall] = make(subject, [task])
+    [recall] = make(subject, [task], lengths=[500])
     for item in recall.items:
         ids = [*item.item.prompt_ids, *item.item.output_ids]
         for target in item.targets:
@@ -68,7 +68,7 @@ def test_targets_are_the_tokens_of_the_answers(task, subject):
             answer = ids[start : start + size]
             assert ids[start - target.distance :][:size] == answer
         question = subject.tokenizer.decode(item.item.output_ids)
-        heads = {"copy": " The second reading:", "common": " In this list", "paragraphs": "Question: "}
+        heads = {"copy": " The second reading:", "common": "\n The word repeated", "paragraphs": "Question: "}
         assert question.startswith(heads.get(task, " What is the word for"))
 
 
@@ -82,8 +82,8 @@ def test_prefill_says_how_much_is_read_densely(subject):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_question_in_the_prompt_leaves_its_answer_to_be_decoded(task, subject):
-    [after], [within] = (make(subject, [task], question=question) for question in ("decoded", "prompt"))
-    assert (after.task, within.task) == (f"{task} 200", f"{task} 200 asked")
+    [after], [within] = (make(subject, [task], lengths=[500], question=question) for question in ("decoded", "prompt"))
+    assert (after.task, within.task) == (f"{task} 500", f"{task} 500 asked")
     assert "question" not in after.settings  # cells of before there was a choice stay
     for old, new in zip(after.items, within.items, strict=True):
         moved = len(new.item.prompt_ids) - len(old.item.prompt_ids)
@@ -97,7 +97,7 @@ def test_a_question_in_the_prompt_leaves_its_answer_to_be_decoded(task, subject)
 def test_variables_are_followed_from_the_end_of_a_chain(subject, filler):
     script = TASKS["variables"](Scene(subject.tokenizer, filler, NUMBERS, 400, 0.0), Random(3))
     facts = {}
-    for key, value in re.findall(r"special number of (\w+) is (?:the same as that of )?(\w+)\.", script.text):
+    for key, value in re.findall(r"(\w+) (?:leads to|is) (\w+)\.", script.text[: script.first_question]):
         facts.setdefault(key, value)
     answers = [script.text[answer.start + 1 : answer.end] for answer in script.answers]
     assert len(answers) == 6
@@ -108,13 +108,15 @@ def test_variables_are_followed_from_the_end_of_a_chain(subject, filler):
         assert told == sorted(told, reverse=True)
 
 
-def test_the_common_word_is_ten_times_as_common_as_any_other(subject, filler):
-    script = TASKS["common"](Scene(subject.tokenizer, filler, WORDS, 600, 0.0), Random(3))
-    counts = Counter(script.text[: script.first_question].removeprefix(" A list of words:").replace(",", "").split())
+def test_the_common_word_is_twenty_times_as_common_as_any_other(subject, filler):
+    script = TASKS["common"](Scene(subject.tokenizer, filler, WORDS, 800, 0.0), Random(3))
+    *examples, asked = script.text[: script.first_question].split(" A list of words:")[1:]
+    assert len(examples) == 4
+    counts = Counter(asked.replace(",", "").split())
     [answer] = script.answers
     (word, most), (_, second) = counts.most_common(2)
     assert word == script.text[answer.start + 1 : answer.end]
-    assert most == 10 * second
+    assert most == 20 * second
     assert min(counts.values()) == second
 
 

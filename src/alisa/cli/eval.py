@@ -127,8 +127,8 @@ class Recall:
 
     needle: one fact at a depth of running text. multi: four facts anywhere. lookup: a block of facts in front, all
     asked in random order. copy: a passage again. variables: facts that lead to each other, followed step by step.
-    common: the commonest word of a list. paragraphs: questions about the people in them. The prompt is read densely, and
-    everything after it is decoded under every policy.
+    common: the commonest word of a list. paragraphs: questions about the people in them. The prompt is read densely,
+    and everything after it is decoded under every policy.
 
     For instance:
       alisa eval recall --text book.txt --length 256,512,1024,2048 --output cells.jsonl
@@ -186,6 +186,53 @@ class Recall:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Long texts: how much of them repeats itself, how long they become, and how likely dense attention finds them.
+
+    The engine goes on from prompts that are cut out of a text, once under every policy.
+
+    For instance:
+      alisa eval generation --text book.txt --policy sketch,swa --sparsity 0.8,0.95 --output cells.jsonl
+    """
+
+    text: Annotated[Path, arg(metavar="FILE|DIR")]
+    """A .txt, .py, .jsonl or .json file, or a directory of them (its test split, if it has one)."""
+    prompt: Annotated[int, arg(metavar="N")] = 512
+    """Tokens of a prompt."""
+    max_tokens: Annotated[int, arg(metavar="N")] = 512
+    """Tokens to write, unless the model ends before."""
+    texts: Annotated[int, arg(metavar="N")] = 8
+    """Texts to write, from prompts that are spread evenly over the text."""
+    temperature: Annotated[float, arg(metavar="T")] = 0.0
+    """0 picks the most likely token."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Of the first text; the others count on."""
+    sweep: SweepOptions = field(default_factory=SweepOptions)
+    display: DisplayOptions = field(default_factory=DisplayOptions)
+
+    def evaluations(self, subject: Subject) -> Sequence[Evaluation]:
+        """One text."""
+        from alisa.lab.eval.generation import generation_of
+
+        return [
+            generation_of(
+                subject,
+                self.text,
+                prompt_len=self.prompt,
+                max_tokens=self.max_tokens,
+                num_texts=self.texts,
+                temperature=self.temperature,
+                seed=self.seed,
+            )
+        ]
+
+    def run(self) -> int:
+        """Do it; returns the exit status."""
+        refuse_same_file({"--text": self.text, "--output": self.sweep.output})
+        return run_sweep("generation", self.sweep, self.display, self.evaluations)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sparsity:
     """How sparse dense attention is, and how much of it each policy reads.
 
@@ -198,7 +245,7 @@ class Sparsity:
     """
 
     text: Annotated[Path, arg(metavar="FILE|DIR")]
-    """A .txt, .jsonl or .json file, or a directory of them (its test split, if it has one)."""
+    """A .txt, .py, .jsonl or .json file, or a directory of them (its test split, if it has one)."""
     context: Annotated[int, arg(metavar="N")] = 512
     """Tokens of a window."""
     prefill: Annotated[int, arg(metavar="N")] = 128

@@ -1,9 +1,9 @@
 """Multiple choice by likelihood: the model picks the choice it finds most likely for its length.
 
-The context of a choice is its prompt, which is read densely, as in use; the choice is decoded under the policy. Its first
-token comes from the prompt, so that choices of one token say nothing of a policy, and short contexts are read almost
-whole: examples in front of the question make them long. `prefill` decodes the end of the prompt under the policy too,
-as the published harness does, which runs its attention row by row over everything (ALISA, section 6).
+The context of a choice is its prompt, which is read densely, as in use; the choice is decoded under the policy. Its
+first token comes from the prompt, so that choices of one token say nothing of a policy, and short contexts are read
+almost whole: examples in front of the question make them long. `prefill` decodes the end of the prompt under the policy
+too, as the published harness does, which runs its attention row by row over everything (ALISA, section 6).
 """
 
 from __future__ import annotations

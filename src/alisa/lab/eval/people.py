@@ -5,11 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-_FIRST = "Ada Boris Clara David Elena Felix Greta Hugo Irene Jonas Karin Leon Maria Nikolai Olga Peter".split()
-_LAST = "Adler Brandt Castro Dumont Ericson Fischer Gruber Hansen Ivanov Keller Lindgren Moreau Novak Olsen".split()
-_TOWNS = "Athens Berlin Boston Cairo Chicago Dublin Geneva London Madrid Moscow Oslo Paris Prague Rome Tokyo Vienna".split()
-_TRADES = "baker carpenter doctor farmer fisherman gardener judge lawyer miner painter sailor soldier tailor teacher".split()
-_ANIMALS = "bees birds cats chickens cows dogs ducks goats horses pigs rabbits sheep".split()
+_FIRST = """
+Ada Boris Clara David Elena Felix Greta Hugo Irene Jonas Karin Leon Maria Nikolai Olga Peter
+"""
+_LAST = """
+Adler Brandt Castro Dumont Ericson Fischer Gruber Hansen Ivanov Keller Lindgren Moreau Novak Olsen
+"""
+_TOWNS = """
+Athens Berlin Boston Cairo Chicago Dublin Geneva London Madrid Moscow Oslo Paris Prague Rome Tokyo Vienna
+"""
+_TRADES = """
+baker carpenter doctor farmer fisherman gardener judge lawyer miner painter sailor soldier tailor teacher
+"""
+_ANIMALS = """
+bees birds cats chickens cows dogs ducks goats horses pigs rabbits sheep
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,5 +48,6 @@ class Person:
 
 def draw_people(count: int, rng: Random) -> list[Person]:
     """People of different names; towns, trades and animals may be shared."""
-    names = rng.sample([f"{first} {last}" for first in _FIRST for last in _LAST], count)
-    return [Person(name, rng.choice(_TOWNS), rng.choice(_TRADES), rng.choice(_ANIMALS)) for name in names]
+    names = rng.sample([f"{first} {last}" for first in _FIRST.split() for last in _LAST.split()], count)
+    towns, trades, animals = _TOWNS.split(), _TRADES.split(), _ANIMALS.split()
+    return [Person(name, rng.choice(towns), rng.choice(trades), rng.choice(animals)) for name in names]

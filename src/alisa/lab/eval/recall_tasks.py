@@ -5,7 +5,7 @@
     lookup      a block of facts, prose; a question for each     asked in random order
     copy        a passage, prose, the passage again              the passage at a given depth
     variables   facts that lead to each other, in prose          two chains, followed step by step
-    common      words in random order; which is the commonest?   one word ten times as often as each other
+    common      words in random order; which is the commonest?   one twenty times as often as each other, after examples
     paragraphs  paragraphs about people; questions about them    answers in the words of the paragraph
 
 These are the forms of RULER (arXiv 2404.06654: its single, multi-query and multi-key needles, variable tracking, common
@@ -15,7 +15,7 @@ history-based selection fails at: nothing points to a fact until it is asked for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from random import Random
@@ -38,8 +38,10 @@ NUM_CHAINS = 2
 """Chains of the task `variables`."""
 NUM_HOPS = 2
 """Facts of a chain that lead to another one; the first has the value."""
-COMMON_RATIO = 10
+COMMON_RATIO = 20
 """How much more often than any other the word of `common` occurs."""
+COMMON_EXAMPLES = 4
+"""Short lists in front of that of `common`, with their answers."""
 PARAGRAPH_TOKENS = 128
 """Length of one of the `paragraphs`, about."""
 NUM_ASKED = 4
@@ -161,25 +163,31 @@ def variables(scene: Scene, rng: Random) -> Script:
 
 
 def common(scene: Scene, rng: Random) -> Script:
-    """Words in random order, and the question which of them is the commonest."""
-    words = rng.sample(scene.wording.keys, len(scene.wording.keys))
-    question = " In this list, the word that occurs most often is"
-    head = " A list of words:"
-    each = "".join(f" {word}," for word in [*words[1:], *words[:1] * COMMON_RATIO])
-    room = scene.room(head + question + f" {words[0]}.")
-    rounds = max(1, room // (len(scene.tokenizer.encode(each)) + 1))
-    listed = [*words[1:], *words[:1] * COMMON_RATIO] * rounds
-    rng.shuffle(listed)
+    """Words in random order, and the question which of them is the commonest; short lists with their answers first."""
+    words = list(scene.wording.things)
+    head, question = " A list of words:", "\n The word repeated most often in the list is"
     script = Script()
+    for _ in range(COMMON_EXAMPLES):
+        rng.shuffle(words)
+        script.say(f"{head}{_listed(words[:5], 6, rng)}{question} {words[0]}.\n\n")
+    rng.shuffle(words)
+    each = _listed(words, COMMON_RATIO, rng)
+    room = scene.room(f"{script.text}{head}{question} {words[0]}.")
+    rounds = max(1, room // (len(scene.tokenizer.encode(each)) + 1))
     script.say(head)
-    told = 0
-    for word in listed:
-        place = script.say(f" {word},")
-        told = place if word == words[0] else told
+    start = script.say("".join(_listed(words, COMMON_RATIO, rng) for _ in range(rounds)))
+    told = start + script.text[start:].rindex(f" {words[0]},")
     script.ask(question)
     script.recall(f" {words[0]}", told)
     script.say(".")
     return script
+
+
+def _listed(words: Sequence[str], ratio: int, rng: Random) -> str:
+    """Each of the words once and the first one `ratio` times, in random order, a comma after each."""
+    listed = [*words[1:], *words[:1] * ratio]
+    rng.shuffle(listed)
+    return "".join(f" {word}," for word in listed)
 
 
 def paragraphs(scene: Scene, rng: Random) -> Script:
@@ -187,8 +195,9 @@ def paragraphs(scene: Scene, rng: Random) -> Script:
     people = draw_people(max(2, scene.length // PARAGRAPH_TOKENS), rng)
     asked = rng.sample(people, min(NUM_ASKED, len(people)))
     questions = [person.ask(rng) for person in asked]
-    fixed = "".join(person.sentence for person in people) + "".join(q + f" {a}.\n" for q, a in questions)
-    room = scene.room(fixed + "\n\n" * (len(people) + 1))
+    # A full stop may be one token with the line feeds after it, or not: each paragraph counts one more.
+    fixed = "".join(f".\n\n{person.sentence}" for person in people) + "\n\n"
+    room = scene.room(fixed + "".join(f"{question} {answer}.\n" for question, answer in questions))
     prose = scene.filler.pieces([room // len(people)] * len(people), rng)
     script = Script()
     starts = {}
