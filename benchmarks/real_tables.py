@@ -14,6 +14,8 @@ MODELS = ("smollm2", "gemma3")
 """Ends of the names of the files with their records."""
 
 _TEXTS = {"wikitext2": "WikiText-2", "ptb": "PTB", "heldout": "held-out prose", "python3.11": "Python's sources"}
+_MOST = 0.95
+"""Sparsity up to which every text was measured."""
 _POLICIES = ("sketch", "swa", "h2o", "streaming")
 
 
@@ -24,7 +26,9 @@ def perplexity(results: Results, context: int | None = None) -> str:
         found = [
             r
             for r in _records(results, f"ppl_{model}.jsonl")
-            if r["policy"] in ("dense", *_POLICIES) and context in (None, r["settings"]["context"])
+            if r["policy"] in ("dense", *_POLICIES)
+            and r["sparsity"] <= _MOST
+            and context in (None, r["settings"]["context"])
         ]
         columns = _columns(found)
         if not columns:
@@ -110,8 +114,8 @@ def generation(results: Results) -> str:
         ]
         head = ["policy", "repeated", "points more than dense", "tokens", "perplexity", "nats more than dense"]
         what = (
-            f"{_title(dense)}, {work['texts']} texts of up to {work['max_tokens']} tokens after prompts of {work['prompt']}, "
-            f"temperature {work['temperature']:g}:"
+            f"{_title(dense)}, {work['texts']} texts of up to {work['max_tokens']} tokens after prompts of "
+            f"{work['prompt']}, temperature {work['temperature']:g}:"
         )
         parts += [what, table(head, body)]
     return "\n\n".join(parts)

@@ -2,8 +2,8 @@
 
     vector = minimum + step * code
 
-for each token and part of a head, with a step and a minimum of its own. Copies of keys give approximate attention weights,
-by which tokens are ranked; copies of values say what the tokens that are not read would have added.
+for each token and part of a head, with a step and a minimum of its own. Copies of keys give approximate attention
+weights, by which tokens are ranked; copies of values say what the tokens that are not read would have added.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _FLOAT16_MAX = 65504.0
 def make_sketch(vectors: Tensor, bits: int, parts: int = 1) -> Sketch:
     """Quantise keys or values `[N, G, D]` between their own minimum and maximum, per token and part of a head.
 
-    With P = ceil(D / parts * bits / 8), byte i holds the codes i, i + P, i + 2P, ..., lowest bits first, so that a kernel
-    gets runs of consecutive codes by shifts alone. Bits are 2, 4 or 8.
+    With P = ceil(D / parts * bits / 8), byte i holds the codes i, i + P, i + 2P, ..., lowest bits first: a kernel gets
+    runs of consecutive codes by shifts alone. Bits are 2, 4 or 8.
 
     Returns:
         Codes UInt8[N, G * parts, P] and (step, minimum) Float16[N, G * parts, 2]: the vector to half a step and what
