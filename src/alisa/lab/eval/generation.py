@@ -25,7 +25,7 @@ NUM_GRAM = 4
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationEvaluation:
     """Prompts to go on from; a unit is the share of a text's 4-grams of tokens that occurred before in it."""
 
     task: str
@@ -67,7 +67,7 @@ class Generation:
 
 def generation_of(
     subject: Subject, path: Path, *, prompt_len: int, max_tokens: int, num_texts: int, temperature: float, seed: int
-) -> Generation:
+) -> GenerationEvaluation:
     """The evaluation of prompts from one text.
 
     Args:
@@ -98,7 +98,7 @@ def generation_of(
         "seed": seed,
         "prompts": fingerprint(prompts),
     }
-    return Generation(path.name, prompts, params, settings)
+    return GenerationEvaluation(path.name, prompts, params, settings)
 
 
 def repeated_share(tokens: Sequence[int]) -> float:

@@ -185,7 +185,7 @@ def common(scene: Scene, rng: Random) -> Script:
 
 def _listed(words: Sequence[str], ratio: int, rng: Random) -> str:
     """Each of the words once and the first one `ratio` times, in random order, a comma after each."""
-    listed = [*words[1:], *words[:1] * ratio]
+    listed = [*words[1:], *[words[0]] * ratio]
     rng.shuffle(listed)
     return "".join(f" {word}," for word in listed)
 
