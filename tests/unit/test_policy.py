@@ -2,6 +2,7 @@
 
 import mmap
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from math import ceil, log2
 from pathlib import Path
@@ -352,6 +353,31 @@ def test_codes_lie_in_planes_lowest_bits_first(bits):
     for i, byte in enumerate(codes[0, 0].tolist()):
         expected = [keys[0, 0, j].item() if j < head_dim else 0 for j in range(i, 8 * num_planes, 8)]
         assert [byte >> shift & (2**bits - 1) for shift in range(0, 8, bits)] == expected
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("native", [False, True])
+def test_a_softcap_bends_the_weights_that_rank_and_complete(native, bits):
+    """As in Gemma 2: a cap far below the scores leaves nearly equal weights, so that few tokens hold little of them."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys = torch.randn(1, 4, 8, generator=generator) * 9, torch.randn(50, 2, 8, generator=generator)
+    shares = []
+    for softcap in (None, 0.01):
+        state = start(
+            KeySketch(Budget(0.8, dense_until=0), bits, completion="mean"),
+            1,
+            50,
+            spec=replace(small_spec(), softcap=softcap),
+            kernels=selection_kernels(native),
+        )
+        state.open(0)
+        state.reserve(0, 50)
+        state.on_append(0, torch.zeros(50, dtype=torch.int64), torch.arange(50), keys, keys)
+        state.begin(make_batch([50], [0]))
+        num_read = state.select(0, query).num_tokens[0]
+        shares.append(state._shares[0].tolist())
+    assert shares[1] == pytest.approx([num_read / 50] * 4, rel=0.02)
+    assert min(shares[0]) > 1.5 * max(shares[1])
 
 
 @pytest.mark.parametrize("native", [False, True])
