@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from alisa.attention.session import KVSession
 from alisa.attention.timing import StepTimer
@@ -24,6 +27,7 @@ def build_session(
     max_len: int,
     timer: StepTimer | None = None,
     looks_ahead: bool = False,
+    sinks: Sequence[Tensor] | None = None,
 ) -> KVSession:
     """A session with a fresh policy state, of the layers without a sliding window.
 
@@ -37,7 +41,8 @@ def build_session(
         state_tokens: tokens that the policy's state has room for, over all of them.
         max_len: longest sequence.
         timer: told where the time goes; None: nobody asks.
-        looks_ahead: see `KVSession`.
+        looks_ahead: see `KVSession`; so are the sinks.
+        sinks: `Decoder.sinks`.
     """
     state = policy.start(
         shape.full_layers(),
@@ -47,4 +52,6 @@ def build_session(
         device=device,
         kernels=backend.selection,
     )
-    return KVSession(cache, policy, state, backend, shape, device, timer or StepTimer(), looks_ahead=looks_ahead)
+    return KVSession(
+        cache, policy, state, backend, shape, device, timer or StepTimer(), looks_ahead=looks_ahead, sinks=sinks
+    )

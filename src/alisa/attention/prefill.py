@@ -46,6 +46,7 @@ class PrefillStep:
         observed_from: for each chunk, from which position on its rows of attention are shown to the policy; None: none.
         num_sets: J.
         shape: of the attention; a layer with a window is none of the policy's.
+        sinks: of each layer, Float32[H]; None: the model has none.
         device: of the model.
     """
 
@@ -61,9 +62,11 @@ class PrefillStep:
         observed_from: Sequence[int | None],
         num_sets: int,
         shape: AttentionShape,
+        sinks: Sequence[Tensor] | None,
         device: torch.device,
     ) -> None:
         self._shape = shape
+        self._sinks = sinks
         self._store = store
         self._append = append
         self._on_append = on_append
@@ -102,7 +105,8 @@ class PrefillStep:
         own = KeyBlock(piece.section_start, k, v)
         section_len = piece.section_end - piece.section_start
         past = partial(self._past, layer, piece, window)
-        out, observed = self._kernel(q, own, section_len, past, num_observed, self._num_sets, window, softcap)
+        sinks = None if self._sinks is None else self._sinks[layer]
+        out, observed = self._kernel(q, own, section_len, past, num_observed, self._num_sets, window, softcap, sinks)
         for first, start, mass in observed:
             self._observe_prompt(self._shape.among_full(layer), piece.req_idx, first, start, mass)
         return out

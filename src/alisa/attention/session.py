@@ -22,6 +22,7 @@ from alisa.cache.base import RowStore
 from alisa.cache.manager import CacheManager
 from alisa.kernels.base import Attended, Selection, StepBatch
 from alisa.kernels.choose import AttentionBackend
+from alisa.kernels.reference.sinks import with_sinks
 from alisa.outputs import Traffic
 from alisa.policy.base import PolicyState, SelectionPolicy
 from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
@@ -68,6 +69,7 @@ class KVSession:
         timer: told where the time goes.
         looks_ahead: choose a step's tokens when the step before it has been through all layers, and let the cache fetch
             what is missing while logits and tokens are computed. Only for policies that do not look at the query.
+        sinks: of each layer, Float32[H]; None: the model has none.
     """
 
     def __init__(
@@ -81,12 +83,15 @@ class KVSession:
         timer: StepTimer,
         *,
         looks_ahead: bool = False,
+        sinks: Sequence[Tensor] | None = None,
     ) -> None:
+        assert shape.has_sinks == (sinks is not None), "whoever runs a model with sinks hands them over"
         self.cache = cache
         self.policy = policy
         self.state = state
         self.shape = shape
         self._layers = [_Layer(shape.window(i), shape.among_full(i)) for i in range(shape.num_layers)]
+        self._sinks = sinks
         self._windows = sorted({window for window in shape.windows if window is not None})
         self._device = device
         self._looks_ahead = looks_ahead and not policy.query_aware
@@ -177,7 +182,11 @@ class KVSession:
         if window is not None:
             self.selection = self._in_window[window]
             self._read.append(self.selection.num_tokens)
-            return self._attend(layer, query, self.selection).out[:, None]
+            attended = self._attend(layer, query, self.selection)
+            out = attended.out
+            if self._sinks is not None:
+                out = with_sinks(out, attended.log_sum_exp, self._sinks[layer])
+            return out[:, None]
         if self._keeps_tokens:
             self._on_append(among_full, self._batch.req_index, self._positions, key, value)
         selection = self._select(among_full, query) if self._chosen is None else self._chosen[layer]
@@ -186,7 +195,10 @@ class KVSession:
             self._on_attended(among_full, selection, attended.mass)
         self.selection = selection
         self._read.append(selection.num_tokens)
-        return (self._combine(among_full, attended) if self._combines else attended.out)[:, None]
+        out = self._combine(among_full, attended) if self._combines else attended.out
+        if self._sinks is not None:
+            out = self._beside_sink(layer, out, attended.log_sum_exp)
+        return out[:, None]
 
     def end(self) -> StepTraffic:
         """The step is over; the next one's selections are made and asked for, where history alone decides them."""
@@ -220,6 +232,7 @@ class KVSession:
             observed_from,
             self.policy.num_sets(self.shape),
             self.shape,
+            self._sinks,
             self._device,
         )
 
@@ -249,6 +262,17 @@ class KVSession:
             add(chunk.rows, chunk.slots, chunk.span.begins, chunk.span.ends)
             chunk = self._next_chunk(chunks, None)
         return self._timer.timed(StepSection.ATTENTION, pieces.finish)()
+
+    def _beside_sink(self, layer: int, out: Tensor, log_sum_exp: Tensor) -> Tensor:
+        """What the layer's sink leaves of an output that stands for all tokens, of which some were read.
+
+        The policy knows which part of the weight was: the scores of all add up to more by that.
+        """
+        assert self._sinks is not None, "asked for where there are sinks"
+        shares = self.state.weight_read(self._layers[layer].among_full)
+        if shares is not None:
+            log_sum_exp = log_sum_exp - shares.log()
+        return with_sinks(out, log_sum_exp, self._sinks[layer])
 
     def _look_ahead(self) -> None:
         """Choose for the next step of the same sequences. If it turns out another, choosing again gives the same."""

@@ -97,6 +97,7 @@ def build_engine(
         state_tokens=cache_config.state_tokens,
         max_len=cache_config.max_model_len,
         timer=timer,
+        sinks=model.decoder.sinks,
         looks_ahead=options.prefetch and cache_config.placement.uses_tiers,
     )
     costs = MeasuredRestoreCosts(cache_config.token_bytes)

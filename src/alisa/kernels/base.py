@@ -161,6 +161,7 @@ class PrefillKernel(Protocol):
         num_sets: int,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Iterator[ObservedMass]]:
         """Attend causally with q `[T, H, D]` to `own`, of which it is the last T tokens, and to everything before.
 
@@ -174,6 +175,8 @@ class PrefillKernel(Protocol):
             num_sets: J, 1 for one index set per layer or G for one per KV head.
             window: tokens that each query sees, itself included; None: all. No rows are observed through one.
             softcap: of the scores, as in `AttentionShape`.
+            sinks: Float32[H], logits that join the softmax of each head; None: none do. They are left out of the
+                weights of the last rows.
 
         Returns:
             The output `[T, H, D]`, and the weights of the last rows, computed as they are asked for.

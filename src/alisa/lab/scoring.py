@@ -215,6 +215,7 @@ def teacher_forced(
         max_num_seqs=len(items),
         state_tokens=sum(map(state_tokens, lengths)),
         max_len=max(lengths),
+        sinks=decoder.sinks,
     )
     runner = ModelRunner(decoder, session, StepTimer())
     chunk = chunk_tokens(prefill_chunk, codec.format.dtype, decoder.dtype)

@@ -75,6 +75,13 @@ class PolicyState:
     def on_attended(self, layer: int, selection: Selection, mass: Tensor) -> None:
         """Take in what the attention over `selection` gave: mass Float32[B, J, K], 0 on padding."""
 
+    def weight_read(self, layer: int) -> Tensor | None:
+        """The part Float32[B, H] of each head's weight that lies on what the layer's last selection reads.
+
+        None: `combine` does not reckon with other tokens.
+        """
+        return None
+
     def combine(self, layer: int, attended: Attended) -> Tensor:
         """The layer's output `[B, H, D]`: that of the attention, or what it is with the tokens not read in mind."""
         return attended.out

@@ -102,6 +102,7 @@ class KeyState(TokenState):
         self._budget = policy.budget
         self._kernels = kernels
         self._num_sets = policy.num_sets(shape)
+        self._completes = policy.completion != "none"
         self._softcap = shape.softcap
         self._value_sums: Tensor | None = None
         if policy.completion == "mean":
@@ -136,6 +137,10 @@ class KeyState(TokenState):
         assert step is not None, "select comes after begin"
         # The new token's own weight counts in the softmax, though it is read in any case.
         return step.selection(self._choose(layer, query, self._ranking))
+
+    def weight_read(self, layer: int) -> Tensor | None:
+        """As the sketch has it."""
+        return self._shares if self._completes else None
 
     def combine(self, layer: int, attended: Attended) -> Tensor:
         """The mean of all values takes the weight that the layer's last selection left out."""

@@ -18,6 +18,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from alisa.kernels.base import KeyBlock, ObservedMass
 from alisa.kernels.reference.merge import PartialAttention
+from alisa.kernels.reference.sinks import with_sinks
 from alisa.kernels.reference.softcap import softcapped
 
 MASS_BLOCK_SCORES = 1 << 23
@@ -36,6 +37,7 @@ def prefill_attention(
     num_sets: int,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Iterator[ObservedMass]]:
     """See `PrefillKernel`; torch's fused attention, and weights in float32.
 
@@ -49,11 +51,13 @@ def prefill_attention(
         own = KeyBlock(own.start, pad(own.k, (0, 0, 0, 0, 0, later)), pad(own.v, (0, 0, 0, 0, 0, later)))
     end = section_len - later
     mine, last = slice(earlier, end), slice(end - num_observed, end)
-    if not own.start and softcap is None and (window is None or window >= section_len):
+    if not own.start and softcap is None and sinks is None and (window is None or window >= section_len):
         rows = causal_mass(q[last], own.k, last.start, num_sets) if num_observed else ()
         out = causal_attention(q, own.k, own.v)
         return out[mine], (ObservedMass(first, 0, mass[..., :end]) for first, mass in rows)
     out, log_sum_exp = attend_after(q, own, past(), window, softcap)
+    if sinks is not None:
+        out = with_sinks(out, log_sum_exp, sinks)
     if not num_observed:
         return out[mine], iter(())
     blocks = chain(past(), (own,))

@@ -78,8 +78,9 @@ class GgufCheckpoint:
         """The name of the file."""
         return self.place.name
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, decoded."""
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """The tensor, decoded. The parts of those of all experts have names of their own here."""
+        assert part is None, "a tensor of a GGUF file is taken apart by its name"
         place = self._stored[name]
         tensor = self._file.read(place.name, self._dtype if len(self.shape(name)) > 1 else torch.float32, place.part)
         return tensor if place.restore is None else place.restore(tensor, self._spec)
