@@ -77,9 +77,9 @@ class LLM:
     ) -> None:
         named = {} if model is None else {"model": str(model)}
         self.config = with_options(config, {**options, **named})
-        self.model: LoadedModel = load_model(self.config, progress)
+        self._model = load_model(self.config, progress)
         self.policy: SelectionPolicy = make_policy(self.config.policy, self.config.sparsity)
-        self.codec: Codec = kv_codec(self.model, self.config)
+        self.codec: Codec = kv_codec(self._model, self.config)
         self._lock = threading.Lock()
         self._engine: SharedEngine | None = None
         self._closed = False
@@ -93,22 +93,27 @@ class LLM:
     @property
     def name(self) -> str:
         """The model as it was asked for."""
-        return self.model.name
+        return self._model.name
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model in memory, for an engine of one's own (`alisa.engine.builder.build_engine`)."""
+        return self._model
 
     @property
     def spec(self) -> ModelSpec:
         """Shape and wiring of the model."""
-        return self.model.spec
+        return self._model.spec
 
     @property
     def decoder(self) -> Decoder:
         """The model itself."""
-        return self.model.decoder
+        return self._model.decoder
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Text to token ids and back."""
-        tokenizer = self.model.tokenizer
+        tokenizer = self._model.tokenizer
         assert tokenizer is not None, "a model that was loaded from files has one"
         return tokenizer
 
@@ -116,7 +121,7 @@ class LLM:
     def weight_dtype(self) -> str:
         """What the linear layers are held in, `auto` resolved."""
         asked = self.config.weight_dtype
-        return self.model.dtype if asked == "auto" else asked
+        return self._model.dtype if asked == "auto" else asked
 
     def generate(
         self,
@@ -165,7 +170,7 @@ class LLM:
         Raises:
             InputError: the file names a value that is out of range.
         """
-        return with_own_sampling(params or SamplingParams(), self.model.sampling)
+        return with_own_sampling(params or SamplingParams(), self._model.sampling)
 
     def chat_prompt(
         self,
@@ -213,11 +218,11 @@ class LLM:
             "family": self.spec.family,
             "parameters": self.spec.num_parameters,
             "weight_bytes": self.decoder.weight_bytes,
-            "dtype": self.model.dtype,
+            "dtype": self._model.dtype,
             "weight_dtype": self.weight_dtype,
             "kv_dtype": self.codec.format.dtype,
             "device": str(self.decoder.device),
-            "attention": self.model.backend.name,
+            "attention": self._model.backend.name,
             "sparsity": self.config.sparsity if self.config.policy != "dense" else 0.0,
             "kv_token_bytes": self.spec.num_layers * self.codec.format.row_bytes,
             "threads": torch.get_num_threads(),
@@ -230,7 +235,7 @@ class LLM:
             if self._closed:
                 raise InputError("This LLM is closed; make another one.")
             if self._engine is None:
-                self._engine = SharedEngine(*build_engine(self.model, self.config))
+                self._engine = SharedEngine(*build_engine(self._model, self.config))
             return self._engine
 
     def _drop_engine(self) -> None:

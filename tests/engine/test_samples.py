@@ -50,7 +50,7 @@ def test_a_stream_says_which_text_grows(llm):
 
 
 def test_a_request_of_the_engine_is_one_text(llm):
-    engine, _ = build_engine(llm.model, llm.config)
+    engine, _ = build_engine(llm._model, llm.config)
 
     async def ask():
         async with AsyncEngine(engine) as running:

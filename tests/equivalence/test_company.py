@@ -105,7 +105,7 @@ def count_deleted(llm):
 def count_pieces(llm, monkeypatch):
     """A list that grows with every selection that is read in pieces."""
     asked = []
-    kernel_class = type(llm.model.backend.attend)
+    kernel_class = type(llm._model.backend.attend)
     in_pieces = kernel_class.in_pieces
     monkeypatch.setattr(kernel_class, "in_pieces", lambda *args: asked.append(1) or in_pieces(*args))
     return asked
