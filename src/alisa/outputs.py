@@ -126,6 +126,16 @@ class RequestReport:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was in its place. Log probabilities in nats, not below -9999."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens for this place and their log probabilities, the likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """A finished request."""
 
@@ -143,6 +153,12 @@ class RequestOutput:
     """Its name in the engine."""
     sample: int = 0
     """Which of the `n` texts of its prompt this is."""
+    stop_reason: str | int | None = None
+    """The stop string or the token id of `stop_ids` that ended it."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each output token; None: not asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each token of the prompt from the second on; None: not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +174,8 @@ class TextDelta:
     """The new tokens."""
     sample: int = 0
     """Which of the `n` texts of its prompt grows."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each new token, where they are asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,10 +131,14 @@ class Tokenizer:
         """Text of the ids, special tokens left out."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
-    def special_ids(self, texts: Sequence[str]) -> frozenset[int]:
-        """Ids of those texts that are one special token each, such as `<|im_end|>`: they never come out as text."""
+    def special_ids(self, texts: Sequence[str]) -> dict[int, str]:
+        """Those texts that are one special token each, such as `<|im_end|>`, by its id: they never come out as text."""
         special = {token.content: token_id for token_id, token in self._added.items() if token.special}
-        return frozenset(special[text] for text in texts if text in special)
+        return {special[text]: text for text in texts if text in special}
+
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json would have it, for libraries that read one."""
+        return self._backend.to_str()
 
     def detokenizer(self) -> Detokenizer:
         """A new stream decoder for one sequence."""
