@@ -123,6 +123,8 @@ class RequestReport:
     """Cached tokens that decode attention read, summed over steps and layers."""
     tokens_dense: int
     """What dense attention would have read."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose K and V came from the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)

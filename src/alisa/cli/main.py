@@ -27,6 +27,7 @@ from alisa.cli.plan import Plan
 from alisa.cli.plot import Plot
 from alisa.cli.profile import Profile
 from alisa.cli.screen import say
+from alisa.cli.serve import Serve
 from alisa.cli.signals import mend_standard_streams, stop_on_sigterm, stop_status
 from alisa.errors import AlisaError, InputError
 
@@ -41,6 +42,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, type[Command]] = {
     "generate": Generate,
+    "serve": Serve,
     "eval ppl": Ppl,
     "eval qa": Qa,
     "eval recall": Recall,

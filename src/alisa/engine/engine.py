@@ -22,9 +22,10 @@ from alisa.engine.sampler import SampledRow, sample
 from alisa.engine.threads import ThreadGovernor
 from alisa.errors import InputError
 from alisa.model.tokenizer import Tokenizer
-from alisa.outputs import FinishReason, RequestOutput, TextDelta
+from alisa.engine.status import EngineStatus, RequestView
+from alisa.outputs import FinishReason, Medium, RequestOutput, TextDelta
 from alisa.scheduler.plan import StepPlan
-from alisa.scheduler.request import Request
+from alisa.scheduler.request import Request, RequestStatus
 from alisa.scheduler.scheduler import Scheduler
 
 NOT_FINITE = (
@@ -70,6 +71,11 @@ class Engine:
         self._sampled = runner.timer.timed(StepSection.SAMPLING, sample)
         self._process = os.getpid()
         self._closed = False
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and output together."""
+        return self._prompts.max_model_len
 
     @property
     def has_requests(self) -> bool:
@@ -142,6 +148,16 @@ class Engine:
         if not self.has_requests:
             self._governor.restore()
         return EngineOutput(deltas, finished, record, plan, tuple(request.request_id for request in requests))
+
+    def status(self) -> EngineStatus:
+        """What is going on; call it between steps."""
+        cache, now = self._session.cache, perf_counter()
+        return EngineStatus(
+            tuple(_view(request, now) for request in self.scheduler.requests.values()),
+            device_bytes=cache.nbytes(Medium.DEVICE),
+            host_bytes=cache.nbytes(Medium.HOST),
+            disk_bytes=cache.nbytes(Medium.DISK),
+        )
 
     def close(self) -> None:
         """Requests are forgotten; rows, files and threads are given back. Closing again does nothing."""
@@ -248,3 +264,22 @@ class Engine:
 
     def _output(self, request: Request) -> RequestOutput:
         return self._open.pop(request.request_id).output(request)
+
+
+def _view(request: Request, now: float) -> RequestView:
+    """The request as it is at the time `now` of its own clock."""
+    if request.status is RequestStatus.RUNNING:
+        status = "prefill" if request.in_prefill else "decode"
+    else:
+        status = str(request.status)
+    return RequestView(
+        request_id=request.request_id,
+        status=status,
+        priority=request.priority,
+        prompt_tokens=request.prompt_len,
+        tokens_read=min(request.num_cached, request.prompt_len),
+        output_tokens=len(request.output_ids),
+        arrived_s=now - request.arrival_s,
+        admitted_s=now - request.admitted_s if request.admitted_s else None,
+        first_token_s=now - request.first_token_s if request.first_token_s else None,
+    )
