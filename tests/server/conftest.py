@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -11,6 +12,7 @@ import pytest
 
 from alisa import LLM
 from alisa.config import EngineConfig
+from alisa.engine.loaded import embedded_model
 
 pytest.importorskip("fastapi", reason="the server is not installed; pip install 'alisa[server]'")
 pytest.importorskip("prometheus_client", reason="the server is not installed; pip install 'alisa[server]'")
@@ -22,9 +24,9 @@ ENGINE = EngineConfig(dtype="float32", max_num_seqs=4, max_model_len=256, kv_dev
 
 
 @contextmanager
-def running(engine=ENGINE, config=ServerConfig(port=0), prepare=lambda service: None):
+def running(engine=ENGINE, config=None, prepare=lambda service: None):
     """A server in a thread; gives its address and the server, which says in `statuses` how it has ended."""
-    service = build_service(engine, config)
+    service = build_service(engine, config or ServerConfig(port=0))
     prepare(service)
     addresses = SimpleQueue()
     server = ApiServer(service, addresses.put)
@@ -39,6 +41,22 @@ def running(engine=ENGINE, config=ServerConfig(port=0), prepare=lambda service: 
         server.should_exit = True
         thread.join(timeout=60)
         assert not thread.is_alive()
+
+
+CHAT_TEMPLATE = """{%- if tools %}<tool_call> takes {{ tools | tojson }}
+{% endif %}{%- for message in messages %}
+{%- if message.role == "refused" %}{{ raise_exception("no such role") }}{% endif -%}
+{{ message.role }}: {{ message.content }}
+{% endfor %}{%- if add_generation_prompt %}assistant:{% endif %}"""
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    """The model inside the package with a chat template, which knows tools."""
+    directory = tmp_path_factory.mktemp("chat") / "talker"
+    shutil.copytree(embedded_model(), directory)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,10 @@ from alisa.engine.prompt import PromptReader
 from alisa.engine.report import step_record
 from alisa.engine.runner import ModelRunner, StepResult
 from alisa.engine.sampler import SampledRow, sample
+from alisa.engine.status import EngineStatus, RequestView
 from alisa.engine.threads import ThreadGovernor
 from alisa.errors import InputError
 from alisa.model.tokenizer import Tokenizer
-from alisa.engine.status import EngineStatus, RequestView
 from alisa.outputs import FinishReason, Medium, RequestOutput, TextDelta
 from alisa.scheduler.plan import StepPlan
 from alisa.scheduler.request import Request, RequestStatus

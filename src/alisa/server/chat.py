@@ -184,7 +184,7 @@ class _Answer:
         if calls:
             message["tool_calls"] = [_call_body(tool_call) for tool_call in calls]
             reason = "tool_calls" if reason == "stop" else reason
-        choice = {
+        choice: dict[str, Any] = {
             "index": number,
             "message": message,
             "logprobs": None,

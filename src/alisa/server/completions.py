@@ -16,7 +16,7 @@ from alisa.outputs import RequestOutput, TextDelta, TokenLogprob
 from alisa.server.errors import bad_request
 from alisa.server.logprobs import completion_logprobs, prompt_logprobs
 from alisa.server.params import check_model, completion_params
-from alisa.server.protocol import CompletionRequest
+from alisa.server.protocol import CompletionRequest, Generation
 from alisa.server.reply import EventStream, while_connected
 from alisa.server.service import Service, Texts
 from alisa.server.usage import Usage, finish_reason
@@ -45,7 +45,7 @@ async def complete(request: Request, call: CompletionRequest, service: Service) 
         return JSONResponse(await while_connected(request, completion.whole(texts)))
 
 
-def truncated(call: CompletionRequest, ids: list[int], max_model_len: int) -> list[int]:
+def truncated(call: Generation, ids: list[int], max_model_len: int) -> list[int]:
     """The last tokens of a prompt, where the call asks for a limit; -1 means the model's."""
     limit = call.truncate_prompt_tokens
     if limit is None:
@@ -116,7 +116,7 @@ class _Completion:
                 head = self._echoed(number) if self.call.echo and number not in begun else ""
                 text = head + ("" if self.call.max_tokens == 0 else event.text)
                 logprobs = self._logprobs(event.logprobs, lengths[number] + len(head))
-                choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": None}
+                choice: dict[str, Any] = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": None}
                 if self.call.return_token_ids:
                     choice["token_ids"] = list(tokens)
                     choice["prompt_token_ids"] = None if number in begun else self._prompt(number)
@@ -160,7 +160,7 @@ class _Completion:
             first_id = output.prompt_ids[0] if self.call.echo else None
             found = (*before, *(output.logprobs or ()))
             logprobs = completion_logprobs(tokenizer, found, offset=0, first_id=first_id)
-        choice = {
+        choice: dict[str, Any] = {
             "index": number,
             "text": head + output.text,
             "logprobs": logprobs,

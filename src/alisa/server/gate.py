@@ -1,4 +1,4 @@
-"""Who may come in: calls by a known name of this server, and with its key. What is open to all says nothing of anybody."""
+"""Who may come in: calls by a known name of this server, with its key. What is open to all tells nothing of anybody."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ class Gate:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and secrets.compare_digest(_digest(token.strip()), self._key):
             return None
-        return ApiError(
-            401, "The API key is missing or wrong.", kind="authentication_error", code="invalid_api_key"
-        )
+        return ApiError(401, "The API key is missing or wrong.", kind="authentication_error", code="invalid_api_key")
 
 
 def _digest(text: str) -> bytes:

@@ -54,7 +54,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob]) -> dict[
 
 
 def prompt_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob]) -> list[dict[str, Any] | None]:
-    """vLLM's list for a prompt, which begins with nothing."""
+    """The list that vLLM gives for a prompt; it begins with nothing."""
     found: list[dict[str, Any] | None] = [None]
     for token in tokens:
         pairs = {token.token_id: token.logprob, **dict(token.top)}

@@ -1,4 +1,4 @@
-"""The page at `/`: one file, no build, nothing from elsewhere; its own script and style are the only ones it may run."""
+"""The page at `/`: one file, no build, nothing from elsewhere; it runs its own script and style, and no others."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,7 +101,8 @@ def _params(
             logit_bias=_biases(call),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            **{"seed": None if call.seed is None else call.seed % NUM_SEEDS, **chosen},
+            seed=secrets.randbelow(NUM_SEEDS) if call.seed is None else call.seed % NUM_SEEDS,
+            **chosen,
         )
     except InputError as error:
         raise bad_request(str(error), next((name for name in names if name in str(error)), None)) from error

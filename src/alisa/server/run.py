@@ -59,7 +59,7 @@ async def serve(server: ApiServer) -> int:
         InputError: the address cannot be listened on.
     """
     service, config = server.service, server.service.config
-    watcher = asyncio.create_task(_watch(service, server))
+    watcher = asyncio.create_task(_watch(server))
     try:
         await server.serve()
     except SystemExit as error:  # uvicorn's way to say that it could not listen
@@ -99,7 +99,7 @@ class ApiServer(uvicorn.Server):
                 date_header=False,
                 proxy_headers=False,
                 limit_concurrency=config.max_connections,
-                timeout_graceful_shutdown=int(max(config.drain_timeout_s, 1)),
+                timeout_graceful_shutdown=int(config.drain_timeout_s) + 10,  # `_watch` is first
             )
         )
         self._announce = started
@@ -112,10 +112,15 @@ class ApiServer(uvicorn.Server):
             self._announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
 
-async def _watch(service: Service, server: uvicorn.Server) -> None:
-    """A server without an engine ends."""
-    while service.engine.failure is None:
+async def _watch(server: ApiServer) -> None:
+    """A server without an engine ends; one that ends brings its calls to their end in time."""
+    engine = server.service.engine
+    while engine.failure is None and not server.should_exit:
         await asyncio.sleep(WATCH_S)
-    _LOG.error("the engine has failed; the server ends", exc_info=service.engine.failure)
-    await asyncio.sleep(1.0)  # whoever asks hears of it
-    server.should_exit = True
+    if engine.failure is not None:
+        _LOG.error("the engine has failed; the server ends", exc_info=engine.failure)
+        await asyncio.sleep(1.0)  # whoever asks hears of it
+        server.should_exit = True
+        return
+    await asyncio.sleep(server.service.config.drain_timeout_s)
+    await engine.close()  # who is still here is told

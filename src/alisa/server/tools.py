@@ -1,8 +1,8 @@
-"""Calls of functions in what a model says, for models whose template has them as Hermes and Qwen do:
+"""Calls of functions in what a model says, for models whose template has them as Hermes and Qwen do.
 
-    <tool_call>
-    {"name": "look_up", "arguments": {"word": "whale"}}
-    </tool_call>
+<tool_call>
+{"name": "look_up", "arguments": {"word": "whale"}}
+</tool_call>
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class ToolReader:
     num_calls: int = 0
     _held: str = field(default="")
     _inside: bool = field(default=False)
+    _after_call: bool = field(default=False)
 
     def feed(self, text: str, *, final: bool = False) -> tuple[str, list[ToolCall]]:
         """Words and whole calls that became certain. A call that is none stays in the text as it was written."""
@@ -49,9 +50,11 @@ class ToolReader:
                     words += OPENING + body + closing
                 else:
                     calls.append(call)
-                    rest = rest.lstrip("\n") if closing else rest
+                    self._after_call = True
                 pending, self._inside = rest, False
                 continue
+            if self._after_call and pending:  # the line ends behind a call
+                pending, self._after_call = pending.removeprefix("\n"), False
             before, opening, rest = pending.partition(OPENING)
             if not opening:
                 keep = 0 if final else _overlap(pending)
