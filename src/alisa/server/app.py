@@ -153,6 +153,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         return JSONResponse(
             {
                 "model": {"name": model.name, "max_model_len": model.max_model_len, **model.config.describe()},
+                "num_layers": model.num_layers,
                 "has_chat": model.tokenizer.has_chat_template,
                 "uptime_s": telemetry.uptime_s,
                 "status": asdict(status),

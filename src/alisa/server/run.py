@@ -43,6 +43,7 @@ def build_service(
         tokenizer=loaded.tokenizer,
         sampling=loaded.sampling,
         max_model_len=engine.max_model_len,
+        num_layers=loaded.spec.num_layers,
         config=engine_config,
         created_s=int(time()),
     )

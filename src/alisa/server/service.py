@@ -33,6 +33,7 @@ class ServedModel:
     sampling: Mapping[str, float]
     """What its files say of how to sample from it."""
     max_model_len: int
+    num_layers: int
     config: EngineConfig
     created_s: int
     """When the server started, in seconds since 1970."""
