@@ -19,6 +19,7 @@ from tyro.extras import SubcommandApp
 from alisa import __version__
 from alisa.cli.bench import BenchKernels
 from alisa.cli.bench_suite import BenchCompare, BenchPlot, BenchRun
+from alisa.cli.chat import Chat
 from alisa.cli.doctor import Doctor
 from alisa.cli.eval import Ppl, Qa, Recall, Sparsity
 from alisa.cli.generate import Generate
@@ -42,6 +43,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, type[Command]] = {
     "generate": Generate,
+    "chat": Chat,
     "serve": Serve,
     "eval ppl": Ppl,
     "eval qa": Qa,
