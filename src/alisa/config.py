@@ -154,13 +154,16 @@ class SamplingParams:
             for bad, text in (
                 (self.max_tokens < 1, f"max_tokens is {self.max_tokens}, at least 1 is needed"),
                 (self.n < 1, f"n is {self.n}, at least 1 is needed"),
-                (not 0 <= self.temperature <= 100, f"temperature is {self.temperature}, allowed is 0 to 100"),
+                (
+                    self.temperature != 0 and not 1e-6 <= self.temperature <= 100,
+                    f"temperature is {self.temperature}, allowed is 0, or 1e-6 to 100",
+                ),
                 (self.top_k < 0, f"top_k is {self.top_k}, allowed is 0 or -1 (off) or more"),
                 (not 0 < self.top_p <= 1, f"top_p is {self.top_p}, allowed is above 0 up to 1"),
                 (not 0 <= self.min_p <= 1, f"min_p is {self.min_p}, allowed is 0 to 1"),
                 (
-                    not 0 < self.repetition_penalty <= 100,
-                    f"repetition_penalty is {self.repetition_penalty}, allowed is above 0 up to 100 (1 is off)",
+                    not 0.01 <= self.repetition_penalty <= 100,
+                    f"repetition_penalty is {self.repetition_penalty}, allowed is 0.01 to 100 (1 is off)",
                 ),
                 *(
                     (not -2 <= penalty <= 2, f"{name} is {penalty}, allowed is -2 to 2")

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from alisa import __version__
@@ -68,7 +68,7 @@ def _add_calls(app: FastAPI, service: Service, config: ServerConfig) -> None:
             "x-models": models,
         }
         app.add_api_route(
-            path, route, methods=["POST"], openapi_extra=described, responses=_ERRORS, summary=kind.__doc__
+            path, route, methods=["POST"], openapi_extra=described, responses=_REPLIES, summary=kind.__doc__
         )
 
     async def tokenize(request: Request, call: TokenizeRequest) -> Response:
@@ -122,7 +122,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         return JSONResponse(card)
 
     async def health() -> Response:
-        return Response()
+        return JSONResponse({"status": "ok"})
 
     async def ready() -> Response:
         if service.is_ready:
@@ -167,7 +167,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/ready", ready, methods=["GET"], responses=_ERRORS)
     app.add_api_route("/version", version, methods=["GET"])
-    app.add_api_route("/metrics", metrics, methods=["GET"])
+    app.add_api_route("/metrics", metrics, methods=["GET"], response_class=PlainTextResponse)
     app.add_api_route("/tokenizer_info", tokenizer_info, methods=["GET"])
     app.add_api_route("/state", state, methods=["GET"], include_in_schema=False)
     app.add_api_route("/", page_reply, methods=["GET"], include_in_schema=False)
@@ -186,6 +186,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         500: "The server has failed.",
         503: "The engine has stopped.",
     }.items()
+}
+
+
+_REPLIES: dict[int | str, dict[str, Any]] = _ERRORS | {
+    200: {"description": "The result; with `stream` its events.", "content": {"text/event-stream": {}}}
 }
 
 

@@ -105,7 +105,8 @@ def _params(
             **chosen,
         )
     except InputError as error:
-        raise bad_request(str(error), next((name for name in names if name in str(error)), None)) from error
+        blamed = next((name for name in ("temperature", *names) if name in str(error)), None)
+        raise bad_request(str(error), blamed) from error
 
 
 def _refuse_other_engine(call: Generation, config: EngineConfig) -> None:
