@@ -32,6 +32,8 @@ NOT_FINITE = (
     "the model gave a logit that is no finite number; a weight is damaged, or --dtype float16 overflows with this model"
 )
 
+NO_TOKEN = "no token of the model leads on to a text of its grammar"
+
 
 class Engine:
     """Runs requests that are added and aborted at any time. One thread at a time may call it; see `SharedEngine`.
@@ -216,7 +218,7 @@ class Engine:
             if request.req_idx in failed:
                 continue
             if token_id is None:
-                failed[request.req_idx] = NOT_FINITE
+                failed[request.req_idx] = NOT_FINITE if its.guide is None else NO_TOKEN
                 continue
             if not request.output_ids:
                 request.first_token_s = now

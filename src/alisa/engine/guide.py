@@ -45,7 +45,7 @@ class Guide:
     @property
     def error(self) -> str:
         """Why it cannot go on; empty while it can."""
-        return self._matcher.get_error()
+        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else ""
 
     def restrict(self, logits: Tensor) -> None:
         """Logits Float32[V] of tokens that may not come next are minus infinity, in place."""

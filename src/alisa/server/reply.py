@@ -33,8 +33,7 @@ def to_json(value: object) -> bytes:
 def error_reply(error: Exception, *, prompt_param: str = "prompt") -> Response:
     """An error in OpenAI's form; what is our fault goes to the log too."""
     told = as_api_error(error, prompt_param=prompt_param)
-    if told.status == 500:
-        _LOG.error("a call failed", exc_info=error)
+    _log(error, told)
     return JSONResponse(told.body, told.status, told.headers)
 
 
@@ -105,8 +104,7 @@ class EventStream(Response):
         except Exception as error:
             # A stream that merely ends would look like a short text.
             told = as_api_error(error)
-            if told.status == 500:
-                _LOG.error("a stream failed", exc_info=error)
+            _log(error, told)
             await self._send(send, b"data: " + to_json(told.body) + b"\n\n")
         await self._send(send, b"data: [DONE]\n\n")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -122,6 +120,12 @@ class EventStream(Response):
         async with asyncio.timeout(self._send_timeout_s):
             await send({"type": "http.response.body", "body": data, "more_body": True})
         self._sent_s = monotonic()
+
+
+def _log(error: Exception, told: ApiError) -> None:
+    """What is our fault is to be found in the log, of what nobody expected with the way that led to it."""
+    if told.status == 500:
+        _LOG.error("a call failed: %s", told.message, exc_info=None if error is told else error)
 
 
 async def _until_gone(receive: Receive) -> None:

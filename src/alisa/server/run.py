@@ -94,7 +94,7 @@ class ApiServer(uvicorn.Server):
                 http=GuardedConnection,
                 ws="none",
                 lifespan="off",
-                log_level="warning",
+                log_level="error",
                 access_log=False,
                 server_header=False,
                 date_header=False,
