@@ -103,33 +103,33 @@ class AsyncEngine:
                 self._post(lambda: self._abandon(name, stream))
             raise
 
-    async def events(self, request_id: str) -> AsyncGenerator[Event]:
-        """What a request gives: text as it grows, at last its output. Leaving early aborts it.
+    async def events(self, *request_ids: str) -> AsyncGenerator[Event]:
+        """What requests give, as it comes: text as it grows, at last the output of each.
+
+        Leaving early aborts those that have not ended.
 
         Raises:
             InputError: there is no such request, or it is being read already.
             EngineDiedError: the engine has ended with an error.
         """
-        stream = self._streams.get(request_id)
-        if stream is None:
-            raise InputError(f"There is no request {request_id!r}; it may have been read to its end.")
-        if stream.is_read:
-            raise InputError(f"The events of request {request_id!r} are being read already.")
-        stream.is_read = True
-        is_over = False
+        streams = {name: self._unread(name) for name in request_ids}
+        events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        for stream in streams.values():
+            stream.lead_into(events)
+        running = set(streams)
         try:
-            while not is_over:
-                event = await stream.events.get()
-                is_over = not isinstance(event, TextDelta)
+            while running:
+                event = await events.get()
                 if isinstance(event, BaseException):
                     raise event
+                if not isinstance(event, TextDelta):
+                    running.discard(event.request_id)
                 yield event
         finally:
-            self._forget(request_id, stream)
-            if not is_over:
-                # The engine may have ended meanwhile: then there is nothing left to abort.
-                with suppress(EngineDiedError, InputError):
-                    self._post(lambda: self._abort(request_id))
+            for name, stream in streams.items():
+                self._forget(name, stream)
+            for name in running:
+                self.leave(name)
 
     async def stream(
         self, prompt: str | Sequence[int], params: SamplingParams, *, priority: int = 0
@@ -205,6 +205,14 @@ class AsyncEngine:
             self._deliver(EngineOutput(finished=(output,)))
         return output is not None
 
+    def _unread(self, request_id: str) -> _Stream:
+        stream = self._streams.get(request_id)
+        if stream is None:
+            raise InputError(f"There is no request {request_id!r}; it may have been read to its end.")
+        if stream.is_read:
+            raise InputError(f"The events of request {request_id!r} are being read already.")
+        return stream
+
     def _abandon(self, request_id: str, stream: _Stream) -> None:
         """Nobody reads this stream any more: its request ends, if it has not."""
         if self._forget(request_id, stream):
@@ -267,11 +275,22 @@ class _Stream:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         self.is_read = False
+        self._events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+
+    def put(self, event: Event | BaseException) -> None:
+        """Called by the event loop."""
+        self._events.put_nowait(event)
+
+    def lead_into(self, events: asyncio.Queue[Event | BaseException]) -> None:
+        """Somebody reads: from now on all events go there, those first that have come before."""
+        self.is_read = True
+        while not self._events.empty():
+            events.put_nowait(self._events.get_nowait())
+        self._events = events
 
 
 def _put_all(events: Sequence[tuple[_Stream, Event | BaseException]]) -> None:
     """Called by the event loop of these streams."""
     for stream, event in events:
-        stream.events.put_nowait(event)
+        stream.put(event)

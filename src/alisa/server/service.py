@@ -178,24 +178,9 @@ class Texts:
         Raises:
             EngineDiedError: the engine has ended with an error.
         """
-        events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._pump(number, name, events)) for number, name in enumerate(self._names)]
-        try:
-            while self._open:
-                number, event = await events.get()
-                if isinstance(event, Exception):
-                    raise event
+        numbers = {name: number for number, name in enumerate(self._names)}
+        async with aclosing(self._service.engine.events(*self._names)) as events:
+            async for event in events:
                 if not isinstance(event, TextDelta):
-                    self._open.discard(self._names[number])
-                yield number, event
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    async def _pump(self, number: int, name: str, events: asyncio.Queue[tuple[int, Event | Exception]]) -> None:
-        try:
-            async with aclosing(self._service.engine.events(name)) as stream:
-                async for event in stream:
-                    events.put_nowait((number, event))
-        except Exception as error:
-            events.put_nowait((number, error))
+                    self._open.discard(event.request_id)
+                yield numbers[event.request_id], event
