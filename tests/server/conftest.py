@@ -13,10 +13,6 @@ import pytest
 from alisa import LLM
 from alisa.config import EngineConfig
 from alisa.engine.loaded import embedded_model
-
-pytest.importorskip("fastapi", reason="the server is not installed; pip install 'alisa[server]'")
-pytest.importorskip("prometheus_client", reason="the server is not installed; pip install 'alisa[server]'")
-
 from alisa.server.config import ServerConfig
 from alisa.server.run import ApiServer, build_service, serve
 

@@ -96,6 +96,27 @@ def test_those_who_stay_get_their_tokens_while_others_come_and_go(address, llm):
     wait_for(lambda: not requests_of(address), "the end of all")
 
 
+def test_who_has_the_lower_priority_is_served_first():
+    with running(replace(ENGINE, max_num_seqs=1, max_model_len=2048)) as server:
+        first = send(server.address, {**LONG, "max_tokens": 1500, "stream": True})
+        wait_for(lambda: requests_of(server.address), "the first request")
+        one = {"prompt": "a", "max_tokens": 1}
+        threads = [
+            threading.Thread(
+                target=post, args=(server.address,), kwargs=dict(prompt="a", max_tokens=1, priority=priority)
+            )
+            for priority in (5, -5, 0)
+        ]
+        for number, thread in enumerate(threads):
+            thread.start()
+            wait_for(lambda n=number: len(requests_of(server.address)) == n + 2, "the next request")
+        first.close()
+        for thread in threads:
+            thread.join(timeout=60)
+        ended = httpx2.get(f"{server.address}/state").json()["finished"]
+        assert [request["request_id"] for request in ended] == ["async-1", "async-3", "async-2", "async-0"]
+
+
 def test_too_many_are_told_to_come_back():
     config = ServerConfig(port=0, max_waiting=1)
     with running(replace(ENGINE, max_num_seqs=1), config) as server:

@@ -11,8 +11,6 @@ import time
 import httpx2
 import pytest
 
-pytest.importorskip("fastapi", reason="the server is not installed; pip install 'alisa[server]'")
-
 COMMAND = [sys.executable, "-m", "alisa", "serve", "--max-num-seqs", "2", "--kv-device-memory", "4MiB"]
 
 

@@ -225,7 +225,7 @@ class Engine:
             if its.guide is not None:
                 its.guide.accept(token_id)
                 if its.guide.error:
-                    failed[request.req_idx] = f"the grammar cannot be followed any further: {its.guide.error}"
+                    failed[request.req_idx] = f"its grammar cannot be followed any further ({its.guide.error})"
                     continue
             if number in sampled.logprobs:
                 its.logprobs.append(sampled.logprobs[number])

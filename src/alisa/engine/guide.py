@@ -44,8 +44,9 @@ class Guide:
 
     @property
     def error(self) -> str:
-        """Why it cannot go on; empty while it can."""
-        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else ""
+        """Why it cannot go on, in a word of llguidance; empty while it can."""
+        # Not its sentence, which quotes the text: errors are logged, and texts are not.
+        return self._matcher.stop_reason() if self._matcher.is_error() else ""
 
     def restrict(self, logits: Tensor) -> None:
         """Logits Float32[V] of tokens that may not come next are minus infinity, in place."""

@@ -36,7 +36,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 def make_app(service: Service, config: ServerConfig) -> ASGIApp:
     """Everything a client can call, behind the gate."""
-    app = FastAPI(title="alisa", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="alisa", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(AlisaError, _tell)
     app.add_exception_handler(ApiError, _tell)
     app.add_exception_handler(HTTPException, _tell_http)
