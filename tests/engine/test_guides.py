@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -92,3 +93,11 @@ def test_stop_strings_wait_for_the_least_number_of_tokens(llm):
     assert output.finish_reason == "stop"
     assert len(output.token_ids) >= 5
     assert free.text.startswith(output.text)
+
+
+def test_without_the_library_a_grammar_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with LLM(max_num_seqs=1, max_model_len=64) as fresh:
+        with pytest.raises(InputError, match=r"pip install 'alisa\[grammar\]'"):
+            fresh.generate(PROMPT, SamplingParams(regex="a"))
+        assert fresh.generate(PROMPT, SamplingParams(max_tokens=2))[0].text

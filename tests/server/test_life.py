@@ -100,13 +100,8 @@ def test_who_has_the_lower_priority_is_served_first():
     with running(replace(ENGINE, max_num_seqs=1, max_model_len=2048)) as server:
         first = send(server.address, {**LONG, "max_tokens": 1500, "stream": True})
         wait_for(lambda: requests_of(server.address), "the first request")
-        one = {"prompt": "a", "max_tokens": 1}
-        threads = [
-            threading.Thread(
-                target=post, args=(server.address,), kwargs=dict(prompt="a", max_tokens=1, priority=priority)
-            )
-            for priority in (5, -5, 0)
-        ]
+        calls = [{"prompt": "a", "max_tokens": 1, "priority": priority} for priority in (5, -5, 0)]
+        threads = [threading.Thread(target=post, args=(server.address,), kwargs=call) for call in calls]
         for number, thread in enumerate(threads):
             thread.start()
             wait_for(lambda n=number: len(requests_of(server.address)) == n + 2, "the next request")

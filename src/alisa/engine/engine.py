@@ -122,6 +122,14 @@ class Engine:
         self._open[name] = opened
         return name
 
+    def prepare_guides(self) -> None:
+        """The first request with a grammar does not have to wait for what all of them need.
+
+        Raises:
+            InputError: grammars are not to be had.
+        """
+        self._guides.prepare()
+
     def abort(self, request_id: str) -> RequestOutput | None:
         """The request is over, in whatever state it was, and everything it held is free; None: there is none."""
         request = self.scheduler.abort(request_id)

@@ -75,6 +75,15 @@ class GuideMaker:
         self._end_ids = end_ids
         self._vocabulary: LLTokenizer | None = None
 
+    def prepare(self) -> None:
+        """What llguidance wants to know of the vocabulary is made now: of a large one it takes seconds.
+
+        Raises:
+            InputError: there is no tokenizer, or llguidance is not installed.
+        """
+        if self._vocabulary is None:
+            self._vocabulary = self._read_vocabulary()
+
     def guide(self, params: SamplingParams) -> Guide | None:
         """At the beginning of a text; None where the parameters ask for no grammar.
 
@@ -83,12 +92,9 @@ class GuideMaker:
         """
         if not params.is_guided:
             return None
-        try:
-            from llguidance import LLMatcher
-        except ImportError as error:
-            raise InputError(
-                "json_schema and regex need llguidance, which is not installed; pip install 'alisa[grammar]'."
-            ) from error
+        self.prepare()
+        from llguidance import LLMatcher
+
         if params.regex is not None:
             name, grammar = "regex", LLMatcher.grammar_from_regex(params.regex)
         else:
@@ -97,19 +103,22 @@ class GuideMaker:
                 name, grammar = "json_schema", LLMatcher.grammar_from_json_schema(params.json_schema, _JSON)
             except ValueError as error:
                 raise InputError(f"json_schema cannot be used: {_first_line(str(error))}.") from error
-        matcher = LLMatcher(self._known_vocabulary(), grammar, log_level=0)
+        assert self._vocabulary is not None, "it has been prepared"
+        matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise InputError(f"{name} cannot be used: {_first_line(matcher.get_error())}.")
         return Guide(matcher, self._end_ids)
 
-    def _known_vocabulary(self) -> LLTokenizer:
-        if self._vocabulary is None:
+    def _read_vocabulary(self) -> LLTokenizer:
+        try:
             from llguidance import LLTokenizer
-
-            if self._tokenizer is None:
-                raise InputError("json_schema and regex are for texts, and this engine has no tokenizer.")
-            self._vocabulary = LLTokenizer(self._tokenizer.to_json(), eos_token=sorted(self._end_ids) or None)
-        return self._vocabulary
+        except ImportError as error:
+            raise InputError(
+                "json_schema and regex need llguidance, which is not installed; pip install 'alisa[grammar]'."
+            ) from error
+        if self._tokenizer is None:
+            raise InputError("json_schema and regex are for texts, and this engine has no tokenizer.")
+        return LLTokenizer(self._tokenizer.to_json(), eos_token=sorted(self._end_ids) or None)
 
 
 def _first_line(text: str) -> str:

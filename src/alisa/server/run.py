@@ -37,6 +37,8 @@ def build_service(
     loaded = load_model(engine_config, progress)
     engine, setup = build_engine(loaded, engine_config)
     assert loaded.tokenizer is not None, "a model that was loaded from files has one"
+    with suppress(InputError):  # without llguidance a call that wants a form is refused
+        engine.prepare_guides()
     model = ServedModel(
         name=served_name(engine_config, config.served_model_name),
         root=loaded.name,
