@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,7 +70,7 @@ class LocalTalker:
     def name(self) -> str:
         """The model, and how it reads."""
         config = self._llm.config
-        return f"{self._llm.name}, {config.policy} at sparsity {config.sparsity:g}"
+        return f"{Path(self._llm.name).name}, {config.policy} at sparsity {config.sparsity:g}"
 
     @property
     def was_trained_on_chats(self) -> bool:

@@ -63,7 +63,6 @@ class EventStream(Response):
         events: JSON objects; an error in it becomes the last event.
         source: what they come from; left whatever happens.
         send_timeout_s: how long a client may take nothing.
-        headers: more than those of a stream.
     """
 
     media_type = "text/event-stream"
@@ -74,9 +73,8 @@ class EventStream(Response):
         source: AbstractAsyncContextManager[object],
         *,
         send_timeout_s: float,
-        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._source = source
