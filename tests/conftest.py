@@ -20,6 +20,8 @@ if not torch.cuda.is_available():
 
 # GPU machines run the tests from the source tree, without the libraries that only the command line uses.
 collect_ignore_glob = [] if find_spec("tyro") and find_spec("rich") else ["cli/*", "unit/test_cli_*"]
+# The server comes with an extra.
+collect_ignore_glob += [] if find_spec("fastapi") and find_spec("prometheus_client") else ["server"]
 
 # Two shared cores stall now and then; a slow example says nothing about the code, and a hang meets pytest's timeout.
 settings.register_profile("default", deadline=None, print_blob=True)

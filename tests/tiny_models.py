@@ -6,6 +6,7 @@ any forgotten bias goes unseen, so every parameter is redrawn at a size that mat
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,4 +210,26 @@ def build(name: str, seed: int = 0) -> transformers.PreTrainedModel:
 def save(model: transformers.PreTrainedModel, directory: Path, **options: Any) -> Path:
     """Write a checkpoint (`save_pretrained` with its options) and return its directory."""
     model.save_pretrained(directory, **options)
+    return directory
+
+
+SPECIAL = "<|im_end|>"
+
+
+def checkpoint(directory, special_id=None):
+    """A tiny model whose tokenizer knows the words w0, w1, ...; one of them may be a special token."""
+    # A GPU machine may be without the library.
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    save(build("llama-gqa-tied"), directory)
+    words = {f"w{index}": index for index in range(config_of("llama-gqa-tied").vocab_size)}
+    if special_id is not None:
+        del words[f"w{special_id}"]
+        words[SPECIAL] = special_id
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if special_id is not None:
+        tokenizer.add_special_tokens([SPECIAL])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"unk_token": "w0"}))
     return directory

@@ -7,22 +7,20 @@ docstring is at once the Python option, the flag of the command line, its help a
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
-import types
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import Field, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from functools import cache
-from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typing_extensions import Doc
 
 from alisa.errors import InputError
+from alisa.field_types import settle
 from alisa.policy.registry import POLICIES, policies_help
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -78,6 +76,9 @@ def format_bytes(num_bytes: float) -> str:
 NUM_SEEDS = 2**64
 """Seeds are 0 up to but not this."""
 
+MAX_LOGPROBS = 20
+"""Most likeliest tokens that are told of one place."""
+
 RENAMED = {"max_batch": "max_num_seqs"}
 """Engine options as version 0.1 called them, and their names now; the old ones go with version 0.3."""
 
@@ -108,19 +109,44 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Divide (positive) or multiply (negative) the logits of tokens seen in the prompt or the output (CTRL,
     1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that are in the output, -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of a token as often as it is in the output, -2 to 2."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids and what is added to their logits, -100 to 100: -100 in effect forbids a token, 100 demands it. Pairs,
+    or from Python a mapping."""
     stop: tuple[str, ...] = ()
     """End before the first of these strings; it is not part of the text. A single string is one stop string."""
     stop_ids: tuple[int, ...] = ()
     """End at the first of these token ids, in addition to the model's own end tokens."""
+    min_tokens: int = 0
+    """No end token and no stop string ends the text before it has this many tokens."""
     ignore_eos: bool = False
     """Go on after the model's end token; benchmarks want a fixed length."""
+    json_schema: str | None = None
+    """The text is JSON of this JSON schema ({} is any); tokens that would make it something else are never drawn. From
+    Python also a mapping. Needs alisa[grammar]."""
+    regex: str | None = None
+    """The text matches this regular expression, all of it. Needs alisa[grammar]."""
+    logprobs: int | None = None
+    """Give the log probability of each output token, and of this many of the likeliest in its place (0: none), as the
+    model says it, before penalties, temperature and filters."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt from the second on; prompts are read densely under every policy."""
     seed: int = 0
     """The request draws the same random numbers for the same seed, whatever else is in the batch; 0 up to but not
     2**64. In a list of prompts with one set of these parameters, prompt i (from 0) has seed + i, so that equal prompts
     get different texts."""
 
     def __post_init__(self) -> None:
-        wrong = _settle(self, none_is_default=True)
+        if self.seed is None:
+            object.__setattr__(self, "seed", secrets.randbelow(NUM_SEEDS))
+        if isinstance(self.logit_bias, Mapping):
+            object.__setattr__(self, "logit_bias", [(_token_id(name), bias) for name, bias in self.logit_bias.items()])
+        if isinstance(self.json_schema, (Mapping, bool)):
+            object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
+        wrong = settle(self, none_is_default=True)
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         wrong += [
@@ -128,13 +154,43 @@ class SamplingParams:
             for bad, text in (
                 (self.max_tokens < 1, f"max_tokens is {self.max_tokens}, at least 1 is needed"),
                 (self.n < 1, f"n is {self.n}, at least 1 is needed"),
-                (not 0 <= self.temperature <= 100, f"temperature is {self.temperature}, allowed is 0 to 100"),
+                (
+                    self.temperature != 0 and not 1e-6 <= self.temperature <= 100,
+                    f"temperature is {self.temperature}, allowed is 0, or 1e-6 to 100",
+                ),
                 (self.top_k < 0, f"top_k is {self.top_k}, allowed is 0 or -1 (off) or more"),
                 (not 0 < self.top_p <= 1, f"top_p is {self.top_p}, allowed is above 0 up to 1"),
                 (not 0 <= self.min_p <= 1, f"min_p is {self.min_p}, allowed is 0 to 1"),
                 (
-                    not 0 < self.repetition_penalty <= 100,
-                    f"repetition_penalty is {self.repetition_penalty}, allowed is above 0 up to 100 (1 is off)",
+                    not 0.01 <= self.repetition_penalty <= 100,
+                    f"repetition_penalty is {self.repetition_penalty}, allowed is 0.01 to 100 (1 is off)",
+                ),
+                *(
+                    (not -2 <= penalty <= 2, f"{name} is {penalty}, allowed is -2 to 2")
+                    for name, penalty in (
+                        ("presence_penalty", self.presence_penalty),
+                        ("frequency_penalty", self.frequency_penalty),
+                    )
+                ),
+                (
+                    any(token_id < 0 or not -100 <= bias <= 100 for token_id, bias in self.logit_bias),
+                    "logit_bias is for token ids from 0 on, and allowed is -100 to 100",
+                ),
+                (
+                    not 0 <= self.min_tokens <= self.max_tokens,
+                    f"min_tokens is {self.min_tokens}, allowed is 0 to max_tokens, which is {self.max_tokens}",
+                ),
+                (
+                    self.json_schema is not None and self.regex is not None,
+                    "json_schema and regex were both given; a text follows one of them",
+                ),
+                (
+                    self.is_guided and (self.ignore_eos or self.min_tokens > 0),
+                    "ignore_eos and min_tokens do not go with json_schema and regex, which say where the text ends",
+                ),
+                *(
+                    (count is not None and not 0 <= count <= MAX_LOGPROBS, f"{name} is {count}, allowed is 0 to 20")
+                    for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs))
                 ),
                 (any(not text for text in self.stop), "an empty stop string would end every text at once"),
                 (not 0 <= self.seed < NUM_SEEDS, f"seed is {self.seed}, allowed is 0 up to but not 2**64"),
@@ -143,6 +199,28 @@ class SamplingParams:
         ]
         if wrong:
             raise InputError("; ".join(wrong) + ".")
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a grammar says which tokens may come."""
+        return self.json_schema is not None or self.regex is not None
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits are changed before temperature and filters."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.logit_bias != ()
+            or self.min_tokens > 0
+            or self.is_guided
+        )
+
+
+def _token_id(name: object) -> object:
+    """A key of a mapping as JSON has it: a whole number as a string."""
+    return int(name) if isinstance(name, str) and name.isdecimal() else name
 
 
 _SAMPLE_STRIDE = 0x9E3779B97F4A7C15
@@ -216,7 +294,7 @@ class EngineConfig:
     tokens are read."""
 
     def __post_init__(self) -> None:
-        wrong = _settle(self)
+        wrong = settle(self)
         for name, least in (("kv_device_memory", 1), ("kv_host_memory", 0), ("kv_disk_memory", 0)):
             if (size := getattr(self, name)) is not None:
                 try:
@@ -270,80 +348,3 @@ def with_options(config: EngineConfig | None, options: Mapping[str, Any]) -> Eng
 def renamed(old: str, new: str) -> str:
     """The line that tells a user of a name of version 0.1."""
     return f"{old} is called {new} now; the old name will go with version 0.3."
-
-
-class _DataclassInstance(Protocol):
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-
-def _settle(options: _DataclassInstance, *, none_is_default: bool = False) -> list[str]:
-    """Bring every field to its declared type where that loses nothing; returns what is wrong with the others.
-
-    A wrong field gets its default, so that the checks of ranges that follow can look at all of them.
-    """
-    wrong = []
-    hints = _hints(type(options))
-    for field in fields(options):
-        name, kind, given = field.name, hints[field.name], getattr(options, field.name)
-        if given is None and none_is_default:
-            value = secrets.randbelow(NUM_SEEDS) if name == "seed" else field.default
-        else:
-            try:
-                value = _fitted(given, kind)
-            except TypeError as problem:
-                wrong.append(f"{name} {problem}")
-                value = field.default
-        object.__setattr__(options, name, value)
-    return wrong
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-_KINDS: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "True or False",
-    str: "a string",
-    Path: "a path",
-    tuple[str, ...]: "a string or a list of strings",
-    tuple[int, ...]: "a list of whole numbers",
-}
-"""Types of options, as messages call them."""
-
-
-def _fitted(value: object, kind: Any) -> Any:  # noqa: ANN401 - annotations are values here
-    """`value` as the annotation `kind` wants it.
-
-    Raises:
-        TypeError: it is of another type; the message goes on where the option's name ends.
-    """
-    parts = get_args(kind)
-    match get_origin(kind):
-        case types.UnionType:
-            for part in parts:
-                with suppress(TypeError):
-                    return _fitted(value, part)
-        case origin if origin is Literal:
-            if value in parts:
-                return value
-            raise TypeError(f"{value!r} is unknown, there is {', '.join(parts)}")
-        case origin if origin is tuple:
-            # A string is one element, never its letters.
-            elements = (value,) if isinstance(value, str) and parts[0] is str else value
-            if isinstance(elements, (list, tuple, set, frozenset)):
-                with suppress(TypeError):
-                    return tuple(_fitted(element, parts[0]) for element in elements)
-        case _:
-            if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
-                return int(value)
-            if kind is float and isinstance(value, Real) and not isinstance(value, bool):
-                return float(value)
-            if kind is Path and isinstance(value, str | Path):
-                return Path(value)
-            if kind in (bool, str, type(None)) and isinstance(value, kind):
-                return value
-    wanted = " or ".join(_KINDS[part] for part in ((kind,) if kind in _KINDS else parts) if part in _KINDS)
-    raise TypeError(f"is {value!r}, {wanted} is needed")

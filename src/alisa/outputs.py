@@ -123,6 +123,18 @@ class RequestReport:
     """Cached tokens that decode attention read, summed over steps and layers."""
     tokens_dense: int
     """What dense attention would have read."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose K and V came from the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was in its place. Log probabilities in nats, not below -9999."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens for this place and their log probabilities, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +155,12 @@ class RequestOutput:
     """Its name in the engine."""
     sample: int = 0
     """Which of the `n` texts of its prompt this is."""
+    stop_reason: str | int | None = None
+    """The stop string or the token id of `stop_ids` that ended it."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each output token; None: not asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each token of the prompt from the second on; None: not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +176,8 @@ class TextDelta:
     """The new tokens."""
     sample: int = 0
     """Which of the `n` texts of its prompt grows."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each new token, where they are asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,30 +6,13 @@ from dataclasses import asdict
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from alisa import LLM, SamplingParams
 from alisa.cli.files import to_json
-from tests import tiny_models
+from tests.tiny_models import SPECIAL as STOP
+from tests.tiny_models import checkpoint
 
-STOP = "<|im_end|>"
 PROMPT = [5, 9, 2, 7]
-
-
-def checkpoint(directory, special_id=None):
-    """A tiny model whose tokenizer knows the words w0, w1, ...; one of them may be a special token."""
-    tiny_models.save(tiny_models.build("llama-gqa-tied"), directory)
-    words = {f"w{index}": index for index in range(tiny_models.config_of("llama-gqa-tied").vocab_size)}
-    if special_id is not None:
-        del words[f"w{special_id}"]
-        words[STOP] = special_id
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if special_id is not None:
-        tokenizer.add_special_tokens([STOP])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"unk_token": "w0"}))
-    return directory
 
 
 def test_a_special_token_stops_though_it_is_no_text(tmp_path):

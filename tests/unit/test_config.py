@@ -57,7 +57,25 @@ def test_engine_config_names_every_wrong_field():
         ({"max_tokens": 3.0}, "max_tokens is 3.0, a whole number is needed."),
         ({"max_tokens": True}, "max_tokens is True, a whole number is needed."),
         ({"temperature": "0.5"}, "temperature is '0.5', a number is needed."),
-        ({"temperature": math.nan}, "temperature is nan, allowed is 0 to 100."),
+        ({"temperature": math.nan}, "temperature is nan, allowed is 0, or 1e-6 to 100."),
+        ({"temperature": 1e-320}, "temperature is 1e-320, allowed is 0, or 1e-6 to 100."),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty is 5e-324, allowed is 0.01 to 100 (1 is off)."),
+        ({"presence_penalty": 3}, "presence_penalty is 3.0, allowed is -2 to 2."),
+        ({"frequency_penalty": -2.5}, "frequency_penalty is -2.5, allowed is -2 to 2."),
+        ({"logit_bias": {"x": 1}}, "logit_bias is [('x', 1)], a mapping of token ids to numbers is needed."),
+        ({"logit_bias": [(1, 2, 3)]}, "logit_bias is [(1, 2, 3)], a mapping of token ids to numbers is needed."),
+        ({"logit_bias": {5: 101}}, "logit_bias is for token ids from 0 on, and allowed is -100 to 100."),
+        ({"min_tokens": 200}, "min_tokens is 200, allowed is 0 to max_tokens, which is 128."),
+        ({"logprobs": 21}, "logprobs is 21, allowed is 0 to 20."),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1, allowed is 0 to 20."),
+        (
+            {"regex": "a", "json_schema": "{}"},
+            "json_schema and regex were both given; a text follows one of them.",
+        ),
+        (
+            {"regex": "a", "min_tokens": 2},
+            "ignore_eos and min_tokens do not go with json_schema and regex, which say where the text ends.",
+        ),
         ({"top_p": math.inf}, "top_p is inf, allowed is above 0 up to 1."),
         ({"top_k": -2}, "top_k is -2, allowed is 0 or -1 (off) or more."),
         ({"stop": b"x"}, "stop is b'x', a string or a list of strings is needed."),
@@ -168,3 +186,12 @@ def test_every_option_is_in_the_description_as_a_plain_value():
     described = EngineConfig(kv_disk_path="a", schedule="b").describe()
     assert list(described) == [field.name for field in fields(EngineConfig)]
     assert all(value is None or isinstance(value, str | int | float) for value in described.values())
+
+
+def test_biases_and_schemas_may_be_mappings():
+    params = SamplingParams(logit_bias={"5": -3, 7: 1.5}, json_schema={"type": "object"})
+    assert params.logit_bias == ((5, -3.0), (7, 1.5))
+    assert params.json_schema == '{"type": "object"}'
+    assert params.is_guided
+    assert params.changes_logits
+    assert not SamplingParams(temperature=1, top_p=0.5, logprobs=3).changes_logits

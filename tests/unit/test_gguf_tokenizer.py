@@ -99,7 +99,7 @@ def test_control_tokens_are_found_whole_and_do_not_come_out():
     ids = tokenizer.encode("<|im_start|>the fox<|im_end|>")
     assert (ids[0], ids[-1]) == (3, 2)
     assert tokenizer.decode(ids) == "the fox"
-    assert tokenizer.special_ids(["<|im_end|>", "fox"]) == {2}
+    assert tokenizer.special_ids(["<|im_end|>", "fox"]) == {2: "<|im_end|>"}
 
 
 def test_tokens_of_a_user_are_found_whole_and_come_out():

@@ -6,17 +6,22 @@ import pytest
 import torch
 
 from alisa.config import SamplingParams
-from alisa.engine.sampler import sample, uniform
+from alisa.engine.sampler import SampledRow, sample, uniform
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0])
 
 
+def draw(logits, params, token_ids=(), **row):
+    """The token that one row of logits gives."""
+    return sample(logits[None].clone(), [SampledRow(params, list(token_ids), **row)]).token_ids[0]
+
+
 def draws(params, count=4000, logits=LOGITS):
-    return Counter(sample(logits[None].clone(), [params], [[]], [i])[0] for i in range(count))
+    return Counter(draw(logits, params, num_output=i) for i in range(count))
 
 
 def test_greedy_takes_the_likeliest():
-    assert sample(LOGITS[None].clone(), [SamplingParams()], [[]], [0]) == [4]
+    assert draw(LOGITS, SamplingParams()) == 4
 
 
 def test_temperature_draws_from_the_softmax():
@@ -44,16 +49,19 @@ def test_filters_keep_exactly_their_tokens(rules, allowed):
 
 def test_repetition_penalty_lowers_seen_tokens_of_both_signs():
     logits = torch.tensor([[2.0, -1.0, 1.5]])
-    sample(logits, [SamplingParams(repetition_penalty=2.0)], [[0, 1, 0]], [0])
+    sample(logits, [SampledRow(SamplingParams(repetition_penalty=2.0), [0, 1, 0])])
     assert logits.tolist() == [[1.0, -2.0, 1.5]]
 
 
 def test_draws_do_not_depend_on_the_company():
     rules = SamplingParams(temperature=1.0, seed=11)
-    alone = [sample(LOGITS[None].clone(), [rules], [[]], [i])[0] for i in range(50)]
+    alone = [draw(LOGITS, rules, num_output=i) for i in range(50)]
     other = SamplingParams(temperature=2.0, seed=12)
     together = [
-        sample(LOGITS.repeat(3, 1), [other, rules, SamplingParams()], [[]] * 3, [7, i, 0])[1] for i in range(50)
+        sample(
+            LOGITS.repeat(3, 1), [SampledRow(other, [], 7), SampledRow(rules, [], i), SampledRow(SamplingParams(), [])]
+        ).token_ids[1]
+        for i in range(50)
     ]
     assert alone == together
     assert len(set(alone)) > 1
@@ -62,3 +70,64 @@ def test_draws_do_not_depend_on_the_company():
 def test_seeds_and_counters_give_different_numbers():
     assert len({uniform(seed, counter) for seed in range(20) for counter in range(20)}) == 400
     assert uniform(1, 2) == uniform(1, 2)
+
+
+def plainly_adjusted(logits, rules, token_ids, num_output):
+    """The logits that are drawn from, token by token."""
+    found = logits.tolist()
+    for token, bias in rules.logit_bias:
+        found[token] += bias
+    output = list(token_ids)[len(token_ids) - num_output :]
+    for token in range(len(found)):
+        if token in token_ids and rules.repetition_penalty != 1:
+            found[token] *= rules.repetition_penalty if found[token] <= 0 else 1 / rules.repetition_penalty
+        found[token] -= rules.frequency_penalty * output.count(token)
+        found[token] -= rules.presence_penalty * (token in output)
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.75},
+        {"frequency_penalty": -2.0, "presence_penalty": 2.0},
+        {"logit_bias": {0: 1.25, 3: -100}},
+        {"logit_bias": {4: -3}, "presence_penalty": -1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
+    ],
+)
+@pytest.mark.parametrize(("token_ids", "num_output"), [([], 0), ([4, 4], 0), ([1, 4, 0, 0, 0, 2, 4], 5)])
+def test_what_changes_logits_is_the_plain_arithmetic(rules, token_ids, num_output):
+    params = SamplingParams(**rules)
+    logits = torch.stack([LOGITS, LOGITS])
+    sample(logits, [SampledRow(SamplingParams(), token_ids, num_output), SampledRow(params, token_ids, num_output)])
+    torch.testing.assert_close(logits[0], LOGITS, rtol=0, atol=0)
+    # a few roundings of numbers up to 100
+    torch.testing.assert_close(logits[1], plainly_adjusted(LOGITS, params, token_ids, num_output), rtol=1e-6, atol=1e-5)
+
+
+def test_no_end_comes_before_the_least_number_of_tokens():
+    rules, ends = SamplingParams(min_tokens=3), frozenset((4, 0))
+    chosen = [draw(LOGITS, rules, [7] * num, num_output=num, end_ids=ends) for num in range(5)]
+    assert chosen == [1, 1, 1, 4, 4]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_log_probabilities_are_those_of_the_plain_logits(temperature):
+    rules = SamplingParams(logprobs=3, temperature=temperature, logit_bias={2: 50}, presence_penalty=1.0)
+    other = SamplingParams(temperature=temperature)
+    sampled = sample(torch.stack([LOGITS + 1, LOGITS]), [SampledRow(other, [1]), SampledRow(rules, [2], 1)])
+    expected = LOGITS.double().log_softmax(0)
+    assert sampled.token_ids[1] == 2
+    assert list(sampled.logprobs) == [1]
+    found = sampled.logprobs[1]
+    assert found.token_id == 2
+    assert found.logprob == pytest.approx(float(expected[2]), abs=1e-6)
+    assert [token for token, _ in found.top] == [4, 0, 1]
+    assert [value for _, value in found.top] == pytest.approx(expected[[4, 0, 1]].tolist(), abs=1e-6)
+
+
+def test_a_token_that_cannot_come_has_a_finite_log_probability():
+    rules = SamplingParams(logprobs=2)
+    [found] = sample(torch.tensor([[1.0, -torch.inf]]), [SampledRow(rules, [])]).logprobs.values()
+    assert found.top == ((0, 0.0), (1, -9999.0))

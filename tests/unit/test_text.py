@@ -17,7 +17,7 @@ class Pieces:
         return self
 
     def special_ids(self, texts):
-        return frozenset(i for i in self.special if self.pieces[i] in texts)
+        return {i: self.pieces[i] for i in self.special if self.pieces[i] in texts}
 
     def feed(self, token_id):
         return self.pieces[token_id]
@@ -65,7 +65,7 @@ def test_text_is_shown_as_soon_as_it_is_certain():
 
 def test_a_special_token_ends_the_text_though_it_has_none():
     stream = text_of(Pieces(["one", "<end>", "two"], special=[1]), ["<end>"])
-    assert stream.stop_ids == {1}
+    assert stream.stop_ids == {1: "<end>"}
     assert [stream.feed(0, ended=None), stream.feed(1, ended="stop")] == ["one", ""]
     assert stream.text == "one"
 

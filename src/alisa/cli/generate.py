@@ -44,7 +44,13 @@ _CHANGE_NO_TOKEN = frozenset(
     )
 )
 """Engine options that may differ between runs that share a file of results."""
-_ALWAYS_IN_DIGEST = frozenset(("model", "policy", "sparsity", "dtype", "kv_dtype", "device"))
+_ALWAYS_IN_DIGEST = frozenset(
+    (
+        *("model", "policy", "sparsity", "dtype", "kv_dtype", "device"),
+        *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "stop_ids"),
+        *("ignore_eos", "seed"),
+    )
+)
 """The others only where they are not the default, so that older files of results go on."""
 
 
@@ -102,7 +108,12 @@ class Generate:
             )
         }
         # More texts for a prompt change none of those that are there.
-        sampling = {name: value for name, value in asdict(self.sampling).items() if name != "n"}
+        plain = asdict(SamplingParams())
+        sampling = {
+            name: value
+            for name, value in asdict(self.sampling).items()
+            if name in _ALWAYS_IN_DIGEST or (name != "n" and value != plain[name])
+        }
         chat: dict[str, Any] = {} if frame is None else asdict(frame)
         if self.takes_own_sampling:
             chat["sampling_from"] = "model"

@@ -19,6 +19,7 @@ from tyro.extras import SubcommandApp
 from alisa import __version__
 from alisa.cli.bench import BenchKernels
 from alisa.cli.bench_suite import BenchCompare, BenchPlot, BenchRun
+from alisa.cli.chat import Chat
 from alisa.cli.doctor import Doctor
 from alisa.cli.eval import Generation, Ppl, Qa, Recall, Sparsity
 from alisa.cli.generate import Generate
@@ -27,6 +28,7 @@ from alisa.cli.plan import Plan
 from alisa.cli.plot import Plot
 from alisa.cli.profile import Profile
 from alisa.cli.screen import say
+from alisa.cli.serve import Serve
 from alisa.cli.signals import mend_standard_streams, stop_on_sigterm, stop_status
 from alisa.errors import AlisaError, InputError
 
@@ -41,6 +43,8 @@ class Command(Protocol):
 
 COMMANDS: dict[str, type[Command]] = {
     "generate": Generate,
+    "chat": Chat,
+    "serve": Serve,
     "eval ppl": Ppl,
     "eval qa": Qa,
     "eval recall": Recall,

@@ -24,7 +24,7 @@ from alisa.cli.prompts import Prompt
 from alisa.errors import InputError
 
 if TYPE_CHECKING:
-    from alisa.outputs import RequestOutput
+    from alisa.outputs import RequestOutput, TokenLogprob
 
 _Places = dict[tuple[str | int | None, int], int]
 """The user's id of a prompt, or its index, and the number of the text -> the place in the list."""
@@ -49,7 +49,14 @@ def result_record(prompt: Prompt, output: RequestOutput, run: str) -> dict[str, 
         "timings": timings,
         **counts,
     }
+    asked = {name: getattr(output, name) for name in ("stop_reason", "logprobs", "prompt_logprobs")}
+    result |= {name: _plain(value) for name, value in asked.items() if value is not None}
     return _record(prompt, result, run)
+
+
+def _plain(value: str | int | tuple[TokenLogprob, ...]) -> object:
+    """The log probabilities of a text as a list of objects; what is plain already as it is."""
+    return [asdict(found) for found in value] if isinstance(value, tuple) else value
 
 
 def error_record(prompt: Prompt, problem: str, run: str) -> dict[str, object]:

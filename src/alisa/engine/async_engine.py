@@ -28,11 +28,16 @@ class EngineDiedError(AlisaError):
     """The thread that makes the steps has ended with an error; every open request ends with this."""
 
 
+class EngineClosedError(InputError):
+    """The engine has been closed, and takes no more requests."""
+
+
 class AsyncEngine:
     """An engine that runs as long as this object is open.
 
     Args:
         engine: nobody else calls it from now on; it is closed with this object.
+        observe: called by the engine's thread with all that comes out of it, before its readers get it.
 
     Example:
         >>> async with AsyncEngine(build_engine(model, config)) as engine:
@@ -40,8 +45,9 @@ class AsyncEngine:
         ...         print(event)
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, observe: Callable[[EngineOutput], object] = lambda _: None) -> None:
         self._engine = engine
+        self._observe = observe
         self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._names = itertools.count()
@@ -57,6 +63,11 @@ class AsyncEngine:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What the engine's thread has ended with; None: it has not, or as it was told to."""
+        return self._died
+
     async def add_request(
         self,
         prompt: str | Sequence[int],
@@ -69,8 +80,9 @@ class AsyncEngine:
 
         Raises:
             RequestError: the prompt cannot be used.
-            InputError: the name is taken, or the engine is closed.
+            InputError: the name is taken, or its grammar cannot be used.
             CapacityError: the request cannot fit even when it runs alone.
+            EngineClosedError: the engine is closed.
             EngineDiedError: there is no engine any more.
         """
         stream = _Stream(asyncio.get_running_loop())
@@ -91,33 +103,33 @@ class AsyncEngine:
                 self._post(lambda: self._abandon(name, stream))
             raise
 
-    async def events(self, request_id: str) -> AsyncGenerator[Event]:
-        """What a request gives: text as it grows, at last its output. Leaving early aborts it.
+    async def events(self, *request_ids: str) -> AsyncGenerator[Event]:
+        """What requests give, as it comes: text as it grows, at last the output of each.
+
+        Leaving early aborts those that have not ended.
 
         Raises:
             InputError: there is no such request, or it is being read already.
             EngineDiedError: the engine has ended with an error.
         """
-        stream = self._streams.get(request_id)
-        if stream is None:
-            raise InputError(f"There is no request {request_id!r}; it may have been read to its end.")
-        if stream.is_read:
-            raise InputError(f"The events of request {request_id!r} are being read already.")
-        stream.is_read = True
-        is_over = False
+        streams = {name: self._unread(name) for name in request_ids}
+        events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        for stream in streams.values():
+            stream.lead_into(events)
+        running = set(streams)
         try:
-            while not is_over:
-                event = await stream.events.get()
-                is_over = not isinstance(event, TextDelta)
+            while running:
+                event = await events.get()
                 if isinstance(event, BaseException):
                     raise event
+                if not isinstance(event, TextDelta):
+                    running.discard(event.request_id)
                 yield event
         finally:
-            self._forget(request_id, stream)
-            if not is_over:
-                # The engine may have ended meanwhile: then there is nothing left to abort.
-                with suppress(EngineDiedError, InputError):
-                    self._post(lambda: self._abort(request_id))
+            for name, stream in streams.items():
+                self._forget(name, stream)
+            for name in running:
+                self.leave(name)
 
     async def stream(
         self, prompt: str | Sequence[int], params: SamplingParams, *, priority: int = 0
@@ -131,6 +143,15 @@ class AsyncEngine:
     async def abort(self, request_id: str) -> bool:
         """The request is over and what it held is free; whoever reads it gets what it had. False: there is none."""
         return await self._call(lambda: self._abort(request_id))
+
+    def leave(self, request_id: str) -> None:
+        """Nobody reads this request any more; if it has not ended, it does after the step that is being made."""
+        with suppress(EngineDiedError, EngineClosedError):
+            self._post(lambda: (self._streams.pop(request_id, None), self._abort(request_id)))
+
+    async def between_steps(self, work: Callable[[Engine], T]) -> T:
+        """What `work` returns, called by the engine's thread, where nothing changes meanwhile."""
+        return await self._call(lambda: work(self._engine))
 
     async def close(self) -> None:
         """Every request is aborted, the thread has ended, and the engine is closed. Closing again does nothing."""
@@ -169,26 +190,33 @@ class AsyncEngine:
 
         Raises:
             EngineDiedError: that thread has ended with an error.
-            InputError: the engine is closed.
+            EngineClosedError: the engine is closed.
         """
         with self._lock:
             if self._died is not None:
                 raise EngineDiedError(f"The engine has stopped: {self._died}") from self._died
             if not self._takes_calls:
-                raise InputError("This engine is closed; make another one.")
+                raise EngineClosedError("This engine is closed; make another one.")
             self._calls.put(call)
 
     def _abort(self, request_id: str) -> bool:
         output = self._engine.abort(request_id)
-        stream = self._streams.get(request_id)
-        if output is not None and stream is not None:
-            stream.put(output)
+        if output is not None:
+            self._deliver(EngineOutput(finished=(output,)))
         return output is not None
+
+    def _unread(self, request_id: str) -> _Stream:
+        stream = self._streams.get(request_id)
+        if stream is None:
+            raise InputError(f"There is no request {request_id!r}; it may have been read to its end.")
+        if stream.is_read:
+            raise InputError(f"The events of request {request_id!r} are being read already.")
+        return stream
 
     def _abandon(self, request_id: str, stream: _Stream) -> None:
         """Nobody reads this stream any more: its request ends, if it has not."""
         if self._forget(request_id, stream):
-            self._engine.abort(request_id)
+            self._abort(request_id)
 
     def _forget(self, request_id: str, stream: _Stream) -> bool:
         """Events of the request go nowhere any more; False: they did not go to this stream."""
@@ -205,7 +233,9 @@ class AsyncEngine:
         except BaseException as error:  # whatever it is, nobody may wait forever
             self._died = error
             for stream in list(self._streams.values()):
-                stream.put(EngineDiedError(f"The engine has stopped: {error}"))
+                with suppress(RuntimeError):  # an event loop that is closed has no reader
+                    last = [(stream, EngineDiedError(f"The engine has stopped: {error}"))]
+                    stream.loop.call_soon_threadsafe(_put_all, last)
         else:
             for request_id in list(self._streams):
                 self._abort(request_id)
@@ -227,22 +257,40 @@ class AsyncEngine:
         return True
 
     def _deliver(self, output: EngineOutput) -> None:
+        self._observe(output)
+        # One call for each event loop: each wakes it up.
+        found: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Event]]] = {}
         for event in (*output.deltas, *output.finished):
             # A reader that has left early is not there any more; its abort is on the way.
             stream = self._streams.get(event.request_id)
             if stream is not None:
-                stream.put(event)
+                found.setdefault(stream.loop, []).append((stream, event))
+        for loop, events in found.items():
+            with suppress(RuntimeError):  # a closed one has no readers
+                loop.call_soon_threadsafe(_put_all, events)
 
 
 class _Stream:
     """The events of one request on their way to its event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        self.loop = loop
         self.is_read = False
+        self._events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
 
     def put(self, event: Event | BaseException) -> None:
-        """Called by the engine's thread; an event loop that is closed has no reader."""
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+        """Called by the event loop."""
+        self._events.put_nowait(event)
+
+    def lead_into(self, events: asyncio.Queue[Event | BaseException]) -> None:
+        """Somebody reads: from now on all events go there, those first that have come before."""
+        self.is_read = True
+        while not self._events.empty():
+            events.put_nowait(self._events.get_nowait())
+        self._events = events
+
+
+def _put_all(events: Sequence[tuple[_Stream, Event | BaseException]]) -> None:
+    """Called by the event loop of these streams."""
+    for stream, event in events:
+        stream.put(event)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from alisa.config import SamplingParams
 from alisa.model.tokenizer import Tokenizer
-from alisa.outputs import FinishReason, RequestOutput, RequestReport, StepRecord, TextDelta
+from alisa.outputs import FinishReason, RequestOutput, StepRecord, TextDelta
 from alisa.scheduler.plan import StepPlan
-from alisa.scheduler.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +38,20 @@ class RequestText:
     def __init__(self, prompt: str | Sequence[int], params: SamplingParams, tokenizer: Tokenizer | None) -> None:
         self.prompt = prompt if isinstance(prompt, str) else ""
         self._stop = params.stop
-        self.stop_ids = frozenset() if tokenizer is None else tokenizer.special_ids(params.stop)
-        """Token ids that stand for one of the stop strings."""
+        self._num_unstoppable = params.min_tokens
+        self.stop_ids = {} if tokenizer is None else tokenizer.special_ids(params.stop)
+        """Token ids that stand for one of the stop strings, and which."""
         self._detokenizer = None if tokenizer is None else tokenizer.detokenizer()
         self._held = ""
         self._shown: list[str] = []
-        self.stopped = False
-        """A stop string has been reached; nothing more will be shown."""
+        self.stopped: str | None = None
+        """The stop string that has been reached; nothing more will be shown."""
 
     def feed(self, token_id: int, *, ended: FinishReason | None) -> str:
         """Text that became certain with this token, and with it all the rest where the request has ended."""
         if self._detokenizer is None:
             return ""
+        self._num_unstoppable -= 1
         # The model's own end token, and a special token that stops, are output tokens, but not text.
         is_text = ended != "eos" and token_id not in self.stop_ids
         new = self._release(self._detokenizer.feed(token_id), final=False) if is_text else ""
@@ -66,13 +67,14 @@ class RequestText:
         return "".join(self._shown)
 
     def _release(self, new: str, *, final: bool) -> str:
-        if self.stopped:
+        if self.stopped is not None:
             return ""
         pending = self._held + new
-        cuts = [at for at in (pending.find(stop) for stop in self._stop) if at >= 0]
+        stops = self._stop if self._num_unstoppable <= 0 else ()
+        cuts = [(at, stop) for stop in stops if (at := pending.find(stop)) >= 0]
         if cuts:
-            self.stopped = True
-            self._held, ready = "", pending[: min(cuts)]
+            at, self.stopped = min(cuts)
+            self._held, ready = "", pending[:at]
         else:
             keep = 0 if final else max((_overlap(pending, stop) for stop in self._stop), default=0)
             ready, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
@@ -84,30 +86,3 @@ class RequestText:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def request_output(request: Request, text: RequestText) -> RequestOutput:
-    """A request that is over, as the caller sees it."""
-    reason = request.finish_reason
-    assert reason is not None, "only finished requests are shown"
-    text.flush()
-    return RequestOutput(
-        index=0,
-        request_id=request.request_id,
-        prompt=text.prompt,
-        prompt_ids=tuple(request.prompt_ids),
-        text=text.text,
-        token_ids=tuple(request.output_ids),
-        finish_reason=reason,
-        report=RequestReport(
-            prompt_tokens=request.prompt_len,
-            output_tokens=len(request.output_ids),
-            queue_s=request.admitted_s - request.arrival_s,
-            prefill_s=request.first_token_s - request.admitted_s,
-            first_token_s=request.first_token_s - request.arrival_s,
-            decode_s=request.finished_s - request.first_token_s,
-            tokens_attended=request.tokens_attended,
-            tokens_dense=request.tokens_dense,
-        ),
-        error=request.error,
-    )

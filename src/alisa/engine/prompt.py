@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alisa.config import SamplingParams
-from alisa.errors import RequestError
+from alisa.errors import InputError, RequestError
 from alisa.model.tokenizer import Tokenizer
 
 
@@ -26,7 +26,10 @@ class PromptReader:
 
         Raises:
             RequestError: the prompt is no prompt, is empty, too long, or has ids that the model does not know.
+            InputError: a logit bias is for a token that the model does not know.
         """
+        if unknown := [token_id for token_id, _ in params.logit_bias if token_id >= self.vocab_size]:
+            raise InputError(f"logit_bias has token id {unknown[0]}; the model knows 0 to {self.vocab_size - 1}.")
         ids = self._encode(prompt)
         if not ids:
             raise RequestError("is empty, and the model has no token to begin with; give it some text.")

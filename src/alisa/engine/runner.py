@@ -23,6 +23,8 @@ class StepResult(NamedTuple):
     logits: Tensor
     """Float32[N, V], for the last token of every chunk that was asked for, in the order of the chunks."""
     traffic: StepTraffic
+    kept: dict[int, Tensor]
+    """Hidden states `[N, E]` of all tokens of the chunks that were asked for, by the number of the chunk."""
 
 
 class ModelRunner:
@@ -41,20 +43,29 @@ class ModelRunner:
         self._rotates_by_length = decoder.spec.rotates_by_length
         self._run = timer.timed(StepSection.MODEL, self._step)
 
-    def run(self, plan: StepPlan, tokens: Sequence[Sequence[int]], wanted: Sequence[bool]) -> StepResult:
+    def run(
+        self,
+        plan: StepPlan,
+        tokens: Sequence[Sequence[int]],
+        wanted: Sequence[bool],
+        kept: Sequence[int] = (),
+    ) -> StepResult:
         """One step.
 
         Args:
             plan: what is done and moved.
             tokens: ids of every chunk of the plan.
             wanted: for every chunk, whether logits of its last token are wanted.
+            kept: numbers of the chunks of whose tokens the hidden states are wanted; only of prompts.
 
         Raises:
             CapacityError: the plan does not fit the cache.
         """
-        return self._run(plan, tokens, wanted)
+        return self._run(plan, tokens, wanted, kept)
 
-    def _step(self, plan: StepPlan, tokens: Sequence[Sequence[int]], wanted: Sequence[bool]) -> StepResult:
+    def _step(
+        self, plan: StepPlan, tokens: Sequence[Sequence[int]], wanted: Sequence[bool], kept: Sequence[int]
+    ) -> StepResult:
         self.session.begin(plan)
         if plan.prefill:
             packed = [token for chunk in tokens for token in chunk]
@@ -68,7 +79,8 @@ class ModelRunner:
         traffic = self.session.end()
         rows = [row for row, is_wanted in zip(ends, wanted, strict=True) if is_wanted]
         logits = self.decoder.logits(hidden if len(rows) == len(hidden) else hidden[self._ids(rows)])
-        return StepResult(logits, traffic)
+        pieces = {n: hidden[ends[n] + 1 - plan.chunks[n].count : ends[n] + 1] for n in kept}
+        return StepResult(logits, traffic, pieces)
 
     def _forward(self, plan: StepPlan, ids: Tensor, positions: Tensor) -> Tensor:
         """Hidden states `[B, T, E]` of ids and positions Int64[B, T], the tokens of the plan in order."""

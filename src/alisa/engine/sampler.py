@@ -8,38 +8,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from alisa.config import SamplingParams
+from alisa.engine.guide import Guide
+from alisa.engine.logprobs import token_logprobs
+from alisa.outputs import TokenLogprob
 
 
-def sample(
-    logits: Tensor, params: Sequence[SamplingParams], token_ids: Sequence[Sequence[int]], drawn: Sequence[int]
-) -> list[int | None]:
-    """One token id per row; None where the logits say nothing, because one is not a number or is plus infinity.
+class SampledRow(NamedTuple):
+    """What choosing the next token of a request depends on."""
 
-    Args:
-        logits: Float32[B, V]; changed in place.
-        params: rules of each row.
-        token_ids: prompt and output of each row so far, for the repetition penalty.
-        drawn: number of tokens each row has already generated; the counter of its random numbers.
-    """
-    for row, rules in enumerate(params):
-        if rules.repetition_penalty != 1:
-            _penalise(logits[row], token_ids[row], rules.repetition_penalty)
+    params: SamplingParams
+    token_ids: Sequence[int]
+    """Prompt and output so far."""
+    num_output: int = 0
+    """Tokens of these that were drawn; the counter of the random numbers."""
+    end_ids: frozenset[int] = frozenset()
+    """Tokens that would end it."""
+    guide: Guide | None = None
+
+
+class SampledTokens(NamedTuple):
+    """The next token of each row."""
+
+    token_ids: list[int | None]
+    """None where the logits say nothing, because one is not a number or is plus infinity."""
+    logprobs: dict[int, TokenLogprob]
+    """By row, for those that ask for it."""
+
+
+def sample(logits: Tensor, rows: Sequence[SampledRow]) -> SampledTokens:
+    """One token for each row of logits Float32[B, V], which are changed in place."""
+    plain: dict[int, Tensor] = {}
+    for index, row in enumerate(rows):
+        if row.params.logprobs is not None:
+            plain[index] = logits[index : index + 1].clone()
+        if row.params.changes_logits:
+            _adjust(logits[index], row)
     # One pass tells both: NaN wins every comparison, and so does plus infinity. (`max` is up to three times slower.)
     likeliest = logits.argmax(dim=-1, keepdim=True)
     largest = logits.gather(-1, likeliest).flatten().tolist()
     chosen: list[int | None] = likeliest.flatten().tolist()
-    for row, rules in enumerate(params):
-        if not math.isfinite(largest[row]):
-            chosen[row] = None
-        elif rules.temperature > 0:
-            chosen[row] = _draw(logits[row], rules, uniform(rules.seed, drawn[row]))
-    return chosen
+    for index, row in enumerate(rows):
+        if not math.isfinite(largest[index]):
+            chosen[index] = None
+        elif row.params.temperature > 0:
+            chosen[index] = _draw(logits[index], row.params, uniform(row.params.seed, row.num_output))
+    found = {
+        index: token_logprobs(row, [token_id], rows[index].params.logprobs or 0)[0]
+        for index, row in plain.items()
+        if (token_id := chosen[index]) is not None
+    }
+    return SampledTokens(chosen, found)
 
 
 def uniform(seed: int, counter: int) -> float:
@@ -47,11 +72,33 @@ def uniform(seed: int, counter: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=counter)).random())
 
 
+def _adjust(logits: Tensor, row: SampledRow) -> None:
+    """All that changes the logits Float32[V] of a row before temperature and filters, in place."""
+    params = row.params
+    if params.logit_bias:
+        ids, biases = zip(*params.logit_bias, strict=True)
+        logits.index_add_(0, _on(logits, ids), torch.tensor(biases, device=logits.device))
+    if params.repetition_penalty != 1 and row.token_ids:
+        _penalise(logits, row.token_ids, params.repetition_penalty)
+    if row.num_output and (params.presence_penalty or params.frequency_penalty):
+        seen, counts = _on(logits, row.token_ids[-row.num_output :]).unique(return_counts=True)
+        logits[seen] -= params.presence_penalty + params.frequency_penalty * counts
+    if row.num_output < params.min_tokens and row.end_ids:
+        logits[_on(logits, sorted(row.end_ids))] = -torch.inf
+    if row.guide is not None:
+        row.guide.restrict(logits)
+
+
 def _penalise(logits: Tensor, token_ids: Sequence[int], penalty: float) -> None:
     """CTRL's repetition penalty (arXiv 1909.05858), on every token seen, in place."""
-    seen = torch.tensor(sorted(set(token_ids)), device=logits.device)
+    seen = _on(logits, sorted(set(token_ids)))
     values = logits[seen]
     logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+
+
+def _on(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
+    """Int64[N] on the device of the logits."""
+    return torch.tensor(token_ids, dtype=torch.int64, device=logits.device)
 
 
 def _draw(logits: Tensor, rules: SamplingParams, number: float) -> int:

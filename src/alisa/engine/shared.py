@@ -153,7 +153,9 @@ class Stream:
             self._output_tokens += len(event.token_ids)
             if event.text:
                 # Written out: `replace` costs five times as much, for every token.
-                self._events.append(TextDelta(index, event.text, event.request_id, event.token_ids, sample))
+                self._events.append(
+                    TextDelta(index, event.text, event.request_id, event.token_ids, sample, event.logprobs)
+                )
             return
         self._open.discard(event.request_id)
         if not self._open:

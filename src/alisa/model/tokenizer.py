@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,15 @@ from alisa.errors import InputError, ModelError
 from alisa.model.added_tokens import add_tokens, declared_tokens, role_tokens
 from alisa.model.detokenizer import Detokenizer
 from alisa.model.other_formats import TOKENIZERS, found_format
+from alisa.model.token_bytes import TokenBytes
 from alisa.model.vocabulary_files import byte_level_bpe
 
 # The tokenizer library and Jinja are imported where they are used: a machine on which models of random weights are
 # measured need not have them.
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
+
+    from alisa.model.chat import ChatTemplate
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -95,12 +99,37 @@ class Tokenizer:
         """Whether `render_chat` can work."""
         return self._chat_source is not None
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """`bos_token`, `eos_token` and so on as text."""
+        return self._special_tokens
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text of the model's chat template.
+
+        Raises:
+            InputError: its file cannot be read.
+        """
+        return None if self._chat_source is None else _template_text(self._chat_source)
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """Bytes of single tokens, by id."""
+        return TokenBytes(self._backend, self._added)
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Ids of a prompt, led by the model's first token (LLaMA's `<s>`, OPT's `</s>`) if it has one.
 
         The leading token is there once, also when the text spells it out, as rendered chats do.
+
+        Args:
+            text: any text; special tokens that it spells out are taken as such.
+            special_tokens: False: nothing is put before it or after it.
         """
-        ids = self._backend.encode(text).ids
+        ids = self._backend.encode(text, add_special_tokens=special_tokens).ids
+        if not special_tokens:
+            return ids
         if self._leading_id is not None and ids[:1] != [self._leading_id]:
             ids = [self._leading_id, *ids]
         if self._bos_id is not None and ids[:2] == [self._bos_id, self._bos_id]:
@@ -131,10 +160,14 @@ class Tokenizer:
         """Text of the ids, special tokens left out."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
-    def special_ids(self, texts: Sequence[str]) -> frozenset[int]:
-        """Ids of those texts that are one special token each, such as `<|im_end|>`: they never come out as text."""
+    def special_ids(self, texts: Sequence[str]) -> dict[int, str]:
+        """Those texts that are one special token each, such as `<|im_end|>`, by its id: they never come out as text."""
         special = {token.content: token_id for token_id, token in self._added.items() if token.special}
-        return frozenset(special[text] for text in texts if text in special)
+        return {special[text]: text for text in texts if text in special}
+
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json would have it, for libraries that read one."""
+        return self._backend.to_str()
 
     def detokenizer(self) -> Detokenizer:
         """A new stream decoder for one sequence."""
@@ -159,20 +192,23 @@ class Tokenizer:
         Raises:
             InputError: the model has no chat template, or it refuses the messages.
         """
-        if self._chat_source is None:
-            raise InputError(
-                "This model has no chat template, so it was hardly trained on conversations; send a plain prompt, or "
-                "put a chat_template.jinja beside its tokenizer."
-            )
-        from alisa.model.chat import ChatTemplate
-
-        template = ChatTemplate(_template_text(self._chat_source), self._special_tokens)
-        return template.render(
+        return self._compiled_template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             template_kwargs=template_kwargs or {},
         )
+
+    @cached_property
+    def _compiled_template(self) -> ChatTemplate:
+        from alisa.model.chat import ChatTemplate
+
+        if self.chat_template is None:
+            raise InputError(
+                "This model has no chat template, so it was hardly trained on conversations; send a plain prompt, or "
+                "put a chat_template.jinja beside its tokenizer."
+            )
+        return ChatTemplate(self.chat_template, self._special_tokens)
 
 
 def _load_backend(directory: Path, settings: Mapping[str, Any], model_type: object) -> Backend:

@@ -1,0 +1,53 @@
+"""`alisa serve`: the model behind an HTTP server that speaks OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from dataclasses import dataclass, field, replace
+
+from alisa.cli.screen import loading_bar, say
+from alisa.config import EngineConfig
+from alisa.errors import InputError
+from alisa.server.config import ServerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serve a model to clients of OpenAI's API, with metrics and a page to look at.
+
+    For instance:
+      alisa serve
+      alisa serve --model DIR --port 8080 --kv-device-memory 2GiB
+      curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once"}'
+    """
+
+    server: ServerConfig = field(default_factory=ServerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def run(self) -> int:
+        """Do it; returns the exit status."""
+        config = self.server
+        if config.api_key is None and os.environ.get("ALISA_API_KEY"):
+            config = replace(config, api_key=os.environ["ALISA_API_KEY"])
+        config.refuse_open_door()
+        try:
+            # Here and not above: the command line is read without torch, and without the extra.
+            from alisa.server.run import ApiServer, build_service, serve
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"alisa serve needs {error.name}, which is not installed; pip install 'alisa[server]'."
+            ) from error
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+        with loading_bar(self.engine.model or "the embedded model", show=sys.stderr.isatty()) as progress:
+            service = build_service(self.engine, config, progress)
+
+        def started(address: str) -> None:
+            say(f"alisa: {service.model.name} is served on {address} (page: {address}/, API: {address}/v1)")
+
+        try:
+            return asyncio.run(serve(ApiServer(service, started)))
+        except KeyboardInterrupt:  # uvicorn raises the signal again that it has followed
+            return 0

@@ -1,0 +1,37 @@
+"""What an engine is doing right now, as plain values that any thread may read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """A request that is not finished. Times are ages in seconds; None: it has not come to that."""
+
+    request_id: str
+    status: str
+    """`waiting`, `prefill`, `decode` or `swapped`."""
+    priority: int
+    prompt_tokens: int
+    tokens_read: int
+    """Tokens of the prompt that have been read."""
+    output_tokens: int
+    arrived_s: float
+    admitted_s: float | None
+    first_token_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """Requests and memory between two steps."""
+
+    requests: tuple[RequestView, ...]
+    """In the order of their arrival."""
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+
+    def count(self, *statuses: str) -> int:
+        """Requests with one of these."""
+        return sum(request.status in statuses for request in self.requests)

@@ -1,0 +1,64 @@
+"""One connection: as uvicorn speaks HTTP with httptools, and in addition no head of a call may be slow or endless."""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 64 * 1024
+HEAD_TIMEOUT_S = 30.0
+"""As `ServerConfig.receive_timeout_s` is by default; uvicorn makes these objects, so that it cannot be told."""
+
+
+class GuardedConnection(HttpToolsProtocol):
+    """Closed when a head is not whole in time, or has too many bytes."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The first head must come soon."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is expected any more."""
+        self._head_is_here()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """What comes between two calls is the head of another one."""
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if is_idle and self._timer is None:
+            self._expect_head()
+        super().data_received(data)
+
+    def on_url(self, url: bytes) -> None:
+        """Count it."""
+        self._count(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count it."""
+        self._count(name, value)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is here."""
+        self._head_is_here()
+        super().on_headers_complete()
+
+    def _count(self, *parts: bytes) -> None:
+        self._head_bytes += sum(map(len, parts))
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self.transport.abort()
+
+    def _expect_head(self) -> None:
+        self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
+
+    def _head_is_here(self) -> None:
+        self._head_bytes = 0
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
