@@ -103,6 +103,10 @@ class StepRecord:
     wall_s: float
     state_bytes: int = 0
     """Bytes of the selection policy's state after the step; they are under the device cap too."""
+    cached_tokens: int = 0
+    """Prompt tokens whose K and V came from the prefix cache in this step; the model computed nothing in it."""
+    prefix_bytes: int = 0
+    """Bytes of the prefix cache after the step; on a CPU they are under the device cap too, on a GPU under the host's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,8 @@ class RequestReport:
     """Cached tokens that decode attention read, summed over steps and layers."""
     tokens_dense: int
     """What dense attention would have read."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose K and V came from the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,3 +203,7 @@ class RunSummary:
     tokens_attended: int
     tokens_dense: int
     peak_rss_bytes: int
+    cached_tokens: int = 0
+    """Prompt tokens whose K and V came from the prefix cache, a prompt that was read again included."""
+    prefix_peak_bytes: int = 0
+    """Most memory that the prefix cache held; part of a cap, in addition to the peaks above."""

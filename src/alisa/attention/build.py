@@ -7,6 +7,7 @@ import torch
 from alisa.attention.session import KVSession
 from alisa.attention.timing import StepTimer
 from alisa.cache.manager import CacheManager
+from alisa.cache.prefix.cache import PrefixCache
 from alisa.kernels.choose import AttentionBackend
 from alisa.policy.base import SelectionPolicy
 from alisa.spec import AttentionShape
@@ -24,6 +25,7 @@ def build_session(
     max_len: int,
     timer: StepTimer | None = None,
     looks_ahead: bool = False,
+    prefix: PrefixCache | None = None,
 ) -> KVSession:
     """A session with a fresh policy state, of the layers without a sliding window.
 
@@ -38,6 +40,7 @@ def build_session(
         max_len: longest sequence.
         timer: told where the time goes; None: nobody asks.
         looks_ahead: see `KVSession`.
+        prefix: see `KVSession`.
     """
     state = policy.start(
         shape.full_layers(),
@@ -47,4 +50,14 @@ def build_session(
         device=device,
         kernels=backend.selection,
     )
-    return KVSession(cache, policy, state, backend, shape, device, timer or StepTimer(), looks_ahead=looks_ahead)
+    return KVSession(
+        cache,
+        policy,
+        state,
+        backend,
+        shape,
+        device,
+        timer or StepTimer(),
+        looks_ahead=looks_ahead,
+        prefix=prefix,
+    )

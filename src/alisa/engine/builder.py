@@ -22,6 +22,7 @@ from alisa.engine.costs import MeasuredRestoreCosts
 from alisa.engine.engine import Engine
 from alisa.engine.kv_cache import KVCacheConfig, build_kv_cache, plan_kv_cache
 from alisa.engine.loaded import LoadedModel, kv_codec
+from alisa.engine.prefix import build_prefix, prefix_share
 from alisa.engine.prompt import PromptReader
 from alisa.engine.report import EngineSetup
 from alisa.engine.runner import ModelRunner
@@ -81,8 +82,19 @@ def build_engine(
     placement = options.placement
     if placement is None and config.schedule is not None:
         placement = load_schedule(config.schedule)
-    caps = device_cap(config, model.decoder.device), *lower_caps(config, options, model.decoder.device)
-    cache_config = plan_kv_cache(model, policy, codec, config, placement, *caps)
+    device = model.decoder.device
+    device_bytes, (host_bytes, disk_bytes) = device_cap(config, device), lower_caps(config, options, device)
+    prefix_bytes = prefix_share(config, device_bytes if device.type == "cpu" else host_bytes)
+    if device.type == "cpu":
+        device_bytes -= prefix_bytes
+    else:
+        host_bytes -= prefix_bytes
+    cache_config = plan_kv_cache(model, policy, codec, config, placement, device_bytes, host_bytes, disk_bytes)
+    kv_dtype = codec.format.dtype
+    prefix = rules = None
+    if prefix_bytes:
+        keeps_hidden = cache_config.limits.rebuildable > 0
+        prefix, rules = build_prefix(model, config, kv_dtype, prefix_bytes, keeps_hidden=keeps_hidden)
     cache = build_kv_cache(
         model, codec, cache_config, disk_directory(config), options.eviction, overlap=options.overlap
     )
@@ -92,12 +104,13 @@ def build_engine(
         policy,
         model.backend,
         shape,
-        model.decoder.device,
+        device,
         max_num_seqs=config.max_num_seqs,
         state_tokens=cache_config.state_tokens,
         max_len=cache_config.max_model_len,
         timer=timer,
         looks_ahead=options.prefetch and cache_config.placement.uses_tiers,
+        prefix=prefix,
     )
     costs = MeasuredRestoreCosts(cache_config.token_bytes)
     scheduler = Scheduler(
@@ -106,8 +119,9 @@ def build_engine(
         reads_of(config.policy, config.sparsity),
         costs,
         max_num_seqs=config.max_num_seqs,
-        prefill_chunk=chunk_tokens(config.prefill_chunk, codec.format.dtype, model.decoder.dtype),
+        prefill_chunk=chunk_tokens(config.prefill_chunk, kv_dtype, model.decoder.dtype, whole_blocks=bool(prefix)),
         token_bytes=cache_config.token_bytes,
+        prefix=prefix,
     )
     engine = Engine(
         scheduler,
@@ -117,8 +131,9 @@ def build_engine(
         PromptReader(model.tokenizer, model.spec.vocab_size, cache_config.max_model_len),
         make_governor(),
         eos_ids=frozenset() if model.tokenizer is None else model.tokenizer.eos_ids,
+        prefix_rules=rules,
     )
-    return engine, _setup(model, config, cache_config, codec.format.dtype)
+    return engine, _setup(model, config, cache_config, kv_dtype, prefix_bytes)
 
 
 def device_cap(config: EngineConfig, device: torch.device) -> int:
@@ -168,7 +183,9 @@ def disk_cap(config: EngineConfig) -> int:
         raise InputError(f"{directory} cannot hold the disk tier: {error.strerror}.") from error
 
 
-def _setup(model: LoadedModel, config: EngineConfig, cache: KVCacheConfig, kv_dtype: str) -> EngineSetup:
+def _setup(
+    model: LoadedModel, config: EngineConfig, cache: KVCacheConfig, kv_dtype: str, prefix_bytes: int
+) -> EngineSetup:
     return EngineSetup(
         spec=model.spec,
         policy=config.policy,
@@ -181,4 +198,5 @@ def _setup(model: LoadedModel, config: EngineConfig, cache: KVCacheConfig, kv_dt
         device_bytes=cache.device_bytes,
         host_bytes=cache.host_bytes,
         disk_bytes=cache.disk_bytes,
+        prefix_bytes=prefix_bytes,
     )

@@ -28,7 +28,9 @@ class MeasuredRestoreCosts:
     busy_s: float = 0.0
 
     def learn(self, record: StepRecord) -> None:
-        """Take in a step."""
+        """Take in a step; one that read from the prefix cache says nothing of what is computed."""
+        if record.cached_tokens:
+            return
         if record.prefill:
             self.prefill_tokens += record.num_tokens
             self.prefill_s += record.wall_s

@@ -13,6 +13,7 @@ from alisa.attention.timing import StepSection
 from alisa.config import SamplingParams
 from alisa.engine.costs import MeasuredRestoreCosts
 from alisa.engine.output import EngineOutput, RequestText, request_output
+from alisa.engine.prefix import PrefixRules
 from alisa.engine.prompt import PromptReader
 from alisa.engine.report import step_record
 from alisa.engine.runner import ModelRunner, StepResult
@@ -41,6 +42,7 @@ class Engine:
         prompts: checks what is asked.
         governor: chooses how many threads a step runs on.
         eos_ids: token ids that end a request unless it ignores them.
+        prefix_rules: of the session's prefix cache; None: it has none.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Engine:
         governor: ThreadGovernor,
         *,
         eos_ids: frozenset[int],
+        prefix_rules: PrefixRules | None = None,
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
@@ -62,6 +65,7 @@ class Engine:
         self._prompts = prompts
         self._governor = governor
         self._eos_ids = eos_ids
+        self._prefix_rules = prefix_rules
         self._texts: dict[str, RequestText] = {}
         self._names = itertools.count()
         self._sampled = runner.timer.timed(StepSection.SAMPLING, sample)
@@ -80,6 +84,7 @@ class Engine:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        cache_salt: str = "",
     ) -> str:
         """Queue a request; it starts as soon as there is room.
 
@@ -88,6 +93,7 @@ class Engine:
             params: how to continue it.
             request_id: a name of the caller's; None: one is made.
             priority: lower ones are admitted first.
+            cache_salt: the prefix cache shares nothing between requests with different ones.
 
         Returns:
             The request's name.
@@ -103,6 +109,9 @@ class Engine:
         prompt_ids, max_new_tokens = self._prompts.read(prompt, params)
         name = f"request-{next(self._names)}" if request_id is None else request_id
         request = Request(name, prompt_ids, params, max_new_tokens, priority, perf_counter())
+        if (rules := self._prefix_rules) is not None:
+            request.block_names = rules.names(prompt_ids, request.num_rows, cache_salt)
+            request.max_restored = rules.most(len(prompt_ids))
         self.scheduler.add(request)
         self._texts[name] = RequestText(prompt, params, self._tokenizer)
         return name

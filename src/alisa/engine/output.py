@@ -108,6 +108,7 @@ def request_output(request: Request, text: RequestText) -> RequestOutput:
             decode_s=request.finished_s - request.first_token_s,
             tokens_attended=request.tokens_attended,
             tokens_dense=request.tokens_dense,
+            cached_tokens=request.cached_tokens,
         ),
         error=request.error,
     )

@@ -55,6 +55,9 @@ class ModelRunner:
         return self._run(plan, tokens, wanted)
 
     def _step(self, plan: StepPlan, tokens: Sequence[Sequence[int]], wanted: Sequence[bool]) -> StepResult:
+        if plan.restored:
+            assert not any(wanted), "the last token of a prompt is computed"
+            return StepResult(torch.empty(0, self.decoder.spec.vocab_size), self.session.restore(plan))
         self.session.begin(plan)
         if plan.prefill:
             packed = [token for chunk in tokens for token in chunk]

@@ -29,6 +29,7 @@ from alisa.scheduler.placement.base import (
     seq_view,
 )
 from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
+from alisa.scheduler.prefix import BLOCK_TOKENS, BlockName, PrefixView
 from alisa.scheduler.request import Request, RequestStatus
 
 HEADROOM_TOKENS = 32
@@ -67,6 +68,7 @@ class Scheduler:
         max_num_seqs: requests that have a request index at the same time.
         prefill_chunk: prompt tokens in one step at most.
         token_bytes: bytes of one token's rows, for messages; None: they count tokens.
+        prefix: beginnings of prompts whose K and V are known; `prefill_chunk` is then a multiple of its blocks.
     """
 
     def __init__(
@@ -79,13 +81,16 @@ class Scheduler:
         max_num_seqs: int,
         prefill_chunk: int,
         token_bytes: int | None = None,
+        prefix: PrefixView | None = None,
     ) -> None:
+        assert prefix is None or prefill_chunk % BLOCK_TOKENS == 0, "chunks end where blocks end"
         self.limits = limits
         self.placement = placement
         self._reads = reads
         self._restore_costs = restore_costs
         self._prefill_chunk = prefill_chunk
         self._token_bytes = token_bytes
+        self._prefix = prefix
         self._requests: dict[str, Request] = {}
         self._waiting: list[tuple[int, int, Request]] = []
         """(priority, turn, request), the next one first."""
@@ -162,12 +167,13 @@ class Scheduler:
         self._resume()
         self._admit(cache)
         while self._running:
-            prefill, chunks = next_chunks(self._running, self._prefill_chunk)
+            restored = self._restored_chunks()
+            prefill, chunks = (True, restored) if restored else next_chunks(self._running, self._prefill_chunk)
             if self._is_oversubscribed(self._running) and self._swap(chunks, cache):
                 continue
             decision = self._place(self._running, self._swapped, chunks, cache)
             if decision is not None:
-                return self._plan(decision, chunks, prefill=prefill)
+                return self._plan(decision, chunks, prefill=prefill, restored=bool(restored))
             self._preempt()
         return None
 
@@ -181,7 +187,10 @@ class Scheduler:
         """
         running = {request.req_idx: request for request in self._running}
         for chunk in plan.chunks:
-            running[chunk.req_idx].num_cached = chunk.end
+            request = running[chunk.req_idx]
+            request.num_cached = chunk.end
+            if plan.restored and not request.num_preempted:
+                request.cached_tokens += chunk.count
         for request in finished:
             assert request.finish_reason is not None, "a finished request says why it has ended"
             self._leave(request)
@@ -255,6 +264,22 @@ class Scheduler:
         request.admitted_s = request.admitted_s or request.finished_s
         request.first_token_s = request.first_token_s or request.finished_s
 
+    def _restored_chunks(self) -> tuple[ScheduledChunk, ...]:
+        """Pieces of unread prompts that the prefix cache knows, as many tokens as a step reads."""
+        if self._prefix is None:
+            return ()
+        chunks: list[ScheduledChunk] = []
+        left = self._prefill_chunk
+        for request in self._running:
+            most = min(request.max_restored - request.num_cached, left) // BLOCK_TOKENS
+            if most > 0:
+                found = self._prefix.fetch(request.block_names, request.num_cached // BLOCK_TOKENS, most)
+                end = (request.num_cached + found * BLOCK_TOKENS) // self._prefix.hit_tokens * self._prefix.hit_tokens
+                if end > request.num_cached:
+                    chunks.append(_chunk(request, end - request.num_cached))
+                    left -= chunks[-1].count
+        return tuple(chunks)
+
     # --- what fits -----------------------------------------------------------------------------------------------
 
     def _place(
@@ -300,10 +325,11 @@ class Scheduler:
 
     # --- what is said --------------------------------------------------------------------------------------------
 
-    def _plan(self, decision: PlacementDecision, chunks: tuple[ScheduledChunk, ...], *, prefill: bool) -> StepPlan:
+    def _plan(
+        self, decision: PlacementDecision, chunks: tuple[ScheduledChunk, ...], *, prefill: bool, restored: bool
+    ) -> StepPlan:
         opened = tuple(
-            Opened(_index(request), request.request_id, request.num_rows, request.prompt_len)
-            for request in self._opened
+            Opened(_index(r), r.request_id, r.num_rows, r.prompt_len, r.block_names) for r in self._opened
         )
         self._num_steps += 1
         return StepPlan(
@@ -315,6 +341,7 @@ class Scheduler:
             opened=opened,
             closed=tuple(self._closed),
             num_preempted=self._num_preempted,
+            restored=restored,
         )
 
     def _refusal(self, request: Request) -> str:
@@ -338,20 +365,32 @@ class Scheduler:
 
 
 def next_chunks(running: Sequence[Request], prefill_chunk: int) -> tuple[bool, tuple[ScheduledChunk, ...]]:
-    """(prefill, chunks): pieces of the prompts that are still unread, else one token of every running request."""
+    """(prefill, chunks): pieces of the prompts that are still unread, else one token of every running request.
+
+    A prompt whose next block is read in this step for another waits: after it, the prefix cache knows the block.
+    """
     chunks: list[ScheduledChunk] = []
     num_tokens = 0
+    computed: set[BlockName] = set()
     for request in running:
-        if not request.in_prefill:
+        if not request.in_prefill or _next_block(request) in computed:
             continue
         count = min(prefill_chunk, request.prompt_len - request.num_cached)
         if chunks and num_tokens + count > prefill_chunk:
             break
         chunks.append(_chunk(request, count))
         num_tokens += count
+        first = request.num_cached // BLOCK_TOKENS
+        computed.update(request.block_names[first : chunks[-1].end // BLOCK_TOKENS])
     if chunks:
         return True, tuple(chunks)
     return False, tuple(_chunk(request, 1) for request in running)
+
+
+def _next_block(request: Request) -> BlockName | None:
+    """The block of the prompt that is read next, where all of it may come from the prefix cache."""
+    is_whole = request.num_cached + BLOCK_TOKENS <= request.max_restored
+    return request.block_names[request.num_cached // BLOCK_TOKENS] if is_whole else None
 
 
 def _chunk(request: Request, count: int) -> ScheduledChunk:
