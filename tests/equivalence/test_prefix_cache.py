@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from alisa import LLM, SamplingParams
 from alisa.engine.builder import build_engine
 from alisa.errors import CapacityError, InputError
+from alisa.policy.registry import POLICIES
 from tests.caps import device_cap
 from tests.equivalence.test_company import run
 
@@ -62,9 +64,9 @@ def test_every_policy_and_dtype_gives_the_same_bits(options):
     assert run(keeps, prompts, new_tokens=NEW_TOKENS) == expected
     assert run(keeps, prompts[::-1], num_threads=2, new_tokens=NEW_TOKENS).tokens == expected.tokens[::-1]
     outputs = keeps.generate(prompts, SamplingParams(max_tokens=1))
-    usable = [keeps._model and most for most in map(len, prompts)]
-    window = 0.25 if options["policy"].startswith("swa") else 0
-    assert cached(outputs) == [int(n - max(1, n * window + 0.5 * bool(window))) // 16 * 16 for n in usable]
+    entry = POLICIES[options["policy"]]
+    usable = [min(entry.usable_prefix(0.5, len(prompt)), len(prompt) - 1) for prompt in prompts]
+    assert cached(outputs) == [count // 16 * 16 for count in usable]
     assert outputs.report.summary.cached_tokens == sum(cached(outputs))
 
 
@@ -126,7 +128,7 @@ def test_a_directory_serves_the_next_run_of_the_same_model(tmp_path, tiny_model)
     assert run(LLM(**options), prompts, new_tokens=NEW_TOKENS) == expected
 
     def starts_with(**changed):
-        return cached(LLM(**(options | changed)).generate([prompts[0]], SamplingParams(max_tokens=1)))[0] > 0
+        return cached(LLM(**(options | changed)).generate([prompts[3]], SamplingParams(max_tokens=1)))[0] > 0
 
     again = LLM(**options)
     assert cached(again.generate([prompts[3]], SamplingParams(max_tokens=1))) == [304]
@@ -136,7 +138,7 @@ def test_a_directory_serves_the_next_run_of_the_same_model(tmp_path, tiny_model)
     assert not starts_with(weight_dtype="int8")
     assert not starts_with(kv_dtype="bfloat16")
     small = LLM(tiny_model("llama"), prefix_cache=True, prefix_cache_disk=tmp_path / "kv")
-    assert cached(small.generate([[i % 100 for i in prompts[0][:50]]] * 2, SamplingParams(max_tokens=1))) == [0, 48]
+    assert cached(small.generate([[*range(50)]] * 2, SamplingParams(max_tokens=1))) == [0, 48]
 
 
 def test_damaged_files_change_no_token(tmp_path):
@@ -187,7 +189,6 @@ THREE_PHASES = {
     "recompute_ratio": 0.6,
 }
 SMALL = {"max_num_seqs": 3, "max_model_len": 120, "sparsity": 0.5}
-MODEL = "llama-gqa-tied"
 FAMILIES = 3
 """Prompts of a family begin alike."""
 
@@ -223,16 +224,10 @@ class PrefixMachine(RuleBasedStateMachine):
             options |= {"kv_device_memory": cap, "kv_disk_memory": None if kind == "tiers" else 0}
         if kind == "phases":
             options["schedule"] = self.schedule
-        config = LLM.__new__(LLM)  # noqa: F841 - options are checked below
-        self.engine, _ = build_engine(self.plain._model, self.config(policy, dtype, options))
+        self.engine, _ = build_engine(self.plain._model, replace(self.plain.config, **options))
         self.policy, self.dtype = policy, dtype
         self.asked, self.said, self.hits = {}, {}, 0
         self.count = 0
-
-    def config(self, policy, dtype, options):
-        from alisa.config import EngineConfig
-
-        return EngineConfig(model=str(self.directory), policy=policy, dtype=dtype, **SMALL, **options)
 
     @rule(
         family=st.integers(0, FAMILIES - 1),
@@ -294,8 +289,20 @@ class PrefixMachine(RuleBasedStateMachine):
         self.engine.close()
 
 
-def machine(tiny_model, tmp_path_factory):
-    PrefixMachine.directory = tiny_model(MODEL)
-    PrefixMachine.schedule = tmp_path_factory.mktemp("schedule") / "three-phase.json"
+@pytest.fixture
+def machine(tiny_model, tmp_path):
+    PrefixMachine.directory = tiny_model("llama-gqa-tied")
+    PrefixMachine.schedule = tmp_path / "three-phase.json"
     PrefixMachine.schedule.write_text(json.dumps(THREE_PHASES))
-    return PrefixMachine
+    yield PrefixMachine
+    PrefixMachine.models.clear()
+    PrefixMachine.expected.clear()
+
+
+def test_no_pressure_and_no_company_changes_a_token(machine):
+    run_state_machine_as_test(machine, settings=settings(max_examples=15, stateful_step_count=15, deadline=None))
+
+
+@pytest.mark.slow
+def test_no_pressure_and_no_company_changes_a_token_in_many_runs(machine):
+    run_state_machine_as_test(machine, settings=settings(max_examples=300, stateful_step_count=40, deadline=None))
