@@ -106,7 +106,7 @@ class StepRecord:
     cached_tokens: int = 0
     """Prompt tokens whose K and V came from the prefix cache in this step; the model computed nothing in it."""
     prefix_bytes: int = 0
-    """Bytes of the prefix cache after the step; on a CPU they are under the device cap too, on a GPU under the host's."""
+    """Bytes of the prefix cache after the step; under the device cap too on a CPU, under the host's on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)

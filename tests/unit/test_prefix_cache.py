@@ -57,7 +57,8 @@ def found(cache, names, layout=LAYOUT):
 
 def test_names_are_those_of_whole_beginnings():
     one, two = block_names(range(40), b"a"), block_names([*range(32), 7, 8], b"a")
-    assert len(one) == len(two) == 2 and one == two
+    assert len(one) == 2
+    assert one == two
     assert not {*one} & {*block_names(range(40), b"b")}
     assert not {*one} & {*block_names([5, *range(1, 40)], b"a")}
     assert block_names(range(15), b"a") == ()
@@ -143,7 +144,8 @@ def test_a_damaged_block_is_a_miss_and_is_written_anew(damage, tmp_path, caplog)
     cache = PrefixCache(8, LAYOUT, BlockFiles(tmp_path, 1 << 20), BLOCK_TOKENS)
     with caplog.at_level(logging.WARNING):
         assert found(cache, names) == 1
-    assert "damaged" in caplog.text and not path.exists()
+    assert "damaged" in caplog.text
+    assert not path.exists()
     compute(cache, names, 1)
     assert found(PrefixCache(8, LAYOUT, BlockFiles(tmp_path, 1 << 20), BLOCK_TOKENS), names) == 3
 

@@ -145,7 +145,7 @@ def _fingerprint(model: LoadedModel, kv_dtype: str, layout: BlockLayout) -> byte
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         for values in (k, v):
-            found.update(values.contiguous().cpu().view(torch.uint8).numpy())
+            found.update(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
         own = KeyBlock(0, k[0], v[0])
         return model.backend.prefill(q[0], own, len(q[0]), lambda: (), 0, 1)[0][None]
 

@@ -328,9 +328,7 @@ class Scheduler:
     def _plan(
         self, decision: PlacementDecision, chunks: tuple[ScheduledChunk, ...], *, prefill: bool, restored: bool
     ) -> StepPlan:
-        opened = tuple(
-            Opened(_index(r), r.request_id, r.num_rows, r.prompt_len, r.block_names) for r in self._opened
-        )
+        opened = tuple(Opened(_index(r), r.request_id, r.num_rows, r.prompt_len, r.block_names) for r in self._opened)
         self._num_steps += 1
         return StepPlan(
             step=self._num_steps - 1,

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from alisa.scheduler.prefix import BLOCK_TOKENS
@@ -75,6 +73,6 @@ class BlockMemory:
         heads = (layout.num_kv_heads, layout.head_dim)
         return k.unflatten(1, heads), v.unflatten(1, heads), hidden
 
-    def block_bytes(self, slot: int) -> NDArray[np.uint8]:
-        """The bytes of a block, UInt8[nbytes]; writing to them writes to the block."""
-        return self._memory[slot].view(-1).view(torch.uint8).numpy()
+    def block_bytes(self, slot: int) -> memoryview:
+        """The bytes of a block; writing to them writes to the block."""
+        return self._memory[slot].view(-1).view(torch.uint8).numpy().data

@@ -134,7 +134,8 @@ class PrefixCache:
 
     def check(self) -> None:
         """Assert that every slot is free or belongs to one block; callable between steps."""
-        assert not self._new and not self._in_use, "a step has not ended"
+        assert not self._new, "a step has not ended"
+        assert not self._in_use, "a step has not ended"
         self._free.check(self._slots.values())
 
     def _use(self, names: Sequence[BlockName]) -> None:

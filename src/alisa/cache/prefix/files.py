@@ -16,9 +16,6 @@ from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from alisa.config import format_bytes
 from alisa.errors import InputError
 from alisa.scheduler.prefix import BlockName
@@ -60,7 +57,7 @@ class BlockFiles:
         except OSError as error:
             raise InputError(f"{directory} cannot hold the prefix cache: {error.strerror}.") from error
 
-    def write(self, name: BlockName, block: NDArray[np.uint8]) -> None:
+    def write(self, name: BlockName, block: memoryview) -> None:
         """The block is in the directory, and was used now; if the system refuses, nothing is written any more."""
         if not self._is_usable:
             return
@@ -88,7 +85,7 @@ class BlockFiles:
                 "the prefix cache in %s is not written to any more: %s.", self._directory, error.strerror or error
             )
 
-    def read(self, name: BlockName, block: NDArray[np.uint8]) -> bool:
+    def read(self, name: BlockName, block: memoryview) -> bool:
         """Whether `block` holds the block of this name now; if not, it holds anything."""
         path = self._path(name)
         try:
@@ -141,7 +138,7 @@ def check_size(max_bytes: int, block_bytes: int) -> None:
         )
 
 
-def _header(name: BlockName, block: NDArray[np.uint8]) -> bytes:
+def _header(name: BlockName, block: memoryview) -> bytes:
     """What stands before a block's bytes: that it is one, which one, and a checksum of both."""
     checksum = blake2b(name, digest_size=16)
     checksum.update(block)

@@ -111,7 +111,7 @@ def _in_tiles(
 
 
 def _tile_places(length: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the tiles that hold the first `length` tokens of a section: the first are short, as prompts are."""
+    """(start, end) of the tiles that hold the first `length` tokens of a section, the first ones short."""
     start, end = 0, FIRST_TILE_TOKENS
     while start < length:
         yield start, end
