@@ -129,6 +129,13 @@ def test_files_outlive_the_cache_and_fill_the_gaps_of_memory(tmp_path):
     assert all(path.stat().st_mode & 0o77 == 0 for path in (tmp_path / "new").glob("*/*"))
 
 
+def test_a_miss_costs_no_block_its_place(tmp_path):
+    cache = PrefixCache(2, LAYOUT, BlockFiles(tmp_path, 1 << 20), BLOCK_TOKENS)
+    compute(cache, names_of(1, 2))
+    assert found(cache, names_of(8, 9)) == 0
+    assert cache.num_blocks == 2
+
+
 @pytest.mark.parametrize("damage", ["payload", "header", "short", "long", "empty", "other"])
 def test_a_damaged_block_is_a_miss_and_is_written_anew(damage, tmp_path, caplog):
     names = names_of(1, 2, 3)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alisa.cache.pool import allocate_pool
 from alisa.scheduler.prefix import BLOCK_TOKENS
 
 
@@ -49,12 +50,17 @@ class BlockMemory:
     Args:
         num_blocks: how many.
         layout: of each.
+
+    Raises:
+        CapacityError: the machine has less memory.
     """
 
     def __init__(self, num_blocks: int, layout: BlockLayout) -> None:
         self.layout = layout
         shape = (num_blocks, layout.num_layers, BLOCK_TOKENS, layout.token_size)
-        self._memory = torch.empty(shape, dtype=layout.dtype)
+        rows, row_bytes = layout.num_layers * BLOCK_TOKENS, layout.token_size * layout.dtype.itemsize
+        pool = allocate_pool(num_blocks, rows, row_bytes, torch.device("cpu"))
+        self._memory = pool.view(layout.dtype).view(shape)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> None:
         """K, V `[n * BLOCK_TOKENS, G, D]` and hidden `[n * BLOCK_TOKENS, C]` of one layer are in slots Int64[n]."""

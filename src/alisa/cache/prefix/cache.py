@@ -150,7 +150,7 @@ class PrefixCache:
 
     def _load(self, name: BlockName) -> bool:
         """Whether the block has come from a file into memory."""
-        if self._files is None:
+        if self._files is None or not self._files.has(name):
             return False
         slot = self._take()
         if slot is None:

@@ -85,6 +85,10 @@ class BlockFiles:
                 "the prefix cache in %s is not written to any more: %s.", self._directory, error.strerror or error
             )
 
+    def has(self, name: BlockName) -> bool:
+        """Whether there is a file for the block, damaged or not."""
+        return self._path(name).exists()
+
     def read(self, name: BlockName, block: memoryview) -> bool:
         """Whether `block` holds the block of this name now; if not, it holds anything."""
         path = self._path(name)
