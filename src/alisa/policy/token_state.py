@@ -78,8 +78,9 @@ class TokenState(PolicyState):
         self._update_starts(req_idx, moved=bool(moves))
 
     def close(self, req_idx: int) -> None:
-        """The room is free."""
+        """The room is free; the last step, in which the sequence may have been, is over."""
         self._extents.close(req_idx)
+        self._batch = None
 
     def begin(self, batch: StepBatch) -> None:
         """Find the sequences."""
