@@ -27,10 +27,10 @@ class KnownBlocks:
     def __init__(self, hit_tokens=BLOCK_TOKENS, most=1000):
         self.hit_tokens = hit_tokens
         self.most = most
-        self.known = set()
+        self.blocks = set()
 
     def fetch(self, names, first, count):
-        missing = [place for place, name in enumerate(names[first : first + count]) if name not in self.known]
+        missing = [place for place, name in enumerate(names[first : first + count]) if name not in self.blocks]
         return min(missing, default=min(count, len(names) - first))
 
     def execute(self, plan, owners):
@@ -38,9 +38,9 @@ class KnownBlocks:
             names = owners[chunk.req_idx].block_names[chunk.start // BLOCK_TOKENS : chunk.end // BLOCK_TOKENS]
             if plan.restored:
                 assert chunk.count == len(names) * BLOCK_TOKENS
-                assert self.known.issuperset(names)
+                assert self.blocks.issuperset(names)
             else:
-                self.known.update(names[: max(self.most - len(self.known), 0)])
+                self.blocks.update(names[: max(self.most - len(self.blocks), 0)])
 
 
 class Driver:
@@ -60,6 +60,7 @@ class Driver:
         max_num_seqs=8,
         prefill_chunk=16,
         token_bytes=None,
+        order=None,
         prefix=None,
     ):
         self.scheduler = Scheduler(
@@ -70,6 +71,7 @@ class Driver:
             max_num_seqs=max_num_seqs,
             prefill_chunk=prefill_chunk,
             token_bytes=token_bytes,
+            order=order,
             prefix=prefix,
         )
         self.prefix = prefix

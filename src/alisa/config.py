@@ -214,6 +214,10 @@ class EngineConfig:
     """Prompt tokens that go through the model in one pass; bounds the activations of long prompts, and how long
     running requests wait for a new one. Changes no token. Where rows are rounded (int8, int4), whole sections of 1024
     tokens are read."""
+    schedule_policy: Literal["fcfs", "hrrn"] = "fcfs"
+    """Who runs next when more requests wait than may run, after priority. fcfs: the first to come. hrrn: the highest
+    (waited + expected time) / expected time, so that short requests do not wait for long ones, and long ones not
+    forever; the length of an output is guessed from its prompt, once 100 have ended. Changes no token."""
     prefix_cache: bool = False
     """Keep K and V of prompts, so that a prompt that begins like an earlier one is read from there on only, and the n
     texts of a prompt read it once. Changes no token."""

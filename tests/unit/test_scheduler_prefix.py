@@ -50,7 +50,10 @@ def test_a_step_restores_as_many_tokens_as_it_may_read():
     driver.steps()
     for name in "bc":
         driver.add(name, 81, 1)
-    assert driver.steps()[:5] == [{"b": (0, 32)}, {"b": (32, 32)}, {"b": (64, 16), "c": (0, 16)}] + [
+    assert driver.steps()[:5] == [
+        {"b": (0, 32)},
+        {"b": (32, 32)},
+        {"b": (64, 16), "c": (0, 16)},
         {"c": (16, 32)},
         {"c": (48, 32)},
     ]

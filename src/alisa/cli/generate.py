@@ -41,6 +41,7 @@ _CHANGE_NO_TOKEN = frozenset(
         "schedule",
         "max_num_seqs",
         "prefill_chunk",
+        "schedule_policy",
         "prefix_cache",
         "prefix_cache_memory",
         "prefix_cache_disk",

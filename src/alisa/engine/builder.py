@@ -18,7 +18,7 @@ from alisa.attention.prefill import chunk_tokens
 from alisa.attention.timing import StepTimer
 from alisa.cache.offload.residency import Eviction
 from alisa.config import EngineConfig, parse_bytes
-from alisa.engine.costs import MeasuredRestoreCosts
+from alisa.engine.costs import MeasuredCosts
 from alisa.engine.engine import Engine
 from alisa.engine.kv_cache import KVCacheConfig, build_kv_cache, plan_kv_cache
 from alisa.engine.loaded import LoadedModel, kv_codec
@@ -30,6 +30,7 @@ from alisa.engine.threads import make_governor
 from alisa.errors import InputError
 from alisa.machine import free_memory
 from alisa.policy.registry import make_policy, reads_of
+from alisa.scheduler.order import FirstCome, HighestResponseRatio
 from alisa.scheduler.placement.base import PlacementPolicy
 from alisa.scheduler.placement.file import load_schedule
 from alisa.scheduler.scheduler import Scheduler
@@ -112,7 +113,7 @@ def build_engine(
         looks_ahead=options.prefetch and cache_config.placement.uses_tiers,
         prefix=prefix,
     )
-    costs = MeasuredRestoreCosts(cache_config.token_bytes)
+    costs = MeasuredCosts(cache_config.token_bytes)
     scheduler = Scheduler(
         cache_config.limits,
         cache_config.placement,
@@ -121,6 +122,7 @@ def build_engine(
         max_num_seqs=config.max_num_seqs,
         prefill_chunk=chunk_tokens(config.prefill_chunk, kv_dtype, model.decoder.dtype, whole_blocks=bool(prefix)),
         token_bytes=cache_config.token_bytes,
+        order=HighestResponseRatio(costs, prefix) if config.schedule_policy == "hrrn" else FirstCome(),
         prefix=prefix,
     )
     engine = Engine(

@@ -11,7 +11,7 @@ import torch
 
 from alisa.attention.timing import StepSection
 from alisa.config import SamplingParams
-from alisa.engine.costs import MeasuredRestoreCosts
+from alisa.engine.costs import MeasuredCosts
 from alisa.engine.output import EngineOutput, RequestText, request_output
 from alisa.engine.prefix import PrefixRules
 from alisa.engine.prompt import PromptReader
@@ -49,7 +49,7 @@ class Engine:
         self,
         scheduler: Scheduler,
         runner: ModelRunner,
-        costs: MeasuredRestoreCosts,
+        costs: MeasuredCosts,
         tokenizer: Tokenizer | None,
         prompts: PromptReader,
         governor: ThreadGovernor,

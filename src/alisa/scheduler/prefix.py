@@ -25,6 +25,10 @@ class PrefixView(Protocol):
         """What is taken from the cache ends at a multiple of this; itself a multiple of `BLOCK_TOKENS`."""
         ...
 
+    def known(self, names: Sequence[BlockName]) -> int:
+        """About how many of the first blocks of a prompt are in memory; asking changes nothing."""
+        ...
+
     def fetch(self, names: Sequence[BlockName], first: int, count: int) -> int:
         """How many of the blocks first, first + 1, ... of this prompt can be read in the next step, at most `count`."""
         ...

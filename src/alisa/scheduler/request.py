@@ -54,6 +54,8 @@ class Request:
     output_ids: list[int] = field(default_factory=list, init=False)
     num_cached: int = field(default=0, init=False)
     """Tokens whose rows are in the cache."""
+    predicted_len: float | None = field(default=None, init=False)
+    """Tokens that the output is likely to have, where the order of the queue asks for that."""
     cached_tokens: int = field(default=0, init=False)
     """Prompt tokens that came from the prefix cache when it was read for the first time."""
     admitted_s: float = field(default=0.0, init=False)

@@ -7,6 +7,7 @@ that is read very fast. A step either writes blocks (`begin`, `write`, `end`) or
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -67,6 +68,10 @@ class PrefixCache:
     def nbytes(self) -> int:
         """Bytes of the blocks in memory."""
         return self.num_blocks * self._memory.layout.nbytes
+
+    def known(self, names: Sequence[BlockName]) -> int:
+        """See `PrefixView`; the end of a prompt is given up before its beginning."""
+        return bisect_left(names, True, key=lambda name: name not in self._slots)
 
     def fetch(self, names: Sequence[BlockName], first: int, count: int) -> int:
         """See `PrefixView`: blocks that lie in files come into memory, as far as there is room."""
