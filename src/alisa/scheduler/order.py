@@ -68,7 +68,8 @@ class HighestResponseRatio:
 
     def choose(self, waiting: Sequence[Request]) -> Request:
         """See `QueueOrder.choose`."""
-        if len(waiting) == 1 or self._predictor.num_learnt < NEUTRAL_REQUESTS:
+        is_known = self._predictor.num_learnt >= NEUTRAL_REQUESTS or all(r.params.ignore_eos for r in waiting)
+        if len(waiting) == 1 or not is_known:
             return waiting[0]
         now = self._now()
         # The first of equals is the one that came first.
