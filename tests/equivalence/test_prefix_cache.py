@@ -71,6 +71,23 @@ def test_every_policy_and_dtype_gives_the_same_bits(options):
     assert outputs.report.summary.cached_tokens == sum(cached(outputs))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["gemma2", "gemma3", "mistral-window", "qwen3-moe", "gpt2", "opt", "phi3-longrope", "llama-dynamic", "olmo2"],
+)
+def test_families_give_the_same_bits(name, tiny_model):
+    """Windows, caps of scores, experts, learned positions, rotations that depend on the length of the sequence."""
+    options = {"sparsity": 0.5, "max_num_seqs": 3, "prefill_chunk": 32, "dtype": "float32"}
+    plain, keeps = LLM(tiny_model(name), **options), LLM(tiny_model(name), **options, prefix_cache=True)
+    first = ids(plain, 90, 1)
+    prompts = [first, first[:70] + ids(plain, 20, 2), first[:33] + ids(plain, 40, 3), first[:80]]
+    expected = run(plain, prompts, new_tokens=NEW_TOKENS)
+    assert run(keeps, prompts, new_tokens=NEW_TOKENS) == expected
+    assert run(keeps, prompts, new_tokens=NEW_TOKENS) == expected
+    hits = cached(keeps.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS)))
+    assert hits == [80, 80, 64, 64]
+
+
 def test_a_policy_that_sees_every_row_keeps_nothing(caplog):
     llm = LLM(policy="h2o", prefix_cache=True, **SIZES)
     prompts = prompts_of(llm)

@@ -59,6 +59,23 @@ def test_a_step_restores_as_many_tokens_as_it_may_read():
     ]
 
 
+def test_what_can_be_read_on_together_is_restored_before_that():
+    driver = Driver(Limits(1000), prefill_chunk=32, prefix=KnownBlocks())
+    for name in "abc":
+        driver.add(name, 84, 1)
+    assert driver.steps() == [
+        {"a": (0, 32)},
+        {"a": (32, 32)},
+        {"b": (0, 32)},  # "a" has 20 tokens left, and "c" would not fit into the same step
+        {"b": (32, 32)},
+        {"a": (64, 20)},
+        {"b": (64, 16), "c": (0, 16)},
+        {"c": (16, 32)},
+        {"c": (48, 32)},
+        {"b": (80, 4), "c": (80, 4)},
+    ]
+
+
 def test_hits_end_where_whole_sections_end():
     driver = Driver(Limits(1000), prefill_chunk=64, prefix=KnownBlocks(hit_tokens=64))
     driver.add("a", 150, 1)

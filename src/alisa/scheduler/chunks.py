@@ -35,19 +35,27 @@ def next_chunks(running: Sequence[Request], prefill_chunk: int) -> tuple[bool, t
 def restored_chunks(
     running: Sequence[Request], prefill_chunk: int, prefix: PrefixView | None
 ) -> tuple[ScheduledChunk, ...]:
-    """Pieces of unread prompts that the prefix cache (None: there is none) knows, as many tokens as a step reads."""
+    """Pieces of unread prompts that the prefix cache (None: there is none) knows, as many tokens as a step reads.
+
+    Those of the first requests in line, as many as can be read on together in the step after: the first one does not
+    wait for what would have to wait all the same.
+    """
     if prefix is None:
         return ()
     chunks: list[ScheduledChunk] = []
-    left = prefill_chunk
+    left, then_read = prefill_chunk, 0
     for request in running:
-        most = min(request.max_restored - request.num_cached, left) // BLOCK_TOKENS
-        if most > 0:
-            found = prefix.fetch(request.block_names, request.num_cached // BLOCK_TOKENS, most)
-            end = (request.num_cached + found * BLOCK_TOKENS) // prefix.hit_tokens * prefix.hit_tokens
-            if end > request.num_cached:
-                chunks.append(_chunk(request, end - request.num_cached))
-                left -= chunks[-1].count
+        if not request.in_prefill:
+            continue
+        most = max(min(request.max_restored - request.num_cached, left), 0) // BLOCK_TOKENS
+        found = prefix.fetch(request.block_names, request.num_cached // BLOCK_TOKENS, most)
+        end = (request.num_cached + found * BLOCK_TOKENS) // prefix.hit_tokens * prefix.hit_tokens
+        if end > request.num_cached:
+            chunks.append(_chunk(request, end - request.num_cached))
+            left -= chunks[-1].count
+        then_read += request.prompt_len - max(end, request.num_cached)
+        if then_read >= prefill_chunk:
+            break
     return tuple(chunks)
 
 
