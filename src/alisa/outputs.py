@@ -205,5 +205,6 @@ class RunSummary:
     peak_rss_bytes: int
     cached_tokens: int = 0
     """Prompt tokens whose K and V came from the prefix cache, a prompt that was read again included."""
+    prefix_cap_bytes: int = 0
+    """Memory that the prefix cache may take, in addition to the caps above; 0 without one."""
     prefix_peak_bytes: int = 0
-    """Most memory that the prefix cache held; part of a cap, in addition to the peaks above."""

@@ -43,11 +43,9 @@ def summary_lines(
     shares = [f"{part} {_share(getattr(summary, f'{part}_s'), summary.decode_s)}" for part in _TIME_PARTS]
     yield "decode", ", ".join(shares)
     yield "KV memory", f"{format_bytes(summary.kv_peak_bytes)} at the peak, cap {format_bytes(summary.kv_cap_bytes)}"
-    if config.prefix_cache:
-        yield (
-            "prefix cache",
-            f"{summary.cached_tokens} prompt tokens were known; {format_bytes(summary.prefix_peak_bytes)} at the peak",
-        )
+    if summary.prefix_cap_bytes:
+        kept = f"{format_bytes(summary.prefix_peak_bytes)} at the peak, cap {format_bytes(summary.prefix_cap_bytes)}"
+        yield "prefix cache", f"{summary.cached_tokens} prompt tokens were known; {kept}"
     if summary.disk_cap_bytes:
         yield from _tier_lines(summary)
     if summary.num_preempted:

@@ -131,6 +131,7 @@ def run_report(
         tokens_dense=sum(record.tokens_dense for record in decode),
         peak_rss_bytes=_peak_rss_bytes(),
         cached_tokens=sum(record.cached_tokens for record in records),
+        prefix_cap_bytes=setup.prefix_bytes,
         prefix_peak_bytes=max((record.prefix_bytes for record in records), default=0),
     )
     return RunReport(setup, summary, tuple(records), tuple(plans))
