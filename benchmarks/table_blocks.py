@@ -415,24 +415,6 @@ def accuracy(results: Results) -> str:
     return f"{what}:\n\n{table(['policy', *(f'sparsity {s:g}' for s in sparsities)], rows)}\n\n{command}"
 
 
-def real_accuracy(results: Results, most: int | None = None) -> str:
-    """Perplexity lost on real models, for each text and length of windows, or the first `most` of these."""
-    groups: dict[tuple[str, str, int], list[Record]] = {}
-    for record in [*_accuracy(results, "ppl_smollm2.jsonl"), *_accuracy(results, "ppl_gemma3.jsonl")]:
-        groups.setdefault((record["model"], record["task"], record["settings"]["context"]), []).append(record)
-    parts = []
-    for (_, task, context), found in list(groups.items())[:most]:
-        dense = next(record for record in found if record["policy"] == "dense")
-        work = dense["settings"]
-        windows = f"{work['windows']} windows" if work["windows"] > 1 else "one window"
-        what = (
-            f"`{dense['model']}` in {dense['stamp']['dtype']}, {task}, {windows} of {context} tokens, "
-            f"{work['prefill']} of them a prompt; dense {accuracy_tables.level(dense)}:"
-        )
-        parts += [what, "\n".join(accuracy_tables.by_sparsity(found))]
-    return "\n\n".join(parts)
-
-
 def recall(results: Results) -> str:
     """Facts found again by policy."""
     found = [

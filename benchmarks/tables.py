@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import real_tables
 from table_blocks import (
     Results,
     accuracy,
@@ -33,7 +34,6 @@ from table_blocks import (
     machine,
     prediction,
     prompts,
-    real_accuracy,
     recall,
     restore,
     schedules,
@@ -89,8 +89,12 @@ BLOCKS: dict[str, Block] = {
     "schedules": schedules,
     "loading": loading,
     "accuracy": accuracy,
-    "accuracy-real": real_accuracy,
-    "accuracy-real-first": partial(real_accuracy, most=1),
+    "accuracy-real": real_tables.perplexity,
+    "accuracy-real-first": partial(real_tables.perplexity, context=2048),
+    "accuracy-real-policies": real_tables.policies,
+    "recall-real": partial(real_tables.by_task, "recall"),
+    "qa-real": partial(real_tables.by_task, "qa"),
+    "generation-real": real_tables.generation,
     "recall": recall,
 }
 """By the name in a document."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,18 @@ _ARCHITECTURES = {
     "granite": gguf.MODEL_ARCH.GRANITE,
     "olmo2": gguf.MODEL_ARCH.OLMO2,
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+    "stablelm": gguf.MODEL_ARCH.STABLELM,
+    "starcoder2": gguf.MODEL_ARCH.STARCODER2,
+    "qwen3moe": gguf.MODEL_ARCH.QWEN3MOE,
 }
-ARCHITECTURES = {"gpt_neox": "gptneox", "mistral": "llama", "gemma3_text": "gemma3"}
+ARCHITECTURES = {
+    "gpt_neox": "gptneox",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "gemma3_text": "gemma3",
+    "qwen3_moe": "qwen3moe",
+}
 """`model_type` of a config -> architecture, where they differ."""
 
 _SCALES = {
@@ -92,9 +103,14 @@ def metadata_of(config: transformers.PreTrainedConfig) -> dict[str, Any]:
             if getattr(config, ours, None):
                 values[theirs] = getattr(config, ours)
         values["attention.head_count_kv"] = config.num_key_value_heads
-        values["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
+        if kind in ("stablelm", "starcoder2"):
+            epsilon = "layer_norm_eps" if kind == "stablelm" else "norm_epsilon"
+            values["attention.layer_norm_epsilon"] = getattr(config, epsilon)
+        else:
+            values["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
+        values |= _special(kind, config, rope, head_dim)
         values["rope.freq_base"] = rope["rope_theta"]
-        if getattr(config, "sliding_window", None):
+        if getattr(config, "sliding_window", None) and kind != "qwen3moe":
             values["attention.sliding_window"] = config.sliding_window
         if head_dim != hidden // heads or kind == "gemma2":
             values |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
@@ -107,12 +123,39 @@ def metadata_of(config: transformers.PreTrainedConfig) -> dict[str, Any]:
     return {"general.architecture": kind} | {f"{kind}.{name}": value for name, value in values.items()} | VOCABULARY
 
 
+def _special(
+    kind: str, config: transformers.PreTrainedConfig, rope: Mapping[str, Any], head_dim: int
+) -> dict[str, Any]:
+    """What only some converters write."""
+    values: dict[str, Any] = {}
+    if kind in ("phi3", "stablelm"):
+        values["rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    if kind == "stablelm":
+        values["use_parallel_residual"] = True  # theirs says so of all that leave it open
+    if kind == "phi3":
+        values["rope.scaling.original_context_length"] = config.original_max_position_embeddings
+    if rope["rope_type"] == "longrope":
+        scale = config.max_position_embeddings / config.original_max_position_embeddings
+        values["rope.scaling.attn_factor"] = math.sqrt(
+            1 + math.log(scale) / math.log(config.original_max_position_embeddings)
+        )
+    if config.model_type in ("mixtral", "qwen3_moe"):
+        values["expert_count"] = config.num_local_experts if kind == "llama" else config.num_experts
+        values["expert_used_count"] = config.num_experts_per_tok
+    if kind == "qwen3moe":
+        values["expert_feed_forward_length"] = config.moe_intermediate_size
+    return values
+
+
 def tensors_of(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
     """The tensors of a model as llama.cpp wants them."""
     tensors = named(model.state_dict(), model.config)
     scaling = getattr(model.config, "rope_parameters", None) or {}
     if scaling.get("rope_type") == "llama3":
         tensors["rope_freqs.weight"] = _llama3_divisors(model)
+    if scaling.get("rope_type") == "longrope":
+        for length in ("long", "short"):
+            tensors[f"rope_factors_{length}.weight"] = np.array(scaling[f"{length}_factor"], dtype=np.float32)
     return tensors
 
 
@@ -121,7 +164,7 @@ def named(state: Mapping[str, torch.Tensor], config: transformers.PreTrainedConf
     kind = ARCHITECTURES.get(config.model_type, config.model_type)
     names = gguf.get_tensor_name_map(_ARCHITECTURES[kind], config.num_hidden_layers)
     tensors: dict[str, np.ndarray] = {}
-    for name, tensor in state.items():
+    for name, tensor in _experts_apart(state):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = _CONVERTERS.get(kind, lambda name, values, config: values)(name, tensor, config)
@@ -134,15 +177,26 @@ def write_model(path: Path, model: transformers.PreTrainedModel, kind: str = "F3
     number = gguf.GGMLQuantizationType[kind]
     tensors: dict[str, tuple[np.ndarray, str]] = {}
     for name, values in tensors_of(model).items():
-        tensors[name] = (values, kind if values.ndim == 2 else "F32")
+        tensors[name] = (values, kind if values.ndim >= 2 else "F32")
     if kind != "F32":
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() == 2:
+                if parameter.dim() >= 2:
                     # Rows are rounded alone, so that their order in the file does not matter.
                     stored = quantize(parameter.numpy(), number)
                     parameter.copy_(torch.from_numpy(dequantize(stored, number)))
     return write(path, metadata_of(model.config), tensors)
+
+
+def _experts_apart(state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint; gate and up of all experts, which transformers keeps as one, as two."""
+    for name, tensor in state.items():
+        stem, _, last = name.rpartition(".")
+        if last == "gate_up_proj":
+            for part, rows in zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True):
+                yield f"{stem}.{part}.weight", rows
+        else:
+            yield (f"{name}.weight" if last == "down_proj" else name), tensor
 
 
 def _interleaved(name: str, values: torch.Tensor, config: transformers.PreTrainedConfig) -> torch.Tensor:

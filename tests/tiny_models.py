@@ -159,6 +159,13 @@ TINY_MODELS: dict[str, TinyModel] = {
     "mixtral": TinyModel("Mixtral", _GATED | {"num_key_value_heads": 2, "num_local_experts": 5}),
     "qwen3-moe": TinyModel("Qwen3Moe", _GATED | _MANY_EXPERTS | {"norm_topk_prob": True}),
     "qwen3-moe-shares": TinyModel("Qwen3Moe", _GATED | _MANY_EXPERTS | {"use_sliding_window": True}),
+    "gpt-oss": TinyModel(
+        "GptOss",
+        _GATED
+        | {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 21, "num_hidden_layers": 4}
+        | {"num_local_experts": 5, "num_experts_per_tok": 2, "max_position_embeddings": 512}
+        | {"rope_scaling": _YARN | {"rope_theta": 5000.0, "truncate": False}},
+    ),
     "ministral": TinyModel(
         "Ministral",
         _GATED

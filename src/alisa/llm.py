@@ -14,7 +14,7 @@ import torch
 from alisa import __version__
 from alisa.config import EngineConfig, SamplingParams, per_request, with_options
 from alisa.engine.builder import build_engine
-from alisa.engine.loaded import kv_codec, load_model
+from alisa.engine.loaded import LoadedModel, kv_codec, load_model
 from alisa.engine.report import RunReport
 from alisa.engine.shared import SharedEngine, Stream
 from alisa.errors import InputError
@@ -55,6 +55,7 @@ class LLM:
     Args:
         model: Hugging Face model directory or hub id, or a GGUF file; None for the small model inside the package.
         config: how to run it; or give its fields as options.
+        loaded: the model, where it is in memory already.
         progress: called with (bytes read, bytes in all) while weights load.
         options: fields of `EngineConfig`, such as `policy`, `sparsity`, `kv_device_memory`.
 
@@ -72,12 +73,13 @@ class LLM:
         model: str | Path | None = None,
         *,
         config: EngineConfig | None = None,
+        loaded: LoadedModel | None = None,
         progress: Callable[[int, int], None] | None = None,
         **options: Any,  # noqa: ANN401 - checked by EngineConfig, the one list of options
     ) -> None:
         named = {} if model is None else {"model": str(model)}
         self.config = with_options(config, {**options, **named})
-        self._model = load_model(self.config, progress)
+        self._model = loaded or load_model(self.config, progress)
         self.policy: SelectionPolicy = make_policy(self.config.policy, self.config.sparsity)
         self.codec: Codec = kv_codec(self._model, self.config)
         self._lock = threading.Lock()
@@ -94,6 +96,11 @@ class LLM:
     def name(self) -> str:
         """The model as it was asked for."""
         return self._model.name
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model in memory, for an engine of one's own (`alisa.engine.builder.build_engine`)."""
+        return self._model
 
     @property
     def spec(self) -> ModelSpec:

@@ -12,8 +12,13 @@ from typing import Literal
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-ActivationName = Literal["relu", "silu", "gelu", "gelu_tanh"]
-"""Functions between the two products of an MLP; gelu is exact, gelu_tanh its approximation by tanh."""
+ActivationName = Literal["relu", "silu", "gelu", "gelu_tanh", "clamped_swiglu"]
+"""Functions between the two products of an MLP; gelu is exact, gelu_tanh its approximation by tanh, clamped_swiglu a
+gated one that takes both halves (GPT-OSS)."""
+
+SWIGLU_ALPHA = 1.702
+SWIGLU_LIMIT = 7.0
+"""Numbers of clamped_swiglu."""
 
 LANES = 64
 """Output channels that lie together in a weight; as `kLanes` in kernels/native/csrc/model/matrix.h."""
@@ -89,6 +94,8 @@ class AttentionShape:
     a window."""
     softcap: float | None = None
     """Scores s become softcap * tanh(s / softcap); None: they stay as they are."""
+    has_sinks: bool = False
+    """Each head has a logit that joins the denominator of its softmax and reads nothing (GPT-OSS)."""
 
     @property
     def kv_size(self) -> int:
@@ -152,6 +159,7 @@ class ModelSpec:
     experts_per_token: int = 0
     renormalises_experts: bool = True
     """Whether the weights of a token's experts are made to sum to 1."""
+    router_bias: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -177,6 +185,8 @@ class ModelSpec:
     windows: tuple[int | None, ...] = ()
     """As in `AttentionShape`."""
     softcap: float | None = None
+    """As in `AttentionShape`."""
+    has_sinks: bool = False
     """As in `AttentionShape`."""
     logit_softcap: float | None = None
     """Logits l become logit_softcap * tanh(l / logit_softcap)."""
@@ -217,6 +227,7 @@ class ModelSpec:
             scale=self.head_dim**-0.5,
             windows=self._windows_within(self.max_positions),
             softcap=self.softcap,
+            has_sinks=self.has_sinks,
         )
 
     @property

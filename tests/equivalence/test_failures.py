@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from alisa import LLM, SamplingParams
+from alisa.attention import kv_cache as memory
 from alisa.cache.offload.tiers import DiskTier
-from alisa.engine import kv_cache as memory
 from alisa.errors import CapacityError
 from alisa.outputs import RequestOutput
 from tests.caps import device_cap

@@ -24,7 +24,8 @@ CPU = torch.device("cpu")
 MODELS = [
     "llama", "llama-gqa-tied", "llama-biases-head-dim", "llama3-scaling", "llama-linear-scaling", "mistral", "qwen2",
     "qwen3", "pythia", "gpt2", "gemma3", "gemma3-scaled", "llama-yarn", "qwen3-yarn", "mistral-window",
-    "gemma2", "granite", "olmo2", "smollm3-every-fourth",
+    "gemma2", "granite", "olmo2", "smollm3-every-fourth", "phi3", "phi3-longrope", "stablelm", "starcoder2", "mixtral",
+    "qwen3-moe",
 ]  # fmt: skip
 
 
@@ -44,10 +45,16 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     assert stored.dtype_name() == "float32"
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_logits_of_quantised_files(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((kind, "llama-gqa-tied") for kind in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")),
+        ("Q8_0", "mixtral"),
+    ],
+)
+def test_logits_of_quantised_files(kind: str, name: str, tmp_path: Path) -> None:
     """Transformers gets the numbers that the file stands for, as the gguf package decodes them."""
-    model = build("llama-gqa-tied")
+    model = build(name)
     stored = GgufModel(write_model(tmp_path / "x.gguf", model, kind))
     tokens = some_tokens()
     with torch.no_grad():
@@ -117,7 +124,8 @@ def test_mistral_has_its_window(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("llama", {"ARCH__expert_count": 8}, r"not supported here: llama\.expert_count is 8"),
+        ("qwen2", {"ARCH__expert_count": 8}, r"not supported here: qwen2\.expert_count is 8"),
+        ("phi3", {"ARCH__rope__scaling__type": "yarn"}, r"phi3\.rope\.scaling\.type is 'yarn', longrope with its"),
         (
             "llama",
             {"ARCH__attention__value_length": 8},

@@ -24,8 +24,8 @@ TOLERANCE = 1e-4
 
 
 def causal_of(decoder: Decoder) -> Attend:
-    """Dense causal attention over B sequences of the same length, through the windows and caps of the model."""
-    shape = decoder.spec.attention
+    """Dense causal attention over B sequences of the same length, through windows, caps and sinks of the model."""
+    shape, sinks = decoder.spec.attention, decoder.sinks
 
     def causal(layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         group = shape.num_heads // shape.num_kv_heads
@@ -34,7 +34,11 @@ def causal_of(decoder: Decoder) -> Attend:
             scores = shape.softcap * torch.tanh(scores / shape.softcap)
         ages = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
         seen = (ages >= 0) & (ages < (shape.window(layer) or len(ages)))
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).to(q.dtype)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if sinks is not None:
+            of_heads = sinks[layer][:, None, None].expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, of_heads), dim=-1)
+        weights = scores.softmax(dim=-1)[..., : q.shape[1]].to(q.dtype)
         return torch.einsum("bhts,bshd->bthd", weights, v.repeat_interleave(group, dim=2))
 
     return causal

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from alisa.kernels.native import library
 from alisa.kernels.native.activation import KINDS, CpuActivation
@@ -44,6 +46,17 @@ def test_an_activation_is_the_function_it_is_named_after(name: ActivationName, d
     unit = torch.finfo(dtype).eps
     allowed = want.abs() * (unit / 2 + 2e-6) + torch.finfo(dtype).smallest_normal * unit + 2e-7
     assert bool(((got - want).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_clamped_gate_is_that_of_gpt_oss(dtype: torch.dtype) -> None:
+    """Transformers has gate and up in turns."""
+    config = GptOssConfig(num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_local_experts=1)
+    gate, up = (10 * torch.randn(2, 300, generator=torch.Generator().manual_seed(0))).to(dtype)
+    want = GptOssExperts(config)._apply_gate(torch.stack((gate, up), dim=-1).flatten().double())
+    got = make_activation("clamped_swiglu", gated=True, device=CPU)(torch.cat((gate, up)))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 @needs_native

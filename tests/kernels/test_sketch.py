@@ -29,6 +29,7 @@ class Problem:
     lengths: torch.Tensor
     width: int
     num_sets: int
+    softcap: float | None = None
 
     def args(self):
         return tuple(vars(self).values())
@@ -41,7 +42,9 @@ def make_problem(
     kv_heads=2,
     group=2,
     head_dim=64,
+    parts=1,
     per_head=False,
+    softcap=None,
     dtype=torch.float32,
     scale=1.0,
     offset=0.0,
@@ -53,7 +56,7 @@ def make_problem(
     lanes = torch.randperm(len(lengths) + 2, generator=generator)[: len(lengths)]
     num_tokens = (len(lengths) + 2) * capacity
     keys = torch.randn(num_tokens, kv_heads, head_dim, generator=generator) * scale + offset
-    sketched = make_sketch(keys, bits)
+    sketched = make_sketch(keys, bits, parts)
     query = torch.randn(len(lengths), kv_heads * group, head_dim, generator=generator) * scale
     starts = lanes * capacity
     inside = torch.zeros(num_tokens, dtype=torch.bool)
@@ -62,19 +65,23 @@ def make_problem(
     sketched.ranges[~inside] = torch.nan
     counts = torch.tensor(lengths, dtype=torch.int32)
     num_sets = kv_heads if per_head else 1
-    return Problem(query.to(dtype), sketched, starts, counts, max(lengths) + seed % 3, num_sets)
+    return Problem(query.to(dtype), sketched, starts, counts, max(lengths) + seed % 3, num_sets, softcap)
 
 
 @st.composite
 def problems(draw, scales=(1.0,), most=4):
     """Problems of up to `most` sequences, and one KV head more."""
     ends = st.sampled_from([1, 32, 33, 64]) | st.integers(1, 200)
+    parts = draw(st.sampled_from([1, 1, 2, 3, 4]))
     return make_problem(
         draw(st.sampled_from([2, 4, 8])),
         lengths=draw(st.lists(ends, min_size=1, max_size=most)),
         kv_heads=draw(st.integers(1, most + 1)),
         group=draw(st.sampled_from([1, 2, 3, 4, 7, 8])),
-        head_dim=draw(st.sampled_from([1, 2, 5, 7, 16, 31, 64, 80, 128, 136])),
+        head_dim=draw(st.sampled_from([1, 2, 5, 7, 16, 31, 64, 80, 128, 136] if parts == 1 else [1, 7, 16, 64]))
+        * parts,
+        parts=parts,
+        softcap=draw(st.sampled_from([None, None, 5.0])),
         per_head=draw(st.booleans()),
         dtype=draw(st.sampled_from(DTYPES)),
         scale=draw(st.sampled_from(scales)),
@@ -86,13 +93,16 @@ def problems(draw, scales=(1.0,), most=4):
 def assert_agrees(weights, problem):
     """Weights are the float64 answer, up to a query rounded to 1/32639 of its largest value and float32 sums."""
     num_seqs, num_heads, head_dim = problem.query.shape
-    num_kv_heads = problem.keys.codes.shape[1]
+    num_kv_heads = problem.keys.num_kv_heads
     query = problem.query.double()
     assert weights.shape == (num_seqs, problem.num_sets, problem.width)
     for seq, (start, length) in enumerate(zip(problem.starts.tolist(), problem.lengths.tolist(), strict=True)):
         keys = unsketch(sketch_rows(problem.keys, torch.arange(start, start + length)), head_dim).double()
         keys = keys.repeat_interleave(num_heads // num_kv_heads, dim=1)  # [S, H, D]
-        expected = (torch.einsum("hd,shd->hs", query[seq], keys) * head_dim**-0.5).softmax(-1)
+        scores = torch.einsum("hd,shd->hs", query[seq], keys) * head_dim**-0.5
+        if problem.softcap is not None:  # a cap brings scores closer to each other, and their errors
+            scores = problem.softcap * (scores / problem.softcap).tanh()
+        expected = scores.softmax(-1)
         rounded = query[seq].abs().amax(-1) / 32639 / 2 * keys.abs().sum(-1).amax(0)
         # Step * (q . codes) and minimum * sum(q) cancel: both are bounded by twice the largest |key| times sum |q|.
         summed = 3 * keys.abs().amax((0, 2)) * query[seq].abs().sum(-1) * 4 * EPS
@@ -156,7 +166,7 @@ def assert_chosen(positions, shares, problem, scores, budgets):
     expected = [by_sorting(flat, row, *budget, num_slots) for row, budget in enumerate(rows)]
     assert positions.tolist() == expected
     problem.keys.ranges[problem.keys.ranges.isnan()] = 0  # the reference gathers them
-    weights = sketch_weights(*problem.args()[:-1])
+    weights = sketch_weights(*problem.args()[:-2], problem.softcap)
     assert shares.shape == (num_seqs, num_heads)
     for seq, length in enumerate(problem.lengths.tolist()):
         for head, share in enumerate(shares[seq].tolist()):
@@ -173,7 +183,7 @@ def assert_chosen(positions, shares, problem, scores, budgets):
 def test_what_is_chosen_and_its_shares(isa, problem, data):
     budgets = budgets_of(problem, data)
     query, keys, starts, lengths = problem.args()[:4]
-    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets)
+    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets, problem.softcap)
     scores = kernels(isa).sketch_scores(*problem.args())
     assert_chosen(*kernels(isa).sketch_select(query, keys, ranking), problem, scores, budgets)
 
@@ -182,10 +192,10 @@ def test_what_is_chosen_and_its_shares(isa, problem, data):
 def valued_problems(draw, most=4):
     """A problem, and values of all rows of its table; those that nobody may read are not numbers."""
     problem = draw(problems(most=most))
-    num_tokens, num_kv_heads, _ = problem.keys.codes.shape
+    num_tokens, num_kv_heads, parts = len(problem.keys.codes), problem.keys.num_kv_heads, problem.keys.parts
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     values = torch.randn(num_tokens, num_kv_heads, problem.query.shape[2], generator=generator) + 1.0
-    sketched = make_sketch(values, draw(st.sampled_from([2, 4, 8])))
+    sketched = make_sketch(values, draw(st.sampled_from([2, 4, 8])), parts)
     sketched.ranges[problem.keys.ranges.isnan()] = torch.nan
     return problem, sketched
 
@@ -197,7 +207,7 @@ def assert_completed(found, problem, values, budgets):
     counts = budgets[2].tolist()
     for table in (problem.keys.ranges, values.ranges):
         table[table.isnan()] = 0
-    weights = sketch_weights(*problem.args()[:-1]).double()
+    weights = sketch_weights(*problem.args()[:-2], problem.softcap).double()
     for seq, (start, length) in enumerate(zip(problem.starts.tolist(), problem.lengths.tolist(), strict=True)):
         rows = unsketch(sketch_rows(values, torch.arange(start, start + length)), head_dim).double()
         for head in range(num_heads):
@@ -218,7 +228,7 @@ def test_what_is_not_read_is_added_up_from_the_sketched_values(isa, valued, data
     problem, values = valued
     budgets = budgets_of(problem, data)
     query, keys, starts, lengths = problem.args()[:4]
-    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets)
+    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets, problem.softcap)
     found = kernels(isa).sketch_complete(query, keys, values, ranking)
     chosen = kernels(isa).sketch_select(query, keys, ranking)
     assert torch.equal(found.positions, chosen[0])
@@ -234,7 +244,7 @@ def test_the_reference_adds_up_the_same(valued, data):
     for table in (problem.keys.ranges, values.ranges):
         table[table.isnan()] = 0
     query, keys, starts, lengths = problem.args()[:4]
-    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets)
+    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets, problem.softcap)
     assert_completed(ReferenceSelection().sketch_complete(query, keys, values, ranking), problem, values, budgets)
 
 
@@ -252,6 +262,23 @@ def test_blending_is_the_twins_and_leaves_what_was_read_in_full(isa, dtype, head
     torch.testing.assert_close(blended, twins, rtol=torch.finfo(dtype).eps, atol=1e-6)
     for mine in (blended, twins):
         assert torch.equal(mine[1, 2:], out[1, 2:])
+
+
+@pytest.mark.parametrize("isa", SKETCH_ISAS)
+@pytest.mark.parametrize("group", [1, 4])
+def test_parts_of_a_head_with_ranges_of_their_own_are_closer_to_the_keys(isa, group):
+    """As in Gemma 3: heads of 256 whose parts differ in size by far."""
+    sizes = torch.tensor([10.0, 1.0, 0.1, 1.0]).repeat_interleave(64)
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(200, 1, 256, generator=generator) * sizes
+    query = torch.randn(1, group, 256, generator=generator) / sizes
+    starts, lengths = torch.tensor([0]), torch.tensor([200], dtype=torch.int32)
+    exact = ((query[0] @ keys[:, 0].T) / 16).softmax(-1).sum(0)
+    errors = []
+    for parts in (1, 4):
+        found = kernels(isa).sketch_scores(query, make_sketch(keys, 4, parts), starts, lengths, 200, 1)
+        errors.append(float((found[0, 0] - exact).abs().max()))
+    assert errors[1] < errors[0] / 4
 
 
 def test_the_comparison_notices_a_token_too_few():
@@ -286,21 +313,23 @@ def test_calls_after_another_shape_reuse_the_workspace():
     num_tokens=st.sampled_from([1, 9, 200]),
     kv_heads=st.integers(1, 3),
     head_dim=st.sampled_from([1, 2, 3, 5, 16, 31, 64, 80, 128]),
+    parts=st.sampled_from([1, 2, 4]),
     scale=st.sampled_from([0.0, 1e-9, 1e-6, 1e-3, 1.0, 300.0, 6e4]),
     offset=st.sampled_from([0.0, -3.0, 100.0]),
     seed=st.integers(0, 10**6),
 )
-def test_append_writes_the_twins_codes(isa, bits, dtype, num_tokens, kv_heads, head_dim, scale, offset, seed):
+def test_append_writes_the_twins_codes(isa, bits, dtype, num_tokens, kv_heads, head_dim, parts, scale, offset, seed):
     generator = torch.Generator().manual_seed(seed)
-    keys = torch.randn(num_tokens, kv_heads, head_dim, generator=generator).clamp(-1, 1) * scale + offset
+    keys = torch.randn(num_tokens, kv_heads, head_dim * parts, generator=generator).clamp(-1, 1) * scale + offset
     keys = (keys.clamp(-65504, 65504) if dtype == torch.float16 else keys * 3).to(
         dtype
     )  # beyond float16 where it can be
     ids = torch.randperm(2 * num_tokens, generator=generator)[:num_tokens]
     tables = []
     for append in (kernels(isa).sketch_append, ReferenceSelection().sketch_append):
-        codes = torch.full((2 * num_tokens, kv_heads, -(-head_dim * bits // 8)), 7, dtype=torch.uint8)
-        tables.append(Sketch(codes, torch.full((2 * num_tokens, kv_heads, 2), 7, dtype=torch.float16), bits))
+        heads = (2 * num_tokens, kv_heads * parts)
+        codes = torch.full((*heads, -(-head_dim * bits // 8)), 7, dtype=torch.uint8)
+        tables.append(Sketch(codes, torch.full((*heads, 2), 7, dtype=torch.float16), bits, parts))
         append(tables[-1], ids, keys)
     ours, theirs = tables
     assert torch.equal(ours.codes, theirs.codes)
@@ -319,7 +348,7 @@ def test_append_takes_keys_that_are_parts_of_a_wider_tensor():
 
 def test_arguments_that_do_not_fit_are_refused():
     kernel = cpu.CpuKernels()
-    query, keys, starts, lengths, width, num_sets = make_problem(4, lengths=[20, 30]).args()
+    query, keys, starts, lengths, width, num_sets, _ = make_problem(4, lengths=[20, 30]).args()
     with pytest.raises(ValueError, match="2, 4 or 8"):
         kernel.sketch_scores(query, keys._replace(bits=3), starts, lengths, width, num_sets)
     with pytest.raises(ValueError, match="as 8 bits"):
@@ -340,6 +369,8 @@ def test_arguments_that_do_not_fit_are_refused():
         kernel.sketch_select(query, keys, ranking._replace(counts=budget.long()))
     with pytest.raises(ValueError, match="as many ids"):
         kernel.sketch_append(keys, torch.arange(2), torch.randn(1, 2, 64))
+    with pytest.raises(ValueError, match="values are in 2 parts and those of the keys in 1"):
+        kernel.sketch_complete(query, keys, make_sketch(torch.randn(len(keys.codes), 2, 64), 2, 2), ranking)
     fewer = Sketch(keys.codes[:-1], keys.ranges[:-1], 4)
     with pytest.raises(ValueError, match="not those of"):
         kernel.sketch_complete(query, keys, fewer, ranking)
@@ -355,6 +386,6 @@ def test_arguments_that_do_not_fit_are_refused():
 def test_the_reference_chooses_by_its_scores(problem, data):
     budgets = budgets_of(problem, data)
     query, keys, starts, lengths = problem.args()[:4]
-    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets)
+    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets, problem.softcap)
     scores = sketch_scores(*problem.args())
     assert_chosen(*ReferenceSelection().sketch_select(query, keys, ranking), problem, scores, budgets)

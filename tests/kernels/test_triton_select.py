@@ -84,7 +84,7 @@ def on(device, arguments):
 
     def moved(value):
         if isinstance(value, Sketch):
-            return Sketch(value.codes.to(device), value.ranges.to(device), value.bits)
+            return value._replace(codes=value.codes.to(device), ranges=value.ranges.to(device))
         return value.to(device) if isinstance(value, torch.Tensor) else value
 
     return [moved(value) for value in arguments]
@@ -128,7 +128,7 @@ def test_sketch_scores_are_the_twins(device, bits, per_head, group):
 def test_what_is_chosen_and_its_shares(device, problem, data):
     budgets = budgets_of(problem, data)
     query, keys, *rows = problem.args()[:4]
-    query, keys, *ranking = on(device, (query, keys, *rows, *budgets, problem.width, problem.num_sets))
+    query, keys, *ranking = on(device, (query, keys, *rows, *budgets, problem.width, problem.num_sets, problem.softcap))
     positions, shares = triton_kernels().sketch_select(query, keys, Ranking(*ranking))
     assert_chosen(positions.cpu(), shares.cpu(), problem, score(problem, device), budgets)
 
@@ -140,7 +140,7 @@ def test_what_is_not_read_is_added_up_from_the_sketched_values(device, valued, d
     problem, values = valued
     budgets = budgets_of(problem, data)
     query, keys, *rows = problem.args()[:4]
-    moved = on(device, (query, keys, values, *rows, *budgets, problem.width, problem.num_sets))
+    moved = on(device, (query, keys, values, *rows, *budgets, problem.width, problem.num_sets, problem.softcap))
     query, keys, values_there, *ranking = moved
     found = triton_kernels().sketch_complete(query, keys, values_there, Ranking(*ranking))
     assert_completed([table.cpu() for table in found], problem, values, budgets)

@@ -229,3 +229,26 @@ def test_the_same_tokens_are_found_again_after_a_move():
     assert state._token_ids(*tokens).tolist() == before
     state.reserve(0, (NUM_BLOCKS - 1) * STATE_BLOCK_TOKENS)
     assert state._token_ids(*tokens).tolist() == [state._extents.start(1)] != before
+
+
+def test_a_sequence_that_has_left_a_step_is_not_looked_for():
+    """Its index may have a new owner, of whom nothing is known, when others move."""
+    shape, blocks = small_spec().attention, 6
+    state = SparseWindow(Budget(0.5)).start(
+        shape,
+        max_num_seqs=3,
+        num_tokens=blocks * STATE_BLOCK_TOKENS,
+        max_len=400,
+        device=CPU,
+        kernels=ReferenceSelection(),
+    )
+    for req_idx in range(3):
+        state.open(req_idx)
+        state.reserve(req_idx, 20)
+    lengths = torch.full((3,), 20, dtype=torch.int32)
+    state.begin(StepBatch((0, 1, 2), (20, 20, 20), torch.arange(3), lengths))
+    before = [state._extents.start(req_idx) for req_idx in (1, 2)]
+    state.close(0)
+    state.open(0)
+    state.reserve(0, (blocks - 2) * STATE_BLOCK_TOKENS)
+    assert [state._extents.start(req_idx) for req_idx in (1, 2)] != before

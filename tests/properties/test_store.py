@@ -113,6 +113,30 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.release(req_idx)
         del self.model[req_idx]
 
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def truncate(self, data):
+        """The rows before the cut stay, those after it make room."""
+        req_idx = data.draw(st.sampled_from(sorted(self.model)))
+        length = data.draw(st.integers(0, self.length(req_idx)))
+        self.store.truncate(req_idx, length)
+        self.model[req_idx] = self.model[req_idx][:, :length]
+
+    @precondition(lambda self: self.model and len(self.model) < NUM_LANES)
+    @rule(data=st.data())
+    def fork(self, data):
+        """Another sequence gets the same rows."""
+        source = data.draw(st.sampled_from(sorted(self.model)))
+        length = self.length(source)
+        if not length or self.used + length > NUM_ROWS:
+            return
+        req_idx = next(index for index in range(NUM_LANES) if index not in self.model)
+        self.store.open(req_idx, MAX_LENGTH)
+        self.store.begin(plan_of([ScheduledChunk(req_idx, 0, length)]))
+        for layer in range(NUM_LAYERS):
+            self.store.copy(layer, source, 0, length)
+        self.model[req_idx] = self.model[source]
+
     @invariant()
     def agrees(self):
         self.store.check()

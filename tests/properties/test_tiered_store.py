@@ -153,6 +153,17 @@ class TieredMachine(RuleBasedStateMachine):
     def release(self, data):
         self.let_go(data.draw(st.sampled_from(sorted(self.model))))
 
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def truncate(self, data):
+        """The rows before the cut stay where they are, those after it make room everywhere."""
+        index = data.draw(st.sampled_from(sorted(self.model)))
+        req_idx = self.model[index]
+        length = data.draw(st.integers(0, req_idx.length))
+        self.store.truncate(index, length)
+        req_idx.rows = req_idx.rows[:, :length]
+        req_idx.bounds = [min(bound, length) for bound in req_idx.bounds]
+
     def let_go(self, req_idx):
         self.store.release(req_idx)
         del self.model[req_idx]

@@ -3,9 +3,9 @@
 import pytest
 
 from alisa import LLM, SamplingParams
+from alisa.attention import kv_cache
 from alisa.cache.offload.store import TieredStore
 from alisa.cache.offload.transfer import CopyStream, DeviceBuffer
-from alisa.engine import kv_cache
 from tests.caps import device_cap
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from alisa.cache.capacity import device_capacity, resident_table_bytes
+from alisa.cache.capacity import StateMemory, device_capacity, resident_table_bytes
 from alisa.cache.codec import FloatCodec
 from alisa.cache.offload.store import TieredStore
 from alisa.cache.offload.tiers import HostTier
@@ -137,6 +137,20 @@ def test_where_tables_lie_elsewhere_they_take_nothing_of_the_cap():
     assert there.lower_tokens == 5000
     assert there.num_rows > here.num_rows
     assert here.lower_tokens < 5000, "tables for all of them would take more than a quarter of the cap"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "knows_all"), [(5_000_000, (True, True)), (1_150_000, (False, True)), (600_000, (False, False))]
+)
+def test_where_none_waits_for_another_the_state_has_room_for_all_where_it_can(num_bytes, knows_all):
+    options = {"num_layers": 2, "row_bytes": 256, "max_num_seqs": 4, "max_length": 1024, "num_tiers": 1}
+    for wants_all, expected in zip((False, True), knows_all, strict=True):
+        state = StateMemory(token_bytes=200, read_share=0.2, wants_all=wants_all)
+        capacity = device_capacity(
+            num_bytes, lower_tokens=4096, piece_columns=4, holds_tables=True, state=state, **options
+        )
+        assert capacity.num_rows > 0
+        assert (capacity.state_tokens == 4 * 1024) == expected
 
 
 @pytest.mark.parametrize("kind", ["tiered", "resident"])

@@ -47,13 +47,14 @@ def test_ppl_writes_cells_resumes_and_prints_a_table(text, tmp_path, capsys):
     assert record["command"] == "eval ppl"
 
 
-def test_recall_qa_and_sparsity_run(text, tmp_path, capsys):
+def test_recall_qa_generation_and_sparsity_run(text, tmp_path, capsys):
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"question": "The sky is", "choices": ["blue", "made of wood"], "answer": 0}\n')
     sweep = ["--policy", "sketch", "--sparsity", "0.5", "--json"]
     for words in (
         ["recall", "--task", "needle,copy", "--length", "150", "--depth", "0,1", "--repeats", "1"],
         ["qa", "--task", str(questions)],
+        ["generation", "--text", text, "--prompt", "30", "--max-tokens", "8", "--texts", "1"],
         ["sparsity", "--text", text, "--context", "80", "--prefill", "30", "--windows", "1"],
     ):
         assert main(["eval", *words, *sweep]) == 0

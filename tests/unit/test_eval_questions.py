@@ -143,3 +143,13 @@ def test_examples_stand_in_front_and_never_give_the_question_away(subject, tmp_p
 def test_limit_takes_questions_from_all_over_the_set(subject, tmp_path):
     assert [choice.question for choice in ask(subject, tmp_path, ROWS * 4, limit=3).choices] == [0, 0, 1, 1, 2, 2, 2]
     assert Variant("swa", 0.5, "auto") != BASELINE
+
+
+def test_a_context_is_a_prompt_and_its_choice_is_decoded(subject, tmp_path):
+    whole = ask(subject, tmp_path, ROWS, prefill=None, num_shots=1)
+    short = ask(subject, tmp_path, ROWS, num_shots=1)
+    assert [len(choice.item.output_ids) for choice in whole.choices] == [choice.num_scored for choice in whole.choices]
+    for one, other in zip(whole.choices, short.choices, strict=True):
+        assert one.item.num_tokens == other.item.num_tokens
+    # Dense attention does not care where a prompt ends.
+    assert whole.measure(subject, BASELINE).units == short.measure(subject, BASELINE).units

@@ -1,6 +1,8 @@
 """RecallEvaluation tasks: what the texts say, where the answers are, and that forgetting shows."""
 
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -27,6 +29,7 @@ def filler(subject):
 
 def make(subject, tasks=("needle",), wording=WORDS, **options):
     settings = {"lengths": [200], "depths": [0.0, 0.5, 1.0], "repeats": 2, "prefill": None, "text": None, "seed": 0}
+    settings["question"] = "decoded"
     return recalls_of(subject, tasks, wording=wording, **settings | options)
 
 
@@ -34,8 +37,8 @@ def make(subject, tasks=("needle",), wording=WORDS, **options):
 @pytest.mark.parametrize("task", TASKS)
 def test_every_answer_was_told_before(task, wording, subject, filler):
     for seed in range(5):
-        script = TASKS[task](Scene(subject.tokenizer, filler, wording, 300, 0.3), Random(seed))
-        assert len(subject.tokenizer.encode(script.text)) <= 300
+        script = TASKS[task](Scene(subject.tokenizer, filler, wording, 500, 0.3), Random(seed))
+        assert len(subject.tokenizer.encode(script.text)) <= 500
         for answer in script.answers:
             told = script.text[answer.start : answer.end]
             assert told.startswith(" ")
@@ -56,7 +59,7 @@ def test_a_needle_stands_at_its_depth(subject, filler):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_targets_are_the_tokens_of_the_answers(task, subject):
-    [recall] = make(subject, [task])
+    [recall] = make(subject, [task], lengths=[500])
     for item in recall.items:
         ids = [*item.item.prompt_ids, *item.item.output_ids]
         for target in item.targets:
@@ -65,7 +68,8 @@ def test_targets_are_the_tokens_of_the_answers(task, subject):
             answer = ids[start : start + size]
             assert ids[start - target.distance :][:size] == answer
         question = subject.tokenizer.decode(item.item.output_ids)
-        assert question.startswith(" The second reading:" if task == "copy" else " What is the word for")
+        heads = {"copy": " The second reading:", "common": "\n The word repeated", "paragraphs": "Question: "}
+        assert question.startswith(heads.get(task, " What is the word for"))
 
 
 def test_prefill_says_how_much_is_read_densely(subject):
@@ -74,6 +78,57 @@ def test_prefill_says_how_much_is_read_densely(subject):
     assert [item.item for item in whole.items] == [item.item for item in make(subject)[0].items]
     distances = [[target.distance for target in item.targets] for item in short.items]
     assert distances == [[target.distance for target in item.targets] for item in whole.items]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_question_in_the_prompt_leaves_its_answer_to_be_decoded(task, subject):
+    [after], [within] = (make(subject, [task], lengths=[500], question=question) for question in ("decoded", "prompt"))
+    assert (after.task, within.task) == (f"{task} 500", f"{task} 500 asked")
+    assert "question" not in after.settings  # cells of before there was a choice stay
+    for old, new in zip(after.items, within.items, strict=True):
+        moved = len(new.item.prompt_ids) - len(old.item.prompt_ids)
+        assert moved > 0
+        assert new.targets[0].start == 0
+        assert [*new.item.prompt_ids, *new.item.output_ids] == [*old.item.prompt_ids, *old.item.output_ids]
+        assert [target.start + moved for target in new.targets] == [target.start for target in old.targets]
+        assert [target.distance for target in new.targets] == [target.distance for target in old.targets]
+
+
+def test_variables_are_followed_from_the_end_of_a_chain(subject, filler):
+    script = TASKS["variables"](Scene(subject.tokenizer, filler, NUMBERS, 400, 0.0), Random(3))
+    facts = {}
+    for key, value in re.findall(r"(\w+) (?:leads to|is) (\w+)\.", script.text[: script.first_question]):
+        facts.setdefault(key, value)
+    answers = [script.text[answer.start + 1 : answer.end] for answer in script.answers]
+    assert len(answers) == 6
+    for chain in (answers[:3], answers[3:]):
+        assert [facts[chain[0]], facts[chain[1]]] == chain[1:]
+        assert chain[-1].isdigit()
+        told = [answer.told for answer in script.answers][:3]
+        assert told == sorted(told, reverse=True)
+
+
+def test_the_common_word_is_twenty_times_as_common_as_any_other(subject, filler):
+    script = TASKS["common"](Scene(subject.tokenizer, filler, WORDS, 800, 0.0), Random(3))
+    *examples, asked = script.text[: script.first_question].split(" A list of words:")[1:]
+    assert len(examples) == 4
+    counts = Counter(asked.replace(",", "").split())
+    [answer] = script.answers
+    (word, most), (_, second) = counts.most_common(2)
+    assert word == script.text[answer.start + 1 : answer.end]
+    assert most == 20 * second
+    assert min(counts.values()) == second
+
+
+def test_paragraphs_say_what_is_asked_of_them(subject, filler):
+    script = TASKS["paragraphs"](Scene(subject.tokenizer, filler, NUMBERS, 600, 0.0), Random(3))
+    questions = re.findall(r"Question: .*? Answer: (.*)\.\n", script.text)
+    assert len(questions) == len(script.answers) == 4
+    told = script.text[: script.first_question]
+    for sentence in questions:
+        name = " ".join(sentence.split()[:2])
+        [paragraph] = [text for text in told.split("\n\n") if text.startswith(name)]
+        assert sentence.removeprefix(name) in paragraph
 
 
 def test_the_model_recalls_densely_and_a_window_forgets(subject):

@@ -22,6 +22,12 @@ def test_a_directory_gives_its_test_split(tmp_path):
     assert read_documents(tmp_path) == ["a line", "text of valid.txt"]
 
 
+def test_a_directory_of_sources_is_read_whole_but_for_its_licence(tmp_path):
+    for name in ("abc.py", "doctest.py", "LICENSE.txt", "README.txt", "data.bin"):
+        (tmp_path / name).write_text(f"text of {name}")
+    assert read_documents(tmp_path) == ["text of abc.py", "text of doctest.py"]
+
+
 def test_alpaca_records_are_joined_by_blank_lines(tmp_path):
     path = tmp_path / "alpaca.json"
     records = [

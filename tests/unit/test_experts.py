@@ -57,7 +57,7 @@ def make_experts(num_experts=7, size=64, width=96, per_token=3):
         )
 
     experts = [Expert(linear(width, size), linear(size, width)) for _ in range(num_experts)]
-    return Experts(linear(num_experts, size), experts, per_token=per_token, renormalises=True)
+    return Experts(linear(num_experts, size), None, experts, per_token=per_token, renormalises=True)
 
 
 def test_a_token_does_not_depend_on_its_company():

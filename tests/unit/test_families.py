@@ -163,6 +163,7 @@ def test_defaults_are_those_of_transformers(name):
         (like("qwen3_moe", decoder_sparse_step=2), ["decoder_sparse_step is 2"]),
         (like("mixtral", num_local_experts=4, num_experts_per_tok=5), ["num_experts_per_tok 5 is more than"]),
         (like("mixtral", shared_expert_size=7), ["shared_expert_size (7)"]),
+        (like("gpt_oss", swiglu_limit=5.0, swiglu_alpha=1.0), ["swiglu_limit is 5.0", "swiglu_alpha is 1.0"]),
         (QWEN2 | {"layer_types": ["linear_attention"] * 32}, ["layer_types has linear_attention"]),
         (QWEN2 | {"layer_types": ["full_attention"]}, ["a list of 32 kinds is needed"]),
         (LLAMA | {"hidden_act": "xielu"}, ["'xielu'", "relu, silu"]),

@@ -2,6 +2,7 @@
 
 import mmap
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from math import ceil, log2
 from pathlib import Path
@@ -25,6 +26,7 @@ from alisa.policy.h2o import HeavyHitters
 from alisa.policy.pattern import Local, Streaming, Strided
 from alisa.policy.registry import POLICIES, make_policy, reads_of
 from alisa.policy.sketch import KeySketch
+from alisa.policy.state_bytes import num_parts
 from alisa.policy.swa import SparseWindow
 from tests.specs import small_spec
 
@@ -263,7 +265,9 @@ def test_state_takes_the_bytes_that_the_entry_says(name, head_dim):
     assert state.nbytes == expected - state_tokens(500) * size.per_token - size.per_sequence
 
 
-def test_the_keys_of_long_heads_have_more_bits():
+def test_long_heads_are_in_parts_and_their_keys_have_more_bits():
+    assert [num_parts(head_dim) for head_dim in (64, 128, 136, 192, 256, 131)] == [1, 1, 4, 3, 4, 131]
+
     sizes = {
         (name, head_dim): POLICIES[name].state_bytes(small_spec(head_dim=head_dim).attention, 0.8, 100).per_token
         for name in ("sketch", "sketch-mean")
@@ -271,8 +275,8 @@ def test_the_keys_of_long_heads_have_more_bits():
     }
     heads = small_spec().num_layers * small_spec().num_kv_heads
     assert sizes["sketch", 128] == heads * (64 + 4 + 32 + 4)
-    assert sizes["sketch", 136] == heads * (136 + 4 + 34 + 4)
-    assert sizes["sketch-mean", 136] == heads * (68 + 4)
+    assert sizes["sketch", 136] == heads * 4 * (34 + 4 + 9 + 4)
+    assert sizes["sketch-mean", 136] == heads * 4 * (17 + 4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -359,11 +363,36 @@ def test_codes_lie_in_planes_lowest_bits_first(bits):
     num_planes, head_dim = 8 // bits, 8 * (8 // bits) - 1
     keys = torch.arange(head_dim).remainder(2**bits)[None, None].float()
     keys[..., -1] = 2**bits - 1  # minimum 0, step 1: a key is its code
-    codes, ranges, _ = make_sketch(keys, bits)
+    codes, ranges, _, _ = make_sketch(keys, bits)
     assert ranges.tolist() == [[[1.0, 0.0]]]
     for i, byte in enumerate(codes[0, 0].tolist()):
         expected = [keys[0, 0, j].item() if j < head_dim else 0 for j in range(i, 8 * num_planes, 8)]
         assert [byte >> shift & (2**bits - 1) for shift in range(0, 8, bits)] == expected
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("native", [False, True])
+def test_a_softcap_bends_the_weights_that_rank_and_complete(native, bits):
+    """As in Gemma 2: a cap far below the scores leaves nearly equal weights, so that few tokens hold little of them."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys = torch.randn(1, 4, 8, generator=generator) * 9, torch.randn(50, 2, 8, generator=generator)
+    shares = []
+    for softcap in (None, 0.01):
+        state = start(
+            KeySketch(Budget(0.8, dense_until=0), bits, completion="mean"),
+            1,
+            50,
+            spec=replace(small_spec(), softcap=softcap),
+            kernels=selection_kernels(native),
+        )
+        state.open(0)
+        state.reserve(0, 50)
+        state.on_append(0, torch.zeros(50, dtype=torch.int64), torch.arange(50), keys, keys)
+        state.begin(make_batch([50], [0]))
+        num_read = state.select(0, query).num_tokens[0]
+        shares.append(state._shares[0].tolist())
+    assert shares[1] == pytest.approx([num_read / 50] * 4, rel=0.02)
+    assert min(shares[0]) > 1.5 * max(shares[1])
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -437,7 +466,9 @@ def test_the_weight_that_is_not_read_goes_to_the_mean_or_to_the_sketched_values(
     """Ragged req_indices that held others before, prompts in pieces: out = a out(read) + (1 - a) mean(V), or the sum of
     w v over the other tokens, a and w for each head."""
     num_kv_heads = data.draw(st.sampled_from([1, 2, 3]))
-    spec = small_spec(num_kv_heads=num_kv_heads, num_heads=num_kv_heads * data.draw(st.sampled_from([1, 2, 4])))
+    num_heads, head_dim = num_kv_heads * data.draw(st.sampled_from([1, 2, 4])), data.draw(st.sampled_from([16, 192]))
+    spec = small_spec(num_kv_heads=num_kv_heads, num_heads=num_heads, head_dim=head_dim)
+    parts = num_parts(head_dim)
     bits = data.draw(st.sampled_from([None, 8])) if completion == "mean" else data.draw(st.sampled_from([4, 8]))
     per_head = data.draw(st.booleans())
     lengths = data.draw(st.lists(st.integers(2, 60), min_size=1, max_size=3))
@@ -467,9 +498,9 @@ def test_the_weight_that_is_not_read_goes_to_the_mean_or_to_the_sketched_values(
     completed = state.combine(1, Attended(out, torch.empty(0), torch.empty(0)))
     for row, length in enumerate(lengths):
         of_sets = selection.positions[row, :, : selection.num_tokens[row]].tolist()
-        known = keys[row, :length] if bits is None else unsketch(make_sketch(keys[row, :length], bits), spec.head_dim)
+        known = keys[row, :length] if bits is None else unsketch(make_sketch(keys[row, :length], bits, parts), head_dim)
         _, weights = plain_attention(query[row], known, values[row, :length])
-        sketched = unsketch(make_sketch(values[row, :length], 2), spec.head_dim).double()
+        sketched = unsketch(make_sketch(values[row, :length], 2, parts), head_dim).double()
         for head in range(spec.num_heads):
             chosen = of_sets[head * len(of_sets) // spec.num_heads]
             kv_head = head * num_kv_heads // spec.num_heads

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from alisa.attention.session import KVSession
 from alisa.attention.timing import StepTimer
@@ -25,6 +28,7 @@ def build_session(
     max_len: int,
     timer: StepTimer | None = None,
     looks_ahead: bool = False,
+    sinks: Sequence[Tensor] | None = None,
     prefix: PrefixCache | None = None,
 ) -> KVSession:
     """A session with a fresh policy state, of the layers without a sliding window.
@@ -39,8 +43,9 @@ def build_session(
         state_tokens: tokens that the policy's state has room for, over all of them.
         max_len: longest sequence.
         timer: told where the time goes; None: nobody asks.
-        looks_ahead: see `KVSession`.
-        prefix: see `KVSession`.
+        looks_ahead: see `KVSession`; so are the sinks and the prefix cache.
+        sinks: `Decoder.sinks`.
+        prefix: None: nobody keeps K and V of prompts.
     """
     state = policy.start(
         shape.full_layers(),
@@ -60,4 +65,5 @@ def build_session(
         timer or StepTimer(),
         looks_ahead=looks_ahead,
         prefix=prefix,
+        sinks=sinks,
     )

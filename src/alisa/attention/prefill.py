@@ -53,6 +53,7 @@ class PrefillStep:
         observed_from: for each chunk, from which position on its rows of attention are shown to the policy; None: none.
         num_sets: J.
         shape: of the attention; a layer with a window is none of the policy's.
+        sinks: of each layer, Float32[H]; None: the model has none.
         device: of the model.
     """
 
@@ -68,9 +69,11 @@ class PrefillStep:
         observed_from: Sequence[int | None],
         num_sets: int,
         shape: AttentionShape,
+        sinks: Sequence[Tensor] | None,
         device: torch.device,
     ) -> None:
         self._shape = shape
+        self._sinks = sinks
         self._store = store
         self._append = append
         self._on_append = on_append
@@ -108,7 +111,8 @@ class PrefillStep:
         own = KeyBlock(piece.section_start, k, v)
         section_len = piece.section_end - piece.section_start
         past = partial(self._past, layer, piece, window)
-        out, observed = self._kernel(q, own, section_len, past, num_observed, self._num_sets, window, softcap)
+        sinks = None if self._sinks is None else self._sinks[layer]
+        out, observed = self._kernel(q, own, section_len, past, num_observed, self._num_sets, window, softcap, sinks)
         for first, start, mass in observed:
             self._observe_prompt(self._shape.among_full(layer), piece.req_idx, first, start, mass)
         return out
@@ -144,6 +148,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(chunk: ScheduledChunk, prompt_len: int, observed_from: int | None) -> Iterator[_Piece]:
+    assert chunk.end <= prompt_len, "what is read as a prompt is part of it"
     start = chunk.start
     while start < chunk.end:
         section_start = start // SECTION_TOKENS * SECTION_TOKENS

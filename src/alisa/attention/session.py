@@ -23,6 +23,7 @@ from alisa.cache.manager import CacheManager
 from alisa.cache.prefix.cache import PrefixCache
 from alisa.kernels.base import Attended, Selection, StepBatch
 from alisa.kernels.choose import AttentionBackend
+from alisa.kernels.reference.sinks import with_sinks
 from alisa.outputs import Traffic
 from alisa.policy.base import PolicyState, SelectionPolicy
 from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
@@ -70,6 +71,7 @@ class KVSession:
         timer: told where the time goes.
         looks_ahead: choose a step's tokens when the step before it has been through all layers, and let the cache fetch
             what is missing while logits and tokens are computed. Only for policies that do not look at the query.
+        sinks: of each layer, Float32[H]; None: the model has none.
         prefix: keeps K and V of prompts for others that begin alike; None: nobody does.
     """
 
@@ -84,14 +86,17 @@ class KVSession:
         timer: StepTimer,
         *,
         looks_ahead: bool = False,
+        sinks: Sequence[Tensor] | None = None,
         prefix: PrefixCache | None = None,
     ) -> None:
+        assert shape.has_sinks == (sinks is not None), "whoever runs a model with sinks hands them over"
         self.cache = cache
         self.prefix = prefix
         self.policy = policy
         self.state = state
         self.shape = shape
         self._layers = [_Layer(shape.window(i), shape.among_full(i)) for i in range(shape.num_layers)]
+        self._sinks = sinks
         self._windows = sorted({window for window in shape.windows if window is not None})
         self._device = device
         self._looks_ahead = looks_ahead and not policy.query_aware
@@ -138,6 +143,28 @@ class KVSession:
         self._prompt_lens[sequence.req_idx] = sequence.prompt_len
         self._block_names[sequence.req_idx] = sequence.block_names
         self.max_lengths[sequence.req_idx] = sequence.num_tokens
+
+    def extend_prompt(self, req_idx: int, prompt_len: int) -> None:
+        """The sequence goes on with tokens up to `prompt_len` that are read as a prompt is.
+
+        For policies that do not observe prompts: attention that is observed belongs to one prompt read in one go.
+        """
+        assert not self.policy.observation_window(prompt_len), "what is observed cannot be taken up again"
+        self._prompt_lens[req_idx] = prompt_len
+
+    def copy_rows(self, source: int, chunk: ScheduledChunk) -> None:
+        """A step that has begun, with this one chunk of a prompt, gets its rows from another sequence and is over."""
+        for layer in range(self.shape.num_layers):
+            self._store.copy(layer, source, chunk.start, chunk.end)
+
+    def fork_state(self, source: int, req_idx: int) -> None:
+        """The policy knows of a sequence, all of whose rows have been copied, what it knows of their source."""
+        self.state.fork(source, req_idx)
+
+    def truncate(self, req_idx: int, length: int) -> None:
+        """The sequence ends after `length` tokens. For policies without a state: it would remember the others."""
+        assert self.state.nbytes == 0, "a policy's state cannot be cut"
+        self.cache.store.truncate(req_idx, length)
 
     def close(self, req_idx: int) -> None:
         """Every row and every other trace of the sequence is gone; its index may be given away at once."""
@@ -210,7 +237,11 @@ class KVSession:
         if window is not None:
             self.selection = self._in_window[window]
             self._read.append(self.selection.num_tokens)
-            return self._attend(layer, query, self.selection).out[:, None]
+            attended = self._attend(layer, query, self.selection)
+            out = attended.out
+            if self._sinks is not None:
+                out = with_sinks(out, attended.log_sum_exp, self._sinks[layer])
+            return out[:, None]
         if self._keeps_tokens:
             self._on_append(among_full, self._batch.req_index, self._positions, key, value)
         selection = self._select(among_full, query) if self._chosen is None else self._chosen[layer]
@@ -219,7 +250,10 @@ class KVSession:
             self._on_attended(among_full, selection, attended.mass)
         self.selection = selection
         self._read.append(selection.num_tokens)
-        return (self._combine(among_full, attended) if self._combines else attended.out)[:, None]
+        out = self._combine(among_full, attended) if self._combines else attended.out
+        if self._sinks is not None:
+            out = self._beside_sink(layer, out, attended.log_sum_exp)
+        return out[:, None]
 
     def end(self) -> StepTraffic:
         """The step is over; the next one's selections are made and asked for, where history alone decides them."""
@@ -263,6 +297,7 @@ class KVSession:
             observed_from,
             self.policy.num_sets(self.shape),
             self.shape,
+            self._sinks,
             self._device,
         )
 
@@ -298,6 +333,17 @@ class KVSession:
             add(chunk.rows, chunk.slots, chunk.span.begins, chunk.span.ends)
             chunk = self._next_chunk(chunks, None)
         return self._timer.timed(StepSection.ATTENTION, pieces.finish)()
+
+    def _beside_sink(self, layer: int, out: Tensor, log_sum_exp: Tensor) -> Tensor:
+        """What the layer's sink leaves of an output that stands for all tokens, of which some were read.
+
+        The policy knows which part of the weight was: the scores of all add up to more by that.
+        """
+        assert self._sinks is not None, "asked for where there are sinks"
+        shares = self.state.weight_read(self._layers[layer].among_full)
+        if shares is not None:
+            log_sum_exp = log_sum_exp - shares.log()
+        return with_sinks(out, log_sum_exp, self._sinks[layer])
 
     def _look_ahead(self) -> None:
         """Choose for the next step of the same sequences. If it turns out another, choosing again gives the same."""

@@ -101,6 +101,17 @@ class RowStore(Protocol):
         """
         ...
 
+    def copy(self, layer: int, source: int, start: int, end: int) -> None:
+        """The step's new tokens get the rows of tokens [start, end) of the sequence `source`, byte by byte.
+
+        Instead of `append`; the store keeps no hidden states.
+        """
+        ...
+
+    def truncate(self, req_idx: int, length: int) -> None:
+        """The sequence ends after `length` tokens, no more than it has; between steps."""
+        ...
+
     def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
         """The selected rows, ready to be read; usually one chunk."""
         ...

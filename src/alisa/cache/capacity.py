@@ -31,6 +31,8 @@ class StateMemory(NamedTuple):
     """Of every sequence, in addition."""
     read_share: float = 1.0
     """Share of a long sequence's tokens that one step reads."""
+    wants_all: bool = False
+    """Whether tokens of all sequences come first, and rows have what is left: where no sequence waits for another."""
 
 
 NO_STATE = StateMemory()
@@ -68,8 +70,8 @@ def device_capacity(
     """Share out a cap of `num_bytes` for a `TieredStore`.
 
     The policy's state gets as many tokens as all sequences may come to have, but no more than leaves room for the rows
-    that one step reads of half of them (the others may be swapped). Both it and the tables have room for at least one
-    sequence of the greatest length.
+    that one step reads of half of them (the others may be swapped; where they may not, for rows at all). Both it and
+    the tables have room for at least one sequence of the greatest length.
 
     Args:
         num_bytes: the cap.
@@ -99,7 +101,8 @@ def device_capacity(
     known = wanted
     if state.token_bytes:
         balanced = max(int(left / (state.token_bytes + id_bytes + state.read_share * token_bytes / 2)), 0)
-        known = max(min(wanted, balanced // STATE_BLOCK_TOKENS * STATE_BLOCK_TOKENS), state_tokens(max_length))
+        if not (state.wants_all and wanted * (state.token_bytes + id_bytes) + token_bytes <= left):
+            known = max(min(wanted, balanced // STATE_BLOCK_TOKENS * STATE_BLOCK_TOKENS), state_tokens(max_length))
         left -= known * state.token_bytes
     lower_tokens = min(lower_tokens, known)
     if holds_tables:

@@ -137,6 +137,16 @@ class KVStore:
         else:
             self._pool[layer].index_copy_(0, self._new_slots, self.codec.encode(k, v))
 
+    def copy(self, layer: int, source: int, start: int, end: int) -> None:
+        """See `RowStore.copy`."""
+        rows = self._pool[layer].index_select(0, self._table[source, start:end])
+        self._pool[layer].index_copy_(0, self._new_slots, rows)
+
+    def truncate(self, req_idx: int, length: int) -> None:
+        """See `RowStore.truncate`; the slots stay with the sequence."""
+        assert length <= self._open[req_idx].length, "a sequence does not grow by being cut"
+        self._open[req_idx].length = length
+
     def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
         """See `RowStore.chunks`: always one."""
         # Dense attention and fixed patterns choose once for all layers.

@@ -27,15 +27,16 @@ class Ppl:
     """Perplexity of a text, and its ratio to that of dense attention.
 
     The text is cut into windows; the first tokens of each are read densely, the rest is decoded under every policy.
-    WikiText-2, PTB, Alpaca files and directories are read as they are.
+    WikiText-2, PTB, Alpaca files, sources and directories are read as they are.
 
     For instance:
       alisa eval ppl --text wikitext2/ --policy swa,sketch --sparsity 0,0.5,0.8,0.9 --output cells.jsonl
       alisa eval ppl --text book.txt --model DIR --policy all --kv-dtype auto,int8 --context 2048 --mode layerwise
+      alisa eval ppl --text /usr/lib/python3.11 --policy sketch     # Python's own sources: code
     """
 
     text: Annotated[Path, arg(metavar="FILE|DIR")]
-    """A .txt, .jsonl or .json file, or a directory of them (its test split, if it has one)."""
+    """A .txt, .py, .jsonl or .json file, or a directory of them (its test split, if it has one)."""
     context: Annotated[int, arg(metavar="N")] = 512
     """Tokens of a window."""
     prefill: Annotated[int, arg(metavar="N")] = 128
@@ -73,10 +74,11 @@ class Ppl:
 class Qa:
     """Multiple choice: which choice is likeliest for its length, and how often that is right.
 
-    The questions and the examples in front of them are decoded under every policy but for their first tokens.
+    Questions, with the examples in front of them, are read densely, as prompts are, and the choices are decoded under
+    every policy. Without examples there is little that a policy could leave out.
 
     For instance:
-      alisa eval qa --task piqa,copa,openbookqa,winogrande --data DIR --shots 4 --limit 100
+      alisa eval qa --task piqa,copa,openbookqa,winogrande --data DIR --shots 16 --limit 100
       alisa eval qa --task questions.jsonl --policy sketch --sparsity 0.8
     """
 
@@ -88,8 +90,8 @@ class Qa:
     """Solved examples in front of each question, from the training split where there is one."""
     limit: Annotated[int, arg(metavar="N")] = 0
     """Questions, spread evenly over the set; 0: all there are."""
-    prefill: Annotated[int, arg(metavar="N")] = 16
-    """Tokens of each question that are read densely."""
+    prefill: Annotated[int, arg(metavar="N")] = 0
+    """Tokens of each question, with its examples, that are read densely; 0: all."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """Draws the examples."""
     sweep: SweepOptions = field(default_factory=SweepOptions)
@@ -105,7 +107,7 @@ class Qa:
                 task,
                 data=self.data,
                 num_shots=self.shots,
-                prefill=max(1, self.prefill),
+                prefill=self.prefill or None,
                 limit=self.limit or None,
                 seed=self.seed,
             )
@@ -124,8 +126,9 @@ class Recall:
     """Finding what was said far before: facts to look up, a passage to copy.
 
     needle: one fact at a depth of running text. multi: four facts anywhere. lookup: a block of facts in front, all
-    asked in random order. copy: a passage again. The text is read densely up to the first question, or up to --prefill,
-    and decoded under every policy from there on.
+    asked in random order. copy: a passage again. variables: facts that lead to each other, followed step by step.
+    common: the commonest word of a list. paragraphs: questions about the people in them. The prompt is read densely,
+    and everything after it is decoded under every policy.
 
     For instance:
       alisa eval recall --text book.txt --length 256,512,1024,2048 --output cells.jsonl
@@ -133,7 +136,7 @@ class Recall:
     """
 
     task: Annotated[str, arg(metavar="NAME[,NAME...]")] = "needle,multi,lookup,copy"
-    """Tasks, separated by commas."""
+    """Tasks, separated by commas; variables, common and paragraphs too."""
     length: Annotated[str, arg(metavar="N[,N...]")] = "256,512,1024"
     """Tokens of a text."""
     depth: Annotated[str, arg(metavar="SHARE[,SHARE...]")] = "0,0.25,0.5,0.75,1"
@@ -141,7 +144,10 @@ class Recall:
     repeats: Annotated[int, arg(metavar="N")] = 8
     """Texts for each depth."""
     prefill: Annotated[int, arg(metavar="N")] = 0
-    """Tokens that are read densely; 0: all up to the first question."""
+    """Tokens that are read densely; 0: the whole prompt."""
+    question: Literal["decoded", "prompt"] = "decoded"
+    """decoded: the prompt ends before the first question, which is asked under the policy, as the next turn of a
+    conversation is. prompt: the first question ends the prompt."""
     text: Annotated[Path | None, arg(metavar="FILE|DIR", help_behavior_hint="(default: a short text of our own)")] = (
         None
     )
@@ -167,6 +173,7 @@ class Recall:
             depths=numbers(self.depth, "depths"),
             repeats=self.repeats,
             prefill=self.prefill or None,
+            question=self.question,
             text=self.text,
             wording=choose_wording(self.wording, subject.name),
             seed=self.seed,
@@ -176,6 +183,53 @@ class Recall:
         """Do it; returns the exit status."""
         refuse_same_file({"--text": self.text, "--output": self.sweep.output})
         return run_sweep("recall", self.sweep, self.display, self.evaluations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Long texts: how much of them repeats itself, how long they become, and how likely dense attention finds them.
+
+    The engine goes on from prompts that are cut out of a text, once under every policy.
+
+    For instance:
+      alisa eval generation --text book.txt --policy sketch,swa --sparsity 0.8,0.95 --output cells.jsonl
+    """
+
+    text: Annotated[Path, arg(metavar="FILE|DIR")]
+    """A .txt, .py, .jsonl or .json file, or a directory of them (its test split, if it has one)."""
+    prompt: Annotated[int, arg(metavar="N")] = 512
+    """Tokens of a prompt."""
+    max_tokens: Annotated[int, arg(metavar="N")] = 512
+    """Tokens to write, unless the model ends before."""
+    texts: Annotated[int, arg(metavar="N")] = 8
+    """Texts to write, from prompts that are spread evenly over the text."""
+    temperature: Annotated[float, arg(metavar="T")] = 0.0
+    """0 picks the most likely token."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Of the first text; the others count on."""
+    sweep: SweepOptions = field(default_factory=SweepOptions)
+    display: DisplayOptions = field(default_factory=DisplayOptions)
+
+    def evaluations(self, subject: Subject) -> Sequence[Evaluation]:
+        """One text."""
+        from alisa.lab.eval.generation import generation_of
+
+        return [
+            generation_of(
+                subject,
+                self.text,
+                prompt_len=self.prompt,
+                max_tokens=self.max_tokens,
+                num_texts=self.texts,
+                temperature=self.temperature,
+                seed=self.seed,
+            )
+        ]
+
+    def run(self) -> int:
+        """Do it; returns the exit status."""
+        refuse_same_file({"--text": self.text, "--output": self.sweep.output})
+        return run_sweep("generation", self.sweep, self.display, self.evaluations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +245,7 @@ class Sparsity:
     """
 
     text: Annotated[Path, arg(metavar="FILE|DIR")]
-    """A .txt, .jsonl or .json file, or a directory of them (its test split, if it has one)."""
+    """A .txt, .py, .jsonl or .json file, or a directory of them (its test split, if it has one)."""
     context: Annotated[int, arg(metavar="N")] = 512
     """Tokens of a window."""
     prefill: Annotated[int, arg(metavar="N")] = 128

@@ -20,7 +20,7 @@ from alisa import __version__
 from alisa.cli.bench import BenchKernels
 from alisa.cli.bench_suite import BenchCompare, BenchPlot, BenchRun
 from alisa.cli.doctor import Doctor
-from alisa.cli.eval import Ppl, Qa, Recall, Sparsity
+from alisa.cli.eval import Generation, Ppl, Qa, Recall, Sparsity
 from alisa.cli.generate import Generate
 from alisa.cli.options import REGISTRY, with_new_names
 from alisa.cli.plan import Plan
@@ -44,6 +44,7 @@ COMMANDS: dict[str, type[Command]] = {
     "eval ppl": Ppl,
     "eval qa": Qa,
     "eval recall": Recall,
+    "eval generation": Generation,
     "eval sparsity": Sparsity,
     "plan": Plan,
     "plot": Plot,

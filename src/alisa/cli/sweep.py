@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -57,6 +57,9 @@ class SweepOptions:
     """Shares of the earlier tokens that a step does not read."""
     kv_dtype: Annotated[str, arg(metavar="NAME[,NAME...]")] = "auto"
     """What K and V are kept in: auto (as the model computes), float32, bfloat16, float16, int8, int4."""
+    forward: Annotated[Literal["alisa", "hf"], arg(name="engine")] = "alisa"
+    """Whose forward pass runs: our decoder's, or that of Hugging Face transformers, for families that we do not have
+    (pip install 'alisa[hf]'). Rows, policies and kernels are ours in both."""
     engine: SweptEngine = field(default_factory=SweptEngine)
     output: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     """Every cell as a JSON line, written when it is finished; cells that are in the file are not measured again."""
@@ -130,6 +133,12 @@ def load_subject(options: SweepOptions, progress: Callable[[int, int], None]) ->
     from alisa.lab.eval.subject import Subject
     from alisa.llm import LLM
 
+    if options.forward == "hf":
+        try:
+            from alisa.hf.decoder import load_transformers
+        except ImportError as error:
+            raise InputError(f"--engine hf cannot run: {error}") from error
+        return Subject.of(LLM(config=options.engine, loaded=load_transformers(options.engine)))
     return Subject.of(LLM(config=options.engine, progress=progress))
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from alisa import __version__
+from alisa.attention.caps import device_cap, disk_cap
 from alisa.config import EngineConfig
 from alisa.doctor.self_test import SelfTest, run_self_test
-from alisa.engine.builder import device_cap, disk_cap
 from alisa.engine.loaded import embedded_model
 from alisa.engine.threads import is_fixed
 from alisa.kernels.native import kernels as cpu

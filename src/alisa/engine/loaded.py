@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from alisa.attention.kv_cache import Rebuilding, RowSource
 from alisa.cache.codec import make_codec
 from alisa.config import EngineConfig
 from alisa.kernels.base import Codec
@@ -41,6 +42,15 @@ class LoadedModel:
     def dtype(self) -> str:
         """What the model computes in."""
         return str(self.decoder.dtype).removeprefix("torch.")
+
+    @property
+    def row_source(self) -> RowSource:
+        """What its KV cache is planned for; rows that cannot be rebuilt are never deleted."""
+        decoder, spec = self.decoder, self.spec
+        rebuilding = None
+        if decoder.can_rebuild:
+            rebuilding = Rebuilding(spec.hidden_size, decoder.dtype, decoder.project_kv)
+        return RowSource(spec.attention, spec.max_positions, decoder.device, self.backend, rebuilding)
 
 
 def embedded_model() -> Path:

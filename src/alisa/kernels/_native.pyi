@@ -25,6 +25,8 @@ class SketchTask:
         num_heads: int,
         num_sets: int,
         width: int,
+        parts: int,
+        softcap: float,
         value_bits: int = 0,
         value_codes: int = 0,
         value_ranges: int = 0,

@@ -161,6 +161,7 @@ class PrefillKernel(Protocol):
         num_sets: int,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Iterator[ObservedMass]]:
         """Attend causally with q `[T, H, D]` to `own`, of which it is the last T tokens, and to everything before.
 
@@ -174,6 +175,8 @@ class PrefillKernel(Protocol):
             num_sets: J, 1 for one index set per layer or G for one per KV head.
             window: tokens that each query sees, itself included; None: all. No rows are observed through one.
             softcap: of the scores, as in `AttentionShape`.
+            sinks: Float32[H], logits that join the softmax of each head; None: none do. They are left out of the
+                weights of the last rows.
 
         Returns:
             The output `[T, H, D]`, and the weights of the last rows, computed as they are asked for.
@@ -204,14 +207,24 @@ class MoveRows(Protocol):
 
 
 class Sketch(NamedTuple):
-    """Low-bit copies of keys or values, one for each token and KV head: see `alisa.kernels.reference.sketch`."""
+    """Low-bit copies of keys or values, one for each token and KV head: see `alisa.kernels.reference.sketch`.
+
+    A long head is cut into equal parts, each with a range of its own; those of a head follow each other.
+    """
 
     codes: Tensor
-    """UInt8[T, G, P], contiguous, with P = ceil(D * bits / 8)."""
+    """UInt8[T, G * parts, P], contiguous, with P = ceil(D / parts * bits / 8)."""
     ranges: Tensor
-    """Float16[T, G, 2], contiguous: (step, minimum) of each head."""
+    """Float16[T, G * parts, 2], contiguous: (step, minimum) of each part."""
     bits: int
     """2, 4 or 8."""
+    parts: int = 1
+    """Of a head; D is a multiple of it."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """G, heads of keys or values."""
+        return self.codes.shape[1] // self.parts
 
 
 class Panels(NamedTuple):
@@ -258,6 +271,8 @@ class Ranking(NamedTuple):
     """At least the largest length."""
     num_sets: int
     """J: 1 for all heads together, or G, one for the heads of each KV head."""
+    softcap: float | None = None
+    """Of the scores, as in `AttentionShape`."""
 
 
 class Completed(NamedTuple):

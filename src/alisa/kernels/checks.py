@@ -128,7 +128,7 @@ def check_sketch_append(sketch: Sketch, ids: Tensor, vectors: Tensor) -> None:
 def check_sketch_scores(query: Tensor, keys: Sketch, starts: Tensor, lengths: Tensor, num_sets: int) -> None:
     """A query and the sequences it asks for fit the sketch; raises otherwise."""
     num_seqs, num_heads, head_dim = query.shape
-    num_kv_heads = keys.codes.shape[1]
+    num_kv_heads = keys.num_kv_heads
     _check_sketch(keys, num_kv_heads, head_dim)
     if (
         num_heads % num_kv_heads
@@ -148,14 +148,16 @@ def check_sketch_scores(query: Tensor, keys: Sketch, starts: Tensor, lengths: Te
 
 def check_sketch_values(query: Tensor, keys: Sketch, values: Sketch) -> None:
     """The sketch of the values has the rows of that of the keys; raises otherwise."""
-    _check_sketch(values, keys.codes.shape[1], query.shape[2])
+    _check_sketch(values, keys.num_kv_heads, query.shape[2])
+    if values.parts != keys.parts:
+        raise ValueError(f"heads of the values are in {values.parts} parts and those of the keys in {keys.parts}")
     if values.codes.shape[0] != keys.codes.shape[0]:
         raise ValueError(f"{len(values.codes)} sketched values are not those of {len(keys.codes)} sketched keys")
 
 
 def check_ranking(query: Tensor, keys: Sketch, ranking: Ranking) -> None:
     """A query and what is ranked for it fit the sketch, with a budget for each index set; raises otherwise."""
-    starts, lengths, older_ends, older_counts, counts, _, _, num_sets = ranking
+    starts, lengths, older_ends, older_counts, counts, _, _, num_sets, _ = ranking
     check_sketch_scores(query, keys, starts, lengths, num_sets)
     # Written out, as are others here: this runs in every layer of every step.
     shape = (query.shape[0] * num_sets,)
@@ -239,16 +241,16 @@ def _check_rows(rows: Tensor, row_format: RowFormat) -> None:
 
 
 def _check_sketch(sketch: Sketch, num_heads: int, head_dim: int) -> None:
-    codes, ranges, bits = sketch
+    codes, ranges, bits, parts = sketch
     if bits not in (2, 4, 8):
         raise ValueError(f"a sketch has 2, 4 or 8 bits per value, not {bits}")
     if codes.dtype != torch.uint8 or ranges.dtype != torch.float16:
         raise TypeError(f"codes are uint8 and ranges float16, not {codes.dtype}, {ranges.dtype}")
-    expected = (num_heads, -(-head_dim * bits // 8))
-    if codes.shape[1:] != expected or ranges.shape != (codes.shape[0], num_heads, 2):
+    expected = (num_heads * parts, -(-head_dim // parts * bits // 8))
+    if codes.shape[1:] != expected or ranges.shape != (codes.shape[0], expected[0], 2) or head_dim % parts:
         raise ValueError(
             f"codes {tuple(codes.shape)} and ranges {tuple(ranges.shape)} are not [T, {expected[0]}, {expected[1]}] "
-            f"and [T, {num_heads}, 2], as {bits} bits for {num_heads} heads of {head_dim} need"
+            f"and [T, {expected[0]}, 2], as {bits} bits for {num_heads} heads of {head_dim} in {parts} parts need"
         )
     if not (codes.is_contiguous() and ranges.is_contiguous()):
         raise ValueError("codes and ranges of a sketch are contiguous")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alisa.attention.build import build_session
+from alisa.attention.caps import device_cap
 from alisa.attention.prefill import chunk_tokens
 from alisa.attention.timing import StepTimer
 from alisa.budget import state_tokens
@@ -22,7 +23,6 @@ from alisa.cache.capacity import resident_table_bytes
 from alisa.cache.manager import CacheManager
 from alisa.cache.store import KVStore
 from alisa.config import format_bytes
-from alisa.engine.builder import device_cap
 from alisa.engine.runner import ModelRunner
 from alisa.errors import CapacityError
 from alisa.kernels.base import Attended, AttentionPieces, Codec, DecodeKernel
@@ -215,6 +215,7 @@ def teacher_forced(
         max_num_seqs=len(items),
         state_tokens=sum(map(state_tokens, lengths)),
         max_len=max(lengths),
+        sinks=decoder.sinks,
     )
     runner = ModelRunner(decoder, session, StepTimer())
     chunk = chunk_tokens(prefill_chunk, codec.format.dtype, decoder.dtype)

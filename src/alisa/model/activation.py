@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alisa.kernels.native import activation as native
 from alisa.kernels.native import library
-from alisa.spec import ActivationName
+from alisa.spec import SWIGLU_ALPHA, SWIGLU_LIMIT, ActivationName
 
 Activation = Callable[[Tensor], Tensor]
 """The up product `[..., F]`, or gate and up `[..., 2 F]` of a gated MLP -> `[..., F]`; it may be overwritten."""
@@ -31,6 +31,9 @@ def make_activation(name: ActivationName, *, gated: bool, device: torch.device) 
 
 def plain_activation(name: ActivationName, *, gated: bool) -> Activation:
     """The same in plain torch."""
+    if name == "clamped_swiglu":
+        assert gated, "it takes both halves"
+        return _clamped_swiglu
     activate = _PLAIN[name]
     if not gated:
         return activate
@@ -58,6 +61,13 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     wide = x.to(torch.float32)
     power = (wide * wide).mul_(0.044715).add_(1).mul_(wide).mul_(-2 * math.sqrt(2 / math.pi))
     return (wide / power.exp_().add_(1)).to(x.dtype)
+
+
+def _clamped_swiglu(x: Tensor) -> Tensor:
+    """(up + 1) * gate / (1 + exp(-alpha gate)) of halves that are clamped: gate from above, up from both sides."""
+    gate, up = x.to(torch.float32).chunk(2, dim=-1)
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return (gate / (gate * -SWIGLU_ALPHA).exp_().add_(1)).mul_(up + 1).to(x.dtype)
 
 
 _PLAIN: dict[ActivationName, Activation] = {

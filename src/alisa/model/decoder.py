@@ -94,6 +94,17 @@ class Decoder:
         return limited
 
     @property
+    def sinks(self) -> tuple[Tensor, ...] | None:
+        """Of each layer, the logits Float32[H] that join its softmax; None: the model has none."""
+        found = tuple(layer.sinks for layer in self._layers if layer.sinks is not None)
+        return found or None
+
+    @property
+    def can_rebuild(self) -> bool:
+        """Whether `project_kv` gives rows again: not where keys are rotated by the length of their sequence."""
+        return not self.spec.rotates_by_length
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all weights; a tied table that is also packed for the logits counts twice, a shared one once."""
         output = None if self._shares_table else self._output

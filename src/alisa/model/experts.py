@@ -34,13 +34,23 @@ class Experts:
 
     Args:
         router: `[..., C] -> [..., experts]`.
+        router_bias: what is added to that, `[experts]`; None: nothing.
         experts: by number.
         per_token: how many each token goes through.
         renormalises: their weights are made to sum to 1; else they are shares among all experts.
     """
 
-    def __init__(self, router: Linear, experts: Sequence[Expert], *, per_token: int, renormalises: bool) -> None:
+    def __init__(
+        self,
+        router: Linear,
+        router_bias: Tensor | None,
+        experts: Sequence[Expert],
+        *,
+        per_token: int,
+        renormalises: bool,
+    ) -> None:
         self._router = router
+        self._router_bias = router_bias
         self._experts = tuple(experts)
         self._per_token = per_token
         self._renormalises = renormalises
@@ -48,7 +58,8 @@ class Experts:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return self._router.nbytes + sum(expert.nbytes for expert in self._experts)
+        bias = 0 if self._router_bias is None else self._router_bias.nbytes
+        return self._router.nbytes + bias + sum(expert.nbytes for expert in self._experts)
 
     def __call__(self, x: Tensor, activate: Callable[[Tensor], Tensor]) -> Tensor:
         """`x [..., C] -> [..., C]`; `activate` stands between the two products of an expert."""
@@ -65,7 +76,10 @@ class Experts:
 
     def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Weight Float32[N, per_token] and number Int64[N, per_token] of each token's experts, the heaviest first."""
-        shares = self._router(tokens).float().softmax(dim=-1)
+        scores = self._router(tokens)
+        if self._router_bias is not None:
+            scores = scores + self._router_bias
+        shares = scores.float().softmax(dim=-1)
         weights, chosen = shares.topk(self._per_token, dim=-1)
         return (weights / _added_up(weights)[:, None] if self._renormalises else weights), chosen
 

@@ -60,6 +60,8 @@ class Layer:
     q_norm: Norm | None
     k_norm: Norm | None
     out: Linear
+    sinks: Tensor | None
+    """Float32[H]: what each head's softmax has in its denominator besides the tokens (GPT-OSS)."""
     attn_post_norm: Norm | None
     """Of the output of attention; the names of the norms are those of `names.norm_names`."""
     mlp_norm: Norm | None
@@ -71,7 +73,7 @@ class Layer:
     def nbytes(self) -> int:
         """Bytes of all weights."""
         norms = (self.attn_norm, self.attn_post_norm, self.q_norm, self.k_norm, self.mlp_norm, self.mlp_post_norm)
-        parts = (*norms, self.q, self.kv, self.out, self.mlp)
+        parts = (*norms, self.q, self.kv, self.out, self.sinks, self.mlp)
         return sum(part.nbytes for part in parts if part is not None)
 
 
@@ -149,7 +151,8 @@ class Builder:
             return mlps[0]
         # The router is never rounded to fewer bits: it is small, and a token that goes elsewhere is another token.
         router = self._linears.exact(self.tensor(layer_name(index, "router.weight")))
-        return Experts(router, mlps, per_token=spec.experts_per_token, renormalises=spec.renormalises_experts)
+        bias = self.tensor(layer_name(index, "router.bias")) if spec.router_bias else None
+        return Experts(router, bias, mlps, per_token=spec.experts_per_token, renormalises=spec.renormalises_experts)
 
     def layer(self, index: int) -> Layer:
         """All weights of one layer."""
@@ -160,6 +163,7 @@ class Builder:
             q_norm=self.norm(layer_name(index, "q_norm")),
             k_norm=self.norm(layer_name(index, "k_norm")),
             out=self.linear(layer_name(index, "out")),
+            sinks=self.tensor(layer_name(index, "sinks")) if self._spec.has_sinks else None,
             attn_post_norm=self.norm(layer_name(index, "attn_post_norm")),
             mlp_norm=self.norm(layer_name(index, "mlp_norm")),
             mlp=self._mlp(index),

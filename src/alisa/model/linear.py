@@ -85,7 +85,7 @@ class PackedLinear:
     """A weight `[out, in]` reordered once into oneDNN's blocked layout; float32 and bfloat16 on a CPU.
 
     These two operators are what `torch.compile` uses to freeze weights for CPU inference; they are private to torch, so
-    `make_linear` tries them on one row and keeps the plain form when they fail.
+    `FrameworkLinears` tries them on one row and keeps the plain form when they fail.
 
     A row's result does not depend on the other rows: where oneDNN treats a single row differently, it goes twice,
     which takes no longer (the weight is read once).

@@ -18,7 +18,7 @@ from alisa.model.layer import Progress
 from alisa.model.linear import LinearMaker
 from alisa.model.other_formats import WEIGHTS, found_format
 from alisa.model.source import RandomSource
-from alisa.model.weights import Checkpoint, CheckpointSource
+from alisa.model.weights import Checkpoint, CheckpointSource, StoredTensors
 from alisa.spec import ModelSpec
 
 
@@ -68,8 +68,23 @@ def load_decoder(
     """
     config = read_config(directory)
     family = _family(config, directory)
-    spec = family.to_spec(config)
-    checkpoint = Checkpoint(directory)
+    return decoder_from(Checkpoint(directory), family, family.to_spec(config), dtype, device, progress, linears)
+
+
+def decoder_from(
+    checkpoint: StoredTensors,
+    family: Family,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+    linears: LinearMaker | None = None,
+) -> Decoder:
+    """A decoder with the weights of a checkpoint, wherever its tensors are; the others as in `load_decoder`.
+
+    Raises:
+        ModelError: the weights do not fit the spec.
+    """
     source = CheckpointSource(checkpoint, family, spec)
     if source.unties_output:
         spec = dataclasses.replace(spec, tied_embeddings=False)

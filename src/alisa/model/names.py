@@ -63,8 +63,10 @@ def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
         shapes["q_norm.weight"] = (spec.q_size if spec.qk_norm_joint else spec.head_dim,)
         shapes["k_norm.weight"] = (spec.kv_size if spec.qk_norm_joint else spec.head_dim,)
     linear("out", spec.hidden_size, spec.q_size, spec.out_bias)
+    if spec.has_sinks:
+        shapes["sinks"] = (spec.num_heads,)
     if spec.num_experts:
-        linear("router", spec.num_experts, spec.hidden_size, False)
+        linear("router", spec.num_experts, spec.hidden_size, spec.router_bias)
     for mlp in [expert_name(number, "") for number in range(spec.num_experts)] or [""]:
         linear(f"{mlp}up", (2 if spec.gated_mlp else 1) * spec.ffn_size, spec.hidden_size, spec.mlp_bias)
         linear(f"{mlp}down", spec.hidden_size, spec.ffn_size, spec.mlp_bias)
@@ -90,7 +92,7 @@ def model_shapes(spec: ModelSpec) -> dict[str, Shape]:
 
 def stays_wide(spec: ModelSpec, name: str) -> bool:
     """Whether a tensor is held in float32 whatever the model computes in."""
-    return spec.wide_norms and name.endswith("norm.weight")
+    return name.endswith(".sinks") or (spec.wide_norms and name.endswith("norm.weight"))
 
 
 def weight_bytes(spec: ModelSpec, itemsize: int) -> int:

@@ -58,8 +58,8 @@ class SafetensorsFile:
         """Shape of a tensor, from the header."""
         return self._entries[name].shape
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype, in memory of its own.
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """The tensor in its stored dtype, in memory of its own; or one part of it along its first dimension.
 
         Raises:
             ModelError: its dtype is not a float dtype (quantised checkpoints), or the file ends early.
@@ -70,11 +70,11 @@ class SafetensorsFile:
                 f"{self.path.name}: {name} is stored as {entry.dtype}; only {', '.join(_DTYPES)} checkpoints can be "
                 "read, so take the unquantised repository of this model."
             )
-        tensor = page_tensor(entry.shape, _DTYPES[entry.dtype])
+        tensor = page_tensor(entry.shape if part is None else entry.shape[1:], _DTYPES[entry.dtype])
         if tensor.numel():
             target = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
             with self.path.open("rb", buffering=0) as file:
-                file.seek(entry.start)
+                file.seek(entry.start + (part or 0) * tensor.nbytes)
                 _read_fully(file, target, self.path)
         return tensor
 

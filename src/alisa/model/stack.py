@@ -65,7 +65,7 @@ class LayerStack:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             ffn_size=spec.ffn_size,
-            activation=KINDS[spec.activation],
+            activation=0 if spec.num_experts else KINDS[spec.activation],
             norms_after_sum=spec.norm_place == "after_sum",
             parallel_residual=spec.parallel_residual,
             residual_scale=spec.residual_scale,

@@ -43,8 +43,8 @@ class TorchFile:
         """Shape of a tensor."""
         return tuple(self._tensors[name].shape)
 
-    def read(self, name: str) -> Tensor:
-        """A copy of the tensor in its stored dtype.
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """A copy of the tensor in its stored dtype, or of one part of it along its first dimension.
 
         Raises:
             ModelError: its dtype is not a float dtype.
@@ -55,6 +55,8 @@ class TorchFile:
                 f"{self.path.name}: {name} is stored as {self.dtype_name(name)}; only float checkpoints can be read, "
                 "so take the unquantised repository of this model."
             )
+        if part is not None:
+            tensor = tensor[part]
         copy = page_tensor(tuple(tensor.shape), tensor.dtype).copy_(tensor)
         self._read_bytes += copy.nbytes
         if self._read_bytes > _REOPEN_BYTES:

@@ -56,8 +56,8 @@ class StoredTensors(Protocol):
         """The file a tensor lies in, for messages."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in a float dtype, in memory of its own."""
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """The tensor in a float dtype, in memory of its own; or one part of it along its first dimension."""
         ...
 
 
@@ -104,9 +104,9 @@ class Checkpoint:
         """The file a tensor lies in, for messages."""
         return self._files[name].path.name
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype, in memory of its own."""
-        return self._files[name].read(name)
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """The tensor in its stored dtype, in memory of its own; or one part of it along its first dimension."""
+        return self._files[name].read(name, part)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -220,7 +220,7 @@ class CheckpointSource:
         return joined
 
     def _take(self, part: WeightPiece, name: str, shape: Shape) -> Tensor:
-        tensor = self._checkpoint.read(self._names[part.name])
+        tensor = self._checkpoint.read(self._names[part.name], part.expert)
         if part.take is None:
             return tensor
         try:

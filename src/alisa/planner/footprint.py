@@ -29,7 +29,8 @@ def _panel_weight_bytes(spec: ModelSpec, dtype: str, layers: str, head: str) -> 
         if len(shape) == 2 and name not in ("embed.weight", "positions.weight"):
             parts = 2 if spec.gated_mlp and name.endswith("up.weight") else 1
             return panel_bytes(head if name == "output.weight" else layers, *shape, parts)
-        is_wide = stays_wide(spec, name) or (name.endswith(".bias") and "norm" not in name)
+        is_bias = name.endswith(".bias") and "norm" not in name and "router" not in name
+        is_wide = stays_wide(spec, name) or is_bias
         return math.prod(shape) * (4 if is_wide else DTYPE_BYTES[dtype])
 
     layer = sum(of(name, shape) for name, shape in layer_shapes(spec).items())

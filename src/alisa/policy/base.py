@@ -12,6 +12,8 @@ Both classes have defaults, so that a policy says only what is special about it.
     begin(batch)                                         once for each decode step, then in each layer
     on_append(layer, ...), select(layer, query), on_attended(layer, ...), combine(layer, ...)
     close(req_idx)
+
+`fork(source, req_idx)` may take the place of the second line: the sequence has become a copy of another one.
 """
 
 from __future__ import annotations
@@ -44,6 +46,9 @@ class PolicyState:
         `start`.
         """
 
+    def fork(self, source: int, req_idx: int) -> None:
+        """The state of this sequence, reserved for as many tokens, is that of the sequence `source`."""
+
     def close(self, req_idx: int) -> None:
         """The sequence is gone, and its room is free."""
 
@@ -74,6 +79,13 @@ class PolicyState:
 
     def on_attended(self, layer: int, selection: Selection, mass: Tensor) -> None:
         """Take in what the attention over `selection` gave: mass Float32[B, J, K], 0 on padding."""
+
+    def weight_read(self, layer: int) -> Tensor | None:
+        """The part Float32[B, H] of each head's weight that lies on what the layer's last selection reads.
+
+        None: `combine` does not reckon with other tokens.
+        """
+        return None
 
     def combine(self, layer: int, attended: Attended) -> Tensor:
         """The layer's output `[B, H, D]`: that of the attention, or what it is with the tokens not read in mind."""

@@ -1,7 +1,8 @@
 """Query-aware selection: rank all tokens against the current query by a low-bit sketch of their keys.
 
 The sketch of every token stays on the device; it is small against the row it stands for (for a head of 64 values in 16
-bits 36 of 256 bytes for the key in 4 bits, and 20 for the value in 2). Each step computes approximate attention weights
+bits 36 of 256 bytes for the key in 4 bits, and 20 for the value in 2); a head of more than 128 values has a range for
+each 64 of them. Each step computes approximate attention weights
 w of all tokens from it, sums them over the heads of an index set and reads the winners in full. A token can return at
 any time, which the history-based policies cannot offer. Ranking by cheap keys: SparQ (arXiv 2312.04985), InfiniGen
 (2406.19707), Quest (2406.10774).
@@ -31,7 +32,7 @@ from alisa.kernels.base import Attended, Ranking, Selection, SelectionKernels, S
 from alisa.kernels.reference.sketch import attention_weights, token_ids, weight_read
 from alisa.policy.base import PolicyState, SelectionPolicy
 from alisa.policy.ranked import RankedStep
-from alisa.policy.state_bytes import VALUE_BITS, KeyBits, key_bits
+from alisa.policy.state_bytes import VALUE_BITS, KeyBits, key_bits, num_parts
 from alisa.policy.token_state import TokenState
 from alisa.spec import AttentionShape
 
@@ -69,7 +70,7 @@ class KeySketch(SelectionPolicy):
         device: torch.device,
         kernels: SelectionKernels,
     ) -> PolicyState:
-        """A state of `bits / 8` bytes per key value and 4 per key, and what the completion takes.
+        """A state of `bits / 8` bytes per key value and 4 per key or part of it, and what the completion takes.
 
         That is the same for each value with 2 bits, or 8 bytes for each value of the mean of a sequence.
         """
@@ -101,6 +102,8 @@ class KeyState(TokenState):
         self._budget = policy.budget
         self._kernels = kernels
         self._num_sets = policy.num_sets(shape)
+        self._completes = policy.completion != "none"
+        self._softcap = shape.softcap
         self._value_sums: Tensor | None = None
         if policy.completion == "mean":
             sums = (shape.num_layers, max_num_seqs, shape.num_kv_heads, shape.head_dim)
@@ -115,6 +118,12 @@ class KeyState(TokenState):
         super().open(req_idx)
         if self._value_sums is not None:
             self._value_sums[:, req_idx].zero_()
+
+    def fork(self, source: int, req_idx: int) -> None:
+        """The sum of the values too."""
+        super().fork(source, req_idx)
+        if self._value_sums is not None:
+            self._value_sums[:, req_idx] = self._value_sums[:, source]
 
     def on_append(self, layer: int, req_index: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep the new keys, and add the values."""
@@ -135,6 +144,10 @@ class KeyState(TokenState):
         # The new token's own weight counts in the softmax, though it is read in any case.
         return step.selection(self._choose(layer, query, self._ranking))
 
+    def weight_read(self, layer: int) -> Tensor | None:
+        """As the sketch has it."""
+        return self._shares if self._completes else None
+
     def combine(self, layer: int, attended: Attended) -> Tensor:
         """The mean of all values takes the weight that the layer's last selection left out."""
         if self._value_sums is None:
@@ -153,7 +166,7 @@ class KeyState(TokenState):
     def _locate(self, batch: StepBatch, starts: Tensor) -> None:
         step = self._step
         assert step is not None, "entries are located when a step begins"
-        self._ranking = step.ranking(starts, batch.length_counts)
+        self._ranking = step.ranking(starts, batch.length_counts)._replace(softcap=self._softcap)
 
 
 class SketchedKeys(KeyState):
@@ -175,10 +188,11 @@ class SketchedKeys(KeyState):
 
     def _new_sketches(self, shape: AttentionShape, bits: int) -> list[Sketch]:
         """One for each layer."""
-        code_bytes = -(-shape.head_dim * bits // 8)
-        codes = self._new_table((shape.num_layers,), (shape.num_kv_heads, code_bytes), torch.uint8)
-        ranges = self._new_table((shape.num_layers,), (shape.num_kv_heads, 2), torch.float16)
-        return [Sketch(*tables, bits) for tables in zip(codes.unbind(), ranges.unbind(), strict=True)]
+        parts = num_parts(shape.head_dim)
+        num_heads, code_bytes = shape.num_kv_heads * parts, -(-shape.head_dim // parts * bits // 8)
+        codes = self._new_table((shape.num_layers,), (num_heads, code_bytes), torch.uint8)
+        ranges = self._new_table((shape.num_layers,), (num_heads, 2), torch.float16)
+        return [Sketch(*tables, bits, parts) for tables in zip(codes.unbind(), ranges.unbind(), strict=True)]
 
     def _keep(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
         self._kernels.sketch_append(self._key_sketches[layer], ids, keys)
@@ -241,9 +255,9 @@ class ExactKeys(KeyState):
 
     def _choose(self, layer: int, query: Tensor, ranking: Ranking) -> Tensor:
         """The best by true weight."""
-        starts, lengths, older_ends, older_counts, counts, num_slots, width, num_sets = ranking
+        starts, lengths, older_ends, older_counts, counts, num_slots, width, num_sets, softcap = ranking
         keys = self._keys[layer].index_select(0, token_ids(starts, lengths, width))
-        weights = attention_weights(query, keys, lengths, self._scale)
+        weights = attention_weights(query, keys, lengths, self._scale, softcap)
         scores = weights.unflatten(1, (num_sets, -1)).sum(dim=2)
         rows = torch.arange(len(counts), device=query.device) * width
         positions = self._kernels.select(scores.view(-1), rows, older_ends, older_counts, counts, num_slots, width)

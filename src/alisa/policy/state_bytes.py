@@ -21,13 +21,23 @@ KeyBits = Literal["auto", 2, 4, 8]
 """Of a value in the sketch of a key; auto: 4, and 8 in a head of more than `LONG_HEAD` values."""
 
 LONG_HEAD = 128
-"""One range for more values than this is too coarse for 4 bits: with heads of 256 (Gemma 3 270M) `sketch` lost 6.9 % of
-perplexity at 0.95, with 8 bits 1.2 % (docs/accuracy.md)."""
+"""Longer heads are cut into parts of at most `PART_LEN` values with a range each (`num_parts`). One range for all of
+them is too coarse: with heads of 256 (Gemma 3 270M) and 4 bits `sketch` lost 6.9 % of perplexity at 0.95
+(docs/accuracy.md)."""
+
+PART_LEN = 64
 
 
 def key_bits(bits: KeyBits, head_dim: int) -> int:
     """Bits of a value in the sketch of keys of this length."""
     return (8 if head_dim > LONG_HEAD else 4) if bits == "auto" else bits
+
+
+def num_parts(head_dim: int) -> int:
+    """Equal parts of a head that have ranges of their own in a sketch."""
+    if head_dim <= LONG_HEAD:
+        return 1
+    return next(parts for parts in range(-(-head_dim // PART_LEN), head_dim + 1) if head_dim % parts == 0)
 
 
 class StateBytes(NamedTuple):
@@ -86,5 +96,6 @@ def sketch_state(*, bits: KeyBits | None, uses_values: bool, uses_mean: bool) ->
 
 
 def _sketch_bytes(head_dim: int, bits: int) -> int:
-    """Of one head: codes, and a step and a minimum in float16."""
-    return -(-head_dim * bits // 8) + 4
+    """Of one head: codes, and for each part of it a step and a minimum in float16."""
+    parts = num_parts(head_dim)
+    return parts * (-(-head_dim // parts * bits // 8) + 4)

@@ -107,6 +107,13 @@ class SparseWindowState(TokenState):
         self._bucket_rows.pop(req_idx, None)
         self._first_bucket.pop(req_idx, None)
 
+    def fork(self, source: int, req_idx: int) -> None:
+        """The buckets too."""
+        super().fork(source, req_idx)
+        if source in self._bucket_rows:
+            self._bucket_rows[req_idx] = self._bucket_rows[source]
+            self._first_bucket[req_idx] = self._first_bucket[source]
+
     def observe_prompt(self, layer: int, req_idx: int, first: int, start: int, mass: Tensor) -> None:
         """Add prompt rows to the buckets they belong to."""
         num_rows, _, num_columns = mass.shape

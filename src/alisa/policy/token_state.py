@@ -77,10 +77,17 @@ class TokenState(PolicyState):
                 table.tokens(start + former, size - former).zero_()
         self._update_starts(req_idx, moved=bool(moves))
 
+    def fork(self, source: int, req_idx: int) -> None:
+        """Every table has the same of both."""
+        start, count = self._extents.start(source), self._extents.size(source)
+        for table in self._tables:
+            table.tokens(self._extents.start(req_idx), count).copy_(table.tokens(start, count))
+
     def close(self, req_idx: int) -> None:
         """The room is free; the last step, in which the sequence may have been, is over."""
         self._extents.close(req_idx)
-        self._batch = None
+        if self._batch is not None and req_idx in self._batch.req_indices:
+            self._batch = None  # its step is over, and whoever moves now need not find it again
 
     def begin(self, batch: StepBatch) -> None:
         """Find the sequences."""

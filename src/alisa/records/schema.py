@@ -63,7 +63,7 @@ class EvalRecord:
     """One cell of `alisa eval`: a policy at a sparsity, with one row format, on one task."""
 
     kind: str
-    """`ppl`, `qa`, `recall` or `sparsity`."""
+    """`ppl`, `qa`, `recall`, `generation` or `sparsity`."""
     cell: str
     """Digest of everything that decides the numbers."""
     model: str

@@ -114,16 +114,20 @@ class Appender:
             slots = torch.from_numpy(step.home_slots[layer]).to(self._device, torch.int64)
             self._kernel(self._pool[layer].rows, self._codec.format, slots, k, v)
         else:
-            rows = self._codec.encode(k, v)
-            self._pool[layer].put(step.home_slots[layer], rows[self._index(step.home)])
-            for tier, tokens, slots_below in step.below:
-                below = rows[self._index(tokens)]
-                self._in_flight.write(layer, tier, slots_below, below, step.owners[tokens])
+            self.put(layer, self._codec.encode(k, v))
         if step.hidden is not None and self._hidden is not None:
             assert hidden is not None, "what may be deleted is rebuilt from the layer input"
             tokens, slots_below = step.hidden
             encoded = self._hidden.encode(hidden[self._index(tokens)])
             self._in_flight.write(layer, self._hidden.tier, slots_below, encoded, step.owners[tokens])
+
+    def put(self, layer: int, rows: Tensor) -> None:
+        """The new tokens' rows UInt8[N, row_bytes] of one layer are where they belong."""
+        step = self._step
+        self._pool[layer].put(step.home_slots[layer], rows[self._index(step.home)])
+        for tier, tokens, slots_below in step.below:
+            below = rows[self._index(tokens)]
+            self._in_flight.write(layer, tier, slots_below, below, step.owners[tokens])
 
     def _device_slots(self, ids: Slots) -> NDArray[np.int32]:
         """Int32[L, n]: a slot in every layer for each of these rows."""

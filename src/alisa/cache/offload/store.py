@@ -234,16 +234,24 @@ class TieredStore:
 
     def release(self, req_idx: int) -> None:
         """See `RowStore.release`; waits for this sequence's rows that are on their way, and for no others."""
+        self.truncate(req_idx, 0)
+        del self._open[req_idx]
+        self._row_ids.release(req_idx)
+        self._transfers.forgive(req_idx)
+
+    def truncate(self, req_idx: int, length: int) -> None:
+        """See `RowStore.truncate`; waits as `release` does."""
         self._in_flight.wait_for(req_idx)
         self._loader.wait_for(req_idx)
-        sequence = self._open.pop(req_idx)
-        ids = self._row_ids.of(req_idx, 0, sequence.length)
+        sequence = self._open[req_idx]
+        ids = self._row_ids.of(req_idx, length, sequence.length)
         self._loader.forget(ids)
         self._residency.release(ids)
         for table in self._tables():
             table.give_back(ids)
-        self._row_ids.release(req_idx)
-        self._transfers.forgive(req_idx)
+        sequence.length = length
+        sequence.bounds = [min(bound, length) for bound in sequence.bounds]
+        self._ends[req_idx] = sequence.bounds[0]
 
     def length(self, req_idx: int) -> int:
         """See `RowStore.length`."""
@@ -288,6 +296,11 @@ class TieredStore:
     def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor | None) -> None:
         """See `RowStore.append`."""
         self._appender.append(layer, k, v, hidden)
+
+    def copy(self, layer: int, source: int, start: int, end: int) -> None:
+        """See `RowStore.copy`."""
+        assert self._hidden is None, "what may be deleted is rebuilt from the layer input, and there is none"
+        self._appender.put(layer, self._reader.read(layer, source, start, end))
 
     def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
         """See `RowStore.chunks`; one set for all heads."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from alisa.kernels.base import KeyBlock, ObservedMass
 from alisa.kernels.native.prefill import CpuPrefill
 from alisa.kernels.reference.prefill import prefill_attention
+from alisa.kernels.reference.sinks import with_sinks
 
 
 class NativePrefill:
@@ -29,15 +30,18 @@ class NativePrefill:
         num_sets: int,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Iterator[ObservedMass]]:
         """Rows of codes are read as float32: the past is rounded to bfloat16, as the model's own keys are.
 
         A row's result depends on the row and the keys it sees alone, so a piece needs to know nothing of its section.
         """
         if q.dtype != torch.bfloat16:
-            return prefill_attention(q, own, section_len, past, num_observed, num_sets, window, softcap)
+            return prefill_attention(q, own, section_len, past, num_observed, num_sets, window, softcap, sinks)
         earlier = (KeyBlock(block.start, block.k.to(q.dtype), block.v.to(q.dtype)) for block in past())
         out, log_sum_exp = self._kernel.attend(q, own, earlier, window, softcap)
+        if sinks is not None:
+            out = with_sinks(out, log_sum_exp, sinks)
         last = slice(len(q) - num_observed, None)
         blocks = chain(past(), (own,)) if num_observed else ()
         first = own.start + len(own.k) - num_observed

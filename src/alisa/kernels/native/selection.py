@@ -101,13 +101,14 @@ class CpuSelection:
         """See `SelectionKernels`."""
         check_sketch_append(sketch, ids, vectors)
         num_tokens, num_heads, head_dim = vectors.shape
+        # The parts of a head are heads here: they lie in a row.
         vectors, ids = dense_tokens(vectors), ids.contiguous()
         self._workspace.sketch_append(
             isa=self.isa,
             threads=self._threads,
             bits=sketch.bits,
-            num_kv_heads=num_heads,
-            head_dim=head_dim,
+            num_kv_heads=num_heads * sketch.parts,
+            head_dim=head_dim // sketch.parts,
             keys=vectors.data_ptr(),
             dtype=VALUE_CODES[vectors.dtype],
             stride=vectors.stride(0) * vectors.element_size(),
@@ -118,12 +119,19 @@ class CpuSelection:
         )
 
     def sketch_scores(
-        self, query: Tensor, keys: Sketch, starts: Tensor, lengths: Tensor, width: int, num_sets: int
+        self,
+        query: Tensor,
+        keys: Sketch,
+        starts: Tensor,
+        lengths: Tensor,
+        width: int,
+        num_sets: int,
+        softcap: float | None = None,
     ) -> Tensor:
         """Approximate attention weights Float32[B, num_sets, width] of tokens starts[b] .. starts[b] + lengths[b] - 1.
 
         Softmax of query times sketched key over sqrt(D), for each head on its own, summed over the heads of each index
-        set; 0 from lengths[b] on. The query is rounded to 1/32639 of its largest value.
+        set; 0 from lengths[b] on. The query is rounded to 1/32639 of its largest value, in each part of a head.
 
         Args:
             query: `[B, H, D]` in a float dtype.
@@ -132,6 +140,7 @@ class CpuSelection:
             lengths: Int32[B], each at least 1.
             width: at least the largest length.
             num_sets: 1 for all heads together, G for the heads of one KV head each.
+            softcap: of the scores, as in `AttentionShape`.
         """
         check_sketch_scores(query, keys, starts, lengths, num_sets)
         query, starts, lengths = query.contiguous(), starts.contiguous(), lengths.contiguous()
@@ -139,7 +148,7 @@ class CpuSelection:
         self._workspace.sketch_scores(
             isa=self.isa,
             threads=self._threads,
-            task=_sketch_task(query, keys, starts, lengths, width, num_sets),
+            task=_sketch_task(query, keys, starts, lengths, width, num_sets, softcap),
             out=scores.data_ptr(),
         )
         return scores
@@ -221,14 +230,14 @@ class CpuSelection:
         self, query: Tensor, keys: Sketch, ranking: Ranking, completion: tuple[Sketch, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Positions and shares of arguments that have been checked; `completion` as in `_sketch_task`."""
-        starts, lengths, older_ends, older_counts, counts, num_slots, width, num_sets = ranking
+        starts, lengths, older_ends, older_counts, counts, num_slots, width, num_sets, softcap = ranking
         starts, lengths = starts.contiguous(), lengths.contiguous()
         positions = torch.empty(counts.shape[0], num_slots, dtype=torch.int32)
         shares = torch.empty(query.shape[:2])
         self._workspace.sketch_select(
             isa=self.isa,
             threads=self._threads,
-            task=_sketch_task(query, keys, starts, lengths, width, num_sets, completion),
+            task=_sketch_task(query, keys, starts, lengths, width, num_sets, softcap, completion),
             older_ends=older_ends.data_ptr(),
             older_counts=older_counts.data_ptr(),
             counts=counts.data_ptr(),
@@ -246,6 +255,7 @@ def _sketch_task(
     lengths: Tensor,
     width: int,
     num_sets: int,
+    softcap: float | None,
     completion: tuple[Sketch, Tensor] | None = None,
 ) -> SketchTask:
     """Checked, contiguous tensors as addresses: they must live as long as it is used.
@@ -257,7 +267,7 @@ def _sketch_task(
     return library.native().SketchTask(
         bits=keys.bits,
         num_kv_heads=keys.codes.shape[1],
-        head_dim=head_dim,
+        head_dim=head_dim // keys.parts,
         q=query.data_ptr(),
         q_dtype=VALUE_CODES[query.dtype],
         codes=keys.codes.data_ptr(),
@@ -265,9 +275,11 @@ def _sketch_task(
         starts=starts.data_ptr(),
         lengths=lengths.data_ptr(),
         num_seqs=num_seqs,
-        num_heads=num_heads,
+        num_heads=num_heads * keys.parts,
         num_sets=num_sets,
         width=width,
+        parts=keys.parts,
+        softcap=softcap or 0.0,
         value_bits=0 if values is None else values.bits,
         value_codes=0 if values is None else values.codes.data_ptr(),
         value_ranges=0 if values is None else values.ranges.data_ptr(),

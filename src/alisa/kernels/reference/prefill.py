@@ -19,6 +19,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from alisa.kernels.base import KeyBlock, ObservedMass
 from alisa.kernels.reference.merge import PartialAttention
+from alisa.kernels.reference.sinks import with_sinks
 from alisa.kernels.reference.softcap import softcapped
 
 MASS_BLOCK_SCORES = 1 << 23
@@ -40,6 +41,7 @@ def prefill_attention(
     num_sets: int,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Iterator[ObservedMass]]:
     """See `PrefillKernel`; torch's fused attention, and weights in float32.
 
@@ -55,11 +57,13 @@ def prefill_attention(
     else:
         queries = pad(q, (0, 0, 0, 0, earlier, later))
         mine, last = slice(earlier, num_seen), slice(num_seen - num_observed, num_seen)
-        if not own.start and softcap is None and (window is None or window >= section_len):
+        if not own.start and softcap is None and sinks is None and (window is None or window >= section_len):
             rows = causal_mass(queries[last], whole.k, last.start, num_sets) if num_observed else ()
             out = causal_attention(queries, whole.k, whole.v)
             return out[mine], (ObservedMass(first, 0, mass[..., :num_seen]) for first, mass in rows)
         out, log_sum_exp = (values[mine] for values in attend_after(queries, whole, past(), window, softcap))
+    if sinks is not None:
+        out = with_sinks(out, log_sum_exp, sinks)
     if not num_observed:
         return out, iter(())
     last, first = slice(len(q) - num_observed, None), own.start + num_seen - num_observed

@@ -70,19 +70,19 @@ class ReferenceSelection:
 
     def sketch_append(self, sketch: Sketch, ids: Tensor, vectors: Tensor) -> None:
         """Sketched, then copied to their rows."""
-        new = make_sketch(vectors, sketch.bits)
+        new = make_sketch(vectors, sketch.bits, sketch.parts)
         sketch.codes.index_copy_(0, ids, new.codes)
         sketch.ranges.index_copy_(0, ids, new.ranges)
 
     def sketch_select(self, query: Tensor, keys: Sketch, ranking: Ranking) -> tuple[Tensor, Tensor]:
         """All keys unpacked, weighed by a full softmax, and sorted."""
-        weights = sketch_weights(query, keys, ranking.starts, ranking.lengths, ranking.width)
+        weights = sketch_weights(query, keys, ranking.starts, ranking.lengths, ranking.width, ranking.softcap)
         positions = self._ranked(weights, ranking)
         return positions, weight_read(weights, positions, ranking.counts, ranking.lengths)
 
     def sketch_complete(self, query: Tensor, keys: Sketch, values: Sketch, ranking: Ranking) -> Completed:
         """The same, and all values unpacked."""
-        weights = sketch_weights(query, keys, ranking.starts, ranking.lengths, ranking.width)
+        weights = sketch_weights(query, keys, ranking.starts, ranking.lengths, ranking.width, ranking.softcap)
         positions = self._ranked(weights, ranking)
         rows = sketch_rows(values, token_ids(ranking.starts, ranking.lengths, ranking.width))
         rest = value_not_read(weights, unsketch(rows, query.shape[-1]), positions, ranking.counts)
@@ -105,7 +105,7 @@ class ReferenceSelection:
 
     def _ranked(self, weights: Tensor, ranking: Ranking) -> Tensor:
         """Positions chosen by weights Float32[B, H, S], summed over the heads of each set."""
-        _, _, older_ends, older_counts, counts, num_slots, width, num_sets = ranking
+        _, _, older_ends, older_counts, counts, num_slots, width, num_sets, _ = ranking
         scores = weights.unflatten(1, (num_sets, -1)).sum(dim=2)
         rows = torch.arange(len(counts), device=weights.device) * width
         return self.select(scores.view(-1), rows, older_ends, older_counts, counts, num_slots, width)

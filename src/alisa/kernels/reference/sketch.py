@@ -2,8 +2,8 @@
 
     vector = minimum + step * code
 
-for each token and head, with a step and a minimum of its own. Copies of keys give approximate attention weights, by
-which tokens are ranked; copies of values say what the tokens that are not read would have added.
+for each token and part of a head, with a step and a minimum of its own. Copies of keys give approximate attention
+weights, by which tokens are ranked; copies of values say what the tokens that are not read would have added.
 """
 
 from __future__ import annotations
@@ -13,44 +13,45 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from alisa.kernels.base import Sketch
+from alisa.kernels.reference.softcap import softcapped
 
 _FLOAT16_MAX = 65504.0
 
 
-def make_sketch(vectors: Tensor, bits: int) -> Sketch:
-    """Quantise keys or values `[N, G, D]` between their own minimum and maximum, per token and head.
+def make_sketch(vectors: Tensor, bits: int, parts: int = 1) -> Sketch:
+    """Quantise keys or values `[N, G, D]` between their own minimum and maximum, per token and part of a head.
 
-    With P = ceil(D * bits / 8), byte i holds the codes i, i + P, i + 2P, ..., lowest bits first, so that a kernel gets
+    With P = ceil(D / parts * bits / 8), byte i holds the codes i, i + P, i + 2P, ..., lowest bits first: a kernel gets
     runs of consecutive codes by shifts alone. Bits are 2, 4 or 8.
 
     Returns:
-        Codes UInt8[N, G, P] and (step, minimum) Float16[N, G, 2]: the vector to half a step and what float16 rounds.
+        Codes UInt8[N, G * parts, P] and (step, minimum) Float16[N, G * parts, 2]: the vector to half a step and what
+        float16 rounds.
     """
-    values = vectors.float()
+    values = vectors.float().unflatten(-1, (parts, -1)).flatten(1, 2)
     low, high = values.aminmax(dim=-1, keepdim=True)
     minimum = (low.clamp(-_FLOAT16_MAX, _FLOAT16_MAX) + 0.0).half()  # + 0: no negative zero
     reach = (high - minimum.float()) / (2**bits - 1)
     step = (reach.clamp(0.0, _FLOAT16_MAX) + 0.0).half()
     inverse = torch.where(step > 0, 1 / step.float(), 0.0)
     codes = ((values - minimum.float()) * inverse).clamp(0, 2**bits - 1).round().to(torch.uint8)
-    num_planes, head_dim = 8 // bits, vectors.shape[-1]
-    planes = pad(codes, (0, -head_dim % num_planes)).unflatten(-1, (num_planes, -1))
+    num_planes = 8 // bits
+    planes = pad(codes, (0, -values.shape[-1] % num_planes)).unflatten(-1, (num_planes, -1))
     packed = (planes << _shifts(bits, vectors.device)).sum(dim=-2).to(torch.uint8)
-    return Sketch(packed, torch.cat((step, minimum), dim=-1), bits)
+    return Sketch(packed, torch.cat((step, minimum), dim=-1), bits, parts)
 
 
 def unsketch(sketched: Sketch, head_dim: int) -> Tensor:
     """The vectors Float32[N, G, D] that the codes stand for."""
-    codes, ranges, bits = sketched
+    codes, ranges, bits, parts = sketched
     planes = (codes.unsqueeze(-2) >> _shifts(bits, codes.device)) & (2**bits - 1)
-    values = planes.flatten(-2)[..., :head_dim]
-    return values.float() * ranges[..., :1].float() + ranges[..., 1:].float()
+    values = planes.flatten(-2)[..., : head_dim // parts]
+    return (values.float() * ranges[..., :1].float() + ranges[..., 1:].float()).view(len(codes), -1, head_dim)
 
 
 def sketch_rows(sketched: Sketch, ids: Tensor) -> Sketch:
     """Rows `ids` Int64[N] of a sketch."""
-    codes, ranges, bits = sketched
-    return Sketch(codes.index_select(0, ids), ranges.index_select(0, ids), bits)
+    return sketched._replace(codes=sketched.codes.index_select(0, ids), ranges=sketched.ranges.index_select(0, ids))
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:
@@ -58,19 +59,29 @@ def _shifts(bits: int, device: torch.device) -> Tensor:
     return torch.arange(0, 8, bits, device=device, dtype=torch.uint8)[:, None]
 
 
-def sketch_scores(query: Tensor, keys: Sketch, starts: Tensor, lengths: Tensor, width: int, num_sets: int) -> Tensor:
+def sketch_scores(
+    query: Tensor,
+    keys: Sketch,
+    starts: Tensor,
+    lengths: Tensor,
+    width: int,
+    num_sets: int,
+    softcap: float | None = None,
+) -> Tensor:
     """Approximate weights Float32[B, num_sets, width], summed over the heads of each set: what tokens are ranked by.
 
     Arguments as in `SelectionKernels.sketch_select`.
     """
-    return sketch_weights(query, keys, starts, lengths, width).unflatten(1, (num_sets, -1)).sum(dim=2)
+    return sketch_weights(query, keys, starts, lengths, width, softcap).unflatten(1, (num_sets, -1)).sum(dim=2)
 
 
-def sketch_weights(query: Tensor, keys: Sketch, starts: Tensor, lengths: Tensor, width: int) -> Tensor:
+def sketch_weights(
+    query: Tensor, keys: Sketch, starts: Tensor, lengths: Tensor, width: int, softcap: float | None = None
+) -> Tensor:
     """Approximate weights Float32[B, H, width] of every head, 0 from `lengths[b]` on."""
     head_dim = query.shape[-1]
     rows = sketch_rows(keys, token_ids(starts, lengths, width))
-    return attention_weights(query, unsketch(rows, head_dim), lengths, head_dim**-0.5)
+    return attention_weights(query, unsketch(rows, head_dim), lengths, head_dim**-0.5, softcap)
 
 
 def token_ids(starts: Tensor, lengths: Tensor, width: int) -> Tensor:
@@ -79,14 +90,19 @@ def token_ids(starts: Tensor, lengths: Tensor, width: int) -> Tensor:
     return (starts[:, None] + columns.minimum(lengths[:, None] - 1)).view(-1)
 
 
-def attention_weights(query: Tensor, keys: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def attention_weights(
+    query: Tensor, keys: Tensor, lengths: Tensor, scale: float, softcap: float | None = None
+) -> Tensor:
     """Softmax weights Float32[B, H, S] of query `[B, H, D]` over keys Float32[B * S, G, D]; 0 from `lengths[b]` on."""
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads = keys.shape[1]
     keys = keys.view(num_seqs, -1, num_kv_heads, head_dim).permute(0, 2, 3, 1)  # [B, G, D, S]
     hidden = torch.arange(keys.shape[-1], device=keys.device) >= lengths[:, None]
     grouped = query.float().view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim) * scale
-    weights = (grouped @ keys).masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1)
+    scores = grouped @ keys
+    if softcap is not None:
+        scores = softcapped(scores, softcap)
+    weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1)
     return weights.view(num_seqs, num_heads, -1)
 
 

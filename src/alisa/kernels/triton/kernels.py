@@ -103,17 +103,24 @@ class TritonKernels:
         launch_sketch_append(sketch, ids.contiguous(), _whole_heads(vectors))
 
     def sketch_scores(
-        self, query: Tensor, keys: Sketch, starts: Tensor, lengths: Tensor, width: int, num_sets: int
+        self,
+        query: Tensor,
+        keys: Sketch,
+        starts: Tensor,
+        lengths: Tensor,
+        width: int,
+        num_sets: int,
+        softcap: float | None = None,
     ) -> Tensor:
         """Approximate attention weights Float32[B, num_sets, width], summed over the heads of each index set.
 
         For the query `[B, H, D]` over tokens `starts[b]` to `starts[b] + lengths[b] - 1` of the sketch (Int64[B] and
         Int32[B], at least 1 and at most `width`); 0 from `lengths[b]` on. One set is all heads, G sets are the heads of
-        each KV head.
+        each KV head; `softcap` is that of `AttentionShape`.
         """
         check_sketch_scores(query, keys, starts, lengths, num_sets)
         starts, lengths = starts.contiguous(), lengths.contiguous()
-        return launch_sketch_scores(query.contiguous(), keys, starts, lengths, width, num_sets).mass
+        return launch_sketch_scores(query.contiguous(), keys, starts, lengths, width, num_sets, softcap).mass
 
     def sketch_select(self, query: Tensor, keys: Sketch, ranking: Ranking) -> tuple[Tensor, Tensor]:
         """See `SelectionKernels`."""
@@ -152,12 +159,14 @@ class TritonKernels:
 def _weighed(query: Tensor, keys: Sketch, ranking: Ranking) -> WeighedTokens:
     """Weights of all that is ranked."""
     starts, lengths = ranking.starts.contiguous(), ranking.lengths.contiguous()
-    return launch_sketch_scores(query.contiguous(), keys, starts, lengths, ranking.width, ranking.num_sets)
+    return launch_sketch_scores(
+        query.contiguous(), keys, starts, lengths, ranking.width, ranking.num_sets, ranking.softcap
+    )
 
 
 def _best(weighed: WeighedTokens, ranking: Ranking) -> Tensor:
     """Positions Int32[B * J, K] that `select` chooses by these weights."""
-    _, _, older_ends, older_counts, counts, num_slots, _, _ = ranking
+    _, _, older_ends, older_counts, counts, num_slots, _, _, _ = ranking
     width = weighed.mass.shape[2]
     rows = torch.arange(len(counts), device=counts.device) * width
     return launch_select(weighed.mass.view(-1), rows, older_ends, older_counts, counts, num_slots, width)

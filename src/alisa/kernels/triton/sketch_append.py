@@ -67,6 +67,9 @@ def sketch_keys(
 
 def launch_sketch_append(sketch: Sketch, ids: Tensor, vectors: Tensor) -> None:
     """The sketch holds keys or values `[N, G, D]` at rows `ids` Int64[N]."""
+    # The parts of a head are heads here.
+    vectors = vectors.unflatten(2, (sketch.parts, -1))
+    vectors = vectors.flatten(1, 2)  # in place but for heads that do not lie in a row
     num_tokens, num_kv_heads, head_dim = vectors.shape
     code_bytes = sketch.codes.shape[2]
     tokens = min(16, tile_rows(code_bytes))

@@ -28,12 +28,13 @@ def add_values(
     ranges_ptr: tl.tensor,
     starts_ptr: tl.tensor,
     lengths_ptr: tl.tensor,
-    parts_ptr: tl.tensor,
+    sums_ptr: tl.tensor,
     width: tl.tensor,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART_DIM: tl.constexpr,
     CODE_BYTES: tl.constexpr,
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -57,30 +58,32 @@ def add_values(
     scores = tl.load(score_ptrs, mask=real[:, None] & live[None, :], other=float("-inf"))
     weights = tl.exp2(scores - best[:, None]) * inverse[:, None]
 
-    places = (tl.load(starts_ptr + seq) + ids) * num_kv_heads + kv_head
-    step = tl.load(ranges_ptr + places * 2, mask=live, other=0.0).to(tl.float32)
-    minimum = tl.load(ranges_ptr + places * 2 + 1, mask=live, other=0.0).to(tl.float32)
+    tokens = tl.load(starts_ptr + seq) + ids
     columns = tl.arange(0, WIDTH)
     inside = columns < CODE_BYTES
-    code_ptrs = codes_ptr + places[:, None] * CODE_BYTES + columns[None, :]
-    codes = tl.load(code_ptrs, mask=live[:, None] & inside[None, :], other=0)
-    shift = tl.sum(weights * minimum[None, :], axis=1)
-    factors = weights * step[None, :]
-    part_ptrs = parts_ptr + ((heads * num_blocks + block) * HEAD_DIM)[:, None]
-    for plane in tl.static_range(8 // BITS):
-        dims = plane * CODE_BYTES + columns
-        values = ((codes >> (plane * BITS)) & (2**BITS - 1)).to(tl.float32)
-        if PADDED == 1:
-            part = tl.sum(values * tl.trans(factors), axis=0)[None, :]
-        else:
-            part = tl.dot(factors, values, input_precision="tf32x3")
-        mask = real[:, None] & (inside & (dims < HEAD_DIM))[None, :]
-        tl.store(part_ptrs + dims[None, :], part + shift[:, None], mask=mask)
+    for part in range(PARTS):
+        places = (tokens * num_kv_heads + kv_head) * PARTS + part
+        step = tl.load(ranges_ptr + places * 2, mask=live, other=0.0).to(tl.float32)
+        minimum = tl.load(ranges_ptr + places * 2 + 1, mask=live, other=0.0).to(tl.float32)
+        code_ptrs = codes_ptr + places[:, None] * CODE_BYTES + columns[None, :]
+        codes = tl.load(code_ptrs, mask=live[:, None] & inside[None, :], other=0)
+        shift = tl.sum(weights * minimum[None, :], axis=1)
+        factors = weights * step[None, :]
+        sum_ptrs = sums_ptr + (((heads * num_blocks + block) * PARTS + part) * PART_DIM)[:, None]
+        for plane in tl.static_range(8 // BITS):
+            dims = plane * CODE_BYTES + columns
+            values = ((codes >> (plane * BITS)) & (2**BITS - 1)).to(tl.float32)
+            if PADDED == 1:
+                added = tl.sum(values * tl.trans(factors), axis=0)[None, :]
+            else:
+                added = tl.dot(factors, values, input_precision="tf32x3")
+            mask = real[:, None] & (inside & (dims < PART_DIM))[None, :]
+            tl.store(sum_ptrs + dims[None, :], added + shift[:, None], mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
-def sum_parts(
-    parts_ptr: tl.tensor,
+def sum_blocks(
+    sums_ptr: tl.tensor,
     lengths_ptr: tl.tensor,
     rest_ptr: tl.tensor,
     num_blocks: tl.tensor,
@@ -98,21 +101,21 @@ def sum_parts(
     rest = tl.zeros([WIDTH], tl.float32)
     for first in range(0, num_live, BLOCK):
         blocks = first + lanes
-        part_ptrs = parts_ptr + ((head * num_blocks + blocks) * HEAD_DIM)[:, None] + columns[None, :]
+        sum_ptrs = sums_ptr + ((head * num_blocks + blocks) * HEAD_DIM)[:, None] + columns[None, :]
         mask = (blocks < num_live)[:, None] & real[None, :]
-        rest += tl.sum(tl.load(part_ptrs, mask=mask, other=0.0), axis=0)
+        rest += tl.sum(tl.load(sum_ptrs, mask=mask, other=0.0), axis=0)
     tl.store(rest_ptr + head * HEAD_DIM + columns, rest, mask=real)
 
 
 def launch_rest(weighed: WeighedTokens, values: Sketch, starts: Tensor, lengths: Tensor, head_dim: int) -> Tensor:
     """The rest Float32[B, H, D] of the tokens that have a weight left."""
     num_seqs, num_heads, width = weighed.scores.shape
-    num_kv_heads, code_bytes = values.codes.shape[1:]
+    num_kv_heads, code_bytes = values.num_kv_heads, values.codes.shape[2]
     group = num_heads // num_kv_heads
     tile_width = max(16, power_of_two(code_bytes))
     key_block = min(64, max(16, 2048 // tile_width))
     num_blocks = num_pieces(width, key_block)
-    parts = weighed.scores.new_empty(num_seqs, num_heads, num_blocks, head_dim)
+    sums = weighed.scores.new_empty(num_seqs, num_heads, num_blocks, head_dim)
     rest = weighed.scores.new_empty(num_seqs, num_heads, head_dim)
     launch(add_values, (num_blocks, num_kv_heads, num_seqs))(
         weighed.scores,
@@ -122,20 +125,21 @@ def launch_rest(weighed: WeighedTokens, values: Sketch, starts: Tensor, lengths:
         values.ranges,
         starts,
         lengths,
-        parts,
+        sums,
         width,
         NUM_HEADS=num_heads,
         GROUP=group,
         PADDED=1 if group == 1 else max(16, power_of_two(group)),
-        HEAD_DIM=head_dim,
+        PARTS=values.parts,
+        PART_DIM=head_dim // values.parts,
         CODE_BYTES=code_bytes,
         BITS=values.bits,
         WIDTH=tile_width,
         BLOCK=key_block,
         num_warps=group_warps(group, head_dim),
     )
-    launch(sum_parts, (num_heads, num_seqs))(
-        parts,
+    launch(sum_blocks, (num_heads, num_seqs))(
+        sums,
         lengths,
         rest,
         num_blocks,

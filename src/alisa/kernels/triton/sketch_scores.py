@@ -19,6 +19,7 @@ from alisa.kernels.base import Sketch
 from alisa.kernels.triton.launch import launch, num_pieces
 from alisa.kernels.triton.mass import launch_mass
 from alisa.kernels.triton.merge import merge_sums
+from alisa.kernels.triton.rows import cap_scores
 from alisa.kernels.triton.settings import power_of_two, tile_rows
 
 
@@ -34,14 +35,17 @@ def score_keys(
     totals_ptr: tl.tensor,
     score_width: tl.tensor,
     scale: tl.tensor,
+    softcap: tl.tensor,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART_DIM: tl.constexpr,
     CODE_BYTES: tl.constexpr,
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
     """Scores of a group of heads for some tokens, with their maximum and sum. Grid (blocks, G, B)."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
@@ -53,28 +57,33 @@ def score_keys(
     ids = block * BLOCK + tl.arange(0, BLOCK)
     live = ids < length
     columns = tl.arange(0, WIDTH)
-    places = (tl.load(starts_ptr + seq) + ids) * num_kv_heads + kv_head
-    code_ptrs = codes_ptr + places[:, None] * CODE_BYTES + columns[None, :]
-    codes = tl.load(code_ptrs, mask=live[:, None] & (columns < CODE_BYTES)[None, :], other=0)
-    step = tl.load(ranges_ptr + places * 2, mask=live, other=0.0).to(tl.float32)
-    minimum = tl.load(ranges_ptr + places * 2 + 1, mask=live, other=0.0).to(tl.float32)
-
+    tokens = tl.load(starts_ptr + seq) + ids
     members = tl.arange(0, PADDED)
     real = members < GROUP
     heads = seq * NUM_HEADS + kv_head * GROUP + members
-    products = tl.zeros([PADDED, BLOCK], tl.float32)
-    q_sum = tl.zeros([PADDED], tl.float32)
-    for plane in tl.static_range(8 // BITS):
-        dims = plane * CODE_BYTES + columns
-        mask = real[:, None] & ((columns < CODE_BYTES) & (dims < HEAD_DIM))[None, :]
-        q = tl.load(q_ptr + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0).to(tl.float32) * scale
-        values = ((codes >> (plane * BITS)) & (2**BITS - 1)).to(tl.float32)
-        q_sum += tl.sum(q, axis=1)
-        if PADDED == 1:
-            products += tl.sum(values * q, axis=1)[None, :]
-        else:
-            products += tl.dot(q, tl.trans(values), input_precision="tf32x3")
-    scores = products * step[None, :] + q_sum[:, None] * minimum[None, :]
+    scores = tl.zeros([PADDED, BLOCK], tl.float32)
+    for part in range(PARTS):
+        places = (tokens * num_kv_heads + kv_head) * PARTS + part
+        code_ptrs = codes_ptr + places[:, None] * CODE_BYTES + columns[None, :]
+        codes = tl.load(code_ptrs, mask=live[:, None] & (columns < CODE_BYTES)[None, :], other=0)
+        step = tl.load(ranges_ptr + places * 2, mask=live, other=0.0).to(tl.float32)
+        minimum = tl.load(ranges_ptr + places * 2 + 1, mask=live, other=0.0).to(tl.float32)
+        products = tl.zeros([PADDED, BLOCK], tl.float32)
+        q_sum = tl.zeros([PADDED], tl.float32)
+        for plane in tl.static_range(8 // BITS):
+            dims = plane * CODE_BYTES + columns
+            mask = real[:, None] & ((columns < CODE_BYTES) & (dims < PART_DIM))[None, :]
+            q_ptrs = q_ptr + (heads[:, None] * PARTS + part) * PART_DIM + dims[None, :]
+            q = tl.load(q_ptrs, mask=mask, other=0.0).to(tl.float32) * scale
+            values = ((codes >> (plane * BITS)) & (2**BITS - 1)).to(tl.float32)
+            q_sum += tl.sum(q, axis=1)
+            if PADDED == 1:
+                products += tl.sum(values * q, axis=1)[None, :]
+            else:
+                products += tl.dot(q, tl.trans(values), input_precision="tf32x3")
+        scores += products * step[None, :] + q_sum[:, None] * minimum[None, :]
+    if CAPPED:
+        scores = cap_scores(scores, softcap)
     tl.store(scores_ptr + heads[:, None] * score_width + ids[None, :], scores, mask=real[:, None] & live[None, :])
     scores = tl.where(live[None, :], scores, float("-inf"))
     top = tl.max(scores, axis=1)
@@ -117,11 +126,17 @@ class WeighedTokens(NamedTuple):
 
 
 def launch_sketch_scores(
-    query: Tensor, keys: Sketch, starts: Tensor, lengths: Tensor, width: int, num_sets: int
+    query: Tensor,
+    keys: Sketch,
+    starts: Tensor,
+    lengths: Tensor,
+    width: int,
+    num_sets: int,
+    softcap: float | None = None,
 ) -> WeighedTokens:
     """Weights of the `lengths` Int32[B] tokens from `starts` Int64[B] on."""
     num_seqs, num_heads, head_dim = query.shape
-    num_kv_heads, code_bytes = keys.codes.shape[1:]
+    num_kv_heads, code_bytes = keys.num_kv_heads, keys.codes.shape[2]
     group = num_heads // num_kv_heads
     tile_width = max(16, power_of_two(code_bytes))
     key_block = max(16, tile_rows(tile_width))
@@ -141,14 +156,17 @@ def launch_sketch_scores(
         totals,
         width,
         head_dim**-0.5 * math.log2(math.e),
+        (softcap or 0.0) * math.log2(math.e),
         NUM_HEADS=num_heads,
         GROUP=group,
         PADDED=1 if group == 1 else max(16, power_of_two(group)),
-        HEAD_DIM=head_dim,
+        PARTS=keys.parts,
+        PART_DIM=head_dim // keys.parts,
         CODE_BYTES=code_bytes,
         BITS=keys.bits,
         WIDTH=tile_width,
         BLOCK=key_block,
+        CAPPED=softcap is not None,
     )
     launch(merge_blocks, (num_heads, num_seqs))(
         tops, totals, lengths, best, inverse, num_blocks, KEY_BLOCK=key_block, BLOCK=128

@@ -10,9 +10,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from alisa.attention.caps import lower_caps
+from alisa.attention.kv_cache import KVCacheConfig, plan_kv_cache
 from alisa.config import EngineConfig, SamplingParams
-from alisa.engine.builder import CacheOptions, build_engine, lower_caps
-from alisa.engine.kv_cache import KVCacheConfig, plan_kv_cache
+from alisa.engine.builder import CacheOptions, build_engine
 from alisa.engine.loaded import LoadedModel, kv_codec
 from alisa.engine.report import EngineSetup
 from alisa.errors import CapacityError
@@ -186,8 +187,8 @@ def _planner(decoder: Decoder, run_spec: RunSpec) -> Callable[[int], KVCacheConf
     """What the cache would be, by device cap."""
     model, config, options = _loaded(decoder), run_spec.config, run_spec.options
     policy, codec = make_policy(config.policy, config.sparsity), kv_codec(model, config)
-    below = lower_caps(config, options, decoder.device)
-    return lambda num_bytes: plan_kv_cache(model, policy, codec, config, options.placement, num_bytes, *below)
+    source, below = model.row_source, lower_caps(config, decoder.device, options.host_bytes)
+    return lambda num_bytes: plan_kv_cache(source, policy, codec, config, options.placement, num_bytes, *below)
 
 
 def _or_zero(figure: Callable[[int], int]) -> Callable[[int], int]:

@@ -1,20 +1,22 @@
 """Text to measure on, read as its publishers ship it.
 
-.txt            one document (WikiText-2, PTB, a book)
+.txt, .py       one document (WikiText-2, PTB, a book, a module)
 .jsonl, .json   one document for each record: {"text"}, {"prompt"}, or Alpaca's {"instruction", "input", "output"}
-a directory     its test split: the files with `test` in their name if there are any, otherwise every file of these
-                kinds but licences and notes (.txt, .jsonl, .json)
+a directory     its test split: the files with the word `test` in their name if there are any, otherwise every file
+                of these kinds but licences and notes; not those of its directories
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from alisa.errors import InputError
 
-_SUFFIXES = (".txt", ".jsonl", ".json")
+_SUFFIXES = (".txt", ".py", ".jsonl", ".json")
+_NOTES = ("licence", "license", "copying", "notice", "readme")
 
 
 def read_documents(path: Path) -> list[str]:
@@ -26,7 +28,7 @@ def read_documents(path: Path) -> list[str]:
     files = _files(path)
     documents = [text for file in files for text in _read(file) if text.strip()]
     if not documents:
-        raise InputError(f"{path} has no text; give a .txt, .jsonl or .json file, or a directory with one.")
+        raise InputError(f"{path} has no text; give a .txt, .py, .jsonl or .json file, or a directory with one.")
     return documents
 
 
@@ -57,8 +59,10 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise InputError(f"There is no file or directory {path}; give a text to measure on.")
-    files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
-    tests = [file for file in files if "test" in file.name]
+    files = sorted(
+        file for file in path.iterdir() if file.suffix in _SUFFIXES and not file.name.lower().startswith(_NOTES)
+    )
+    tests = [file for file in files if "test" in re.split(r"[^a-z]", file.name.lower())]
     return tests or files
 
 

@@ -23,6 +23,7 @@ from alisa.attention.build import build_session
 from alisa.budget import state_tokens
 from alisa.cache.manager import CacheManager
 from alisa.cache.store import KVStore
+from alisa.errors import InputError
 from alisa.kernels.base import Codec, KeyBlock, Selection
 from alisa.kernels.reference.prefill import prefill_attention
 from alisa.lab.scoring import ScoredItem, ScoredOutput, Scorer, groups
@@ -142,6 +143,11 @@ class LayerSession:
         self, scorer: Scorer, policy: SelectionPolicy, codec: Codec, num_seqs: int, prompt_len: int, length: int
     ) -> None:
         decoder, backend = scorer.decoder, scorer.kernels
+        if decoder.spec.has_sinks:
+            raise InputError(
+                "The layers of this model have sinks, and measuring layer by layer knows nothing of them; take --mode "
+                "decode."
+            )
         self._prompt_len = prompt_len
         self._sequences = tuple(Opened(seq, str(seq), length, prompt_len) for seq in range(num_seqs))
         store = KVStore(

@@ -23,6 +23,7 @@ from alisa.lab.eval.record_file import RecordFile
 from alisa.lab.eval.statistics import Estimate
 from alisa.lab.eval.subject import BASELINE, Subject, Variant
 from alisa.policy.registry import POLICIES
+from alisa.policy.state_bytes import num_parts
 from alisa.records.schema import EvalRecord, EvalStamp
 
 
@@ -142,6 +143,9 @@ def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
     weights = {} if subject.weight_dtype == dtype else {"weight_dtype": subject.weight_dtype}
     edition = POLICIES[variant.policy].edition
     editions = {} if edition == 1 else {"edition": edition}
+    # Long heads had one range once.
+    parts = num_parts(subject.spec.head_dim) if POLICIES[variant.policy].query_aware else 1
+    ranges = {} if parts == 1 else {"parts": parts}
     return fingerprint(
         {
             "kind": evaluation.kind,
@@ -155,6 +159,7 @@ def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
             "kv_dtype": subject.kv_dtype(variant),
             **weights,
             **editions,
+            **ranges,
         }
     )
 

@@ -1,8 +1,9 @@
 """Multiple choice by likelihood: the model picks the choice it finds most likely for its length.
 
-The prompt is decoded under the policy too, after the few tokens that are read densely: with the whole prompt read
-densely a short answer would hardly meet a sparse step, and the published harness runs its attention row by row over the
-prompt as well (ALISA, section 6).
+The context of a choice is its prompt, which is read densely, as in use; the choice is decoded under the policy. Its
+first token comes from the prompt, so that choices of one token say nothing of a policy, and short contexts are read
+almost whole: examples in front of the question make them long. `prefill` decodes the end of the prompt under the policy
+too, as the published harness does, which runs its attention row by row over everything (ALISA, section 6).
 """
 
 from __future__ import annotations
@@ -76,7 +77,14 @@ class MultipleChoice:
 
 
 def multiple_choice_of(
-    subject: Subject, task: str, *, data: Path | None, num_shots: int, prefill: int, limit: int | None, seed: int
+    subject: Subject,
+    task: str,
+    *,
+    data: Path | None,
+    num_shots: int,
+    prefill: int | None,
+    limit: int | None,
+    seed: int,
 ) -> MultipleChoice:
     """The evaluation of one set of questions.
 
@@ -85,7 +93,7 @@ def multiple_choice_of(
         task: name of a set, or a file.
         data: where the named sets are.
         num_shots: solved examples in front of every question, drawn by `seed`.
-        prefill: tokens of each prompt that are read densely.
+        prefill: tokens of each prompt that are read densely; None: all.
         limit: questions, spread over the set; None for all.
         seed: of the examples.
 
@@ -118,14 +126,16 @@ def multiple_choice_of(
     return MultipleChoice(questions.name, choices, answers, settings)
 
 
-def _choices(tokenizer: Tokenizer, number: int, front: str, question: Question, prefill: int) -> list[AnswerChoice]:
+def _choices(
+    tokenizer: Tokenizer, number: int, front: str, question: Question, prefill: int | None
+) -> list[AnswerChoice]:
     choices = []
     for context, continuation in zip(question.contexts, question.continuations, strict=True):
         before, whole = tokenizer.encode(front + context), tokenizer.encode(front + context + continuation)
         num_scored = len(whole) - len(before)
         if num_scored < 1:
             raise InputError(f"A choice of question {number + 1} adds no token to its context: {continuation!r}.")
-        prompt_len = min(prefill, len(before))
+        prompt_len = len(before) if prefill is None else min(prefill, len(before))
         item = ScoredItem(whole[:prompt_len], whole[prompt_len:])
         choices.append(AnswerChoice(number, item, num_scored, len(continuation.strip().encode())))
     return choices

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 from alisa.errors import InputError
 from alisa.lab.eval.documents import read_documents
@@ -17,6 +18,10 @@ from alisa.lab.eval.subject import Subject, Variant
 from alisa.lab.eval.wording import Wording
 from alisa.lab.scoring import ScoredItem
 from alisa.model.tokenizer import Tokenizer
+
+Asking = Literal["decoded", "prompt"]
+"""Where the first question of a text stands: after the prompt, as the next turn of a conversation does, so that it is
+asked under the policy; or at the end of the prompt, which is read densely, as a question about a document does."""
 
 DISTANCES = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 """Upper ends of the classes of distances, in tokens."""
@@ -49,6 +54,7 @@ class RecallEvaluation:
 
     name: TaskName
     length: int
+    question: Asking
     items: Sequence[RecallItem]
     settings: Mapping[str, object]
     kind = "recall"
@@ -56,8 +62,8 @@ class RecallEvaluation:
 
     @property
     def task(self) -> str:
-        """Name and length."""
-        return f"{self.name} {self.length}"
+        """Name and length, and that the question is in the prompt."""
+        return f"{self.name} {self.length}" + ("" if self.question == "decoded" else " asked")
 
     def measure(self, subject: Subject, variant: Variant) -> UnitResults:
         """Answer everything under one variant."""
@@ -101,6 +107,7 @@ def recalls_of(
     depths: Sequence[float],
     repeats: int,
     prefill: int | None,
+    question: Asking,
     text: Path | None,
     wording: Wording,
     seed: int,
@@ -113,7 +120,8 @@ def recalls_of(
         lengths: tokens of a text.
         depths: where the thing to recall stands; tasks that choose by themselves take as many texts.
         repeats: texts for each depth.
-        prefill: tokens that are read densely; None: all before the first question.
+        prefill: tokens that are read densely, at most; None: the whole prompt.
+        question: whether the prompt ends before the first question or after it.
         text: prose between the facts; None for a short one of our own.
         wording: how facts are stated.
         seed: of everything that is drawn.
@@ -131,7 +139,7 @@ def recalls_of(
                 scene = Scene(subject.tokenizer, filler, wording, length, depth)
                 for repeat in range(repeats):
                     script = TASKS[task](scene, Random(f"{seed} {task} {length} {depth} {repeat}"))
-                    items.append(_item(subject.tokenizer, script, depth, prefill))
+                    items.append(_item(subject.tokenizer, script, depth, prefill, question))
             longest = max(item.item.num_tokens for item in items)
             if longest > length:
                 raise InputError(f"The task {task} does not fit {length} tokens, it needs {longest}; raise --length.")
@@ -142,13 +150,15 @@ def recalls_of(
                 "prefill": prefill,
                 "wording": wording.name,
                 "seed": seed,
+                # Said where it is not as it was before there was a choice, so that cells measured then stay.
+                **({} if question == "decoded" else {"question": question}),
                 "items": fingerprint([item.item for item in items]),
             }
-            found.append(RecallEvaluation(task, length, items, settings))
+            found.append(RecallEvaluation(task, length, question, items, settings))
     return found
 
 
-def _item(tokenizer: Tokenizer, script: Script, depth: float, prefill: int | None) -> RecallItem:
+def _item(tokenizer: Tokenizer, script: Script, depth: float, prefill: int | None, question: Asking) -> RecallItem:
     """Token ids and places of a text."""
 
     def place(offset: int) -> int:
@@ -158,9 +168,9 @@ def _item(tokenizer: Tokenizer, script: Script, depth: float, prefill: int | Non
     ids = tokenizer.encode(script.text)
     assert script.first_question is not None, "every task asks"
     spans = [(place(answer.start), place(answer.end), place(answer.told)) for answer in script.answers]
-    # The question is always decoded: it must be asked under the policy.
-    first_question = max(1, place(script.first_question))
-    prompt_len = first_question if prefill is None else min(prefill, first_question)
+    prompt_len = max(1, place(script.first_question) if question == "decoded" else spans[0][0])
+    if prefill is not None:
+        prompt_len = min(prefill, prompt_len)
     targets = tuple(Target(start - prompt_len, end - prompt_len, start - told) for start, end, told in spans)
     return RecallItem(ScoredItem(ids[:prompt_len], ids[prompt_len:]), targets, depth)
 

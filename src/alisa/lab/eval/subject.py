@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alisa.cache.codec import make_codec
-from alisa.config import KvDtypeName, PolicyName
+from alisa.config import EngineConfig, KvDtypeName, PolicyName, SamplingParams
+from alisa.engine.builder import build_engine
+from alisa.engine.shared import SharedEngine
 from alisa.errors import InputError
 from alisa.kernels.base import Codec
 from alisa.lab.scoring import Scorer
 from alisa.llm import LLM
 from alisa.model.tokenizer import Tokenizer
+from alisa.outputs import RequestOutput
 from alisa.planner.footprint import policy_bytes
 from alisa.policy.base import SelectionPolicy
 from alisa.policy.registry import make_policy
@@ -51,16 +54,29 @@ def variants(
 class Subject:
     """A loaded model with all that scoring needs."""
 
-    name: str
+    llm: LLM
+    """Its own policy, sparsity and row format play no part."""
     scorer: Scorer
-    tokenizer: Tokenizer
-    weight_dtype: str
-    """What the linear layers are held in."""
 
     @classmethod
     def of(cls, llm: LLM) -> Subject:
-        """The model of an `LLM`; its policy, sparsity and row format play no part."""
-        return cls(llm.name, Scorer.of(llm), llm.tokenizer, llm.weight_dtype)
+        """The model of an `LLM`, under its memory cap."""
+        return cls(llm, Scorer.of(llm))
+
+    @property
+    def name(self) -> str:
+        """The model as it was asked for."""
+        return self.llm.name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to token ids and back."""
+        return self.llm.tokenizer
+
+    @property
+    def weight_dtype(self) -> str:
+        """What the linear layers are held in."""
+        return self.llm.weight_dtype
 
     @property
     def spec(self) -> ModelSpec:
@@ -95,3 +111,32 @@ class Subject:
                 f"{what} has {length} tokens and {self.name} has {self.spec.max_positions} positions; choose at most "
                 f"that many."
             )
+
+    def generate(
+        self, variant: Variant, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[tuple[int, ...]]:
+        """Tokens that the engine writes under a variant, in the order of the prompts.
+
+        Raises:
+            CapacityError: a text can never fit under the cap.
+        """
+        config = self.llm.config
+        longest = max(len(prompt) + rules.max_tokens for prompt, rules in zip(prompts, params, strict=True))
+        config = EngineConfig(
+            policy=variant.policy,
+            sparsity=variant.sparsity,
+            kv_dtype=variant.kv_dtype,
+            dtype=config.dtype,
+            weight_dtype=config.weight_dtype,
+            kv_device_memory=config.kv_device_memory,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=longest,
+            prefill_chunk=config.prefill_chunk,
+        )
+        shared = SharedEngine(*build_engine(self.llm.model, config))
+        try:
+            with shared.stream(prompts, params) as stream:
+                outputs = [event for event in stream if isinstance(event, RequestOutput)]
+        finally:
+            shared.close()
+        return [output.token_ids for output in sorted(outputs, key=lambda output: output.index)]

@@ -20,6 +20,7 @@ _TITLES = {
     "ppl": "perplexity over that of dense attention, ± standard error",
     "qa": "accuracy, and percentage points against dense, ± standard error",
     "recall": "accuracy, and percentage points against dense, ± standard error",
+    "generation": "4-grams repeated, and percentage points against dense, ± standard error",
     "sparsity": "share of the dense attention weight on the tokens read, ± standard error",
 }
 

@@ -19,8 +19,14 @@ class Wording:
     """With {key} and {value}."""
     question: str
     """With {key}; the answer is a space and the value."""
+    link: str
+    """A fact that leads to another one, with {key} and the other's {key} as {value}."""
+    follow: str
+    """Asks for it: with {key}; the answer is a space and the other key."""
     keys: Sequence[str]
     values: Sequence[str]
+    things: Sequence[str]
+    """Words of a list to count in."""
 
     def facts(self, count: int, rng: Random) -> list[tuple[str, str]]:
         """Pairs of different keys and different values."""
@@ -44,13 +50,20 @@ Amsterdam Athens Berlin Boston Cairo Chicago Delhi Dublin Florence Geneva Hambur
 London Madrid Melbourne Montreal Moscow Munich Nairobi Oslo Paris Prague Rome Seoul Singapore Stockholm Sydney Tokyo
 Toronto Vienna Warsaw Zurich
 """
+_THINGS = """
+apple basket bridge butter candle cloud feather forest garden hammer kettle ladder lantern market mirror orchard pillow
+rabbit river silver stone table thunder window
+"""
 
 WORDS = Wording(
     name="words",
     statement=" The word for {key} is {value}.",
     question=" What is the word for {key}?",
+    link=" The word for {key} is {value}.",
+    follow=" What is the word for {key}?",
     keys=tuple(_KEYS.split()),
     values=tuple(_VALUES.split()),
+    things=tuple(_KEYS.split()),
 )
 """What the model inside the package was trained to look up."""
 
@@ -58,8 +71,11 @@ NUMBERS = Wording(
     name="numbers",
     statement=" The special number of {key} is {value}.",
     question=" What is the special number of {key}? The special number of {key} is",
+    link=" {key} leads to {value}.",
+    follow=" {key} leads to",
     keys=tuple(_CITIES.split()),
     values=tuple(str(10007 + 2477 * index) for index in range(36)),
+    things=tuple(_THINGS.split()),
 )
 """For any model that continues text: five-digit numbers, which no text suggests."""
 

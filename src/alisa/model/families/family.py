@@ -22,6 +22,10 @@ class WeightPiece:
     """Name in the checkpoint without its prefix; `{layer}` and `{expert}` stand for their numbers."""
     take: Callable[[Tensor, ModelSpec], Tensor] | None = None
     """Cuts our rows `[out, in]` (or `[out]`) out of the checkpoint tensor; None: it is used as it is."""
+    of_all_experts: bool = False
+    """The tensor holds those of all experts, one after the other."""
+    expert: int | None = None
+    """Which of them is meant; `Family.layer_pieces` says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,14 @@ class Family:
         number = expert[1] if expert else ""
         key = part if expert is None else f"experts.{{expert}}{part[expert.end() :]}"
         pieces = self.layer_parts[key]
-        return tuple(replace(piece, name=piece.name.format(layer=layer, expert=number)) for piece in pieces)
+        return tuple(
+            replace(
+                piece,
+                name=piece.name.format(layer=layer, expert=number),
+                expert=int(number) if piece.of_all_experts else None,
+            )
+            for piece in pieces
+        )
 
     def canonical(self, name: str) -> str:
         """A checkpoint name without its prefix, in the spelling that the parts use."""

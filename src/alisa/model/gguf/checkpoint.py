@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,17 @@ from alisa.model.names import Shape
 from alisa.spec import ModelSpec
 
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(.+)")
+
+
+class _Place(NamedTuple):
+    """Where one of the tensors of a checkpoint is."""
+
+    name: str
+    """In the file."""
+    restore: Restore | None
+    """What must be done to it."""
+    part: int | None = None
+    """Of a tensor that holds those of all experts: which one."""
 
 
 class GgufCheckpoint:
@@ -40,11 +52,16 @@ class GgufCheckpoint:
         self._file = file
         self._spec = spec
         self._dtype = dtype
-        self._stored: dict[str, tuple[str, Restore | None]] = {}
-        for name in file.tensors:
-            if name not in leave:
-                hub_name, restore = _translate(name, architecture)
-                self._stored[hub_name] = (name, restore)
+        self._stored: dict[str, _Place] = {}
+        for name, tensor in file.tensors.items():
+            if name in leave:
+                continue
+            hub_name, restore = _translate(name, architecture)
+            if "{expert}" in hub_name:
+                parts = range(tensor.shape[0])
+                self._stored |= {hub_name.format(expert=part): _Place(name, restore, part) for part in parts}
+            else:
+                self._stored[hub_name] = _Place(name, restore)
 
     @property
     def names(self) -> list[str]:
@@ -53,18 +70,20 @@ class GgufCheckpoint:
 
     def shape(self, name: str) -> Shape:
         """Shape of a tensor in the file."""
-        return self._file.tensors[self._stored[name][0]].shape
+        place = self._stored[name]
+        shape = self._file.tensors[place.name].shape
+        return shape if place.part is None else shape[1:]
 
     def file_name(self, name: str) -> str:
         """The name of the file."""
         return self.place.name
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, decoded."""
-        stored, restore = self._stored[name]
-        shape = self._file.tensors[stored].shape
-        tensor = self._file.read(stored, self._dtype if len(shape) > 1 else torch.float32)
-        return tensor if restore is None else restore(tensor, self._spec)
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """The tensor, decoded. The parts of those of all experts have names of their own here."""
+        assert part is None, "a tensor of a GGUF file is taken apart by its name"
+        place = self._stored[name]
+        tensor = self._file.read(place.name, self._dtype if len(self.shape(name)) > 1 else torch.float32, place.part)
+        return tensor if place.restore is None else place.restore(tensor, self._spec)
 
 
 def _translate(name: str, architecture: Architecture) -> tuple[str, Restore | None]:
@@ -76,4 +95,6 @@ def _translate(name: str, architecture: Architecture) -> tuple[str, Restore | No
         return (name if hub_stem is None else f"{hub_stem}.{kind}"), architecture.restore.get(stem)
     number, stem = layer.groups()
     hub_stem = architecture.layer_stems.get(stem)
-    return (name if hub_stem is None else f"{hub_stem.format(layer=number)}.{kind}"), architecture.restore.get(stem)
+    return (name if hub_stem is None else f"{hub_stem.replace('{layer}', number)}.{kind}"), architecture.restore.get(
+        stem
+    )

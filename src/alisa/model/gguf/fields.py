@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,16 @@ class ArchitectureFields:
         metadata: all named values of the file.
         tensors: the tensors of the file.
         architecture: its name, with which the names begin.
+        read: the numbers of a tensor of the file.
     """
 
-    def __init__(self, metadata: Mapping[str, Any], tensors: Mapping[str, StoredTensor], architecture: str) -> None:
+    def __init__(
+        self,
+        metadata: Mapping[str, Any],
+        tensors: Mapping[str, StoredTensor],
+        architecture: str,
+        read: Callable[[str], list[float]],
+    ) -> None:
         self._prefix = f"{architecture}."
         self._values = {
             name.removeprefix(self._prefix): _one_for_all_layers(value)
@@ -33,6 +40,7 @@ class ArchitectureFields:
         }
         self._unread = set(self._values) - set(_INFORMATIVE)
         self._tensors = tensors
+        self._read = read
         self._problems: list[str] = []
 
     def get(self, name: str) -> Any:  # noqa: ANN401 - a number, a text, or a list of them
@@ -47,6 +55,10 @@ class ArchitectureFields:
     def num_rows(self, tensor: str) -> int | None:
         """Rows of a tensor; None when it is not there."""
         return self._tensors[tensor].shape[0] if tensor in self._tensors else None
+
+    def numbers(self, tensor: str) -> list[float] | None:
+        """The numbers of a small tensor; None when it is not there."""
+        return self._read(tensor) if tensor in self._tensors else None
 
     def refuse(self, name: str, reason: str) -> None:
         """Remember that the value of `{architecture}.{name}` is in the way, and why."""

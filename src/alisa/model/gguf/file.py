@@ -105,18 +105,22 @@ class GgufFile:
         flat = torch.frombuffer(self._bytes, dtype=torch.uint8, count=tensor.num_bytes, offset=tensor.start)
         return flat.view(-1, tensor.block_type.num_bytes)
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor in a float dtype, in memory of its own."""
+    def read(self, name: str, dtype: torch.dtype, part: int | None = None) -> Tensor:
+        """The tensor in a float dtype, in memory of its own; or one part of it along its first dimension."""
         tensor = self.tensors[name]
-        values = page_tensor(tensor.shape, dtype)
+        shape, blocks, start = tensor.shape, self.blocks(name), tensor.start
+        if part is not None:
+            blocks = blocks.unflatten(0, (shape[0], -1))[part]
+            shape, start = shape[1:], start + part * blocks.nbytes
+        values = page_tensor(shape, dtype)
         flat = values.view(-1)
         step = _CHUNK_VALUES // tensor.block_type.num_values
         first = 0
-        for chunk in self.blocks(name).split(step):
+        for chunk in blocks.split(step):
             decoded = tensor.block_type.decode(chunk).view(-1)
             flat[first : first + len(decoded)] = decoded
             first += len(decoded)
-        self._give_back(tensor.start, tensor.num_bytes)
+        self._give_back(start, blocks.nbytes)
         return values
 
     def _give_back(self, start: int, num_bytes: int) -> None:

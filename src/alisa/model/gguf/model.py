@@ -57,7 +57,12 @@ class GgufModel:
                 "`llama-gguf-split --merge FIRST.gguf WHOLE.gguf`."
             )
         self._architecture = find_architecture(str(metadata.get("general.architecture")), path.name)
-        fields = ArchitectureFields(metadata, self._file.tensors, self._architecture.name)
+        fields = ArchitectureFields(
+            metadata,
+            self._file.tensors,
+            self._architecture.name,
+            read=lambda name: self._file.read(name, torch.float32).tolist(),
+        )
         config = self._architecture.read_config(fields)
         fields.finish(path.name)
         self._family = find_family(config["model_type"])
@@ -84,7 +89,7 @@ class GgufModel:
         linears: LinearMaker | None = None,
     ) -> Decoder:
         """The blocks decoded to `dtype`, one tensor at a time."""
-        leave = frozenset({_ROPE_DIVISORS})
+        leave = frozenset({_ROPE_DIVISORS, *self._architecture.metadata_tensors})
         checkpoint = GgufCheckpoint(self._file, self._architecture, self.spec, dtype, leave)
         source = CheckpointSource(checkpoint, self._family, self.spec)
         return Decoder(self.spec, source, dtype=dtype, device=device, progress=progress, linears=linears)

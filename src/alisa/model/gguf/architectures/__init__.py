@@ -7,12 +7,42 @@ To add one, write its file (`read_config` and the tensor names) and enter it in 
 from __future__ import annotations
 
 from alisa.errors import ModelError
-from alisa.model.gguf.architectures import gemma2, gemma3, gpt2, gptneox, granite, llama, olmo2, qwen2, qwen3, smollm3
+from alisa.model.gguf.architectures import (
+    gemma2,
+    gemma3,
+    gpt2,
+    gptneox,
+    granite,
+    llama,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3moe,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from alisa.model.gguf.architectures.architecture import Architecture
 
 ARCHITECTURES: dict[str, Architecture] = {
     module.ARCHITECTURE.name: module.ARCHITECTURE
-    for module in (gemma2, gemma3, gpt2, gptneox, granite, llama, olmo2, qwen2, qwen3, smollm3)
+    for module in (
+        gemma2,
+        gemma3,
+        gpt2,
+        gptneox,
+        granite,
+        llama,
+        olmo2,
+        phi3,
+        qwen2,
+        qwen3,
+        qwen3moe,
+        smollm3,
+        stablelm,
+        starcoder2,
+    )
 }
 
 

@@ -26,9 +26,12 @@ class Architecture:
     model_stems: Mapping[str, str]
     """Tensors outside the layers, without `.weight` and `.bias`: name in GGUF -> name in the family's checkpoints."""
     layer_stems: Mapping[str, str]
-    """The same of a layer: `attn_q` for `blk.3.attn_q.weight`; `{layer}` stands for the layer's number."""
+    """The same of a layer: `attn_q` for `blk.3.attn_q.weight`; `{layer}` stands for the layer's number, and `{expert}`
+    for the number of a part where GGUF has one tensor for all experts."""
     restore: Mapping[str, Restore] = field(default_factory=dict)
     """What is done to the weight or the bias of a stem of GGUF; nothing to those that are not named."""
+    metadata_tensors: tuple[str, ...] = ()
+    """Tensors that `read_config` reads: they are no weights."""
 
 
 def common_config(fields: ArchitectureFields) -> dict[str, Any]:

@@ -114,17 +114,9 @@ class BlockAttention {
   Ahead ahead_;
 };
 
-// Scores s of one head become cap * tanh(s / cap), with the exponential that the weights have.
+// Scores s of one head become cap * tanh(s / cap).
 inline void cap_scores(float* scores, float cap) {
-  const F one = set1(1.0F);
-  const F zero = set1(0.0F);
-  for (int i = 0; i < kBlock; i += kWidth) {
-    const F score = load(scores + i);
-    const F faded = exp_nonpositive(vmax(score, zero - score) * set1(-2.0F / cap));
-    const F size = set1(cap) * ((one - faded) / (one + faded));
-    const F positive = keep_from(score, zero, size);
-    store(scores + i, positive - (size - positive));
-  }
+  for (int i = 0; i < kBlock; i += kWidth) store(scores + i, softcapped(load(scores + i), cap));
 }
 
 // Scores of one head become weights relative to its running maximum; returns what the sums so far must be scaled by.

@@ -127,8 +127,13 @@ constexpr int kSketchBlock = 32;
 
 // Approximate attention weights of all tokens of some sequences, and with a sketch of the values what the tokens that are
 // not read add to the output.
+//
+// A head may be in several parts with ranges of their own. They are heads here, in everything but `q`, `shares` and `rest`,
+// those of a K/V head one after the other and each with all its query heads: only their scores are added up.
 struct SketchTask {
   SketchLayout layout;
+  int parts = 1;         // of a head of `q`
+  float softcap = 0.0F;  // scores s become softcap * tanh(s / softcap); 0: they stay as they are
   const void* q;  // [B, H, D]
   Dtype q_dtype;
   const uint8_t* codes;    // [T, G, P]
@@ -158,6 +163,10 @@ struct SketchTask {
 
   ALISA_INLINE constexpr int heads() const { return round_up(num_heads, kPad); }
   ALISA_INLINE constexpr bool completes() const { return value_codes != nullptr; }
+  ALISA_INLINE constexpr int group() const { return num_heads / layout.num_kv_heads; }
+  // The head of `q` that part `h` is of, and where in it the part begins.
+  ALISA_INLINE constexpr int head_of(int h) const { return h / (parts * group()) * group() + h % group(); }
+  ALISA_INLINE constexpr int offset_of(int h) const { return h / group() % parts * layout.head_dim; }
 };
 
 // New keys or values written into their sketch.

@@ -25,7 +25,17 @@ inline F exp_nonpositive(F x) {
   return keep_from(x, lowest, times_pow2(p, n));
 }
 
-// The same for one number: every exponential of a call comes from one function.
+// cap * tanh(x / cap) for cap > 0.
+inline F softcapped(F x, float cap) {
+  const F one = set1(1.0F);
+  const F zero = set1(0.0F);
+  const F faded = exp_nonpositive(vmax(x, zero - x) * set1(-2.0F / cap));
+  const F size = set1(cap) * ((one - faded) / (one + faded));
+  const F positive = keep_from(x, zero, size);
+  return positive - (size - positive);
+}
+
+// exp_nonpositive of one number: every exponential of a call comes from one function.
 inline float exp_nonpositive(float x) {
   float lanes[kWidth];
   store(lanes, exp_nonpositive(set1(x)));

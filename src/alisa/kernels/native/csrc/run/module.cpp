@@ -85,9 +85,11 @@ NB_MODULE(_native, m) {
           "__init__",
           [](alisa::SketchTask* self, int bits, int num_kv_heads, int head_dim, uintptr_t q, int q_dtype, uintptr_t codes,
              uintptr_t ranges, uintptr_t starts, uintptr_t lengths, int num_seqs, int num_heads, int num_sets, int width,
-             int value_bits, uintptr_t value_codes, uintptr_t value_ranges, uintptr_t rest) {
+             int parts, float softcap, int value_bits, uintptr_t value_codes, uintptr_t value_ranges, uintptr_t rest) {
             new (self) alisa::SketchTask{};
             self->layout = {bits, num_kv_heads, head_dim};
+            self->parts = parts;
+            self->softcap = softcap;
             self->q = at<const void>(q);
             self->q_dtype = static_cast<Dtype>(q_dtype);
             self->codes = at<const uint8_t>(codes);
@@ -104,7 +106,7 @@ NB_MODULE(_native, m) {
             self->rest = at<float>(rest);
           },
           "bits"_a, "num_kv_heads"_a, "head_dim"_a, "q"_a, "q_dtype"_a, "codes"_a, "ranges"_a, "starts"_a, "lengths"_a,
-          "num_seqs"_a, "num_heads"_a, "num_sets"_a, "width"_a, "value_bits"_a = 0, "value_codes"_a = 0, "value_ranges"_a = 0,
+          "num_seqs"_a, "num_heads"_a, "num_sets"_a, "width"_a, "parts"_a, "softcap"_a, "value_bits"_a = 0, "value_codes"_a = 0, "value_ranges"_a = 0,
           "rest"_a = 0, "A query, the part of a sketch that it asks, and that of the values where there is one.");
 
   m.attr("PIECE_COLUMNS") = alisa::kBlock;

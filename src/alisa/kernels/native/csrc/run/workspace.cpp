@@ -205,7 +205,7 @@ void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float>
     const int first = seq * task.num_sets;
     for (int set = 0; set < task.num_sets; ++set) select_row(rows, first + set);
     isa.sketch.shares(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, chosen.counts[first],
-                      shares + static_cast<size_t>(seq) * task.num_heads, mine);
+                      shares + static_cast<size_t>(seq) * (task.num_heads / task.parts), mine);
     if (task.completes()) {
       isa.sketch.rest(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, chosen.counts[first], mine);
     }

@@ -39,6 +39,26 @@ inline void score_block(const SketchTask& task, size_t token, int count, const S
   }
 }
 
+// Scores of the parts of a head become the head's, in each of them, and all of them stay below the cap.
+inline void complete_scores(const SketchTask& task, int count, float* weights) {
+  const int heads = task.heads();
+  const int group = task.group();
+  for (int t = 0; task.parts > 1 && t < count; ++t) {
+    for (int first = 0; first < task.num_heads; first += task.parts * group) {
+      float* of_kv_head = weights + static_cast<size_t>(t) * heads + first;
+      for (int i = 0; i < group; ++i) {
+        float sum = 0.0F;
+        for (int part = 0; part < task.parts; ++part) sum += of_kv_head[part * group + i];
+        for (int part = 0; part < task.parts; ++part) of_kv_head[part * group + i] = sum;
+      }
+    }
+  }
+  if (task.softcap <= 0.0F) return;
+  for (size_t i = 0; i < static_cast<size_t>(count) * heads; i += kWidth) {
+    store(weights + i, softcapped(load(weights + i), task.softcap));
+  }
+}
+
 // Scores become weights relative to the running maximum of each head; `rescale` is what earlier ones are worth now.
 inline void weigh_tokens(float* weights, int count, int heads, float* maximum, float* total, float* rescale) {
   for (int h = 0; h < heads; h += kWidth) {
@@ -78,6 +98,7 @@ void sketch_item(const SketchTask& task, int index, float* memory) {
     float* weights = task.weights + number * kSketchBlock * heads;
     const size_t token = static_cast<size_t>(task.starts[item.seq]) + first;
     score_block<kBits, kShared, kWhole>(task, token, count, scratch, weights);
+    complete_scores(task, count, weights);
     weigh_tokens(weights, count, task.heads(), maximum, total, scratch.rescale);
     if (task.completes()) add_block(task, token, count, weights, partial, scratch);
     std::memcpy(task.block_max + number * heads, maximum, heads * sizeof(float));
@@ -133,6 +154,7 @@ inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
   const int length = task.lengths[seq];
   const int num_sets = task.num_sets;
   const int heads_per_set = task.num_heads / num_sets;
+  const float once = 1.0F / static_cast<float>(task.parts);  // every part of a head has its weight
   float* out = task.out + static_cast<size_t>(seq) * num_sets * task.width;
   size_t number = task.grid.first_block[seq];
   for (int first = 0; first < length; first += kSketchBlock, ++number) {
@@ -150,13 +172,13 @@ inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
         all = all + weight;
       }
       if (num_sets == 1) {
-        out[first + t] = sum_of(all);
+        out[first + t] = sum_of(all) * once;
         continue;
       }
       for (int set = 0; set < num_sets; ++set) {
         float sum = 0.0F;
         for (int h = set * heads_per_set; h < (set + 1) * heads_per_set; ++h) sum += weights[h];
-        out[static_cast<size_t>(set) * task.width + first + t] = sum;
+        out[static_cast<size_t>(set) * task.width + first + t] = sum * once;
       }
     }
   }
@@ -179,8 +201,9 @@ inline void sketch_shares(const SketchTask& task, int seq, const int32_t* positi
       store(memory + h, sum);
     }
     for (int h = set * heads_per_set; h < end; ++h) {
+      if (task.offset_of(h) > 0) continue;
       // Rounding must not show where everything is read.
-      shares[h] = count >= task.lengths[seq] ? 1.0F : memory[h];
+      shares[task.head_of(h)] = count >= task.lengths[seq] ? 1.0F : memory[h];
     }
   }
 }

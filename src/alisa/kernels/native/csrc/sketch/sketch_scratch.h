@@ -50,8 +50,8 @@ struct SketchScratch {
   }
 };
 
-// One head of the query becomes whole numbers up to kQueryReach; returns what one of them is worth.
-inline float round_query(float* values, int dim) {
+// A part of a head of `head_dim` values becomes whole numbers up to kQueryReach; returns what one of them is worth.
+inline float round_query(float* values, int dim, int head_dim) {
   for (int i = dim; i < round_up(dim, kWidth); ++i) values[i] = 0.0F;
   F largest = set1(0.0F);
   for (int i = 0; i < dim; i += kWidth) {
@@ -62,7 +62,7 @@ inline float round_query(float* values, int dim) {
   // Smaller queries give every token the same weight, to the last bit.
   const float inverse = reach > 1e-30F ? kQueryReach / reach : 0.0F;
   for (int i = 0; i < dim; i += kWidth) store(values + i, round_even(load(values + i) * set1(inverse)));
-  return reach / kQueryReach / __builtin_sqrtf(static_cast<float>(dim));
+  return reach / kQueryReach / __builtin_sqrtf(static_cast<float>(head_dim));
 }
 
 // The K/V head of a query head; of padding, the last one.
@@ -74,16 +74,18 @@ inline int kv_head_of(const SketchTask& task, int head) {
 inline void prepare_query(const SketchTask& task, int seq, const SketchScratch& scratch) {
   const SketchLayout& layout = task.layout;
   const int dim = layout.head_dim;
-  const size_t head_bytes = static_cast<size_t>(dim) * value_bytes(task.q_dtype);
+  const size_t bytes = value_bytes(task.q_dtype);
+  const auto whole = static_cast<size_t>(dim) * task.parts;
+  const auto* source = static_cast<const uint8_t*>(task.q) + static_cast<size_t>(seq) * task.num_heads * dim * bytes;
   for (int h = 0; h < task.heads(); ++h) {
     const bool real = h < task.num_heads;
     scratch.offsets[h] = kv_head_of(task, h) * layout.code_bytes();
     scratch.lanes[h] = kv_head_of(task, h) - kv_head_of(task, h / kWidth * kWidth);
     float unit = 0.0F;
     if (real) {
-      const size_t index = static_cast<size_t>(seq) * task.num_heads + h;
-      widen(task.q_dtype, static_cast<const uint8_t*>(task.q) + index * head_bytes, dim, scratch.values);
-      unit = round_query(scratch.values, dim);
+      const size_t first = task.head_of(h) * whole + task.offset_of(h);
+      widen(task.q_dtype, source + first * bytes, dim, scratch.values);
+      unit = round_query(scratch.values, dim, dim * task.parts);
     } else {
       for (int i = 0; i < dim; ++i) scratch.values[i] = 0.0F;
     }

@@ -236,10 +236,11 @@ inline void sketch_rest(const SketchTask& task, int seq, const int32_t* position
   const auto partial = static_cast<size_t>(task.grid.first_partial[seq]);
   const float* sums = values_of(task, partial);
   const float* shift = task.partial_shift + partial * task.heads();
-  for (int h = 0; h < task.num_heads; ++h, sums += layout.head_stride(), rest += dim) {
+  for (int h = 0; h < task.num_heads; ++h, sums += layout.head_stride()) {
+    float* of_part = rest + static_cast<size_t>(task.head_of(h)) * dim * task.parts + task.offset_of(h);
     for (int plane = 0, d = 0; plane < layout.planes(); ++plane) {
       const float* of_plane = sums + plane * layout.plane_stride();
-      for (int i = 0; i < layout.code_bytes() && d < dim; ++i, ++d) rest[d] = of_plane[i] + shift[h];
+      for (int i = 0; i < layout.code_bytes() && d < dim; ++i, ++d) of_part[d] = of_plane[i] + shift[h];
     }
   }
 }

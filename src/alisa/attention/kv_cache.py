@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from alisa.cache.capacity import DeviceCapacity, StateMemory, device_capacity, resident_capacity
 from alisa.cache.codec import make_codec
 from alisa.cache.manager import CacheManager
@@ -14,9 +16,9 @@ from alisa.cache.offload.store import TieredStore
 from alisa.cache.offload.tiers import DiskTier, HostTier, LowerTier, require_disk
 from alisa.cache.store import KVStore
 from alisa.config import EngineConfig, format_bytes
-from alisa.engine.loaded import LoadedModel
 from alisa.errors import CapacityError, InputError
-from alisa.kernels.base import Codec
+from alisa.kernels.base import Codec, Rebuild
+from alisa.kernels.choose import AttentionBackend
 from alisa.outputs import Medium
 from alisa.policy.base import SelectionPolicy
 from alisa.policy.registry import POLICIES, reads_of
@@ -24,11 +26,42 @@ from alisa.scheduler.placement.all_device import AllDevice
 from alisa.scheduler.placement.base import Limits, PlacementPolicy, Tier
 from alisa.scheduler.placement.capacity import share_below
 from alisa.scheduler.placement.three_phase import ThreePhase
+from alisa.spec import AttentionShape, RowFormat
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilding:
+    """What deleted rows are made from again."""
+
+    hidden_size: int
+    """C, of the layer inputs."""
+    dtype: torch.dtype
+    """What the model computes in."""
+    rebuild: Rebuild
+    """The model's projection."""
+
+    @property
+    def format(self) -> RowFormat:
+        """Of a kept layer input."""
+        return hidden_format(str(self.dtype).removeprefix("torch."), self.hidden_size)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """A model as its KV cache sees it."""
+
+    shape: AttentionShape
+    max_positions: int
+    """Longest sequence that it can read."""
+    device: torch.device
+    backend: AttentionBackend
+    rebuilding: Rebuilding | None
+    """None: rows cannot be made again, so that none are deleted."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVCacheConfig:
-    """What an engine's cache is built as."""
+    """What a cache is built as."""
 
     limits: Limits
     placement: PlacementPolicy
@@ -49,7 +82,7 @@ class KVCacheConfig:
 
 
 def plan_kv_cache(
-    model: LoadedModel,
+    source: RowSource,
     policy: SelectionPolicy,
     codec: Codec,
     config: EngineConfig,
@@ -57,11 +90,13 @@ def plan_kv_cache(
     device_bytes: int,
     host_bytes: int,
     disk_bytes: int,
+    *,
+    runs_all: bool = False,
 ) -> KVCacheConfig:
     """Capacities of a cache under these caps.
 
     Args:
-        model: its shape, and what its rows are rebuilt from.
+        source: the model.
         policy: one with an index set for each head needs every row on the device.
         codec: of the rows.
         config: sizes.
@@ -69,28 +104,29 @@ def plan_kv_cache(
         device_bytes: hard cap.
         host_bytes: hard cap of rows in main memory below a GPU.
         disk_bytes: hard cap.
+        runs_all: whether every open sequence takes part in every step, so that none can be swapped.
 
     Raises:
         CapacityError: not even a token fits, or the disk is too small for the schedule.
         InputError: tiers are asked for and cannot be had.
     """
-    spec = model.spec
-    max_len = min(config.max_model_len or spec.max_positions, spec.max_positions)
-    token_bytes = spec.num_layers * codec.format.row_bytes
-    can_tier = policy.num_sets(spec.attention) == 1 and host_bytes + disk_bytes >= token_bytes
-    if placement is not None and placement.uses_tiers and policy.num_sets(spec.attention) > 1:
+    shape = source.shape
+    max_len = min(config.max_model_len or source.max_positions, source.max_positions)
+    token_bytes = shape.num_layers * codec.format.row_bytes
+    can_tier = policy.num_sets(shape) == 1 and host_bytes + disk_bytes >= token_bytes
+    if placement is not None and placement.uses_tiers and policy.num_sets(shape) > 1:
         raise InputError(
             f"the schedule {placement.name} moves rows, and {config.policy} chooses other rows for every head; use "
             "another --policy, such as swa."
         )
     has_tiers = can_tier if placement is None else placement.uses_tiers
-    found = POLICIES[config.policy].state_bytes(spec.attention, config.sparsity, max_len)
+    found = POLICIES[config.policy].state_bytes(shape, config.sparsity, max_len)
     read_share = (1 + sum(reads_of(config.policy, config.sparsity)(max_len - 1))) / max_len
-    state = StateMemory(found.per_token, found.per_sequence, read_share)
+    state = StateMemory(found.per_token, found.per_sequence, read_share, runs_all)
     if not has_tiers:
         capacity = resident_capacity(
             device_bytes,
-            num_layers=spec.num_layers,
+            num_layers=shape.num_layers,
             row_bytes=codec.format.row_bytes,
             max_num_seqs=config.max_num_seqs,
             max_length=max_len,
@@ -113,23 +149,24 @@ def plan_kv_cache(
     host_tokens = min(host_bytes // token_bytes, wanted)
     capacity = device_capacity(
         device_bytes,
-        num_layers=spec.num_layers,
+        num_layers=shape.num_layers,
         row_bytes=codec.format.row_bytes,
         max_num_seqs=config.max_num_seqs,
         max_length=max_len,
         lower_tokens=wanted,
         num_tiers=1 + (host_tokens > 0) + (config.kv_disk_memory is not None or placement.most_deleted(max_len) > 0),
-        piece_columns=model.backend.attend.piece_columns(codec.format, spec.num_heads),
-        holds_tables=model.decoder.device.type == "cpu",
+        piece_columns=source.backend.attend.piece_columns(codec.format, shape.num_heads),
+        holds_tables=source.device.type == "cpu",
         state=state,
     )
     _check_room(capacity, device_bytes, token_bytes, state, config, max_len)
-    hidden_bytes = spec.num_layers * hidden_format(model.dtype, spec.hidden_size).row_bytes
+    rebuilding = source.rebuilding
+    hidden_bytes = shape.num_layers * rebuilding.format.row_bytes if rebuilding else token_bytes
     planned = placement.most_deleted(max_len)
     # Rows are deleted because a schedule says so, or because the disk was given less than it takes. A disk that merely
     # has less room than the greatest work of all would need is no reason to keep a hidden state of every token.
     is_capped = config.kv_disk_memory is not None
-    if planned and spec.rotates_by_length:
+    if planned and rebuilding is None:
         raise InputError(
             f"the schedule {placement.name} deletes up to {planned} tokens of a sequence, and the keys of this model "
             "cannot be rebuilt: they are rotated by the length of the sequence; use a schedule that deletes none."
@@ -143,7 +180,7 @@ def plan_kv_cache(
         sizes=[max_len] * config.max_num_seqs,
         planned=planned,
     )
-    if spec.rotates_by_length:
+    if rebuilding is None:
         below, rebuildable = disk_bytes // token_bytes, 0
     kept = rebuildable * config.max_num_seqs
     if not fits:
@@ -189,12 +226,12 @@ def _check_room(
 
 
 def build_kv_cache(
-    model: LoadedModel, codec: Codec, config: KVCacheConfig, directory: Path, eviction: Eviction, *, overlap: bool
+    source: RowSource, codec: Codec, config: KVCacheConfig, directory: Path, eviction: Eviction, *, overlap: bool
 ) -> CacheManager:
-    """The cache of an engine: a flat pool, and the tiers below it as soon as something has to move.
+    """A flat pool, and the tiers below it as soon as something has to move.
 
     Args:
-        model: rebuilds deleted rows.
+        source: the model.
         codec: of the rows.
         config: sizes.
         directory: its disk takes the disk tier.
@@ -205,15 +242,15 @@ def build_kv_cache(
         CapacityError: the pool is larger than the memory, or the disk is too full.
         InputError: the directory cannot hold files.
     """
-    spec, backend, device = model.spec, model.backend, model.decoder.device
+    shape, backend, rebuilding = source.shape, source.backend, source.rebuilding
     row_bytes, limits = codec.format.row_bytes, config.limits
     flat = KVStore(
-        num_layers=spec.num_layers,
+        num_layers=shape.num_layers,
         codec=codec,
         num_rows=limits.device_tokens,
         max_num_seqs=config.max_num_seqs,
         max_length=config.max_model_len,
-        device=device,
+        device=source.device,
         append=backend.append,
         spare_rows=config.capacity.staging_rows,
     )
@@ -225,17 +262,17 @@ def build_kv_cache(
 
     def make_tiers(flat: KVStore) -> TieredStore:
         tiers: list[LowerTier] = [
-            HostTier(spec.num_layers, tier.num_tokens, row_bytes)
+            HostTier(shape.num_layers, tier.num_tokens, row_bytes)
             if tier.medium is Medium.HOST
-            else DiskTier(directory, spec.num_layers, tier.num_tokens, row_bytes, backend.move_rows)
+            else DiskTier(directory, shape.num_layers, tier.num_tokens, row_bytes, backend.move_rows)
             for tier in limits.tiers
         ]
         hidden = None
-        if kept:
-            hidden_codec = make_codec(hidden_format(model.dtype, spec.hidden_size))
+        if kept and rebuilding is not None:
+            hidden_codec = make_codec(rebuilding.format)
             hidden_row = hidden_codec.format.row_bytes
-            tier = DiskTier(directory, spec.num_layers, kept, hidden_row, backend.move_rows)
-            hidden = HiddenStateCache(tier, hidden_codec, model.decoder.project_kv, model.decoder.dtype)
+            tier = DiskTier(directory, shape.num_layers, kept, hidden_row, backend.move_rows)
+            hidden = HiddenStateCache(tier, hidden_codec, rebuilding.rebuild, rebuilding.dtype)
         return TieredStore.over(
             flat,
             tiers=tiers,
@@ -243,7 +280,7 @@ def build_kv_cache(
             rebuildable=limits.rebuildable,
             eviction=eviction,
             overlap=overlap,
-            piece_columns=backend.attend.piece_columns(codec.format, spec.num_heads),
+            piece_columns=backend.attend.piece_columns(codec.format, shape.num_heads),
             in_flight_bytes=config.capacity.in_flight_bytes,
         )
 

@@ -1,0 +1,140 @@
+"""Blocks of tables for the accuracy of real models; see `table_blocks.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp
+
+import accuracy_tables
+from table_blocks import Record, Results, table
+
+from alisa.lab.eval.statistics import Estimate, difference, mean
+
+MODELS = ("smollm2", "gemma3")
+"""Ends of the names of the files with their records."""
+
+_TEXTS = {"wikitext2": "WikiText-2", "ptb": "PTB", "heldout": "held-out prose", "python3.11": "Python's sources"}
+_MOST = 0.95
+"""Sparsity up to which every text was measured."""
+_POLICIES = ("sketch", "swa", "h2o", "streaming")
+
+
+def perplexity(results: Results, context: int | None = None) -> str:
+    """Perplexity lost: a table for each model, a row for each text and length, or for one length."""
+    parts = []
+    for model in MODELS:
+        found = [
+            r
+            for r in _records(results, f"ppl_{model}.jsonl")
+            if r["policy"] in ("dense", *_POLICIES)
+            and r["sparsity"] <= _MOST
+            and context in (None, r["settings"]["context"])
+        ]
+        columns = _columns(found)
+        if not columns:
+            continue
+        rows: dict[tuple[int, str], dict[tuple[str, float], Record]] = {}
+        for record in found:
+            text = (record["settings"]["context"], record["task"])
+            rows.setdefault(text, {})[record["policy"], record["sparsity"]] = record
+        head = ["text", "windows", "dense", *(f"`{policy}` {sparsity:g}" for policy, sparsity in columns)]
+        order = sorted(rows, key=lambda row: (row[0], list(_TEXTS).index(row[1])))
+        body = []
+        for length, text in order:
+            cells = rows[length, text]
+            dense = cells["dense", 0.0]
+            windows = f"{dense['settings']['windows']} x {length}"
+            costs = [accuracy_tables.cost(cells[column]) if column in cells else "" for column in columns]
+            body.append([_TEXTS[text], windows, accuracy_tables.level(dense), *costs])
+        parts += [f"{_title(found[0])}:", table(head, body)]
+    return "\n\n".join(parts)
+
+
+def policies(results: Results) -> str:
+    """All that was measured of the variants of `sketch`, by sparsity."""
+    groups: dict[tuple[str, str, int], list[Record]] = {}
+    for record in _records(results, "ppl_smollm2.jsonl"):
+        groups.setdefault((record["model"], record["task"], record["settings"]["context"]), []).append(record)
+    parts = []
+    for (_, text, context), found in groups.items():
+        if any(record["policy"] == "sketch-mean" for record in found):
+            windows = found[0]["settings"]["windows"]
+            parts.append(f"{_title(found[0])}, {_TEXTS[text]}, {windows} x {context} tokens:")
+            parts.append(
+                "\n".join(
+                    accuracy_tables.by_sparsity([r for r in found if r["policy"] not in ("swa", "h2o", "streaming")])
+                )
+            )
+    return "\n\n".join(parts)
+
+
+def by_task(kind: str, results: Results) -> str:
+    """Recall or multiple choice: a table for each model; dense attention's level, and what the others lose."""
+    parts = []
+    for model in MODELS:
+        found = _records(results, f"{kind}_{model}.jsonl")
+        columns = _columns(found)
+        if not columns:
+            continue
+        rows: dict[str, dict[tuple[str, float], Record]] = {}
+        for record in found:
+            rows.setdefault(record["task"], {})[record["policy"], record["sparsity"]] = record
+        head = ["task", "dense", *(f"`{policy}` {sparsity:g}" for policy, sparsity in columns)]
+        body = [
+            [
+                task,
+                accuracy_tables.level(cells["dense", 0.0]),
+                *(accuracy_tables.cost(cells[column]) if column in cells else "" for column in columns),
+            ]
+            for task, cells in rows.items()
+        ]
+        parts += [f"{_title(found[0])}:", table(head, body)]
+    return "\n\n".join(parts)
+
+
+def generation(results: Results) -> str:
+    """Long texts: repetition, length and what dense attention makes of them."""
+    parts = []
+    for model in MODELS:
+        found = _records(results, f"generation_{model}.jsonl")
+        if not found:
+            continue
+        dense = next(record for record in found if record["policy"] == "dense")
+        work = dense["settings"]
+        body = [
+            [
+                f"`{record['policy']}`" + (f" {record['sparsity']:g}" if record is not dense else ""),
+                f"{100 * record['value']:.1f} %",
+                "" if record is dense else _estimate(difference(record["units"], dense["units"]), 100, 1),
+                f"{mean(record['lengths']).value:.0f}",
+                f"{exp(mean(record['dense_nats']).value):.2f}",
+                "" if record is dense else _estimate(difference(record["dense_nats"], dense["dense_nats"]), 1, 2),
+            ]
+            for record in found
+        ]
+        head = ["policy", "repeated", "points more than dense", "tokens", "perplexity", "nats more than dense"]
+        what = (
+            f"{_title(dense)}, {work['texts']} texts of up to {work['max_tokens']} tokens after prompts of "
+            f"{work['prompt']}, temperature {work['temperature']:g}:"
+        )
+        parts += [what, table(head, body)]
+    return "\n\n".join(parts)
+
+
+def _records(results: Results, name: str) -> list[Record]:
+    path = results / "accuracy" / name
+    return accuracy_tables.read([path]) if path.exists() else []
+
+
+def _columns(records: Sequence[Record]) -> list[tuple[str, float]]:
+    """Policy and sparsity of all but dense, in the order of a table."""
+    found = {(record["policy"], record["sparsity"]) for record in records if record["policy"] != "dense"}
+    return sorted(found, key=lambda column: (_POLICIES.index(column[0]), column[1]))
+
+
+def _title(record: Record) -> str:
+    return f"`{record['model']}` in {record['stamp']['dtype']}"
+
+
+def _estimate(estimate: Estimate, scale: float, digits: int) -> str:
+    return f"{scale * estimate.value + 0.0:.{digits}f} ± {scale * estimate.standard_error:.{digits}f}"
