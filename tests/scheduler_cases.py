@@ -3,6 +3,7 @@
 from alisa.config import SamplingParams
 from alisa.policy.registry import reads_of
 from alisa.scheduler.placement.all_device import AllDevice
+from alisa.scheduler.prefix import BLOCK_TOKENS, block_names
 from alisa.scheduler.request import Request
 from alisa.scheduler.scheduler import Scheduler
 from alisa.scheduler.simulate import IntegerCache
@@ -18,6 +19,28 @@ class Costs:
 
     def keeps_rows(self, request):
         return self.keeps(request)
+
+
+class KnownBlocks:
+    """A prefix cache without contents: it knows the blocks of what was read, up to `most` of them."""
+
+    def __init__(self, hit_tokens=BLOCK_TOKENS, most=1000):
+        self.hit_tokens = hit_tokens
+        self.most = most
+        self.blocks = set()
+
+    def fetch(self, names, first, count):
+        missing = [place for place, name in enumerate(names[first : first + count]) if name not in self.blocks]
+        return min(missing, default=min(count, len(names) - first))
+
+    def execute(self, plan, owners):
+        for chunk in plan.chunks if plan.prefill else ():
+            names = owners[chunk.req_idx].block_names[chunk.start // BLOCK_TOKENS : chunk.end // BLOCK_TOKENS]
+            if plan.restored:
+                assert chunk.count == len(names) * BLOCK_TOKENS
+                assert self.blocks.issuperset(names)
+            else:
+                self.blocks.update(names[: max(self.most - len(self.blocks), 0)])
 
 
 class Driver:
@@ -37,6 +60,8 @@ class Driver:
         max_num_seqs=8,
         prefill_chunk=16,
         token_bytes=None,
+        order=None,
+        prefix=None,
     ):
         self.scheduler = Scheduler(
             limits,
@@ -46,7 +71,10 @@ class Driver:
             max_num_seqs=max_num_seqs,
             prefill_chunk=prefill_chunk,
             token_bytes=token_bytes,
+            order=order,
+            prefix=prefix,
         )
+        self.prefix = prefix
         self.cache = IntegerCache(limits)
         self.plan = None
         self.bounds = {}
@@ -55,6 +83,9 @@ class Driver:
     def add(self, request_id, prompt_len, max_new_tokens=4, priority=0):
         params = SamplingParams(max_tokens=max_new_tokens)
         request = Request(request_id, range(prompt_len), params, max_new_tokens, priority)
+        if self.prefix is not None:
+            request.block_names = block_names(request.prompt_ids, b"")
+            request.max_restored = (prompt_len - 1) // self.prefix.hit_tokens * self.prefix.hit_tokens
         self.scheduler.add(request)
         return request
 
@@ -76,6 +107,8 @@ class Driver:
         self.plan = plan
         self.cache.begin(plan)
         owners = {request.req_idx: request for request in (*self.scheduler.running, *self.scheduler.swapped)}
+        if self.prefix is not None:
+            self.prefix.execute(plan, owners)
         self.bounds = {req_idx: self.cache.bounds(req_idx) for req_idx in owners}
         failed = {req_idx: why for req_idx, why in (failed or {}).items() if req_idx in owners}
         finished = []

@@ -292,10 +292,26 @@ class EngineConfig:
     """Prompt tokens that go through the model in one pass; bounds the activations of long prompts, and how long
     running requests wait for a new one. Changes no token. Where rows are rounded (int8, int4), whole sections of 1024
     tokens are read."""
+    schedule_policy: Literal["fcfs", "hrrn"] = "fcfs"
+    """Who runs next when more requests wait than may run, after priority. fcfs: the first to come. hrrn: the highest
+    (waited + expected time) / expected time, so that short requests do not wait for long ones, and long ones not
+    forever; the length of an output is guessed from its prompt, once 100 have ended. Changes no token."""
+    prefix_cache: bool = False
+    """Keep K and V of prompts, so that a prompt that begins like an earlier one is read from there on only, and the n
+    texts of a prompt read it once. Changes no token."""
+    prefix_cache_memory: str | int | None = None
+    """With prefix_cache: the part of the memory cap that it takes, of kv_device_memory on a CPU and of kv_host_memory
+    below a GPU; None: a quarter."""
+    prefix_cache_disk: Path | None = None
+    """With prefix_cache: a directory that keeps these K and V from one run to the next; several processes may share
+    it."""
+    prefix_cache_disk_memory: str | int | None = None
+    """Most bytes in that directory; None: 8GiB."""
 
     def __post_init__(self) -> None:
         wrong = settle(self)
-        for name, least in (("kv_device_memory", 1), ("kv_host_memory", 0), ("kv_disk_memory", 0)):
+        sizes = {"kv_device_memory": 1, "kv_host_memory": 0, "kv_disk_memory": 0}
+        for name, least in (sizes | {"prefix_cache_memory": 1, "prefix_cache_disk_memory": 1}).items():
             if (size := getattr(self, name)) is not None:
                 try:
                     parse_bytes(size, least=least)
@@ -311,6 +327,14 @@ class EngineConfig:
                     f"max_model_len is {self.max_model_len}, at least 2 are needed, one for the prompt and one new",
                 ),
                 (self.prefill_chunk < 1, f"prefill_chunk is {self.prefill_chunk}, at least 1 is needed"),
+                (
+                    not self.prefix_cache and (self.prefix_cache_disk, self.prefix_cache_memory) != (None, None),
+                    "prefix_cache is off, and an option says how it is kept: turn it on",
+                ),
+                (
+                    self.prefix_cache_disk is None and self.prefix_cache_disk_memory is not None,
+                    "prefix_cache_disk_memory is of the directory prefix_cache_disk: name one",
+                ),
             )
             if bad
         ]

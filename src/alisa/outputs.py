@@ -103,6 +103,10 @@ class StepRecord:
     wall_s: float
     state_bytes: int = 0
     """Bytes of the selection policy's state after the step; they are under the device cap too."""
+    cached_tokens: int = 0
+    """Prompt tokens whose K and V came from the prefix cache in this step; the model computed nothing in it."""
+    prefix_bytes: int = 0
+    """Bytes of the prefix cache after the step; under the device cap too on a CPU, under the host's on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,3 +221,8 @@ class RunSummary:
     tokens_attended: int
     tokens_dense: int
     peak_rss_bytes: int
+    cached_tokens: int = 0
+    """Prompt tokens whose K and V came from the prefix cache, a prompt that was read again included."""
+    prefix_cap_bytes: int = 0
+    """Memory that the prefix cache may take, in addition to the caps above; 0 without one."""
+    prefix_peak_bytes: int = 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alisa import LLM, SamplingParams
-from alisa.engine.costs import MeasuredRestoreCosts
+from alisa.engine.costs import MeasuredCosts
 from tests.caps import device_cap
 
 PROMPT_LENGTHS = (23, 41, 17, 38, 30, 25)
@@ -41,7 +41,7 @@ def test_a_sequence_that_gives_way_says_what_it_would_have_said(policy, keeps_ro
     options = {"policy": policy, "sparsity": 0.5, "dtype": "float32", **SIZES}
     everything = LLM(tiny_model("llama-gqa-tied"), **options)
     expected, _ = run(everything)
-    monkeypatch.setattr(MeasuredRestoreCosts, "keeps_rows", lambda self, request: keeps_rows)
+    monkeypatch.setattr(MeasuredCosts, "keeps_rows", lambda self, request: keeps_rows)
     disk = None if keeps_rows else 20 * everything.describe()["kv_token_bytes"]
     cap = device_cap(everything, 150)
     found, report = run(LLM(tiny_model("llama-gqa-tied"), **options, kv_device_memory=cap, kv_disk_memory=disk))

@@ -211,6 +211,21 @@ def test_swa_forgets_the_former_owner_of_a_req_idx():
     assert torch.equal(expected, actual)
 
 
+def test_a_step_that_is_over_is_not_laid_out_anew_for_the_next_owner_of_its_index():
+    """A prompt takes the index of one that ended; room for it moves another, and the last step had both indices."""
+    state = start(SparseWindow(Budget(0.5)), 3, 128, num_tokens=256)
+    for req_idx in (0, 1):
+        state.open(req_idx)
+        state.reserve(req_idx, 64)
+    state.begin(make_batch([40, 40]))
+    state.close(1)
+    state.open(1)
+    state.open(2)
+    state.reserve(2, 64)
+    state.reserve(1, 128)
+    state.begin(make_batch([41, 90]))
+
+
 def test_swa_state_stops_growing_when_rows_share_buckets():
     sizes = [
         POLICIES["swa"].state_bytes(small_spec().attention, 0.8, length).per_token for length in (200, 640, 100_000)

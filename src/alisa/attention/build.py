@@ -10,6 +10,7 @@ from torch import Tensor
 from alisa.attention.session import KVSession
 from alisa.attention.timing import StepTimer
 from alisa.cache.manager import CacheManager
+from alisa.cache.prefix.cache import PrefixCache
 from alisa.kernels.choose import AttentionBackend
 from alisa.policy.base import SelectionPolicy
 from alisa.spec import AttentionShape
@@ -28,6 +29,7 @@ def build_session(
     timer: StepTimer | None = None,
     looks_ahead: bool = False,
     sinks: Sequence[Tensor] | None = None,
+    prefix: PrefixCache | None = None,
 ) -> KVSession:
     """A session with a fresh policy state, of the layers without a sliding window.
 
@@ -41,8 +43,9 @@ def build_session(
         state_tokens: tokens that the policy's state has room for, over all of them.
         max_len: longest sequence.
         timer: told where the time goes; None: nobody asks.
-        looks_ahead: see `KVSession`; so are the sinks.
+        looks_ahead: see `KVSession`; so are the sinks and the prefix cache.
         sinks: `Decoder.sinks`.
+        prefix: None: nobody keeps K and V of prompts.
     """
     state = policy.start(
         shape.full_layers(),
@@ -53,5 +56,14 @@ def build_session(
         kernels=backend.selection,
     )
     return KVSession(
-        cache, policy, state, backend, shape, device, timer or StepTimer(), looks_ahead=looks_ahead, sinks=sinks
+        cache,
+        policy,
+        state,
+        backend,
+        shape,
+        device,
+        timer or StepTimer(),
+        looks_ahead=looks_ahead,
+        prefix=prefix,
+        sinks=sinks,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from alisa.cache.base import RowStore
 from alisa.kernels.base import KeyBlock, PrefillKernel
 from alisa.scheduler.plan import ScheduledChunk
+from alisa.scheduler.prefix import BLOCK_TOKENS
 from alisa.spec import AttentionShape
 
 SECTION_TOKENS = 1024
@@ -22,14 +23,20 @@ one section after the other: what prefill holds of the past does not grow with t
 """
 
 
-def chunk_tokens(wanted: int, row_dtype: str, dtype: torch.dtype) -> int:
+def chunk_tokens(wanted: int, row_dtype: str, dtype: torch.dtype, *, whole_blocks: bool = False) -> int:
     """Prompt tokens that a step may read, of a model that computes in `dtype` and keeps its rows in `row_dtype`.
 
-    Keys of a section's earlier tokens come out of their rows. Where rows are rounded, that would be other keys than a
-    section read in one step sees, so there a step reads whole sections.
+    With `whole_blocks` it ends where blocks of a prefix cache end. Keys of a section's earlier tokens come out of their
+    rows. Where rows are rounded, that would be other keys than a section read in one step sees, so there a step reads
+    whole sections.
     """
-    is_exact = str(dtype) == f"torch.{row_dtype}"
-    return wanted if is_exact else -(-wanted // SECTION_TOKENS) * SECTION_TOKENS
+    multiple = SECTION_TOKENS if not is_exact(row_dtype, dtype) else BLOCK_TOKENS if whole_blocks else 1
+    return -(-wanted // multiple) * multiple
+
+
+def is_exact(row_dtype: str, dtype: torch.dtype) -> bool:
+    """Whether rows hold K and V as a model that computes in `dtype` made them."""
+    return str(dtype) == f"torch.{row_dtype}"
 
 
 class PrefillStep:
@@ -78,8 +85,7 @@ class PrefillStep:
             for piece in _pieces(chunk, prompt_len, first)
         )
         self._num_sets = num_sets
-        tokens = [(chunk.req_idx, position) for chunk in chunks for position in range(chunk.start, chunk.end)]
-        self._req_index, self._positions = torch.tensor(tokens, device=device).unbind(1)
+        self._req_index, self._positions = token_places(chunks, device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """One layer: q `[1, T, H, D]`, k and v `[1, T, G, D]`; returns `[1, T, H, D]`."""
@@ -120,6 +126,13 @@ class PrefillStep:
         for first in range(first_seen // SECTION_TOKENS * SECTION_TOKENS, piece.section_start, SECTION_TOKENS):
             k, v = self._store.read(layer, piece.req_idx, first, first + SECTION_TOKENS)
             yield KeyBlock(first, k, v)
+
+
+def token_places(chunks: Sequence[ScheduledChunk], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Request index and position Int64[T] of every token of these chunks, packed one after the other."""
+    tokens = [(chunk.req_idx, position) for chunk in chunks for position in range(chunk.start, chunk.end)]
+    req_index, positions = torch.tensor(tokens, device=device).unbind(1)
+    return req_index, positions
 
 
 class _Piece(NamedTuple):

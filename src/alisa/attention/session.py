@@ -16,16 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alisa.attention.prefill import PrefillStep
+from alisa.attention.prefill import PrefillStep, token_places
 from alisa.attention.timing import StepSection, StepTimer
 from alisa.cache.base import RowStore
 from alisa.cache.manager import CacheManager
+from alisa.cache.prefix.cache import PrefixCache
 from alisa.kernels.base import Attended, Selection, StepBatch
 from alisa.kernels.choose import AttentionBackend
 from alisa.kernels.reference.sinks import with_sinks
 from alisa.outputs import Traffic
 from alisa.policy.base import PolicyState, SelectionPolicy
 from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
+from alisa.scheduler.prefix import BLOCK_TOKENS, BlockName
 from alisa.spec import AttentionShape
 
 
@@ -70,6 +72,7 @@ class KVSession:
         looks_ahead: choose a step's tokens when the step before it has been through all layers, and let the cache fetch
             what is missing while logits and tokens are computed. Only for policies that do not look at the query.
         sinks: of each layer, Float32[H]; None: the model has none.
+        prefix: keeps K and V of prompts for others that begin alike; None: nobody does.
     """
 
     def __init__(
@@ -84,9 +87,11 @@ class KVSession:
         *,
         looks_ahead: bool = False,
         sinks: Sequence[Tensor] | None = None,
+        prefix: PrefixCache | None = None,
     ) -> None:
         assert shape.has_sinks == (sinks is not None), "whoever runs a model with sinks hands them over"
         self.cache = cache
+        self.prefix = prefix
         self.policy = policy
         self.state = state
         self.shape = shape
@@ -114,6 +119,7 @@ class KVSession:
         self.selection = Selection(torch.empty(0), torch.empty(0), ())
         """What the last layer of a decode step read; evaluations look at it."""
         self._prompt_lens: dict[int, int] = {}
+        self._block_names: dict[int, tuple[BlockName, ...]] = {}
         self.max_lengths: dict[int, int] = {}
         """By request index: tokens that the sequence may come to."""
         self._bind(cache.store)
@@ -135,6 +141,7 @@ class KVSession:
         self.cache.open(sequence.req_idx, sequence.num_tokens)
         self.state.open(sequence.req_idx)
         self._prompt_lens[sequence.req_idx] = sequence.prompt_len
+        self._block_names[sequence.req_idx] = sequence.block_names
         self.max_lengths[sequence.req_idx] = sequence.num_tokens
 
     def extend_prompt(self, req_idx: int, prompt_len: int) -> None:
@@ -163,7 +170,7 @@ class KVSession:
         """Every row and every other trace of the sequence is gone; its index may be given away at once."""
         self.cache.release(req_idx)
         self.state.close(req_idx)
-        del self._prompt_lens[req_idx], self.max_lengths[req_idx]
+        del self._prompt_lens[req_idx], self._block_names[req_idx], self.max_lengths[req_idx]
         self._ahead = None
 
     def begin(self, plan: StepPlan) -> None:
@@ -172,6 +179,39 @@ class KVSession:
         Raises:
             CapacityError: a chunk does not continue its sequence, or there is no room.
         """
+        self._make_room(plan)
+        if plan.prefill:
+            # A prompt may have the index, and come to the length, of a sequence that the choice made ahead was for.
+            self._ahead = None
+            self._prefill = self._prefill_step(plan.chunks)
+        else:
+            self._prefill = None
+            self._begin_decode(plan.chunks)
+
+    def restore(self, plan: StepPlan) -> StepTraffic:
+        """A whole step whose chunks come from the prefix cache: rows and policy get what they got the first time.
+
+        Raises:
+            CapacityError: as `begin`.
+        """
+        assert self.prefix is not None, "plans that restore are made where there is a prefix cache"
+        self._make_room(plan)
+        self._ahead = None
+        names = [
+            name
+            for chunk in plan.chunks
+            for name in self._block_names[chunk.req_idx][chunk.start // BLOCK_TOKENS : chunk.end // BLOCK_TOKENS]
+        ]
+        slots = self.prefix.slots(names)
+        req_index, positions = token_places(plan.chunks, self._device)
+        for layer, (window, among_full) in enumerate(self._layers):
+            k, v, hidden = self.prefix.read(layer, slots, self._device)
+            self._append(layer, k, v, hidden)
+            if window is None:
+                self._on_append(among_full, req_index, positions, k, v)
+        return self._traffic()
+
+    def _make_room(self, plan: StepPlan) -> None:
         for req_idx in plan.closed:
             self.close(req_idx)
         for sequence in plan.opened:
@@ -183,13 +223,6 @@ class KVSession:
             self._bind(store)
         self._read = []
         self._num_chunks = len(plan.chunks)
-        if plan.prefill:
-            # A prompt may have the index, and come to the length, of a sequence that the choice made ahead was for.
-            self._ahead = None
-            self._prefill = self._prefill_step(plan.chunks)
-        else:
-            self._prefill = None
-            self._begin_decode(plan.chunks)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """One layer: q `[B, T, H, D]`, k and v `[B, T, G, D]`, hidden `[B, T, C]`; returns `[B, T, H, D]`.
@@ -226,8 +259,14 @@ class KVSession:
         """The step is over; the next one's selections are made and asked for, where history alone decides them."""
         if self._prefill is None and self._looks_ahead and self.cache.has_tiers:
             self._look_ahead()
+        return self._traffic()
+
+    def _traffic(self) -> StepTraffic:
         attended = tuple(sum(layers) for layers in zip(*self._read, strict=True)) or (0,) * self._num_chunks
-        return StepTraffic(attended, self._store.traffic(), self._store.failed())
+        traffic, failed = self._store.traffic(), self._store.failed()
+        if self.prefix is not None:
+            self.prefix.end(failed)
+        return StepTraffic(attended, traffic, failed)
 
     def _bind(self, store: RowStore) -> None:
         """From now on rows come from this store."""
@@ -243,9 +282,13 @@ class KVSession:
             first = max(chunk.start, prompt_len - self.policy.observation_window(prompt_len))
             observed_from.append(first if first < chunk.end else None)
         self._batch = self._batch_of((), ())
+        append = self._append
+        if self.prefix is not None:
+            self.prefix.begin(chunks, [self._block_names[chunk.req_idx] for chunk in chunks])
+            append = self._append_and_keep
         return PrefillStep(
             self._store,
-            self._append,
+            append,
             self._on_append,
             self._observe_prompt,
             self._prefill_kernel,
@@ -257,6 +300,12 @@ class KVSession:
             self._sinks,
             self._device,
         )
+
+    def _append_and_keep(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor) -> None:
+        """Rows are written, and the prefix cache has a copy of what they were written from."""
+        assert self.prefix is not None, "there is somebody who keeps it"
+        self._append(layer, k, v, hidden)
+        self.prefix.write(layer, k, v, hidden)
 
     def _begin_decode(self, chunks: tuple[ScheduledChunk, ...]) -> None:
         """Lay out the step; selections that were made ahead for just this step are taken."""

@@ -41,6 +41,11 @@ _CHANGE_NO_TOKEN = frozenset(
         "schedule",
         "max_num_seqs",
         "prefill_chunk",
+        "schedule_policy",
+        "prefix_cache",
+        "prefix_cache_memory",
+        "prefix_cache_disk",
+        "prefix_cache_disk_memory",
     )
 )
 """Engine options that may differ between runs that share a file of results."""

@@ -37,11 +37,15 @@ def summary_lines(
         f"{summary.num_requests}: {summary.prompt_tokens} tokens read, {summary.output_tokens} tokens written "
         f"in {summary.wall_s:.1f} s",
     )
-    prefill, decode = _rate(summary.prompt_tokens, summary.prefill_s), _rate(summary.decode_tokens, summary.decode_s)
+    computed = max(summary.prompt_tokens - summary.cached_tokens, 0)
+    prefill, decode = _rate(computed, summary.prefill_s), _rate(summary.decode_tokens, summary.decode_s)
     yield "speed", f"prefill {prefill}, decode {decode}"
     shares = [f"{part} {_share(getattr(summary, f'{part}_s'), summary.decode_s)}" for part in _TIME_PARTS]
     yield "decode", ", ".join(shares)
     yield "KV memory", f"{format_bytes(summary.kv_peak_bytes)} at the peak, cap {format_bytes(summary.kv_cap_bytes)}"
+    if summary.prefix_cap_bytes:
+        kept = f"{format_bytes(summary.prefix_peak_bytes)} at the peak, cap {format_bytes(summary.prefix_cap_bytes)}"
+        yield "prefix cache", f"{summary.cached_tokens} prompt tokens were known; {kept}"
     if summary.disk_cap_bytes:
         yield from _tier_lines(summary)
     if summary.num_preempted:

@@ -75,6 +75,7 @@ class AsyncEngine:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        cache_salt: str = "",
     ) -> str:
         """Queue a request, whose events `events` gives; see `Engine.add_request`.
 
@@ -91,7 +92,7 @@ class AsyncEngine:
         def add() -> str:
             if name in self._streams:  # it may have finished, and not been read
                 raise InputError(f"The request id {name!r} is in use; choose another one.")
-            self._engine.add_request(prompt, params, request_id=name, priority=priority)
+            self._engine.add_request(prompt, params, request_id=name, priority=priority, cache_salt=cache_salt)
             self._streams[name] = stream
             return name
 
@@ -132,10 +133,10 @@ class AsyncEngine:
                 self.leave(name)
 
     async def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, priority: int = 0
+        self, prompt: str | Sequence[int], params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
     ) -> AsyncGenerator[Event]:
         """`add_request` and `events` in one."""
-        request_id = await self.add_request(prompt, params, priority=priority)
+        request_id = await self.add_request(prompt, params, priority=priority, cache_salt=cache_salt)
         async with aclosing(self.events(request_id)) as events:
             async for event in events:
                 yield event

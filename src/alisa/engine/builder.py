@@ -15,14 +15,16 @@ from alisa.attention.prefill import chunk_tokens
 from alisa.attention.timing import StepTimer
 from alisa.cache.offload.residency import Eviction
 from alisa.config import EngineConfig
-from alisa.engine.costs import MeasuredRestoreCosts
+from alisa.engine.costs import MeasuredCosts
 from alisa.engine.engine import Engine
 from alisa.engine.loaded import LoadedModel, kv_codec
+from alisa.engine.prefix import PrefixRules, build_prefix, prefix_share
 from alisa.engine.prompt import PromptReader
 from alisa.engine.report import EngineSetup
 from alisa.engine.runner import ModelRunner
 from alisa.engine.threads import make_governor
 from alisa.policy.registry import make_policy, reads_of
+from alisa.scheduler.order import FirstCome, HighestResponseRatio
 from alisa.scheduler.placement.base import PlacementPolicy
 from alisa.scheduler.placement.file import load_schedule
 from alisa.scheduler.scheduler import Scheduler
@@ -52,10 +54,14 @@ class EngineParts:
 
     scheduler: Scheduler
     runner: ModelRunner
-    costs: MeasuredRestoreCosts
+    costs: MeasuredCosts
     cache_config: KVCacheConfig
     kv_dtype: str
     """What rows are kept in."""
+    prefix_rules: PrefixRules | None = None
+    """Of the runner's prefix cache; None: it has none."""
+    prefix_bytes: int = 0
+    """Hard cap of the prefix cache."""
 
 
 def build_engine(
@@ -76,8 +82,9 @@ def build_engine(
         PromptReader(model.tokenizer, model.spec.vocab_size, parts.cache_config.max_model_len),
         make_governor(),
         eos_ids=frozenset() if model.tokenizer is None else model.tokenizer.eos_ids,
+        prefix_rules=parts.prefix_rules,
     )
-    return engine, _setup(model, config, parts.cache_config, parts.kv_dtype)
+    return engine, _setup(model, config, parts)
 
 
 def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions = CacheOptions()) -> EngineParts:
@@ -101,8 +108,20 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
     if placement is None and config.schedule is not None:
         placement = load_schedule(config.schedule)
     device = model.decoder.device
-    caps = device_cap(config, device), *lower_caps(config, device, options.host_bytes)
-    cache_config = plan_kv_cache(model.row_source, policy, codec, config, placement, *caps)
+    device_bytes, (host_bytes, disk_bytes) = device_cap(config, device), lower_caps(config, device, options.host_bytes)
+    prefix_bytes = prefix_share(config, device_bytes if device.type == "cpu" else host_bytes)
+    if device.type == "cpu":
+        device_bytes -= prefix_bytes
+    else:
+        host_bytes -= prefix_bytes
+    cache_config = plan_kv_cache(
+        model.row_source, policy, codec, config, placement, device_bytes, host_bytes, disk_bytes
+    )
+    kv_dtype = codec.format.dtype
+    prefix = rules = None
+    if prefix_bytes:
+        keeps_hidden = cache_config.limits.rebuildable > 0
+        prefix, rules = build_prefix(model, config, kv_dtype, prefix_bytes, keeps_hidden=keeps_hidden)
     cache = build_kv_cache(
         model.row_source, codec, cache_config, disk_directory(config), options.eviction, overlap=options.overlap
     )
@@ -119,32 +138,37 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
         timer=timer,
         sinks=model.decoder.sinks,
         looks_ahead=options.prefetch and cache_config.placement.uses_tiers,
+        prefix=prefix,
     )
-    costs = MeasuredRestoreCosts(cache_config.token_bytes)
+    costs = MeasuredCosts(cache_config.token_bytes)
     scheduler = Scheduler(
         cache_config.limits,
         cache_config.placement,
         reads_of(config.policy, config.sparsity),
         costs,
         max_num_seqs=config.max_num_seqs,
-        prefill_chunk=chunk_tokens(config.prefill_chunk, codec.format.dtype, model.decoder.dtype),
+        prefill_chunk=chunk_tokens(config.prefill_chunk, kv_dtype, model.decoder.dtype, whole_blocks=bool(prefix)),
         token_bytes=cache_config.token_bytes,
+        order=HighestResponseRatio(costs, prefix) if config.schedule_policy == "hrrn" else FirstCome(),
+        prefix=prefix,
     )
     runner = ModelRunner(model.decoder, session, timer)
-    return EngineParts(scheduler, runner, costs, cache_config, codec.format.dtype)
+    return EngineParts(scheduler, runner, costs, cache_config, kv_dtype, rules, prefix_bytes)
 
 
-def _setup(model: LoadedModel, config: EngineConfig, cache: KVCacheConfig, kv_dtype: str) -> EngineSetup:
+def _setup(model: LoadedModel, config: EngineConfig, parts: EngineParts) -> EngineSetup:
+    cache = parts.cache_config
     return EngineSetup(
         spec=model.spec,
         policy=config.policy,
         sparsity=config.sparsity,
         dtype=model.dtype,
         weight_dtype=config.weight_dtype,
-        kv_dtype=kv_dtype,
+        kv_dtype=parts.kv_dtype,
         placement=cache.placement,
         limits=cache.limits,
         device_bytes=cache.device_bytes,
         host_bytes=cache.host_bytes,
         disk_bytes=cache.disk_bytes,
+        prefix_bytes=parts.prefix_bytes,
     )

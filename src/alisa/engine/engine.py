@@ -11,10 +11,11 @@ import torch
 
 from alisa.attention.timing import StepSection
 from alisa.config import SamplingParams
-from alisa.engine.costs import MeasuredRestoreCosts
+from alisa.engine.costs import MeasuredCosts
 from alisa.engine.guide import GuideMaker
 from alisa.engine.open_request import OpenRequest
 from alisa.engine.output import EngineOutput, RequestText
+from alisa.engine.prefix import PrefixRules
 from alisa.engine.prompt import PromptReader
 from alisa.engine.report import step_record
 from alisa.engine.runner import ModelRunner, StepResult
@@ -46,18 +47,20 @@ class Engine:
         prompts: checks what is asked.
         governor: chooses how many threads a step runs on.
         eos_ids: token ids that end a request unless it ignores them.
+        prefix_rules: of the session's prefix cache; None: it has none.
     """
 
     def __init__(
         self,
         scheduler: Scheduler,
         runner: ModelRunner,
-        costs: MeasuredRestoreCosts,
+        costs: MeasuredCosts,
         tokenizer: Tokenizer | None,
         prompts: PromptReader,
         governor: ThreadGovernor,
         *,
         eos_ids: frozenset[int],
+        prefix_rules: PrefixRules | None = None,
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
@@ -67,6 +70,7 @@ class Engine:
         self._prompts = prompts
         self._governor = governor
         self._eos_ids = eos_ids
+        self._prefix_rules = prefix_rules
         self._guides = GuideMaker(tokenizer, eos_ids)
         self._open: dict[str, OpenRequest] = {}
         self._names = itertools.count()
@@ -91,6 +95,7 @@ class Engine:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        cache_salt: str = "",
     ) -> str:
         """Queue a request; it starts as soon as there is room.
 
@@ -99,6 +104,7 @@ class Engine:
             params: how to continue it.
             request_id: a name of the caller's; None: one is made.
             priority: lower ones are admitted first.
+            cache_salt: the prefix cache shares nothing between requests with different ones.
 
         Returns:
             The request's name.
@@ -115,6 +121,10 @@ class Engine:
         prompt_ids, max_new_tokens = self._prompts.read(prompt, params)
         name = f"request-{next(self._names)}" if request_id is None else request_id
         request = Request(name, prompt_ids, params, max_new_tokens, priority, perf_counter())
+        if (rules := self._prefix_rules) is not None:
+            request.block_names = rules.names(prompt_ids, request.num_rows, cache_salt)
+            # Tokens that are restored give no logits.
+            request.max_restored = 0 if params.prompt_logprobs is not None else rules.most(len(prompt_ids))
         text = RequestText(prompt, params, self._tokenizer)
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
         opened = OpenRequest(text, eos_ids | {*params.stop_ids, *text.stop_ids}, self._guides.guide(params))

@@ -37,6 +37,8 @@ class EngineSetup:
     """Size of the host tier; 0 without one."""
     disk_bytes: int
     """Most bytes on disk, hidden states included; 0 without a disk tier."""
+    prefix_bytes: int = 0
+    """Hard cap of the prefix cache, in addition to those above; 0 without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +61,13 @@ def step_record(plan: StepPlan, traffic: StepTraffic, runner: ModelRunner) -> St
     begin_s, transfer_s = timer.seconds(StepSection.BEGIN), timer.seconds(StepSection.TRANSFER)
     model_s, sampling_s = timer.seconds(StepSection.MODEL), timer.seconds(StepSection.SAMPLING)
     wall_s = timer.wall_s
-    shape = runner.session.shape
+    shape, prefix = runner.session.shape, runner.session.prefix
     return StepRecord(
         step=plan.step,
         phase=plan.phase,
         prefill=plan.prefill,
         num_sequences=len(plan.chunks),
-        num_tokens=plan.num_tokens,
+        num_tokens=0 if plan.restored else plan.num_tokens,
         tokens_attended=sum(traffic.tokens_attended),
         tokens_dense=0 if plan.prefill else sum(shape.dense_reads(c.end) for c in plan.chunks),
         kv_rows=cache.store.used_rows,
@@ -83,6 +85,8 @@ def step_record(plan: StepPlan, traffic: StepTraffic, runner: ModelRunner) -> St
         other_s=wall_s - model_s - sampling_s,
         wall_s=wall_s,
         state_bytes=runner.session.state.nbytes,
+        cached_tokens=plan.num_tokens if plan.restored else 0,
+        prefix_bytes=0 if prefix is None else prefix.nbytes,
     )
 
 
@@ -126,6 +130,9 @@ def run_report(
         tokens_attended=sum(record.tokens_attended for record in decode),
         tokens_dense=sum(record.tokens_dense for record in decode),
         peak_rss_bytes=_peak_rss_bytes(),
+        cached_tokens=sum(record.cached_tokens for record in records),
+        prefix_cap_bytes=setup.prefix_bytes,
+        prefix_peak_bytes=max((record.prefix_bytes for record in records), default=0),
     )
     return RunReport(setup, summary, tuple(records), tuple(plans))
 

@@ -66,6 +66,9 @@ class ModelRunner:
     def _step(
         self, plan: StepPlan, tokens: Sequence[Sequence[int]], wanted: Sequence[bool], kept: Sequence[int]
     ) -> StepResult:
+        if plan.restored:
+            assert not (any(wanted) or kept), "the last token of a prompt is computed, and so is one that is scored"
+            return StepResult(torch.empty(0, self.decoder.spec.vocab_size), self.session.restore(plan), {})
         self.session.begin(plan)
         if plan.prefill:
             packed = [token for chunk in tokens for token in chunk]

@@ -84,7 +84,7 @@ class TokenState(PolicyState):
             table.tokens(self._extents.start(req_idx), count).copy_(table.tokens(start, count))
 
     def close(self, req_idx: int) -> None:
-        """The room is free."""
+        """The room is free; the last step, in which the sequence may have been, is over."""
         self._extents.close(req_idx)
         if self._batch is not None and req_idx in self._batch.req_indices:
             self._batch = None  # its step is over, and whoever moves now need not find it again

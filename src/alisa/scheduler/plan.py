@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alisa.outputs import Medium, Phase
+from alisa.scheduler.prefix import BlockName
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,8 @@ class Opened:
     """Rows that it may come to need."""
     prompt_len: int
     """Tokens of its prompt: the last of them are what the policy observes."""
+    block_names: tuple[BlockName, ...] = ()
+    """Names of the whole blocks of its prompt; none where no prefix cache keeps them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ class StepPlan:
     be in both."""
     num_preempted: int = 0
     """Requests that were swapped or lost their rows when this step was planned."""
+    restored: bool = False
+    """True, with `prefill`: K and V of the chunks come from the prefix cache, and nothing is computed."""
 
     @property
     def num_tokens(self) -> int:

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from alisa.config import SamplingParams
 from alisa.outputs import FinishReason
+from alisa.scheduler.prefix import BlockName
 
 
 class RequestStatus(StrEnum):
@@ -36,6 +37,11 @@ class Request:
     priority: int = 0
     """Requests with a lower number go first; equal ones in the order of their arrival."""
     arrival_s: float = 0.0
+    block_names: tuple[BlockName, ...] = ()
+    """Names of the whole blocks of the prompt; none where there is no prefix cache."""
+    max_restored: int = 0
+    """Tokens at the start of the prompt that may come from the prefix cache: fewer than the prompt has, because the
+    last one chooses the first token of the output."""
 
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
@@ -48,6 +54,10 @@ class Request:
     output_ids: list[int] = field(default_factory=list, init=False)
     num_cached: int = field(default=0, init=False)
     """Tokens whose rows are in the cache."""
+    predicted_len: float | None = field(default=None, init=False)
+    """Tokens that the output is likely to have, where the order of the queue asks for that."""
+    cached_tokens: int = field(default=0, init=False)
+    """Prompt tokens that came from the prefix cache when it was read for the first time."""
     admitted_s: float = field(default=0.0, init=False)
     """When it was admitted for the first time."""
     first_token_s: float = field(default=0.0, init=False)

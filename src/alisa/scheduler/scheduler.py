@@ -19,6 +19,8 @@ from typing import Protocol
 from alisa.budget import Reads
 from alisa.config import format_bytes
 from alisa.errors import CapacityError, InputError
+from alisa.scheduler.chunks import next_chunks, request_index, restored_chunks
+from alisa.scheduler.order import FirstCome, QueueOrder
 from alisa.scheduler.placement.base import (
     Limits,
     PlacementDecision,
@@ -29,6 +31,7 @@ from alisa.scheduler.placement.base import (
     seq_view,
 )
 from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
+from alisa.scheduler.prefix import BLOCK_TOKENS, PrefixView
 from alisa.scheduler.request import Request, RequestStatus
 
 HEADROOM_TOKENS = 32
@@ -67,6 +70,8 @@ class Scheduler:
         max_num_seqs: requests that have a request index at the same time.
         prefill_chunk: prompt tokens in one step at most.
         token_bytes: bytes of one token's rows, for messages; None: they count tokens.
+        order: chooses among waiting requests of the same priority; None: the first to come.
+        prefix: beginnings of prompts whose K and V are known; `prefill_chunk` is then a multiple of its blocks.
     """
 
     def __init__(
@@ -79,13 +84,18 @@ class Scheduler:
         max_num_seqs: int,
         prefill_chunk: int,
         token_bytes: int | None = None,
+        order: QueueOrder | None = None,
+        prefix: PrefixView | None = None,
     ) -> None:
+        assert prefix is None or prefill_chunk % BLOCK_TOKENS == 0, "chunks end where blocks end"
         self.limits = limits
         self.placement = placement
         self._reads = reads
         self._restore_costs = restore_costs
         self._prefill_chunk = prefill_chunk
         self._token_bytes = token_bytes
+        self._order = order or FirstCome()
+        self._prefix = prefix
         self._requests: dict[str, Request] = {}
         self._waiting: list[tuple[int, int, Request]] = []
         """(priority, turn, request), the next one first."""
@@ -162,12 +172,13 @@ class Scheduler:
         self._resume()
         self._admit(cache)
         while self._running:
-            prefill, chunks = next_chunks(self._running, self._prefill_chunk)
+            restored = restored_chunks(self._running, self._prefill_chunk, self._prefix)
+            prefill, chunks = (True, restored) if restored else next_chunks(self._running, self._prefill_chunk)
             if self._is_oversubscribed(self._running) and self._swap(chunks, cache):
                 continue
             decision = self._place(self._running, self._swapped, chunks, cache)
             if decision is not None:
-                return self._plan(decision, chunks, prefill=prefill)
+                return self._plan(decision, chunks, prefill=prefill, restored=bool(restored))
             self._preempt()
         return None
 
@@ -181,12 +192,16 @@ class Scheduler:
         """
         running = {request.req_idx: request for request in self._running}
         for chunk in plan.chunks:
-            running[chunk.req_idx].num_cached = chunk.end
+            request = running[chunk.req_idx]
+            request.num_cached = chunk.end
+            if plan.restored and not request.num_preempted:
+                request.cached_tokens += chunk.count
         for request in finished:
             assert request.finish_reason is not None, "a finished request says why it has ended"
+            self._order.learn(request)
             self._leave(request)
         for request in [r for r in (*self._running, *self._swapped) if r.req_idx in failed]:
-            request.finish_reason, request.error = "error", failed[_index(request)]
+            request.finish_reason, request.error = "error", failed[request_index(request)]
             self._leave(request)
 
     # --- the queues ----------------------------------------------------------------------------------------------
@@ -199,14 +214,24 @@ class Scheduler:
     def _admit(self, cache: CacheView) -> None:
         """Waiting requests get a request index while there is room for them and nobody is swapped."""
         while self._waiting and self._free_req_indices and not self._swapped:
-            request = self._waiting[0][-1]
+            request = self._next_waiting()
             if not self._has_room(request, cache):
                 return
-            del self._waiting[0]
+            self._take_waiting(request)
             request.req_idx = self._free_req_indices.pop()
             request.admitted_s = request.admitted_s or perf_counter()
             self._opened.append(request)
             self._run(request)
+
+    def _next_waiting(self) -> Request:
+        """Of the waiting requests with the lowest priority number, the one that is admitted next."""
+        priority, turn, first = self._waiting[0]
+        if turn < 0:  # it has run before, and made room for others
+            return first
+        return self._order.choose([request for other, _, request in self._waiting if other == priority])
+
+    def _take_waiting(self, request: Request) -> None:
+        self._waiting = [entry for entry in self._waiting if entry[-1] is not request]
 
     def _run(self, request: Request) -> None:
         request.status = RequestStatus.RUNNING
@@ -233,8 +258,8 @@ class Scheduler:
         if request in self._opened:
             self._opened.remove(request)
         else:
-            self._closed.append(_index(request))
-        self._free_req_indices.append(_index(request))
+            self._closed.append(request_index(request))
+        self._free_req_indices.append(request_index(request))
         request.status, request.req_idx, request.num_cached = RequestStatus.WAITING, None, 0
         request.num_preempted += 1
         self._num_preempted += 1
@@ -245,7 +270,7 @@ class Scheduler:
         """The request is out of its queue, and its index is free."""
         del self._requests[request.request_id]
         if request.status is RequestStatus.WAITING:
-            self._waiting = [entry for entry in self._waiting if entry[-1] is not request]
+            self._take_waiting(request)
         else:
             (self._running if request.status is RequestStatus.RUNNING else self._swapped).remove(request)
         if request.req_idx is not None:
@@ -262,7 +287,7 @@ class Scheduler:
     ) -> PlacementDecision | None:
         """Moves for a step of these chunks; None when the requests do not fit together."""
         ends = {chunk.req_idx: chunk.end for chunk in chunks}
-        views = [self._view(r, ends.get(_index(r), r.num_cached), cache, active=True) for r in running]
+        views = [self._view(r, ends.get(request_index(r), r.num_cached), cache, active=True) for r in running]
         views += [self._view(r, r.num_cached, cache, active=False) for r in swapped]
         return self._decide(views)
 
@@ -290,7 +315,7 @@ class Scheduler:
 
     def _view(self, request: Request, length: int, cache: CacheView, *, active: bool) -> SeqView:
         """How the request looks before a step after which it has `length` tokens."""
-        req_idx = _index(request)
+        req_idx = request_index(request)
         if request.num_cached:
             bounds, rebuildable = cache.bounds(req_idx), cache.rebuildable(req_idx)
         else:  # the cache may not know it yet
@@ -300,10 +325,11 @@ class Scheduler:
 
     # --- what is said --------------------------------------------------------------------------------------------
 
-    def _plan(self, decision: PlacementDecision, chunks: tuple[ScheduledChunk, ...], *, prefill: bool) -> StepPlan:
+    def _plan(
+        self, decision: PlacementDecision, chunks: tuple[ScheduledChunk, ...], *, prefill: bool, restored: bool
+    ) -> StepPlan:
         opened = tuple(
-            Opened(_index(request), request.request_id, request.num_rows, request.prompt_len)
-            for request in self._opened
+            Opened(request_index(r), r.request_id, r.num_rows, r.prompt_len, r.block_names) for r in self._opened
         )
         self._num_steps += 1
         return StepPlan(
@@ -315,6 +341,7 @@ class Scheduler:
             opened=opened,
             closed=tuple(self._closed),
             num_preempted=self._num_preempted,
+            restored=restored,
         )
 
     def _refusal(self, request: Request) -> str:
@@ -335,32 +362,6 @@ class Scheduler:
             f"{asked} {needed} of KV memory{each} and the cap is {room}; raise --kv-device-memory or --kv-disk-memory, "
             "or lower --max-tokens."
         )
-
-
-def next_chunks(running: Sequence[Request], prefill_chunk: int) -> tuple[bool, tuple[ScheduledChunk, ...]]:
-    """(prefill, chunks): pieces of the prompts that are still unread, else one token of every running request."""
-    chunks: list[ScheduledChunk] = []
-    num_tokens = 0
-    for request in running:
-        if not request.in_prefill:
-            continue
-        count = min(prefill_chunk, request.prompt_len - request.num_cached)
-        if chunks and num_tokens + count > prefill_chunk:
-            break
-        chunks.append(_chunk(request, count))
-        num_tokens += count
-    if chunks:
-        return True, tuple(chunks)
-    return False, tuple(_chunk(request, 1) for request in running)
-
-
-def _chunk(request: Request, count: int) -> ScheduledChunk:
-    return ScheduledChunk(_index(request), request.num_cached, count)
-
-
-def _index(request: Request) -> int:
-    assert request.req_idx is not None, "requests that run or are swapped have a request index"
-    return request.req_idx
 
 
 def _priority(request: Request) -> int:

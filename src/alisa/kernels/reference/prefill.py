@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from alisa.kernels.reference.softcap import softcapped
 
 MASS_BLOCK_SCORES = 1 << 23
 """Scores held at once: 32 MiB in float32, small next to the weights of any model and large enough for a GEMM."""
+
+FIRST_TILE_TOKENS, TILE_TOKENS = 32, 256
+"""The first tile of a section, and the largest; in between each is as long as all before it."""
 
 TILE_ROWS = 16
 """Queries that torch's attention is given are a multiple of this: as many float32 as a cache line holds."""
@@ -41,29 +45,81 @@ def prefill_attention(
 ) -> tuple[Tensor, Iterator[ObservedMass]]:
     """See `PrefillKernel`; torch's fused attention, and weights in float32.
 
-    The matrix library sums in another order for another number of rows, so a piece of a section goes as the section
-    that it is of, with zeros for what was there before and what is still to come: rows do not mix.
+    The matrix library sums in another order for another number of rows or keys. So what is shown to a policy goes as
+    the whole section, with zeros for what was there before and what is still to come: rows do not mix. On a CPU the
+    attention goes in tiles, see `_in_tiles`.
     """
-    earlier = len(own.k) - len(q)
-    later = section_len - len(own.k)
-    if earlier or later:
-        q = pad(q, (0, 0, 0, 0, earlier, later))
-        own = KeyBlock(own.start, pad(own.k, (0, 0, 0, 0, 0, later)), pad(own.v, (0, 0, 0, 0, 0, later)))
-    end = section_len - later
-    mine, last = slice(earlier, end), slice(end - num_observed, end)
-    if not own.start and softcap is None and sinks is None and (window is None or window >= section_len):
-        rows = causal_mass(q[last], own.k, last.start, num_sets) if num_observed else ()
-        out = causal_attention(q, own.k, own.v)
-        return out[mine], (ObservedMass(first, 0, mass[..., :end]) for first, mass in rows)
-    out, log_sum_exp = attend_after(q, own, past(), window, softcap)
+    num_seen, later = len(own.k), section_len - len(own.k)
+    earlier = num_seen - len(q)
+    whole = KeyBlock(own.start, pad(own.k, (0, 0, 0, 0, 0, later)), pad(own.v, (0, 0, 0, 0, 0, later)))
+    if q.device.type == "cpu":
+        out, log_sum_exp = _in_tiles(q, own, past(), window, softcap)
+    else:
+        queries = pad(q, (0, 0, 0, 0, earlier, later))
+        mine, last = slice(earlier, num_seen), slice(num_seen - num_observed, num_seen)
+        if not own.start and softcap is None and sinks is None and (window is None or window >= section_len):
+            rows = causal_mass(queries[last], whole.k, last.start, num_sets) if num_observed else ()
+            out = causal_attention(queries, whole.k, whole.v)
+            return out[mine], (ObservedMass(first, 0, mass[..., :num_seen]) for first, mass in rows)
+        out, log_sum_exp = (values[mine] for values in attend_after(queries, whole, past(), window, softcap))
     if sinks is not None:
         out = with_sinks(out, log_sum_exp, sinks)
     if not num_observed:
-        return out[mine], iter(())
-    blocks = chain(past(), (own,))
-    observed = mass_after(q[last], log_sum_exp[last], own.start + last.start, blocks, num_sets, softcap)
-    num_seen = own.start + end
-    return out[mine], (one._replace(mass=one.mass[..., : num_seen - one.start]) for one in observed)
+        return out, iter(())
+    last, first = slice(len(q) - num_observed, None), own.start + num_seen - num_observed
+    observed = mass_after(q[last], log_sum_exp[last], first, chain(past(), (whole,)), num_sets, softcap)
+    return out, (one._replace(mass=one.mass[..., : own.start + num_seen - one.start]) for one in observed)
+
+
+class _Tile(NamedTuple):
+    """Tokens of a section between two fixed places, the ones that are not asked for as zeros."""
+
+    own: KeyBlock
+    q: Tensor
+    merged: PartialAttention
+    mine: slice
+    """Its tokens that are asked for, among all of these,"""
+    rows: slice
+    """and among its own."""
+
+
+def _in_tiles(
+    q: Tensor, own: KeyBlock, past: Iterable[KeyBlock], window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """What `attend_after` gives the last tokens of a section, in tiles that begin and end at fixed places of it.
+
+    A token gets the same bits whatever pieces its section comes in, and whatever comes after it.
+    """
+    ahead = len(own.k) - len(q)
+    tiles: list[_Tile] = []
+    for start, end in _tile_places(len(own.k)):
+        first, stop = max(start, ahead), min(end, len(own.k))
+        if first < stop:
+            mine = slice(first - ahead, stop - ahead)
+            k, v = (pad(values[start:stop], (0, 0, 0, 0, 0, end - stop)) for values in (own.k, own.v))
+            queries = pad(q[mine], (0, 0, 0, 0, first - start, end - stop))
+            block = KeyBlock(own.start + start, k, v)
+            tiles.append(_Tile(block, queries, PartialAttention(queries), mine, slice(first - start, stop - start)))
+    for block in past:
+        for tile in tiles:
+            _attend_block(tile.merged, tile.q, tile.own, block, window, softcap)
+    out, log_sum_exp = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    for tile in tiles:
+        if start := tile.own.start - own.start:
+            before = KeyBlock(own.start, _aligned(own.k[:start]), _aligned(own.v[:start]))
+            _attend_block(tile.merged, tile.q, tile.own, before, window, softcap)
+        _attend_block(tile.merged, tile.q, tile.own, tile.own, window, softcap)
+        out[tile.mine] = tile.merged.out[tile.rows].to(q.dtype)
+        log_sum_exp[tile.mine] = tile.merged.log_sum_exp[tile.rows]
+    return out, log_sum_exp
+
+
+def _tile_places(length: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the tiles that hold the first `length` tokens of a section, the first ones short."""
+    start, end = 0, FIRST_TILE_TOKENS
+    while start < length:
+        yield start, end
+        start, end = end, end + min(end, TILE_TOKENS)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -93,29 +149,37 @@ def attend_after(
     Returns:
         `[T, H, D]` in the dtype of q `[T, H, D]`, and the log-sum-exp Float32[T, H] of the scaled scores.
     """
-    if q.device.type != "cpu" or softcap is not None:
-        return attend_after_plain(q, own, past, window, softcap)
     merged = PartialAttention(q)
     for block in chain(past, (own,)):
-        count = _num_seeing(block, own.start, len(q), window)
-        if not count:
-            continue
-        # Rows of codes are read as float32.
-        k, v = block.k.to(q.dtype), block.v.to(q.dtype)
-        if block is own:
-            k, v = _aligned(k), _aligned(v)
-        queries = _aligned(q[:count])
-        masks = window is not None and own.start + count - window > block.start
-        mask = _seen(block, own.start, len(queries), len(k), window) if masks else None
-        out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            is_causal=block is own and mask is None,
-            attn_mask=None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf),
-        )
-        merged.add(out[0].transpose(0, 1)[:count], log_sum_exp[0].transpose(0, 1)[:count], slice(count))
+        _attend_block(merged, q, own, block, window, softcap)
     return merged.out.to(q.dtype), merged.log_sum_exp
+
+
+def _attend_block(
+    merged: PartialAttention, q: Tensor, own: KeyBlock, block: KeyBlock, window: int | None, softcap: float | None
+) -> None:
+    """Add what tokens that begin where `own` does see of one block: of `own` itself, or of one before it."""
+    if q.device.type != "cpu" or softcap is not None:
+        _attend_block_plain(merged, q, own, block, window, softcap)
+        return
+    count = _num_seeing(block, own.start, len(q), window)
+    if not count:
+        return
+    # Rows of codes are read as float32.
+    k, v = block.k.to(q.dtype), block.v.to(q.dtype)
+    if block is own:
+        k, v = _aligned(k), _aligned(v)
+    queries = _aligned(q[:count])
+    masks = window is not None and own.start + count - window > block.start
+    mask = _seen(block, own.start, len(queries), len(k), window) if masks else None
+    out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        queries.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        is_causal=block is own and mask is None,
+        attn_mask=None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf),
+    )
+    merged.add(out[0].transpose(0, 1)[:count], log_sum_exp[0].transpose(0, 1)[:count], slice(count))
 
 
 def _num_seeing(block: KeyBlock, first: int, num_queries: int, window: int | None) -> int:
@@ -152,13 +216,19 @@ def attend_after_plain(
     """As `attend_after`, in plain torch and float32 throughout."""
     merged = PartialAttention(q)
     for block in chain(past, (own,)):
-        count = _num_seeing(block, own.start, len(q), window)
-        # Without a window the past is seen whole.
-        hides = block is own or window is not None
-        hidden = ~_seen(block, own.start, count, len(block.k), window) if hides else None
-        for rows, scores in _scores(q[:count], block.k, softcap):
-            _add(merged, rows, scores if hidden is None else scores.masked_fill_(hidden[rows], -torch.inf), block.v)
+        _attend_block_plain(merged, q, own, block, window, softcap)
     return merged.out.to(q.dtype), merged.log_sum_exp
+
+
+def _attend_block_plain(
+    merged: PartialAttention, q: Tensor, own: KeyBlock, block: KeyBlock, window: int | None, softcap: float | None
+) -> None:
+    count = _num_seeing(block, own.start, len(q), window)
+    # Without a window the past is seen whole.
+    hides = block is own or window is not None
+    hidden = ~_seen(block, own.start, count, len(block.k), window) if hides else None
+    for rows, scores in _scores(q[:count], block.k, softcap):
+        _add(merged, rows, scores if hidden is None else scores.masked_fill_(hidden[rows], -torch.inf), block.v)
 
 
 def mass_after(

@@ -1,0 +1,75 @@
+"""Which tokens of the running requests a step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from alisa.scheduler.plan import ScheduledChunk
+from alisa.scheduler.prefix import BLOCK_TOKENS, BlockName, PrefixView
+from alisa.scheduler.request import Request
+
+
+def next_chunks(running: Sequence[Request], prefill_chunk: int) -> tuple[bool, tuple[ScheduledChunk, ...]]:
+    """(prefill, chunks): pieces of the prompts that are still unread, else one token of every running request.
+
+    A prompt whose next block is read in this step for another waits: after it, the prefix cache knows the block.
+    """
+    chunks: list[ScheduledChunk] = []
+    num_tokens = 0
+    computed: set[BlockName] = set()
+    for request in running:
+        if not request.in_prefill or _next_block(request) in computed:
+            continue
+        count = min(prefill_chunk, request.prompt_len - request.num_cached)
+        if chunks and num_tokens + count > prefill_chunk:
+            break
+        chunks.append(_chunk(request, count))
+        num_tokens += count
+        first = request.num_cached // BLOCK_TOKENS
+        computed.update(request.block_names[first : chunks[-1].end // BLOCK_TOKENS])
+    if chunks:
+        return True, tuple(chunks)
+    return False, tuple(_chunk(request, 1) for request in running)
+
+
+def restored_chunks(
+    running: Sequence[Request], prefill_chunk: int, prefix: PrefixView | None
+) -> tuple[ScheduledChunk, ...]:
+    """Pieces of unread prompts that the prefix cache (None: there is none) knows, as many tokens as a step reads.
+
+    Those of the first requests in line, as many as can be read on together in the step after: the first one does not
+    wait for what would have to wait all the same.
+    """
+    if prefix is None:
+        return ()
+    chunks: list[ScheduledChunk] = []
+    left, then_read = prefill_chunk, 0
+    for request in running:
+        if not request.in_prefill:
+            continue
+        most = max(min(request.max_restored - request.num_cached, left), 0) // BLOCK_TOKENS
+        found = prefix.fetch(request.block_names, request.num_cached // BLOCK_TOKENS, most)
+        end = (request.num_cached + found * BLOCK_TOKENS) // prefix.hit_tokens * prefix.hit_tokens
+        if end > request.num_cached:
+            chunks.append(_chunk(request, end - request.num_cached))
+            left -= chunks[-1].count
+        then_read += request.prompt_len - max(end, request.num_cached)
+        if then_read >= prefill_chunk:
+            break
+    return tuple(chunks)
+
+
+def request_index(request: Request) -> int:
+    """The request index of one that runs or is swapped."""
+    assert request.req_idx is not None, "requests that run or are swapped have a request index"
+    return request.req_idx
+
+
+def _next_block(request: Request) -> BlockName | None:
+    """The block of the prompt that is read next, where all of it may come from the prefix cache."""
+    is_whole = request.num_cached + BLOCK_TOKENS <= request.max_restored
+    return request.block_names[request.num_cached // BLOCK_TOKENS] if is_whole else None
+
+
+def _chunk(request: Request, count: int) -> ScheduledChunk:
+    return ScheduledChunk(request_index(request), request.num_cached, count)

@@ -1,0 +1,97 @@
+"""What the scheduler does with beginnings of prompts that are known; all prompts here begin alike."""
+
+from alisa.scheduler.placement.base import Limits
+from tests.scheduler_cases import Driver, KnownBlocks
+
+
+def test_what_is_known_is_restored_and_the_rest_is_read():
+    driver = Driver(Limits(1000), prefill_chunk=64, prefix=KnownBlocks())
+    first = driver.add("a", 40, 1)
+    assert driver.steps() == [{"a": (0, 40)}]
+    second = driver.add("b", 50, 1)
+    assert driver.step() == {"b": (0, 32)}
+    assert (driver.plan.prefill, driver.plan.restored) == (True, True)
+    assert driver.step() == {"b": (32, 18)}
+    assert not driver.plan.restored
+    assert (first.cached_tokens, second.cached_tokens) == (0, 32)
+
+
+def test_the_last_token_of_a_prompt_is_always_read():
+    driver = Driver(Limits(1000), prefill_chunk=64, prefix=KnownBlocks())
+    for name in "abc":
+        request = driver.add(name, 32, 1)
+        driver.steps()
+    assert request.cached_tokens == 16
+
+
+def test_a_prompt_waits_for_one_that_is_read_and_begins_alike():
+    driver = Driver(Limits(1000), prefill_chunk=64, prefix=KnownBlocks())
+    for name in "abc":
+        driver.add(name, 20, 2)
+    driver.add("short", 9, 2)
+    assert driver.steps() == [
+        {"a": (0, 20), "short": (0, 9)},
+        {"b": (0, 16), "c": (0, 16)},
+        {"b": (16, 4), "c": (16, 4)},
+        {"a": (20, 1), "short": (9, 1), "b": (20, 1), "c": (20, 1)},
+    ]
+
+
+def test_nobody_waits_for_what_a_full_cache_does_not_keep():
+    driver = Driver(Limits(1000), prefill_chunk=64, prefix=KnownBlocks(most=0))
+    for name in "ab":
+        driver.add(name, 20, 1)
+    assert driver.steps() == [{"a": (0, 20)}, {"b": (0, 20)}]
+
+
+def test_a_step_restores_as_many_tokens_as_it_may_read():
+    driver = Driver(Limits(1000), prefill_chunk=32, prefix=KnownBlocks())
+    driver.add("a", 80, 1)
+    driver.steps()
+    for name in "bc":
+        driver.add(name, 81, 1)
+    assert driver.steps()[:5] == [
+        {"b": (0, 32)},
+        {"b": (32, 32)},
+        {"b": (64, 16), "c": (0, 16)},
+        {"c": (16, 32)},
+        {"c": (48, 32)},
+    ]
+
+
+def test_what_can_be_read_on_together_is_restored_before_that():
+    driver = Driver(Limits(1000), prefill_chunk=32, prefix=KnownBlocks())
+    for name in "abc":
+        driver.add(name, 84, 1)
+    assert driver.steps() == [
+        {"a": (0, 32)},
+        {"a": (32, 32)},
+        {"b": (0, 32)},  # "a" has 20 tokens left, and "c" would not fit into the same step
+        {"b": (32, 32)},
+        {"a": (64, 20)},
+        {"b": (64, 16), "c": (0, 16)},
+        {"c": (16, 32)},
+        {"c": (48, 32)},
+        {"b": (80, 4), "c": (80, 4)},
+    ]
+
+
+def test_hits_end_where_whole_sections_end():
+    driver = Driver(Limits(1000), prefill_chunk=64, prefix=KnownBlocks(hit_tokens=64))
+    driver.add("a", 150, 1)
+    driver.steps()
+    driver.add("b", 140, 1)
+    assert driver.steps() == [{"b": (0, 64)}, {"b": (64, 64)}, {"b": (128, 12)}]
+
+
+def test_one_that_lost_its_rows_takes_its_own_beginning_back():
+    driver = Driver(Limits(72), prefill_chunk=64, prefix=KnownBlocks())
+    driver.add("a", 20, 30)
+    request = driver.add("b", 19, 20)
+    plans = []
+    while driver.step() is not None:
+        plans.append(driver.plan)
+    assert request.num_preempted > 0
+    restored = [(chunk.start, chunk.count) for plan in plans if plan.restored for chunk in plan.chunks]
+    assert len(restored) == 1 + request.num_preempted
+    assert request.cached_tokens == 16, "as many as when it was read for the first time"
