@@ -30,7 +30,6 @@ OUTSIDERS = {
     "Bloom": ({"n_layer": 2, "n_head": 4}, "outside transformers' attention interface"),
     "Mpt": ({"d_model": 64, "n_layers": 2, "n_heads": 4}, "outside transformers' attention interface"),
     "XGLM": ({"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96}, "attention interface"),
-    "GptOss": ({"num_local_experts": 4}, "attention sinks"),
     "Llama4Text": ({"attention_chunk_size": 8}, "in chunks"),
     "DiffLlama": ({}, "not those that alisa's cache was given"),
     "JetMoe": ({}, "not those that alisa's cache was given"),
