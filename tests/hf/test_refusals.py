@@ -1,6 +1,7 @@
 """What an attached model does not do is refused by name, before a wrong token comes out."""
 
 import copy
+import gc
 import pickle
 import threading
 
@@ -181,6 +182,23 @@ def test_a_mask_that_forgets_padding_is_refused(model):
 def test_too_many_sequences_are_refused(model):
     with alisa.hf.attach(model, max_num_seqs=2), pytest.raises(CapacityError, match="raise max_num_seqs"):
         model.generate(IDS.repeat(3, 1), max_new_tokens=2)
+
+
+def test_what_found_no_room_leaves_none_behind(model):
+    with alisa.hf.attach(model, max_num_seqs=3) as cache_factory, torch.no_grad():
+        for options in ({"num_beams": 4}, {"num_return_sequences": 4, "do_sample": True}):
+            with pytest.raises(CapacityError, match="raise max_num_seqs"):
+                model.generate(IDS, max_new_tokens=5, **options)
+            gc.collect()
+        cache = cache_factory()
+        model(IDS.repeat(2, 1), past_key_values=cache)
+        with pytest.raises(CapacityError, match="raise max_num_seqs"):
+            copy.deepcopy(cache)
+        with pytest.raises(CapacityError, match="raise max_num_seqs"):
+            cache.batch_repeat_interleave(2)
+        del cache
+        gc.collect()
+        assert model.generate(IDS.repeat(3, 1), max_new_tokens=3).shape == (3, 15)
 
 
 def test_a_text_longer_than_provided_for_is_refused(model):
