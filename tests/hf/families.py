@@ -58,6 +58,7 @@ OURS = (
     "gemma2",
     "gemma3",
     "gpt2",
+    "gpt-oss",
     "granite",
     "llama-gqa-tied",
     "ministral",

@@ -79,7 +79,11 @@ def _packed(decoder, texts, expected):
             back = torch.arange(len(q1))[:, None] - torch.arange(len(q1))
             window = shape.window(layer) or len(q1)
             scores = scores.masked_fill((back < 0) | (back >= window), -torch.inf)
-            outs.append(torch.einsum("hts,shd->thd", scores.softmax(-1), v1.repeat_interleave(group, 1)))
+            if decoder.sinks is not None:
+                sinks = decoder.sinks[layer][:, None, None].expand(-1, len(q1), 1)
+                scores = torch.cat((scores, sinks), dim=-1)
+            weights = scores.softmax(-1)[..., : len(q1)]
+            outs.append(torch.einsum("hts,shd->thd", weights, v1.repeat_interleave(group, 1)))
         return torch.cat(outs)[None]
 
     positions = torch.cat([torch.arange(n) for n in lengths])[None]

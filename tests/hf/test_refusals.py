@@ -1,6 +1,7 @@
 """What an attached model does not do is refused by name, before a wrong token comes out."""
 
 import copy
+import gc
 import pickle
 import threading
 
@@ -25,12 +26,10 @@ def of_class(name, **fields):
     return redrawn(transformers.AutoModelForCausalLM.from_config(small_config(name, **fields)))
 
 
-_MLA = {"head_dim": None, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 OUTSIDERS = {
     "Bloom": ({"n_layer": 2, "n_head": 4}, "outside transformers' attention interface"),
     "Mpt": ({"d_model": 64, "n_layers": 2, "n_heads": 4}, "outside transformers' attention interface"),
     "XGLM": ({"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96}, "attention interface"),
-    "GptOss": ({"num_local_experts": 4}, "attention sinks"),
     "Llama4Text": ({"attention_chunk_size": 8}, "in chunks"),
     "DiffLlama": ({}, "not those that alisa's cache was given"),
     "JetMoe": ({}, "not those that alisa's cache was given"),
@@ -54,6 +53,28 @@ def test_a_model_that_attends_otherwise_is_not_attached(name):
     assert str(caught.value).count("\n") == 0
     assert model.config._attn_implementation == before
     assert "generate" not in vars(model)
+
+
+_GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
+_DEEPSEEK = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96}
+_DEEPSEEK |= {"moe_intermediate_size": 32, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "v_head_dim": 16}
+_DEEPSEEK |= {"kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+OLD_OUTSIDERS = {
+    "Falcon": ({"num_hidden_layers": 2, "num_attention_heads": 4}, "outside transformers' attention interface"),
+    "GPTJ": (_GPT, "outside transformers' attention interface"),
+    "CodeGen": (_GPT, "outside transformers' attention interface"),
+    "DeepseekV3": (_DEEPSEEK | {"num_experts_per_tok": 2}, "not those that alisa's cache was given"),
+}
+"""Whose configs do not take the names of ours."""
+
+
+@pytest.mark.parametrize("name", OLD_OUTSIDERS)
+def test_a_model_with_names_of_its_own_is_not_attached(name):
+    fields, why = OLD_OUTSIDERS[name]
+    config = getattr(transformers, f"{name}Config")(vocab_size=120, pad_token_id=0, **({"hidden_size": 64} | fields))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(InputError, match=why), alisa.hf.attach(model):
+        pass
 
 
 def test_an_encoder_is_not_attached():
@@ -182,6 +203,23 @@ def test_a_mask_that_forgets_padding_is_refused(model):
 def test_too_many_sequences_are_refused(model):
     with alisa.hf.attach(model, max_num_seqs=2), pytest.raises(CapacityError, match="raise max_num_seqs"):
         model.generate(IDS.repeat(3, 1), max_new_tokens=2)
+
+
+def test_what_found_no_room_leaves_none_behind(model):
+    with alisa.hf.attach(model, max_num_seqs=3) as cache_factory, torch.no_grad():
+        for options in ({"num_beams": 4}, {"num_return_sequences": 4, "do_sample": True}):
+            with pytest.raises(CapacityError, match="raise max_num_seqs"):
+                model.generate(IDS, max_new_tokens=5, **options)
+            gc.collect()
+        cache = cache_factory()
+        model(IDS.repeat(2, 1), past_key_values=cache)
+        with pytest.raises(CapacityError, match="raise max_num_seqs"):
+            copy.deepcopy(cache)
+        with pytest.raises(CapacityError, match="raise max_num_seqs"):
+            cache.batch_repeat_interleave(2)
+        del cache
+        gc.collect()
+        assert model.generate(IDS.repeat(3, 1), max_new_tokens=3).shape == (3, 15)
 
 
 def test_a_text_longer_than_provided_for_is_refused(model):

@@ -35,7 +35,7 @@ def test_tokens_are_those_of_the_engine(policy, tiny_model):
 
 
 @pytest.mark.parametrize("policy", ["sketch", "swa"])
-@pytest.mark.parametrize("name", ["gemma3", "qwen2-windows", "gpt2", "granite"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen2-windows", "gpt2", "granite", "gpt-oss"])
 def test_tokens_are_those_of_the_engine_with_windows_and_scales(name, policy, tiny_model):
     model, options = ready(build(name)), {"policy": policy, "sparsity": 0.7}
     with alisa.hf.attach(model, **options):

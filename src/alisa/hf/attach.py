@@ -192,6 +192,7 @@ def _sequences(model: PreTrainedModel, config: EngineConfig) -> tuple[Sequences,
         state_tokens=cache_config.state_tokens,
         max_len=cache_config.max_model_len,
         looks_ahead=cache_config.placement.uses_tiers,
+        sinks=observed.sinks,
     )
     return Sequences(session, cache_config, reads_of(config.policy, config.sparsity)), observed
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alisa.errors import InputError
+from alisa.errors import AlisaError, InputError
 from alisa.hf.observed import ObservedAttention
 from alisa.hf.seam import AttentionRequest, NewRows, marked, scaled
 from alisa.hf.sequences import Sequences
@@ -151,18 +151,17 @@ class Batch:
                 "the cache with them, or make a new one."
             )
         total = self._length + num_tokens
-        rows = [
-            self._opened(row, pads, total)
-            for row, pads in zip(self._rows or [_Row(0)] * batch_size, self._pads(mask, batch_size, total), strict=True)
-        ]
-        self._rows = rows
+        pads = self._pads(mask, batch_size, total)
+        self._rows = self._rows or [_Row(0)] * batch_size
+        for index in range(batch_size):  # one by one: where there is no room for all, those that are open are known
+            self._rows[index] = self._opened(self._rows[index], pads[index], total)
         self._new = num_tokens
-        is_decode = num_tokens == 1 and self._expected <= total and all(map(self._has_read_prompt, rows))
+        is_decode = num_tokens == 1 and self._expected <= total and all(map(self._has_read_prompt, self._rows))
         if not is_decode:
             self._extend_prompts(max(total, self._expected))
         chunks = [
             ScheduledChunk(row.req_idx, self._sequences.length(row.req_idx), count)
-            for row in rows
+            for row in self._rows
             if row.req_idx is not None and (count := total - max(row.pads, self._length))
         ]
         if chunks:
@@ -270,12 +269,17 @@ class Batch:
         self._sequences.drop(
             row.req_idx for index, row in enumerate(self._rows) if index not in wanted and row.req_idx is not None
         )
+        sources = self._rows
+        self._rows = [sources[index] for index in sorted(wanted)]  # all that is there, should a copy have no room
+        copies = []
         taken: set[int] = set()
-        rows = []
-        for index in indices:
-            rows.append(self._copy(self._rows[index]) if index in taken else self._rows[index])
+        for place, index in enumerate(indices):
+            if index in taken:
+                copies.append(place)
+                self._rows.append(self._copy(sources[index]))
             taken.add(index)
-        self._rows = rows
+        made = dict(zip(copies, self._rows[len(wanted) :], strict=True))
+        self._rows = [made.get(place, sources[index]) for place, index in enumerate(indices)]
         if (ids := self.token_ids) is not None:
             self._ids = [ids.index_select(0, torch.tensor(indices, device=ids.device))]
 
@@ -302,7 +306,12 @@ class Batch:
             CapacityError: there is no room for them.
         """
         twin = Batch(self._sequences, self._observed)
-        twin._rows = [self._copy(row) for row in self._rows]
+        try:
+            for row in self._rows:
+                twin._rows.append(self._copy(row))
+        except AlisaError:
+            twin.clear()
+            raise
         twin._length, twin._expected = self._length, self._expected
         twin._ids = None if self._ids is None else list(self._ids)
         return twin

@@ -72,6 +72,7 @@ class TransformersDecoder(Decoder):
             rope=None,
             windows=shape.windows,
             softcap=shape.softcap,
+            has_sinks=shape.has_sinks,
         )
 
     def within(self, max_len: int) -> TransformersDecoder:
@@ -91,8 +92,9 @@ class TransformersDecoder(Decoder):
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
     @property
-    def sinks(self) -> None:
-        """Models with sinks are refused."""
+    def sinks(self) -> tuple[Tensor, ...] | None:
+        """See `Decoder.sinks`."""
+        return None if self._observed.sinks is None else tuple(self._observed.sinks)
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, lengths: Tensor | None = None) -> Tensor:

@@ -49,11 +49,11 @@ def load_from(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
     """The model in our decoder.
 
     Embeddings, norms and biases are the model's own memory, and so are the weights of linear layers where they are used
-    as they lie: on a GPU, and in float16. On a CPU in float32 and bfloat16, and in 8 bits, they are packed: copied.
+    as they lie, which is on a GPU. On a CPU they are packed, and so copied.
 
     Raises:
         ModelError: our decoder does not have the model's family, or its configuration asks for what is not supported.
-        InputError: weights in 8 bits on another device than a CPU.
+        InputError: weights in fewer bits on another device than a CPU.
     """
     fields = json.loads(model.config.to_json_string())
     family = find_family(fields["model_type"])

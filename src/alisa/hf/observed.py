@@ -25,8 +25,10 @@ class ObservedAttention:
         InputError: the model cannot be attached, and why.
     """
 
-    def __init__(self, name: str, requests: dict[int, AttentionRequest]) -> None:
+    def __init__(self, name: str, requests: dict[int, AttentionRequest], sinks: dict[int, Tensor]) -> None:
         self._name = name
+        self.sinks = [sinks[layer] for layer in sorted(sinks)] or None
+        """Of each layer, the logits Float32[H] that join its softmax; None: the model has none."""
         self.requests = [requests[layer] for layer in sorted(requests)]
         """In the order of the layers."""
         if sorted(requests) != list(range(len(requests))) or not requests:
@@ -52,6 +54,7 @@ class ObservedAttention:
             scale=first.head_dim**-0.5,
             windows=windows if any(windows) else (),
             softcap=first.softcap,
+            has_sinks=first.has_sinks,
         )
 
     def _refusal(self, why: str) -> InputError:
@@ -69,7 +72,6 @@ def replace_window(request: AttentionRequest, window: int | None) -> AttentionRe
 
 
 _SENTENCES = {
-    "s_aux": "attention sinks",
     "sinks": "attention sinks",
     "position_bias": "a bias by position",
 }
@@ -108,6 +110,7 @@ class _ObservingCache(MarkingCache):
         self.name = name
         self._given: set[int] = set()
         self._requests: dict[int, AttentionRequest] = {}
+        self._sinks: dict[int, Tensor] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -119,6 +122,8 @@ class _ObservingCache(MarkingCache):
     def attend(self, layer: int, request: AttentionRequest, new: NewRows, query: Tensor, mask: Tensor | None) -> Tensor:
         """Zeros."""
         self._requests[layer] = request
+        if new.sinks is not None:
+            self._sinks[layer] = new.sinks.detach().float()
         return torch.zeros_like(query).transpose(1, 2)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
@@ -137,4 +142,4 @@ class _ObservingCache(MarkingCache):
             raise refusal(self.name, "it gives no K and V to its cache")
         if self._given != set(self._requests):
             raise refusal(self.name, "it computes its attention itself, outside transformers' attention interface")
-        return ObservedAttention(self.name, self._requests)
+        return ObservedAttention(self.name, self._requests, self._sinks)

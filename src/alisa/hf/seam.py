@@ -30,7 +30,7 @@ _MOST_TOKENS = 1 << 20
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """batch, head, query, key -> whether the query sees the key: transformers' description of a mask."""
 
-_CHANGES_MEANING = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "cu_seq_lens_q")
+_CHANGES_MEANING = ("sinks", "position_bias", "indices", "block_indices", "cu_seq_lens_q")
 """Arguments of attention functions that make another attention of it; None of them is one that may be left out."""
 
 
@@ -56,6 +56,7 @@ class AttentionRequest(NamedTuple):
     scaling: float
     window: int | None
     softcap: float | None
+    has_sinks: bool
     unknown: tuple[str, ...]
     """What it asks for in addition, which we do not do."""
 
@@ -76,6 +77,8 @@ class NewRows:
     layer: int
     k: Tensor
     v: Tensor
+    sinks: Tensor | None = None
+    """`[H]`: a logit that joins the softmax of each head, where the model has them; known when it attends."""
 
 
 class MarkingCache(Cache):
@@ -125,6 +128,7 @@ def attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
@@ -161,8 +165,10 @@ def attention(
         key.shape[3] ** -0.5 if scaling is None else float(scaling),
         sliding_window,
         softcap,
+        s_aux is not None,
         tuple(unknown),
     )
+    new.sinks = s_aux
     return new.owner.attend(new.layer, request, new, query, attention_mask), None
 
 

@@ -141,11 +141,15 @@ class Sequences:
         """
         length = self._lengths[source]
         req_idx = self.open(max(length, self._prompt_lens[source]))
-        for start in range(0, length, _COPIED_TOKENS):
-            chunk = ScheduledChunk(req_idx, start, min(_COPIED_TOKENS, length - start))
-            self.begin(self, [chunk], prefill=True)
-            self.session.copy_rows(source, chunk)
-            self.end()
+        try:
+            for start in range(0, length, _COPIED_TOKENS):
+                chunk = ScheduledChunk(req_idx, start, min(_COPIED_TOKENS, length - start))
+                self.begin(self, [chunk], prefill=True)
+                self.session.copy_rows(source, chunk)
+                self.end()
+        except AlisaError:
+            self.drop([req_idx])
+            raise
         self.session.fork_state(source, req_idx)
         return req_idx
 
