@@ -97,6 +97,6 @@ def test_evaluations_offer_the_engine_options_that_they_use(capsys):
     assert "--policy NAME[,NAME...]" in out
     assert "{dense," not in out, "the engine's own choice of one policy"
     assert "--kv-device-memory" in out
-    assert "--schedule" not in out
+    assert "--schedule " not in out
     engine = parse(["eval", "ppl", "--text", "a", "--model", "x", "--max-num-seqs", "3"]).sweep.engine
     assert (engine.model, engine.max_num_seqs, engine.policy) == ("x", 3, EngineConfig().policy)

@@ -75,6 +75,7 @@ class OpenRequest:
                 decode_s=request.finished_s - request.first_token_s,
                 tokens_attended=request.tokens_attended,
                 tokens_dense=request.tokens_dense,
+                cached_tokens=request.cached_tokens,
             ),
             error=request.error,
             stop_reason=self._stop_reason(request),
