@@ -67,7 +67,8 @@ class ModelRunner:
         self, plan: StepPlan, tokens: Sequence[Sequence[int]], wanted: Sequence[bool], kept: Sequence[int]
     ) -> StepResult:
         if plan.restored:
-            assert not (any(wanted) or kept), "the last token of a prompt is computed, and so is one that is scored"
+            assert not any(wanted), "the last token of a prompt is computed"
+            assert not kept, "a prompt that is scored is computed"
             return StepResult(torch.empty(0, self.decoder.spec.vocab_size), self.session.restore(plan), {})
         self.session.begin(plan)
         if plan.prefill:
