@@ -46,14 +46,14 @@ class Chat:
     """A conversation that /save wrote, to go on with."""
     quiet: bool = False
     """Nothing but the answers."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(prefix_cache=True))
     sampling: UseAppendAction[SamplingParams] = field(default_factory=lambda: SamplingParams(max_tokens=1024))
 
     def run(self) -> int:
         """Do it; returns the exit status."""
         conversation = Conversation() if self.load is None else load(self.load)
         conversation.system = self.system or conversation.system
-        if self.url is not None and self.engine != EngineConfig():
+        if self.url is not None and self.engine != EngineConfig(prefix_cache=True):
             raise InputError(
                 "--url is for a model behind a server, which has options of its own; leave the others out."
             )

@@ -25,7 +25,7 @@ class Serve:
     """
 
     server: ServerConfig = field(default_factory=ServerConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(prefix_cache=True))
 
     def run(self) -> int:
         """Do it; returns the exit status."""

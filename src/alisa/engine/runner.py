@@ -68,7 +68,7 @@ class ModelRunner:
     ) -> StepResult:
         if plan.restored:
             assert not any(wanted), "the last token of a prompt is computed"
-            assert not kept, "and so is every one that is scored"
+            assert not kept, "a prompt that is scored is computed"
             return StepResult(torch.empty(0, self.decoder.spec.vocab_size), self.session.restore(plan), {})
         self.session.begin(plan)
         if plan.prefill:

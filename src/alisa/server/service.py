@@ -104,7 +104,9 @@ class Service:
         except InputError as error:
             raise bad_request(str(error), "messages") from error
 
-    async def start(self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, priority: int = 0) -> Texts:
+    async def start(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
+    ) -> Texts:
         """All texts are queued, or none is: `n` for each prompt, those of one prompt one after the other.
 
         As with `LLM.generate`: prompt i has seed + i, and the texts of a prompt have seeds of their own.
@@ -134,7 +136,8 @@ class Service:
             )
         self._num_open += len(each)
         added = [
-            asyncio.ensure_future(self.engine.add_request(prompt, rules, priority=priority)) for prompt, rules in each
+            asyncio.ensure_future(self.engine.add_request(prompt, rules, priority=priority, cache_salt=cache_salt))
+            for prompt, rules in each
         ]
         try:
             names = await asyncio.gather(*added)
