@@ -260,8 +260,9 @@ class EngineConfig:
     dtype: DtypeName = "auto"
     """What the model computes in; auto: what the checkpoint and the device suit."""
     weight_dtype: WeightDtypeName = "auto"
-    """What the linear layers are kept in; auto: the dtype that the model computes in. int8, on a CPU: half the memory
-    and the reading of 16 bits, every output channel with a scale."""
+    """What the linear layers are kept in; auto: the dtype that the model computes in. On a CPU: int8, half the memory
+    and the reading of 16 bits, every output channel with a scale; int4, a third, every 32 inputs with a scale and a
+    minimum, the projection to the vocabulary in 8 bits."""
     kv_dtype: KvDtypeName = "auto"
     """What K and V are kept in; auto: the dtype that the model computes in, so that dense attention is exact. int8 and
     int4 keep a scale for each token and head: about half or a quarter of the memory of 16 bits; int8 costs 0.03 % of

@@ -240,7 +240,10 @@ class PrefixMachine(RuleBasedStateMachine):
         options = {"prefill_chunk": draw.choice((16, 40, 1024)), "prefix_cache": True}
         kind = draw.choice(("roomy", "few blocks", "tiers", "no disk", "phases"))
         token_bytes = self.plain.describe()["kv_token_bytes"]
-        keeps = draw.randint(1, 9) * 16 * token_bytes + 4000
+        # With phases, blocks keep the layers' inputs as well.
+        spec = self.plain.spec
+        hidden_bytes = spec.num_layers * spec.hidden_size * 4
+        keeps = draw.randint(1, 9) * 16 * (token_bytes + hidden_bytes) + 4000
         cap = keeps + device_cap(self.plain, draw.randint(60, 200))
         if kind != "roomy":
             options["prefix_cache_memory"] = keeps
