@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
+
+from recording import tell
 
 from alisa import LLM, SamplingParams
 from alisa.lab.bench.stamp import current_stamp
@@ -116,10 +117,7 @@ def main() -> None:
         for number, name in most:
             print(f"    {number:6.2f} {name}")
     record = {"benchmark": "calls", "num_layers": num_layers, "results": results, "stamp": asdict(current_stamp())}
-    print(json.dumps(record))
-    if args.record:
-        with args.record.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+    tell(record, args.record)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from recording import tell
+
 from alisa.lab.bench.checkpoint import is_written, write_checkpoint
 from alisa.lab.bench.others import QUIET_SHARE, OthersMeter, wait_for_quiet
 from alisa.lab.bench.shapes import SHAPES
@@ -217,11 +219,7 @@ def main() -> None:
     for name in args.workload:
         for policy in args.policy:
             record = compare(name, policy, versions, args)
-            line = json.dumps(record, allow_nan=False)
-            print(line)
-            if args.record:
-                with args.record.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+            tell(record, args.record)
 
 
 if __name__ == "__main__":

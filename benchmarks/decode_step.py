@@ -10,7 +10,6 @@ are measured in the same process, before the run. The last line of the output is
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from statistics import median
 from typing import get_args
 
 import torch
+from recording import tell
 
 from alisa.config import EngineConfig, KvDtypeName, PolicyName, WeightDtypeName
 from alisa.lab.bench.floor import measure_speeds
@@ -97,10 +97,7 @@ def main() -> None:
         "floor_read_ms": round(read_s * 1e3, 1),
         "results": results,
     }
-    print(json.dumps(record))
-    if args.record:
-        with args.record.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    tell(record, args.record)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ python benchmarks/eviction.py --text FILE --cap 0.25
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from recording import tell
 
 from alisa.cache.offload.residency import EVICTIONS, Eviction
 from alisa.config import EngineConfig, PolicyName, SamplingParams
@@ -78,10 +79,7 @@ def main() -> None:
             print(f"{name:8} {eviction:5} fetched {traffic.fetched_rows:8} rows, hit rate {traffic.hit_rate:.2%}")
     record = {"benchmark": "eviction", **{k: v for k, v in vars(args).items() if k != "record"}, "results": results}
     record |= {"model": args.model.name, "text": args.text.name}
-    print(json.dumps(record))
-    if args.record:
-        with args.record.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    tell(record, args.record)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from recording import tell
 
 import alisa.hf
 from alisa.lab.bench.others import OthersMeter
@@ -146,10 +147,7 @@ def main() -> None:
         "others_share": round(meter.share(), 4),
         "results": results,
     }
-    print(json.dumps(record))
-    if args.record:
-        with args.record.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    tell(record, args.record)
 
 
 def _quartiles(values: list[float]) -> list[float]:

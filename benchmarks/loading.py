@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from real_models import REAL_MODELS
+from recording import tell
 
 from alisa.lab.bench.stamp import current_stamp
 
@@ -76,14 +77,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--record", type=Path, help="append the records to this file")
     args = parser.parse_args()
-    records = []
     for model in REAL_MODELS:
         if not model.path.is_file():
             sys.exit(f"{model.path} is not there; `make models` fetches it.")
         package = medians(PACKAGE, [str(model.path)], args.rounds)
         for weights in ("bfloat16", "int8"):
             figures = medians(WORKER, [str(model.path), weights], args.rounds)
-            records.append(
+            tell(
                 {
                     "benchmark": "loading",
                     "model": model.file_name,
@@ -93,12 +93,9 @@ def main() -> None:
                     **figures,
                     "gguf_package_header_s": package["header_s"],
                     "stamp": asdict(current_stamp()),
-                }
+                },
+                args.record,
             )
-            print(json.dumps(records[-1]))
-    if args.record is not None:
-        with args.record.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 if __name__ == "__main__":

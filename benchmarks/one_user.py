@@ -1,11 +1,11 @@
-"""One user with a small real model: a decode step after a short and after a long prompt, and the prompt, against the floor.
+"""One user with a small real model: a decode step after a short and after a long prompt, and reading the prompt.
 
     make models
     python benchmarks/one_user.py --record benchmarks/results/one_user.jsonl
 
 Every kind of weights and rows in a process of its own, in turns, several rounds; a step is the median of a text's. The
 floor is the time that reading the weights of a step and the rows that dense attention reads would take at the memory's
-bandwidth, measured in the same process. The last line for each case is one JSON record.
+bandwidth, measured in the same process. Each case ends with one JSON record.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 from real_models import REAL_MODELS
+from recording import tell
 
 from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.stamp import current_stamp
@@ -51,7 +52,11 @@ with LLM(job["model"], max_model_len=8192, max_num_seqs=1, **config) as llm:
         for _ in llm.stream([prompt], params):
             times.append(perf_counter())
     steps = [after - before for before, after in zip(times[1:], times[2:])]
-    print(json.dumps({"step_s": median(steps), "prefill_s": times[0] - begun, "bandwidth": bandwidth}))
+    spec, decoder = llm.spec, llm.model.decoder
+    table_bytes = spec.vocab_size * spec.token_embed_dim * decoder.dtype.itemsize  # looked up in, not read
+    read_bytes = decoder.weight_bytes - table_bytes + job["prompt_len"] * llm.describe()["kv_token_bytes"]
+    floor_s = read_bytes / bandwidth
+    print(json.dumps({"step_s": median(steps), "prefill_s": times[0] - begun, "floor_s": floor_s}))
 """
 
 
@@ -98,19 +103,17 @@ def main() -> None:
             "output_len": args.output_len,
             "step_s": {"median": median(steps), "all": steps},
             "prefill_s": median(one["prefill_s"] for one in runs),
-            "bandwidth": median(one["bandwidth"] for one in runs),
+            "floor_s": median(one["floor_s"] for one in runs),
             "others_share": others,
             "stamp": asdict(current_stamp()),
         }
+        spread = f"{1 / max(steps):.0f} to {1 / min(steps):.0f}"
         print(
             f"{policy:7} weights {weights:5} rows {rows:5} after {prompt_len:5}: {1e3 * median(steps):6.2f} ms a step, "
-            f"{1 / median(steps):5.0f} tokens/s ({1 / max(steps):.0f} to {1 / min(steps):.0f}); prompt "
+            f"floor {1e3 * record['floor_s']:.2f} ms, {1 / median(steps):5.0f} tokens/s ({spread}); prompt "
             f"{prompt_len / record['prefill_s']:.0f} tokens/s"
         )
-        print(json.dumps(record))
-        if args.record is not None:
-            with args.record.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+        tell(record, args.record)
 
 
 if __name__ == "__main__":

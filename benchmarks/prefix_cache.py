@@ -10,7 +10,6 @@ blocks lie in files. `conversation`: each turn is all that was said before, and 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,6 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
+
+from recording import tell
 
 from alisa import LLM, SamplingParams
 from alisa.lab.bench.others import OthersMeter
@@ -118,10 +119,7 @@ def main() -> None:
         "others_share": round(meter.share(), 4),
         "results": {name: {k: v for k, v in result.items() if k != "token_ids"} for name, result in found.items()},
     }
-    print(json.dumps(record))
-    if args.record:
-        with args.record.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    tell(record, args.record)
 
 
 if __name__ == "__main__":

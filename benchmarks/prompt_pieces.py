@@ -9,7 +9,6 @@ product of the same dtype runs in the same rounds.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from recording import tell
 
 from alisa.errors import InputError
 from alisa.kernels.base import KeyBlock
@@ -122,15 +122,13 @@ def main() -> None:
             f"{case.name:22} native {native[1] * 1e3:6.1f} ms ({native[0] * 1e3:.1f} to {native[2] * 1e3:.1f}), "
             f"flash {flash[1] * 1e3:6.1f}, {flash[1] / native[1]:.1f}x; floor {result['floor_s'] * 1e3:.1f} ms"
         )
-    if args.record:
-        with args.record.open("a") as file:
-            record = {
-                "benchmark": "prompt_pieces",
-                "rounds": ROUNDS,
-                "results": results,
-                "stamp": asdict(current_stamp()),
-            }
-            file.write(json.dumps(record) + "\n")
+    record = {
+        "benchmark": "prompt_pieces",
+        "rounds": ROUNDS,
+        "results": results,
+        "stamp": asdict(current_stamp()),
+    }
+    tell(record, args.record)
 
 
 if __name__ == "__main__":

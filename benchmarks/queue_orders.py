@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, quantiles
 
+from recording import tell
+
 from alisa.config import SamplingParams
 from alisa.engine.loaded import embedded_model
 from alisa.lab.bench.stamp import current_stamp
@@ -219,9 +221,7 @@ def main() -> None:
         "stamp": asdict(current_stamp()),
         "results": results,
     }
-    if args.record:
-        with args.record.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    tell(record, args.record)
 
 
 if __name__ == "__main__":

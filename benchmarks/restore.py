@@ -10,7 +10,6 @@ token id   the prefix is read again through all layers; per row of the whole pre
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from recording import tell
 
 from alisa.cache.codec import make_codec
 from alisa.cache.offload.hidden import HiddenStateCache, hidden_format
@@ -131,10 +131,7 @@ def main() -> None:
         "others_share": round(meter.share(), 4),
         "results": results,
     }
-    print(json.dumps(record))
-    if args.record:
-        with args.record.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    tell(record, args.record)
 
 
 if __name__ == "__main__":

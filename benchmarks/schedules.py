@@ -9,13 +9,13 @@ machine, and then, still idle:
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
 import torch
+from recording import tell
 
 from alisa.lab.bench.stamp import current_stamp
 from alisa.lab.bench.uniform_batch import (
@@ -119,9 +119,7 @@ def main() -> None:
         "over_best": round(chosen / best - 1, 4),
         "stamp": asdict(current_stamp()),
     }
-    if args.record:
-        with args.record.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    tell(record, args.record)
 
 
 if __name__ == "__main__":

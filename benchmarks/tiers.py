@@ -18,6 +18,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from recording import tell
 
 from alisa.config import EngineConfig
 from alisa.engine.builder import CacheOptions
@@ -128,10 +129,7 @@ def main() -> None:
         "read_gb_per_s": round(read_bandwidth() / 1e9, 1),
         "results": results,
     }
-    print(json.dumps(record, default=str))
-    if args.record:
-        with args.record.open("a") as file:
-            file.write(json.dumps(record, default=str) + "\n")
+    tell(record, args.record)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from alisa.model.decoder import Attend, Decoder
+from alisa.kernels.native.product import model_isa_names
+from alisa.model.attend import Attend
+from alisa.model.decoder import Decoder
+from alisa.model.linear import FrameworkLinears, LinearMaker
 from alisa.model.loader import load_decoder, load_spec
+from alisa.model.stack import LayerStack
 from tests.tiny_models import TINY_MODELS, build, save
 
 CPU = torch.device("cpu")
@@ -55,10 +59,12 @@ def some_tokens(batch: int = 2) -> Tensor:
     return torch.randint(0, 120, (batch, NUM_TOKENS), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("linears", [None, FrameworkLinears(CPU)], ids=["fastest", "in-torch"])
 @pytest.mark.parametrize("name", TINY_MODELS)
-def test_float32_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+def test_float32_logits_are_those_of_transformers(name: str, linears: LinearMaker | None, tmp_path: Path) -> None:
+    """With native layers, where there are any, and with those in torch, which a GPU runs."""
     model = build(name)
-    decoder = load_decoder(save(model, tmp_path), torch.float32, CPU)
+    decoder = load_decoder(save(model, tmp_path), torch.float32, CPU, linears=linears)
     tokens = some_tokens()
     with torch.no_grad():
         expected = model(tokens).logits
@@ -66,6 +72,19 @@ def test_float32_logits_are_those_of_transformers(name: str, tmp_path: Path) -> 
     assert actual.dtype == torch.float32
     assert expected.std() > 0.5, "logits this small would pass any tolerance"
     torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("isa", model_isa_names())
+@pytest.mark.parametrize("name", ["opt-350m", "pythia", "gemma3-scaled", "olmo2", "granite", "qwen3-moe"])
+def test_layers_of_every_instruction_set_say_the_same(name: str, isa: str, tmp_path: Path) -> None:
+    """Wirings that differ: norms after sums, both in parallel, on both sides, of heads, of all heads; experts."""
+    decoder = load_decoder(save(build(name), tmp_path), torch.float32, CPU)
+    tokens = some_tokens()
+    expected = run(decoder, tokens)
+    decoder._stack = LayerStack(
+        decoder.spec, decoder._layers, decoder._final_norm, decoder._rope_of_layer, torch.float32, isa
+    )
+    torch.testing.assert_close(run(decoder, tokens), expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,8 @@ def test_arguments_that_do_not_fit_are_refused():
     x, panels, bias = case(2, 64, 70, torch.float32)
     with pytest.raises(ValueError, match="scales"):
         multiply(None, x, panels._replace(scales=panels.scales[:64]), bias)
+    with pytest.raises(ValueError, match="no scales"):
+        multiply(None, x, panels._replace(scales=None), bias)
     with pytest.raises(ValueError, match="bias"):
         multiply(None, x, panels, bias[:3])
     with pytest.raises(ValueError, match="codes"):

@@ -17,7 +17,8 @@ from alisa.hf.attach import use_our_attention
 from alisa.hf.observed import observe, refusal
 from alisa.hf.seam import AttentionRequest, MarkingCache, NewRows, scaled
 from alisa.kernels.choose import choose_backend
-from alisa.model.decoder import Attend, Decoder
+from alisa.model.attend import Attend
+from alisa.model.decoder import Decoder
 from alisa.model.hub import resolve_model
 from alisa.model.precision import resolve_device, resolve_dtype
 from alisa.model.tokenizer import Tokenizer

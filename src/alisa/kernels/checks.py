@@ -10,17 +10,12 @@ import torch
 from torch import Tensor
 
 from alisa.kernels.base import Panels, Ranking, Sketch
-from alisa.spec import LANES, SPAN, RowFormat
+from alisa.spec import LANES, SPAN, STEP_INPUTS, RowFormat
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of queries, keys and values."""
-PANEL_FORMATS = {
-    "float32": (torch.float32, 1),
-    "bfloat16": (torch.bfloat16, 2),
-    "int8": (torch.uint8, 4),
-    "int4": (torch.uint8, 8),
-}
-"""By format, the dtype of a weight's codes, and inputs that lie together."""
+CODE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8, "int4": torch.uint8}
+"""By the format of a weight."""
 
 
 def check_decode(q: Tensor, rows: Tensor, row_format: RowFormat, slots: Tensor, counts: Tensor) -> None:
@@ -53,23 +48,27 @@ def check_piece(begins: Tensor, ends: Tensor, counts: Tensor) -> None:
 
 def check_panels(panels: Panels, bias: Tensor | None) -> None:
     """A weight has the shape that its numbers say, and the bias fits it; raises otherwise."""
-    dtype, inputs = PANEL_FORMATS[panels.format]
+    dtype = CODE_DTYPES[panels.format]
     num_panels = panels.parts * -(-panels.num_out // (panels.parts * LANES))
     spans = -(-panels.num_in // SPAN)
-    steps = -(-(spans * SPAN if panels.format == "int4" else panels.num_in) // inputs)
+    steps = -(-(spans * SPAN if panels.format == "int4" else panels.num_in) // STEP_INPUTS[panels.format])
     shape = (num_panels, steps, LANES, 4 // dtype.itemsize)
     if panels.codes.shape != shape or panels.codes.dtype != dtype or not panels.codes.is_contiguous():
         raise ValueError(f"codes {tuple(panels.codes.shape)} in {panels.codes.dtype} are not {shape} in {dtype}")
     if panels.num_out % panels.parts:
         raise ValueError(f"{panels.num_out} outputs are not {panels.parts} parts of one size")
-    _check_numbers("scales", panels.scales if panels.format == "int8" else None, (panels.num_out,), torch.float32)
-    ranges = (num_panels, spans, 2, LANES)
-    _check_numbers("ranges", panels.ranges if panels.format == "int4" else None, ranges, torch.float16)
-    _check_numbers("bias", bias, (panels.num_out,), torch.float32)
+    if panels.format == "int8":
+        _check_numbers("scales", panels.scales, (panels.num_out,), torch.float32)
+    if panels.format == "int4":
+        _check_numbers("ranges", panels.ranges, (num_panels, spans, 2, LANES), torch.float16)
+    if bias is not None:
+        _check_numbers("bias", bias, (panels.num_out,), torch.float32)
 
 
 def _check_numbers(name: str, numbers: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if numbers is not None and (numbers.shape != shape or numbers.dtype != dtype or not numbers.is_contiguous()):
+    if numbers is None:
+        raise ValueError(f"there are no {name}, which a weight in this format has")
+    if numbers.shape != shape or numbers.dtype != dtype or not numbers.is_contiguous():
         raise ValueError(f"the {name} are {tuple(numbers.shape)} in {numbers.dtype}, not {shape} in {dtype}")
 
 

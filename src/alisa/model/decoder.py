@@ -8,7 +8,7 @@ small model's step is mostly Python.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from alisa.kernels.reference.softcap import softcapped
 from alisa.model.activation import make_activation
+from alisa.model.attend import Attend
 from alisa.model.experts import Experts
 from alisa.model.layer import Builder, Layer, Norm, Progress
 from alisa.model.linear import LinearMaker, PlainLinear
@@ -24,15 +25,6 @@ from alisa.model.rope import Rotation, attention_factor, frequencies_by_length, 
 from alisa.model.source import WeightSource
 from alisa.model.stack import LayerStack, can_stack
 from alisa.spec import ModelSpec
-
-Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""layer, q `[B, T, H, D]`, k `[B, T, G, D]`, v `[B, T, G, D]`, hidden `[B, T, C]` -> out `[B, T, H, D]`.
-
-hidden is what q, k and v were projected from: `project_kv` makes k and v from it again.
-
-q and k are already rotated. v (and k without rotation) is a view into the joint K and V product: its last dimension is
-contiguous, its token stride is `2 * G * D`.
-"""
 
 
 class Decoder:

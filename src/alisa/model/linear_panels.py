@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Panels
+from alisa.kernels.base import Panels, WeightFormat
 from alisa.kernels.native.product import CpuProducts, make_matrix
 from alisa.model.linear_int4 import multiply_int4
 from alisa.model.linear_int8 import multiply_int8
-from alisa.spec import LANES
+from alisa.spec import LANES, STEP_INPUTS
 
 
 class PanelLinear:
@@ -50,7 +50,8 @@ class PanelLinear:
 def float_panels(weight: Tensor, parts: int = 1) -> Panels:
     """A weight `[out, in]` in float32 or bfloat16, laid out; padding is zero."""
     num_out, num_in = weight.shape
-    inputs = 4 // weight.dtype.itemsize
+    name: WeightFormat = "float32" if weight.dtype == torch.float32 else "bfloat16"
+    inputs = STEP_INPUTS[name]
     steps, rows = -(-num_in // inputs), num_out // parts
     per_part = -(-rows // LANES)
     codes = weight.new_empty(parts * per_part, steps, LANES, inputs)
@@ -65,5 +66,4 @@ def float_panels(weight: Tensor, parts: int = 1) -> Panels:
             whole[: len(found), :num_in] = found
             found = whole
         words[panel].copy_(found.view(torch.int32).view(LANES, steps).t())
-    name = "float32" if weight.dtype == torch.float32 else "bfloat16"
     return Panels(name, codes, None, None, num_in, num_out, parts)

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import math
 
-from alisa.spec import LANES, SPAN, ModelSpec
+from alisa.spec import LANES, SPAN, STEP_INPUTS, ModelSpec
 
 Shape = tuple[int, ...]
-
-
-_STEP_INPUTS = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}
 
 
 def panel_bytes(name: str, num_out: int, num_in: int, parts: int = 1) -> int:
     """Bytes of a weight in panels and its scales, as `kernels.base.Panels` holds them; `name` is the format."""
     panels, spans = parts * -(-num_out // (parts * LANES)), -(-num_in // SPAN)
     inputs = spans * SPAN if name == "int4" else num_in
-    codes = panels * -(-inputs // _STEP_INPUTS[name]) * LANES * 4
+    codes = panels * -(-inputs // STEP_INPUTS[name]) * LANES * 4
     return codes + {"int8": 4 * num_out, "int4": panels * spans * 2 * LANES * 2}.get(name, 0)
 
 

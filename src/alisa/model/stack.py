@@ -15,6 +15,7 @@ from torch import Tensor
 from alisa.kernels.native import library
 from alisa.kernels.native.activation import KINDS
 from alisa.kernels.native.product import model_isa_names
+from alisa.model.attend import Attend
 from alisa.model.experts import Experts
 from alisa.model.layer import Layer, Norm
 from alisa.model.linear import Linear
@@ -24,9 +25,6 @@ from alisa.spec import ModelSpec
 
 if TYPE_CHECKING:
     from alisa.kernels import _native
-
-Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""As `alisa.model.decoder.Attend`."""
 
 
 class LayerStack:
@@ -87,7 +85,7 @@ class LayerStack:
         Args:
             x: embeddings `[B, T, C]`, contiguous; they are overwritten.
             rotations: of the step.
-            attend: see `alisa.model.decoder`. What it is given is overwritten by the next layer.
+            attend: the seam; called once per layer, in order.
             experts: the MLP of a layer that has many; number of the layer, and its input `[B, T, C]`.
         """
         batch, length, _ = x.shape

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUM_HASHED = 512
-"""Weights of tokens. With 1024 tau is 0.02 larger and an update takes four times as long, a millisecond."""
+"""Weights of tokens. An update takes time with the square of their number."""
 
 READ_TOKENS = 256
 """Tokens of a prompt that are looked at."""

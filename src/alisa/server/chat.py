@@ -111,22 +111,13 @@ class _Answer:
 
     async def whole(self, texts: Texts) -> dict[str, Any]:
         """The reply when all answers are at their end."""
-        outputs: dict[int, RequestOutput] = {}
-        async for number, event in texts.events():
-            if isinstance(event, RequestOutput):
-                finish_reason(event)  # an error of one is an error of all
-                outputs[number] = event
-        usage = Usage.of([self.prompt])
-        usage.completion_tokens = sum(len(output.token_ids) for output in outputs.values())
-        usage.cached_tokens = outputs[0].report.cached_tokens
-        choices = [self._choice(number, outputs[number]) for number in range(len(outputs))]
+        outputs = await texts.outputs()
+        usage = Usage.of([self.prompt], outputs)
+        choices = [self._choice(number, output) for number, output in enumerate(outputs)]
         return self._body("chat.completion", choices) | {"usage": usage.body} | self._prompt_fields(outputs[0])
 
     async def events(self, texts: Texts) -> AsyncGenerator[dict[str, Any]]:
         """The reply as it grows."""
-        options = self.call.stream_options
-        tells_usage = options is not None and bool(options.include_usage)
-        tells_always = tells_usage and options is not None and bool(options.continuous_usage_stats)
         usage = Usage.of([self.prompt])
         readers = [ToolReader() for _ in range(self.params.n)]
         begun: set[int] = set()
@@ -136,7 +127,7 @@ class _Answer:
             role = {} if number in begun else {"role": "assistant"}
             begun.add(number)
             choice = {"index": number, "delta": role | delta, "logprobs": None, "finish_reason": None, **fields}
-            told = {"usage": usage.body if tells_always else None} if tells_usage else {}
+            told = {"usage": usage.body if self.call.tells_usage_always else None} if self.call.tells_usage else {}
             return self._body("chat.completion.chunk", [choice]) | told
 
         async for number, event in texts.events():
@@ -164,7 +155,7 @@ class _Answer:
                     delta["tool_calls"] = _call_deltas(calls, before)
                 reason = "tool_calls" if reader.num_calls and reason == "stop" else reason
                 yield chunk(number, delta, finish_reason=reason, stop_reason=event.stop_reason)
-        if tells_usage:
+        if self.call.tells_usage:
             yield self._body("chat.completion.chunk", []) | {"usage": usage.body}
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:

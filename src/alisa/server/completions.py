@@ -87,25 +87,18 @@ class _Completion:
 
     async def whole(self, texts: Texts) -> dict[str, Any]:
         """The reply when all texts are at their end."""
-        outputs: dict[int, RequestOutput] = {}
-        async for number, event in texts.events():
-            if isinstance(event, RequestOutput):
-                finish_reason(event)  # an error of one is an error of all
-                outputs[number] = self._cut(event)
-        usage = Usage.of(self.prompts)
-        usage.completion_tokens = sum(len(output.token_ids) for output in outputs.values())
-        usage.cached_tokens = sum(outputs[n].report.cached_tokens for n in range(0, len(outputs), self.params.n))
-        return self._body([self._choice(number, outputs[number]) for number in range(len(outputs))], usage.body)
+        outputs = [self._cut(output) for output in await texts.outputs()]
+        usage = Usage.of(self.prompts, outputs)
+        return self._body([self._choice(number, output) for number, output in enumerate(outputs)], usage.body)
 
     async def events(self, texts: Texts) -> AsyncGenerator[dict[str, Any]]:
         """The reply as it grows."""
-        options = self.call.stream_options
-        tells_usage = options is not None and bool(options.include_usage)
-        tells_always = tells_usage and options is not None and bool(options.continuous_usage_stats)
         usage = Usage.of(self.prompts)
 
         def chunk(choice: dict[str, Any]) -> dict[str, Any]:
-            return self._body([choice], usage.body if tells_always else None, told=tells_usage)
+            return self._body(
+                [choice], usage.body if self.call.tells_usage_always else None, told=self.call.tells_usage
+            )
 
         lengths = [0] * (len(self.prompts) * self.params.n)
         begun: set[int] = set()
@@ -128,7 +121,7 @@ class _Completion:
                 usage.cached_tokens += 0 if number % self.params.n else event.report.cached_tokens
                 ended = {"finish_reason": finish_reason(output), "stop_reason": output.stop_reason}
                 yield chunk({"index": number, "text": "", "logprobs": None, **ended})
-        if tells_usage:
+        if self.call.tells_usage:
             yield self._body([], usage.body)
 
     def nothing(self) -> dict[str, Any]:

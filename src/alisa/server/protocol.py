@@ -98,6 +98,17 @@ class GenerationRequest(Loose):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
 
+    @property
+    def tells_usage(self) -> bool:
+        """Whether a stream ends with how many tokens there were."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def tells_usage_always(self) -> bool:
+        """Whether every event of it says so."""
+        options = self.stream_options
+        return self.tells_usage and options is not None and bool(options.continuous_usage_stats)
+
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""

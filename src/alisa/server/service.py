@@ -15,10 +15,11 @@ from alisa.engine.async_engine import AsyncEngine, Event
 from alisa.engine.status import EngineStatus
 from alisa.errors import InputError
 from alisa.model.tokenizer import Tokenizer
-from alisa.outputs import TextDelta
+from alisa.outputs import RequestOutput, TextDelta
 from alisa.server.config import ServerConfig
 from alisa.server.errors import ApiError, bad_request
 from alisa.server.telemetry import Telemetry
+from alisa.server.usage import finish_reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +175,20 @@ class Texts:
         for name in self._open:
             self._service.engine.leave(name)
         self._service.left(len(self._names))
+
+    async def outputs(self) -> list[RequestOutput]:
+        """All texts at their end.
+
+        Raises:
+            ApiError: one of them ended in an error: it is an error of all.
+            EngineDiedError: the engine has ended with an error.
+        """
+        outputs: dict[int, RequestOutput] = {}
+        async for number, event in self.events():
+            if isinstance(event, RequestOutput):
+                finish_reason(event)
+                outputs[number] = event
+        return [outputs[number] for number in range(len(self._names))]
 
     async def events(self) -> AsyncGenerator[tuple[int, Event]]:
         """Events of all texts as they come, with the number of the text.

@@ -23,9 +23,14 @@ class Usage:
     cached_tokens: int = 0
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]]) -> Usage:
-        """Before the first token."""
-        return cls(sum(map(len, prompts)))
+    def of(cls, prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput] = ()) -> Usage:
+        """Before the first token, or of all texts: as many for each prompt, those of one prompt after each other."""
+        first_of_each = outputs[:: len(outputs) // len(prompts) or 1]
+        return cls(
+            sum(map(len, prompts)),
+            sum(len(output.token_ids) for output in outputs),
+            sum(output.report.cached_tokens for output in first_of_each),
+        )
 
     @property
     def body(self) -> dict[str, Any]:

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 
 from alisa.cache.codec import make_codec
 from alisa.config import EngineConfig, KvDtypeName, PolicyName, SamplingParams
-from alisa.engine.builder import build_engine
-from alisa.engine.shared import SharedEngine
 from alisa.errors import InputError
 from alisa.kernels.base import Codec
 from alisa.lab.scoring import Scorer
 from alisa.llm import LLM
 from alisa.model.tokenizer import Tokenizer
-from alisa.outputs import RequestOutput
 from alisa.planner.footprint import policy_bytes
 from alisa.policy.base import SelectionPolicy
 from alisa.policy.registry import make_policy
@@ -121,7 +118,6 @@ class Subject:
             CapacityError: a text can never fit under the cap.
         """
         config = self.llm.config
-        longest = max(len(prompt) + rules.max_tokens for prompt, rules in zip(prompts, params, strict=True))
         config = EngineConfig(
             policy=variant.policy,
             sparsity=variant.sparsity,
@@ -130,13 +126,8 @@ class Subject:
             weight_dtype=config.weight_dtype,
             kv_device_memory=config.kv_device_memory,
             max_num_seqs=config.max_num_seqs,
-            max_model_len=longest,
+            max_model_len=max(len(prompt) + each.max_tokens for prompt, each in zip(prompts, params, strict=True)),
             prefill_chunk=config.prefill_chunk,
         )
-        shared = SharedEngine(*build_engine(self.llm.model, config))
-        try:
-            with shared.stream(prompts, params) as stream:
-                outputs = [event for event in stream if isinstance(event, RequestOutput)]
-        finally:
-            shared.close()
-        return [output.token_ids for output in sorted(outputs, key=lambda output: output.index)]
+        with LLM(config=config, loaded=self.llm.model) as llm:
+            return [output.token_ids for output in llm.generate(prompts, params)]

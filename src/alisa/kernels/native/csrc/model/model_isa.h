@@ -23,7 +23,7 @@ struct RotationTable {
   int width;  // values of a head that are turned; 0: none
 };
 
-// Writes sums into the inputs of the next product, one panel of them for each group.
+// Sums [tokens, kLanes] of a tile, with scale and bias.
 using Multiply = void (*)(const Matrix& matrix, const Inputs& inputs, const Tile& tile, float* sums);
 
 struct ModelIsa {
@@ -33,17 +33,16 @@ struct ModelIsa {
   void (*narrow)(Dtype dtype, const float* x, int count, void* out);
   // Floats as if they had been stored in a dtype.
   void (*round_to)(Dtype dtype, float* x, int count);
-  // Groups [group, group + (count + 63) / 64) of one token's inputs, `count` floats.
+  // One token's inputs from group `group` on: `count` floats, padded to whole groups.
   void (*prepare)(WeightFormat format, const float* x, int count, int group, int64_t token, const Inputs& inputs);
-  // By format: `sums` [tokens, kLanes] of a tile, with scale and bias.
-  Multiply multiply[4];
+  Multiply multiply[4];  // by format
   // `out` may be x.
   void (*norm)(const Norm& norm, Dtype dtype, const float* x, float* out);
   // x = round(x + round(y * scale)).
   void (*add)(Dtype dtype, const float* y, float scale, float* x, int count);
   // One head.
   void (*rotate)(Dtype dtype, const RotationTable& table, int64_t token, float* head);
-  // x = round(act(x)), times `gate` if there is one and rounded again.
+  // x = round(act(x)); where there are `times`, x = round(x * times) after it.
   void (*activate)(Activation kind, Dtype dtype, float* x, const float* times, int count);
 };
 

@@ -209,6 +209,7 @@ struct Int4Weights {
 
 #endif  // ALISA_BF16_ONLY
 
+// As many tokens as there are.
 template <class Kind, int kVectors>
 inline void any_tile(int tokens, const TileTask& task, Ahead ahead) {
   static_assert(kTileTokens <= 6, "a case for every number of tokens");
@@ -222,7 +223,7 @@ inline void any_tile(int tokens, const TileTask& task, Ahead ahead) {
   }
 }
 
-// All tokens of a block for kVectors vectors of lanes of one group; `first` are the lanes of the whole group that come first.
+// All tokens of a block for kVectors vectors of lanes of one group, from `lane` on; `asks` for weights that come later.
 template <class Kind, int kVectors>
 inline void group_tiles(const Matrix& matrix, const Inputs& inputs, const Tile& tile, int group, int lane, bool asks,
                         float* sums) {

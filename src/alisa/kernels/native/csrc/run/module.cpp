@@ -1,5 +1,5 @@
 // The Python module `alisa.kernels._native`: addresses and sizes in, results written where they point. It knows nothing of
-// torch, so one build serves every version of it; alisa/kernels/cpu*.py check dtypes, shapes and strides.
+// torch, so one build serves every version of it; alisa/kernels/native/*.py check dtypes, shapes and strides.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>

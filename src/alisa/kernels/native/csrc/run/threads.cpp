@@ -11,7 +11,7 @@
 namespace alisa {
 namespace {
 
-// About 20 microseconds: as long as it takes to wake a thread that sleeps.
+// 10 to 40 microseconds, as long as a processor makes a pause: about what it takes to wake a thread that sleeps.
 constexpr int kSpins = 1000;
 
 inline void pause() {
