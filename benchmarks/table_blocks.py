@@ -457,6 +457,33 @@ def loading(results: Results) -> str:
     return table([*heads, "`gguf` package, header, s"], rows) if rows else ""
 
 
+def one_user(results: Results) -> str:
+    """One sequence of a small real model: the newest record of each case."""
+    newest = {
+        (record["weight_dtype"], record["kv_dtype"], record["policy"], record["prompt_len"]): record
+        for record in lines(results / "one_user.jsonl")
+    }
+    rows = []
+    for (weights, kv_dtype, policy, prompt_len), record in newest.items():
+        steps, names = record["step_s"], {"auto": "bfloat16"}
+        rows.append(
+            [
+                names.get(weights, weights),
+                names.get(kv_dtype, kv_dtype),
+                f"`{policy}`",
+                str(prompt_len),
+                f"{1 / steps['median']:.0f} ({1 / max(steps['all']):.0f} to {1 / min(steps['all']):.0f})",
+                f"{100 * record['floor_s'] / steps['median']:.0f} %",
+                f"{prompt_len / record['prefill_s']:.0f}",
+            ]
+        )
+    heads = ["weights", "rows", "policy", "prompt", "decode, tokens/s", "of the floor", "prompt, tokens/s"]
+    if not rows:
+        return ""
+    first = next(iter(newest.values()))
+    return f"`{first['model']}`, one sequence (`benchmarks/one_user.py`):\n\n{table(heads, rows)}"
+
+
 # GPU
 
 

@@ -91,8 +91,8 @@ def main(model: str | None = None) -> None:
     text = " ".join(sparse_outputs[0].text.split())
     console.print(Panel(Text(f"...{PROMPTS[0][-80:]} >>> {text} ..."), title="a continuation, sparse"))
     console.print(
-        "A model this small spends its time on weights and bookkeeping, not on the KV cache, so reading less of it "
-        "hardly shows while all of it fits. It shows where it does not fit, and with larger models and longer texts "
+        "A model this small spends its time on weights and bookkeeping, not on the KV cache: choosing what to read "
+        "costs as much as it saves. It pays where K and V are many: in batches of larger models with long texts "
         "(benchmarks/).\n"
         'Next: alisa generate "The ship had been at sea for" --verify'
     )
