@@ -19,9 +19,12 @@ class OthersMeter:
         self._started, self._others_s = perf_counter(), other_cpu_seconds()
 
     def share(self) -> float:
-        """Time of others over all processor time there was; the system counts in steps of 10 ms."""
+        """Time of others over all processor time there was, at most 1.
+
+        The system counts in steps of 10 ms: in a shorter time there may be a step of more than there was.
+        """
         available_s = (perf_counter() - self._started) * (psutil.cpu_count() or 1)
-        return max(0.0, other_cpu_seconds() - self._others_s) / available_s
+        return min(max(0.0, other_cpu_seconds() - self._others_s) / available_s, 1.0)
 
 
 def wait_for_quiet(patience_s: float, *, look_s: float = 1.0) -> float:

@@ -115,7 +115,8 @@ class Clock:
         """The last token of the last sequence is there."""
         self.wall_s = perf_counter() - self._start
         available_s = self.wall_s * (os.cpu_count() or 1)
-        self.others_share = max(0.0, _others_s() - self._others_s) / available_s
+        # The system counts in steps of 10 ms: in a shorter time there may be a step of more than there was.
+        self.others_share = min(max(0.0, _others_s() - self._others_s) / available_s, 1.0)
 
     @property
     def step_quartiles_s(self) -> list[float] | None:
