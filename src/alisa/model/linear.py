@@ -63,13 +63,17 @@ class LinearMaker(Protocol):
 
 
 class PlainLinear:
-    """`F.linear` on a weight `[out, in]`; for CUDA (cuBLAS needs no packing) and whatever oneDNN does not take."""
+    """`F.linear` on a weight `[out, in]`; for CUDA (cuBLAS needs no packing) and whatever oneDNN does not take.
 
-    __slots__ = ("bias", "weight")
+    On a CPU a single row goes twice, as in `PackedLinear`: with AVX512-FP16 torch sums it otherwise than among others.
+    """
+
+    __slots__ = ("_doubles", "bias", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = weight
         self.bias = bias
+        self._doubles = weight.device.type == "cpu"
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +82,8 @@ class PlainLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Product of `x [..., in]` with the weight, plus the bias: `[..., out]`."""
+        if self._doubles and x.numel() == self.weight.shape[1]:
+            return F.linear(_twice(x), self.weight, self.bias)[0].view(*x.shape[:-1], -1)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -113,10 +119,15 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """Product of `x [..., in]` with the weight, plus the bias: `[..., out]`."""
         if self._doubles and x.numel() == self._num_in:
-            row = x.reshape(1, self._num_in)
-            out = self._multiply(torch.cat((row, row)), self._packed, self.bias, "none", [], "")
+            out = self._multiply(_twice(x), self._packed, self.bias, "none", [], "")
             return out[0].view(*x.shape[:-1], -1)
         return self._multiply(x, self._packed, self.bias, "none", [], "")
+
+
+def _twice(x: Tensor) -> Tensor:
+    """One row `[..., in]` as two equal ones, `[2, in]`."""
+    row = x.reshape(1, -1)
+    return torch.cat((row, row))
 
 
 class FrameworkLinears:

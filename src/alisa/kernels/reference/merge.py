@@ -21,9 +21,17 @@ class PartialAttention:
         """Float32[N, H, D]"""
         self.log_sum_exp = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
         """Float32[N, H]"""
+        self._is_empty = True
 
     def add(self, out: Tensor, log_sum_exp: Tensor, queries: Tensor | slice) -> None:
         """Take in a piece that these queries (Int64[n] or a slice) attended to: `[n, H, D]` and `[n, H]`."""
+        if self._is_empty and len(out) == len(self.out):
+            # Most prompts are one piece: nothing is there to merge it with.
+            self.out.copy_(out)
+            self.log_sum_exp.copy_(log_sum_exp)
+            self._is_empty = False
+            return
+        self._is_empty = False
         former = self.log_sum_exp[queries]
         total = torch.logaddexp(former, log_sum_exp)
         kept, added = (former - total).exp()[..., None], (log_sum_exp - total).exp()[..., None]

@@ -25,7 +25,7 @@ from alisa.kernels.reference.softcap import softcapped
 MASS_BLOCK_SCORES = 1 << 23
 """Scores held at once: 32 MiB in float32, small next to the weights of any model and large enough for a GEMM."""
 
-FIRST_TILE_TOKENS, TILE_TOKENS = 32, 256
+FIRST_TILE_TOKENS, TILE_TOKENS = 128, 256
 """The first tile of a section, and the largest; in between each is as long as all before it."""
 
 TILE_ROWS = 16
@@ -96,8 +96,8 @@ def _in_tiles(
         first, stop = max(start, ahead), min(end, len(own.k))
         if first < stop:
             mine = slice(first - ahead, stop - ahead)
-            k, v = (pad(values[start:stop], (0, 0, 0, 0, 0, end - stop)) for values in (own.k, own.v))
-            queries = pad(q[mine], (0, 0, 0, 0, first - start, end - stop))
+            k, v = (_padded(values[start:stop], 0, end - stop) for values in (own.k, own.v))
+            queries = _padded(q[mine], first - start, end - stop)
             block = KeyBlock(own.start + start, k, v)
             tiles.append(_Tile(block, queries, PartialAttention(queries), mine, slice(first - start, stop - start)))
     for block in past:
@@ -205,9 +205,14 @@ def _aligned(values: Tensor) -> Tensor:
     result would depend on which thread computes a head, and a packed prompt's on those before it.
     """
     missing = -len(values) % TILE_ROWS
-    if not missing and values.data_ptr() % 64 == 0:
-        return values
-    return pad(values, (0, 0, 0, 0, 0, missing))
+    if values.data_ptr() % 64:
+        return pad(values, (0, 0, 0, 0, 0, missing))
+    return _padded(values, 0, missing)
+
+
+def _padded(values: Tensor, before: int, after: int) -> Tensor:
+    """These tokens `[T, heads, D]` with some of zeros around them; the same tensor where there are none."""
+    return pad(values, (0, 0, 0, 0, before, after)) if before or after else values
 
 
 def attend_after_plain(
