@@ -19,7 +19,7 @@ from typing import Protocol
 from alisa.budget import Reads
 from alisa.config import format_bytes
 from alisa.errors import CapacityError, InputError
-from alisa.scheduler.chunks import next_chunks, request_index, restored_chunks
+from alisa.scheduler.chunks import next_chunks, one_by_one, request_index, restored_chunks
 from alisa.scheduler.order import FirstCome, QueueOrder
 from alisa.scheduler.placement.base import (
     Limits,
@@ -30,7 +30,7 @@ from alisa.scheduler.placement.base import (
     is_oversubscribed,
     seq_view,
 )
-from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
+from alisa.scheduler.plan import Move, Opened, ScheduledChunk, StepPlan
 from alisa.scheduler.prefix import BLOCK_TOKENS, PrefixView
 from alisa.scheduler.request import Request, RequestStatus
 
@@ -69,6 +69,7 @@ class Scheduler:
         restore_costs: decides between swapping and preempting.
         max_num_seqs: requests that have a request index at the same time.
         prefill_chunk: prompt tokens in one step at most.
+        step_tokens: tokens of a sequence in one decode step at most; more than 1 where the policy can take some back.
         token_bytes: bytes of one token's rows, for messages; None: they count tokens.
         order: chooses among waiting requests of the same priority; None: the first to come.
         prefix: beginnings of prompts whose K and V are known; `prefill_chunk` is then a multiple of its blocks.
@@ -83,6 +84,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         prefill_chunk: int,
+        step_tokens: int = 1,
         token_bytes: int | None = None,
         order: QueueOrder | None = None,
         prefix: PrefixView | None = None,
@@ -93,6 +95,7 @@ class Scheduler:
         self._reads = reads
         self._restore_costs = restore_costs
         self._prefill_chunk = prefill_chunk
+        self._step_tokens = step_tokens
         self._token_bytes = token_bytes
         self._order = order or FirstCome()
         self._prefix = prefix
@@ -173,10 +176,17 @@ class Scheduler:
         self._admit(cache)
         while self._running:
             restored = restored_chunks(self._running, self._prefill_chunk, self._prefix)
-            prefill, chunks = (True, restored) if restored else next_chunks(self._running, self._prefill_chunk)
+            prefill, chunks = (True, restored)
+            if not restored:
+                prefill, chunks = next_chunks(self._running, self._prefill_chunk, self._step_tokens)
             if self._is_oversubscribed(self._running) and self._swap(chunks, cache):
                 continue
             decision = self._place(self._running, self._swapped, chunks, cache)
+            several = not prefill and any(chunk.count > 1 for chunk in chunks)
+            # Drafts take no room from others, and rows that may be taken back have not moved.
+            if several and (decision is None or _moves_new_rows(decision.moves, chunks)):
+                chunks = one_by_one(chunks)
+                decision = self._place(self._running, self._swapped, chunks, cache)
             if decision is not None:
                 return self._plan(decision, chunks, prefill=prefill, restored=bool(restored))
             self._preempt()
@@ -193,7 +203,7 @@ class Scheduler:
         running = {request.req_idx: request for request in self._running}
         for chunk in plan.chunks:
             request = running[chunk.req_idx]
-            request.num_cached = chunk.end
+            request.num_cached = min(chunk.end, len(request.token_ids) - 1)  # other tokens came than some drafts
             if plan.restored and not request.num_preempted:
                 request.cached_tokens += chunk.count
         for request in finished:
@@ -362,6 +372,12 @@ class Scheduler:
             f"{asked} {needed} of KV memory{each} and the cap is {room}; raise --kv-device-memory or --kv-disk-memory, "
             "or lower --max-tokens."
         )
+
+
+def _moves_new_rows(moves: Iterable[Move], chunks: Iterable[ScheduledChunk]) -> bool:
+    """Whether rows of tokens of this step would go below at once."""
+    starts = {chunk.req_idx: chunk.start for chunk in chunks}
+    return any(move.end > starts.get(move.req_idx, move.end) for move in moves)
 
 
 def _priority(request: Request) -> int:
