@@ -325,7 +325,8 @@ class KVSession:
         self._in_window = {window: window_selection(self._batch, window) for window in self._windows}
         ahead, self._ahead = self._ahead, None
         is_chosen = ahead is not None and (ahead.req_indices, ahead.lengths) == (req_indices, lengths)
-        self._chosen = ahead.selections if ahead is not None and is_chosen else None
+        reads_on = self._reader is self._reading  # a draft reads other tokens than were chosen
+        self._chosen = ahead.selections if ahead is not None and is_chosen and reads_on else None
 
     def _attend(self, layer: int, query: Tensor, selection: Selection) -> Attended:
         """Attention over the selected rows, in one call or piece by piece: the same, to the last bit."""

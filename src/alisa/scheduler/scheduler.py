@@ -30,7 +30,7 @@ from alisa.scheduler.placement.base import (
     is_oversubscribed,
     seq_view,
 )
-from alisa.scheduler.plan import Move, Opened, ScheduledChunk, StepPlan
+from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
 from alisa.scheduler.prefix import BLOCK_TOKENS, PrefixView
 from alisa.scheduler.request import Request, RequestStatus
 
@@ -183,8 +183,7 @@ class Scheduler:
                 continue
             decision = self._place(self._running, self._swapped, chunks, cache)
             several = not prefill and any(chunk.count > 1 for chunk in chunks)
-            # Drafts take no room from others, and rows that may be taken back have not moved.
-            if several and (decision is None or _moves_new_rows(decision.moves, chunks)):
+            if several and decision is None:  # drafts take no room from others
                 chunks = one_by_one(chunks)
                 decision = self._place(self._running, self._swapped, chunks, cache)
             if decision is not None:
@@ -296,8 +295,13 @@ class Scheduler:
         self, running: Iterable[Request], swapped: Iterable[Request], chunks: Iterable[ScheduledChunk], cache: CacheView
     ) -> PlacementDecision | None:
         """Moves for a step of these chunks; None when the requests do not fit together."""
-        ends = {chunk.req_idx: chunk.end for chunk in chunks}
-        views = [self._view(r, ends.get(request_index(r), r.num_cached), cache, active=True) for r in running]
+        of = {chunk.req_idx: chunk for chunk in chunks}
+        views: list[SeqView] = []
+        for request in running:
+            chunk = of.get(request_index(request))
+            length = request.num_cached if chunk is None else chunk.end
+            num_new = 1 if chunk is None or request.in_prefill else chunk.count
+            views.append(self._view(request, length, cache, active=True, num_new=num_new))
         views += [self._view(r, r.num_cached, cache, active=False) for r in swapped]
         return self._decide(views)
 
@@ -323,7 +327,7 @@ class Scheduler:
         has_state_room = self.limits.has_state_room(view.length for view in views)
         return self.placement.plan(views, self.limits) if has_state_room else None
 
-    def _view(self, request: Request, length: int, cache: CacheView, *, active: bool) -> SeqView:
+    def _view(self, request: Request, length: int, cache: CacheView, *, active: bool, num_new: int = 1) -> SeqView:
         """How the request looks before a step after which it has `length` tokens."""
         req_idx = request_index(request)
         if request.num_cached:
@@ -331,7 +335,9 @@ class Scheduler:
         else:  # the cache may not know it yet
             bounds = (0,) * (len(self.limits.tiers) + 1)
             rebuildable = min(self.limits.rebuildable, request.num_rows)
-        return seq_view(req_idx, request.prompt_len, length, bounds, rebuildable, self._reads, active=active)
+        return seq_view(
+            req_idx, request.prompt_len, length, bounds, rebuildable, self._reads, active=active, num_new=num_new
+        )
 
     # --- what is said --------------------------------------------------------------------------------------------
 
@@ -372,12 +378,6 @@ class Scheduler:
             f"{asked} {needed} of KV memory{each} and the cap is {room}; raise --kv-device-memory or --kv-disk-memory, "
             "or lower --max-tokens."
         )
-
-
-def _moves_new_rows(moves: Iterable[Move], chunks: Iterable[ScheduledChunk]) -> bool:
-    """Whether rows of tokens of this step would go below at once."""
-    starts = {chunk.req_idx: chunk.start for chunk in chunks}
-    return any(move.end > starts.get(move.req_idx, move.end) for move in moves)
 
 
 def _priority(request: Request) -> int:

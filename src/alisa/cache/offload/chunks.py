@@ -105,9 +105,8 @@ class ChunkReader:
             row, column = np.nonzero(missing)
             ids = request.ids[row, column]
             first = place = slice(None)
-            if len(request.owners) > len(
-                self._req_indices
-            ):  # several tokens of a sequence may have chosen the same row
+            # Several tokens of a sequence may have chosen the same row.
+            if len(request.owners) > len(self._req_indices):
                 ids, first, place = np.unique(ids, return_index=True, return_inverse=True)
             placed = self._residency.place(layer, ids)
             if placed is None and self._in_flight.any_stores:
