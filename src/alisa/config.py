@@ -21,7 +21,7 @@ from typing_extensions import Doc
 
 from alisa.errors import InputError
 from alisa.field_types import settle
-from alisa.policy.registry import POLICIES, policies_help
+from alisa.policy.registry import POLICIES, can_truncate_names, policies_help
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 WeightDtypeName = Literal["auto", "int8", "int4"]
@@ -257,6 +257,16 @@ class EngineConfig:
     sparsity: float = 0.8
     """Share of the earlier tokens that a decode step does not read, 0 up to but not 1; 1 - r in the paper (r: caching
     ratio). dense ignores it."""
+    exact: bool = False
+    """The tokens of dense attention: the policy only makes up drafts, several for each step, and a step that reads
+    everything once says which of them are right. For policies that can take tokens back: sketch, streaming, local,
+    strided. Drafts also come from the text itself, as with speculative; where they do not pay, none are tried."""
+    speculative: Literal["off", "lookup"] = "off"
+    """Where the tokens come from that a step tries in addition to the next one. lookup: from the text itself, what
+    followed the last time that it read so (prompt lookup); for repetitive texts. Changes no token: each is chosen as
+    without, and wrong drafts are dropped. How many are tried follows from how often they were right."""
+    num_speculative_tokens: int = 8
+    """Most tokens of one sequence that a step tries in this way."""
     dtype: DtypeName = "auto"
     """What the model computes in; auto: what the checkpoint and the device suit."""
     weight_dtype: WeightDtypeName = "auto"
@@ -327,6 +337,15 @@ class EngineConfig:
                     self.max_model_len is not None and self.max_model_len < 2,
                     f"max_model_len is {self.max_model_len}, at least 2 are needed, one for the prompt and one new",
                 ),
+                (
+                    not 1 <= self.num_speculative_tokens <= 32,
+                    f"num_speculative_tokens is {self.num_speculative_tokens}, allowed is 1 to 32",
+                ),
+                (
+                    (self.exact or self.speculative != "off") and not POLICIES[self.policy].can_truncate,
+                    f"{'exact' if self.exact else 'speculative'} tries tokens and takes some back, and the policy "
+                    f"{self.policy} cannot forget what it has seen of them; {can_truncate_names()} can",
+                ),
                 (self.prefill_chunk < 1, f"prefill_chunk is {self.prefill_chunk}, at least 1 is needed"),
                 (
                     not self.prefix_cache and (self.prefix_cache_disk, self.prefix_cache_memory) != (None, None),
@@ -341,6 +360,11 @@ class EngineConfig:
         ]
         if wrong:
             raise InputError("; ".join(wrong) + ".")
+
+    @property
+    def reading_policy(self) -> str:
+        """The policy that says what a step reads whose tokens count."""
+        return "dense" if self.exact else self.policy
 
     def describe(self) -> dict[str, str | int | float | None]:
         """Every option as it was asked for, as plain values for a report."""

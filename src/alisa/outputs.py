@@ -105,6 +105,10 @@ class StepRecord:
     """Bytes of the selection policy's state after the step; they are under the device cap too."""
     cached_tokens: int = 0
     """Prompt tokens whose K and V came from the prefix cache in this step; the model computed nothing in it."""
+    drafted_tokens: int = 0
+    """Of `num_tokens`, those that were tried before it was known whether they would come."""
+    accepted_tokens: int = 0
+    """Those of them that came."""
     prefix_bytes: int = 0
     """Bytes of the prefix cache after the step; under the device cap too on a CPU, under the host's on a GPU."""
 
@@ -129,6 +133,10 @@ class RequestReport:
     """What dense attention would have read."""
     cached_tokens: int = 0
     """Tokens of the prompt whose K and V came from the prefix cache."""
+    drafted_tokens: int = 0
+    """Tokens that were tried before it was known whether they would come."""
+    accepted_tokens: int = 0
+    """Those of them that came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,3 +234,8 @@ class RunSummary:
     prefix_cap_bytes: int = 0
     """Memory that the prefix cache may take, in addition to the caps above; 0 without one."""
     prefix_peak_bytes: int = 0
+    decode_sequences: int = 0
+    """Sequences of all decode steps; `decode_tokens` by it is how many tokens a step gives to each."""
+    drafted_tokens: int = 0
+    """As in `StepRecord`; so is the next one."""
+    accepted_tokens: int = 0

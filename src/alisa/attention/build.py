@@ -29,6 +29,7 @@ def build_session(
     timer: StepTimer | None = None,
     looks_ahead: bool = False,
     sinks: Sequence[Tensor] | None = None,
+    exact: bool = False,
     prefix: PrefixCache | None = None,
 ) -> KVSession:
     """A session with a fresh policy state, of the layers without a sliding window.
@@ -43,8 +44,9 @@ def build_session(
         state_tokens: tokens that the policy's state has room for, over all of them.
         max_len: longest sequence.
         timer: told where the time goes; None: nobody asks.
-        looks_ahead: see `KVSession`; so are the sinks and the prefix cache.
+        looks_ahead: see `KVSession`; so are the sinks, `exact` and the prefix cache.
         sinks: `Decoder.sinks`.
+        exact: the policy only drafts.
         prefix: None: nobody keeps K and V of prompts.
     """
     state = policy.start(
@@ -64,6 +66,7 @@ def build_session(
         device,
         timer or StepTimer(),
         looks_ahead=looks_ahead,
+        exact=exact,
         prefix=prefix,
         sinks=sinks,
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from alisa.attention.prefill import PrefillStep, token_places
+from alisa.attention.reader import StepReader, in_chunks
 from alisa.attention.timing import StepSection, StepTimer
 from alisa.cache.base import RowStore
 from alisa.cache.manager import CacheManager
@@ -26,6 +27,7 @@ from alisa.kernels.choose import AttentionBackend
 from alisa.kernels.reference.sinks import with_sinks
 from alisa.outputs import Traffic
 from alisa.policy.base import PolicyState, SelectionPolicy
+from alisa.policy.dense import Dense
 from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
 from alisa.scheduler.prefix import BLOCK_TOKENS, BlockName
 from alisa.spec import AttentionShape
@@ -72,6 +74,7 @@ class KVSession:
         looks_ahead: choose a step's tokens when the step before it has been through all layers, and let the cache fetch
             what is missing while logits and tokens are computed. Only for policies that do not look at the query.
         sinks: of each layer, Float32[H]; None: the model has none.
+        exact: the policy chooses what drafts read (`StepPlan.is_draft`), and every other decode step reads all.
         prefix: keeps K and V of prompts for others that begin alike; None: nobody does.
     """
 
@@ -87,6 +90,7 @@ class KVSession:
         *,
         looks_ahead: bool = False,
         sinks: Sequence[Tensor] | None = None,
+        exact: bool = False,
         prefix: PrefixCache | None = None,
     ) -> None:
         assert shape.has_sinks == (sinks is not None), "whoever runs a model with sinks hands them over"
@@ -99,21 +103,19 @@ class KVSession:
         self._sinks = sinks
         self._windows = sorted({window for window in shape.windows if window is not None})
         self._device = device
-        self._looks_ahead = looks_ahead and not policy.query_aware
+        self._looks_ahead = looks_ahead and (exact or not policy.query_aware)
         self._timer = timer
         self._prefill_kernel = timer.timed(StepSection.ATTENTION, backend.prefill)
         self._kernel = timer.timed(StepSection.ATTENTION, backend.attend)
         self._in_pieces = backend.attend.in_pieces
         self._on_append = timer.timed(StepSection.SELECTION, state.on_append)
-        self._select = timer.timed(StepSection.SELECTION, state.select)
-        self._on_attended = timer.timed(StepSection.SELECTION, state.on_attended)
-        self._combine = timer.timed(StepSection.SELECTION, state.combine)
         # What a state leaves at its default, which does nothing, need not be called in every layer of every step.
         self._keeps_tokens = type(state).on_append is not PolicyState.on_append
-        self._uses_mass = policy.uses_mass
-        self._combines = type(state).combine is not PolicyState.combine
+        self._drafting = self._reading = self._reader = StepReader(policy, state, timer)
+        if exact:
+            assert policy.can_truncate, "drafts are taken back"
+            self._reading = StepReader(Dense(), Dense().make_state(), timer)
         self._observe_prompt = timer.timed(StepSection.SELECTION, state.observe_prompt)
-        self._begin_policy = timer.timed(StepSection.SELECTION, state.begin)
         self._begin_cache = timer.timed(StepSection.BEGIN, cache.begin)
         self._next_chunk = timer.timed(StepSection.TRANSFER, next)
         self.selection = Selection(torch.empty(0), torch.empty(0), ())
@@ -162,8 +164,8 @@ class KVSession:
         self.state.fork(source, req_idx)
 
     def truncate(self, req_idx: int, length: int) -> None:
-        """The sequence ends after `length` tokens. For policies without a state: it would remember the others."""
-        assert self.state.nbytes == 0, "a policy's state cannot be cut"
+        """The sequence ends after `length` tokens; for policies that can take tokens back."""
+        assert self.policy.can_truncate, "the policy's state would remember the others"
         self.cache.store.truncate(req_idx, length)
 
     def close(self, req_idx: int) -> None:
@@ -186,7 +188,7 @@ class KVSession:
             self._prefill = self._prefill_step(plan.chunks)
         else:
             self._prefill = None
-            self._begin_decode(plan.chunks)
+            self._begin_decode(plan)
 
     def restore(self, plan: StepPlan) -> StepTraffic:
         """A whole step whose chunks come from the prefix cache: rows and policy get what they got the first time.
@@ -227,7 +229,8 @@ class KVSession:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """One layer: q `[B, T, H, D]`, k and v `[B, T, G, D]`, hidden `[B, T, C]`; returns `[B, T, H, D]`.
 
-        Decode: B sequences of one token each. Prefill: B = 1, chunks of prompts packed one after the other.
+        Decode: T = 1, those of the B tokens that belong to a sequence one after the other. Prefill: B = 1, chunks of
+        prompts packed one after the other.
         """
         if self._prefill is not None:
             return self._prefill.attend(layer, q, k, v, hidden)
@@ -244,25 +247,27 @@ class KVSession:
             return out[:, None]
         if self._keeps_tokens:
             self._on_append(among_full, self._batch.req_index, self._positions, key, value)
-        selection = self._select(among_full, query) if self._chosen is None else self._chosen[layer]
+        reader = self._reader
+        selection = reader.select(among_full, query) if self._chosen is None else self._chosen[layer]
         attended = self._attend(layer, query, selection)
-        if self._uses_mass:
-            self._on_attended(among_full, selection, attended.mass)
         self.selection = selection
         self._read.append(selection.num_tokens)
-        out = self._combine(among_full, attended) if self._combines else attended.out
+        out = reader.output(among_full, selection, attended)
         if self._sinks is not None:
-            out = self._beside_sink(layer, out, attended.log_sum_exp)
+            out = with_sinks(out, reader.log_sum_exp(among_full, attended), self._sinks[layer])
         return out[:, None]
 
     def end(self) -> StepTraffic:
         """The step is over; the next one's selections are made and asked for, where history alone decides them."""
-        if self._prefill is None and self._looks_ahead and self.cache.has_tiers:
+        reads_on = self._prefill is None and self._reader is self._reading
+        if reads_on and self._looks_ahead and self.cache.has_tiers:
             self._look_ahead()
         return self._traffic()
 
     def _traffic(self) -> StepTraffic:
         attended = tuple(sum(layers) for layers in zip(*self._read, strict=True)) or (0,) * self._num_chunks
+        if len(attended) > self._num_chunks:
+            attended = in_chunks(attended, self._batch)
         traffic, failed = self._store.traffic(), self._store.failed()
         if self.prefix is not None:
             self.prefix.end(failed)
@@ -307,17 +312,21 @@ class KVSession:
         self._append(layer, k, v, hidden)
         self.prefix.write(layer, k, v, hidden)
 
-    def _begin_decode(self, chunks: tuple[ScheduledChunk, ...]) -> None:
+    def _begin_decode(self, plan: StepPlan) -> None:
         """Lay out the step; selections that were made ahead for just this step are taken."""
-        req_indices, lengths = tuple(c.req_idx for c in chunks), tuple(c.end for c in chunks)
+        tokens = [(c.req_idx, length) for c in plan.chunks for length in range(c.start + 1, c.end + 1)]
+        assert len(tokens) == len(plan.chunks) or self.policy.can_truncate, "tokens of this policy come one by one"
+        req_indices, lengths = tuple(req_idx for req_idx, _ in tokens), tuple(length for _, length in tokens)
+        self._reader = self._drafting if plan.is_draft else self._reading
         self._batch = self._batch_of(req_indices, lengths)
         self._positions = self._batch.length_counts.to(torch.int64) - 1
         # Also where the choice was made ahead: room for the new tokens may have moved what the state knows.
-        self._begin_policy(self._batch)
+        self._reader.begin(self._batch)
         self._in_window = {window: window_selection(self._batch, window) for window in self._windows}
         ahead, self._ahead = self._ahead, None
         is_chosen = ahead is not None and (ahead.req_indices, ahead.lengths) == (req_indices, lengths)
-        self._chosen = ahead.selections if ahead is not None and is_chosen else None
+        reads_on = self._reader is self._reading  # a draft reads other tokens than were chosen
+        self._chosen = ahead.selections if ahead is not None and is_chosen and reads_on else None
 
     def _attend(self, layer: int, query: Tensor, selection: Selection) -> Attended:
         """Attention over the selected rows, in one call or piece by piece: the same, to the last bit."""
@@ -325,25 +334,17 @@ class KVSession:
         chunk = self._next_chunk(chunks, None)
         assert chunk is not None, "every sequence reads at least its own token"
         if chunk.span is None:
-            return self._kernel(query, chunk.rows, self._codec, chunk.slots, selection.counts, self.shape.softcap)
-        pieces = self._in_pieces(query, self._codec, selection.counts, chunk.slots.shape[2], self.shape.softcap)
+            return self._kernel(
+                query, chunk.rows, self._codec, chunk.slots, selection.counts, self.shape.softcap, selection.entries
+            )
+        width = chunk.slots.shape[2]
+        pieces = self._in_pieces(query, self._codec, selection.counts, width, self.shape.softcap, selection.entries)
         add = self._timer.timed(StepSection.ATTENTION, pieces.add)
         while chunk is not None:
             assert chunk.span is not None, "a selection is one chunk, or all of it is pieces"
             add(chunk.rows, chunk.slots, chunk.span.begins, chunk.span.ends)
             chunk = self._next_chunk(chunks, None)
         return self._timer.timed(StepSection.ATTENTION, pieces.finish)()
-
-    def _beside_sink(self, layer: int, out: Tensor, log_sum_exp: Tensor) -> Tensor:
-        """What the layer's sink leaves of an output that stands for all tokens, of which some were read.
-
-        The policy knows which part of the weight was: the scores of all add up to more by that.
-        """
-        assert self._sinks is not None, "asked for where there are sinks"
-        shares = self.state.weight_read(self._layers[layer].among_full)
-        if shares is not None:
-            log_sum_exp = log_sum_exp - shares.log()
-        return with_sinks(out, log_sum_exp, self._sinks[layer])
 
     def _look_ahead(self) -> None:
         """Choose for the next step of the same sequences. If it turns out another, choosing again gives the same."""
@@ -352,11 +353,11 @@ class KVSession:
         if not longer:
             return
         following = self._batch_of(tuple(longer), tuple(longer.values()))
-        self._begin_policy(following)
+        self._reading.begin(following)
         no_query = torch.empty(0)
         in_window = {window: window_selection(following, window) for window in self._windows}
         selections = tuple(
-            self._select(among_full, no_query) if window is None else in_window[window]
+            self._reading.select(among_full, no_query) if window is None else in_window[window]
             for window, among_full in self._layers
         )
         for layer, selection in enumerate(selections):

@@ -14,12 +14,12 @@ from alisa.scheduler.plan import ScheduledChunk, StepPlan
 
 
 class Span(NamedTuple):
-    """Columns begins[b] to ends[b] - 1 of a selection, for each sequence b."""
+    """Columns begins[s] to ends[s] - 1 of each of the S entries of a selection."""
 
     begins: Tensor
-    """Int32[B]."""
+    """Int32[S]."""
     ends: Tensor
-    """Int32[B]."""
+    """Int32[S]."""
 
 
 class KVChunk(NamedTuple):
@@ -28,7 +28,7 @@ class KVChunk(NamedTuple):
     rows: Tensor
     """UInt8[N, row_bytes]: a pool and, after it, buffers that are valid until the next chunk is asked for."""
     slots: Tensor
-    """Int32[B, J, K] into `rows`, where the chunk is."""
+    """Int32[S, J, K] into `rows`, where the chunk is."""
     span: Span | None
     """The columns that this chunk brings, see `AttentionPieces.add`; None: all of them."""
 
@@ -113,7 +113,7 @@ class RowStore(Protocol):
         ...
 
     def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
-        """The selected rows, ready to be read; usually one chunk."""
+        """The rows that the tokens of the running decode step selected, ready to be read; usually one chunk."""
         ...
 
     def prefetch(self, layer: int, req_indices: tuple[int, ...], selection: Selection) -> None:

@@ -91,6 +91,7 @@ class KVStore:
         self._open: dict[int, _Sequence] = {}
         self._new_slots = torch.empty(0, dtype=torch.int64)
         self._step_table = torch.empty(0)
+        self._chunk_of_token: Tensor | None = None
         self._last: tuple[Selection, Tensor] | None = None
 
     def open(self, req_idx: int, num_tokens: int) -> None:
@@ -128,6 +129,10 @@ class KVStore:
         self._new_slots = torch.tensor(slots, dtype=torch.int64, device=self.device)
         req_index = torch.tensor([chunk.req_idx for chunk in plan.chunks], dtype=torch.int64, device=self.device)
         self._step_table = self.slot_table(req_index, max((chunk.end for chunk in plan.chunks), default=0))
+        self._chunk_of_token = None
+        if not plan.prefill and plan.num_tokens > len(plan.chunks):
+            counts = torch.tensor([chunk.count for chunk in plan.chunks], device=self.device)
+            self._chunk_of_token = torch.arange(len(counts), device=self.device).repeat_interleave(counts)
         self._last = None
 
     def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor | None) -> None:
@@ -151,9 +156,12 @@ class KVStore:
         """See `RowStore.chunks`: always one."""
         # Dense attention and fixed patterns choose once for all layers.
         if self._last is None or self._last[0] is not selection:
-            num_seqs, num_sets, num_slots = selection.positions.shape
-            slots = self._step_table.gather(1, selection.positions.view(num_seqs, -1).to(torch.int64))
-            self._last = (selection, slots.view(num_seqs, num_sets, num_slots))
+            table = self._step_table
+            if selection.entries is None and self._chunk_of_token is not None:
+                table = table.index_select(0, self._chunk_of_token)
+            positions = selection.positions
+            slots = table.gather(1, positions.view(len(positions), -1).to(torch.int64))
+            self._last = (selection, slots.view_as(positions))
         return iter((KVChunk(self._pool[layer], self._last[1], None),))
 
     def sequences(self) -> Iterator[tuple[int, NDArray[np.int32]]]:

@@ -42,6 +42,8 @@ _CHANGE_NO_TOKEN = frozenset(
         "max_num_seqs",
         "prefill_chunk",
         "schedule_policy",
+        "speculative",
+        "num_speculative_tokens",
         "prefix_cache",
         "prefix_cache_memory",
         "prefix_cache_disk",

@@ -6,7 +6,7 @@ Sizes follow from the configuration (`max_model_len`, `max_num_seqs`, the caps),
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from alisa.attention.build import build_session
 from alisa.attention.caps import device_cap, disk_directory, lower_caps
@@ -16,12 +16,15 @@ from alisa.attention.timing import StepTimer
 from alisa.cache.offload.residency import Eviction
 from alisa.config import EngineConfig
 from alisa.engine.costs import MeasuredCosts
+from alisa.engine.drafter import PolicyDrafter
 from alisa.engine.engine import Engine
 from alisa.engine.loaded import LoadedModel, kv_codec
 from alisa.engine.prefix import PrefixRules, build_prefix, prefix_share
 from alisa.engine.prompt import PromptReader
 from alisa.engine.report import EngineSetup
 from alisa.engine.runner import ModelRunner
+from alisa.engine.speculation import make_speculator
+from alisa.engine.speculator import NoDrafts, Speculator
 from alisa.engine.threads import make_governor
 from alisa.policy.registry import make_policy, reads_of
 from alisa.scheduler.order import FirstCome, HighestResponseRatio
@@ -44,6 +47,8 @@ class CacheOptions:
     """Whether the next step's rows are asked for where history decides them."""
     placement: PlacementPolicy | None = None
     """Instead of what the configuration's schedule file says."""
+    speculator: Speculator | None = None
+    """Instead of one that drafts as far as it pays."""
     host_bytes: int | None = None
     """Instead of what the configuration says: on a CPU too, where a host tier rehearses what a GPU does."""
 
@@ -62,6 +67,8 @@ class EngineParts:
     """Of the runner's prefix cache; None: it has none."""
     prefix_bytes: int = 0
     """Hard cap of the prefix cache."""
+    speculator: Speculator = field(default_factory=NoDrafts)
+    """Says which tokens a step tries."""
 
 
 def build_engine(
@@ -83,6 +90,8 @@ def build_engine(
         make_governor(),
         eos_ids=frozenset() if model.tokenizer is None else model.tokenizer.eos_ids,
         prefix_rules=parts.prefix_rules,
+        speculator=parts.speculator,
+        drafter=PolicyDrafter(parts.runner) if config.exact else None,
     )
     return engine, _setup(model, config, parts)
 
@@ -138,22 +147,25 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
         timer=timer,
         sinks=model.decoder.sinks,
         looks_ahead=options.prefetch and cache_config.placement.uses_tiers,
+        exact=config.exact,
         prefix=prefix,
     )
     costs = MeasuredCosts(cache_config.token_bytes)
+    speculator = options.speculator or make_speculator(model, config, cache, cache_config.token_bytes)
     scheduler = Scheduler(
         cache_config.limits,
         cache_config.placement,
-        reads_of(config.policy, config.sparsity),
+        reads_of(config.reading_policy, config.sparsity),
         costs,
         max_num_seqs=config.max_num_seqs,
+        step_tokens=1 + speculator.most,
         prefill_chunk=chunk_tokens(config.prefill_chunk, kv_dtype, model.decoder.dtype, whole_blocks=bool(prefix)),
         token_bytes=cache_config.token_bytes,
         order=HighestResponseRatio(costs, prefix) if config.schedule_policy == "hrrn" else FirstCome(),
         prefix=prefix,
     )
     runner = ModelRunner(model.decoder, session, timer)
-    return EngineParts(scheduler, runner, costs, cache_config, kv_dtype, rules, prefix_bytes)
+    return EngineParts(scheduler, runner, costs, cache_config, kv_dtype, rules, prefix_bytes, speculator)
 
 
 def _setup(model: LoadedModel, config: EngineConfig, parts: EngineParts) -> EngineSetup:

@@ -8,32 +8,30 @@ from collections.abc import Sequence
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
-from alisa.attention.timing import StepSection
+from alisa.attention.session import StepTraffic
 from alisa.config import SamplingParams
+from alisa.engine.chooser import Grown, TokenChooser
 from alisa.engine.costs import MeasuredCosts
+from alisa.engine.drafter import Drafts, PolicyDrafter, added_traffic, no_traffic
 from alisa.engine.guide import GuideMaker
 from alisa.engine.open_request import OpenRequest
 from alisa.engine.output import EngineOutput, RequestText
 from alisa.engine.prefix import PrefixRules
 from alisa.engine.prompt import PromptReader
-from alisa.engine.report import step_record
+from alisa.engine.report import dense_reads, step_record
 from alisa.engine.runner import ModelRunner, StepResult
-from alisa.engine.sampler import SampledRow, sample
+from alisa.engine.speculator import DraftedStep, Speculator
 from alisa.engine.status import EngineStatus, RequestView
 from alisa.engine.threads import ThreadGovernor
 from alisa.errors import InputError
 from alisa.model.tokenizer import Tokenizer
-from alisa.outputs import FinishReason, Medium, RequestOutput, TextDelta
+from alisa.outputs import Medium, RequestOutput, TextDelta
+from alisa.scheduler.chunks import request_index
 from alisa.scheduler.plan import StepPlan
 from alisa.scheduler.request import Request, RequestStatus
 from alisa.scheduler.scheduler import Scheduler
-
-NOT_FINITE = (
-    "the model gave a logit that is no finite number; a weight is damaged, or --dtype float16 overflows with this model"
-)
-
-NO_TOKEN = "no token of the model leads on to a text of its grammar"
 
 
 class Engine:
@@ -48,6 +46,8 @@ class Engine:
         governor: chooses how many threads a step runs on.
         eos_ids: token ids that end a request unless it ignores them.
         prefix_rules: of the session's prefix cache; None: it has none.
+        speculator: says which tokens a step tries before it is known whether they come.
+        drafter: makes up those that the speculator does not know; None: it knows all.
     """
 
     def __init__(
@@ -61,6 +61,8 @@ class Engine:
         *,
         eos_ids: frozenset[int],
         prefix_rules: PrefixRules | None = None,
+        speculator: Speculator,
+        drafter: PolicyDrafter | None = None,
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
@@ -74,7 +76,9 @@ class Engine:
         self._guides = GuideMaker(tokenizer, eos_ids)
         self._open: dict[str, OpenRequest] = {}
         self._names = itertools.count()
-        self._sampled = runner.timer.timed(StepSection.SAMPLING, sample)
+        self._chooser = TokenChooser(eos_ids, runner.timer)
+        self._speculator = speculator
+        self._drafter = drafter
         self._process = os.getpid()
         self._closed = False
 
@@ -155,15 +159,24 @@ class Engine:
         self._check_usable()
         self._governor.before_step()
         self._runner.timer.reset()
+        self._speculator.propose(self.scheduler.running)
         plan = self.scheduler.schedule(self._session.cache)
         if plan is None:
             return EngineOutput()
         running = {request.req_idx: request for request in self.scheduler.running}
         requests = [running[chunk.req_idx] for chunk in plan.chunks]
+        drafts = self._draft(plan, requests)
+        plan = drafts.plan
         result = self._run(plan, requests)
-        grown, failed = self._advance(plan, requests, result)
-        record = step_record(plan, result.traffic, self._runner)
+        traffic = added_traffic(drafts.traffic, result.traffic)
+        grown, failed = self._advance(plan, requests, result.logits, traffic)
+        self._take_back(plan, grown)
+        record = step_record(plan, traffic, self._runner, *_drafted(grown))
         self._costs.learn(record)
+        if not plan.prefill:
+            tried = [(one.request, one.num_drafts, one.num_accepted) for one in grown]
+            step = DraftedStep(len(plan.chunks), plan.num_tokens, record.wall_s, drafts.num_passes, drafts.seconds)
+            self._speculator.learn(tried, step)
         deltas, finished = self._collect(plan, grown, failed)
         if not self.has_requests:
             self._governor.restore()
@@ -195,11 +208,17 @@ class Engine:
                 "fork, or start processes with the method 'spawn'."
             )
 
+    def _draft(self, plan: StepPlan, requests: Sequence[Request]) -> Drafts:
+        """Drafts that the policy makes up, where the plan has room for some, and the plan that verifies them all."""
+        if self._drafter is None or plan.prefill:
+            return Drafts(plan, no_traffic(plan))
+        return self._drafter.draft(plan, requests, [self._open[request.request_id] for request in requests])
+
     def _run(self, plan: StepPlan, requests: Sequence[Request]) -> StepResult:
         """The plan's tokens have been through the model."""
-        tokens = [r.token_ids[c.start : c.end] for r, c in zip(requests, plan.chunks, strict=True)]
+        tokens = [[*r.token_ids, *r.draft_ids][c.start : c.end] for r, c in zip(requests, plan.chunks, strict=True)]
         # A prompt that is not read to its end, and a sequence that catches up with what it had said, choose no token.
-        wanted = [len(r.token_ids) == c.end for r, c in zip(requests, plan.chunks, strict=True)]
+        wanted = [max(c.end + 1 - len(r.token_ids), 0) for r, c in zip(requests, plan.chunks, strict=True)]
         opened = [self._open[request.request_id] for request in requests]
         kept = [n for n, chunk in enumerate(plan.chunks) if opened[n].wants_scores(requests[n], chunk)]
         result = self._runner.run(plan, tokens, wanted, kept)
@@ -208,82 +227,63 @@ class Engine:
         return result
 
     def _advance(
-        self, plan: StepPlan, requests: Sequence[Request], result: StepResult
-    ) -> tuple[list[Request], dict[int, str]]:
-        """Every request that is up to date has one more token, or has failed.
+        self, plan: StepPlan, requests: Sequence[Request], logits: Tensor, traffic: StepTraffic
+    ) -> tuple[list[Grown], dict[int, str]]:
+        """Every request that is up to date has its next tokens, or has failed.
 
         Returns:
             The requests that have grown, and the request indices that have failed, and why.
         """
         shape = self._session.shape
-        for request, chunk, attended in zip(requests, plan.chunks, result.traffic.tokens_attended, strict=True):
+        for request, chunk, attended in zip(requests, plan.chunks, traffic.tokens_attended, strict=True):
             request.tokens_attended += attended
-            request.tokens_dense += 0 if plan.prefill else shape.dense_reads(chunk.end)
-        ready = [r for r, c in zip(requests, plan.chunks, strict=True) if len(r.token_ids) == c.end]
-        grown: list[Request] = []
-        failed = dict(result.traffic.failed)
-        if not ready:
-            return grown, failed
-        opened = [self._open[request.request_id] for request in ready]
-        rows = [
-            SampledRow(request.params, request.token_ids, len(request.output_ids), its.end_ids, its.guide)
-            for request, its in zip(ready, opened, strict=True)
-        ]
-        sampled = self._sampled(result.logits, rows)
-        now = perf_counter()
-        for number, (request, its, token_id) in enumerate(zip(ready, opened, sampled.token_ids, strict=True)):
-            assert request.req_idx is not None, "a request that runs has an index"
-            if request.req_idx in failed:
-                continue
-            if token_id is None:
-                failed[request.req_idx] = NOT_FINITE if its.guide is None else NO_TOKEN
-                continue
-            if not request.output_ids:
-                request.first_token_s = now
-            if its.guide is not None:
-                its.guide.accept(token_id)
-                if its.guide.error:
-                    failed[request.req_idx] = f"its grammar cannot be followed any further ({its.guide.error})"
-                    continue
-            if number in sampled.logprobs:
-                its.logprobs.append(sampled.logprobs[number])
-            request.append(token_id)
-            request.finish_reason = self._finish_reason(request, its, token_id)
-            grown.append(request)
-        return grown, failed
+            request.tokens_dense += 0 if plan.prefill else dense_reads(shape, chunk)
+        grown: list[Grown] = []
+        num_rows = 0
+        for request, chunk in zip(requests, plan.chunks, strict=True):
+            num_drafts = chunk.end - len(request.token_ids)
+            if num_drafts >= 0:
+                grown.append(Grown(request, self._open[request.request_id], num_rows, num_drafts))
+                num_rows += 1 + num_drafts
+        self._chooser.choose(logits, grown, frozenset(traffic.failed))
+        for one in grown:
+            one.request.drafted_tokens += one.num_drafts
+            one.request.accepted_tokens += one.num_accepted
+        failed = {request_index(one.request): one.error for one in grown if one.error} | traffic.failed
+        return [one for one in grown if one.token_ids], failed
 
-    def _finish_reason(self, request: Request, its: OpenRequest, token_id: int) -> FinishReason | None:
-        if token_id in its.end_ids:
-            return "eos" if token_id in self._eos_ids and not request.params.ignore_eos else "stop"
-        if its.guide is not None and its.guide.is_over:
-            return "stop"
-        return "length" if len(request.output_ids) == request.max_new_tokens else None
+    def _take_back(self, plan: StepPlan, grown: Sequence[Grown]) -> None:
+        """No row is of a draft that did not come."""
+        ends = {chunk.req_idx: chunk.end for chunk in plan.chunks}
+        for request in (one.request for one in grown):
+            req_idx, length = request_index(request), len(request.token_ids) - 1
+            if length < ends[req_idx] and request.finish_reason is None:
+                self._session.truncate(req_idx, length)
 
     def _collect(
-        self, plan: StepPlan, grown: Sequence[Request], failed: dict[int, str]
+        self, plan: StepPlan, grown: Sequence[Grown], failed: dict[int, str]
     ) -> tuple[tuple[TextDelta, ...], tuple[RequestOutput, ...]]:
         """Text of the step's tokens, and the requests that are over: they have left, with everything they held."""
-        deltas: list[TextDelta] = []
-        for request in grown:
-            its, token_id = self._open[request.request_id], request.output_ids[-1]
-            new = its.text.feed(token_id, ended=request.finish_reason)
-            if its.text.stopped is not None:
-                request.finish_reason = "stop"
-            deltas.append(TextDelta(0, new, request.request_id, (token_id,), 0, tuple(its.logprobs[-1:])))
-        finished = [request for request in grown if request.finish_reason is not None]
+        deltas = [one.delta for one in grown]
+        finished = [one.request for one in grown if one.request.finish_reason is not None]
         lost = [r for r in (*self.scheduler.running, *self.scheduler.swapped) if r.req_idx in failed]
         self.scheduler.update(plan, finished, failed)
         outputs = []
         for request in (*finished, *lost):
-            assert request.req_idx is not None, "a request that was in a step has an index"
-            self._session.close(request.req_idx)
+            self._session.close(request_index(request))
             if rest := self._open[request.request_id].text.flush():  # of one that failed: the others have shown all
                 deltas.append(TextDelta(0, rest, request.request_id))
             outputs.append(self._output(request))
         return tuple(deltas), tuple(outputs)
 
     def _output(self, request: Request) -> RequestOutput:
+        self._speculator.forget(request.request_id)
         return self._open.pop(request.request_id).output(request)
+
+
+def _drafted(grown: Sequence[Grown]) -> tuple[int, int]:
+    """Drafts that were tried, and those that came."""
+    return sum(one.num_drafts for one in grown), sum(one.num_accepted for one in grown)
 
 
 def _view(request: Request, now: float) -> RequestView:

@@ -76,6 +76,8 @@ class OpenRequest:
                 tokens_attended=request.tokens_attended,
                 tokens_dense=request.tokens_dense,
                 cached_tokens=request.cached_tokens,
+                drafted_tokens=request.drafted_tokens,
+                accepted_tokens=request.accepted_tokens,
             ),
             error=request.error,
             stop_reason=self._stop_reason(request),

@@ -14,8 +14,8 @@ from alisa.config import PolicyName, WeightDtypeName
 from alisa.engine.runner import ModelRunner
 from alisa.outputs import Medium, RunSummary, StepRecord, Traffic
 from alisa.scheduler.placement.base import Limits, PlacementPolicy
-from alisa.scheduler.plan import StepPlan
-from alisa.spec import ModelSpec
+from alisa.scheduler.plan import ScheduledChunk, StepPlan
+from alisa.spec import AttentionShape, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,23 @@ class RunReport:
     plans: tuple[StepPlan, ...]
 
 
-def step_record(plan: StepPlan, traffic: StepTraffic, runner: ModelRunner) -> StepRecord:
-    """What a step did and took, measured; call it when everything but the outputs is done."""
+def dense_reads(shape: AttentionShape, chunk: ScheduledChunk) -> int:
+    """Cached tokens that dense attention reads in a decode step of this chunk, summed over layers."""
+    return sum(shape.dense_reads(length) for length in range(chunk.start + 1, chunk.end + 1))
+
+
+def step_record(
+    plan: StepPlan, traffic: StepTraffic, runner: ModelRunner, drafted: int = 0, accepted: int = 0
+) -> StepRecord:
+    """What a step did and took, measured; call it when everything but the outputs is done.
+
+    Args:
+        plan: of the step.
+        traffic: what it read and moved.
+        runner: which made it.
+        drafted: tokens that were tried before it was known whether they would come.
+        accepted: those that came.
+    """
     timer, cache = runner.timer, runner.session.cache
     attention_s, selection_s = timer.seconds(StepSection.ATTENTION), timer.seconds(StepSection.SELECTION)
     begin_s, transfer_s = timer.seconds(StepSection.BEGIN), timer.seconds(StepSection.TRANSFER)
@@ -69,7 +84,7 @@ def step_record(plan: StepPlan, traffic: StepTraffic, runner: ModelRunner) -> St
         num_sequences=len(plan.chunks),
         num_tokens=0 if plan.restored else plan.num_tokens,
         tokens_attended=sum(traffic.tokens_attended),
-        tokens_dense=0 if plan.prefill else sum(shape.dense_reads(c.end) for c in plan.chunks),
+        tokens_dense=0 if plan.prefill else sum(dense_reads(shape, chunk) for chunk in plan.chunks),
         kv_rows=cache.store.used_rows,
         kv_bytes=cache.nbytes(Medium.DEVICE),
         host_bytes=cache.nbytes(Medium.HOST),
@@ -87,6 +102,8 @@ def step_record(plan: StepPlan, traffic: StepTraffic, runner: ModelRunner) -> St
         state_bytes=runner.session.state.nbytes,
         cached_tokens=plan.num_tokens if plan.restored else 0,
         prefix_bytes=0 if prefix is None else prefix.nbytes,
+        drafted_tokens=drafted,
+        accepted_tokens=accepted,
     )
 
 
@@ -116,7 +133,7 @@ def run_report(
         transfer_s=sum(record.transfer_s for record in decode),
         sampling_s=sum(record.sampling_s for record in decode),
         other_s=sum(record.other_s for record in decode),
-        decode_tokens=sum(record.num_tokens for record in decode),
+        decode_tokens=sum(record.num_tokens - record.drafted_tokens + record.accepted_tokens for record in decode),
         kv_cap_bytes=setup.device_bytes,
         kv_peak_bytes=max((record.kv_bytes for record in records), default=0),
         host_cap_bytes=setup.host_bytes,
@@ -133,6 +150,9 @@ def run_report(
         cached_tokens=sum(record.cached_tokens for record in records),
         prefix_cap_bytes=setup.prefix_bytes,
         prefix_peak_bytes=max((record.prefix_bytes for record in records), default=0),
+        decode_sequences=sum(record.num_sequences for record in decode),
+        drafted_tokens=sum(record.drafted_tokens for record in decode),
+        accepted_tokens=sum(record.accepted_tokens for record in decode),
     )
     return RunReport(setup, summary, tuple(records), tuple(plans))
 

@@ -6,6 +6,7 @@ The engine and the teacher-forced scorer drive the same call, so what is measure
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class StepResult(NamedTuple):
     """What a step gave."""
 
     logits: Tensor
-    """Float32[N, V], for the last token of every chunk that was asked for, in the order of the chunks."""
+    """Float32[N, V], for the last tokens of every chunk that were asked for, in the order of the chunks."""
     traffic: StepTraffic
     kept: dict[int, Tensor]
     """Hidden states `[N, E]` of all tokens of the chunks that were asked for, by the number of the chunk."""
@@ -47,7 +48,7 @@ class ModelRunner:
         self,
         plan: StepPlan,
         tokens: Sequence[Sequence[int]],
-        wanted: Sequence[bool],
+        wanted: Sequence[int],
         kept: Sequence[int] = (),
     ) -> StepResult:
         """One step.
@@ -55,7 +56,7 @@ class ModelRunner:
         Args:
             plan: what is done and moved.
             tokens: ids of every chunk of the plan.
-            wanted: for every chunk, whether logits of its last token are wanted.
+            wanted: for every chunk, of how many of its last tokens logits are wanted.
             kept: numbers of the chunks of whose tokens the hidden states are wanted; only of prompts.
 
         Raises:
@@ -64,26 +65,23 @@ class ModelRunner:
         return self._run(plan, tokens, wanted, kept)
 
     def _step(
-        self, plan: StepPlan, tokens: Sequence[Sequence[int]], wanted: Sequence[bool], kept: Sequence[int]
+        self, plan: StepPlan, tokens: Sequence[Sequence[int]], wanted: Sequence[int], kept: Sequence[int]
     ) -> StepResult:
         if plan.restored:
             assert not any(wanted), "the last token of a prompt is computed"
             assert not kept, "a prompt that is scored is computed"
             return StepResult(torch.empty(0, self.decoder.spec.vocab_size), self.session.restore(plan), {})
         self.session.begin(plan)
-        if plan.prefill:
-            packed = [token for chunk in tokens for token in chunk]
-            positions = [position for chunk in plan.chunks for position in range(chunk.start, chunk.end)]
-            hidden = self._forward(plan, self._ids([packed]), self._ids([positions]))[0]
-            ends = list(_ends(plan))
-        else:
-            columns = [[chunk.start] for chunk in plan.chunks]
-            hidden = self._forward(plan, self._ids(list(tokens)), self._ids(columns))[:, 0]
-            ends = list(range(len(plan.chunks)))
+        ids = self._ids([token for chunk in tokens for token in chunk])
+        positions = self._ids([position for chunk in plan.chunks for position in range(chunk.start, chunk.end)])
+        # A prompt is one batch of many tokens, a decode step a batch of as many sequences as it has tokens.
+        along, packed = (0, 0) if plan.prefill else (1, (slice(None), 0))
+        hidden = self._forward(plan, ids.unsqueeze(along), positions.unsqueeze(along))[packed]
         traffic = self.session.end()
-        rows = [row for row, is_wanted in zip(ends, wanted, strict=True) if is_wanted]
+        ends = list(accumulate(chunk.count for chunk in plan.chunks))
+        rows = [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
         logits = self.decoder.logits(hidden if len(rows) == len(hidden) else hidden[self._ids(rows)])
-        pieces = {n: hidden[ends[n] + 1 - plan.chunks[n].count : ends[n] + 1] for n in kept}
+        pieces = {n: hidden[ends[n] - plan.chunks[n].count : ends[n]] for n in kept}
         return StepResult(logits, traffic, pieces)
 
     def _forward(self, plan: StepPlan, ids: Tensor, positions: Tensor) -> Tensor:
@@ -94,16 +92,6 @@ class ModelRunner:
             lengths = self._ids([most[c.req_idx] for c in plan.chunks for _ in range(c.count)]).view_as(ids)
         return self.decoder.forward(ids, positions, self.session.attend, lengths)
 
-    def _ids(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    def _ids(self, values: Sequence[int]) -> Tensor:
         """Int64 tensor on the decoder's device."""
         return torch.tensor(values, dtype=torch.int64, device=self.decoder.device)
-
-
-def _ends(plan: StepPlan) -> list[int]:
-    """Row of the last token of every chunk, when the chunks are packed one after the other."""
-    ends: list[int] = []
-    total = 0
-    for chunk in plan.chunks:
-        total += chunk.count
-        ends.append(total - 1)
-    return ends

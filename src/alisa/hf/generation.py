@@ -25,7 +25,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from alisa.config import EngineConfig, SamplingParams
 from alisa.engine.builder import EngineParts, build_parts
-from alisa.engine.engine import NOT_FINITE
+from alisa.engine.chooser import NOT_FINITE
 from alisa.engine.report import step_record
 from alisa.engine.sampler import uniform
 from alisa.engine.threads import make_governor

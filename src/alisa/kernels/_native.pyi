@@ -45,6 +45,7 @@ class DecodeTask:
         rows: int,
         row_stride: int,
         slots: int,
+        entries: int,
         counts: int,
         num_seqs: int,
         num_heads: int,

@@ -40,11 +40,15 @@ class Codec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The sequences of one decode step: counts on the host, indices on the device."""
+    """The new tokens of one decode step: counts on the host, indices on the device.
+
+    Several of one sequence follow each other. Each sees the sequence up to itself, as if it had a step of its own.
+    """
 
     req_indices: tuple[int, ...]
+    """Whose token it is."""
     lengths: tuple[int, ...]
-    """Tokens of each sequence, the one of this step included; its position is `length - 1`."""
+    """Tokens of the sequence up to this one; its position is `length - 1`."""
     req_index: Tensor
     """Int64[B], the req_indices on the device."""
     length_counts: Tensor
@@ -56,14 +60,20 @@ Rebuild = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Selection(NamedTuple):
-    """The tokens one layer attends to in one decode step."""
+    """The tokens one layer attends to in one decode step, of B queries."""
 
     positions: Tensor
-    """Int32[B, J, K]: logical positions, ascending, without duplicates; entries from `counts[b]` on are padding (0)."""
+    """Int32[S, J, K]: logical positions, ascending, without duplicates; what no query reads is padding (0)."""
     counts: Tensor
-    """Int32[B]: how many entries of each row are real."""
+    """Int32[B]: how many positions each query reads, from the first on."""
     num_tokens: tuple[int, ...]
     """The same counts, known on the host without asking the device."""
+    entries: Tensor | None = None
+    """Int32[B], ascending: which of the S each query reads; None: each its own, and S is B.
+
+    The queries of a sequence that read all of it share one, the S in the order of the step's chunks: what they read is
+    looked up, loaded and read from memory once.
+    """
 
 
 class Attended(NamedTuple):
@@ -81,16 +91,16 @@ class AttentionPieces(Protocol):
     """One selection that is attended to piece by piece."""
 
     def add(self, rows: Tensor, slots: Tensor, begins: Tensor, ends: Tensor) -> None:
-        """Attend to columns begins[b] to ends[b] - 1 of each sequence b; none where these are equal.
+        """Attend to columns begins[s] to ends[s] - 1 of each selection s; none where these are equal.
 
-        Every column comes once, those of a sequence in ascending order. A piece begins at a multiple of the kernel's
+        Every column comes once, those of a selection in ascending order. A piece begins at a multiple of the kernel's
         `piece_columns`, and ends at one or at the last column.
 
         Args:
             rows: UInt8[R, row_bytes]; only read during this call.
-            slots: Int32[B, 1, K]; only read where the piece is.
-            begins: Int32[B], on the device of the kernel as all of these are.
-            ends: Int32[B].
+            slots: Int32[S, 1, K]; only read where the piece is.
+            begins: Int32[S], on the device of the kernel as all of these are.
+            ends: Int32[S].
         """
         ...
 
@@ -100,23 +110,36 @@ class AttentionPieces(Protocol):
 
 
 class DecodeKernel(Protocol):
-    """Attention of one new token per sequence over selected rows of one layer.
+    """Attention of new tokens over selected rows of one layer.
 
-    What a sequence gets depends on its own query, rows and slots only, to the last bit.
+    What a token gets depends on its own query, rows and slots only, to the last bit.
     """
 
     def __call__(
-        self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor, softcap: float | None = None
+        self,
+        q: Tensor,
+        rows: Tensor,
+        codec: Codec,
+        slots: Tensor,
+        counts: Tensor,
+        softcap: float | None = None,
+        entries: Tensor | None = None,
     ) -> Attended:
-        """Attend with q `[B, H, D]` to rows UInt8[R, row_bytes] at slots Int32[B, J, K].
+        """Attend with q `[B, H, D]` to rows UInt8[R, row_bytes] at slots Int32[S, J, K].
 
-        The first `counts[b]` (Int32[B], at least 1) slots of each set are real, the rest is padding. J = 1: one index
-        set for all heads; J = G: one for each KV head. `softcap` is that of `AttentionShape`.
+        Query b reads the first `counts[b]` (Int32[B], at least 1) slots of each set of `entries[b]` (see `Selection`).
+        J = 1: one index set for all heads; J = G: one for each KV head. `softcap` is that of `AttentionShape`.
         """
         ...
 
     def in_pieces(
-        self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int, softcap: float | None = None
+        self,
+        q: Tensor,
+        codec: Codec,
+        counts: Tensor,
+        num_slots: int,
+        softcap: float | None = None,
+        entries: Tensor | None = None,
     ) -> AttentionPieces:
         """The same for one index set of width `num_slots` whose rows do not lie in one place at one time."""
         ...

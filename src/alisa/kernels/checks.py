@@ -18,7 +18,9 @@ CODE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": tor
 """By the format of a weight."""
 
 
-def check_decode(q: Tensor, rows: Tensor, row_format: RowFormat, slots: Tensor, counts: Tensor) -> None:
+def check_decode(
+    q: Tensor, rows: Tensor, row_format: RowFormat, slots: Tensor, counts: Tensor, entries: Tensor | None = None
+) -> None:
     """The arguments of decode attention fit each other; raises otherwise."""
     num_seqs, num_heads, head_dim = q.shape
     num_sets = slots.shape[1]
@@ -27,8 +29,8 @@ def check_decode(q: Tensor, rows: Tensor, row_format: RowFormat, slots: Tensor, 
         head_dim != row_format.head_dim
         or num_heads % row_format.num_kv_heads
         or num_sets not in (1, row_format.num_kv_heads)
-        or slots.shape[0] != num_seqs
         or counts.shape != (num_seqs,)
+        or (slots.shape[0] != num_seqs if entries is None else entries.shape != (num_seqs,))
     ):
         raise ValueError(
             f"q {tuple(q.shape)}, slots {tuple(slots.shape)} and counts {tuple(counts.shape)} do not fit "
@@ -36,12 +38,14 @@ def check_decode(q: Tensor, rows: Tensor, row_format: RowFormat, slots: Tensor, 
         )
     if slots.dtype != torch.int32 or counts.dtype != torch.int32 or q.dtype not in VALUE_DTYPES:
         raise TypeError(f"slots and counts are int32 and q is a float, not {slots.dtype}, {counts.dtype}, {q.dtype}")
+    if entries is not None and entries.dtype != torch.int32:
+        raise TypeError(f"entries are int32, not {entries.dtype}")
 
 
-def check_piece(begins: Tensor, ends: Tensor, counts: Tensor) -> None:
-    """A piece of a selection says for each sequence where it begins and ends; raises otherwise."""
-    if begins.shape != counts.shape or ends.shape != counts.shape:
-        raise ValueError(f"begins {tuple(begins.shape)} and ends {tuple(ends.shape)} are not {tuple(counts.shape)}")
+def check_piece(begins: Tensor, ends: Tensor, slots: Tensor) -> None:
+    """A piece of a selection says for each entry of `slots` where it begins and ends; raises otherwise."""
+    if begins.shape != slots.shape[:1] or ends.shape != slots.shape[:1]:
+        raise ValueError(f"begins {tuple(begins.shape)} and ends {tuple(ends.shape)} are not ({slots.shape[0]},)")
     if begins.dtype != torch.int32 or ends.dtype != torch.int32:
         raise TypeError(f"begins and ends are int32, not {begins.dtype} and {ends.dtype}")
 

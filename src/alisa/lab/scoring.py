@@ -313,10 +313,17 @@ class _LostMass:
         self._lost = []
 
     def __call__(
-        self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor, softcap: float | None = None
+        self,
+        q: Tensor,
+        rows: Tensor,
+        codec: Codec,
+        slots: Tensor,
+        counts: Tensor,
+        softcap: float | None = None,
+        entries: Tensor | None = None,
     ) -> Attended:
         """The kernel's own result, unchanged."""
-        attended = self._kernel(q, rows, codec, slots, counts, softcap)
+        attended = self._kernel(q, rows, codec, slots, counts, softcap, entries)
         if self._shape.window(len(self._lost)) is not None:
             self._lost.append(0.0)
             return attended
@@ -336,7 +343,13 @@ class _LostMass:
         return slots.masked_fill(padding, 0), counts
 
     def in_pieces(
-        self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int, softcap: float | None = None
+        self,
+        q: Tensor,
+        codec: Codec,
+        counts: Tensor,
+        num_slots: int,
+        softcap: float | None = None,
+        entries: Tensor | None = None,
     ) -> AttentionPieces:
         """Never asked for: a `KVStore` gives every selection in one chunk."""
         raise AssertionError("rows that are all on the device come in one chunk")

@@ -13,7 +13,8 @@ Both classes have defaults, so that a policy says only what is special about it.
     on_append(layer, ...), select(layer, query), on_attended(layer, ...), combine(layer, ...)
     close(req_idx)
 
-`fork(source, req_idx)` may take the place of the second line: the sequence has become a copy of another one.
+`fork(source, req_idx)` may take the place of the second line: the sequence has become a copy of another one. Where
+`can_truncate` is true, tokens may come again at positions that were there: the former ones are gone.
 """
 
 from __future__ import annotations
@@ -109,6 +110,14 @@ class SelectionPolicy:
     @property
     def uses_mass(self) -> bool:
         """Whether `on_attended` uses the mass; where it does not, nobody has to compute it."""
+        return False
+
+    @property
+    def can_truncate(self) -> bool:
+        """Whether the last tokens of a sequence can be taken back, so that others come in their place.
+
+        Then several tokens can go through one step, too: what is kept of one does not depend on those before it.
+        """
         return False
 
     def reads(self, num_earlier: int) -> tuple[int, int]:

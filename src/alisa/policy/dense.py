@@ -24,6 +24,11 @@ class Dense(SelectionPolicy):
         """All alike."""
         return 0, num_earlier
 
+    @property
+    def can_truncate(self) -> bool:
+        """There is no state."""
+        return True
+
     def start(
         self,
         shape: AttentionShape,
@@ -34,15 +39,26 @@ class Dense(SelectionPolicy):
         device: torch.device,
         kernels: SelectionKernels,
     ) -> PolicyState:
+        """See `make_state`."""
+        return self.make_state()
+
+    @staticmethod
+    def make_state() -> PolicyState:
         """A state that holds the running step only."""
         return FixedState(_everything)
 
 
 def _everything(batch: StepBatch) -> Selection:
-    """All positions of every sequence; padding repeats 0."""
+    """All positions of every sequence, shared by its tokens; padding repeats 0."""
+    device = batch.req_index.device
+    lengths = dict(zip(batch.req_indices, batch.lengths, strict=True))  # the last token of a sequence sees most
+    counts, entries = batch.length_counts, None
+    if len(lengths) < len(batch.lengths):
+        places = {req_idx: place for place, req_idx in enumerate(lengths)}
+        entries = torch.tensor([places[req_idx] for req_idx in batch.req_indices], dtype=torch.int32, device=device)
+        counts = torch.tensor(list(lengths.values()), dtype=torch.int32, device=device)
     longest = max(batch.lengths)
-    positions = torch.arange(longest, dtype=torch.int32, device=batch.req_index.device)
-    positions = positions.expand(len(batch.lengths), 1, longest)
-    if min(batch.lengths) < longest:
-        positions = positions.masked_fill(positions >= batch.length_counts[:, None, None], 0)
-    return Selection(positions, batch.length_counts, batch.lengths)
+    positions = torch.arange(longest, dtype=torch.int32, device=device).expand(len(lengths), 1, longest)
+    if min(lengths.values()) < longest:
+        positions = positions.masked_fill(positions >= counts[:, None, None], 0)
+    return Selection(positions, batch.length_counts, batch.lengths, entries)

@@ -46,6 +46,11 @@ class FixedState(PolicyState):
 class Pattern(SelectionPolicy):
     """A fixed choice of positions for every length, the same in all layers; subclasses define `positions`."""
 
+    @property
+    def can_truncate(self) -> bool:
+        """There is no state."""
+        return True
+
     def positions(self, num_earlier: int) -> list[int]:
         """Positions below `num_earlier` that are read, ascending: as many as the two numbers of `reads` say."""
         raise NotImplementedError

@@ -37,7 +37,8 @@ class PolicyEntry:
     """`module:class`; called with the budget and the options."""
     options: Mapping[str, Any] = field(default_factory=dict)
     query_aware: bool = False
-    """As `SelectionPolicy.query_aware`; so are the next two."""
+    """As `SelectionPolicy.query_aware`; so are the next three."""
+    can_truncate: bool = True
     reads: Callable[[Budget, int], tuple[int, int]] = Budget.split
     observation_window: Callable[[Budget, int], int] = _no_window
     state: StateSize = no_state
@@ -79,6 +80,7 @@ def _window(help_text: str, *, per_head: bool) -> PolicyEntry:
         help=help_text,
         policy_class="alisa.policy.swa:SparseWindow",
         options={"per_head": per_head},
+        can_truncate=False,
         observation_window=lambda budget, prompt_len: min(budget.recent(prompt_len), prompt_len),
         state=window_state(per_head=per_head),
         churn=_HISTORY_CHURN,
@@ -99,6 +101,7 @@ def _sketch(
         policy_class="alisa.policy.sketch:KeySketch",
         options={"bits": bits, "per_head": per_head, "completion": completion},
         query_aware=True,
+        can_truncate=completion != "mean",
         state=sketch_state(bits=bits, uses_values=completion == "values", uses_mean=completion == "mean"),
         churn=_QUERY_CHURN,
         priced_as="sketch" if completion == "values" else "sketch-keys",
@@ -127,6 +130,7 @@ POLICIES: Mapping[str, PolicyEntry] = MappingProxyType(
         "h2o": PolicyEntry(
             help="the recent ones, and those most attended since the beginning",
             policy_class="alisa.policy.h2o:HeavyHitters",
+            can_truncate=False,
             observation_window=lambda budget, prompt_len: prompt_len,
             state=sums_state,
             churn=_HISTORY_CHURN,
@@ -156,6 +160,11 @@ def reads_of(name: str, sparsity: float) -> Reads:
     """What `SelectionPolicy.reads` of the policy with this name says."""
     reads, budget = POLICIES[name].reads, Budget(sparsity)
     return lambda num_earlier: reads(budget, num_earlier)
+
+
+def can_truncate_names() -> str:
+    """The policies that can take tokens back."""
+    return ", ".join(name for name, entry in POLICIES.items() if entry.can_truncate)
 
 
 def policies_help() -> str:

@@ -56,6 +56,11 @@ class KeySketch(SelectionPolicy):
         """The query decides."""
         return True
 
+    @property
+    def can_truncate(self) -> bool:
+        """A sketch is of one token, and is written anew with the next one in its place; a mean is of all."""
+        return self.completion != "mean"
+
     def num_sets(self, shape: AttentionShape) -> int:
         """Weights are summed over all heads, or over those of a KV head."""
         return shape.num_kv_heads if self.per_head else 1

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from alisa.scheduler.plan import ScheduledChunk
 from alisa.scheduler.prefix import BLOCK_TOKENS, BlockName, PrefixView
 from alisa.scheduler.request import Request
 
 
-def next_chunks(running: Sequence[Request], prefill_chunk: int) -> tuple[bool, tuple[ScheduledChunk, ...]]:
-    """(prefill, chunks): pieces of the prompts that are still unread, else one token of every running request.
+def next_chunks(
+    running: Sequence[Request], prefill_chunk: int, step_tokens: int
+) -> tuple[bool, tuple[ScheduledChunk, ...]]:
+    """(prefill, chunks): pieces of the prompts that are still unread, else the next tokens of every running request.
+
+    These are the one that comes next and its drafts, or several of a request that catches up with what it had said; at
+    most `step_tokens`.
 
     A prompt whose next block is read in this step for another waits: after it, the prefix cache knows the block.
     """
@@ -29,7 +35,12 @@ def next_chunks(running: Sequence[Request], prefill_chunk: int) -> tuple[bool, t
         computed.update(request.block_names[first : chunks[-1].end // BLOCK_TOKENS])
     if chunks:
         return True, tuple(chunks)
-    return False, tuple(_chunk(request, 1) for request in running)
+    return False, tuple(_chunk(request, min(_num_next(request), step_tokens)) for request in running)
+
+
+def one_by_one(chunks: Sequence[ScheduledChunk]) -> tuple[ScheduledChunk, ...]:
+    """The first token of every chunk."""
+    return tuple(replace(chunk, count=1) for chunk in chunks)
 
 
 def restored_chunks(
@@ -69,6 +80,11 @@ def _next_block(request: Request) -> BlockName | None:
     """The block of the prompt that is read next, where all of it may come from the prefix cache."""
     is_whole = request.num_cached + BLOCK_TOKENS <= request.max_restored
     return request.block_names[request.num_cached // BLOCK_TOKENS] if is_whole else None
+
+
+def _num_next(request: Request) -> int:
+    """Tokens that could go through the model at once."""
+    return len(request.token_ids) - request.num_cached + request.num_drafts
 
 
 def _chunk(request: Request, count: int) -> ScheduledChunk:

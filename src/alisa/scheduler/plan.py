@@ -15,7 +15,8 @@ from alisa.scheduler.prefix import BlockName
 class ScheduledChunk:
     """A run of consecutive tokens of one sequence that goes through the model in one step.
 
-    Positions [start, start + count) of the sequence with request index `req_idx`; `count` is 1 in a decode step.
+    Positions [start, start + count) of the sequence with request index `req_idx`. In a decode step `count` is 1, or
+    more where the tokens are known or guessed: each gets what it would get in a step of its own.
     """
 
     req_idx: int
@@ -69,7 +70,7 @@ class StepPlan:
     step: int
     phase: Phase
     prefill: bool
-    """True: the chunks are pieces of prompts; False: one new token for each sequence."""
+    """True: the chunks are pieces of prompts; False: new tokens of each sequence."""
     chunks: tuple[ScheduledChunk, ...]
     moves: tuple[Move, ...] = ()
     opened: tuple[Opened, ...] = ()
@@ -80,6 +81,8 @@ class StepPlan:
     """Requests that were swapped or lost their rows when this step was planned."""
     restored: bool = False
     """True, with `prefill`: K and V of the chunks come from the prefix cache, and nothing is computed."""
+    is_draft: bool = False
+    """True: what the step says is a guess, and its rows are taken back; see `alisa.engine.drafter`."""
 
     @property
     def num_tokens(self) -> int:

@@ -54,6 +54,10 @@ class Request:
     output_ids: list[int] = field(default_factory=list, init=False)
     num_cached: int = field(default=0, init=False)
     """Tokens whose rows are in the cache."""
+    num_drafts: int = field(default=0, init=False)
+    """Tokens after the newest that the next decode step should try; see `alisa.engine.speculator`."""
+    draft_ids: list[int] = field(default_factory=list, init=False)
+    """Those of them that are known: none before the policy has made them up."""
     predicted_len: float | None = field(default=None, init=False)
     """Tokens that the output is likely to have, where the order of the queue asks for that."""
     cached_tokens: int = field(default=0, init=False)
@@ -66,6 +70,10 @@ class Request:
     """Cached tokens that decode attention read, summed over steps and layers."""
     tokens_dense: int = field(default=0, init=False)
     """What dense attention would have read."""
+    drafted_tokens: int = field(default=0, init=False)
+    """Tokens that were tried before it was known whether they would come."""
+    accepted_tokens: int = field(default=0, init=False)
+    """Those of them that came."""
     num_preempted: int = field(default=0, init=False)
     """How often it was swapped, or lost its rows, for others."""
 

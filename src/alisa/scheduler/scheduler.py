@@ -19,7 +19,7 @@ from typing import Protocol
 from alisa.budget import Reads
 from alisa.config import format_bytes
 from alisa.errors import CapacityError, InputError
-from alisa.scheduler.chunks import next_chunks, request_index, restored_chunks
+from alisa.scheduler.chunks import next_chunks, one_by_one, request_index, restored_chunks
 from alisa.scheduler.order import FirstCome, QueueOrder
 from alisa.scheduler.placement.base import (
     Limits,
@@ -69,6 +69,7 @@ class Scheduler:
         restore_costs: decides between swapping and preempting.
         max_num_seqs: requests that have a request index at the same time.
         prefill_chunk: prompt tokens in one step at most.
+        step_tokens: tokens of a sequence in one decode step at most; more than 1 where the policy can take some back.
         token_bytes: bytes of one token's rows, for messages; None: they count tokens.
         order: chooses among waiting requests of the same priority; None: the first to come.
         prefix: beginnings of prompts whose K and V are known; `prefill_chunk` is then a multiple of its blocks.
@@ -83,6 +84,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         prefill_chunk: int,
+        step_tokens: int = 1,
         token_bytes: int | None = None,
         order: QueueOrder | None = None,
         prefix: PrefixView | None = None,
@@ -93,6 +95,7 @@ class Scheduler:
         self._reads = reads
         self._restore_costs = restore_costs
         self._prefill_chunk = prefill_chunk
+        self._step_tokens = step_tokens
         self._token_bytes = token_bytes
         self._order = order or FirstCome()
         self._prefix = prefix
@@ -173,10 +176,16 @@ class Scheduler:
         self._admit(cache)
         while self._running:
             restored = restored_chunks(self._running, self._prefill_chunk, self._prefix)
-            prefill, chunks = (True, restored) if restored else next_chunks(self._running, self._prefill_chunk)
+            prefill, chunks = (True, restored)
+            if not restored:
+                prefill, chunks = next_chunks(self._running, self._prefill_chunk, self._step_tokens)
             if self._is_oversubscribed(self._running) and self._swap(chunks, cache):
                 continue
             decision = self._place(self._running, self._swapped, chunks, cache)
+            several = not prefill and any(chunk.count > 1 for chunk in chunks)
+            if several and decision is None:  # drafts take no room from others
+                chunks = one_by_one(chunks)
+                decision = self._place(self._running, self._swapped, chunks, cache)
             if decision is not None:
                 return self._plan(decision, chunks, prefill=prefill, restored=bool(restored))
             self._preempt()
@@ -193,7 +202,7 @@ class Scheduler:
         running = {request.req_idx: request for request in self._running}
         for chunk in plan.chunks:
             request = running[chunk.req_idx]
-            request.num_cached = chunk.end
+            request.num_cached = min(chunk.end, len(request.token_ids) - 1)  # other tokens came than some drafts
             if plan.restored and not request.num_preempted:
                 request.cached_tokens += chunk.count
         for request in finished:
@@ -286,8 +295,13 @@ class Scheduler:
         self, running: Iterable[Request], swapped: Iterable[Request], chunks: Iterable[ScheduledChunk], cache: CacheView
     ) -> PlacementDecision | None:
         """Moves for a step of these chunks; None when the requests do not fit together."""
-        ends = {chunk.req_idx: chunk.end for chunk in chunks}
-        views = [self._view(r, ends.get(request_index(r), r.num_cached), cache, active=True) for r in running]
+        of = {chunk.req_idx: chunk for chunk in chunks}
+        views: list[SeqView] = []
+        for request in running:
+            chunk = of.get(request_index(request))
+            length = request.num_cached if chunk is None else chunk.end
+            num_new = 1 if chunk is None or request.in_prefill else chunk.count
+            views.append(self._view(request, length, cache, active=True, num_new=num_new))
         views += [self._view(r, r.num_cached, cache, active=False) for r in swapped]
         return self._decide(views)
 
@@ -313,7 +327,7 @@ class Scheduler:
         has_state_room = self.limits.has_state_room(view.length for view in views)
         return self.placement.plan(views, self.limits) if has_state_room else None
 
-    def _view(self, request: Request, length: int, cache: CacheView, *, active: bool) -> SeqView:
+    def _view(self, request: Request, length: int, cache: CacheView, *, active: bool, num_new: int = 1) -> SeqView:
         """How the request looks before a step after which it has `length` tokens."""
         req_idx = request_index(request)
         if request.num_cached:
@@ -321,7 +335,9 @@ class Scheduler:
         else:  # the cache may not know it yet
             bounds = (0,) * (len(self.limits.tiers) + 1)
             rebuildable = min(self.limits.rebuildable, request.num_rows)
-        return seq_view(req_idx, request.prompt_len, length, bounds, rebuildable, self._reads, active=active)
+        return seq_view(
+            req_idx, request.prompt_len, length, bounds, rebuildable, self._reads, active=active, num_new=num_new
+        )
 
     # --- what is said --------------------------------------------------------------------------------------------
 

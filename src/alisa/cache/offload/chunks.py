@@ -25,12 +25,14 @@ class _Request(NamedTuple):
     """A selection, looked up: what holds for every layer that asks for it."""
 
     selection: Selection
+    owners: NDArray[np.int64]
+    """Int64[S]: whose rows each entry selects."""
     ids: Ids
-    """Int64[B, K]."""
+    """Int64[S, K]."""
     real: NDArray[np.bool_]
-    """Bool[B, K]: no padding."""
+    """Bool[S, K]: no padding."""
     below: NDArray[np.bool_]
-    """Bool[B, K]: the row has left the device's own part."""
+    """Bool[S, K]: the row has left the device's own part."""
 
 
 class ChunkReader:
@@ -78,12 +80,17 @@ class ChunkReader:
         self._make_buffers = make_buffers
         self._req_indices = np.empty(0, np.int64)
         self._ends = np.empty(0, np.int64)
+        self._counts = np.empty(0, np.int64)
         self._last: _Request | None = None
 
-    def begin(self, req_indices: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
-        """The next selections are of these sequences; those positions of each that are below its end have gone down."""
+    def begin(self, req_indices: NDArray[np.int64], ends: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        """The next selections are of these sequences, each of which has so many new tokens.
+
+        Those positions of each sequence that are below its end have gone down.
+        """
         self._req_indices = req_indices
         self._ends = ends
+        self._counts = counts
         self._last = None
 
     def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
@@ -97,6 +104,10 @@ class ChunkReader:
         if missing.any():
             row, column = np.nonzero(missing)
             ids = request.ids[row, column]
+            first = place = slice(None)
+            # Several tokens of a sequence may have chosen the same row.
+            if len(request.owners) > len(self._req_indices):
+                ids, first, place = np.unique(ids, return_index=True, return_inverse=True)
             placed = self._residency.place(layer, ids)
             if placed is None and self._in_flight.any_stores:
                 self._in_flight.wait_stores()
@@ -104,8 +115,8 @@ class ChunkReader:
             if placed is None:
                 yield from self._in_pieces(layer, request, slots, missing)
                 return
-            slots[row, column] = placed
-            self._loader.load_now(layer, ids, self._req_indices[row], self._pool[layer], placed)
+            slots[row, column] = placed[place]
+            self._loader.load_now(layer, ids, request.owners[row[first]], self._pool[layer], placed)
         slots[~request.real] = 0
         yield KVChunk(self._pool[layer].rows, torch.from_numpy(slots)[:, None].to(self._device), None)
 
@@ -143,9 +154,12 @@ class ChunkReader:
         # Dense attention and fixed patterns choose once for all layers.
         if self._last is None or self._last.selection is not selection:
             positions, real = _positions(selection)
-            below = real & (positions < self._ends[:, None])
-            ids = self._row_ids.lookup(self._req_indices[:, None], positions)
-            self._last = _Request(selection, ids, real, below)
+            owners, ends = self._req_indices, self._ends
+            if selection.entries is None:  # a selection of its own for each token
+                owners, ends = owners.repeat(self._counts), ends.repeat(self._counts)
+            below = real & (positions < ends[:, None])
+            ids = self._row_ids.lookup(owners[:, None], positions)
+            self._last = _Request(selection, owners, ids, real, below)
         return self._last
 
     def _count_hits(self, layer: int, slots: NDArray[np.int32]) -> None:
@@ -175,7 +189,7 @@ class ChunkReader:
             indices = np.arange(len(row))
             # After the layer's own rows come those of the layers after it, then the buffers.
             slots[row, column] = (len(self._pool) - layer) * num_rows + buffer * buffer_rows + indices
-            ids, owners = request.ids[row, column], self._req_indices[row]
+            ids, owners = request.ids[row, column], request.owners[row]
             return self._loader.load(layer, ids, owners, self._staging[buffer], indices)
 
         coming = fill(0)
@@ -192,6 +206,11 @@ class ChunkReader:
 
 
 def _positions(selection: Selection) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Positions [B, K], and which of them are no padding."""
+    """Positions [S, K], and which of them are no padding: some query reads them."""
     positions = selection.positions[:, 0].cpu().numpy()
-    return positions, np.arange(positions.shape[1]) < np.array(selection.num_tokens)[:, None]
+    counts = np.array(selection.num_tokens)
+    if selection.entries is not None:
+        most = np.zeros(len(positions), np.int64)
+        np.maximum.at(most, selection.entries.cpu().numpy(), counts)
+        counts = most
+    return positions, np.arange(positions.shape[1]) < counts[:, None]

@@ -240,11 +240,13 @@ class TieredStore:
         self._transfers.forgive(req_idx)
 
     def truncate(self, req_idx: int, length: int) -> None:
-        """See `RowStore.truncate`; waits as `release` does."""
-        self._in_flight.wait_for(req_idx)
-        self._loader.wait_for(req_idx)
+        """See `RowStore.truncate`; waits as `release` does where one of the rows has a place below."""
         sequence = self._open[req_idx]
         ids = self._row_ids.of(req_idx, length, sequence.length)
+        # What has no place below is on no way; most often the last few tokens have none.
+        if any(bool((table.find(ids) != NOWHERE).any()) for table in self._tables()):
+            self._in_flight.wait_for(req_idx)
+            self._loader.wait_for(req_idx)
         self._loader.forget(ids)
         self._residency.release(ids)
         for table in self._tables():
@@ -285,7 +287,8 @@ class TieredStore:
         for chunk in plan.chunks:
             self._open[chunk.req_idx].length = chunk.end
         req_indices = np.array([chunk.req_idx for chunk in plan.chunks], np.int64)
-        self._reader.begin(req_indices, self._ends[req_indices])
+        counts = np.array([1 if plan.prefill else chunk.count for chunk in plan.chunks])
+        self._reader.begin(req_indices, self._ends[req_indices], counts)
 
     def _reserve(self) -> None:
         """Every table has room for the row ids that there are."""

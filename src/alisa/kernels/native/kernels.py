@@ -16,6 +16,7 @@ from alisa.kernels.checks import (
 from alisa.kernels.native import library
 from alisa.kernels.native.library import VALUE_CODES, dense_tokens
 from alisa.kernels.native.selection import CpuSelection
+from alisa.kernels.reference.entries import own_span
 from alisa.spec import RowFormat
 
 if TYPE_CHECKING:
@@ -57,25 +58,41 @@ class CpuKernels(CpuSelection):
         self._last: tuple[RowFormat, RowLayout] | None = None
 
     def __call__(
-        self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor, softcap: float | None = None
+        self,
+        q: Tensor,
+        rows: Tensor,
+        codec: Codec,
+        slots: Tensor,
+        counts: Tensor,
+        softcap: float | None = None,
+        entries: Tensor | None = None,
     ) -> Attended:
-        """Attend with q `[B, H, D]` to `slots` Int32[B, J, K] of `rows` UInt8[R, row_bytes]; `counts` Int32[B] count.
+        """Attend with q `[B, H, D]` to `slots` Int32[S, J, K] of `rows` UInt8[R, row_bytes]; see `DecodeKernel`.
 
-        Counts are at least 1, slots valid and without duplicates within a set; `check_slots` says whether they are.
+        Counts Int32[B] are at least 1, slots valid and without duplicates within a set; `check_slots` says whether they
+        are.
         """
-        check_decode(q, rows, codec.format, slots, counts)
+        check_decode(q, rows, codec.format, slots, counts, entries)
         q, slots, counts = q.contiguous(), slots.contiguous(), counts.contiguous()
-        attended = Attended(torch.empty_like(q), torch.empty(slots.shape), torch.empty(q.shape[:2]))
-        task = _decode_task(self._layout(codec.format), q, rows, slots, counts, attended, softcap)
+        mass = torch.empty(len(q), *slots.shape[1:])
+        attended = Attended(torch.empty_like(q), mass, torch.empty(q.shape[:2]))
+        task = _decode_task(self._layout(codec.format), q, rows, slots, counts, attended, softcap, entries)
         self._workspace.decode(isa=self.isa, threads=self._threads, task=task)
         return attended
 
     def in_pieces(
-        self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int, softcap: float | None = None
+        self,
+        q: Tensor,
+        codec: Codec,
+        counts: Tensor,
+        num_slots: int,
+        softcap: float | None = None,
+        entries: Tensor | None = None,
     ) -> CpuPieces:
         """See `DecodeKernel`: q `[B, H, D]`, counts Int32[B]."""
-        layout = self._layout(codec.format)
-        return CpuPieces(self.isa, self._team, self._workspace, layout, codec.format, q, counts, num_slots, softcap)
+        layout, row_format = self._layout(codec.format), codec.format
+        workspace = self._workspace
+        return CpuPieces(self.isa, self._team, workspace, layout, row_format, q, counts, num_slots, softcap, entries)
 
     def piece_columns(self, row_format: RowFormat, num_heads: int) -> int:
         """See `DecodeKernel`."""
@@ -125,8 +142,10 @@ class CpuPieces:
         counts: Tensor,
         num_slots: int,
         softcap: float | None,
+        entries: Tensor | None,
     ) -> None:
         self._softcap = softcap
+        self._entries = entries
         self._isa = isa
         self._team = team
         self._workspace = workspace
@@ -141,13 +160,14 @@ class CpuPieces:
 
     def add(self, rows: Tensor, slots: Tensor, begins: Tensor, ends: Tensor) -> None:
         """See `AttentionPieces`."""
-        check_decode(self._q, rows, self._format, slots, self._counts)
-        check_piece(begins, ends, self._counts)
+        check_decode(self._q, rows, self._format, slots, self._counts, self._entries)
+        check_piece(begins, ends, slots)
+        begins, ends = own_span(begins, ends, self._counts, self._entries)
         slots, begins, ends = slots.contiguous(), begins.contiguous(), ends.contiguous()
         self._workspace.decode_piece(
             isa=self._isa,
             threads=self._team.threads(),
-            task=_decode_task(self._layout, self._q, rows, slots, self._counts, self._attended, self._softcap),
+            task=self._task(rows, slots),
             plan=self._plan,
             begins=begins.data_ptr(),
             ends=ends.data_ptr(),
@@ -160,10 +180,15 @@ class CpuPieces:
         self._workspace.decode_end(
             isa=self._isa,
             threads=self._team.threads(),
-            task=_decode_task(self._layout, self._q, rows, slots, self._counts, self._attended, self._softcap),
+            task=self._task(rows, slots),
             plan=self._plan,
         )
         return self._attended
+
+    def _task(self, rows: Tensor, slots: Tensor) -> DecodeTask:
+        return _decode_task(
+            self._layout, self._q, rows, slots, self._counts, self._attended, self._softcap, self._entries
+        )
 
 
 def _decode_task(
@@ -174,6 +199,7 @@ def _decode_task(
     counts: Tensor,
     attended: Attended,
     softcap: float | None,
+    entries: Tensor | None,
 ) -> DecodeTask:
     """Checked, contiguous tensors as addresses: they must live as long as it is used."""
     num_seqs, num_heads, _ = q.shape
@@ -184,6 +210,7 @@ def _decode_task(
         rows=rows.data_ptr(),
         row_stride=rows.stride(0),
         slots=slots.data_ptr(),
+        entries=0 if entries is None else entries.data_ptr(),
         counts=counts.data_ptr(),
         num_seqs=num_seqs,
         num_heads=num_heads,

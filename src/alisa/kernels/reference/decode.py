@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alisa.kernels.base import Attended, Codec, DecodeKernel
+from alisa.kernels.reference.entries import own_slots, own_span
 from alisa.kernels.reference.softcap import softcapped
 from alisa.spec import RowFormat
 
@@ -29,18 +30,32 @@ class ReferenceDecode:
     """See `DecodeKernel`; scores and weights are computed in float32 whatever the dtype of q and the rows."""
 
     def __call__(
-        self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor, softcap: float | None = None
+        self,
+        q: Tensor,
+        rows: Tensor,
+        codec: Codec,
+        slots: Tensor,
+        counts: Tensor,
+        softcap: float | None = None,
+        entries: Tensor | None = None,
     ) -> Attended:
         """See `DecodeKernel`."""
+        slots = own_slots(slots, entries)
         pieces = ReferencePieces(q, codec, counts, slots.shape[1], slots.shape[2], softcap)
         pieces.add(rows, slots, torch.zeros_like(counts), counts)
         return pieces.finish()
 
     def in_pieces(
-        self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int, softcap: float | None = None
+        self,
+        q: Tensor,
+        codec: Codec,
+        counts: Tensor,
+        num_slots: int,
+        softcap: float | None = None,
+        entries: Tensor | None = None,
     ) -> ReferencePieces:
         """See `DecodeKernel`."""
-        return ReferencePieces(q, codec, counts, 1, num_slots, softcap)
+        return ReferencePieces(q, codec, counts, 1, num_slots, softcap, entries)
 
     def piece_columns(self, row_format: RowFormat, num_heads: int) -> int:
         """See `DecodeKernel`."""
@@ -60,12 +75,21 @@ class ReferencePieces:
         num_sets: J, 1 or G.
         num_slots: K.
         softcap: as in `AttentionShape`.
+        entries: as in `Selection`.
     """
 
     def __init__(
-        self, q: Tensor, codec: Codec, counts: Tensor, num_sets: int, num_slots: int, softcap: float | None
+        self,
+        q: Tensor,
+        codec: Codec,
+        counts: Tensor,
+        num_sets: int,
+        num_slots: int,
+        softcap: float | None,
+        entries: Tensor | None = None,
     ) -> None:
         self._softcap = softcap
+        self._entries = entries
         num_seqs, num_heads, head_dim = q.shape
         groups = (num_seqs, codec.format.num_kv_heads, num_heads // codec.format.num_kv_heads)
         self._codec = codec
@@ -83,6 +107,8 @@ class ReferencePieces:
 
     def add(self, rows: Tensor, slots: Tensor, begins: Tensor, ends: Tensor) -> None:
         """See `AttentionPieces`."""
+        slots = own_slots(slots, self._entries)
+        begins, ends = own_span(begins, ends, self._counts, self._entries)
         # Whole blocks: how many terms a sum has must not depend on the longest sequence.
         slots = F.pad(slots, (0, self._weights.shape[-1] - self._num_slots))
         for block in range(int(begins.min()) // BLOCK_COLUMNS, -(-int(ends.max()) // BLOCK_COLUMNS)):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from alisa.kernels.base import Attended
 from alisa.kernels.checks import check_decode, check_piece
+from alisa.kernels.reference.entries import own_slots, own_span
 from alisa.kernels.triton.attend_group import attend_group
 from alisa.kernels.triton.attend_single import attend_single
 from alisa.kernels.triton.launch import launch, num_pieces
@@ -37,6 +38,7 @@ class Decoding:
         num_sets: J, 1 or G.
         num_slots: K.
         softcap: as in `AttentionShape`.
+        entries: as in `Selection`.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class Decoding:
         num_sets: int,
         num_slots: int,
         softcap: float | None,
+        entries: Tensor | None = None,
     ) -> None:
         self._softcap = softcap
+        self._entries = entries
         num_seqs, num_heads, head_dim = q.shape
         self._q = q
         self._format = row_format
@@ -67,8 +71,10 @@ class Decoding:
 
     def add(self, rows: Tensor, slots: Tensor, begins: Tensor, ends: Tensor) -> None:
         """See `AttentionPieces`; a piece is a whole number of splits."""
-        check_decode(self._q, rows, self._format, slots, self._counts)
-        check_piece(begins, ends, self._counts)
+        check_decode(self._q, rows, self._format, slots, self._counts, self._entries)
+        check_piece(begins, ends, slots)
+        slots = own_slots(slots, self._entries)
+        begins, ends = own_span(begins, ends, self._counts, self._entries)
         self._launch(rows, slots.contiguous(), begins.contiguous(), ends.contiguous(), in_pieces=1)
 
     def finish(self) -> Attended:

@@ -22,6 +22,7 @@ from alisa.kernels.checks import (
     check_sketch_scores,
     check_sketch_values,
 )
+from alisa.kernels.reference.entries import own_slots
 from alisa.kernels.triton.append import launch_append
 from alisa.kernels.triton.decode import Decoding
 from alisa.kernels.triton.mean_blend import launch_blend
@@ -42,23 +43,37 @@ class TritonKernels:
     """
 
     def __call__(
-        self, q: Tensor, rows: Tensor, codec: Codec, slots: Tensor, counts: Tensor, softcap: float | None = None
+        self,
+        q: Tensor,
+        rows: Tensor,
+        codec: Codec,
+        slots: Tensor,
+        counts: Tensor,
+        softcap: float | None = None,
+        entries: Tensor | None = None,
     ) -> Attended:
-        """Attend with q `[B, H, D]` to `slots` Int32[B, J, K] of `rows` UInt8[R, row_bytes]; `counts` Int32[B] count.
+        """Attend with q `[B, H, D]` to `slots` Int32[S, J, K] of `rows` UInt8[R, row_bytes]; see `DecodeKernel`.
 
-        Counts are at least 1, slots valid and without duplicates within a set.
+        Counts Int32[B] are at least 1, slots valid and without duplicates within a set.
         """
-        check_decode(q, rows, codec.format, slots, counts)
+        check_decode(q, rows, codec.format, slots, counts, entries)
+        slots = own_slots(slots, entries)
         num_sets, num_slots = slots.shape[1:]
         decoding = Decoding(q.contiguous(), codec.format, counts.contiguous(), num_sets, num_slots, softcap)
         decoding.add_all(rows, slots.contiguous())
         return decoding.finish()
 
     def in_pieces(
-        self, q: Tensor, codec: Codec, counts: Tensor, num_slots: int, softcap: float | None = None
+        self,
+        q: Tensor,
+        codec: Codec,
+        counts: Tensor,
+        num_slots: int,
+        softcap: float | None = None,
+        entries: Tensor | None = None,
     ) -> Decoding:
         """See `DecodeKernel`: q `[B, H, D]`, counts Int32[B]."""
-        return Decoding(q.contiguous(), codec.format, counts.contiguous(), 1, num_slots, softcap)
+        return Decoding(q.contiguous(), codec.format, counts.contiguous(), 1, num_slots, softcap, entries)
 
     def piece_columns(self, row_format: RowFormat, num_heads: int) -> int:
         """See `DecodeKernel`: a split, which one program reads."""

@@ -74,6 +74,8 @@ class SeqView:
     """Positions below this have their hidden states kept, so that their rows may be deleted."""
     active: bool = True
     """False: the sequence takes no part in this step; its rows may all be offloaded."""
+    num_new: int = 1
+    """Newest tokens that stay on the device in this step: rows that may be taken back have not moved."""
 
     @property
     def output_step(self) -> int:
@@ -87,7 +89,15 @@ class SeqView:
 
 
 def seq_view(
-    req_idx: int, prompt_len: int, length: int, bounds: tuple[int, ...], rebuildable: int, reads: Reads, *, active: bool
+    req_idx: int,
+    prompt_len: int,
+    length: int,
+    bounds: tuple[int, ...],
+    rebuildable: int,
+    reads: Reads,
+    *,
+    active: bool,
+    num_new: int = 1,
 ) -> SeqView:
     """A sequence before a step after which it has `length` tokens, of which a policy reads what `reads` says."""
     recent, older = reads(max(length - 1, 0))
@@ -96,10 +106,11 @@ def seq_view(
         prompt_len=prompt_len,
         length=length,
         bounds=bounds,
-        window=min(recent + 1, length),
+        window=min(recent + num_new, length),
         older=older,
         rebuildable=rebuildable,
         active=active,
+        num_new=num_new,
     )
 
 

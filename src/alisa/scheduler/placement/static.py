@@ -44,8 +44,9 @@ class StaticSplit:
             # Rounded up to whole chunks: the split must hold between two moves, too. What it asks of the device does
             # not count the rounding: a sequence that fits must have fitted at every length before.
             wanted = int(self.offload_ratio * view.length)
-            resident += view.length - min(wanted, max(ends[0], view.length - 1))
-            ends[0] = max(ends[0], min(-(-wanted // self.chunk) * self.chunk, view.length - 1))
+            most = max(ends[0], view.length - view.num_new)
+            resident += view.length - min(wanted, most)
+            ends[0] = max(ends[0], min(-(-wanted // self.chunk) * self.chunk, most))
         below = sum(ends[0] for ends in bounds)
         if resident > limits.device_tokens or below > sum(tier.num_tokens for tier in limits.tiers[:1]):
             return None

@@ -161,7 +161,7 @@ class ThreePhase:
             hot = hot_factor * view.older if view.active else 0
             most = view.length
             if view.active:
-                most -= view.window if keeps_window else 1
+                most -= view.window if keeps_window else view.num_new
             wanted = -(-(max(ends[0], hot) + excess) // self.chunk) * self.chunk
             below = max(ends[0], min(wanted, most, _deepest(view, ends[0], spare)))
             spare -= _kept(view, below) - _kept(view, ends[0])

@@ -18,7 +18,7 @@ inline BlockRows block_rows(const DecodeTask& task, int seq, int set, int block)
   const int first = block * kBlock;
   const int left = task.counts[seq] - first;
   rows.count = left < kBlock ? left : kBlock;
-  const int32_t* slots = task.slots + (static_cast<size_t>(seq) * task.num_sets + set) * task.num_slots + first;
+  const int32_t* slots = task.slots + (static_cast<size_t>(task.entry(seq)) * task.num_sets + set) * task.num_slots + first;
   for (int i = 0; i < rows.count; ++i) rows.row[i] = task.rows + static_cast<size_t>(slots[i]) * task.row_stride;
   // The last panel is filled up with its last row, whose weight counts once.
   for (int i = rows.count; i < round_up(rows.count, kPanel); ++i) rows.row[i] = rows.row[rows.count - 1];

@@ -62,7 +62,8 @@ struct RowLayout {
 };
 
 // A run of blocks of one sequence, worked on by one thread. It lies within one partial result and begins it, or goes on
-// where an earlier call stopped.
+// where an earlier call stopped. In decode attention each query is a sequence of its own here, and several of them may
+// read the same slots.
 struct Item {
   int seq;
   int first_block;  // of the sequence
@@ -81,8 +82,9 @@ struct DecodeTask {
   const uint8_t* rows;  // [R, row_stride]
   size_t row_stride;
   RowLayout layout;
-  const int32_t* slots;   // [B, J, K]
-  const int32_t* counts;  // [B]
+  const int32_t* slots;    // [S, J, K]
+  const int32_t* entries;  // [B], ascending: which of the S each query reads the beginning of; null: its own, and S is B
+  const int32_t* counts;   // [B]
   int num_seqs;           // B
   int num_heads;          // H
   int num_sets;           // J
@@ -91,6 +93,8 @@ struct DecodeTask {
   float* mass;            // [B, J, K]
   float* log_sum_exp;     // [B, H]
   float softcap;          // scores s become softcap * tanh(s / softcap); 0: they stay as they are
+
+  ALISA_INLINE int entry(int seq) const { return entries == nullptr ? seq : entries[seq]; }
 
   // The plan and its buffers, see workspace.cpp.
   const Item* items;

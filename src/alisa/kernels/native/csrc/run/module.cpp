@@ -114,8 +114,8 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](alisa::DecodeTask* self, const RowLayout& layout, uintptr_t q, int q_dtype, uintptr_t rows, size_t row_stride,
-             uintptr_t slots, uintptr_t counts, int num_seqs, int num_heads, int num_sets, int num_slots, uintptr_t out,
-             uintptr_t mass, uintptr_t log_sum_exp, float softcap) {
+             uintptr_t slots, uintptr_t entries, uintptr_t counts, int num_seqs, int num_heads, int num_sets, int num_slots,
+             uintptr_t out, uintptr_t mass, uintptr_t log_sum_exp, float softcap) {
             new (self) alisa::DecodeTask{};
             self->q = at<const void>(q);
             self->q_dtype = static_cast<Dtype>(q_dtype);
@@ -123,6 +123,7 @@ NB_MODULE(_native, m) {
             self->row_stride = row_stride;
             self->layout = layout;
             self->slots = at<const int32_t>(slots);
+            self->entries = at<const int32_t>(entries);
             self->counts = at<const int32_t>(counts);
             self->num_seqs = num_seqs;
             self->num_heads = num_heads;
@@ -133,8 +134,8 @@ NB_MODULE(_native, m) {
             self->log_sum_exp = at<float>(log_sum_exp);
             self->softcap = softcap;
           },
-          "layout"_a, "q"_a, "q_dtype"_a, "rows"_a, "row_stride"_a, "slots"_a, "counts"_a, "num_seqs"_a, "num_heads"_a,
-          "num_sets"_a, "num_slots"_a, "out"_a, "mass"_a, "log_sum_exp"_a, "softcap"_a, "Queries, what they attend to, and results.");
+          "layout"_a, "q"_a, "q_dtype"_a, "rows"_a, "row_stride"_a, "slots"_a, "entries"_a, "counts"_a, "num_seqs"_a,
+          "num_heads"_a, "num_sets"_a, "num_slots"_a, "out"_a, "mass"_a, "log_sum_exp"_a, "softcap"_a, "Queries, what they attend to, and results.");
   nb::class_<alisa::Plan>(m, "Plan").def(nb::init<>());
 
   nb::class_<alisa::Workspace>(m, "Workspace")

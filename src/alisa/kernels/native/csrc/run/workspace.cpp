@@ -64,36 +64,48 @@ float* Buffer::room(size_t count) {
 }
 
 template <class First, class Last>
-void Workspace::cut(int num_seqs, int item_blocks, const First& first, const Last& last) {
+void Workspace::cut(int num_seqs, int item_blocks, const int32_t* entries, const First& first, const Last& last) {
   items_.clear();
+  num_items_.assign(static_cast<size_t>(num_seqs), 0);
   first_item_.assign(1, 0);
-  for (int seq = 0; seq < num_seqs; ++seq) {
-    const int end = last(seq);
-    for (int block = first(seq), next; block < end; block = next) {
-      next = std::min((block / item_blocks + 1) * item_blocks, end);
-      items_.push_back({seq, block, next - block});
+  for (int begin = 0, end; begin < num_seqs; begin = end) {
+    int from = first(begin), to = last(begin);
+    for (end = begin + 1; entries != nullptr && end < num_seqs && entries[end] == entries[begin]; ++end) {
+      from = std::min(from, first(end));
+      to = std::max(to, last(end));
     }
-    first_item_.push_back(static_cast<int>(items_.size()));
+    for (int start = from / item_blocks * item_blocks; start < to; start += item_blocks) {
+      for (int seq = begin; seq < end; ++seq) {
+        const int block = std::max(start, first(seq)), stop = std::min(start + item_blocks, last(seq));
+        if (block >= stop) continue;
+        items_.push_back({seq, block, stop - block});
+        ++num_items_[static_cast<size_t>(seq)];
+      }
+      first_item_.push_back(static_cast<int>(items_.size()));
+    }
   }
 }
 
 template <class Attend, class Finish>
 void Workspace::run_items(const Threads& threads, size_t scratch_floats, const Attend& attend, const Finish& finish) {
-  const size_t num_seqs = first_item_.size() - 1;
+  const size_t num_seqs = num_items_.size();
   if (open_items_capacity_ < num_seqs) {
     open_items_.reset(new std::atomic<int>[num_seqs]);
     open_items_capacity_ = num_seqs;
   }
-  for (size_t seq = 0; seq < num_seqs; ++seq) open_items_[seq] = first_item_[seq + 1] - first_item_[seq];
+  for (size_t seq = 0; seq < num_seqs; ++seq) open_items_[seq] = num_items_[seq];
 
   const size_t floats = whole_lines(scratch_floats);
   float* memory = scratch_.room(floats * static_cast<size_t>(threads.count));
-  share_out(threads, static_cast<int64_t>(items_.size()), 1, [&](int thread) {
-    return [&, mine = memory + floats * static_cast<size_t>(thread)](int64_t item, int64_t) {
-      attend(static_cast<int>(item), mine);
-      // Whoever completes a sequence merges its partial results: no thread waits for another.
-      const int seq = items_[static_cast<size_t>(item)].seq;
-      if (open_items_[seq].fetch_sub(1) == 1) finish(seq, mine);
+  share_out(threads, static_cast<int64_t>(first_item_.size()) - 1, 1, [&](int thread) {
+    return [&, mine = memory + floats * static_cast<size_t>(thread)](int64_t bundle, int64_t) {
+      const auto at = static_cast<size_t>(bundle);
+      for (int item = first_item_[at]; item < first_item_[at + 1]; ++item) {
+        attend(item, mine);
+        // Whoever completes a sequence merges its partial results: no thread waits for another.
+        const int seq = items_[static_cast<size_t>(item)].seq;
+        if (open_items_[seq].fetch_sub(1) == 1) finish(seq, mine);
+      }
     };
   });
 }
@@ -118,7 +130,9 @@ void Workspace::decode(const Isa& isa, DecodeTask task, const Threads& threads) 
   Threads team = threads;
   if (num_rows * task.layout.row_bytes() < kSerialBytes) team.count = 1;
   place(task, plan_, plan_.lay_out(task.counts, task.num_seqs, kBlock, kItemBlocks));
-  cut(task.num_seqs, kItemBlocks, [](int) { return 0; }, [&](int seq) { return blocks_of(task.counts[seq], kBlock); });
+  cut(
+      task.num_seqs, kItemBlocks, task.entries, [](int) { return 0; },
+      [&](int seq) { return blocks_of(task.counts[seq], kBlock); });
   task.items = items_.data();
   run_items(
       team, isa.scratch_floats(task.layout, task.num_heads), [&](int item, float* mine) { isa.attend(task, item, mine); },
@@ -131,7 +145,7 @@ void Workspace::decode_piece(const Isa& isa, DecodeTask task, Plan& plan, const 
   if (plan.first_block.empty()) plan.lay_out(task.counts, task.num_seqs, kBlock, kItemBlocks);
   place(task, plan, plan.first_block.back());
   cut(
-      task.num_seqs, kItemBlocks, [&](int seq) { return begins[seq] / kBlock; },
+      task.num_seqs, kItemBlocks, task.entries, [&](int seq) { return begins[seq] / kBlock; },
       [&](int seq) { return begins[seq] < ends[seq] ? blocks_of(ends[seq], kBlock) : 0; });
   task.items = items_.data();
   run_items(
@@ -163,7 +177,7 @@ void Workspace::run_sketch(const Isa& isa, SketchTask& task, size_t room, const 
   if (num_tokens * heads * static_cast<size_t>(code_bytes) < kSerialBytes) team.count = 1;
   const size_t num_blocks = plan_.lay_out(task.lengths, task.num_seqs, kSketchBlock, kSketchItemBlocks);
   cut(
-      task.num_seqs, kSketchItemBlocks, [](int) { return 0; },
+      task.num_seqs, kSketchItemBlocks, nullptr, [](int) { return 0; },
       [&](int seq) { return blocks_of(task.lengths[seq], kSketchBlock); });
 
   const size_t weights = num_blocks * kSketchBlock * heads;

@@ -69,8 +69,10 @@ class Workspace {
   template <class Finish>
   void run_sketch(const Isa& isa, SketchTask& task, size_t room, const Threads& threads, const Finish& finish);
   // Fills `items_` with runs of blocks [first(seq), last(seq)) of every sequence that lie within one partial result.
+  // Items that one thread works on in a row form a bundle: where neighbours read the same rows (their `entries` are
+  // equal; null: none do), all of them at one place, so that memory is asked for a row once.
   template <class First, class Last>
-  void cut(int num_seqs, int item_blocks, const First& first, const Last& last);
+  void cut(int num_seqs, int item_blocks, const int32_t* entries, const First& first, const Last& last);
   // Calls attend(item, scratch) for all items and finish(seq, scratch) once all items of a sequence are through.
   template <class Attend, class Finish>
   void run_items(const Threads& threads, size_t scratch_floats, const Attend& attend, const Finish& finish);
@@ -83,7 +85,8 @@ class Workspace {
 
   std::mutex mutex_;
   std::vector<Item> items_;
-  std::vector<int> first_item_;  // [B + 1]: items of a sequence are consecutive
+  std::vector<int> num_items_;    // [B]
+  std::vector<int> first_item_;   // [bundles + 1]
   std::unique_ptr<std::atomic<int>[]> open_items_;
   size_t open_items_capacity_ = 0;
   Plan plan_;

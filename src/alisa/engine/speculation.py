@@ -1,0 +1,34 @@
+"""Which speculator an engine gets."""
+
+from __future__ import annotations
+
+from alisa.cache.manager import CacheManager
+from alisa.config import EngineConfig
+from alisa.engine.loaded import LoadedModel
+from alisa.engine.speculator import MeasuredSpeculator, NoDrafts, Speculator
+from alisa.outputs import Medium
+from alisa.planner.speculation import DraftWork
+from alisa.policy.registry import POLICIES, reads_of
+
+
+def make_speculator(model: LoadedModel, config: EngineConfig, cache: CacheManager, token_bytes: int) -> Speculator:
+    """Drafts from the text, and in exact mode from the policy; none where neither is asked for.
+
+    Args:
+        model: whose weights a draft reads, too.
+        config: what is asked for.
+        cache: knows how much there is to read.
+        token_bytes: of one token's rows over all layers.
+    """
+    if config.exact:
+        max_len = config.max_model_len or model.spec.max_positions
+        read = sum(reads_of(config.policy, config.sparsity)(max_len - 1)) / max_len
+        state = POLICIES[config.policy].state_bytes(model.spec.attention, config.sparsity, max_len)
+        work = DraftWork(model.decoder.weight_bytes, token_bytes, read + state.per_token / token_bytes)
+
+        def draft_share() -> float:
+            below = (cache.nbytes(Medium.HOST) + cache.nbytes(Medium.DISK)) // token_bytes
+            return work.share(cache.store.used_rows - below, below)
+
+        return MeasuredSpeculator(config.num_speculative_tokens, draft_share)
+    return MeasuredSpeculator(config.num_speculative_tokens) if config.speculative == "lookup" else NoDrafts()
