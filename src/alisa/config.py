@@ -303,6 +303,10 @@ class EngineConfig:
     """Prompt tokens that go through the model in one pass; bounds the activations of long prompts, and how long
     running requests wait for a new one. Changes no token. Where rows are rounded (int8, int4), whole sections of 1024
     tokens are read."""
+    max_step_tokens: int | None = None
+    """Prompt tokens that are read between two tokens of the requests that are being answered, so that a long prompt
+    does not keep them waiting; None: prompts are read first, which is fastest where nobody watches. Changes no token.
+    Where rows are rounded, a section of 1024 tokens is the least."""
     schedule_policy: Literal["fcfs", "hrrn"] = "fcfs"
     """Who runs next when more requests wait than may run, after priority. fcfs: the first to come. hrrn: the highest
     (waited + expected time) / expected time, so that short requests do not wait for long ones, and long ones not
@@ -347,6 +351,10 @@ class EngineConfig:
                     f"{self.policy} cannot forget what it has seen of them; {can_truncate_names()} can",
                 ),
                 (self.prefill_chunk < 1, f"prefill_chunk is {self.prefill_chunk}, at least 1 is needed"),
+                (
+                    self.max_step_tokens is not None and self.max_step_tokens < 1,
+                    f"max_step_tokens is {self.max_step_tokens}, at least 1 is needed",
+                ),
                 (
                     not self.prefix_cache and (self.prefix_cache_disk, self.prefix_cache_memory) != (None, None),
                     "prefix_cache is off, and an option says how it is kept: turn it on",

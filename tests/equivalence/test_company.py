@@ -154,6 +154,8 @@ def test_no_company_placement_or_thread_changes_a_bit(options, tmp_path, monkeyp
     assert run(third, prompts) == expected, "a third of the rows"
     for chunk in (16, 100, 1024):
         assert run(LLM(**(options | {"prefill_chunk": chunk})), prompts) == expected, "read in other steps"
+    in_turns = {"max_num_seqs": 2, "max_step_tokens": 16}
+    assert run(LLM(**(options | in_turns)), prompts) == expected, "read while others are answered"
     capped = LLM(**options, kv_device_memory=device_cap(together, 40))
     asked = count_pieces(capped, monkeypatch)
     assert run(capped, prompts, num_threads=2) == expected, "in pieces"

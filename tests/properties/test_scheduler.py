@@ -41,6 +41,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def set_up(self, draw):
         self.limits = some_limits(draw, most_tiers=self.most_tiers)
         self.max_num_seqs, self.prefill_chunk = draw.randint(1, 6), draw.choice((4, 16, 64))
+        self.shared_chunk, self.prompts_had_turn = draw.choice((None, None, 4)), False
         keep, costs = draw.choice((0, 0.5, 1)), random.Random(draw.randint(0, 1000))
         self.driver = Driver(
             self.limits,
@@ -49,6 +50,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             keeps=lambda request: costs.random() < keep,
             max_num_seqs=self.max_num_seqs,
             prefill_chunk=self.prefill_chunk,
+            shared_chunk=self.shared_chunk,
         )
         self.scheduler = self.driver.scheduler
         self.live, self.owners, self.lengths = {}, {}, {}
@@ -153,8 +155,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert all((request.priority, arrival) < other for other in waiting), "nobody is overtaken"
 
     def check_chunks(self, plan, before):
-        """Chunks continue their sequences; prompts are cut at multiples of the prefill chunk."""
+        """Chunks continue their sequences; prompts are cut at multiples of a chunk, and take turns with the others."""
         assert plan.chunks
+        cut = self.shared_chunk or self.prefill_chunk
+        requests = [(self.live[self.owners[index]][0], length) for index, length in self.lengths.items()]
+        answered = any(r.status is not RequestStatus.SWAPPED and length >= r.prompt_len for r, length in requests)
         assert len({chunk.req_idx for chunk in plan.chunks}) == len(plan.chunks)
         for chunk in plan.chunks:
             name = self.owners[chunk.req_idx]
@@ -164,13 +169,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert chunk.end <= request.num_rows
             self.lengths[chunk.req_idx] = chunk.end
             if plan.prefill:
-                assert chunk.start % self.prefill_chunk == 0
-                assert chunk.end == request.prompt_len or chunk.end % self.prefill_chunk == 0
+                assert chunk.start % cut == 0
+                assert chunk.end == request.prompt_len or chunk.end % cut == 0
             else:
                 assert chunk.count == 1
                 assert chunk.start >= request.prompt_len
         if plan.prefill:
             assert plan.num_tokens <= self.prefill_chunk
+            if self.shared_chunk is not None and answered:
+                assert plan.num_tokens <= self.shared_chunk
+                assert not self.prompts_had_turn
+        self.prompts_had_turn = plan.prefill
 
     def check_room(self):
         """Every limit is kept in the step."""

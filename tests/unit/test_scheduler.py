@@ -34,6 +34,22 @@ def test_prompts_are_read_first_and_in_chunks_cut_at_multiples_of_the_prefill_ch
     ]
 
 
+def test_a_prompt_is_read_in_turns_with_requests_that_are_being_answered():
+    driver = Driver(Limits(1000), prefill_chunk=16, shared_chunk=4)
+    driver.add("a", 20, 5)
+    assert [driver.step() for _ in range(2)] == [{"a": (0, 16)}, {"a": (16, 4)}]
+    driver.add("b", 10, 2)
+    assert driver.steps() == [
+        {"a": (20, 1)},
+        {"b": (0, 4)},
+        {"a": (21, 1)},
+        {"b": (4, 4)},
+        {"a": (22, 1)},
+        {"b": (8, 2)},
+        {"a": (23, 1), "b": (10, 1)},
+    ]
+
+
 def test_a_plan_opens_a_request_once_and_its_index_is_used_again():
     driver = Driver(Limits(1000), max_num_seqs=2)
     for name in "abc":

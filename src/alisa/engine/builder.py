@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 
 from alisa.attention.build import build_session
 from alisa.attention.caps import device_cap, disk_directory, lower_caps
@@ -151,6 +152,7 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
         prefix=prefix,
     )
     costs = MeasuredCosts(cache_config.token_bytes)
+    chunk_size = partial(chunk_tokens, row_dtype=kv_dtype, dtype=model.decoder.dtype, whole_blocks=prefix is not None)
     speculator = options.speculator or make_speculator(model, config, cache, cache_config.token_bytes)
     scheduler = Scheduler(
         cache_config.limits,
@@ -159,7 +161,8 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
         costs,
         max_num_seqs=config.max_num_seqs,
         step_tokens=1 + speculator.most,
-        prefill_chunk=chunk_tokens(config.prefill_chunk, kv_dtype, model.decoder.dtype, whole_blocks=bool(prefix)),
+        prefill_chunk=chunk_size(config.prefill_chunk),
+        shared_chunk=None if config.max_step_tokens is None else chunk_size(config.max_step_tokens),
         token_bytes=cache_config.token_bytes,
         order=HighestResponseRatio(costs, prefix) if config.schedule_policy == "hrrn" else FirstCome(),
         prefix=prefix,

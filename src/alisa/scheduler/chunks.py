@@ -10,13 +10,8 @@ from alisa.scheduler.prefix import BLOCK_TOKENS, BlockName, PrefixView
 from alisa.scheduler.request import Request
 
 
-def next_chunks(
-    running: Sequence[Request], prefill_chunk: int, step_tokens: int
-) -> tuple[bool, tuple[ScheduledChunk, ...]]:
-    """(prefill, chunks): pieces of the prompts that are still unread, else the next tokens of every running request.
-
-    These are the one that comes next and its drafts, or several of a request that catches up with what it had said; at
-    most `step_tokens`.
+def prompt_chunks(running: Sequence[Request], most: int) -> tuple[ScheduledChunk, ...]:
+    """Pieces of the prompts that are still unread, `most` tokens together.
 
     A prompt whose next block is read in this step for another waits: after it, the prefix cache knows the block.
     """
@@ -26,16 +21,22 @@ def next_chunks(
     for request in running:
         if not request.in_prefill or _next_block(request) in computed:
             continue
-        count = min(prefill_chunk, request.prompt_len - request.num_cached)
-        if chunks and num_tokens + count > prefill_chunk:
+        count = min(most, request.prompt_len - request.num_cached)
+        if chunks and num_tokens + count > most:
             break
         chunks.append(_chunk(request, count))
         num_tokens += count
         first = request.num_cached // BLOCK_TOKENS
         computed.update(request.block_names[first : chunks[-1].end // BLOCK_TOKENS])
-    if chunks:
-        return True, tuple(chunks)
-    return False, tuple(_chunk(request, min(_num_next(request), step_tokens)) for request in running)
+    return tuple(chunks)
+
+
+def decode_chunks(running: Sequence[Request], step_tokens: int) -> tuple[ScheduledChunk, ...]:
+    """The next tokens of every request: the one that comes next and its drafts, at most `step_tokens`.
+
+    Or several of a request that catches up with what it had said.
+    """
+    return tuple(_chunk(request, min(_num_next(request), step_tokens)) for request in running)
 
 
 def one_by_one(chunks: Sequence[ScheduledChunk]) -> tuple[ScheduledChunk, ...]:

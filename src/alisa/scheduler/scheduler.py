@@ -1,7 +1,8 @@
 """Who runs next: requests, their queues and request indices, and a plan for every step, in integers only.
 
-Prompts are read before running requests go on, in chunks that are cut at multiples of `prefill_chunk` tokens, whatever
-else is in the batch: a request's arithmetic does not depend on its company. When no placement of all rows fits the
+Prompts are read before running requests go on, in chunks that are cut at multiples of `prefill_chunk` tokens; or in
+turns with them, `shared_chunk` tokens at a time, so that nobody who is being answered waits for a long prompt. A
+request's arithmetic does not depend on its company. When no placement of all rows fits the
 limits, or when the requests read more than the device holds, the newest one makes room. It is swapped: its rows stay,
 most of them in lower tiers, and it takes part in no step for a while. Or it is preempted: its rows are dropped, and
 later it reads its prompt again and feeds its own output once more. Both give the same tokens.
@@ -17,9 +18,8 @@ from time import perf_counter
 from typing import Protocol
 
 from alisa.budget import Reads
-from alisa.config import format_bytes
 from alisa.errors import CapacityError, InputError
-from alisa.scheduler.chunks import next_chunks, one_by_one, request_index, restored_chunks
+from alisa.scheduler.chunks import decode_chunks, one_by_one, prompt_chunks, request_index, restored_chunks
 from alisa.scheduler.order import FirstCome, QueueOrder
 from alisa.scheduler.placement.base import (
     Limits,
@@ -32,6 +32,7 @@ from alisa.scheduler.placement.base import (
 )
 from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
 from alisa.scheduler.prefix import BLOCK_TOKENS, PrefixView
+from alisa.scheduler.refusal import refusal
 from alisa.scheduler.request import Request, RequestStatus
 
 HEADROOM_TOKENS = 32
@@ -69,6 +70,8 @@ class Scheduler:
         restore_costs: decides between swapping and preempting.
         max_num_seqs: requests that have a request index at the same time.
         prefill_chunk: prompt tokens in one step at most.
+        shared_chunk: prompt tokens in one step at most while other requests are being answered, which then take every
+            other step; None: these wait until all prompts are read.
         step_tokens: tokens of a sequence in one decode step at most; more than 1 where the policy can take some back.
         token_bytes: bytes of one token's rows, for messages; None: they count tokens.
         order: chooses among waiting requests of the same priority; None: the first to come.
@@ -84,6 +87,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         prefill_chunk: int,
+        shared_chunk: int | None = None,
         step_tokens: int = 1,
         token_bytes: int | None = None,
         order: QueueOrder | None = None,
@@ -95,6 +99,7 @@ class Scheduler:
         self._reads = reads
         self._restore_costs = restore_costs
         self._prefill_chunk = prefill_chunk
+        self._shared_chunk = shared_chunk
         self._step_tokens = step_tokens
         self._token_bytes = token_bytes
         self._order = order or FirstCome()
@@ -108,6 +113,7 @@ class Scheduler:
         self._last_turn = 0
         self._first_turn = 0
         self._num_steps = 0
+        self._prompts_had_turn = False
         self._opened: list[Request] = []
         self._closed: list[int] = []
         self._num_preempted = 0
@@ -147,7 +153,7 @@ class Scheduler:
         if request.request_id in self._requests:
             raise InputError(f"The request id {request.request_id!r} is in use; choose another one.")
         if not self._fits([fresh_view(request.num_rows, self.limits, self._reads)]):
-            raise CapacityError(self._refusal(request))
+            raise CapacityError(refusal(request, self.limits, self._token_bytes))
         self._requests[request.request_id] = request
         self._last_turn += 1
         insort(self._waiting, (request.priority, self._last_turn, request))
@@ -175,10 +181,7 @@ class Scheduler:
         self._resume()
         self._admit(cache)
         while self._running:
-            restored = restored_chunks(self._running, self._prefill_chunk, self._prefix)
-            prefill, chunks = (True, restored)
-            if not restored:
-                prefill, chunks = next_chunks(self._running, self._prefill_chunk, self._step_tokens)
+            prefill, restored, chunks = self._next_chunks()
             if self._is_oversubscribed(self._running) and self._swap(chunks, cache):
                 continue
             decision = self._place(self._running, self._swapped, chunks, cache)
@@ -187,7 +190,7 @@ class Scheduler:
                 chunks = one_by_one(chunks)
                 decision = self._place(self._running, self._swapped, chunks, cache)
             if decision is not None:
-                return self._plan(decision, chunks, prefill=prefill, restored=bool(restored))
+                return self._plan(decision, chunks, prefill=prefill, restored=restored)
             self._preempt()
         return None
 
@@ -289,6 +292,20 @@ class Scheduler:
         request.admitted_s = request.admitted_s or request.finished_s
         request.first_token_s = request.first_token_s or request.finished_s
 
+    def _next_chunks(self) -> tuple[bool, bool, tuple[ScheduledChunk, ...]]:
+        """(prefill, restored, chunks) of the next step."""
+        answered = [request for request in self._running if not request.in_prefill]
+        size = self._prefill_chunk
+        if self._shared_chunk is not None and answered:
+            if self._prompts_had_turn:
+                return False, False, decode_chunks(answered, self._step_tokens)
+            size = min(size, self._shared_chunk)
+        if restored := restored_chunks(self._running, size, self._prefix):
+            return True, True, restored
+        if chunks := prompt_chunks(self._running, size):
+            return True, False, chunks
+        return False, False, decode_chunks(self._running, self._step_tokens)
+
     # --- what fits -----------------------------------------------------------------------------------------------
 
     def _place(
@@ -339,7 +356,7 @@ class Scheduler:
             req_idx, request.prompt_len, length, bounds, rebuildable, self._reads, active=active, num_new=num_new
         )
 
-    # --- what is said --------------------------------------------------------------------------------------------
+    # --- the plan ------------------------------------------------------------------------------------------------
 
     def _plan(
         self, decision: PlacementDecision, chunks: tuple[ScheduledChunk, ...], *, prefill: bool, restored: bool
@@ -348,6 +365,7 @@ class Scheduler:
             Opened(request_index(r), r.request_id, r.num_rows, r.prompt_len, r.block_names) for r in self._opened
         )
         self._num_steps += 1
+        self._prompts_had_turn = prefill
         return StepPlan(
             step=self._num_steps - 1,
             phase=decision.phase,
@@ -358,25 +376,6 @@ class Scheduler:
             closed=tuple(self._closed),
             num_preempted=self._num_preempted,
             restored=restored,
-        )
-
-    def _refusal(self, request: Request) -> str:
-        """Why a request can never run: what it needs, what there is, what would help."""
-        one, limits = self._token_bytes, self.limits
-        asked = f"A request of {request.prompt_len} prompt and up to {request.max_new_tokens} new tokens needs"
-        if not limits.has_state_room([request.num_rows]):
-            return (
-                f"{asked} room for {request.num_rows} tokens in the state of the selection policy, and the cap leaves "
-                f"room for {limits.state_tokens}; raise --kv-device-memory, or lower --max-tokens."
-            )
-        sizes = [request.num_rows, limits.device_tokens, *(tier.num_tokens for tier in limits.tiers)]
-        needed, *caps = [f"{count} tokens" if one is None else format_bytes(count * one) for count in sizes]
-        each = "" if one is None else f" ({format_bytes(one)} a token)"
-        places = ["the device", *(tier.medium for tier in limits.tiers)]
-        room = " and ".join(f"{cap} on {place}" for cap, place in zip(caps, places, strict=True))
-        return (
-            f"{asked} {needed} of KV memory{each} and the cap is {room}; raise --kv-device-memory or --kv-disk-memory, "
-            "or lower --max-tokens."
         )
 
 
