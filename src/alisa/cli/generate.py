@@ -190,7 +190,7 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
             report.write(llm, args.sampling, answers.report, complete=not answers.stopped)
         if summary and not args.display.quiet:
             lines = [*summary_lines(llm.name, llm.config, summary, answers.verified)]
-            if llm.config.device != "cuda":
+            if llm.config.device != "cuda" and not llm.config.exact:  # whose plans do not show what drafts read
                 hardware = load_profile()
                 predicted = None if hardware is None else predicted_cost(answers.report, hardware)
                 lines.append(prediction_line(summary, predicted))

@@ -31,7 +31,8 @@ def summary_lines(
 ) -> Iterator[tuple[str, str]]:
     """Label and value of each line of the closing report."""
     yield "model", name
-    yield "policy", "dense" if config.policy == "dense" else f"{config.policy}, sparsity {config.sparsity:g}"
+    policy = "dense" if config.policy == "dense" else f"{config.policy}, sparsity {config.sparsity:g}"
+    yield "policy", f"dense, drafts by {policy}" if config.exact else policy
     yield (
         "prompts",
         f"{summary.num_requests}: {summary.prompt_tokens} tokens read, {summary.output_tokens} tokens written "
@@ -50,6 +51,10 @@ def summary_lines(
         yield from _tier_lines(summary)
     if summary.num_preempted:
         yield "preempted", f"{summary.num_preempted} times a prompt had to wait in the middle for room"
+    if summary.drafted_tokens:
+        each = summary.decode_tokens / summary.decode_sequences
+        right = _share(summary.accepted_tokens, summary.drafted_tokens)
+        yield "drafts", f"{right} of {summary.drafted_tokens} came true, {each:.2f} tokens of a text in each step"
     yield "KV read", f"{_share(summary.tokens_attended, summary.tokens_dense)} of what dense attention reads"
     if verified is not None:
         yield (

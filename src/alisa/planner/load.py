@@ -143,7 +143,7 @@ def loads(
                 pairs += chunk.count * (chunk.start + chunk.end + 1) // 2
                 finished += _ends_prompt(chunk, prompt_lens)
                 continue
-            finished += 1
+            finished += chunk.count
             earlier = chunk.end - 1
             recent, older = reads(earlier)
             num_read += recent + older + 1

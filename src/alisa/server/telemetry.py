@@ -120,6 +120,8 @@ class Telemetry:
         self._prefix_hits = counter("vllm:prefix_cache_hits", "Of these, whose K and V came from the prefix cache.")
         self._prefix_bytes = gauge("alisa:prefix_cache_bytes", "Bytes of the prefix cache.")
         self._generation_tokens = counter("vllm:generation_tokens", "Tokens that were generated.")
+        self._drafted = counter("vllm:spec_decode_num_draft_tokens", "Tokens that were tried ahead of their turn.")
+        self._accepted = counter("vllm:spec_decode_num_accepted_tokens", "Those of them that came.")
         self._preemptions = counter("vllm:num_preemptions", "Requests that made room for others.")
         self._attended = counter("alisa:kv_tokens_attended", "Cached tokens that decode attention read.")
         self._dense = counter("alisa:kv_tokens_dense", "What dense attention would have read.")
@@ -156,7 +158,8 @@ class Telemetry:
                 before = self._last_token.get(delta.request_id)
                 self._last_token[delta.request_id] = now
                 if before is not None:
-                    self._between.observe(now - before)
+                    for _ in delta.token_ids:
+                        self._between.observe((now - before) / len(delta.token_ids))
         for finished in output.finished:
             self._take_finished(finished)
 
@@ -194,6 +197,8 @@ class Telemetry:
             self._seconds.append(last.after(record, prompt_tokens, output_tokens))
         self._prompt_tokens.inc(prompt_tokens)
         self._generation_tokens.inc(output_tokens)
+        self._drafted.inc(record.drafted_tokens)
+        self._accepted.inc(record.accepted_tokens)
         self._preemptions.inc(record.num_preempted)
         self._prefix_bytes.set(record.prefix_bytes)
         self._attended.inc(record.tokens_attended)
