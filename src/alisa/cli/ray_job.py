@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -68,8 +69,13 @@ class FleetOptions:
             parse_bytes(self.replica_memory)
 
 
-def run_fleet(args: Generate, frame: ChatFrame | None) -> int:
+def run_fleet(args: Generate, frame: ChatFrame | None, make_work: Callable[..., GenerateWork] = GenerateWork) -> int:
     """Every prompt of the input has one result in the directory; returns the exit status.
+
+    Args:
+        args: the command.
+        frame: what goes to a chat model's template beside the prompts.
+        make_work: from the options to what a replica does; tests have one that dies.
 
     Raises:
         AlisaError: something the caller can mend; results finished until then are kept.
@@ -83,7 +89,7 @@ def run_fleet(args: Generate, frame: ChatFrame | None) -> int:
         limit=args.files.limit,
         keep_invalid=args.files.skip_invalid,
     )
-    work = GenerateWork(
+    work = make_work(
         engine=args.engine,
         sampling=args.sampling,
         takes_own_sampling=args.takes_own_sampling,
@@ -139,6 +145,7 @@ def work_on(
         size = replica_size(options, args.engine.device)
         show = sys.stderr.isatty() and not args.display.quiet
         with (
+            redirect_stdout(sys.stderr),  # Ray has messages of its own, and standard output is for results
             FleetScreen(prompts.num_texts, directory.num_finished(), size.num_replicas, show=show) as screen,
             Fleet(work, size, screen) as fleet,
         ):

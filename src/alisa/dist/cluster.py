@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,8 @@ from alisa.machine import num_cpus
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Of a Ray that this command starts: shards travel through it, a few hundred kilobytes each."""
+KNOCK_S = 10.0
+"""How long a cluster may take to answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +59,25 @@ def connect(address: str) -> None:
                 **quiet,
             )
         else:
+            _knock(address)
             ray.init(address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise InputError(
             f"--ray {address}: there is no cluster to be reached ({reason}). `ray start --head` starts one, --ray local "
             "uses this machine alone."
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Somebody listens at HOST:PORT; Ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, colon, port = address.rpartition(":")
+    if colon and "://" not in address and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
 
 def disconnect() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, Protocol
 
 from alisa import __version__
@@ -38,6 +38,9 @@ POLL_S = 0.5
 
 LAST_STATUS_S = 5.0
 """How long a report waits for a replica."""
+
+NODE_WAIT_S = 3.0
+"""How long after a replica its machine may be found dead."""
 
 MOST_FAILED_STARTS = 3
 """Replicas that die one after the other before any is ready; the next would too."""
@@ -233,7 +236,7 @@ class Fleet:
         """A replica is dead: its shards wait again, another one takes its name."""
         if member not in self._members:  # its other shard has told us already
             return
-        lost_node = member.place is not None and not self._is_alive(member.place.node_id)
+        lost_node = member.place is not None and self._is_lost(member.place.node_id)
         if member.place is None:
             self._num_failed_starts += 1
             if self._num_failed_starts >= MOST_FAILED_STARTS:
@@ -253,8 +256,14 @@ class Fleet:
         before = replace(member.report, num_deaths=member.report.num_deaths + 1)
         self._members[self._members.index(member)] = self._start(member.name, before)
 
-    def _is_alive(self, node_id: str) -> bool:
-        return any(node["NodeID"] == node_id and node["Alive"] for node in self._ray.nodes())
+    def _is_lost(self, node_id: str) -> bool:
+        """Whether the machine is gone too; Ray hears of it a little later than of the processes on it."""
+        until = perf_counter() + NODE_WAIT_S
+        while any(node["NodeID"] == node_id and node["Alive"] for node in self._ray.nodes()):
+            if perf_counter() > until:
+                return False
+            sleep(0.1)
+        return True
 
     def _ask(self) -> None:
         """The newest status of every replica that has answered; the next question."""
