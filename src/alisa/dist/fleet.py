@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from time import perf_counter, sleep
-from typing import Any, Protocol
+from time import perf_counter
+from typing import Any, Literal, Protocol, TypeAlias
 
 from alisa import __version__
 from alisa.dist.cluster import ReplicaSize
@@ -39,11 +39,12 @@ POLL_S = 0.5
 LAST_STATUS_S = 5.0
 """How long a report waits for a replica."""
 
-NODE_WAIT_S = 3.0
-"""How long after a replica its machine may be found dead."""
-
 MOST_FAILED_STARTS = 3
 """Replicas that die one after the other before any is ready; the next would too."""
+
+
+_Asked: TypeAlias = int | Literal["open", "alive"]
+"""A shard; to load the model; whether it is still there."""
 
 
 class ShardSource(Protocol):
@@ -106,6 +107,8 @@ class _Member:
     """What its predecessors of the same name did."""
     status: ReplicaStatus = field(default_factory=ReplicaStatus)
     num_shards: int = 0
+    is_lost: bool = False
+    """Out of reach or dead: nothing more is asked of it."""
     asked: Any = None
     """The answer to the last question for its status, until it is here."""
 
@@ -141,8 +144,8 @@ class Fleet:
         self._work = work
         self._size = size
         self._watcher = watcher
-        self._running: dict[Any, tuple[_Member, int | None]] = {}
-        """What was asked of whom: a shard, or None for being ready."""
+        self._running: dict[Any, tuple[_Member, _Asked]] = {}
+        """The answers that are waited for."""
         self._num_failed_starts = 0
         self._members: list[_Member] = []
 
@@ -170,8 +173,9 @@ class Fleet:
             self._hand_out(source, waiting)
             ready, _ = self._ray.wait([*self._running], num_returns=1, timeout=POLL_S)
             for answer in ready:
-                member, number = self._running.pop(answer)
-                self._take(answer, member, number, source, waiting)
+                if answer in self._running:  # not forgotten since
+                    member, asked = self._running.pop(answer)
+                    self._take(answer, member, asked, source, waiting)
             self._ask()
             num_ready = sum(member.place is not None for member in self._members)
             self._watcher.progress(self.reports, num_ready)
@@ -191,7 +195,7 @@ class Fleet:
             concurrency_groups={"status": 1},
         )
         member = _Member(name, make_actor(Replica).remote(self._work, share), before=before or ReplicaReport(name))
-        self._running[member.actor.open.remote()] = member, None
+        self._running[member.actor.open.remote()] = member, "open"
         return member
 
     def _hand_out(self, source: ShardSource, waiting: deque[int]) -> None:
@@ -203,16 +207,19 @@ class Fleet:
                 self._running[member.actor.run.remote(source.task(number))] = member, number
 
     def _takes(self, member: _Member, number: int, source: ShardSource) -> bool:
-        if member.place is None or len(member.shards) >= SHARDS_AT_ONCE:
+        if member.place is None or member.is_lost or len(member.shards) >= SHARDS_AT_ONCE:
             return False
         return not member.shards or not any(map(source.is_suspect, (number, *member.shards)))
 
-    def _take(
-        self, answer: object, member: _Member, number: int | None, source: ShardSource, waiting: deque[int]
-    ) -> None:
+    def _take(self, answer: object, member: _Member, asked: _Asked, source: ShardSource, waiting: deque[int]) -> None:
         """What a replica has answered, or that it never will."""
         try:
             result = self._ray.get(answer)
+        except self._ray.exceptions.ActorUnavailableError:
+            # It is out of reach, which is how the loss of a machine begins; Ray knows in a quarter of a minute.
+            self._forget(member)
+            self._running[self._status_of(member)] = member, "alive"
+            return
         except self._ray.exceptions.RayActorError:
             self._bury(member, source, waiting)
             return
@@ -227,16 +234,15 @@ class Fleet:
                         f"{result.host} has alisa {result.version}, this is {__version__}; install one version on all."
                     )
             case ShardCount():
-                assert number is not None, "who is asked for a shard answers with a count"
-                member.shards.discard(number)
+                assert isinstance(asked, int), "who is asked for a shard answers with a count"
+                member.shards.discard(asked)
                 member.num_shards += 1
-                source.done(number, result)
+                source.done(asked, result)
+            case ReplicaStatus():  # it can be reached again, but nobody knows what became of its shards
+                self._replace(member, "was out of reach", waiting)
 
     def _bury(self, member: _Member, source: ShardSource, waiting: deque[int]) -> None:
-        """A replica is dead: its shards wait again, another one takes its name."""
-        if member not in self._members:  # its other shard has told us already
-            return
-        lost_node = member.place is not None and self._is_lost(member.place.node_id)
+        """A replica is dead: by what it worked on, unless its machine is gone too."""
         if member.place is None:
             self._num_failed_starts += 1
             if self._num_failed_starts >= MOST_FAILED_STARTS:
@@ -244,42 +250,53 @@ class Fleet:
                     f"{self._num_failed_starts} replicas died one after the other before their model was loaded; "
                     "often it needs more memory than there is (--replica-memory, fewer --replicas)."
                 )
-        for number in sorted(member.shards):
-            if not lost_node:
-                source.died(number)
-            waiting.appendleft(number)
-        why = f"its machine {member.place.host} is gone" if lost_node and member.place else "its process died"
-        held = f"shards {', '.join(map(str, sorted(member.shards)))} go" if member.shards else "it goes"
-        self._watcher.told(f"{member.name}: {why}; {held} on with another one.")
-        self._running = {answer: asked for answer, asked in self._running.items() if asked[0] is not member}
+        elif not self._is_alive(member.place.node_id):
+            self._replace(member, f"has gone with its machine {member.place.host}", waiting)
+            return
+        for number in member.shards:
+            source.died(number)
+        self._replace(member, "has died", waiting)
+
+    def _replace(self, member: _Member, what: str, waiting: deque[int]) -> None:
+        """Another replica takes its name, and its shards wait again."""
+        shards = sorted(member.shards)
+        self._watcher.told(
+            f"{member.name} {what}" + (f"; shards {', '.join(map(str, shards))} go on with another one." if shards else ".")
+        )
+        waiting.extendleft(reversed(shards))
+        self._forget(member)
         self._ray.kill(member.actor)  # where it was only out of reach
         before = replace(member.report, num_deaths=member.report.num_deaths + 1)
         self._members[self._members.index(member)] = self._start(member.name, before)
 
-    def _is_lost(self, node_id: str) -> bool:
-        """Whether the machine is gone too; Ray hears of it a little later than of the processes on it."""
-        until = perf_counter() + NODE_WAIT_S
-        while any(node["NodeID"] == node_id and node["Alive"] for node in self._ray.nodes()):
-            if perf_counter() > until:
-                return False
-            sleep(0.1)
-        return True
+    def _forget(self, member: _Member) -> None:
+        """Nothing that it was asked is waited for."""
+        self._running = {answer: asked for answer, asked in self._running.items() if asked[0] is not member}
+        member.asked = None
+        member.is_lost = True
+
+    def _is_alive(self, node_id: str) -> bool:
+        return any(node["NodeID"] == node_id and node["Alive"] for node in self._ray.nodes())
+
+    def _status_of(self, member: _Member) -> Any:  # noqa: ANN401 - a reference of Ray
+        """The answer to how far it is, which comes while it works."""
+        return member.actor.status.options(concurrency_group="status").remote()
 
     def _ask(self) -> None:
         """The newest status of every replica that has answered; the next question."""
         for member in self._members:
-            if member.place is None:
+            if member.place is None or member.is_lost:
                 continue
             if member.asked is not None:
                 answered, _ = self._ray.wait([member.asked], timeout=0)
                 if not answered:
                     continue
                 self._read_status(member)
-            member.asked = member.actor.status.options(concurrency_group="status").remote()
+            member.asked = self._status_of(member)
 
     def _last_status(self, member: _Member) -> None:
-        if member.place is not None:
-            member.asked = member.actor.status.options(concurrency_group="status").remote()
+        if member.place is not None and not member.is_lost:
+            member.asked = self._status_of(member)
             answered, _ = self._ray.wait([member.asked], timeout=LAST_STATUS_S)
             if answered:
                 self._read_status(member)
