@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from alisa.cli.cluster_options import FleetOptions
 from alisa.cli.files import refuse_same_file
 from alisa.cli.job import Answers, ChatFrame, Job, print_record, run_job
 from alisa.cli.options import DisplayOptions, FileOptions
 from alisa.cli.prompts import each_sample, gather_prompts, in_part
-from alisa.cli.ray_job import FleetOptions, run_fleet
+from alisa.cli.ray_job import run_fleet
 from alisa.cli.report import ReportFile, prediction_line, summary_lines, summary_table
 from alisa.cli.results import ResultFile, settings_digest
 from alisa.cli.screen import error_console, loading_bar, say

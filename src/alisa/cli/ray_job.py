@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from tyro.conf import arg
 
 from alisa.cli.files import STANDARD_INPUT, to_json
 from alisa.cli.job_directory import JobDirectory, JobFacts
@@ -21,52 +20,14 @@ from alisa.cli.screen import error_console, say
 from alisa.cli.shard_work import GenerateWork
 from alisa.cli.shards import Shard, ShardedInput, cut_input
 from alisa.cli.signals import stop_on_sigterm, stop_status
-from alisa.config import format_bytes, parse_bytes
-from alisa.dist.cluster import ReplicaSize, connect, disconnect, living_nodes, size_replicas
+from alisa.config import format_bytes
+from alisa.dist.cluster import connect, disconnect
 from alisa.dist.fleet import Fleet, ReplicaReport
 from alisa.errors import InputError
 
 if TYPE_CHECKING:
     from alisa.cli.generate import Generate
     from alisa.cli.job import ChatFrame
-
-
-@dataclass(frozen=True, kw_only=True)
-class FleetOptions:
-    """Many engines on the machines of a Ray cluster (docs/scaling.md)."""
-
-    ray: Annotated[str | None, arg(metavar="local|auto|ADDRESS", help_behavior_hint="")] = None
-    """Work on --input with engines on a Ray cluster: local, this machine alone; auto, the cluster that runs here; or
-    its address. --output is then a directory, on a disk that all machines share. The same command goes on after
-    whatever happened. Needs pip install 'alisa[ray]'."""
-    replicas: Annotated[int | Literal["auto"], arg(metavar="N|auto")] = "auto"
-    """Engines, each with weights of its own; auto: one for each machine, or for each GPU."""
-    replica_cpus: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: an equal part)")] = None
-    """Processors, and threads, of each."""
-    replica_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: by processors)")] = None
-    """Memory of each; what its weights leave decides about --kv-device-memory."""
-    shard_size: Annotated[int, arg(metavar="N")] = 256
-    """Prompts that travel together. Changes no token."""
-    max_deaths: Annotated[int, arg(metavar="N")] = 3
-    """A prompt is given up, with an error for a result, when this many engines have died of it, the last one while it
-    worked on nothing else."""
-
-    def __post_init__(self) -> None:
-        numbers = {
-            "replicas": 1 if self.replicas == "auto" else self.replicas,
-            "replica_cpus": 1 if self.replica_cpus is None else self.replica_cpus,
-            "shard_size": self.shard_size,
-            "max_deaths": self.max_deaths,
-        }
-        wrong = [
-            f"--{name.replace('_', '-')} is {value}, at least 1 is needed"
-            for name, value in numbers.items()
-            if value < 1
-        ]
-        if wrong:
-            raise InputError("; ".join(wrong) + ".")
-        if self.replica_memory is not None:
-            parse_bytes(self.replica_memory)
 
 
 def run_fleet(args: Generate, frame: ChatFrame | None, make_work: Callable[..., GenerateWork] = GenerateWork) -> int:
@@ -138,11 +99,10 @@ def work_on(
     waiting = directory.waiting
     if not waiting:
         return ()
-    options = args.fleet
-    connect(str(options.ray))
+    connect(str(args.fleet.ray))
     try:
         stop_on_sigterm()  # Ray has put a handler of its own there
-        size = replica_size(options, args.engine.device)
+        size = args.fleet.size(args.engine.device)
         show = sys.stderr.isatty() and not args.display.quiet
         with (
             redirect_stdout(sys.stderr),  # Ray has messages of its own, and standard output is for results
@@ -160,18 +120,6 @@ def work_on(
             f"({failed[0].problem}); the others are finished. Run the same command again to try these again."
         )
     return reports
-
-
-def replica_size(options: FleetOptions, device: str) -> ReplicaSize:
-    """How many replicas, and what each may use, on the cluster that this process is connected to.
-
-    Raises:
-        InputError: there is no room for what is asked.
-    """
-    memory = None if options.replica_memory is None else parse_bytes(options.replica_memory)
-    return size_replicas(
-        living_nodes(), replicas=options.replicas, cpus=options.replica_cpus, memory_bytes=memory, device=device
-    )
 
 
 class FleetScreen:

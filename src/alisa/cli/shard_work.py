@@ -20,8 +20,9 @@ from alisa.cli.job import ChatFrame, Job, run_job
 from alisa.cli.job_directory import ShardFiles, ShardTask
 from alisa.cli.prompts import Prompt
 from alisa.cli.results import ResultFile, error_record
-from alisa.config import EngineConfig, SamplingParams, format_bytes
-from alisa.dist.replica import Progress, ReplicaShare, ShardCount
+from alisa.config import EngineConfig, SamplingParams
+from alisa.dist.replica import Progress, ShardCount
+from alisa.dist.share import ReplicaShare
 from alisa.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,34 +60,23 @@ class GenerateWork:
                 f"{os.uname().nodename} does not see {self.directory}; --output must be on a disk that all machines of "
                 "the cluster share."
             )
-        # Here and not above: the driver never needs torch.
-        import torch
-
-        torch.set_num_threads(share.num_cpus)
+        share.use_threads()
         llm = self.make_llm(share)
         sampling = llm.own_sampling(self.sampling) if self.takes_own_sampling else self.sampling
         return ShardGenerator(llm, replace(self, sampling=sampling), progress)
 
     def make_llm(self, share: ReplicaShare) -> LLM:
-        """A model whose K and V keep to half of what its weights leave of the share, where no option says otherwise.
+        """A model whose engine keeps to the share.
 
         Raises:
             AlisaError: the model cannot be had, or the share has no room for it.
         """
+        # Here and not above: the driver never needs torch.
         from alisa.engine.loaded import load_model
         from alisa.llm import LLM
 
         loaded = load_model(self.engine)
-        config = self.engine
-        if config.kv_device_memory is None and not share.num_gpus:
-            room = (share.memory_bytes - loaded.decoder.weight_bytes) // 2
-            if room <= 0:
-                raise InputError(
-                    f"The weights are {format_bytes(loaded.decoder.weight_bytes)}, and a replica has "
-                    f"{format_bytes(share.memory_bytes)}; give it more --replica-memory, or ask for fewer --replicas."
-                )
-            config = replace(config, kv_device_memory=room)
-        return LLM(config=config, loaded=loaded)
+        return LLM(config=share.capped(self.engine, loaded.decoder.weight_bytes), loaded=loaded)
 
 
 class ShardGenerator:

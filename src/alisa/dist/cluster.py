@@ -11,6 +11,7 @@ from typing import Literal
 
 from alisa.config import format_bytes
 from alisa.dist.extra import load_ray
+from alisa.dist.share import ReplicaShare
 from alisa.errors import InputError
 from alisa.machine import num_cpus
 
@@ -35,10 +36,7 @@ class ReplicaSize:
     """How many engines, and what each may use."""
 
     num_replicas: int
-    num_cpus: int
-    """Also the threads of each."""
-    num_gpus: int
-    memory_bytes: int
+    share: ReplicaShare
 
 
 def connect(address: str) -> None:
@@ -139,7 +137,7 @@ def size_replicas(
             f"asked for, and the cluster has room for {room}; ask for fewer --replicas, --replica-cpus or "
             "--replica-memory."
         )
-    return ReplicaSize(wanted, cpus, int(gpu), memory_bytes)
+    return ReplicaSize(wanted, ReplicaShare(cpus, int(gpu), memory_bytes))
 
 
 def _equal_part(nodes: Sequence[Node], replicas: int | None, gpu: bool) -> int:

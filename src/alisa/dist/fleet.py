@@ -23,7 +23,6 @@ from alisa.dist.replica import (
     Refused,
     Replica,
     ReplicaPlace,
-    ReplicaShare,
     ReplicaStatus,
     ShardCount,
     ShardWork,
@@ -184,12 +183,11 @@ class Fleet:
 
     def _start(self, name: str, before: ReplicaReport | None = None) -> _Member:
         """A new actor, which loads its model."""
-        size = self._size
-        share = ReplicaShare(size.num_cpus, size.num_gpus, size.memory_bytes)
+        share = self._size.share
         make_actor = self._ray.remote(
-            num_cpus=size.num_cpus,
-            num_gpus=size.num_gpus,
-            memory=size.memory_bytes,
+            num_cpus=share.num_cpus,
+            num_gpus=share.num_gpus,
+            memory=share.memory_bytes,
             max_restarts=0,
             max_concurrency=SHARDS_AT_ONCE,
             concurrency_groups={"status": 1},

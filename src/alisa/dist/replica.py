@@ -11,16 +11,8 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from alisa import __version__
+from alisa.dist.share import ReplicaShare
 from alisa.errors import AlisaError
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaShare:
-    """What of its machine a replica may use."""
-
-    num_cpus: int
-    num_gpus: int
-    memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
