@@ -71,11 +71,11 @@ def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-def replicas(ancestor: int) -> Iterator[psutil.Process]:
+def replicas(ancestor: int, name: str = "ray::Replica") -> Iterator[psutil.Process]:
     """The processes of replicas below one of ours."""
     for process in psutil.Process(ancestor).children(recursive=True):
         try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Replica"):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(name):
                 yield process
         except psutil.Error:
             continue
