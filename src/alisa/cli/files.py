@@ -21,6 +21,10 @@ from alisa.errors import InputError
 STANDARD_INPUT = Path("-")
 
 
+class BusyFileError(InputError):
+    """Another process has the lock of a file."""
+
+
 def to_json(value: object) -> str:
     """`value` on one line of JSON; numbers that are not finite become null, paths text and sets sorted lists."""
     try:
@@ -160,7 +164,7 @@ class JsonLinesFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.close()
-            raise InputError(
+            raise BusyFileError(
                 f"Another process is writing to {self.path}; wait until it has finished, or choose another file."
             ) from error
         except OSError:  # a file system that knows no locks: nothing to be had there

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from alisa.cli.cluster_options import FleetOptions
 from alisa.cli.files import refuse_same_file
 from alisa.cli.job import Answers, ChatFrame, Job, print_record, run_job
 from alisa.cli.options import DisplayOptions, FileOptions
-from alisa.cli.prompts import each_sample, gather_prompts
+from alisa.cli.prompts import each_sample, gather_prompts, in_part
+from alisa.cli.ray_job import run_fleet
 from alisa.cli.report import ReportFile, prediction_line, summary_lines, summary_table
 from alisa.cli.results import ResultFile, settings_digest
 from alisa.cli.screen import error_console, loading_bar, say
@@ -69,6 +71,7 @@ class Generate:
       alisa generate "The ship had been at sea for" --max-tokens 64
       alisa generate --input prompts.jsonl --output results.jsonl --temperature 0.8
       alisa generate "Once" --model DIR --sparsity 0.9 --kv-device-memory 2GiB --verify
+      alisa generate --input prompts.jsonl --output DIR --ray auto
     """
 
     prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="[PROMPT ...]", help_behavior_hint="")] = ()
@@ -89,10 +92,15 @@ class Generate:
     files: FileOptions = field(default_factory=FileOptions)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sampling: UseAppendAction[SamplingParams] = field(default_factory=SamplingParams)
+    fleet: FleetOptions = field(default_factory=FleetOptions)
     display: DisplayOptions = field(default_factory=DisplayOptions)
 
     def run(self) -> int:
         """Do it; returns the exit status."""
+        if self.fleet.ray is not None:
+            return run_fleet(self, chat_frame(self))
+        if self.fleet != FleetOptions():
+            raise InputError("An option says how --ray is to work, and there is no --ray; give it, or leave that out.")
         return run_generate(self, make_llm=load_llm)
 
     def digest(self, frame: ChatFrame | None = None) -> str:
@@ -151,7 +159,7 @@ def run_generate(args: Generate, make_llm: LLMFactory) -> int:
     own = {"--input": files.input, "--output": files.output, "--report": files.report}
     refuse_same_file({**own, "--schedule": args.engine.schedule})
     given = gather_prompts(args.prompts, files.input, files.limit, keep_invalid=files.skip_invalid)
-    prompts = each_sample(given, args.sampling.n)
+    prompts = in_part(each_sample(given, args.sampling.n), files.shard)
     run = args.digest(frame)
     with ExitStack() as stack:
         results = stack.enter_context(ResultFile(files.output, prompts, run)) if files.output else None

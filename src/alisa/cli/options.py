@@ -39,6 +39,9 @@ class FileOptions:
     others below) and any other field, which its result keeps under "metadata"."""
     limit: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None
     """Only the first N prompts of --input."""
+    shard: Annotated[str | None, arg(metavar="I/N", help_behavior_hint="(default: all)")] = None
+    """Only part I, from 0, of N parts of --input, for N commands that share the work, each with an --output of its own.
+    Their results together are those of one command."""
     skip_invalid: bool = False
     """A line or prompt that cannot be used (not JSON, empty, too long) gets a result with "error" and the others run.
     Without it nothing runs until all are usable."""

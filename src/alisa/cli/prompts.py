@@ -39,14 +39,44 @@ class Prompt:
     """Why it cannot be used, as a sentence."""
 
 
-def each_sample(prompts: Sequence[Prompt], n: int) -> tuple[Prompt, ...]:
-    """Every prompt as often as texts are wanted for it: `n`, or what its own line says."""
-    wanted = [prompt.settings.get("n", n) for prompt in prompts]
+def num_samples(prompt: Prompt, n: int) -> int:
+    """How many texts are wanted for a prompt: `n`, or what its own line says."""
+    return prompt.settings.get("n", n)
+
+
+def each_sample(prompts: Sequence[Prompt], n: int, first: int = 0) -> tuple[Prompt, ...]:
+    """Every prompt as often as texts are wanted for it.
+
+    Args:
+        prompts: some that follow each other.
+        n: texts for each, where its line does not say.
+        first: place of the first of them in the list of all prompts.
+    """
+    wanted = [num_samples(prompt, n) for prompt in prompts]
     return tuple(
         replace(prompt, index=index, sample=sample if count > 1 else None)
-        for index, (prompt, count) in enumerate(zip(prompts, wanted, strict=True))
+        for index, (prompt, count) in enumerate(zip(prompts, wanted, strict=True), first)
         for sample in range(count)
     )
+
+
+def in_part(prompts: tuple[Prompt, ...], part: str | None) -> tuple[Prompt, ...]:
+    """Every N-th prompt from prompt I on, where `part` is `I/N`; None: all.
+
+    Neighbours go to different parts, because prompts that follow each other are often of one length.
+
+    Raises:
+        InputError: `part` is something else, or no prompt is in it.
+    """
+    if part is None:
+        return prompts
+    number, slash, count = part.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise InputError(f"--shard is {part!r}; write I/N with I from 0 up to but not N, for example 0/16.")
+    mine = tuple(prompt for prompt in prompts if prompt.index % int(count) == int(number))
+    if not mine:
+        raise InputError(f"--shard {part} is empty: there are fewer prompts than parts; ask for fewer.")
+    return mine
 
 
 def gather_prompts(
@@ -90,16 +120,41 @@ def read_prompts(source: Path, *, keep_invalid: bool = False) -> tuple[Prompt, .
     prompts: list[Prompt] = []
     ids: dict[str | int, str] = {}
     for place, read in _entries(source, suffix):
-        try:
-            prompt = read()
-        except InputError as error:
-            if not keep_invalid:
-                raise
-            prompt = Prompt(text="", name=place, problem=str(error))
+        prompt = _read(place, read, keep_invalid=keep_invalid)
         if prompt.id is not None and (first := ids.setdefault(prompt.id, place)) != place:
             raise InputError(f"{place}: the id {prompt.id!r} is also that of {first}; ids must differ.")
         prompts.append(prompt)
     return tuple(prompts)
+
+
+def read_line(line: bytes, place: str, suffix: str, *, keep_invalid: bool) -> Prompt:
+    """The prompt on one line, which is not empty.
+
+    Args:
+        line: of the file, with or without its end.
+        place: file and line, for messages.
+        suffix: of the file, `.txt` or `.jsonl`.
+        keep_invalid: a line that cannot be used becomes a prompt with a problem.
+
+    Raises:
+        InputError: the line is not as expected, and `keep_invalid` is not asked for.
+    """
+    read = _from_text if suffix == ".txt" else _from_json
+    return _read(place, lambda: read(place, line), keep_invalid=keep_invalid)
+
+
+def without_mark(data: bytes) -> bytes:
+    """The bytes of a file without a byte order mark at its beginning."""
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
+def _read(place: str, read: Callable[[], Prompt], *, keep_invalid: bool) -> Prompt:
+    try:
+        return read()
+    except InputError as error:
+        if not keep_invalid:
+            raise
+        return Prompt(text="", name=place, problem=str(error))
 
 
 def _entries(source: Path, suffix: str) -> Iterator[tuple[str, Callable[[], Prompt]]]:
@@ -122,7 +177,7 @@ def _bytes(source: Path) -> bytes:
         data = sys.stdin.buffer.read() if source == STANDARD_INPUT else source.read_bytes()
     except OSError as error:
         raise InputError(f"{_name(source)} cannot be read: {error.strerror}.") from error
-    return data.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+    return without_mark(data)
 
 
 def _list(source: Path, data: bytes) -> list[object]:

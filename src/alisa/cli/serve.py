@@ -8,6 +8,8 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 
+from alisa.cli.cluster_options import ServingOptions
+from alisa.cli.ray_serve import serve_fleet
 from alisa.cli.screen import loading_bar, say
 from alisa.config import EngineConfig
 from alisa.errors import InputError
@@ -21,12 +23,14 @@ class Serve:
     For instance:
       alisa serve
       alisa serve --model DIR --port 8080 --kv-device-memory 2GiB
+      alisa serve --ray auto --replicas 8 --port 8080
       curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once"}'
     """
 
     server: ServerConfig = field(default_factory=ServerConfig)
     # 256 tokens of a prompt take about as long to read as people notice, with a small model on two cores.
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(prefix_cache=True, max_step_tokens=256))
+    fleet: ServingOptions = field(default_factory=ServingOptions)
 
     def run(self) -> int:
         """Do it; returns the exit status."""
@@ -34,6 +38,10 @@ class Serve:
         if config.api_key is None and os.environ.get("ALISA_API_KEY"):
             config = replace(config, api_key=os.environ["ALISA_API_KEY"])
         config.refuse_open_door()
+        if self.fleet.ray is not None:
+            return serve_fleet(self.engine, config, self.fleet)
+        if self.fleet != ServingOptions():
+            raise InputError("An option says how --ray is to work, and there is no --ray; give it, or leave that out.")
         try:
             # Here and not above: the command line is read without torch, and without the extra.
             from alisa.server.run import ApiServer, build_service, serve

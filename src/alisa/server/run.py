@@ -13,7 +13,7 @@ import uvicorn
 from alisa.config import EngineConfig
 from alisa.engine.async_engine import AsyncEngine
 from alisa.engine.builder import build_engine
-from alisa.engine.loaded import load_model
+from alisa.engine.loaded import LoadedModel, load_model
 from alisa.errors import InputError
 from alisa.server.app import make_app
 from alisa.server.config import ServerConfig
@@ -27,14 +27,24 @@ WATCH_S = 0.25
 
 
 def build_service(
-    engine_config: EngineConfig, config: ServerConfig, progress: Callable[[int, int], None] | None = None
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    loaded: LoadedModel | None = None,
 ) -> Service:
     """A model that is loaded, with an engine that runs.
+
+    Args:
+        engine_config: of the engine.
+        config: of the server.
+        progress: called with (bytes read, bytes in all) while weights load.
+        loaded: the model, where it is in memory already.
 
     Raises:
         AlisaError: the model or the engine cannot be had.
     """
-    loaded = load_model(engine_config, progress)
+    loaded = loaded or load_model(engine_config, progress)
     engine, setup = build_engine(loaded, engine_config)
     assert loaded.tokenizer is not None, "a model that was loaded from files has one"
     with suppress(InputError):  # without llguidance a call that wants a form is refused

@@ -1,0 +1,59 @@
+"""`alisa serve --ray`: the fleet is up until somebody stops the command, and then comes to its end in order."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from contextlib import redirect_stdout
+
+from alisa.cli.cluster_options import ServingOptions
+from alisa.cli.screen import say, waiting
+from alisa.cli.signals import stop_on_sigterm
+from alisa.config import EngineConfig
+from alisa.dist.cluster import connect, disconnect
+from alisa.errors import InputError
+from alisa.server.config import ServerConfig
+
+
+def serve_fleet(engine: EngineConfig, config: ServerConfig, options: ServingOptions) -> int:
+    """Serve until Ctrl-C or SIGTERM; returns the exit status.
+
+    Raises:
+        InputError: Ray or the server's packages are not installed, there is no cluster or no room in it, or no port to
+            listen on.
+    """
+    if config.port == 0:
+        raise InputError("--port is 0, and the machines of a cluster must know one port; give one, such as 8000.")
+    connect(str(options.ray))
+    try:
+        # Here and not above: the command line is read without torch, and without the extra.
+        from alisa.dist.serving import address_of, deploy, shut_down
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"alisa serve needs {error.name}, which is not installed; pip install 'alisa[ray]'."
+        ) from error
+    try:
+        stop_on_sigterm()  # Ray has put a handler of its own there
+        size = options.size(engine.device)
+        if options.min_replicas > size.num_replicas:
+            raise InputError(
+                f"--min-replicas is {options.min_replicas}, and there are {size.num_replicas} replicas at most; ask "
+                "for fewer, or more --replicas."
+            )
+        with redirect_stdout(sys.stderr):
+            try:
+                with waiting("starting replicas", show=sys.stderr.isatty()):
+                    deploy(engine, config, size, min_replicas=options.min_replicas)
+                address = address_of(config)
+                say(
+                    f"alisa: {options.min_replicas} to {size.num_replicas} replicas serve on {address} "
+                    f"(page: {address}/, API: {address}/v1)"
+                )
+                signal.pause()
+            except KeyboardInterrupt:
+                say("alisa: running calls come to their end.")
+            finally:
+                shut_down()
+    finally:
+        disconnect()
+    return 0

@@ -1,0 +1,119 @@
+"""What clients of a fleet meet: it reads a call, picks the replica by how the call begins, and hands the answer through.
+
+It knows nothing of models. Nothing in it needs Ray: `Forward` is what Ray's handle does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import TypeAlias
+
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
+
+from alisa.config import parse_bytes
+from alisa.dist.call import Call
+from alisa.dist.routing import routing_key
+from alisa.server.config import ServerConfig
+from alisa.server.errors import ApiError
+from alisa.server.reply import error_reply
+
+_LOG = logging.getLogger("alisa.dist")
+
+Forward: TypeAlias = Callable[[str, Call], AsyncGenerator[Message]]
+"""A routing key and a call to the messages of the replica that answers it."""
+
+
+class ReplicaDiedError(Exception):
+    """The replica died while it answered."""
+
+
+class OverloadedError(Exception):
+    """All replicas are full, and as many calls wait as may."""
+
+
+class Front:
+    """An ASGI application.
+
+    Args:
+        forward: to a replica; raises `ReplicaDiedError` and `OverloadedError`.
+        config: of the server.
+    """
+
+    def __init__(self, forward: Forward, config: ServerConfig) -> None:
+        self._forward = forward
+        self._max_bytes = parse_bytes(config.max_body)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one call."""
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        body = await _body(receive, self._max_bytes)
+        if body is None:
+            refusal = ApiError(413, f"The body is larger than {self._max_bytes} bytes, which is the limit here.")
+            await error_reply(refusal)(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        call = Call(scope["method"], scope["path"], scope["query_string"], tuple(scope["headers"]), body)
+        await self._answer(call, routing_key(headers, body), scope, receive, send)
+
+    async def _answer(self, call: Call, key: str, scope: Scope, receive: Receive, send: Send) -> None:
+        started: Message | None = None
+        try:
+            async with aclosing(self._forward(key, call)) as messages:
+                async for message in messages:
+                    if message["type"] == "http.response.start":
+                        started = message
+                    await send(message)
+        except (ReplicaDiedError, OverloadedError) as error:
+            told = _told(error)
+            if started is None:
+                await error_reply(told)(scope, receive, send)
+            elif _is_event_stream(started):
+                # A stream that merely ends would look like a short text.
+                data = json.dumps(told.body).encode()
+                await send({"type": "http.response.body", "body": b"data: " + data + b"\n\ndata: [DONE]\n\n"})
+            else:
+                raise  # the connection breaks off, which no client takes for an answer
+
+
+def _told(error: Exception) -> ApiError:
+    if isinstance(error, OverloadedError):
+        return ApiError(
+            429,
+            "All engines are full, and as many calls wait as may; come back later.",
+            kind="rate_limit_error",
+            code="rate_limit_exceeded",
+        )
+    _LOG.error("a replica died while it answered a call")
+    return ApiError(
+        503, "The engine that worked on this has died; another takes its place.", kind="service_unavailable_error"
+    )
+
+
+def _is_event_stream(start: Message) -> bool:
+    return Headers(raw=[*start["headers"]]).get("content-type", "").startswith("text/event-stream")
+
+
+async def _body(receive: Receive, max_bytes: int) -> bytes | None:
+    """All of it; None: there is more than may be."""
+    data = bytearray()
+    while True:
+        message = await receive()
+        data += message.get("body", b"")
+        if len(data) > max_bytes:
+            return None
+        if not message.get("more_body", False):
+            return bytes(data)
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
