@@ -31,7 +31,7 @@ void place(DecodeTask& task, Plan& plan, size_t num_blocks) {
   const auto heads = static_cast<size_t>(task.num_heads);
   const size_t weights = num_blocks * heads * kBlock;
   const size_t partials = static_cast<size_t>(plan.num_partials()) * heads;
-  const size_t outs = partials * static_cast<size_t>(task.layout.head_stride());
+  const size_t outs = partials * static_cast<size_t>(task.layout.values().head_stride());
   task.grid = plan.grid();
   task.weights = plan.memory.room(weights + outs + num_blocks * heads + 3 * partials);
   task.partial_out = task.weights + weights;
