@@ -26,6 +26,8 @@ QUAD = 4
 """Inputs that lie together in a weight of 8 bits."""
 SPAN = 32
 """Inputs that share a scale and a minimum in a weight of 4 bits; as `kSpan`."""
+PADDING = 16
+"""What rows of a matrix that native code reads in vectors are padded to; as `kPad` in csrc/attend/task.h."""
 STEP_INPUTS = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}
 """By the format of a weight, inputs that lie together: four bytes of each output channel."""
 

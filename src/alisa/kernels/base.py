@@ -192,6 +192,17 @@ class AppendKernel(Protocol):
         ...
 
 
+class HeadTurn(Protocol):
+    """Heads in another basis."""
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """Heads `[..., H, D]`, each times the matrix of its KV head and less a vector, in their dtype.
+
+        The sums are in float32. On a CPU what a token gets depends on it alone, to the last bit.
+        """
+        ...
+
+
 class MoveRows(Protocol):
     """Moves rows between a file and memory; a native one does not hold the interpreter."""
 
