@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from alisa.basis.row_basis import spreading
 from alisa.cache.codec import make_codec
 from alisa.kernels.base import KeyBlock
 from alisa.kernels.reference.prefill import prefill_attention
 from alisa.llm import LLM
-from alisa.model.row_basis import spreading
 from alisa.spec import RowFormat
 
 

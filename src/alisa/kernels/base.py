@@ -21,6 +21,18 @@ Bytes = NDArray[np.uint8]
 Slots = NDArray[np.int64]
 
 
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""The seam between a model and everything that knows a cache: one function, called once per layer.
+
+layer, q `[B, T, H, D]`, k `[B, T, G, D]`, v `[B, T, G, D]`, hidden `[B, T, C]` -> out `[B, T, H, D]`.
+
+hidden is what q, k and v were projected from: `project_kv` makes k and v from it again.
+
+q and k are already rotated. k and v may be views into the joint K and V product: their last dimension is contiguous,
+their token stride `2 * G * D`. The next layer may overwrite all four: whoever wants to keep them takes a copy.
+"""
+
+
 class Codec(Protocol):
     """Turns K and V into rows of bytes and back; only it and the kernels know what a row holds."""
 

@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alisa.basis.calibration import find_row_basis
+from alisa.basis.row_basis import RowBasis
+from alisa.kernels.base import Attend
 from alisa.kernels.reference.softcap import softcapped
 from alisa.model.activation import make_activation
-from alisa.model.attend import Attend
-from alisa.model.calibration import head_statistics
 from alisa.model.experts import Experts
 from alisa.model.layer import Builder, Layer, Norm, Progress
 from alisa.model.linear import LinearMaker, PlainLinear
 from alisa.model.rope import Rotation, attention_factor, frequencies_by_length, inverse_frequencies
-from alisa.model.row_basis import RowBasis
 from alisa.model.source import WeightSource
 from alisa.model.stack import LayerStack, can_stack
-from alisa.spec import CODE_BITS, ModelSpec
+from alisa.spec import ModelSpec
 
 
 class Decoder:
@@ -93,19 +93,17 @@ class Decoder:
     def for_rows(self, kv_dtype: str) -> Decoder:
         """The same model for rows of this format: what they hold in 4 bits comes in a basis that suits it.
 
-        Found in one pass over some random tokens when it is first asked for; see `alisa.model.row_basis`. `project_kv`
+        Found in one pass over some random tokens when it is first asked for; see `alisa.basis.row_basis`. `project_kv`
         gives what `attend` gets.
         """
-        k_bits, v_bits = CODE_BITS.get(kv_dtype, (None, None))
-        if v_bits != 4 or self._row_basis is not None:
+        if self._row_basis is not None:
             return self
         if kv_dtype not in self._for_rows:
-            # A cap of scores and the logit of a sink know how large scores are, not only how they differ.
-            shifts_keys = self.spec.softcap is None and not self.spec.has_sinks
-            heads = head_statistics(self.spec, self.forward, self.device, self.sinks)
-            turned = copy(self)
-            turned._row_basis = RowBasis.of(heads, self.device, turns_keys=k_bits == 4, shifts_keys=shifts_keys)
-            self._for_rows[kv_dtype] = turned
+            spec, turned = self.spec, copy(self)
+            turned._row_basis = find_row_basis(
+                kv_dtype, spec.attention, spec.vocab_size, spec.max_positions, self.forward, self.device, self.sinks
+            )
+            self._for_rows[kv_dtype] = self if turned._row_basis is None else turned
         return self._for_rows[kv_dtype]
 
     @property
@@ -146,8 +144,7 @@ class Decoder:
         rotations = [self._rotation(rope, positions, lengths) for rope in range(len(self._ropes))]
         if self._positions is not None:
             x = x + F.embedding(positions + spec.position_offset, self._positions)
-        if self._row_basis is not None:
-            attend = self._row_basis.around(attend)
+        attend = self._seam(attend)
         if self._stack is not None:
             x = self._stack.forward(x, rotations, attend, self._experts)
         else:
@@ -207,6 +204,10 @@ class Decoder:
             k = self._head_normed(weights.k_norm, k)
             k = k if rotation is None else rotation(k)
         return (k, v) if self._row_basis is None else self._row_basis.rows(layer, k, v)
+
+    def _seam(self, attend: Attend) -> Attend:
+        """What a forward pass calls for an `attend` that sees rows in their basis."""
+        return attend if self._row_basis is None else self._row_basis.around(attend)
 
     def _rotation(self, number: int, positions: Tensor, lengths: Tensor | None) -> Rotation:
         """The rotation of tokens at these positions, for the layers that have this embedding."""

@@ -31,11 +31,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import HeadTurn
+from alisa.kernels.base import Attend, HeadTurn
 from alisa.kernels.native import library
 from alisa.kernels.native.turn import CpuTurn
 from alisa.kernels.reference.turn import PlainTurn
-from alisa.model.attend import Attend
 
 _SHRINK = 0.05
 """Part of the mean variance that every channel is given in addition: few tokens say little of the smallest ones."""

@@ -6,16 +6,15 @@ A text is not needed: which channels of a head are large depends on the weights 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import KeyBlock
+from alisa.basis.row_basis import HeadStatistics, RowBasis
+from alisa.kernels.base import Attend, KeyBlock
 from alisa.kernels.reference.prefill import prefill_attention
-from alisa.model.attend import Attend
-from alisa.model.row_basis import HeadStatistics
-from alisa.spec import ModelSpec
+from alisa.spec import CODE_BITS, AttentionShape
 
 NUM_TOKENS = 1024
 NUM_FIRST = 16
@@ -27,31 +26,57 @@ Forward = Callable[[Tensor, Tensor, Attend, Tensor], Tensor]
 """`Decoder.forward`."""
 
 
-@torch.inference_mode()
-def head_statistics(
-    spec: ModelSpec, forward: Forward, device: torch.device, sinks: tuple[Tensor, ...] | None
-) -> list[HeadStatistics]:
-    """Of every layer.
+def find_row_basis(
+    kv_dtype: str,
+    shape: AttentionShape,
+    vocab_size: int,
+    max_positions: int,
+    forward: Forward,
+    device: torch.device,
+    sinks: Sequence[Tensor] | None,
+) -> RowBasis | None:
+    """The basis that suits rows of this format; None where they have no 4 bits.
 
     Args:
-        spec: of the model.
+        kv_dtype: format of the rows.
+        shape: of the model's attention.
+        vocab_size: token ids are below it.
+        max_positions: the longest sequence that it takes.
         forward: runs it.
-        device: where.
+        device: where it is.
         sinks: of each layer, Float32[H]; None: the model has none.
     """
-    length = min(NUM_TOKENS, spec.max_positions)
-    tokens = torch.randint(spec.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).to(device)
+    k_bits, v_bits = CODE_BITS.get(kv_dtype, (None, None))
+    if v_bits != 4:
+        return None
+    heads = head_statistics(shape, vocab_size, min(NUM_TOKENS, max_positions), forward, device, sinks)
+    # A cap of scores and the logit of a sink know how large scores are, not only how they differ.
+    shifts_keys = shape.softcap is None and not shape.has_sinks
+    return RowBasis.of(heads, device, turns_keys=k_bits == 4, shifts_keys=shifts_keys)
+
+
+@torch.inference_mode()
+def head_statistics(
+    shape: AttentionShape,
+    vocab_size: int,
+    length: int,
+    forward: Forward,
+    device: torch.device,
+    sinks: Sequence[Tensor] | None,
+) -> list[HeadStatistics]:
+    """Of every layer, from a sequence of `length` tokens; the others as in `find_row_basis`."""
+    tokens = torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0)).to(device)
     first_keys: list[Tensor] = []
     found: list[HeadStatistics] = []
 
     def attend_first(layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         first_keys.append(_wide(k[:, 0]).mean(dim=0))
-        return _dense(spec, sinks, layer, q, k, v)
+        return _dense(shape, sinks, layer, q, k, v)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         led_by = min(_LED_BY, length - 1)
         found.append(_statistics(first_keys[layer], *(_wide(values[0, led_by:]) for values in (q, k, v))))
-        return _dense(spec, sinks, layer, q, k, v)
+        return _dense(shape, sinks, layer, q, k, v)
 
     firsts = tokens[:NUM_FIRST, None]
     forward(firsts, torch.zeros_like(firsts), attend_first, torch.ones_like(firsts))
@@ -63,8 +88,10 @@ def _wide(values: Tensor) -> Tensor:
     return values.to("cpu", torch.float64)
 
 
-def _dense(spec: ModelSpec, sinks: tuple[Tensor, ...] | None, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    shape, logits = spec.attention, None if sinks is None else sinks[layer]
+def _dense(
+    shape: AttentionShape, sinks: Sequence[Tensor] | None, layer: int, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    logits = None if sinks is None else sinks[layer]
     sequences = (
         prefill_attention(own_q, KeyBlock(0, *own), len(own_q), tuple, 0, 1, shape.window(layer), shape.softcap, logits)
         for own_q, *own in zip(q, k, v, strict=True)
