@@ -25,7 +25,7 @@ from alisa.policy.registry import POLICIES, can_truncate_names, policies_help
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 WeightDtypeName = Literal["auto", "int8", "int4"]
-KvDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
+KvDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "k8v4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 if TYPE_CHECKING:
     PolicyName = str
@@ -301,12 +301,12 @@ class EngineConfig:
     """Tokens of a sequence, prompt and output together; None: as many as the model has positions."""
     prefill_chunk: int = 1024
     """Prompt tokens that go through the model in one pass; bounds the activations of long prompts, and how long
-    running requests wait for a new one. Changes no token. Where rows are rounded (int8, int4), whole sections of 1024
-    tokens are read."""
+    running requests wait for a new one. Changes no token. Where rows are rounded (int8, int4, k8v4), whole sections of
+    1024 tokens are read."""
     max_step_tokens: int | None = None
-    """Prompt tokens that are read between two tokens of the requests that are being answered, so that a long prompt
+    \"\"\"Prompt tokens that are read between two tokens of the requests that are being answered, so that a long prompt
     does not keep them waiting; None: prompts are read first, which is fastest where nobody watches. Changes no token.
-    Where rows are rounded, a section of 1024 tokens is the least."""
+    Where rows are rounded, a section of 1024 tokens is the least.\"\"\"
     schedule_policy: Literal["fcfs", "hrrn"] = "fcfs"
     """Who runs next when more requests wait than may run, after priority. fcfs: the first to come. hrrn: the highest
     (waited + expected time) / expected time, so that short requests do not wait for long ones, and long ones not

@@ -26,6 +26,8 @@ QUAD = 4
 """Inputs that lie together in a weight of 8 bits."""
 SPAN = 32
 """Inputs that share a scale and a minimum in a weight of 4 bits; as `kSpan`."""
+PADDING = 16
+"""What rows of a matrix that native code reads in vectors are padded to; as `kPad` in csrc/attend/task.h."""
 STEP_INPUTS = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}
 """By the format of a weight, inputs that lie together: four bytes of each output channel."""
 
@@ -308,18 +310,19 @@ class ModelSpec:
         return 2 * self.kv_size * self.num_layers * DTYPE_BYTES[dtype]
 
 
-CODE_BITS: dict[str, int] = {"int8": 8, "int4": 4}
-"""Bits of one value in an integer row."""
+CODE_BITS: dict[str, tuple[int, int]] = {"int8": (8, 8), "int4": (4, 4), "k8v4": (8, 4)}
+"""Bits of one value of K and of V in an integer row."""
 
 
 @dataclass(frozen=True)
 class RowFormat:
     """What the bytes of one row mean: K then V of one token of one layer, `[2, G, D]` of `dtype`.
 
-        float       [ K: G x D values        ][ V: G x D values        ]
-        int8, int4  [ K: G x head_bytes codes ][ V: G x head_bytes codes ][ (scale, minimum) float16: G of K, G of V ]
+        float             [ K: G x D values ][ V: G x D values ]
+        int8, int4, k8v4  [ K: G x codes    ][ V: G x codes    ][ (scale, minimum) float16: G of K, G of V ]
 
-    A head of int4 codes has ceil(D / 2) bytes; byte i holds code i (low half) and code i + ceil(D / 2) (high half).
+    A head has D bytes of codes of 8 bits, or ceil(D / 2) of 4: then byte i holds code i (low half) and code
+    i + ceil(D / 2) (high half). k8v4 has K in 8 bits and V in 4; the pairs begin at an even byte.
     """
 
     dtype: str
@@ -329,14 +332,20 @@ class RowFormat:
     """D"""
 
     @property
-    def head_bytes(self) -> int:
-        """Bytes of the values or codes of one head of K or of V."""
+    def head_bytes(self) -> tuple[int, int]:
+        """Bytes of the values or codes of one head of K, and of one of V."""
         if self.dtype in CODE_BITS:
-            return -(-self.head_dim * CODE_BITS[self.dtype] // 8)
-        return self.head_dim * DTYPE_BYTES[self.dtype]
+            of_k, of_v = (-(-self.head_dim * bits // 8) for bits in CODE_BITS[self.dtype])
+            return of_k, of_v
+        return (self.head_dim * DTYPE_BYTES[self.dtype],) * 2
+
+    @property
+    def pairs_at(self) -> int:
+        """Where the scales and minima of an integer row begin; the end of another."""
+        num_bytes = self.num_kv_heads * sum(self.head_bytes)
+        return num_bytes + num_bytes % 2
 
     @cached_property  # asked for in every layer of every step
     def row_bytes(self) -> int:
         """Bytes of one token of one layer."""
-        scale_bytes = 4 if self.dtype in CODE_BITS else 0
-        return 2 * self.num_kv_heads * (self.head_bytes + scale_bytes)
+        return self.pairs_at + (8 * self.num_kv_heads if self.dtype in CODE_BITS else 0)

@@ -197,7 +197,9 @@ def test_sliding_windows_keep_the_promise(policy, dtype, kernels, tiny_model, tm
 
 
 @pytest.mark.parametrize("policy", ["dense", "swa", "h2o", "sketch"])
-@pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8"), ("bfloat16", "int4")]
+)
 def test_the_steps_a_long_prompt_is_read_in_change_no_bit(policy, dtype, kv_dtype):
     """Prompts of more than one section, cut within and across sections; the embedded model allows 2048 tokens."""
     options = {"policy": policy, "sparsity": 0.9, "dtype": dtype, "kv_dtype": kv_dtype, "max_num_seqs": 2}
@@ -285,7 +287,7 @@ def random_case(draw):
             "sparsity": draw.choice([0.0, 0.4, 0.8]),
             "dtype": draw.choice(["bfloat16", "bfloat16", "float16", "float32"]),
             "weight_dtype": draw.choice(["auto", "auto", "int8"]),
-            "kv_dtype": draw.choice(["auto", "auto", "bfloat16", "int8", "int4"]),
+            "kv_dtype": draw.choice(["auto", "auto", "bfloat16", "int8", "int4", "k8v4"]),
             "prefill_chunk": draw.choice([16, 64, 1024]),
         },
         "lengths": [draw.randint(1, longest) for _ in range(draw.randint(1, 7))],

@@ -173,7 +173,7 @@ def test_native_kernels_give_the_tokens_of_the_torch_twin(policy, kv_dtype, tiny
     assert greedy(native, prompts) == greedy(reference, prompts)
 
 
-@pytest.mark.parametrize(("kv_dtype", "most_kl"), [("int8", 1e-3), ("int4", 0.4)])
+@pytest.mark.parametrize(("kv_dtype", "most_kl"), [("int8", 1e-3), ("k8v4", 0.02), ("int4", 0.2)])
 def test_quantised_rows_hardly_change_the_distributions(kv_dtype, most_kl):
     """Measured: 2.4e-4 and 0.12 nats per token on this model of 8 values a head; a wrong scale gives several nats."""
     llm = LLM(stories260k(), policy="dense")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from alisa.kernels.base import Attend
 from alisa.kernels.native.product import model_isa_names
-from alisa.model.attend import Attend
 from alisa.model.decoder import Decoder
 from alisa.model.linear import FrameworkLinears, LinearMaker
 from alisa.model.loader import load_decoder, load_spec

@@ -47,7 +47,7 @@ THREE_PHASES = {
 }
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("policy", ["dense", "swa", "sketch"])
 @pytest.mark.parametrize("family", ["opt", "llama-gqa-tied"])
 def test_no_placement_changes_a_token(family, policy, kv_dtype, tiny_model, tmp_path):

@@ -98,7 +98,7 @@ def test_a_policy_that_sees_every_row_keeps_nothing(caplog):
     assert "--policy h2o looks at every row of a prompt" in caplog.text
 
 
-@pytest.mark.parametrize(("policy", "kv_dtype"), [("sketch", "int8"), ("swa", "int4")])
+@pytest.mark.parametrize(("policy", "kv_dtype"), [("sketch", "int8"), ("swa", "int4"), ("sketch", "k8v4")])
 def test_rounded_rows_take_whole_sections(policy, kv_dtype):
     options = {"policy": policy, "kv_dtype": kv_dtype, "dtype": "bfloat16", "max_model_len": 1300}
     plain, keeps = LLM(**options), LLM(**options, prefix_cache=True)

@@ -10,7 +10,7 @@ from alisa.kernels.native import kernels as cpu
 from alisa.kernels.native import library
 from alisa.spec import RowFormat
 
-ROW_DTYPES = ["float32", "bfloat16", "float16", "int8", "int4"]
+ROW_DTYPES = ["float32", "bfloat16", "float16", "int8", "int4", "k8v4"]
 ISAS = ["avx512", "avx2", "portable"]
 SKETCH_ISAS = ["avx512_vnni", *ISAS]
 

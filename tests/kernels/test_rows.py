@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from alisa.cache import codec as codecs
 from alisa.kernels.native import kernels as cpu
 from alisa.kernels.native import library
-from alisa.spec import RowFormat
+from alisa.spec import CODE_BITS, RowFormat
 from tests.kernels.cases import ISAS, ROW_DTYPES, kernels
 
 needs_kernels = pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
@@ -57,7 +57,7 @@ def test_append_takes_tokens_that_are_parts_of_a_wider_tensor():
 
 @settings(max_examples=80)
 @given(
-    row_dtype=st.sampled_from(["int8", "int4"]),
+    row_dtype=st.sampled_from(["int8", "int4", "k8v4"]),
     head_dim=st.sampled_from([1, 2, 5, 64, 128]),
     scale=SCALES,
     offset=st.sampled_from([0.0, -3.0, 100.0]),
@@ -70,11 +70,11 @@ def test_a_value_moves_by_at_most_half_a_step(row_dtype, head_dim, scale, offset
     k, v = make_values(6, 2, head_dim, torch.float32, scale, offset, seed)
     rows = codec.encode(k, v)
     assert rows.shape == (6, codec.format.row_bytes)
-    for values, decoded in zip((k, v), codec.decode(rows), strict=True):
+    for values, decoded, bits in zip((k, v), codec.decode(rows), CODE_BITS[row_dtype], strict=True):
         reach = values.amax(-1) - values.amin(-1)
         # The minimum moves down by at most one float16 step and the scale up by one; 6e-8 is the smallest float16.
         unit = values.abs().amax(-1) * 2**-10 + 6e-8
-        step = (reach + unit) / (255 if row_dtype == "int8" else 15) * (1 + 2**-10) + 6e-8
+        step = (reach + unit) / (2**bits - 1) * (1 + 2**-10) + 6e-8
         bound = step / 2 + values.abs().amax(-1) * 2**-22
         assert ((values - decoded).abs().amax(-1) <= bound).all()
 

@@ -129,7 +129,10 @@ def test_requests_that_share_parameters_have_seeds_of_their_own():
     ("options", "message"),
     [
         ({"dtype": "float64"}, "dtype 'float64' is unknown, there is auto, float32, bfloat16, float16."),
-        ({"kv_dtype": "int2"}, "kv_dtype 'int2' is unknown, there is auto, float32, bfloat16, float16, int8, int4."),
+        (
+            {"kv_dtype": "int2"},
+            "kv_dtype 'int2' is unknown, there is auto, float32, bfloat16, float16, int8, int4, k8v4.",
+        ),
         ({"policy": None}, "policy None is unknown, there is dense, "),
         ({"sparsity": "half"}, "sparsity is 'half', a number is needed."),
         ({"max_num_seqs": 0}, "max_num_seqs is 0, at least 1 is needed."),

@@ -54,29 +54,45 @@ class IntCodec:
 
     def encode(self, k: Tensor, v: Tensor) -> Tensor:
         """K and V `[N, G, D]` as rows `UInt8[N, row_bytes]`."""
-        num_steps = 2 ** CODE_BITS[self.format.dtype] - 1
-        values = torch.stack((k, v), dim=1).float()  # [N, 2, G, D]
+        halves = [self._codes(values.float(), bits) for values, bits in zip((k, v), self._bits, strict=True)]
+        codes = torch.cat([codes for codes, _ in halves], dim=1)
+        codes = torch.nn.functional.pad(codes, (0, self.format.pairs_at - codes.shape[1]))
+        return torch.cat((codes, *(pairs for _, pairs in halves)), dim=1)
+
+    def decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows `UInt8[N, row_bytes]` as k, v `Float32[N, G, D]`."""
+        num_heads, pairs_at = self.format.num_kv_heads, self.format.pairs_at
+        k_bytes, v_bytes = (num_heads * head_bytes for head_bytes in self.format.head_bytes)
+        k_bits, v_bits = self._bits
+        pairs = rows[:, pairs_at:].contiguous().view(torch.float16).view(len(rows), 2, num_heads, 2).float()
+        return (
+            self._values(rows[:, :k_bytes], pairs[:, 0], k_bits),
+            self._values(rows[:, k_bytes : k_bytes + v_bytes], pairs[:, 1], v_bits),
+        )
+
+    @property
+    def _bits(self) -> tuple[int, int]:
+        return CODE_BITS[self.format.dtype]
+
+    def _codes(self, values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """Codes UInt8[N, G * bytes of a head] and pairs UInt8[N, G * 4] of K or V Float32[N, G, D]."""
+        num_steps = 2**bits - 1
         minimum = _float16_below(values.amin(-1).clamp(-FLOAT16_MAX, FLOAT16_MAX) + 0.0)  # + 0: no negative zero
         reach = (values.amax(-1) - minimum.float()) / num_steps
         scale = _float16_above(reach.clamp(0, FLOAT16_MAX) + 0.0)
         inverse = torch.where(scale > 0, 1 / scale.float(), 0.0)
         codes = ((values - minimum.float()[..., None]) * inverse[..., None]).clamp(0, num_steps).round().to(torch.uint8)
-        if self.format.dtype == "int4":
-            low, high = codes[..., : self.format.head_bytes], codes[..., self.format.head_bytes :]
+        if bits == 4:
+            low, high = codes.tensor_split([(codes.shape[-1] + 1) // 2], dim=-1)
             codes = low | torch.nn.functional.pad(high, (0, low.shape[-1] - high.shape[-1])) << 4
-        pairs = torch.stack((scale, minimum), dim=-1).flatten(1).view(torch.uint8)
-        return torch.cat((codes.flatten(1), pairs), dim=1)
+        return codes.flatten(1), torch.stack((scale, minimum), dim=-1).flatten(1).view(torch.uint8)
 
-    def decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows `UInt8[N, row_bytes]` as k, v `Float32[N, G, D]`."""
-        num_heads, head_bytes = self.format.num_kv_heads, self.format.head_bytes
-        split = 2 * num_heads * head_bytes
-        codes = rows[:, :split].view(len(rows), 2, num_heads, head_bytes)
-        if self.format.dtype == "int4":
+    def _values(self, codes: Tensor, pairs: Tensor, bits: int) -> Tensor:
+        """K or V Float32[N, G, D] of codes UInt8[N, G * bytes of a head] and pairs Float32[N, G, 2]."""
+        codes = codes.unflatten(1, (self.format.num_kv_heads, -1))
+        if bits == 4:
             codes = torch.cat((codes & 15, codes >> 4), dim=-1)[..., : self.format.head_dim]
-        pairs = rows[:, split:].contiguous().view(torch.float16).view(len(rows), 2, num_heads, 2).float()
-        values = pairs[..., 1:] + pairs[..., :1] * codes.float()
-        return values[:, 0], values[:, 1]
+        return pairs[..., 1:] + pairs[..., :1] * codes.float()
 
 
 def make_codec(row_format: RowFormat) -> Codec:

@@ -56,7 +56,7 @@ class SweepOptions:
     sparsity: Annotated[str, arg(metavar="SHARE[,SHARE...]")] = "0.5,0.8,0.9"
     """Shares of the earlier tokens that a step does not read."""
     kv_dtype: Annotated[str, arg(metavar="NAME[,NAME...]")] = "auto"
-    """What K and V are kept in: auto (as the model computes), float32, bfloat16, float16, int8, int4."""
+    """What K and V are kept in: auto (as the model computes), float32, bfloat16, float16, int8, int4, k8v4."""
     forward: Annotated[Literal["alisa", "hf"], arg(name="engine")] = "alisa"
     """Whose forward pass runs: our decoder's, or that of Hugging Face transformers, for families that we do not have
     (pip install 'alisa[hf]'). Rows, policies and kernels are ours in both."""

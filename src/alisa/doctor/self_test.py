@@ -11,7 +11,7 @@ from alisa.kernels.native.kernels import CpuKernels
 from alisa.kernels.reference.decode import decode_attention
 from alisa.spec import RowFormat
 
-ROW_DTYPES = ("float32", "bfloat16", "int8", "int4")
+ROW_DTYPES = ("float32", "bfloat16", "int8", "int4", "k8v4")
 _NUM_ROWS, _NUM_SEQS, _NUM_SLOTS, _HEAD_DIM = 100, 2, 33, 64
 
 TOLERANCE = 8 * (_HEAD_DIM + _NUM_SLOTS) * torch.finfo(torch.float32).eps

@@ -114,6 +114,7 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
             config.policy,
         )
     codec = kv_codec(model, config)
+    model = model.for_rows(codec.format.dtype)
     placement = options.placement
     if placement is None and config.schedule is not None:
         placement = load_schedule(config.schedule)

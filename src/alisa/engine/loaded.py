@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from alisa.attention.kv_cache import Rebuilding, RowSource
@@ -42,6 +42,10 @@ class LoadedModel:
     def dtype(self) -> str:
         """What the model computes in."""
         return str(self.decoder.dtype).removeprefix("torch.")
+
+    def for_rows(self, kv_dtype: str) -> LoadedModel:
+        """The same with a decoder for rows of this format: `Decoder.for_rows`."""
+        return replace(self, decoder=self.decoder.for_rows(kv_dtype))
 
     @property
     def row_source(self) -> RowSource:

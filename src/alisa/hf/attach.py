@@ -13,11 +13,13 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from alisa.attention.build import build_session
 from alisa.attention.caps import device_cap, disk_directory, lower_caps
 from alisa.attention.kv_cache import RowSource, build_kv_cache, plan_kv_cache
+from alisa.basis.calibration import find_row_basis
 from alisa.cache.codec import make_codec
 from alisa.config import EngineConfig, KvDtypeName
 from alisa.errors import InputError
 from alisa.hf.batch import Batch
 from alisa.hf.cache import AlisaCache, refuse_other_prompt
+from alisa.hf.handed import handed_forward
 from alisa.hf.observed import ObservedAttention, observe, refusal
 from alisa.hf.seam import NAME, check_eager, register
 from alisa.hf.sequences import Sequences
@@ -194,7 +196,16 @@ def _sequences(model: PreTrainedModel, config: EngineConfig) -> tuple[Sequences,
         looks_ahead=cache_config.placement.uses_tiers,
         sinks=observed.sinks,
     )
-    return Sequences(session, cache_config, reads_of(config.policy, config.sparsity)), observed
+    basis = find_row_basis(
+        dtype,
+        shape,
+        model.config.get_text_config(decoder=True).vocab_size,
+        max_len,
+        lambda tokens, positions, attend, _: handed_forward(model, tokens, positions, attend),
+        device,
+        observed.sinks,
+    )
+    return Sequences(session, cache_config, reads_of(config.policy, config.sparsity), basis), observed
 
 
 class _ForwardHook:

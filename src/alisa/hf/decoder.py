@@ -14,10 +14,10 @@ from alisa.config import EngineConfig
 from alisa.engine.loaded import LoadedModel
 from alisa.errors import InputError, ModelError
 from alisa.hf.attach import use_our_attention
+from alisa.hf.handed import handed_forward
 from alisa.hf.observed import observe, refusal
-from alisa.hf.seam import AttentionRequest, MarkingCache, NewRows, scaled
+from alisa.kernels.base import Attend
 from alisa.kernels.choose import choose_backend
-from alisa.model.attend import Attend
 from alisa.model.decoder import Decoder
 from alisa.model.hub import resolve_model
 from alisa.model.precision import resolve_device, resolve_dtype
@@ -55,6 +55,8 @@ class TransformersDecoder(Decoder):
         self.model = model
         self.dtype = model.dtype
         self.device = model.device
+        self._row_basis = None
+        self._for_rows = {}
         # What is not said here is not asked of a decoder: it is for pricing and building one of ours.
         self.spec = ModelSpec(
             family=str(config.model_type),
@@ -80,6 +82,7 @@ class TransformersDecoder(Decoder):
         """The same model, for sequences of at most so many tokens."""
         limited = copy(self)
         limited.spec = self.spec.within(max_len)
+        limited._for_rows = {}
         return limited
 
     @property
@@ -100,26 +103,11 @@ class TransformersDecoder(Decoder):
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, lengths: Tensor | None = None) -> Tensor:
         """Logits `[B, T, V]` of tokens and positions Int64[B, T]; the others as in `Decoder.forward`."""
-        cache = _Handed(attend)
-        return self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        return handed_forward(self.model, tokens, positions, self._seam(attend))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What `forward` returned, as Float32[N, V]."""
         return hidden.to(torch.float32)
-
-
-class _Handed(MarkingCache):
-    """Hands queries, keys and values of a pass to `attend`, and keeps nothing."""
-
-    def __init__(self, attend: Attend) -> None:
-        super().__init__()
-        self._attend = attend
-
-    def attend(self, layer: int, request: AttentionRequest, new: NewRows, query: Tensor, mask: Tensor | None) -> Tensor:
-        """See `RowOwner`."""
-        q, k, v = scaled(query, request), new.k.transpose(1, 2), new.v.transpose(1, 2)
-        hidden = k.new_empty(*k.shape[:2], 0)
-        return self._attend(layer, q.contiguous(), k.contiguous(), v.contiguous(), hidden)
 
 
 def load_transformers(config: EngineConfig) -> LoadedModel:

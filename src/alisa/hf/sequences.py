@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alisa.attention.kv_cache import KVCacheConfig
 from alisa.attention.session import KVSession
+from alisa.basis.row_basis import RowBasis
 from alisa.budget import Reads
 from alisa.config import format_bytes
 from alisa.errors import AlisaError, CapacityError, InputError
@@ -27,10 +28,12 @@ class Sequences:
         session: cache, policy and kernels.
         config: what the cache was built as.
         reads: how many tokens a step reads.
+        basis: that rows are in; None: that of the model.
     """
 
-    def __init__(self, session: KVSession, config: KVCacheConfig, reads: Reads) -> None:
+    def __init__(self, session: KVSession, config: KVCacheConfig, reads: Reads, basis: RowBasis | None) -> None:
         self.session = session
+        self._attend = session.attend if basis is None else basis.around(session.attend)
         self.max_len = config.max_model_len
         self._config = config
         self._reads = reads
@@ -121,7 +124,7 @@ class Sequences:
                 "another forward pass of this model began in the middle of this one; one thread at a time may use a "
                 "model that is attached to alisa."
             )
-        return self.session.attend(layer, q, k, v, k.new_empty(*k.shape[:2], 0))
+        return self._attend(layer, q, k, v, k.new_empty(*k.shape[:2], 0))
 
     def end(self) -> None:
         """The step is over.

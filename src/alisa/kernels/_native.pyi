@@ -290,6 +290,21 @@ class Stack:
 def activate(
     *, isa: str, threads: Threads, kind: int, dtype: int, x: int, out: int, width: int, gated: bool, num_tokens: int
 ) -> None: ...
+def turn(
+    *,
+    isa: str,
+    threads: Threads,
+    heads: int,
+    out: int,
+    dtype: int,
+    stride: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    matrices: int,
+    shifts: int,
+    num_tokens: int,
+) -> None: ...
 def select(
     *,
     threads: Threads,

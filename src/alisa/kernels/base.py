@@ -21,6 +21,18 @@ Bytes = NDArray[np.uint8]
 Slots = NDArray[np.int64]
 
 
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""The seam between a model and everything that knows a cache: one function, called once per layer.
+
+layer, q `[B, T, H, D]`, k `[B, T, G, D]`, v `[B, T, G, D]`, hidden `[B, T, C]` -> out `[B, T, H, D]`.
+
+hidden is what q, k and v were projected from: `project_kv` makes k and v from it again.
+
+q and k are already rotated. k and v may be views into the joint K and V product: their last dimension is contiguous,
+their token stride `2 * G * D`. The next layer may overwrite all four: whoever wants to keep them takes a copy.
+"""
+
+
 class Codec(Protocol):
     """Turns K and V into rows of bytes and back; only it and the kernels know what a row holds."""
 
@@ -212,6 +224,17 @@ class AppendKernel(Protocol):
 
     def __call__(self, rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """K and V `[N, G, D]` stand as rows at `slots` Int64[N] of one layer's pool UInt8[R, row_bytes]."""
+        ...
+
+
+class HeadTurn(Protocol):
+    """Heads in another basis."""
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """Heads `[..., H, D]`, each times the matrix of its KV head and less a vector, in their dtype.
+
+        The sums are in float32. On a CPU what a token gets depends on it alone, to the last bit.
+        """
         ...
 
 

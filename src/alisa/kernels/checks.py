@@ -76,6 +76,14 @@ def _check_numbers(name: str, numbers: Tensor | None, shape: tuple[int, ...], dt
         raise ValueError(f"the {name} are {tuple(numbers.shape)} in {numbers.dtype}, not {shape} in {dtype}")
 
 
+def check_turn(heads: Tensor, num_kv_heads: int, head_dim: int) -> None:
+    """Heads can be turned by matrices of this many KV heads and this size; raises otherwise."""
+    if heads.shape[-1] != head_dim or heads.shape[-2] % num_kv_heads:
+        raise ValueError(f"heads {tuple(heads.shape)} are not those of {num_kv_heads} KV heads of {head_dim}")
+    if heads.dtype not in VALUE_DTYPES:
+        raise TypeError(f"heads are a float, not {heads.dtype}")
+
+
 def check_append(rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """New tokens fit the rows they go to; raises otherwise."""
     _check_rows(rows, row_format)

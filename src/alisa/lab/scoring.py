@@ -204,6 +204,7 @@ def teacher_forced(
     row once more per step: slow, and free of any effect on the logits.
     """
     lengths = [item.num_tokens for item in items]
+    decoder = decoder.for_rows(codec.format.dtype)
     store = flat_store(decoder, codec, kernels, num_rows=sum(lengths), num_seqs=len(items), max_length=max(lengths))
     probe = _LostMass(kernels.attend, store, decoder.spec.attention)
     session = build_session(

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alisa.basis.calibration import find_row_basis
+from alisa.basis.row_basis import RowBasis
+from alisa.kernels.base import Attend
 from alisa.kernels.reference.softcap import softcapped
 from alisa.model.activation import make_activation
-from alisa.model.attend import Attend
 from alisa.model.experts import Experts
 from alisa.model.layer import Builder, Layer, Norm, Progress
 from alisa.model.linear import LinearMaker, PlainLinear
@@ -78,12 +80,31 @@ class Decoder:
         # All between attention and attention in one call, where it is native.
         stacks = can_stack(self._layers)
         self._stack = LayerStack(spec, self._layers, self._final_norm, self._rope_of_layer, dtype) if stacks else None
+        self._row_basis: RowBasis | None = None
+        self._for_rows: dict[str, Decoder] = {}
 
     def within(self, max_len: int) -> Decoder:
         """The same weights, for sequences of at most so many tokens; see `ModelSpec.within`."""
         limited = copy(self)
         limited.spec = self.spec.within(max_len)
+        limited._for_rows = {}
         return limited
+
+    def for_rows(self, kv_dtype: str) -> Decoder:
+        """The same model for rows of this format: what they hold in 4 bits comes in a basis that suits it.
+
+        Found in one pass over some random tokens when it is first asked for; see `alisa.basis.row_basis`. `project_kv`
+        gives what `attend` gets.
+        """
+        if self._row_basis is not None:
+            return self
+        if kv_dtype not in self._for_rows:
+            spec, turned = self.spec, copy(self)
+            turned._row_basis = find_row_basis(
+                kv_dtype, spec.attention, spec.vocab_size, spec.max_positions, self.forward, self.device, self.sinks
+            )
+            self._for_rows[kv_dtype] = self if turned._row_basis is None else turned
+        return self._for_rows[kv_dtype]
 
     @property
     def sinks(self) -> tuple[Tensor, ...] | None:
@@ -123,6 +144,7 @@ class Decoder:
         rotations = [self._rotation(rope, positions, lengths) for rope in range(len(self._ropes))]
         if self._positions is not None:
             x = x + F.embedding(positions + spec.position_offset, self._positions)
+        attend = self._seam(attend)
         if self._stack is not None:
             x = self._stack.forward(x, rotations, attend, self._experts)
         else:
@@ -175,11 +197,17 @@ class Decoder:
         rope = self._rope_of_layer[layer]
         rotation = None if rope is None else self._rotation(rope, positions, None)
         if self._stack is not None:
-            return self._stack.project_kv(layer, hidden, rotation)
-        shape = (hidden.shape[0], 2, self.spec.num_kv_heads, self.spec.head_dim)
-        k, v = weights.kv(hidden).view(shape).unbind(1)
-        k = self._head_normed(weights.k_norm, k)
-        return (k if rotation is None else rotation(k)), v
+            k, v = self._stack.project_kv(layer, hidden, rotation)
+        else:
+            shape = (hidden.shape[0], 2, self.spec.num_kv_heads, self.spec.head_dim)
+            k, v = weights.kv(hidden).view(shape).unbind(1)
+            k = self._head_normed(weights.k_norm, k)
+            k = k if rotation is None else rotation(k)
+        return (k, v) if self._row_basis is None else self._row_basis.rows(layer, k, v)
+
+    def _seam(self, attend: Attend) -> Attend:
+        """What a forward pass calls for an `attend` that sees rows in their basis."""
+        return attend if self._row_basis is None else self._row_basis.around(attend)
 
     def _rotation(self, number: int, positions: Tensor, lengths: Tensor | None) -> Rotation:
         """The rotation of tokens at these positions, for the layers that have this embedding."""

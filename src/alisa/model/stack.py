@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from alisa.kernels.base import Attend
 from alisa.kernels.native import library
 from alisa.kernels.native.activation import KINDS
 from alisa.kernels.native.product import model_isa_names
-from alisa.model.attend import Attend
 from alisa.model.experts import Experts
 from alisa.model.layer import Layer, Norm
 from alisa.model.linear import Linear

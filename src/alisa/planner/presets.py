@@ -42,7 +42,7 @@ def _gpu(name: str, memory_gib: int, bandwidth: float, flops: float, link: float
         below_bytes=host_gib * _GIB,
         packs_tied=False,
         gemm=dict.fromkeys(dtypes, gemm),
-        attention=dict.fromkeys((*dtypes, "int8", "int4"), attention),
+        attention=dict.fromkeys((*dtypes, "int8", "int4", "k8v4"), attention),
         selection={
             "none": SelectionPrices(step_s=0.0, call_s=0.0),
             # Two more kernels a layer; sums of 8 bytes are read and ranked, weights of 4 written.

@@ -51,7 +51,8 @@ double half_value(const uint8_t* bytes) {
 
 // Dimension `dim` of head `g` of K (half 0) or V (half 1).
 double value_at(const RowLayout& layout, const uint8_t* row, int half, int g, int dim) {
-  const uint8_t* head = row + half * layout.half_bytes() + g * layout.head_bytes();
+  const alisa::HalfLayout of_half = half ? layout.values() : layout.keys();
+  const uint8_t* head = row + half * layout.values_at() + g * of_half.head_bytes();
   if (layout.dtype == Dtype::kFloat32) {
     float value;
     __builtin_memcpy(&value, head + 4 * dim, 4);
@@ -64,9 +65,9 @@ double value_at(const RowLayout& layout, const uint8_t* row, int half, int g, in
     return value;
   }
   if (layout.dtype == Dtype::kFloat16) return half_value(head + 2 * dim);
-  const uint8_t* pair = row + 2 * layout.half_bytes() + 4 * (half * layout.num_kv_heads + g);
-  const int plane = layout.plane_len();
-  int code = layout.dtype == Dtype::kInt8 ? head[dim] : dim < plane ? head[dim] & 15 : head[dim - plane] >> 4;
+  const uint8_t* pair = row + layout.pairs_at() + 4 * (half * layout.num_kv_heads + g);
+  const int plane = of_half.plane_len();
+  int code = of_half.dtype == Dtype::kInt8 ? head[dim] : dim < plane ? head[dim] & 15 : head[dim - plane] >> 4;
   return half_value(pair + 2) + half_value(pair) * code;
 }
 
@@ -521,7 +522,8 @@ int main() {
     for (const Activation kind : {Activation::kSilu, Activation::kGeluTanh, Activation::kGelu, Activation::kRelu}) {
       for (const int width : {1, 15, 16, 17, 511, 512, 513}) check_activation(*isa, kind, width, random);
     }
-    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt8, Dtype::kInt4}) {
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt8, Dtype::kInt4,
+                              Dtype::kK8V4}) {
       for (const int dim : {1, 7, 16, 33, 64, 80}) {
         for (const int group : {1, 2, 5}) {
           for (const bool per_head : {false, true}) check_decode(*isa, {dtype, 3, dim}, group, per_head, random);

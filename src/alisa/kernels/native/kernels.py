@@ -22,8 +22,8 @@ from alisa.spec import RowFormat
 if TYPE_CHECKING:
     from alisa.kernels._native import DecodeTask, RowLayout, Workspace
 
-# The numbers of `Dtype` in native/task.h.
-_ROW_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
+# The numbers of `Dtype` in csrc/attend/task.h.
+_ROW_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "k8v4": 5}
 
 
 def check_slots(rows: Tensor, slots: Tensor, counts: Tensor) -> None:

@@ -84,10 +84,14 @@ def encode_rows(
     value_stride: tl.tensor,
     pair_stride: tl.tensor,
     HEAD_DIM: tl.constexpr,
-    HEAD_LEN: tl.constexpr,
-    PLANES: tl.constexpr,
+    K_LEN: tl.constexpr,
+    V_LEN: tl.constexpr,
+    K_PLANES: tl.constexpr,
+    V_PLANES: tl.constexpr,
+    PAIRS_AT: tl.constexpr,
     CODED: tl.constexpr,
-    WIDTH: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """K and V of one KV head of some tokens. Grid (blocks of tokens, G)."""
@@ -95,21 +99,25 @@ def encode_rows(
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     live = tokens < num_tokens
     slots = tl.load(slots_ptr + tokens, mask=live, other=0)
-    columns = tl.arange(0, WIDTH)
+    k_columns, v_columns = tl.arange(0, K_WIDTH), tl.arange(0, V_WIDTH)
     values_ptrs = values_ptr + slots * value_stride
     pairs_ptrs = pairs_ptr + slots * pair_stride
     k_ptrs = k_ptr + tokens * k_stride + head * k_head_stride
     v_ptrs = v_ptr + tokens * v_stride + head * v_head_stride
-    k_places = values_ptrs + head * HEAD_LEN
-    v_places = values_ptrs + (num_heads + head) * HEAD_LEN
+    k_places = values_ptrs + head * K_LEN
+    v_places = values_ptrs + num_heads * K_LEN + head * V_LEN
     if CODED:
-        k_pairs = pairs_ptrs + num_heads * HEAD_LEN + 2 * head
+        k_pairs = pairs_ptrs + PAIRS_AT + 2 * head
         v_pairs = k_pairs + 2 * num_heads
-        write_codes(k_ptrs, k_places, k_pairs, columns, live, HEAD_DIM, HEAD_LEN, PLANES)
-        write_codes(v_ptrs, v_places, v_pairs, columns, live, HEAD_DIM, HEAD_LEN, PLANES)
+        write_codes(k_ptrs, k_places, k_pairs, k_columns, live, HEAD_DIM, K_LEN, K_PLANES)
+        write_codes(v_ptrs, v_places, v_pairs, v_columns, live, HEAD_DIM, V_LEN, V_PLANES)
+        if K_PLANES != V_PLANES:
+            # The byte that fills up an odd number of them.
+            end = num_heads * (K_LEN + V_LEN)
+            tl.store(values_ptrs + end, 0, mask=live & (head == 0) & (end < 2 * PAIRS_AT))
     else:
-        write_values(k_ptrs, k_places, columns, live, HEAD_LEN)
-        write_values(v_ptrs, v_places, columns, live, HEAD_LEN)
+        write_values(k_ptrs, k_places, k_columns, live, K_LEN)
+        write_values(v_ptrs, v_places, v_columns, live, V_LEN)
 
 
 def launch_append(rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -130,9 +138,13 @@ def launch_append(rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor,
         view.values.stride(0),
         view.pairs.stride(0),
         HEAD_DIM=row_format.head_dim,
-        HEAD_LEN=view.head_len,
-        PLANES=view.planes,
+        K_LEN=view.k_len,
+        V_LEN=view.v_len,
+        K_PLANES=view.k_planes,
+        V_PLANES=view.v_planes,
+        PAIRS_AT=view.pairs_at,
         CODED=view.coded,
-        WIDTH=power_of_two(view.head_len),
+        K_WIDTH=power_of_two(view.k_len),
+        V_WIDTH=power_of_two(view.v_len),
         TOKENS=tokens,
     )

@@ -39,10 +39,14 @@ def attend_group(
     PADDED: tl.constexpr,
     PER_HEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HEAD_LEN: tl.constexpr,
-    PLANES: tl.constexpr,
+    K_LEN: tl.constexpr,
+    V_LEN: tl.constexpr,
+    K_PLANES: tl.constexpr,
+    V_PLANES: tl.constexpr,
+    PAIRS_AT: tl.constexpr,
     CODED: tl.constexpr,
-    WIDTH: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Scores, and for each split between begins and ends its maximum, sum and weighted values.
@@ -62,29 +66,29 @@ def attend_group(
     members = tl.arange(0, PADDED)
     real = members < GROUP
     heads = seq * NUM_HEADS + kv_head * GROUP + members
-    columns = tl.arange(0, WIDTH)
-    q_ptrs = q_ptr + heads[:, None] * HEAD_DIM + columns[None, :]
-    q_low = tl.load(q_ptrs, mask=real[:, None] & (columns < HEAD_LEN)[None, :], other=0.0).to(tl.float32) * scale
+    k_columns, v_columns = tl.arange(0, K_WIDTH), tl.arange(0, V_WIDTH)
+    q_ptrs = q_ptr + heads[:, None] * HEAD_DIM + k_columns[None, :]
+    q_low = tl.load(q_ptrs, mask=real[:, None] & (k_columns < K_LEN)[None, :], other=0.0).to(tl.float32) * scale
     q_sum = tl.sum(q_low, axis=1)
-    if PLANES == 2:
-        mask = real[:, None] & (HEAD_LEN + columns < HEAD_DIM)[None, :]
-        q_high = tl.load(q_ptrs + HEAD_LEN, mask=mask, other=0.0).to(tl.float32) * scale
+    if K_PLANES == 2:
+        mask = real[:, None] & (K_LEN + k_columns < HEAD_DIM)[None, :]
+        q_high = tl.load(q_ptrs + K_LEN, mask=mask, other=0.0).to(tl.float32) * scale
         q_sum += tl.sum(q_high, axis=1)
 
     if PER_HEAD:
         slots_ptr += (seq * num_kv_heads + kv_head) * num_slots
     else:
         slots_ptr += seq * num_slots
-    k_place = kv_head * HEAD_LEN
-    v_place = (num_kv_heads + kv_head) * HEAD_LEN
-    pairs_ptr += num_kv_heads * HEAD_LEN
+    k_place = kv_head * K_LEN
+    v_place = num_kv_heads * K_LEN + kv_head * V_LEN
+    pairs_ptr += PAIRS_AT
 
     lanes = tl.arange(0, BLOCK)
     top = tl.full([PADDED], LOWEST, tl.float32)
     total = tl.zeros([PADDED], tl.float32)
-    low = tl.zeros([PADDED, WIDTH], tl.float32)
-    if PLANES == 2:
-        high = tl.zeros([PADDED, WIDTH], tl.float32)
+    low = tl.zeros([PADDED, V_WIDTH], tl.float32)
+    if V_PLANES == 2:
+        high = tl.zeros([PADDED, V_WIDTH], tl.float32)
     if CODED:
         base = tl.zeros([PADDED], tl.float32)
     for first in range(start, end, BLOCK):
@@ -92,11 +96,11 @@ def attend_group(
         live = ids < end
         slots = tl.load(slots_ptr + ids, mask=live, other=0).to(tl.int64)
         places = slots * value_stride
-        k = load_tile(values_ptr, places + k_place, columns, live, HEAD_LEN)
-        v = load_tile(values_ptr, places + v_place, columns, live, HEAD_LEN)
+        k = load_tile(values_ptr, places + k_place, k_columns, live, K_LEN)
+        v = load_tile(values_ptr, places + v_place, v_columns, live, V_LEN)
 
-        scores = tl.dot(q_low, tl.trans(low_plane(k, PLANES)), input_precision="tf32x3")
-        if PLANES == 2:
+        scores = tl.dot(q_low, tl.trans(low_plane(k, K_PLANES)), input_precision="tf32x3")
+        if K_PLANES == 2:
             # pyrefly: ignore[unbound-name]
             scores += tl.dot(q_high, tl.trans(high_plane(k)), input_precision="tf32x3")
         if CODED:
@@ -121,20 +125,20 @@ def attend_group(
             # pyrefly: ignore[unbound-name]
             base = base * fade + tl.sum(weights * minimum[None, :], axis=1)
             weights *= step[None, :]
-        low = low * fade[:, None] + tl.dot(weights, low_plane(v, PLANES), input_precision="tf32x3")
-        if PLANES == 2:
+        low = low * fade[:, None] + tl.dot(weights, low_plane(v, V_PLANES), input_precision="tf32x3")
+        if V_PLANES == 2:
             # pyrefly: ignore[unbound-name]
             high = high * fade[:, None] + tl.dot(weights, high_plane(v), input_precision="tf32x3")
 
     parts = heads * num_splits + split
     tl.store(tops_ptr + parts, top, mask=real)
     tl.store(totals_ptr + parts, total, mask=real)
-    out_ptrs = outs_ptr + parts[:, None] * HEAD_DIM + columns[None, :]
+    out_ptrs = outs_ptr + parts[:, None] * HEAD_DIM + v_columns[None, :]
     if CODED:
         # pyrefly: ignore[unbound-name]
         low += base[:, None]
-    tl.store(out_ptrs, low, mask=real[:, None] & (columns < HEAD_LEN)[None, :])
-    if PLANES == 2:
-        mask = real[:, None] & (HEAD_LEN + columns < HEAD_DIM)[None, :]
+    tl.store(out_ptrs, low, mask=real[:, None] & (v_columns < V_LEN)[None, :])
+    if V_PLANES == 2:
+        mask = real[:, None] & (V_LEN + v_columns < HEAD_DIM)[None, :]
         # pyrefly: ignore[unbound-name]
-        tl.store(out_ptrs + HEAD_LEN, high + base[:, None], mask=mask)
+        tl.store(out_ptrs + V_LEN, high + base[:, None], mask=mask)

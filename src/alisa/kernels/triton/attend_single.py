@@ -41,10 +41,14 @@ def attend_single(
     PADDED: tl.constexpr,
     PER_HEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HEAD_LEN: tl.constexpr,
-    PLANES: tl.constexpr,
+    K_LEN: tl.constexpr,
+    V_LEN: tl.constexpr,
+    K_PLANES: tl.constexpr,
+    V_PLANES: tl.constexpr,
+    PAIRS_AT: tl.constexpr,
     CODED: tl.constexpr,
-    WIDTH: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Scores, and for each split its maximum, sum and weighted values; arguments as in attend_group."""
@@ -58,12 +62,12 @@ def attend_single(
         return
     end = tl.minimum(start + split_len, stop)
 
-    columns = tl.arange(0, WIDTH)
+    k_columns, v_columns = tl.arange(0, K_WIDTH), tl.arange(0, V_WIDTH)
     q_ptr += (seq * NUM_HEADS + head) * HEAD_DIM
-    q_low = tl.load(q_ptr + columns, mask=columns < HEAD_LEN, other=0.0).to(tl.float32) * scale
+    q_low = tl.load(q_ptr + k_columns, mask=k_columns < K_LEN, other=0.0).to(tl.float32) * scale
     q_sum = tl.sum(q_low)
-    if PLANES == 2:
-        q_high = tl.load(q_ptr + HEAD_LEN + columns, mask=HEAD_LEN + columns < HEAD_DIM, other=0.0)
+    if K_PLANES == 2:
+        q_high = tl.load(q_ptr + K_LEN + k_columns, mask=K_LEN + k_columns < HEAD_DIM, other=0.0)
         q_high = q_high.to(tl.float32) * scale
         q_sum += tl.sum(q_high)
 
@@ -72,16 +76,16 @@ def attend_single(
     else:
         slots_ptr += seq * num_slots
     scores_ptr += (seq * NUM_HEADS + head) * num_slots
-    k_place = head * HEAD_LEN
-    v_place = (NUM_HEADS + head) * HEAD_LEN
-    pairs_ptr += NUM_HEADS * HEAD_LEN
+    k_place = head * K_LEN
+    v_place = NUM_HEADS * K_LEN + head * V_LEN
+    pairs_ptr += PAIRS_AT
 
     lanes = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    low = tl.zeros([BLOCK, WIDTH], tl.float32)
-    if PLANES == 2:
-        high = tl.zeros([BLOCK, WIDTH], tl.float32)
+    low = tl.zeros([BLOCK, V_WIDTH], tl.float32)
+    if V_PLANES == 2:
+        high = tl.zeros([BLOCK, V_WIDTH], tl.float32)
     if CODED:
         base = tl.zeros([BLOCK], tl.float32)
     for first in range(start, end, BLOCK):
@@ -89,11 +93,11 @@ def attend_single(
         live = ids < end
         slots = tl.load(slots_ptr + ids, mask=live, other=0).to(tl.int64)
         places = slots * value_stride
-        k = load_tile(values_ptr, places + k_place, columns, live, HEAD_LEN)
-        v = load_tile(values_ptr, places + v_place, columns, live, HEAD_LEN)
+        k = load_tile(values_ptr, places + k_place, k_columns, live, K_LEN)
+        v = load_tile(values_ptr, places + v_place, v_columns, live, V_LEN)
 
-        scores = tl.sum(low_plane(k, PLANES) * q_low[None, :], axis=1)
-        if PLANES == 2:
+        scores = tl.sum(low_plane(k, K_PLANES) * q_low[None, :], axis=1)
+        if K_PLANES == 2:
             # pyrefly: ignore[unbound-name]
             scores += tl.sum(high_plane(k) * q_high[None, :], axis=1)
         if CODED:
@@ -118,8 +122,8 @@ def attend_single(
             # pyrefly: ignore[unbound-name]
             base = base * fade + weights * minimum
             weights *= step
-        low = low * fade[:, None] + weights[:, None] * low_plane(v, PLANES)
-        if PLANES == 2:
+        low = low * fade[:, None] + weights[:, None] * low_plane(v, V_PLANES)
+        if V_PLANES == 2:
             # pyrefly: ignore[unbound-name]
             high = high * fade[:, None] + weights[:, None] * high_plane(v)
 
@@ -134,8 +138,8 @@ def attend_single(
         shift = tl.sum(base * fade)
         out += shift
     outs_ptr += part * HEAD_DIM
-    tl.store(outs_ptr + columns, out, mask=columns < HEAD_LEN)
-    if PLANES == 2:
+    tl.store(outs_ptr + v_columns, out, mask=v_columns < V_LEN)
+    if V_PLANES == 2:
         # pyrefly: ignore[unbound-name]
         out = tl.sum(high * fade[:, None], axis=0) + shift
-        tl.store(outs_ptr + HEAD_LEN + columns, out, mask=HEAD_LEN + columns < HEAD_DIM)
+        tl.store(outs_ptr + V_LEN + v_columns, out, mask=V_LEN + v_columns < HEAD_DIM)

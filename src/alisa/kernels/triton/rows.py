@@ -22,17 +22,21 @@ class RowView:
     """One layer's pool, twice: as values or codes, and as the float16 pairs of integer rows.
 
     A row is a whole number of elements of either, so that an address is a slot times a stride plus a place in the row.
-    The (scale, minimum) pairs, after 2 G head_len bytes of codes, begin at element G head_len of the float16 view.
     """
 
     values: Tensor
     """`[R, ...]` in the dtype of float rows, UInt8 for codes."""
     pairs: Tensor
     """Float16 `[R, row_bytes / 2]`; the values again where rows hold no scales."""
-    head_len: int
-    """Elements of `values` in one head of K or of V."""
-    planes: int
-    """Codes in a byte: 2 for int4, else 1."""
+    k_len: int
+    """Elements of `values` in one head of K."""
+    v_len: int
+    """And of V, which begins after all heads of K."""
+    k_planes: int
+    """Codes of K in a byte: 2 where they have 4 bits, else 1."""
+    v_planes: int
+    pairs_at: int
+    """Element of `pairs` where the (scale, minimum) pairs of a row begin, G of K, then G of V."""
     coded: bool
 
     @classmethod
@@ -40,9 +44,11 @@ class RowView:
         """Views of rows UInt8[R, row_bytes]; no copy."""
         bits = CODE_BITS.get(row_format.dtype)
         if bits is not None:
-            return cls(rows, rows.view(torch.float16), row_format.head_bytes, 8 // bits, True)
+            (k_len, v_len), (k_bits, v_bits) = row_format.head_bytes, bits
+            pairs = rows.view(torch.float16)
+            return cls(rows, pairs, k_len, v_len, 8 // k_bits, 8 // v_bits, row_format.pairs_at // 2, True)
         values = rows.view(_VALUE_DTYPES[row_format.dtype])
-        return cls(values, values, row_format.head_dim, 1, False)
+        return cls(values, values, row_format.head_dim, row_format.head_dim, 1, 1, 0, False)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ def attend_settings(row_format: RowFormat, group: int) -> AttendSettings:
     in the L2 cache.)
     """
     partial_bytes = 2 * 4 * group * row_format.head_dim
-    token_bytes = 2 * row_format.head_bytes
+    token_bytes = sum(row_format.head_bytes)
     split_len = 128
     while split_len < 512 and partial_bytes * 10 > split_len * token_bytes:
         split_len *= 2

@@ -100,13 +100,14 @@ class AttentionStudy:
         prompt_len: int,
         tell: Callable[[ShadowLayer], None],
     ) -> None:
-        decoder = subject.scorer.decoder
+        codec = subject.codec(variant)
+        decoder = subject.scorer.decoder.for_rows(codec.format.dtype)
         tokens = torch.tensor(ids, device=decoder.device)
         positions = torch.arange(self.length, device=decoder.device).expand_as(tokens)
         attend = ShadowAttend(
             subject.scorer,
             variant.selection_policy(),
-            subject.codec(variant),
+            codec,
             num_seqs=len(ids),
             prompt_len=prompt_len,
             length=self.length,

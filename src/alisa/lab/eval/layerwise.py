@@ -56,7 +56,7 @@ def score_layerwise(
 def _score_batch(
     scorer: Scorer, policy: SelectionPolicy, codec: Codec, items: Sequence[ScoredItem]
 ) -> list[ScoredOutput]:
-    decoder = scorer.decoder
+    decoder = scorer.decoder.for_rows(codec.format.dtype)
     ids = torch.tensor([[*item.prompt_ids, *item.output_ids] for item in items], device=decoder.device)
     positions = torch.arange(ids.shape[1], device=decoder.device).expand_as(ids)
     attend = LayerwiseAttend(scorer, policy, codec, len(items), len(items[0].prompt_ids), ids.shape[1])

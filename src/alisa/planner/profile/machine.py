@@ -21,7 +21,7 @@ from alisa.planner.profile.tiers import measure_link, measure_lookup, measure_re
 from alisa.planner.shapes import SHAPES
 from alisa.policy.registry import make_policy
 
-ROW_DTYPES = ("float32", "bfloat16", "int8", "int4")
+ROW_DTYPES = ("float32", "bfloat16", "int8", "int4", "k8v4")
 _FREE_DISK_SHARE = 0.8
 
 

@@ -19,7 +19,7 @@ namespace alisa::ALISA_ISA {
 
 // What one thread needs while it attends.
 struct AttendScratch {
-  float* query;      // [H, head_stride], scaled by D^-0.5, padded with 0
+  float* query;      // [H, keys().head_stride()], scaled by D^-0.5, padded with 0
   float* query_sum;  // [H]
   float* scaled;     // [H, kBlock] for coded rows: weight * scale
   uint32_t* pairs;   // [2, G, kBlock] for coded rows, see gather_pairs
@@ -27,18 +27,18 @@ struct AttendScratch {
   static size_t heads(int num_heads) { return static_cast<size_t>(round_up(num_heads, kPad)); }
   static size_t floats(const RowLayout& layout, int num_heads) {
     const int block_heads = layout.coded() ? num_heads + 2 * layout.num_kv_heads : 0;
-    return static_cast<size_t>(num_heads) * layout.head_stride() + heads(num_heads) +
+    return static_cast<size_t>(num_heads) * layout.keys().head_stride() + heads(num_heads) +
            kBlock * static_cast<size_t>(block_heads);
   }
   AttendScratch(const RowLayout& layout, int num_heads, float* memory)
       : query(memory),
-        query_sum(query + static_cast<size_t>(num_heads) * layout.head_stride()),
+        query_sum(query + static_cast<size_t>(num_heads) * layout.keys().head_stride()),
         scaled(query_sum + heads(num_heads)),
         pairs(reinterpret_cast<uint32_t*>(scaled + static_cast<size_t>(num_heads) * kBlock)) {}
 };
 
 inline void prepare_query(const DecodeTask& task, int seq, const AttendScratch& scratch) {
-  const RowLayout& layout = task.layout;
+  const HalfLayout layout = task.layout.keys();
   const int dim = layout.head_dim;
   const size_t head_bytes = static_cast<size_t>(dim) * value_bytes(task.q_dtype);
   const float scale = 1.0F / __builtin_sqrtf(static_cast<float>(dim));
@@ -64,28 +64,29 @@ inline void prepare_query(const DecodeTask& task, int seq, const AttendScratch& 
   }
 }
 
-template <class Row>
+template <class Keys, class Values>
 class BlockAttention {
  public:
   BlockAttention(const DecodeTask& task, const AttendScratch& scratch, float* acc)
       : layout_(task.layout),
         scratch_(scratch),
         acc_(acc),
-        shape_(task.layout, task.num_heads),
-        ahead_(shape_.half_bytes, shape_.head_bytes, task.num_sets == 1 ? task.layout.num_kv_heads : 1) {}
+        keys_(task.layout.keys(), task.num_heads),
+        values_(task.layout.values(), task.num_heads),
+        ahead_(task.layout, task.num_sets == 1 ? task.layout.num_kv_heads : 1) {}
 
   // Products of all rows with the query into weights [H, kBlock].
   void score(const BlockRows& rows, const BlockRows& next, float* weights) {
     for (int at = 0; at < rows.count; at += kPanel) {
       ahead_.begin(rows, next, at);
-      if constexpr (Row::kCoded) prefetch_pairs(layout_, rows, at, kPanel);
+      if constexpr (Keys::kCoded) prefetch_pairs(layout_, rows, at, kPanel);
       for (int i = 0; i < rows.num_kv_heads; ++i) {
         ahead_.advance(i);
         const int g = rows.first_kv_head + i;
-        const size_t offset = static_cast<size_t>(g) * shape_.head_bytes;
-        float* out = weights + static_cast<size_t>(g) * shape_.group * kBlock + at;
-        const float* query = scratch_.query + static_cast<size_t>(g) * shape_.group * shape_.head;
-        for_head_tiles<ScoreTile<Row>::kMost>(shape_.group, ScoreTile<Row>{rows.row + at, offset, query, shape_, out});
+        const size_t offset = static_cast<size_t>(g) * keys_.head_bytes;
+        float* out = weights + static_cast<size_t>(g) * keys_.group * kBlock + at;
+        const float* query = scratch_.query + static_cast<size_t>(g) * keys_.group * keys_.head;
+        for_head_tiles<ScoreTile<Keys>::kMost>(keys_.group, ScoreTile<Keys>{rows.row + at, offset, query, keys_, out});
       }
     }
   }
@@ -98,10 +99,10 @@ class BlockAttention {
       for (int i = 0; i < rows.num_kv_heads; ++i) {
         ahead_.advance(i);
         const int g = rows.first_kv_head + i;
-        const size_t offset = shape_.half_bytes + static_cast<size_t>(g) * shape_.head_bytes;
-        const float* of_group = weights + static_cast<size_t>(g) * shape_.group * kBlock + at;
-        float* acc = acc_ + static_cast<size_t>(g) * shape_.group * shape_.head;
-        for_head_tiles<ValueTile<Row>::kMost>(shape_.group, ValueTile<Row>{rows.row + at, offset, of_group, shape_, acc});
+        const size_t offset = layout_.values_at() + static_cast<size_t>(g) * values_.head_bytes;
+        const float* of_group = weights + static_cast<size_t>(g) * values_.group * kBlock + at;
+        float* acc = acc_ + static_cast<size_t>(g) * values_.group * values_.head;
+        for_head_tiles<ValueTile<Values>::kMost>(values_.group, ValueTile<Values>{rows.row + at, offset, of_group, values_, acc});
       }
     }
   }
@@ -109,8 +110,9 @@ class BlockAttention {
  private:
   const RowLayout& layout_;
   const AttendScratch& scratch_;
-  float* acc_;  // [H, head]
-  Shape<Row> shape_;
+  float* acc_;  // [H, head of V]
+  Shape<Keys> keys_;
+  Shape<Values> values_;
   Ahead ahead_;
 };
 
@@ -140,12 +142,12 @@ inline float weigh(float* weights, int count, float& maximum, float& total) {
   return rescale;
 }
 
-template <class Row>
+template <class Keys, class Values>
 void attend_item(const DecodeTask& task, int index, float* memory) {
   const RowLayout& layout = task.layout;
   const Item& item = task.items[index];
   const int num_heads = task.num_heads;
-  const int stride = layout.head_stride();
+  const int stride = layout.values().head_stride();
   const AttendScratch scratch(layout, num_heads, memory);
   const auto partial = static_cast<size_t>(task.grid.first_partial[item.seq] + item.first_block / kItemBlocks);
   float* acc = task.partial_out + partial * num_heads * stride;
@@ -162,7 +164,7 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
     }
   }
 
-  BlockAttention<Row> attention(task, scratch, acc);
+  BlockAttention<Keys, Values> attention(task, scratch, acc);
   const int group = num_heads / layout.num_kv_heads;
   const uint32_t* value_pairs = scratch.pairs + static_cast<size_t>(layout.num_kv_heads) * kBlock;
   const int last_block = item.first_block + item.num_blocks - 1;
@@ -175,11 +177,11 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
       const int next_block = last_set && block < last_block ? block + 1 : block;
       const BlockRows next = block_rows(task, item.seq, last_set ? 0 : set + 1, next_block);
       attention.score(rows, next, weights);
-      if constexpr (Row::kCoded) gather_pairs(layout, rows, scratch.pairs);
+      if constexpr (Keys::kCoded) gather_pairs(layout, rows, scratch.pairs);
       for (int h = rows.first_kv_head * group; h < (rows.first_kv_head + rows.num_kv_heads) * group; ++h) {
         float* of_head = weights + static_cast<size_t>(h) * kBlock;
         const size_t pairs = static_cast<size_t>(h / group) * kBlock;
-        if constexpr (Row::kCoded) apply_keys(scratch.pairs + pairs, scratch.query_sum[h], of_head);
+        if constexpr (Keys::kCoded) apply_keys(scratch.pairs + pairs, scratch.query_sum[h], of_head);
         if (task.softcap > 0.0F) cap_scores(of_head, task.softcap);
         const float rescale = weigh(of_head, rows.count, maximum[h], total[h]);
         task.block_max[number * num_heads + h] = maximum[h];
@@ -187,12 +189,12 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
           float* of_acc = acc + static_cast<size_t>(h) * stride;
           for (int i = 0; i < stride; i += kWidth) store(of_acc + i, load(of_acc + i) * set1(rescale));
         }
-        if constexpr (Row::kCoded) {
+        if constexpr (Keys::kCoded) {
           float* scaled = scratch.scaled + static_cast<size_t>(h) * kBlock;
           shift[h] = shift[h] * rescale + apply_values(value_pairs + pairs, of_head, scaled);
         }
       }
-      attention.accumulate(rows, next, Row::kCoded ? scratch.scaled : weights);
+      attention.accumulate(rows, next, Keys::kCoded ? scratch.scaled : weights);
       rows = next;
     }
   }
@@ -200,11 +202,12 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
 
 inline void attend(const DecodeTask& task, int item, float* scratch) {
   switch (task.layout.dtype) {
-    case Dtype::kFloat32: return attend_item<Float32Row>(task, item, scratch);
-    case Dtype::kBFloat16: return attend_item<BFloat16Row>(task, item, scratch);
-    case Dtype::kFloat16: return attend_item<Float16Row>(task, item, scratch);
-    case Dtype::kInt8: return attend_item<Int8Row>(task, item, scratch);
-    case Dtype::kInt4: return attend_item<Int4Row>(task, item, scratch);
+    case Dtype::kFloat32: return attend_item<Float32Row, Float32Row>(task, item, scratch);
+    case Dtype::kBFloat16: return attend_item<BFloat16Row, BFloat16Row>(task, item, scratch);
+    case Dtype::kFloat16: return attend_item<Float16Row, Float16Row>(task, item, scratch);
+    case Dtype::kInt8: return attend_item<Int8Row, Int8Row>(task, item, scratch);
+    case Dtype::kInt4: return attend_item<Int4Row, Int4Row>(task, item, scratch);
+    case Dtype::kK8V4: return attend_item<Int8Row, Int4Row>(task, item, scratch);
   }
 }
 

@@ -28,25 +28,16 @@ inline BlockRows block_rows(const DecodeTask& task, int seq, int set, int block)
   return rows;
 }
 
-// The chunk (K or V half of a row) that is read `distance` chunks after chunk `at`; chunks of a block are its K halves,
-// then its V halves.
-inline const uint8_t* chunk_after(const BlockRows& rows, const BlockRows& next, size_t half_bytes, int at, int distance) {
-  int chunk = at + distance;
-  const int count = round_up(rows.count, kPanel);
-  if (chunk < count) return rows.row[chunk];
-  chunk -= count;
-  if (chunk < count) return rows.row[chunk] + half_bytes;
-  chunk -= count;
-  const int next_count = round_up(next.count, kPanel);
-  return next.row[chunk < next_count ? chunk : next_count - 1];
-}
-
-// Asks for the chunks that follow while a panel is at work. Rows lie anywhere, so the hardware cannot foresee the next one;
-// how much it needs to be told depends on how long a chunk is.
+// Asks for the chunks (K or V of the heads of a row that one index set reads) that follow while a panel is at work. Rows lie
+// anywhere, so the hardware cannot foresee the next one; how much it needs to be told depends on how long a chunk is. Chunks
+// of K and V are taken to be as long as those of K: where V is shorter, a few bytes too many are asked for.
 class Ahead {
  public:
-  Ahead(size_t half_bytes, size_t head_bytes, int num_kv_heads)
-      : half_bytes_(half_bytes), head_bytes_(head_bytes), chunk_bytes_(head_bytes * static_cast<size_t>(num_kv_heads)) {
+  Ahead(const RowLayout& layout, int num_kv_heads)
+      : values_at_(layout.values_at()),
+        value_head_bytes_(layout.values().head_bytes()),
+        head_bytes_(layout.keys().head_bytes()),
+        chunk_bytes_(head_bytes_ * static_cast<size_t>(num_kv_heads)) {
     // Bytes in flight ahead of the reader: enough for the latency of DRAM, and little enough to stay in L2.
     constexpr size_t kAheadBytes = 32768;
     const size_t distance = kAheadBytes / chunk_bytes_;
@@ -55,9 +46,8 @@ class Ahead {
 
   // The panel whose first chunk is `chunk` begins.
   void begin(const BlockRows& rows, const BlockRows& next, int chunk) {
-    const size_t first_head = static_cast<size_t>(rows.first_kv_head) * head_bytes_;
     for (int r = 0; r < kPanel; ++r) {
-      chunk_[r] = chunk_after(rows, next, half_bytes_, chunk + r, distance_) + first_head;
+      chunk_[r] = chunk_after(rows, next, chunk + r);
       if (head_by_head()) continue;
       // Short pieces, as with one index set per head, in full; of long ones each page with one line: once there, the
       // hardware runs ahead by itself, and asking for every line of float32 rows made them a quarter slower.
@@ -77,14 +67,28 @@ class Ahead {
   }
 
  private:
+  // The chunk that is read `distance_` chunks after chunk `at`; those of a block are its K, then its V.
+  const uint8_t* chunk_after(const BlockRows& rows, const BlockRows& next, int at) const {
+    const auto first_head = static_cast<size_t>(rows.first_kv_head);
+    int chunk = at + distance_;
+    const int count = round_up(rows.count, kPanel);
+    if (chunk < count) return rows.row[chunk] + first_head * head_bytes_;
+    chunk -= count;
+    if (chunk < count) return rows.row[chunk] + values_at_ + first_head * value_head_bytes_;
+    chunk -= count;
+    const int next_count = round_up(next.count, kPanel);
+    return next.row[chunk < next_count ? chunk : next_count - 1] + first_head * head_bytes_;
+  }
+
   static constexpr size_t kShort = 512;
   static constexpr size_t kLong = 8192;
   // Between the two every line is asked for, a head at a time: spread over the work, requests never queue up.
   bool head_by_head() const { return chunk_bytes_ > kShort && chunk_bytes_ <= kLong; }
 
-  size_t half_bytes_;
-  size_t head_bytes_;
-  size_t chunk_bytes_;  // of a half-row that one index set reads
+  size_t values_at_;
+  size_t value_head_bytes_;
+  size_t head_bytes_;   // of K
+  size_t chunk_bytes_;  // of K of a row
   int distance_;        // chunks
   const uint8_t* chunk_[kPanel];
 };

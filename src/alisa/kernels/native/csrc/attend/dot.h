@@ -8,24 +8,22 @@
 
 namespace alisa::ALISA_ISA {
 
-// The layout of a row as plain numbers, worked out once.
+// The layout of K or V of a row as plain numbers, worked out once.
 template <class Row>
 struct Shape {
-  explicit Shape(const RowLayout& layout, int num_heads)
+  explicit Shape(const HalfLayout& layout, int num_heads)
       : group(num_heads / layout.num_kv_heads),
         plane(layout.plane_stride()),
         head(layout.head_stride()),
         whole(layout.plane_len() / kWidth),
         rest(layout.plane_len() % kWidth),
-        head_bytes(layout.head_bytes()),
-        half_bytes(layout.half_bytes()) {}
+        head_bytes(layout.head_bytes()) {}
   int group;  // query heads for each K/V head
   int plane;  // floats from one plane to the next
   int head;   // floats from one head to the next
   int whole;  // whole vectors in a plane
   int rest;   // values after them
   size_t head_bytes;
-  size_t half_bytes;
 };
 
 // Dot products of kHeads queries with one head of kRows rows, to `out[h * kBlock + r]`.

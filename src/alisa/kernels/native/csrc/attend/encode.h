@@ -56,7 +56,7 @@ inline F codes(const float* values, const Range& range, float num_steps) {
 }
 
 // One head of K or V; `values` has head_stride floats of room.
-inline void write_codes(const RowLayout& layout, const uint8_t* source, Dtype dtype, float* values, uint8_t* head,
+inline void write_codes(const HalfLayout& layout, const uint8_t* source, Dtype dtype, float* values, uint8_t* head,
                         uint8_t* pair) {
   const int dim = layout.head_dim;
   const int plane = layout.plane_len();
@@ -91,20 +91,22 @@ inline void encode(const EncodeTask& task, int64_t first, int64_t last, float* s
   const size_t head_values_bytes = static_cast<size_t>(layout.head_dim) * value_bytes(task.dtype);
   for (int64_t token = first; token < last; ++token) {
     uint8_t* row = task.rows + static_cast<size_t>(task.slots[token]) * task.row_stride;
+    if (layout.coded()) row[layout.pairs_at() - 1] = 0;  // the byte that fills up, where there is one
     for (int half = 0; half < 2; ++half) {
       const auto* source = static_cast<const uint8_t*>(half ? task.v : task.k);
       source += static_cast<size_t>(token) * (half ? task.v_stride : task.k_stride);
-      uint8_t* codes_at = row + half * layout.half_bytes();
+      const HalfLayout half_layout = half ? layout.values() : layout.keys();
+      uint8_t* codes_at = row + (half ? layout.values_at() : 0);
       if (task.dtype == layout.dtype) {
-        std::memcpy(codes_at, source, layout.half_bytes());
+        std::memcpy(codes_at, source, half_layout.bytes());
         continue;
       }
       for (int g = 0; g < layout.num_kv_heads; ++g) {
-        uint8_t* head = codes_at + g * layout.head_bytes();
+        uint8_t* head = codes_at + g * half_layout.head_bytes();
         const uint8_t* values = source + g * head_values_bytes;
         if (layout.coded()) {
-          uint8_t* pair = row + 2 * layout.half_bytes() + 4 * (static_cast<size_t>(half) * layout.num_kv_heads + g);
-          write_codes(layout, values, task.dtype, scratch, head, pair);
+          uint8_t* pair = row + layout.pairs_at() + 4 * (static_cast<size_t>(half) * layout.num_kv_heads + g);
+          write_codes(half_layout, values, task.dtype, scratch, head, pair);
         } else {
           widen(task.dtype, values, layout.head_dim, scratch);
           narrow(layout.dtype, scratch, layout.head_dim, head);

@@ -12,17 +12,17 @@ struct FinishScratch {
   float* maximum;  // [H]
   float* inverse;  // [H]: 1 / sum
   float* factor;   // [H]
-  float* head;     // [head_stride]
+  float* head;     // [values().head_stride()]
 
   static size_t floats(const RowLayout& layout, int num_heads) {
-    return 3 * static_cast<size_t>(num_heads) + static_cast<size_t>(layout.head_stride());
+    return 3 * static_cast<size_t>(num_heads) + static_cast<size_t>(layout.values().head_stride());
   }
   FinishScratch(int num_heads, float* memory)
       : maximum(memory), inverse(maximum + num_heads), factor(inverse + num_heads), head(factor + num_heads) {}
 };
 
 inline void merge_head(const DecodeTask& task, int seq, int h, const FinishScratch& scratch) {
-  const RowLayout& layout = task.layout;
+  const HalfLayout layout = task.layout.values();
   const int stride = layout.head_stride();
   const int first = task.grid.first_partial[seq];
   const int last = task.grid.first_partial[seq + 1];

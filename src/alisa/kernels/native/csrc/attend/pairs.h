@@ -13,7 +13,7 @@ namespace alisa::ALISA_ISA {
 // Pairs lie after everything else in a row, where no reader comes by before they are needed. Inlined by force, see Ahead.
 ALISA_INLINE void prefetch_pairs(const RowLayout& layout, const BlockRows& rows, int first, int count) {
   const size_t half = 4 * static_cast<size_t>(layout.num_kv_heads);
-  const size_t offset = 2 * layout.half_bytes() + 4 * static_cast<size_t>(rows.first_kv_head);
+  const size_t offset = layout.pairs_at() + 4 * static_cast<size_t>(rows.first_kv_head);
   for (int r = first; r < first + count; ++r) {
     for (size_t i = 0; i < 4 * static_cast<size_t>(rows.num_kv_heads); i += 64) {
       __builtin_prefetch(rows.row[r] + offset + i, 0, 3);
@@ -38,7 +38,7 @@ inline void gather_pairs(const RowLayout& layout, const BlockRows& rows, uint32_
   const int last_head = rows.first_kv_head + rows.num_kv_heads;
   const int count = round_up(rows.count, kPanel);
   for (int half = 0; half < 2; ++half, pairs += static_cast<size_t>(layout.num_kv_heads) * kBlock) {
-    const size_t offset = 2 * layout.half_bytes() + 4 * static_cast<size_t>(half * layout.num_kv_heads);
+    const size_t offset = layout.pairs_at() + 4 * static_cast<size_t>(half * layout.num_kv_heads);
     for (int r = 0; r < count; r += 2) {
       const uint8_t* row = rows.row[r] + offset;
       const uint8_t* next_row = rows.row[r + 1] + offset;

@@ -8,7 +8,7 @@
 
 namespace alisa {
 
-enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4 };
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4, kK8V4 = 5 };
 
 // Rows that share one table of weights. Each row is read once, so nothing has to stay in a cache between the passes; 64
 // is where the softmax over a block stops showing in the profile (it is vectorised over the rows of a block).
@@ -33,17 +33,19 @@ ALISA_INLINE constexpr int round_up(int value, int unit) { return (value + unit 
 
 // Bytes of the row of one token:
 //
-//   float      [ K: G heads x D values ][ V: G x D ]
-//   int8/int4  [ K: G heads x codes    ][ V: G x codes ][ (scale, minimum) float16 pairs: G of K, then G of V ]
+//   float  [ K: G heads x D values ][ V: G x D ]
+//   coded  [ K: G heads x codes    ][ V: G x codes ][ (scale, minimum) float16 pairs: G of K, then G of V ]
 //
 // int8: D bytes of codes for each head. int4: ceil(D / 2) bytes, byte i holds code i (low) and code i + ceil(D / 2) (high),
-// so that a vector of bytes gives two runs of consecutive values without a shuffle. value = minimum + scale * code.
-struct RowLayout {
+// so that a vector of bytes gives two runs of consecutive values without a shuffle. k8v4: K as int8, V as int4, and a byte
+// that fills up if there is an odd number of them. value = minimum + scale * code.
+
+// K or V of a row.
+struct HalfLayout {
   Dtype dtype;
   int num_kv_heads;  // G
   int head_dim;      // D
 
-  ALISA_INLINE constexpr bool coded() const { return dtype == Dtype::kInt8 || dtype == Dtype::kInt4; }
   ALISA_INLINE constexpr int planes() const { return dtype == Dtype::kInt4 ? 2 : 1; }
   // Values in one plane of a head, and the same in padded float buffers.
   ALISA_INLINE constexpr int plane_len() const { return (head_dim + planes() - 1) / planes(); }
@@ -57,8 +59,23 @@ struct RowLayout {
       default: return static_cast<size_t>(plane_len());
     }
   }
-  ALISA_INLINE constexpr size_t half_bytes() const { return head_bytes() * static_cast<size_t>(num_kv_heads); }
-  ALISA_INLINE constexpr size_t row_bytes() const { return 2 * half_bytes() + (coded() ? static_cast<size_t>(num_kv_heads) * 8 : 0); }
+  ALISA_INLINE constexpr size_t bytes() const { return head_bytes() * static_cast<size_t>(num_kv_heads); }
+};
+
+struct RowLayout {
+  Dtype dtype;
+  int num_kv_heads;  // G
+  int head_dim;      // D
+
+  ALISA_INLINE constexpr bool coded() const { return dtype == Dtype::kInt8 || dtype == Dtype::kInt4 || dtype == Dtype::kK8V4; }
+  ALISA_INLINE constexpr HalfLayout keys() const { return {dtype == Dtype::kK8V4 ? Dtype::kInt8 : dtype, num_kv_heads, head_dim}; }
+  ALISA_INLINE constexpr HalfLayout values() const {
+    return {dtype == Dtype::kK8V4 ? Dtype::kInt4 : dtype, num_kv_heads, head_dim};
+  }
+  // Where V begins, and where the pairs of a coded row do.
+  ALISA_INLINE constexpr size_t values_at() const { return keys().bytes(); }
+  ALISA_INLINE constexpr size_t pairs_at() const { return (values_at() + values().bytes() + 1) / 2 * 2; }
+  ALISA_INLINE constexpr size_t row_bytes() const { return pairs_at() + (coded() ? static_cast<size_t>(num_kv_heads) * 8 : 0); }
 };
 
 // A run of blocks of one sequence, worked on by one thread. It lies within one partial result and begins it, or goes on
@@ -101,7 +118,7 @@ struct DecodeTask {
   Grid grid;
   float* weights;        // [blocks, H, kBlock]: exp(score - block_max)
   float* block_max;      // [blocks, H]: the running maximum when the block was weighted
-  float* partial_out;    // [partials, H, head_stride]
+  float* partial_out;    // [partials, H, values().head_stride()]
   float* partial_max;    // [partials, H]
   float* partial_sum;    // [partials, H]
   float* partial_shift;  // [partials, H]: what the minima of coded rows add to every dimension of the output

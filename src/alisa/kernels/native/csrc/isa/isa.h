@@ -5,6 +5,7 @@
 #include "activation_task.h"
 #include "mean_task.h"
 #include "task.h"
+#include "turn_task.h"
 
 namespace alisa {
 
@@ -47,6 +48,8 @@ struct Isa {
 
   // Tokens [first, last) of an MLP.
   void (*activate)(const ActivationTask& task, int64_t first, int64_t last);
+  // Tokens [first, last), with the scratch that the task asks for.
+  void (*turn)(const TurnTask& task, int64_t first, int64_t last, float* scratch);
 };
 
 // Null where this build or this CPU lacks it.

@@ -9,6 +9,7 @@
 #include "mean_value.h"
 #include "rest.h"
 #include "sketch_dot.h"
+#include "turn.h"
 // The dot products come first.
 #include "sketch_table.h"
 
@@ -22,7 +23,7 @@ inline size_t scratch_floats(const RowLayout& layout, int num_heads) {
 
 constexpr Isa table(const char* name) {
   return {name, scratch_floats, attend, finish, encode, sketch_kernels(), mean_floats, mean_add, mean_blend,
-          rest_blend, activate};
+          rest_blend, activate, turn};
 }
 
 }  // namespace alisa::ALISA_ISA

@@ -308,6 +308,18 @@ NB_MODULE(_native, m) {
       },
       "isa"_a, "threads"_a, "kind"_a, "dtype"_a, "x"_a, "out"_a, "width"_a, "gated"_a, "num_tokens"_a);
   m.def(
+      "turn",
+      [](const std::string& isa, const Threads& threads, uintptr_t heads, uintptr_t out, int dtype, size_t stride, int num_heads,
+         int num_kv_heads, int head_dim, uintptr_t matrices, uintptr_t shifts, int64_t num_tokens) {
+        const alisa::Isa& kernels = isa_named(isa);
+        const alisa::TurnTask task = {at<const void>(heads), at<void>(out), static_cast<Dtype>(dtype), stride, num_heads,
+                                      num_kv_heads, head_dim, at<const float>(matrices), at<const float>(shifts)};
+        const nb::gil_scoped_release unlocked;
+        alisa::turn(kernels, task, num_tokens, threads);
+      },
+      "isa"_a, "threads"_a, "heads"_a, "out"_a, "dtype"_a, "stride"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+      "matrices"_a, "shifts"_a, "num_tokens"_a);
+  m.def(
       "select",
       [](const Threads& threads, uintptr_t scores, bool wide, size_t stride, uintptr_t starts, uintptr_t older_ends,
          uintptr_t older_counts, uintptr_t counts, int num_seqs, int num_slots, uintptr_t positions) {

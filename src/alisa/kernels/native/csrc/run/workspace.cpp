@@ -13,6 +13,7 @@ constexpr size_t kSerialBytes = 1 << 16;
 // Activations below this many are made by the calling thread alone: it needs about a microsecond for 3,000.
 constexpr int64_t kSerialActivations = 1 << 15;
 // Pieces of work for each thread, so that one that is held up leaves more to the others.
+constexpr int64_t kSerialProducts = 1 << 18;
 constexpr int64_t kItemsPerThread = 8;
 
 constexpr size_t kLineFloats = 64 / sizeof(float);
@@ -31,7 +32,7 @@ void place(DecodeTask& task, Plan& plan, size_t num_blocks) {
   const auto heads = static_cast<size_t>(task.num_heads);
   const size_t weights = num_blocks * heads * kBlock;
   const size_t partials = static_cast<size_t>(plan.num_partials()) * heads;
-  const size_t outs = partials * static_cast<size_t>(task.layout.head_stride());
+  const size_t outs = partials * static_cast<size_t>(task.layout.values().head_stride());
   task.grid = plan.grid();
   task.weights = plan.memory.room(weights + outs + num_blocks * heads + 3 * partials);
   task.partial_out = task.weights + weights;
@@ -299,6 +300,18 @@ void activate(const Isa& isa, const ActivationTask& task, const Threads& threads
   const int64_t step = std::max<int64_t>(1, task.num_tokens / (kItemsPerThread * team.count));
   share_out(team, task.num_tokens, step, [&](int) {
     return [&](int64_t first, int64_t last) { isa.activate(task, first, last); };
+  });
+}
+
+void turn(const Isa& isa, const TurnTask& task, int64_t num_tokens, const Threads& threads) {
+  const int64_t products = num_tokens * task.num_heads * task.head_dim * task.head_dim;
+  Threads team = threads;
+  if (products < kSerialProducts) team.count = 1;
+  const int64_t step = std::max<int64_t>(1, num_tokens / (kItemsPerThread * team.count));
+  share_out(team, num_tokens, step, [&](int) {
+    return [&, mine = std::vector<float>(task.floats())](int64_t first, int64_t last) mutable {
+      isa.turn(task, first, last, mine.data());
+    };
   });
 }
 

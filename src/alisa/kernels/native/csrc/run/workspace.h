@@ -96,4 +96,7 @@ class Workspace {
 // The activation of an MLP, for all tokens of a call. Needs no memory of its own.
 void activate(const Isa& isa, const ActivationTask& task, const Threads& threads);
 
+// Heads in another basis.
+void turn(const Isa& isa, const TurnTask& task, int64_t num_tokens, const Threads& threads);
+
 }  // namespace alisa
