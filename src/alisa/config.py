@@ -304,9 +304,9 @@ class EngineConfig:
     running requests wait for a new one. Changes no token. Where rows are rounded (int8, int4, k8v4), whole sections of
     1024 tokens are read."""
     max_step_tokens: int | None = None
-    \"\"\"Prompt tokens that are read between two tokens of the requests that are being answered, so that a long prompt
+    """Prompt tokens that are read between two tokens of the requests that are being answered, so that a long prompt
     does not keep them waiting; None: prompts are read first, which is fastest where nobody watches. Changes no token.
-    Where rows are rounded, a section of 1024 tokens is the least.\"\"\"
+    Where rows are rounded, a section of 1024 tokens is the least."""
     schedule_policy: Literal["fcfs", "hrrn"] = "fcfs"
     """Who runs next when more requests wait than may run, after priority. fcfs: the first to come. hrrn: the highest
     (waited + expected time) / expected time, so that short requests do not wait for long ones, and long ones not
