@@ -484,6 +484,34 @@ def one_user(results: Results) -> str:
     return f"`{first['model']}`, one sequence (`benchmarks/one_user.py`):\n\n{table(heads, rows)}"
 
 
+def speculation(results: Results) -> str:
+    """Drafts against one token at a time: the newest record of each case."""
+    newest = {record["case"]: record for record in lines(results / "speculation.jsonl")}
+    rows = []
+    for case, record in newest.items():
+        ways = record["results"]
+        for way, found in ways.items():
+            base = ways[way.replace(" speculative=lookup", "") if "speculative" in way else "policy=dense"]
+            drafts = f"{100 * found['accepted'] / found['drafted']:.0f} %" if found["drafted"] else ""
+            options = " ".join(f"--{part.replace('=True', '').replace('=', ' ')}" for part in way.split())
+            rows.append(
+                [
+                    case,
+                    f"`{options}`",
+                    f"{found['tokens_per_s']:.1f} ({min(found['rates']):.1f} to {max(found['rates']):.1f})",
+                    f"{found['tokens_per_s'] / base['tokens_per_s']:.2f}",
+                    f"{found['tokens_per_step']:.2f}",
+                    drafts,
+                    f"{100 * found['tokens_per_s'] / record['floor_tokens_per_s']:.0f} %",
+                ]
+            )
+    heads = ["case", "options", "tokens/s", "x plain", "tokens a step", "drafts that came", "of the dense floor"]
+    if not rows:
+        return ""
+    first = next(iter(newest.values()))
+    return f"`{first['model']}` (`benchmarks/speculation.py`):\n\n{table(heads, rows)}"
+
+
 # GPU
 
 

@@ -38,11 +38,19 @@ from table_blocks import (
     recall,
     restore,
     schedules,
+    speculation,
     tiers,
 )
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/accuracy.md", "docs/benchmarks.md", "docs/models.md", "docs/planner.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/accuracy.md",
+    "docs/benchmarks.md",
+    "docs/models.md",
+    "docs/planner.md",
+    "docs/speculation.md",
+)
 _BLOCK = re.compile(r"(<!-- benchmarks: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Block = Callable[[Results], str]
@@ -59,6 +67,7 @@ SECTIONS: dict[str, tuple[Block, ...]] = {
     "A decode step and its parts": (decode_step,),
     "Kernels": (kernels, prompts),
     "One user": (one_user,),
+    "Drafts": (speculation,),
     "GPU": (gpu,),
     "Predicted and measured": (prediction, schedules),
     "What reading less costs": (accuracy, recall),
@@ -91,6 +100,7 @@ BLOCKS: dict[str, Block] = {
     "schedules": schedules,
     "loading": loading,
     "one-user": one_user,
+    "speculation": speculation,
     "accuracy": accuracy,
     "accuracy-real": real_tables.perplexity,
     "accuracy-real-first": partial(real_tables.perplexity, context=2048),

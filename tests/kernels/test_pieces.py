@@ -86,6 +86,54 @@ def test_triton_pieces_are_the_whole(device, problem, seed):
     assert_equal_bits(attend_in_pieces(kernel, problem, seed), kernel(*problem.args()))
 
 
+def shared(problem, seed):
+    """(queries, entries, counts, slots): some queries for each sequence of a problem, which read beginnings of it."""
+    draw = random.Random(seed)
+    entries = [entry for entry in range(len(problem.counts)) for _ in range(draw.randint(1, 6))]
+    counts = [draw.randint(1, int(problem.counts[entry])) for entry in entries]
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(len(entries), *problem.q.shape[1:], generator=generator).to(problem.q.dtype)
+    return queries, torch.tensor(entries, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32)
+
+
+def assert_sharing_changes_no_bit(kernel, problem, seed, device="cpu"):
+    queries, entries, counts = (part.to(device) for part in shared(problem, seed))
+    own = problem.slots.index_select(0, entries)
+    expected = kernel(queries, problem.rows, problem.codec, own, counts)
+    found = kernel(queries, problem.rows, problem.codec, problem.slots, counts, None, entries)
+    assert_equal_bits(found, expected)
+    pieces = kernel.in_pieces(queries, problem.codec, counts, own.shape[2], None, entries)
+    step = kernel.piece_columns(problem.codec.format, problem.q.shape[1])
+    begins = torch.zeros_like(problem.counts)
+    while not torch.equal(begins, problem.counts):
+        ends = torch.minimum(begins + step * (1 + seed % 3), problem.counts)
+        pieces.add(problem.rows, problem.slots, begins, ends)
+        begins = ends
+    assert_equal_bits(pieces.finish(), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(problem=long_problems(), seed=st.integers(0, 99))
+def test_native_queries_that_share_rows_get_the_bits_of_their_own(isa, problem, seed):
+    assert_sharing_changes_no_bit(kernels(isa), problem, seed)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(problem=long_problems(longest=300), seed=st.integers(0, 99))
+def test_plain_queries_that_share_rows_get_the_bits_of_their_own(problem, seed):
+    assert_sharing_changes_no_bit(ReferenceDecode(), problem, seed)
+
+
+@on_each_device
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(problem=long_problems(longest=300), seed=st.integers(0, 99))
+def test_triton_queries_that_share_rows_get_the_bits_of_their_own(device, problem, seed):
+    problem.q, problem.counts = problem.q.to(device), problem.counts.to(device)
+    problem.rows, problem.slots = moved(problem.rows, device), problem.slots.to(device)
+    assert_sharing_changes_no_bit(triton_kernels(), problem, seed, device)
+
+
 def alone(problem, seq):
     """One sequence of a problem, with nothing beside it."""
     count = int(problem.counts[seq])

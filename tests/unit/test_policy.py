@@ -239,6 +239,7 @@ def test_a_policy_is_what_its_entry_says(name, sparsity):
     entry, policy = POLICIES[name], make_policy(name, sparsity)
     reads = reads_of(name, sparsity)
     assert entry.query_aware == policy.query_aware
+    assert entry.can_truncate == policy.can_truncate
     assert [reads(n) for n in range(200)] == [policy.reads(n) for n in range(200)]
     for prompt_len in range(1, 200):
         assert entry.usable_prefix(sparsity, prompt_len) == prompt_len - policy.observation_window(prompt_len)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,8 +114,21 @@ class Answers:
     """Exit status when the run was interrupted, else 0."""
 
 
-def run_job(llm: LLM, job: Job, results: ResultFile | None) -> Answers:
+def _here(work: Callable[[], None]) -> None:
+    """Call it in this thread."""
+    work()
+
+
+def run_job(
+    llm: LLM, job: Job, results: ResultFile | None, read_in: Callable[[Callable[[], None]], None] = _here
+) -> Answers:
     """Run the job to its end or to Ctrl-C; every finished request is in `results` before it is shown.
+
+    Args:
+        llm: the model.
+        job: what is to be done.
+        results: where to.
+        read_in: calls what it is given, in the thread that makes the steps of the model.
 
     Raises:
         AlisaError: a prompt does not suit the model (nothing has been run), or `results` cannot be written.
@@ -128,18 +142,25 @@ def run_job(llm: LLM, job: Job, results: ResultFile | None) -> Answers:
                 _keep(answers, results, index, error_record(job.prompts[index], problem, job.run))
                 screen.skipped(index, problem)
             if stream is not None:
-                with stream:
-                    try:
-                        for event in stream:
-                            _take(job, answers, results, screen, order[event.index], event)
-                    finally:
-                        answers.report = stream.report()
+                read_in(partial(_read, job, answers, results, screen, order, stream))
         if job.verify:
             with waiting("comparing with dense attention", show=job.show_progress):
                 answers.verified = _verified(llm, answers.outputs)
     except KeyboardInterrupt as stop:
         answers.stopped = stop_status(stop)
     return answers
+
+
+def _read(
+    job: Job, answers: Answers, results: ResultFile | None, screen: Screen, order: Sequence[int], stream: Stream
+) -> None:
+    """Read the stream to its end; request i of it is prompt `order[i]`."""
+    with stream:
+        try:
+            for event in stream:
+                _take(job, answers, results, screen, order[event.index], event)
+        finally:
+            answers.report = stream.report()
 
 
 def _take(

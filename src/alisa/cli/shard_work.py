@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,10 +61,17 @@ class GenerateWork:
                 f"{os.uname().nodename} does not see {self.directory}; --output must be on a disk that all machines of "
                 "the cluster share."
             )
-        share.use_threads()
-        llm = self.make_llm(share)
+        steps = ThreadPoolExecutor(1)
+
+        def load() -> LLM:
+            share.use_threads()
+            llm = self.make_llm(share)
+            llm.generate([[0]], SamplingParams(max_tokens=1))  # the engine is built in this thread too
+            return llm
+
+        llm = steps.submit(load).result()
         sampling = llm.own_sampling(self.sampling) if self.takes_own_sampling else self.sampling
-        return ShardGenerator(llm, replace(self, sampling=sampling), progress)
+        return ShardGenerator(llm, replace(self, sampling=sampling), progress, steps)
 
     def make_llm(self, share: ReplicaShare) -> LLM:
         """A model whose engine keeps to the share.
@@ -80,18 +88,25 @@ class GenerateWork:
 
 
 class ShardGenerator:
-    """Runs shards on one model; several threads may run one each.
+    """Runs shards on one model; several threads may run one each, and one thread makes all steps.
+
+    Each thread that computes has an OpenMP team of its own, and where there are more threads in all teams than
+    processors libgomp lets them sleep at once at every barrier: a second team, even an idle one, costs a third of the
+    speed. So the second shard waits for its turn to be read; its prompts fill the batch meanwhile, and its results wait
+    with it.
 
     Args:
         llm: the model.
         work: what is asked of it.
         progress: counts what is finished.
+        steps: the thread that has loaded the model and makes its steps.
     """
 
-    def __init__(self, llm: LLM, work: GenerateWork, progress: Progress) -> None:
+    def __init__(self, llm: LLM, work: GenerateWork, progress: Progress, steps: Executor) -> None:
         self._llm = llm
         self._work = work
         self._progress = progress
+        self._steps = steps
 
     def run(self, task: ShardTask) -> ShardCount:
         """All results of the shard are in the file with its last name.
@@ -109,11 +124,14 @@ class ShardGenerator:
             self._give_up(task, prompts, results)
             for group in groups(task, len(prompts), results.finished):
                 write_whole(files.running, to_json(group) + "\n")
-                failed |= run_job(self._llm, self._job(prompts, group), results).failed
+                failed |= run_job(self._llm, self._job(prompts, group), results, self._read_in).failed
             if not failed:
                 _rename(files)
             count = len(results.finished) - earlier
         return ShardCount(count, len(failed), failed[min(failed)] if failed else "")
+
+    def _read_in(self, work: Callable[[], None]) -> None:
+        self._steps.submit(work).result()
 
     def _job(self, prompts: Sequence[Prompt], group: Sequence[int]) -> Job:
         work = self._work

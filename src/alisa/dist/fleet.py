@@ -167,19 +167,26 @@ class Fleet:
         Raises:
             InputError: a replica says that the work cannot be done as it is, or replicas cannot be started.
         """
-        waiting = deque(numbers)
+        waiting, looked_s = deque(numbers), 0.0
         while waiting or any(member.shards for member in self._members):
             self._hand_out(source, waiting)
-            ready, _ = self._ray.wait([*self._running], num_returns=1, timeout=POLL_S)
-            for answer in ready:
+            for answer in self._answered():
                 if answer in self._running:  # not forgotten since
                     member, asked = self._running.pop(answer)
                     self._take(answer, member, asked, source, waiting)
-            self._ask()
-            num_ready = sum(member.place is not None for member in self._members)
-            self._watcher.progress(self.reports, num_ready)
+            if perf_counter() > looked_s + POLL_S:
+                looked_s = perf_counter()
+                self._ask()
+                self._watcher.progress(self.reports, sum(member.place is not None for member in self._members))
         for member in self._members:
             self._last_status(member)
+
+    def _answered(self) -> Sequence[object]:
+        """All answers that are here, after the first of them or `POLL_S`."""
+        asked = [*self._running]
+        if first := self._ray.wait(asked, num_returns=1, timeout=POLL_S)[0]:
+            return self._ray.wait(asked, num_returns=len(asked), timeout=0)[0] or first
+        return ()
 
     def _start(self, name: str, before: ReplicaReport | None = None) -> _Member:
         """A new actor, which loads its model."""

@@ -19,7 +19,6 @@ from alisa.dist.cluster import ReplicaSize
 from alisa.dist.extra import load_ray
 from alisa.dist.front import Forward, Front, OverloadedError, ReplicaDiedError
 from alisa.dist.share import ReplicaShare
-from alisa.engine.loaded import load_model
 from alisa.server.app import make_app
 from alisa.server.config import ServerConfig
 from alisa.server.gate import Gate
@@ -47,9 +46,7 @@ class EngineReplica:
 
     def __init__(self, config: EngineConfig, server: ServerConfig, share: ReplicaShare) -> None:
         share.use_threads()
-        loaded = load_model(config)
-        config = share.capped(config, loaded.decoder.weight_bytes)
-        self._service = build_service(config, server, loaded=loaded)
+        self._service = build_service(config, server, capped=share.capped)
         self._app = make_app(self._service, server)
 
     async def forward(self, key: str, call: Call) -> AsyncGenerator[Message]:

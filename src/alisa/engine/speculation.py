@@ -23,8 +23,9 @@ def make_speculator(model: LoadedModel, config: EngineConfig, cache: CacheManage
     if config.exact:
         max_len = config.max_model_len or model.spec.max_positions
         read = sum(reads_of(config.policy, config.sparsity)(max_len - 1)) / max_len
-        state = POLICIES[config.policy].state_bytes(model.spec.attention, config.sparsity, max_len)
-        work = DraftWork(model.decoder.weight_bytes, token_bytes, read + state.per_token / token_bytes)
+        policy = POLICIES[config.policy]
+        state_share = policy.state_bytes(model.spec.attention, config.sparsity, max_len).per_token / token_bytes
+        work = DraftWork(model.decoder.weight_bytes, token_bytes, read, state_share, policy.churn)
 
         def draft_share() -> float:
             below = (cache.nbytes(Medium.HOST) + cache.nbytes(Medium.DISK)) // token_bytes

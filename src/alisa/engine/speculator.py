@@ -125,6 +125,7 @@ class MeasuredPrices:
     """Each further token."""
     draft_ratio: float = 1.0
     """What a pass of drafts took, against what was expected of it."""
+    has_drafted: bool = False
 
     def learn(self, step: DraftedStep, draft_share: float) -> None:
         """Take in a step; a pass of drafts was expected to take this share of a plain step."""
@@ -141,7 +142,9 @@ class MeasuredPrices:
         self.token_s = max(self.token_s + 0.2 * error * scaled / step.num_sequences, _LEAST_TOKEN * each_s)
         if step.num_passes and draft_share:
             measured = step.drafting_s / step.num_passes / (self.step_s * draft_share)
-            self.draft_ratio += 0.2 * (min(measured, 2 * self.draft_ratio) - self.draft_ratio)
+            rate = 0.2 if self.has_drafted else 1.0
+            self.draft_ratio += rate * (min(measured, 2 * self.draft_ratio) - self.draft_ratio)
+            self.has_drafted = True
 
 
 @dataclass(slots=True)
@@ -206,15 +209,18 @@ class MeasuredSpeculator:
     def _propose(self, request: Request, most: int, num_sequences: int) -> None:
         sequence = self._sequences.setdefault(request.request_id, _Sequence())
         sequence.text.extend(request.token_ids)
-        prices = self._prices
+        step_s, token_s = self._prices.step_s / num_sequences, self._prices.token_s
+        sources: dict[int, StepPrices] = {}
         match = sequence.text.match()
         if match is not None:
-            free = StepPrices(prices.step_s / num_sequences, prices.token_s)
-            request.num_drafts = sequence.acceptance(match.num_equal).length(free, most)
+            sources[match.num_equal] = StepPrices(step_s, token_s)
+        if self._draft_share is not None:
+            sources[BY_POLICY] = StepPrices(step_s, token_s, step_s * self._share * self._prices.draft_ratio)
+        best_rate = 0.0
+        for source, prices in sources.items():
+            acceptance = sequence.acceptance(source)
+            count = acceptance.length(prices, most)
+            if count and (rate := prices.rate(acceptance.rate, count)) > best_rate:
+                best_rate, sequence.source, request.num_drafts = rate, source, count
+        if match is not None and sequence.source != BY_POLICY:
             request.draft_ids = sequence.text.following(match.start, request.num_drafts)
-            sequence.source = match.num_equal
-        if not request.num_drafts and self._draft_share is not None:
-            draft_s = prices.step_s * self._share * prices.draft_ratio / num_sequences
-            priced = StepPrices(prices.step_s / num_sequences, prices.token_s, draft_s)
-            request.num_drafts = sequence.acceptance(BY_POLICY).length(priced, most)
-            sequence.source = BY_POLICY

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 GAIN = 1.05
 """How much more a step with drafts must promise than one without: estimates are noisy, and a wrong one costs."""
 
-MEMORY_PER_BELOW = 10.0
-"""A row below the device takes about as long as this many on it: memory reads at 10 to 50 GB/s, a disk at 1 to 3."""
+MEMORY_PER_BELOW = 40.0
+"""A row below the device takes about as long as this many on it: rows of a kilobyte came from disk at 0.3 GB/s and from
+memory at 10 to 20 (SmolLM2 on a Xeon of two cores)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +34,13 @@ class StepPrices:
             acceptance: the chance that a draft is right, where those before it were.
             most: of drafts.
         """
-        best, best_rate = 0, GAIN / self.step_s
-        tokens, chance = 1.0, 1.0
-        for count in range(1, most + 1):
-            chance *= acceptance
-            tokens += chance
-            rate = tokens / (self.step_s + count * (self.token_s + self.draft_s))
-            if rate > best_rate:
-                best, best_rate = count, rate
-        return best
+        best = max(range(most + 1), key=lambda count: self.rate(acceptance, count))
+        return best if self.rate(acceptance, best) > GAIN / self.step_s else 0
+
+    def rate(self, acceptance: float, count: int) -> float:
+        """Tokens a second with so many drafts."""
+        tokens = sum(acceptance**right for right in range(count + 1))
+        return tokens / (self.step_s + count * (self.token_s + self.draft_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,11 @@ class DraftWork:
     token_bytes: int
     """Of one token's rows."""
     read_share: float
-    """Bytes that the policy reads of a token's rows and of its own state, as a share of the rows."""
+    """Share of the rows that the policy reads."""
+    state_share: float
+    """Bytes of its own state that it reads for each token, as a share of the token's rows."""
+    churn: float
+    """Share of what it reads that it did not read the step before; only these are not on the device."""
 
     def share(self, device_tokens: int, below_tokens: int) -> float:
         """Time of a draft as a share of a dense step's, as far as both wait for memory.
@@ -63,5 +66,7 @@ class DraftWork:
             device_tokens: cached tokens of all sequences whose rows are on the device.
             below_tokens: those in lower tiers.
         """
-        rows = self.token_bytes * (device_tokens + MEMORY_PER_BELOW * below_tokens)
-        return (self.weight_bytes + self.read_share * rows) / (self.weight_bytes + rows)
+        all_tokens, below = device_tokens + below_tokens, MEMORY_PER_BELOW * below_tokens
+        drafting = (self.read_share + self.state_share) * all_tokens + self.churn * self.read_share * below
+        reading = device_tokens + below
+        return (self.weight_bytes + self.token_bytes * drafting) / (self.weight_bytes + self.token_bytes * reading)

@@ -13,7 +13,10 @@ import uvicorn
 from alisa.config import EngineConfig
 from alisa.engine.async_engine import AsyncEngine
 from alisa.engine.builder import build_engine
+from alisa.engine.engine import Engine
 from alisa.engine.loaded import LoadedModel, load_model
+from alisa.engine.report import EngineSetup
+from alisa.engine.threads import run_apart
 from alisa.errors import InputError
 from alisa.server.app import make_app
 from alisa.server.config import ServerConfig
@@ -31,7 +34,7 @@ def build_service(
     config: ServerConfig,
     progress: Callable[[int, int], None] | None = None,
     *,
-    loaded: LoadedModel | None = None,
+    capped: Callable[[EngineConfig, int], EngineConfig] = lambda config, weight_bytes: config,
 ) -> Service:
     """A model that is loaded, with an engine that runs.
 
@@ -39,13 +42,17 @@ def build_service(
         engine_config: of the engine.
         config: of the server.
         progress: called with (bytes read, bytes in all) while weights load.
-        loaded: the model, where it is in memory already.
+        capped: `engine_config` and the bytes of the weights to the configuration that the engine has.
 
     Raises:
         AlisaError: the model or the engine cannot be had.
     """
-    loaded = loaded or load_model(engine_config, progress)
-    engine, setup = build_engine(loaded, engine_config)
+
+    def build() -> tuple[LoadedModel, Engine, EngineSetup]:
+        loaded = load_model(engine_config, progress)
+        return loaded, *build_engine(loaded, capped(engine_config, loaded.decoder.weight_bytes))
+
+    loaded, engine, setup = run_apart(build)  # the engine has a thread of its own, and so the processors
     assert loaded.tokenizer is not None, "a model that was loaded from files has one"
     with suppress(InputError):  # without llguidance a call that wants a form is refused
         engine.prepare_guides()
