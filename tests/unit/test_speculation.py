@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from alisa.config import SamplingParams
 from alisa.engine.lookup import LONGEST_MATCH, SHORTEST_MATCH, TokenText
-from alisa.engine.speculator import Acceptance, DraftedStep, MeasuredPrices, MeasuredSpeculator
+from alisa.engine.speculator import Acceptance, MeasuredSpeculator
+from alisa.engine.step_prices import BatchPrices, DraftedStep, Worth
 from alisa.planner.speculation import DraftWork, StepPrices
 from alisa.scheduler.request import Request
 
@@ -92,15 +93,58 @@ def test_drafts_that_do_not_come_are_tried_less_and_less_often():
     assert acceptance.length(prices, 8) > 2
 
 
+def step_of(num_sequences, further, accepted, wall_s, num_passes=0, drafting_s=0.0):
+    return DraftedStep(num_sequences, num_sequences + further, accepted, wall_s, num_passes, drafting_s)
+
+
+def priced(num_sequences=4, wall_s=0.1):
+    """Prices after the plain steps that come first, of which the first one took long."""
+    prices = BatchPrices()
+    for extra_s in (1.0, 0.0, 0.0):
+        assert prices.wants_plain
+        prices.learn(step_of(num_sequences, 0, 0, wall_s + extra_s), 0.0)
+    assert not prices.wants_plain
+    return prices
+
+
 def test_prices_are_learnt_from_steps_with_and_without_drafts():
-    draw, prices = random.Random(0), MeasuredPrices()
-    for _ in range(300):
-        further = draw.choice([0, 0, 4, 12])
-        seconds = 0.1 + 0.004 * further + draw.uniform(-0.005, 0.005)
-        prices.learn(DraftedStep(4, 4 + further, seconds + 0.06, 2, 0.06), 0.5)
-    assert prices.step_s == pytest.approx(0.1, rel=0.1)
-    assert prices.token_s == pytest.approx(0.004, rel=0.25)
-    assert prices.step_s * 0.5 * prices.draft_ratio == pytest.approx(0.03, rel=0.15)
+    draw, prices = random.Random(0), priced()
+    for _ in range(100):
+        further = 0 if prices.wants_plain else 4
+        passes = 2 * bool(further)
+        noise = draw.uniform(-0.005, 0.005)
+        prices.learn(
+            step_of(4, further, further, 0.1 + 0.004 * further + noise + 0.03 * passes, passes, 0.03 * passes), 0.5
+        )
+    assert prices.plain_s == pytest.approx(0.1, rel=0.1)
+    assert prices.token_s == pytest.approx(0.004, rel=0.5)
+    assert prices.plain_s * 0.5 * prices.pass_ratio == pytest.approx(0.03, rel=0.2)
+
+
+def test_a_plain_step_comes_now_and_then():
+    prices = priced()
+    plain = 0
+    for _ in range(170):
+        plain += prices.wants_plain
+        prices.learn(step_of(4, 0, 0, 0.1) if prices.wants_plain else step_of(4, 8, 8, 0.12), 0.0)
+    assert plain == 10
+
+
+def test_drafts_that_make_steps_slower_rest_longer_each_time():
+    """Whatever single figures promise: what counts is the time for a token."""
+    prices, drafted = priced(), []
+    for number in range(400):
+        if prices.wants_plain or prices.by_policy.left:
+            prices.learn(step_of(4, 0, 0, 0.1), 0.5)
+        else:
+            drafted.append(number)
+            prices.learn(step_of(4, 8, 8, 0.32, 2, 0.1), 0.5)  # thrice the tokens in 3.2 times the time
+    assert 4 <= len(drafted) <= 24
+    assert not prices.from_text.left, "drafts of the text have not been tried"
+    worth = Worth()
+    for _ in range(50):
+        worth.learn(0.8)
+    assert not worth.left
 
 
 def request_of(tokens, new=50):
@@ -111,16 +155,22 @@ def request_of(tokens, new=50):
     return request
 
 
+def warm(speculator):
+    for _ in range(3):
+        speculator.learn([], step_of(1, 0, 0, 0.1))
+
+
 def test_a_text_that_repeats_itself_is_looked_up_and_never_beyond_its_end():
     speculator = MeasuredSpeculator(8)
     request = request_of([1, 2, 3, 4, 5, 6] * 3, new=4)
     speculator.propose([request])
     assert request.num_drafts == 0, "nothing is known yet of what a step costs"
-    speculator.learn([], DraftedStep(1, 1, 0.1, 0, 0.0))
+    warm(speculator)
     for _ in range(10):
         speculator.propose([request])
         assert request.draft_ids == [1, 2, 3][: request.num_drafts]
-        speculator.learn([(request, request.num_drafts, request.num_drafts)], DraftedStep(1, 4, 0.1, 0, 0.0))
+        count = request.num_drafts
+        speculator.learn([(request, count, count)], step_of(1, count, count, 0.1))
     assert request.num_drafts == 3, "one token fewer than may come: the step itself gives one"
     request.num_cached -= 1  # it has lost its rows and catches up
     speculator.propose([request])
@@ -130,12 +180,12 @@ def test_a_text_that_repeats_itself_is_looked_up_and_never_beyond_its_end():
 def test_the_policy_drafts_where_the_text_does_not_repeat_itself():
     speculator = MeasuredSpeculator(8, lambda: 0.1)
     request = request_of(list(range(20)))
-    speculator.learn([], DraftedStep(1, 1, 0.1, 0, 0.0))
+    warm(speculator)
     speculator.propose([request])
     assert request.num_drafts > 0
     assert request.draft_ids == []
     dear = MeasuredSpeculator(8, lambda: 1.0)
-    dear.learn([], DraftedStep(1, 1, 0.1, 0, 0.0))
+    warm(dear)
     for _ in range(1000):
         dear.propose([request])
         assert request.num_drafts == 0

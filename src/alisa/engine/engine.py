@@ -22,8 +22,9 @@ from alisa.engine.prefix import PrefixRules
 from alisa.engine.prompt import PromptReader
 from alisa.engine.report import dense_reads, step_record
 from alisa.engine.runner import ModelRunner, StepResult
-from alisa.engine.speculator import DraftedStep, Speculator
+from alisa.engine.speculator import Speculator
 from alisa.engine.status import EngineStatus, RequestView
+from alisa.engine.step_prices import DraftedStep
 from alisa.engine.threads import ThreadGovernor
 from alisa.errors import InputError
 from alisa.model.tokenizer import Tokenizer
@@ -173,9 +174,17 @@ class Engine:
         self._take_back(plan, grown)
         record = step_record(plan, traffic, self._runner, *_drafted(grown))
         self._costs.learn(record)
-        if not plan.prefill:
+        # Sequences that catch up with what they had said say nothing about drafts.
+        if not plan.prefill and plan.num_tokens == len(plan.chunks) + record.drafted_tokens:
             tried = [(one.request, one.num_drafts, one.num_accepted) for one in grown]
-            step = DraftedStep(len(plan.chunks), plan.num_tokens, record.wall_s, drafts.num_passes, drafts.seconds)
+            step = DraftedStep(
+                num_sequences=len(plan.chunks),
+                num_tokens=plan.num_tokens,
+                num_accepted=record.accepted_tokens,
+                wall_s=record.wall_s,
+                num_passes=drafts.num_passes,
+                drafting_s=drafts.seconds,
+            )
             self._speculator.learn(tried, step)
         deltas, finished = self._collect(plan, grown, failed)
         if not self.has_requests:

@@ -10,11 +10,12 @@ request came true, and what steps cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
-from alisa.engine.lookup import TokenText
+from alisa.engine.lookup import Match, TokenText
+from alisa.engine.step_prices import BatchPrices, DraftedStep
 from alisa.planner.speculation import StepPrices
 from alisa.scheduler.request import Request
 
@@ -26,25 +27,6 @@ _FIRST_PAUSE, _LAST_PAUSE = 8, 512
 
 _PROBE = 2
 """Drafts of such a try."""
-
-
-_FIRST_TOKEN, _LEAST_TOKEN = 0.1, 0.03
-"""A further token of a step, as a share of the first one: what is thought before any was measured (0.09 for a model of
-135M, batch 1), and what no measurement goes below, for one that noise makes free would be tried without end."""
-
-
-class DraftedStep(NamedTuple):
-    """A decode step as it was done."""
-
-    num_sequences: int
-    num_tokens: int
-    """That were verified, drafts included."""
-    wall_s: float
-    """All of it."""
-    num_passes: int
-    """In which the policy made up drafts."""
-    drafting_s: float
-    """Time of these."""
 
 
 class Speculator(Protocol):
@@ -116,38 +98,6 @@ class Acceptance:
 
 
 @dataclass(slots=True)
-class MeasuredPrices:
-    """What decode steps cost, learnt from those so far: a line through their times (normalised least mean squares)."""
-
-    step_s: float = 0.0
-    """One token of every sequence."""
-    token_s: float = 0.0
-    """Each further token."""
-    draft_ratio: float = 1.0
-    """What a pass of drafts took, against what was expected of it."""
-    has_drafted: bool = False
-
-    def learn(self, step: DraftedStep, draft_share: float) -> None:
-        """Take in a step; a pass of drafts was expected to take this share of a plain step."""
-        further, seconds = step.num_tokens - step.num_sequences, step.wall_s - step.drafting_s
-        if not self.step_s:
-            self.step_s = seconds / (1 + _FIRST_TOKEN * further / step.num_sequences)
-            self.token_s = _FIRST_TOKEN * self.step_s / step.num_sequences
-        scaled = further / step.num_sequences
-        expected = self.step_s + self.token_s * further
-        # A step that another program held up is not to count for much.
-        error = max(-0.5 * expected, min(0.5 * expected, seconds - expected)) / (1 + scaled * scaled)
-        self.step_s = max(self.step_s + 0.2 * error, 0.1 * seconds)
-        each_s = self.step_s / step.num_sequences
-        self.token_s = max(self.token_s + 0.2 * error * scaled / step.num_sequences, _LEAST_TOKEN * each_s)
-        if step.num_passes and draft_share:
-            measured = step.drafting_s / step.num_passes / (self.step_s * draft_share)
-            rate = 0.2 if self.has_drafted else 1.0
-            self.draft_ratio += rate * (min(measured, 2 * self.draft_ratio) - self.draft_ratio)
-            self.has_drafted = True
-
-
-@dataclass(slots=True)
 class _Sequence:
     """What is known of the drafts of one request."""
 
@@ -159,6 +109,19 @@ class _Sequence:
     def acceptance(self, source: int) -> Acceptance:
         """By source: `BY_POLICY`, or how many tokens were equal."""
         return self.sources.setdefault(source, Acceptance(1.6, 2.0) if source == BY_POLICY else Acceptance(1.0, 2.0))
+
+
+class _Turn(NamedTuple):
+    """A request that could use drafts in the next step."""
+
+    request: Request
+    sequence: _Sequence
+    match: Match | None
+    most: int
+
+    def drafts(self, source: int, prices: StepPrices) -> int:
+        """As many as seem to pay."""
+        return prices.draft_length(self.sequence.acceptance(source).rate, self.most)
 
 
 class MeasuredSpeculator:
@@ -174,7 +137,7 @@ class MeasuredSpeculator:
         self._most = most
         self._draft_share = draft_share
         self._share = 0.0
-        self._prices = MeasuredPrices()
+        self._prices: dict[int, BatchPrices] = {}  # by the bits of the number of sequences
         self._sequences: dict[str, _Sequence] = {}
 
     @property
@@ -186,13 +149,17 @@ class MeasuredSpeculator:
         """See `Speculator`."""
         requests = list(requests)
         self._share = 0.0 if self._draft_share is None else self._draft_share()
+        prices = self._prices_of(len(requests))
+        turns: list[_Turn] = []
         for request in requests:
             request.num_drafts = 0
             request.draft_ids = list[int]()
-            left = request.max_new_tokens - len(request.output_ids)
-            most = min(self._most, left - 1)
-            if most > 0 and self._prices.step_s and request.num_cached == len(request.token_ids) - 1:
-                self._propose(request, most, len(requests))
+            most = min(self._most, request.max_new_tokens - len(request.output_ids) - 1)
+            if most > 0 and not prices.wants_plain and request.num_cached == len(request.token_ids) - 1:
+                turns.append(self._turn(request, most, prices))
+        if turns:
+            pass_s = prices.plain_s * self._share * prices.pass_ratio
+            self._draft(turns, prices.of_sequence(len(requests)), pass_s, by_policy=not prices.by_policy.left)
 
     def learn(self, requests: Iterable[tuple[Request, int, int]], step: DraftedStep) -> None:
         """See `Speculator`."""
@@ -200,27 +167,36 @@ class MeasuredSpeculator:
             if drafted:
                 sequence = self._sequences[request.request_id]
                 sequence.acceptance(sequence.source).learn(drafted, accepted)
-        self._prices.learn(step, self._share)
+        self._prices_of(step.num_sequences).learn(step, self._share)
 
     def forget(self, request_id: str) -> None:
         """See `Speculator`."""
         self._sequences.pop(request_id, None)
 
-    def _propose(self, request: Request, most: int, num_sequences: int) -> None:
+    def _prices_of(self, num_sequences: int) -> BatchPrices:
+        return self._prices.setdefault(num_sequences.bit_length(), BatchPrices())
+
+    def _turn(self, request: Request, most: int, prices: BatchPrices) -> _Turn:
         sequence = self._sequences.setdefault(request.request_id, _Sequence())
         sequence.text.extend(request.token_ids)
-        step_s, token_s = self._prices.step_s / num_sequences, self._prices.token_s
-        sources: dict[int, StepPrices] = {}
-        match = sequence.text.match()
-        if match is not None:
-            sources[match.num_equal] = StepPrices(step_s, token_s)
-        if self._draft_share is not None:
-            sources[BY_POLICY] = StepPrices(step_s, token_s, step_s * self._share * self._prices.draft_ratio)
-        best_rate = 0.0
-        for source, prices in sources.items():
-            acceptance = sequence.acceptance(source)
-            count = acceptance.length(prices, most)
-            if count and (rate := prices.rate(acceptance.rate, count)) > best_rate:
-                best_rate, sequence.source, request.num_drafts = rate, source, count
-        if match is not None and sequence.source != BY_POLICY:
-            request.draft_ids = sequence.text.following(match.start, request.num_drafts)
+        return _Turn(request, sequence, None if prices.from_text.left else sequence.text.match(), most)
+
+    def _draft(self, turns: Sequence[_Turn], plain: StepPrices, pass_s: float, *, by_policy: bool) -> None:
+        """Each gets the drafts that promise most, if any do: from its text, or from passes that are shared."""
+        by_policy = by_policy and self._draft_share is not None
+        drafting = len(turns)
+        if by_policy:
+            shared = replace(plain, draft_s=pass_s / drafting)
+            drafting = sum(bool(turn.drafts(BY_POLICY, shared)) for turn in turns)
+        for turn in turns:
+            sources = {} if turn.match is None else {turn.match.num_equal: plain}
+            if by_policy:
+                sources[BY_POLICY] = replace(plain, draft_s=pass_s / max(drafting, 1))
+            best_rate = 0.0
+            for source, prices in sources.items():
+                acceptance = turn.sequence.acceptance(source)
+                count = acceptance.length(prices, turn.most)
+                if count and (rate := prices.rate(acceptance.rate, count)) > best_rate:
+                    best_rate, turn.sequence.source, turn.request.num_drafts = rate, source, count
+            if turn.match is not None and turn.sequence.source != BY_POLICY:
+                turn.request.draft_ids = turn.sequence.text.following(turn.match.start, turn.request.num_drafts)
