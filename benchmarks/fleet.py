@@ -180,7 +180,15 @@ def main() -> None:
         found = overhead(args.prompts or 2000, args.max_tokens)
     else:
         found = driver(args.prompts or 20_000, 2000)
-    tell({"kind": f"fleet-{args.what}", **found, "others_cpu_share": round(meter.share(), 3), "stamp": asdict(current_stamp())}, args.record)
+    tell(
+        {
+            "kind": f"fleet-{args.what}",
+            **found,
+            "others_cpu_share": round(meter.share(), 3),
+            "stamp": asdict(current_stamp()),
+        },
+        args.record,
+    )
 
 
 if __name__ == "__main__":

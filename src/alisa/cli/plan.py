@@ -11,8 +11,10 @@ from tyro.conf import arg
 
 from alisa.cli.files import refuse_same_file, to_json, write_whole
 from alisa.cli.options import DisplayOptions
+from alisa.cli.plan_fleet import FleetQuestion, fleet_table
 from alisa.config import EngineConfig, KvDtypeName, PolicyName, WeightDtypeName, parse_bytes
 from alisa.errors import InputError
+from alisa.planner.fleet import fleet_record
 
 if TYPE_CHECKING:
     from alisa.planner.hardware import Hardware
@@ -33,6 +35,7 @@ class Plan:
     For instance:
       alisa plan --shape opt-13b --hardware v100-32gb --batch 64 --prompt-len 128 --output-len 512
       alisa plan --model DIR --kv-device-memory 512MiB --save schedule.json
+      alisa plan --shape llama-7b --hardware h100-80gb --batch 64 --prompts 1e9 --hours 48
     """
 
     model: Annotated[str | None, arg(metavar="ID_OR_DIR", help_behavior_hint="")] = None
@@ -68,6 +71,7 @@ class Plan:
     """Draw memory and time over the steps."""
     save: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="")] = None
     """Write the schedule for `alisa generate --schedule FILE.json`."""
+    fleet: FleetQuestion = field(default_factory=FleetQuestion)
     display: DisplayOptions = field(default_factory=DisplayOptions)
 
     def run(self) -> int:
@@ -78,8 +82,11 @@ class Plan:
 
         refuse_same_file({"--hardware": Path(self.hardware), "--save": self.save, "--plot": self.plot})
         record = make_plan(self.question())
+        answers = self.fleet.answers(record)
+        if answers:
+            record["fleet"] = [fleet_record(answer) for answer in answers]
         if not self.display.quiet:
-            for table in plan_tables(record):
+            for table in (*plan_tables(record), *([fleet_table(self.fleet, answers)] if answers else [])):
                 error_console().print(table)
         if self.plot is not None:
             from alisa.lab.plot.canvas import save
