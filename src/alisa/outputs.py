@@ -107,6 +107,8 @@ class StepRecord:
     """Prompt tokens whose K and V came from the prefix cache in this step; the model computed nothing in it."""
     prefix_bytes: int = 0
     """Bytes of the prefix cache after the step; under the device cap too on a CPU, under the host's on a GPU."""
+    covered: float | None = None
+    """With a coverage: the part of the attention weight that the tokens read have, by the sketch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,3 +228,5 @@ class RunSummary:
     prefix_cap_bytes: int = 0
     """Memory that the prefix cache may take, in addition to the caps above; 0 without one."""
     prefix_peak_bytes: int = 0
+    covered: float | None = None
+    """As in `StepRecord`, over all decode steps."""

@@ -39,6 +39,9 @@ class StepTraffic(NamedTuple):
     traffic: Traffic
     failed: dict[int, str]
     """Request indices whose rows were lost, and why: their output is worthless."""
+    covered: float | None = None
+    """The part of the weight that the tokens read have, by the policy, mean over layers and heads; None: nobody asked
+    for a coverage."""
 
 
 class _Layer(NamedTuple):
@@ -112,6 +115,7 @@ class KVSession:
         self._keeps_tokens = type(state).on_append is not PolicyState.on_append
         self._uses_mass = policy.uses_mass
         self._combines = type(state).combine is not PolicyState.combine
+        self._covers = policy.budget.coverage is not None
         self._observe_prompt = timer.timed(StepSection.SELECTION, state.observe_prompt)
         self._begin_policy = timer.timed(StepSection.SELECTION, state.begin)
         self._begin_cache = timer.timed(StepSection.BEGIN, cache.begin)
@@ -130,6 +134,7 @@ class KVSession:
         self._chosen: Sequence[Selection] | None = None
         self._in_window: dict[int, Selection] = {}
         self._read: list[tuple[int, ...]] = []
+        self._covered: list[float] = []
         self._num_chunks = 0
 
     def open(self, sequence: Opened) -> None:
@@ -222,6 +227,7 @@ class KVSession:
         if store is not self._store:
             self._bind(store)
         self._read = []
+        self._covered = []
         self._num_chunks = len(plan.chunks)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
@@ -250,6 +256,8 @@ class KVSession:
             self._on_attended(among_full, selection, attended.mass)
         self.selection = selection
         self._read.append(selection.num_tokens)
+        if self._covers and (shares := self.state.weight_read(among_full)) is not None:
+            self._covered.append(float(shares.mean()))
         out = self._combine(among_full, attended) if self._combines else attended.out
         if self._sinks is not None:
             out = self._beside_sink(layer, out, attended.log_sum_exp)
@@ -266,7 +274,8 @@ class KVSession:
         traffic, failed = self._store.traffic(), self._store.failed()
         if self.prefix is not None:
             self.prefix.end(failed)
-        return StepTraffic(attended, traffic, failed)
+        covered = sum(self._covered) / len(self._covered) if self._covered else None
+        return StepTraffic(attended, traffic, failed, covered)
 
     def _bind(self, store: RowStore) -> None:
         """From now on rows come from this store."""

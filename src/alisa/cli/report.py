@@ -50,7 +50,8 @@ def summary_lines(
         yield from _tier_lines(summary)
     if summary.num_preempted:
         yield "preempted", f"{summary.num_preempted} times a prompt had to wait in the middle for room"
-    yield "KV read", f"{_share(summary.tokens_attended, summary.tokens_dense)} of what dense attention reads"
+    covered = "" if summary.covered is None else f"; by the sketch it has {summary.covered:.1%} of the weight"
+    yield "KV read", f"{_share(summary.tokens_attended, summary.tokens_dense)} of what dense attention reads{covered}"
     if verified is not None:
         yield (
             "verified",

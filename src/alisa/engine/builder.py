@@ -23,6 +23,7 @@ from alisa.engine.prompt import PromptReader
 from alisa.engine.report import EngineSetup
 from alisa.engine.runner import ModelRunner
 from alisa.engine.threads import make_governor
+from alisa.errors import InputError
 from alisa.policy.registry import make_policy, reads_of
 from alisa.scheduler.order import FirstCome, HighestResponseRatio
 from alisa.scheduler.placement.base import PlacementPolicy
@@ -94,7 +95,13 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
         InputError: an option does not go with another, or a directory cannot be used.
         CapacityError: the caps hold not even one token.
     """
-    policy = make_policy(config.policy, config.sparsity)
+    device = model.decoder.device
+    if config.coverage is not None and device.type != "cpu":
+        raise InputError(
+            "--coverage runs on a CPU only: how many tokens each layer reads would have to be asked of the GPU; leave "
+            "it out, and choose a higher --sparsity."
+        )
+    policy = make_policy(config.policy, config.sparsity, config.coverage)
     shape = model.spec.attention
     if config.policy != "dense" and shape.full_layers().num_layers == 0:
         _LOG.warning(
@@ -108,7 +115,6 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
     placement = options.placement
     if placement is None and config.schedule is not None:
         placement = load_schedule(config.schedule)
-    device = model.decoder.device
     device_bytes, (host_bytes, disk_bytes) = device_cap(config, device), lower_caps(config, device, options.host_bytes)
     prefix_bytes = prefix_share(config, device_bytes if device.type == "cpu" else host_bytes)
     if device.type == "cpu":
@@ -145,7 +151,7 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
     scheduler = Scheduler(
         cache_config.limits,
         cache_config.placement,
-        reads_of(config.policy, config.sparsity),
+        reads_of(config.policy, config.sparsity, config.coverage),
         costs,
         max_num_seqs=config.max_num_seqs,
         prefill_chunk=chunk_tokens(config.prefill_chunk, kv_dtype, model.decoder.dtype, whole_blocks=bool(prefix)),

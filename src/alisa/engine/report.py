@@ -87,6 +87,7 @@ def step_record(plan: StepPlan, traffic: StepTraffic, runner: ModelRunner) -> St
         state_bytes=runner.session.state.nbytes,
         cached_tokens=plan.num_tokens if plan.restored else 0,
         prefix_bytes=0 if prefix is None else prefix.nbytes,
+        covered=traffic.covered,
     )
 
 
@@ -133,8 +134,15 @@ def run_report(
         cached_tokens=sum(record.cached_tokens for record in records),
         prefix_cap_bytes=setup.prefix_bytes,
         prefix_peak_bytes=max((record.prefix_bytes for record in records), default=0),
+        covered=_covered(decode),
     )
     return RunReport(setup, summary, tuple(records), tuple(plans))
+
+
+def _covered(decode: Sequence[StepRecord]) -> float | None:
+    """Mean over the sequences of all steps."""
+    known = [(record.covered, record.num_sequences) for record in decode if record.covered is not None]
+    return sum(covered * count for covered, count in known) / sum(count for _, count in known) if known else None
 
 
 def _peak_rss_bytes() -> int:
