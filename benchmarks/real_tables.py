@@ -68,6 +68,53 @@ def policies(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def rows(results: Results) -> str:
+    """What fewer bits of K and V cost: a table for each model and text, a row for each format."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in _records(results, "rows_real.jsonl"):
+        if record.get("coverage") is None:
+            groups.setdefault((record["model"], record["task"]), []).append(record)
+    parts = []
+    for (_, text), found in groups.items():
+        dense = next(record for record in found if record["versus_dense"] == 1.0)
+        columns = list(dict.fromkeys((record["policy"], record["sparsity"]) for record in found))
+        cells = {(record["kv_dtype"], (record["policy"], record["sparsity"])): record for record in found}
+        body = []
+        for kv_dtype in ("int8", "k8v4", "int4"):
+            of_format = [cells.get((kv_dtype, column)) for column in columns]
+            size = next(record["kv_token_bytes"] for record in of_format if record) / dense["kv_token_bytes"]
+            costs = [accuracy_tables.cost(record) if record else "" for record in of_format]
+            body.append([f"`{kv_dtype}`", f"{size:.0%}".replace("%", " %"), *costs])
+        head = [
+            "rows",
+            "bytes",
+            *(f"`{policy}`" + (f" {sparsity:g}" if sparsity else "") for policy, sparsity in columns),
+        ]
+        windows = f"{dense['settings']['windows']} x {dense['settings']['context']} tokens"
+        what = f"{_title(dense)}, {_TEXTS[text]}, {windows}; dense: {accuracy_tables.level(dense)}."
+        parts += [what, table(head, body)]
+    return "\n\n".join(parts)
+
+
+def coverage(results: Results) -> str:
+    """A coverage against fixed sparsities: a row for each setting, perplexity lost and tokens read of each text."""
+    found = _records(results, "coverage_real.jsonl")
+    columns = list(dict.fromkeys((r["model"], r["task"], r["settings"]["context"]) for r in found))
+    settings = sorted({(r["sparsity"], r["coverage"] or 0.0) for r in found if r["policy"] != "dense"})
+    cells = {(r["model"], r["task"], r["settings"]["context"], r["sparsity"], r["coverage"] or 0.0): r for r in found}
+    body = []
+    for sparsity, covered in settings:
+        row = [f"{sparsity:g}", f"{covered:g}" if covered else ""]
+        for column in columns:
+            record = cells.get((*column, sparsity, covered))
+            row += [accuracy_tables.cost(record), f"{100 * record['read_share']:.1f}"] if record else ["", ""]
+        body.append(row)
+    head = ["sparsity", "coverage"]
+    for model, text, context in columns:
+        head += [f"{model.split('-')[0]}, {_TEXTS[text]}, {context}", "read, %"]
+    return table(head, body) if body else ""
+
+
 def by_task(kind: str, results: Results) -> str:
     """Recall or multiple choice: a table for each model; dense attention's level, and what the others lose."""
     parts = []

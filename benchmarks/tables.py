@@ -105,6 +105,8 @@ BLOCKS: dict[str, Block] = {
     "accuracy-real": real_tables.perplexity,
     "accuracy-real-first": partial(real_tables.perplexity, context=2048),
     "accuracy-real-policies": real_tables.policies,
+    "accuracy-rows": real_tables.rows,
+    "accuracy-coverage": real_tables.coverage,
     "recall-real": partial(real_tables.by_task, "recall"),
     "qa-real": partial(real_tables.by_task, "qa"),
     "generation-real": real_tables.generation,

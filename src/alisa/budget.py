@@ -39,6 +39,10 @@ class Budget:
     """
 
     sparsity: float
+    coverage: float | None = None
+    """Where the weights of a step decide how many tokens it reads, `split` is the most, and this the part of the weight
+    that they are to have (Twilight, arXiv 2502.02770). Then the recent window, which is read in any case, is a quarter
+    of the usual one."""
     dense_until: int = 16
     """Up to this many earlier tokens everything is read: k would be 1 or 2, and there is nothing to save."""
 
@@ -52,4 +56,8 @@ class Budget:
         if num_earlier <= self.dense_until:
             return num_earlier, 0
         recent = min(self.recent(num_earlier), num_earlier)
-        return recent, min(recent, num_earlier - recent)
+        older = min(recent, num_earlier - recent)
+        if self.coverage is None:
+            return recent, older
+        always = -(-recent // 4)
+        return always, older + recent - always

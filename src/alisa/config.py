@@ -267,6 +267,9 @@ class EngineConfig:
     without, and wrong drafts are dropped. How many are tried follows from how often they were right."""
     num_speculative_tokens: int = 8
     """Most tokens of one sequence that a step tries in this way."""
+    coverage: float | None = None
+    """With a sketch policy on a CPU: as few of these tokens as have this part of the attention weight, above 0 up to 1,
+    by the sketch, in each layer; never more than the sparsity allows. None: as many as it allows."""
     dtype: DtypeName = "auto"
     """What the model computes in; auto: what the checkpoint and the device suit."""
     weight_dtype: WeightDtypeName = "auto"
@@ -274,9 +277,10 @@ class EngineConfig:
     and the reading of 16 bits, every output channel with a scale; int4, a third, every 32 inputs with a scale and a
     minimum, the projection to the vocabulary in 8 bits."""
     kv_dtype: KvDtypeName = "auto"
-    """What K and V are kept in; auto: the dtype that the model computes in, so that dense attention is exact. int8 and
-    int4 keep a scale for each token and head: about half or a quarter of the memory of 16 bits; int8 costs 0.03 % of
-    perplexity and no recall, int4 4 %."""
+    """What K and V are kept in; auto: the dtype that the model computes in, so that dense attention is exact. int8,
+    k8v4 (K in 8 bits, V in 4) and int4 keep a scale for each token and head: 53, 41 and 28 % of the memory of 16 bits
+    in heads of 64 values; docs/accuracy.md says what they cost. What has 4 bits is turned into a basis that suits it,
+    found at the start in one pass over 1024 random tokens."""
     device: DeviceName = "auto"
     """Where the model runs; auto: the GPU if there is one."""
     kv_device_memory: str | int | None = None
@@ -336,6 +340,15 @@ class EngineConfig:
             text
             for bad, text in (
                 (not 0 <= self.sparsity < 1, f"sparsity is {self.sparsity}, allowed is 0 (dense) up to but not 1"),
+                (
+                    self.coverage is not None and not 0 < self.coverage <= 1,
+                    f"coverage is {self.coverage}, allowed is above 0 up to 1 (all that the sparsity allows)",
+                ),
+                (
+                    self.coverage is not None and self.policy in POLICIES and not POLICIES[self.policy].covers,
+                    f"{self.policy} does not know the weight of what it does not read, so that it cannot have a "
+                    f"coverage: choose {', '.join(name for name, entry in POLICIES.items() if entry.covers)}",
+                ),
                 (self.max_num_seqs < 1, f"max_num_seqs is {self.max_num_seqs}, at least 1 is needed"),
                 (
                     self.max_model_len is not None and self.max_model_len < 2,
@@ -373,6 +386,11 @@ class EngineConfig:
     def reading_policy(self) -> str:
         """The policy that says what a step reads whose tokens count."""
         return "dense" if self.exact else self.policy
+
+    @property
+    def reading_coverage(self) -> float | None:
+        """And its coverage."""
+        return None if self.exact else self.coverage
 
     def describe(self) -> dict[str, str | int | float | None]:
         """Every option as it was asked for, as plain values for a report."""

@@ -80,7 +80,8 @@ class LLM:
         named = {} if model is None else {"model": str(model)}
         self.config = with_options(config, {**options, **named})
         self._model = loaded or load_model(self.config, progress)
-        self.policy: SelectionPolicy = make_policy(self.config.reading_policy, self.config.sparsity)
+        policy = make_policy(self.config.reading_policy, self.config.sparsity, self.config.reading_coverage)
+        self.policy: SelectionPolicy = policy
         self.codec: Codec = kv_codec(self._model, self.config)
         self._lock = threading.Lock()
         self._engine: SharedEngine | None = None

@@ -111,6 +111,8 @@ class StepRecord:
     """Those of them that came."""
     prefix_bytes: int = 0
     """Bytes of the prefix cache after the step; under the device cap too on a CPU, under the host's on a GPU."""
+    covered: float | None = None
+    """With a coverage: the part of the attention weight that the tokens read have, by the sketch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,3 +241,5 @@ class RunSummary:
     drafted_tokens: int = 0
     """As in `StepRecord`; so is the next one."""
     accepted_tokens: int = 0
+    covered: float | None = None
+    """As in `StepRecord`, over all decode steps."""

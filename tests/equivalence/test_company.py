@@ -132,6 +132,7 @@ STATIC = {"schedule": "static", "offload_ratio": 0.75}
         {"policy": "dense", "dtype": "float32"},
         {"policy": "swa", "dtype": "float32"},
         {"policy": "sketch", "dtype": "float16"},
+        {"policy": "sketch", "coverage": 0.6, "kv_dtype": "k8v4"},
         {"policy": "dense", "kv_dtype": "int8", "weight_dtype": "int8"},
         {"policy": "swa", "kv_dtype": "int4", "weight_dtype": "int8"},
     ],

@@ -157,7 +157,7 @@ def test_a_batch_gives_what_each_request_gives_alone(policy, tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("policy", "kv_dtype"), [*((name, "float32") for name in get_args(PolicyName)), ("swa", "int8")]
+    ("policy", "kv_dtype"), [*((name, "float32") for name in get_args(PolicyName)), ("swa", "int8"), ("swa", "k8v4")]
 )
 def test_native_kernels_give_the_tokens_of_the_torch_twin(policy, kv_dtype, tiny_model, monkeypatch):
     if not library.available():
@@ -171,6 +171,22 @@ def test_native_kernels_give_the_tokens_of_the_torch_twin(policy, kv_dtype, tiny
     # A seed without a tie that the last bits would decide.
     prompts = make_prompts(native.spec.vocab_size, seed=8)
     assert greedy(native, prompts) == greedy(reference, prompts)
+
+
+@pytest.mark.parametrize("policy", ["sketch", "sketch-head", "sketch-mean"])
+def test_a_coverage_reads_less_and_says_what_it_covers(policy):
+    """Of the trained model: a random one spreads its attention evenly, and nothing less covers anything."""
+    prompt = "It was a dark night, and the ship had been at sea for three weeks when the captain called all men. " * 8
+    settings = SamplingParams(max_tokens=16, ignore_eos=True)
+
+    def summary(**options):
+        with LLM(policy=policy, sparsity=0.5, dtype="float32", **options) as llm:
+            return llm.generate([prompt, prompt[:300]], settings).report.summary
+
+    fixed, half, most = summary(), summary(coverage=0.5), summary(coverage=0.95)
+    assert fixed.covered is None
+    assert half.tokens_attended < most.tokens_attended <= fixed.tokens_attended
+    assert 0.5 <= half.covered < most.covered <= 1
 
 
 @pytest.mark.parametrize(("kv_dtype", "most_kl"), [("int8", 1e-3), ("k8v4", 0.02), ("int4", 0.2)])

@@ -165,8 +165,13 @@ def test_company_and_threads_change_no_bit(row_dtype, plain):
             assert_equal_bits(kernel(*alone(problem, seq)), wanted)
 
 
+def flat(completed):
+    return *completed.chosen, completed.rest
+
+
 @pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
-def test_a_sketch_gives_the_same_bits_in_any_company_and_on_any_threads():
+@pytest.mark.parametrize("coverage", [0.0, 0.3])
+def test_a_sketch_gives_the_same_bits_in_any_company_and_on_any_threads(coverage):
     generator = torch.Generator().manual_seed(3)
     lengths = torch.tensor([2000, 300, 31], dtype=torch.int32)
     starts = torch.tensor([0, 2000, 2300])
@@ -175,19 +180,18 @@ def test_a_sketch_gives_the_same_bits_in_any_company_and_on_any_threads():
     sketched, values = make_sketch(keys, 4), make_sketch(keys.flip(0), 2)
     budgets = [torch.tensor(column, dtype=torch.int32) for column in ([1800, 270, 20], [200, 30, 20], [400, 60, 31])]
     expected = cpu.CpuKernels(num_threads=1).sketch_scores(query, sketched, starts, lengths, 2000, 2)
-    whole = cpu.CpuKernels(num_threads=1).sketch_complete(
-        query, sketched, values, Ranking(starts, lengths, *budgets, 400, 2000, 1)
-    )
+    together = Ranking(starts, lengths, *budgets, 400, 2000, 1, coverage=coverage)
+    whole = cpu.CpuKernels(num_threads=1).sketch_complete(query, sketched, values, together)
     for num_threads in (1, 2, 7):
         kernel = cpu.CpuKernels(num_threads=num_threads)
         assert torch.equal(kernel.sketch_scores(query, sketched, starts, lengths, 2000, 2), expected)
-        again = kernel.sketch_complete(query, sketched, values, Ranking(starts, lengths, *budgets, 400, 2000, 1))
-        assert all(map(torch.equal, again, whole))
+        again = kernel.sketch_complete(query, sketched, values, together)
+        assert all(map(torch.equal, flat(again), flat(whole)))
         for seq in range(3):
             one = slice(seq, seq + 1)
             found = kernel.sketch_scores(query[one], sketched, starts[one], lengths[one], 2000, 2)
             assert torch.equal(found, expected[one])
             own = [column[one] for column in budgets]
-            ranking = Ranking(starts[one], lengths[one], *own, 400, 2000, 1)
+            ranking = Ranking(starts[one], lengths[one], *own, 400, 2000, 1, coverage=coverage)
             alone = kernel.sketch_complete(query[one], sketched, values, ranking)
-            assert all(torch.equal(mine, of_all[one]) for mine, of_all in zip(alone, whole, strict=True))
+            assert all(torch.equal(mine, of_all[one]) for mine, of_all in zip(flat(alone), flat(whole), strict=True))

@@ -157,9 +157,11 @@ def budgets_of(problem, data):
     return *columns, max(counts) + data.draw(st.integers(0, 2))
 
 
-def assert_chosen(positions, shares, problem, scores, budgets):
+def assert_chosen(found, problem, scores, budgets):
     """What a stable sort of the scores chooses, and the share of every head's weight by the torch reference."""
     older_ends, older_counts, counts, num_slots = budgets
+    positions, shares = found.positions, found.shares
+    assert torch.equal(found.counts, counts)
     num_seqs, num_heads, _ = problem.query.shape
     rows = zip(older_ends.tolist(), older_counts.tolist(), counts.tolist(), strict=True)
     flat = scores.flatten(0, 1).double()
@@ -185,7 +187,45 @@ def test_what_is_chosen_and_its_shares(isa, problem, data):
     query, keys, starts, lengths = problem.args()[:4]
     ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets, problem.softcap)
     scores = kernels(isa).sketch_scores(*problem.args())
-    assert_chosen(*kernels(isa).sketch_select(query, keys, ranking), problem, scores, budgets)
+    assert_chosen(kernels(isa).sketch_select(query, keys, ranking), problem, scores, budgets)
+
+
+def fewest_that_cover(scores, row, budgets, target):
+    """Older tokens of one index set, by adding up whole numbers from the largest down."""
+    older_ends, older_counts, counts, _ = budgets
+    end, most = int(older_ends[row]), int(older_counts[row])
+    units = [int(score * 2.0**32) for score in scores.flatten(0, 1)[row].double().tolist()]
+    missing = target - sum(units[end : end + int(counts[row]) - most])
+    count = 0
+    for unit in sorted(units[:end], reverse=True)[:most]:
+        if missing <= 0:
+            break
+        missing, count = missing - unit, count + 1
+    return count
+
+
+@pytest.mark.parametrize("isa", [*SKETCH_ISAS, "torch"])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(problem=problems(), coverage=st.sampled_from([0.01, 0.5, 0.9, 0.999, 1.0]), data=st.data())
+def test_as_few_are_chosen_as_have_that_part_of_the_weight(isa, problem, coverage, data):
+    budgets = budgets_of(problem, data)
+    query, keys, starts, lengths = problem.args()[:4]
+    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets, problem.softcap, coverage)
+    if isa == "torch":
+        keys.ranges[keys.ranges.isnan()] = 0  # the reference gathers them
+        scores = sketch_weights(*problem.args()[:-2], problem.softcap)
+        scores = scores.unflatten(1, (problem.num_sets, -1)).sum(dim=2)
+        found = ReferenceSelection().sketch_select(query, keys, ranking)
+    else:
+        scores = kernels(isa).sketch_scores(*problem.args())
+        found = kernels(isa).sketch_select(query, keys, ranking)
+    older_ends, older_counts, counts, num_slots = budgets
+    target = int(coverage * (query.shape[1] // problem.num_sets) * 2.0**32)
+    wanted = [fewest_that_cover(scores, row, budgets, target) for row in range(len(counts))]
+    of_sequences = torch.tensor(wanted).view(-1, problem.num_sets).amax(dim=1).repeat_interleave(problem.num_sets)
+    older = of_sequences.to(torch.int32)
+    fewer = (older_ends, older, counts - older_counts + older, num_slots)
+    assert_chosen(found, problem, scores, fewer)
 
 
 @st.composite
@@ -203,7 +243,7 @@ def valued_problems(draw, most=4):
 def assert_completed(found, problem, values, budgets):
     """The rest is what the sketched values of the tokens that are not chosen add up to at float64 weights."""
     _, num_heads, head_dim = problem.query.shape
-    positions, shares, rest = found
+    (positions, shares, _), rest = found
     counts = budgets[2].tolist()
     for table in (problem.keys.ranges, values.ranges):
         table[table.isnan()] = 0
@@ -231,8 +271,7 @@ def test_what_is_not_read_is_added_up_from_the_sketched_values(isa, valued, data
     ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets, problem.softcap)
     found = kernels(isa).sketch_complete(query, keys, values, ranking)
     chosen = kernels(isa).sketch_select(query, keys, ranking)
-    assert torch.equal(found.positions, chosen[0])
-    assert torch.equal(found.shares, chosen[1])
+    assert all(torch.equal(one, other) for one, other in zip(found.chosen, chosen, strict=True))
     assert_completed(found, problem, values, budgets)
 
 
@@ -388,4 +427,4 @@ def test_the_reference_chooses_by_its_scores(problem, data):
     query, keys, starts, lengths = problem.args()[:4]
     ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets, problem.softcap)
     scores = sketch_scores(*problem.args())
-    assert_chosen(*ReferenceSelection().sketch_select(query, keys, ranking), problem, scores, budgets)
+    assert_chosen(ReferenceSelection().sketch_select(query, keys, ranking), problem, scores, budgets)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alisa.kernels.base import Ranking, Sketch
+from alisa.kernels.base import Chosen, Completed, Ranking, Sketch
 from alisa.kernels.reference.selection import ReferenceSelection
 from alisa.kernels.reference.sketch import sketch_scores
 from tests.kernels.test_select import by_sorting, scores_of_all_kinds
@@ -129,8 +129,8 @@ def test_what_is_chosen_and_its_shares(device, problem, data):
     budgets = budgets_of(problem, data)
     query, keys, *rows = problem.args()[:4]
     query, keys, *ranking = on(device, (query, keys, *rows, *budgets, problem.width, problem.num_sets, problem.softcap))
-    positions, shares = triton_kernels().sketch_select(query, keys, Ranking(*ranking))
-    assert_chosen(positions.cpu(), shares.cpu(), problem, score(problem, device), budgets)
+    found = triton_kernels().sketch_select(query, keys, Ranking(*ranking))
+    assert_chosen(Chosen(*(table.cpu() for table in found)), problem, score(problem, device), budgets)
 
 
 @on_each_device
@@ -143,7 +143,8 @@ def test_what_is_not_read_is_added_up_from_the_sketched_values(device, valued, d
     moved = on(device, (query, keys, values, *rows, *budgets, problem.width, problem.num_sets, problem.softcap))
     query, keys, values_there, *ranking = moved
     found = triton_kernels().sketch_complete(query, keys, values_there, Ranking(*ranking))
-    assert_completed([table.cpu() for table in found], problem, values, budgets)
+    chosen = Chosen(*(table.cpu() for table in found.chosen))
+    assert_completed(Completed(chosen, found.rest.cpu()), problem, values, budgets)
 
 
 @on_each_device

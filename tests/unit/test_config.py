@@ -135,6 +135,8 @@ def test_requests_that_share_parameters_have_seeds_of_their_own():
         ),
         ({"policy": None}, "policy None is unknown, there is dense, "),
         ({"sparsity": "half"}, "sparsity is 'half', a number is needed."),
+        ({"coverage": 0.0}, "coverage is 0.0, allowed is above 0 up to 1"),
+        ({"coverage": 0.9, "policy": "swa"}, "swa does not know the weight of what it does not read"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0, at least 1 is needed."),
         ({"max_model_len": 1}, "max_model_len is 1, at least 2 are needed, one for the prompt and one new."),
         ({"kv_device_memory": 0}, "kv_device_memory: A memory size of 0 leaves no room at all"),

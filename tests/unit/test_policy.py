@@ -49,6 +49,16 @@ def test_budget_is_the_rounded_ratio(num_earlier, percent):
     assert budget.recent(num_earlier + 1) - budget.recent(num_earlier) in (0, 1)
 
 
+@given(num_earlier=st.integers(0, 5000), percent=st.integers(0, 99))
+def test_a_coverage_leaves_the_most_that_is_read(num_earlier, percent):
+    most, recent_and_older = (
+        sum(Budget(percent / 100).split(num_earlier)),
+        Budget(percent / 100, 0.9).split(num_earlier),
+    )
+    assert sum(recent_and_older) == most
+    assert num_earlier <= 16 or recent_and_older[0] == -(-Budget(percent / 100).split(num_earlier)[0] // 4)
+
+
 def test_budget_takes_the_sparsity_as_written():
     # 0.8 is stored as 0.8000000000000000444; 5 * (1 - 0.8) / 2 is a tie that must round up all the same
     assert Budget(0.8, dense_until=0).recent(5 * 5) == 3

@@ -41,6 +41,9 @@ class StepTraffic(NamedTuple):
     traffic: Traffic
     failed: dict[int, str]
     """Request indices whose rows were lost, and why: their output is worthless."""
+    covered: float | None = None
+    """The part of the weight that the tokens read have, by the policy, mean over layers and heads; None: nobody asked
+    for a coverage."""
 
 
 class _Layer(NamedTuple):
@@ -115,6 +118,7 @@ class KVSession:
         if exact:
             assert policy.can_truncate, "drafts are taken back"
             self._reading = StepReader(Dense(), Dense().make_state(), timer)
+        self._covers = policy.budget.coverage is not None
         self._observe_prompt = timer.timed(StepSection.SELECTION, state.observe_prompt)
         self._begin_cache = timer.timed(StepSection.BEGIN, cache.begin)
         self._next_chunk = timer.timed(StepSection.TRANSFER, next)
@@ -132,6 +136,7 @@ class KVSession:
         self._chosen: Sequence[Selection] | None = None
         self._in_window: dict[int, Selection] = {}
         self._read: list[tuple[int, ...]] = []
+        self._covered: list[float] = []
         self._num_chunks = 0
 
     def open(self, sequence: Opened) -> None:
@@ -224,6 +229,7 @@ class KVSession:
         if store is not self._store:
             self._bind(store)
         self._read = []
+        self._covered = []
         self._num_chunks = len(plan.chunks)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
@@ -252,6 +258,8 @@ class KVSession:
         attended = self._attend(layer, query, selection)
         self.selection = selection
         self._read.append(selection.num_tokens)
+        if self._covers and reader is self._drafting and (shares := self.state.weight_read(among_full)) is not None:
+            self._covered.append(float(shares.mean()))
         out = reader.output(among_full, selection, attended)
         if self._sinks is not None:
             out = with_sinks(out, reader.log_sum_exp(among_full, attended), self._sinks[layer])
@@ -271,7 +279,8 @@ class KVSession:
         traffic, failed = self._store.traffic(), self._store.failed()
         if self.prefix is not None:
             self.prefix.end(failed)
-        return StepTraffic(attended, traffic, failed)
+        covered = sum(self._covered) / len(self._covered) if self._covered else None
+        return StepTraffic(attended, traffic, failed, covered)
 
     def _bind(self, store: RowStore) -> None:
         """From now on rows come from this store."""

@@ -1,7 +1,6 @@
 """What queries, keys and values of a model are like, from one pass over tokens that are drawn at random.
 
-A text is not needed: which channels of a head are large depends on the weights far more than on what is read
-(docs/accuracy.md compares the two).
+A text is not needed: which channels of a head are large depends on the weights far more than on what is read.
 """
 
 from __future__ import annotations

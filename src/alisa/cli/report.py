@@ -55,7 +55,8 @@ def summary_lines(
         each = summary.decode_tokens / summary.decode_sequences
         right = _share(summary.accepted_tokens, summary.drafted_tokens)
         yield "drafts", f"{right} of {summary.drafted_tokens} came true, {each:.2f} tokens of a text in each step"
-    yield "KV read", f"{_share(summary.tokens_attended, summary.tokens_dense)} of what dense attention reads"
+    covered = "" if summary.covered is None else f"; by the sketch it has {summary.covered:.1%} of the weight"
+    yield "KV read", f"{_share(summary.tokens_attended, summary.tokens_dense)} of what dense attention reads{covered}"
     if verified is not None:
         yield (
             "verified",

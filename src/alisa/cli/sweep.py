@@ -55,6 +55,8 @@ class SweepOptions:
     """Policies, separated by commas; all: every one there is. dense is always run, for comparison."""
     sparsity: Annotated[str, arg(metavar="SHARE[,SHARE...]")] = "0.5,0.8,0.9"
     """Shares of the earlier tokens that a step does not read."""
+    coverage: Annotated[str | None, arg(metavar="SHARE[,SHARE...]", help_behavior_hint="(default: none)")] = None
+    """Parts of the weight that sketch policies read, in as few tokens as the sparsity allows at most."""
     kv_dtype: Annotated[str, arg(metavar="NAME[,NAME...]")] = "auto"
     """What K and V are kept in: auto (as the model computes), float32, bfloat16, float16, int8, int4, k8v4."""
     forward: Annotated[Literal["alisa", "hf"], arg(name="engine")] = "alisa"
@@ -67,6 +69,8 @@ class SweepOptions:
     def __post_init__(self) -> None:
         for sparsity in self.sparsities:
             EngineConfig(sparsity=sparsity)
+        for coverage in self.coverages:
+            EngineConfig(coverage=coverage)
         _ = self.policies, self.kv_dtypes
 
     @property
@@ -80,6 +84,11 @@ class SweepOptions:
         """The row formats asked for."""
         names: tuple[KvDtypeName, ...] = get_args(KvDtypeName)
         return known_names(self.kv_dtype, names, "KV dtype")
+
+    @property
+    def coverages(self) -> tuple[float | None, ...]:
+        """The coverages asked for."""
+        return (None,) if self.coverage is None else numbers(self.coverage, "coverages")
 
     @property
     def sparsities(self) -> tuple[float, ...]:
@@ -108,7 +117,7 @@ def run_sweep(
         with loading_bar(options.engine.model or "the embedded model", show=show) as progress:
             subject = load_subject(options, progress)
         evaluations = make_evaluations(subject)
-        chosen = variants(options.policies, options.sparsities, options.kv_dtypes)
+        chosen = variants(options.policies, options.sparsities, options.kv_dtypes, options.coverages)
         records: list[EvalRecord] = []
         with _cell_bar(show=show) as bar:
             task = bar.add_task(name, total=len(evaluations) * len(chosen))

@@ -27,6 +27,7 @@ from alisa.engine.runner import ModelRunner
 from alisa.engine.speculation import make_speculator
 from alisa.engine.speculator import NoDrafts, Speculator
 from alisa.engine.threads import make_governor
+from alisa.errors import InputError
 from alisa.policy.registry import make_policy, reads_of
 from alisa.scheduler.order import FirstCome, HighestResponseRatio
 from alisa.scheduler.placement.base import PlacementPolicy
@@ -104,7 +105,13 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
         InputError: an option does not go with another, or a directory cannot be used.
         CapacityError: the caps hold not even one token.
     """
-    policy = make_policy(config.policy, config.sparsity)
+    device = model.decoder.device
+    if config.coverage is not None and device.type != "cpu":
+        raise InputError(
+            "--coverage runs on a CPU only: how many tokens each layer reads would have to be asked of the GPU; leave "
+            "it out, and choose a higher --sparsity."
+        )
+    policy = make_policy(config.policy, config.sparsity, config.coverage)
     shape = model.spec.attention
     if config.policy != "dense" and shape.full_layers().num_layers == 0:
         _LOG.warning(
@@ -118,7 +125,6 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
     placement = options.placement
     if placement is None and config.schedule is not None:
         placement = load_schedule(config.schedule)
-    device = model.decoder.device
     device_bytes, (host_bytes, disk_bytes) = device_cap(config, device), lower_caps(config, device, options.host_bytes)
     prefix_bytes = prefix_share(config, device_bytes if device.type == "cpu" else host_bytes)
     if device.type == "cpu":
@@ -158,7 +164,7 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
     scheduler = Scheduler(
         cache_config.limits,
         cache_config.placement,
-        reads_of(config.reading_policy, config.sparsity),
+        reads_of(config.reading_policy, config.sparsity, config.reading_coverage),
         costs,
         max_num_seqs=config.max_num_seqs,
         step_tokens=1 + speculator.most,

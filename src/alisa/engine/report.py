@@ -104,6 +104,7 @@ def step_record(
         prefix_bytes=0 if prefix is None else prefix.nbytes,
         drafted_tokens=drafted,
         accepted_tokens=accepted,
+        covered=traffic.covered,
     )
 
 
@@ -153,8 +154,15 @@ def run_report(
         decode_sequences=sum(record.num_sequences for record in decode),
         drafted_tokens=sum(record.drafted_tokens for record in decode),
         accepted_tokens=sum(record.accepted_tokens for record in decode),
+        covered=_covered(decode),
     )
     return RunReport(setup, summary, tuple(records), tuple(plans))
+
+
+def _covered(decode: Sequence[StepRecord]) -> float | None:
+    """Mean over the sequences of all steps."""
+    known = [(record.covered, record.num_sequences) for record in decode if record.covered is not None]
+    return sum(covered * count for covered, count in known) / sum(count for _, count in known) if known else None
 
 
 def _peak_rss_bytes() -> int:

@@ -109,7 +109,9 @@ class Workspace:
         older_counts: int,
         counts: int,
         num_slots: int,
+        coverage: float,
         positions: int,
+        chosen_counts: int,
         shares: int,
     ) -> None: ...
     def mean_add(

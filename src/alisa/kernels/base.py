@@ -319,15 +319,27 @@ class Ranking(NamedTuple):
     """J: 1 for all heads together, or G, one for the heads of each KV head."""
     softcap: float | None = None
     """Of the scores, as in `AttentionShape`."""
+    coverage: float = 0.0
+    """Above 0: the counts are the most, and as few older tokens are chosen as have this part of the weight of every
+    index set, together with those from `older_ends` on; as many in all sets of a sequence. Weights of single tokens,
+    summed over the heads of a set, are cut to whole 2^-32, so that sums do not depend on an order."""
 
 
-class Completed(NamedTuple):
-    """What a step reads, and what takes the place of what it does not."""
+class Chosen(NamedTuple):
+    """What a step reads."""
 
     positions: Tensor
     """Int32[B * J, K]"""
     shares: Tensor
     """Float32[B, H]: the part of each head's approximate weight that lies on the tokens read."""
+    counts: Tensor
+    """Int32[B * J], of the positions; those of the ranking where it asks for no coverage."""
+
+
+class Completed(NamedTuple):
+    """What a step reads, and what takes the place of what it does not."""
+
+    chosen: Chosen
     rest: Tensor
     """Float32[B, H, D]: the values of the other tokens at their approximate weights, added up."""
 
@@ -374,8 +386,8 @@ class SelectionKernels(Protocol):
         """The sketch holds these keys or values `[N, G, D]`, a float dtype, at rows `ids` Int64[N]."""
         ...
 
-    def sketch_select(self, query: Tensor, keys: Sketch, ranking: Ranking) -> tuple[Tensor, Tensor]:
-        """Positions Int32[B * J, K] to read for query `[B, H, D]`, and each head's share of weight Float32[B, H].
+    def sketch_select(self, query: Tensor, keys: Sketch, ranking: Ranking) -> Chosen:
+        """What to read for query `[B, H, D]`.
 
         The approximate attention weights of a sequence's rows, summed over the heads of an index set, rank them. A
         share is the part of a head's weight that lies on the tokens read: exactly 1 where everything is.

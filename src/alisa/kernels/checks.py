@@ -168,7 +168,7 @@ def check_sketch_values(query: Tensor, keys: Sketch, values: Sketch) -> None:
 
 def check_ranking(query: Tensor, keys: Sketch, ranking: Ranking) -> None:
     """A query and what is ranked for it fit the sketch, with a budget for each index set; raises otherwise."""
-    starts, lengths, older_ends, older_counts, counts, _, _, num_sets, _ = ranking
+    starts, lengths, older_ends, older_counts, counts, _, _, num_sets, *_ = ranking
     check_sketch_scores(query, keys, starts, lengths, num_sets)
     # Written out, as are others here: this runs in every layer of every step.
     shape = (query.shape[0] * num_sets,)

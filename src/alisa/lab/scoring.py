@@ -58,6 +58,8 @@ class ScoredStep(NamedTuple):
     lost_mass: float | None
     """Share of attention weight, mean over sequences, layers and heads, that lies on tokens which were not read; None
     for the first token, which prefill gives, and when it was not asked for."""
+    tokens_read: tuple[int, ...] = ()
+    """Of each item, summed over the layers; none for the first token."""
 
 
 class ScoredOutput(NamedTuple):
@@ -67,6 +69,8 @@ class ScoredOutput(NamedTuple):
     """Float32[T] on the CPU: log probability of each output token, in nats."""
     greedy: Tensor
     """Bool[T] on the CPU: whether each is the most likely token."""
+    tokens_read: int
+    """Summed over decode steps and layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +180,10 @@ class Scorer:
         targets = torch.tensor(padded, device=self.decoder.device)
         likelihoods = torch.zeros(len(items), longest, device=self.decoder.device)
         greedy = torch.zeros(len(items), longest, dtype=torch.bool, device=self.decoder.device)
+        tokens_read = [0] * len(items)
         for step in self.steps(policy, codec, items):
+            for index, count in zip(step.items, step.tokens_read, strict=False):
+                tokens_read[index] += count
             rows = torch.tensor(step.items, device=self.decoder.device)
             wanted = targets[rows, step.step]
             likelihoods[rows, step.step] = step.logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0]
@@ -184,7 +191,7 @@ class Scorer:
         likelihoods, greedy = likelihoods.cpu(), greedy.cpu()
         for index, item in enumerate(items):
             count = len(item.output_ids)
-            yield ScoredOutput(likelihoods[index, :count], greedy[index, :count])
+            yield ScoredOutput(likelihoods[index, :count], greedy[index, :count], tokens_read[index])
 
 
 @torch.inference_mode()
@@ -230,7 +237,8 @@ def teacher_forced(
         probe.begin(list(active), [chunk.end for chunk in chunks])
         tokens = [[items[index].output_ids[step - 1]] for index in active]
         result = runner.run(StepPlan(step, Phase.DEVICE, prefill=False, chunks=chunks), tokens, [True] * len(active))
-        yield ScoredStep(step, active, result.logits, probe.mean() if measure_lost_mass else None)
+        lost_mass = probe.mean() if measure_lost_mass else None
+        yield ScoredStep(step, active, result.logits, lost_mass, result.traffic.tokens_attended)
 
 
 def flat_store(

@@ -38,6 +38,8 @@ class RankedStep:
     """Int32[B*J]"""
     row_counts: Tensor
     """Int32[B*J]: `counts` for every row."""
+    coverage: float
+    """As in `Ranking`: above 0 the counts are the most, and each layer has its own."""
 
     @classmethod
     def plan(cls, batch: StepBatch, budget: Budget, num_sets: int) -> RankedStep:
@@ -60,6 +62,7 @@ class RankedStep:
             older_ends=column([length - 1 - recent for length, (recent, _) in zip(batch.lengths, splits, strict=True)]),
             older_counts=column([older for _, older in splits]),
             row_counts=column(list(counts)),
+            coverage=budget.coverage or 0.0,
         )
 
     def ranking(self, starts: Tensor, lengths: Tensor) -> Ranking:
@@ -73,8 +76,17 @@ class RankedStep:
             self.num_slots,
             self.width,
             self.num_sets,
+            coverage=self.coverage,
         )
 
-    def selection(self, positions: Tensor) -> Selection:
-        """These positions Int32[B*J, K], one row for each index set, as what the step reads."""
-        return Selection(positions.view(self.num_seqs, self.num_sets, -1), self.counts, self.num_tokens)
+    def selection(self, positions: Tensor, row_counts: Tensor | None = None) -> Selection:
+        """These positions Int32[B*J, K], one row for each index set, as what the step reads.
+
+        `row_counts` Int32[B*J] are real, where a layer has counts of its own; all sets of a sequence have the same.
+        """
+        positions = positions.view(self.num_seqs, self.num_sets, -1)
+        if row_counts is None:
+            return Selection(positions, self.counts, self.num_tokens)
+        counts = row_counts[:: self.num_sets].contiguous()
+        num_tokens = tuple(counts.tolist())
+        return Selection(positions[..., : max(num_tokens)].contiguous(), counts, num_tokens)

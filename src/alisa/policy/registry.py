@@ -47,6 +47,8 @@ class PolicyEntry:
     """Share of the older selection that changes from one step to the next."""
     priced_as: Literal["none", "ranked", "sketch-keys", "sketch"] = "none"
     """Which measured selection it costs as much as: `planner.hardware.Hardware.selection`."""
+    covers: bool = False
+    """Whether weights may decide how many tokens a step reads: `Budget.coverage`."""
     edition: int = 1
     """Counts up when the name comes to mean other numbers: what was measured of an earlier edition is measured anew."""
 
@@ -105,6 +107,7 @@ def _sketch(
         state=sketch_state(bits=bits, uses_values=completion == "values", uses_mean=completion == "mean"),
         churn=_QUERY_CHURN,
         priced_as="sketch" if completion == "values" else "sketch-keys",
+        covers=bits is not None,
         edition=edition,
     )
 
@@ -156,9 +159,9 @@ POLICIES: Mapping[str, PolicyEntry] = MappingProxyType(
 )
 
 
-def reads_of(name: str, sparsity: float) -> Reads:
+def reads_of(name: str, sparsity: float, coverage: float | None = None) -> Reads:
     """What `SelectionPolicy.reads` of the policy with this name says."""
-    reads, budget = POLICIES[name].reads, Budget(sparsity)
+    reads, budget = POLICIES[name].reads, Budget(sparsity, coverage)
     return lambda num_earlier: reads(budget, num_earlier)
 
 
@@ -172,8 +175,8 @@ def policies_help() -> str:
     return " ".join(f"{name}: {entry.help}." for name, entry in POLICIES.items())
 
 
-def make_policy(name: str, sparsity: float) -> SelectionPolicy:
-    """The policy of this name; `sparsity` becomes its budget."""
+def make_policy(name: str, sparsity: float, coverage: float | None = None) -> SelectionPolicy:
+    """The policy of this name; `sparsity` and `coverage` become its budget."""
     entry = POLICIES[name]
     module, class_name = entry.policy_class.split(":")
-    return getattr(import_module(module), class_name)(Budget(sparsity), **entry.options)
+    return getattr(import_module(module), class_name)(Budget(sparsity, coverage), **entry.options)

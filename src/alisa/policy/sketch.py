@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Attended, Ranking, Selection, SelectionKernels, Sketch, StepBatch
+from alisa.kernels.base import Attended, Chosen, Ranking, Selection, SelectionKernels, Sketch, StepBatch
 from alisa.kernels.reference.sketch import attention_weights, token_ids, weight_read
 from alisa.policy.base import PolicyState, SelectionPolicy
 from alisa.policy.ranked import RankedStep
@@ -147,7 +147,9 @@ class KeyState(TokenState):
         step = self._step
         assert step is not None, "select comes after begin"
         # The new token's own weight counts in the softmax, though it is read in any case.
-        return step.selection(self._choose(layer, query, self._ranking))
+        chosen = self._choose(layer, query, self._ranking)
+        self._shares = chosen.shares
+        return step.selection(chosen.positions, chosen.counts if step.coverage else None)
 
     def weight_read(self, layer: int) -> Tensor | None:
         """As the sketch has it."""
@@ -164,8 +166,8 @@ class KeyState(TokenState):
         """What is kept of keys and values `[N, G, D]` is at entries `ids` Int64[N]."""
         raise NotImplementedError
 
-    def _choose(self, layer: int, query: Tensor, ranking: Ranking) -> Tensor:
-        """Positions Int32[B * J, K] to read; their shares of each head's weight Float32[B, H] are kept."""
+    def _choose(self, layer: int, query: Tensor, ranking: Ranking) -> Chosen:
+        """What to read."""
         raise NotImplementedError
 
     def _locate(self, batch: StepBatch, starts: Tensor) -> None:
@@ -202,9 +204,8 @@ class SketchedKeys(KeyState):
     def _keep(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
         self._kernels.sketch_append(self._key_sketches[layer], ids, keys)
 
-    def _choose(self, layer: int, query: Tensor, ranking: Ranking) -> Tensor:
-        positions, self._shares = self._kernels.sketch_select(query, self._key_sketches[layer], ranking)
-        return positions
+    def _choose(self, layer: int, query: Tensor, ranking: Ranking) -> Chosen:
+        return self._kernels.sketch_select(query, self._key_sketches[layer], ranking)
 
 
 class SketchedRows(SketchedKeys):
@@ -232,10 +233,10 @@ class SketchedRows(SketchedKeys):
         """The sketch says what the tokens that the layer's last selection left out would have added."""
         return self._kernels.rest_blend(attended.out, self._shares, self._rest)
 
-    def _choose(self, layer: int, query: Tensor, ranking: Ranking) -> Tensor:
+    def _choose(self, layer: int, query: Tensor, ranking: Ranking) -> Chosen:
         keys, values = self._key_sketches[layer], self._value_sketches[layer]
-        positions, self._shares, self._rest = self._kernels.sketch_complete(query, keys, values, ranking)
-        return positions
+        chosen, self._rest = self._kernels.sketch_complete(query, keys, values, ranking)
+        return chosen
 
 
 class ExactKeys(KeyState):
@@ -258,13 +259,12 @@ class ExactKeys(KeyState):
     def _keep(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
         self._keys[layer].index_copy_(0, ids, keys.float())
 
-    def _choose(self, layer: int, query: Tensor, ranking: Ranking) -> Tensor:
+    def _choose(self, layer: int, query: Tensor, ranking: Ranking) -> Chosen:
         """The best by true weight."""
-        starts, lengths, older_ends, older_counts, counts, num_slots, width, num_sets, softcap = ranking
+        starts, lengths, older_ends, older_counts, counts, num_slots, width, num_sets, softcap, _ = ranking
         keys = self._keys[layer].index_select(0, token_ids(starts, lengths, width))
         weights = attention_weights(query, keys, lengths, self._scale, softcap)
         scores = weights.unflatten(1, (num_sets, -1)).sum(dim=2)
         rows = torch.arange(len(counts), device=query.device) * width
         positions = self._kernels.select(scores.view(-1), rows, older_ends, older_counts, counts, num_slots, width)
-        self._shares = weight_read(weights, positions, counts, lengths)
-        return positions
+        return Chosen(positions, weight_read(weights, positions, counts, lengths), counts)

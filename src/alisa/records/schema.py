@@ -70,6 +70,7 @@ class EvalRecord:
     task: str
     policy: str
     sparsity: float
+    coverage: float | None = None
     kv_dtype: str
     weight_dtype: str | None = None
     metric: str

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Completed, Ranking, Sketch
+from alisa.kernels.base import Chosen, Completed, Ranking, Sketch
 from alisa.kernels.checks import (
     check_mean_add,
     check_mean_blend,
@@ -153,7 +153,7 @@ class CpuSelection:
         )
         return scores
 
-    def sketch_select(self, query: Tensor, keys: Sketch, ranking: Ranking) -> tuple[Tensor, Tensor]:
+    def sketch_select(self, query: Tensor, keys: Sketch, ranking: Ranking) -> Chosen:
         """See `SelectionKernels`."""
         check_ranking(query, keys, ranking)
         return self._select(query.contiguous(), keys, ranking)
@@ -163,7 +163,7 @@ class CpuSelection:
         check_ranking(query, keys, ranking)
         check_sketch_values(query, keys, values)
         rest = torch.empty(query.shape)
-        return Completed(*self._select(query.contiguous(), keys, ranking, (values, rest)), rest)
+        return Completed(self._select(query.contiguous(), keys, ranking, (values, rest)), rest)
 
     def rest_blend(self, out: Tensor, shares: Tensor, rest: Tensor) -> Tensor:
         """See `SelectionKernels`."""
@@ -228,12 +228,12 @@ class CpuSelection:
 
     def _select(
         self, query: Tensor, keys: Sketch, ranking: Ranking, completion: tuple[Sketch, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Positions and shares of arguments that have been checked; `completion` as in `_sketch_task`."""
-        starts, lengths, older_ends, older_counts, counts, num_slots, width, num_sets, softcap = ranking
+    ) -> Chosen:
+        """For arguments that have been checked; `completion` as in `_sketch_task`."""
+        starts, lengths, older_ends, older_counts, counts, num_slots, width, num_sets, softcap, coverage = ranking
         starts, lengths = starts.contiguous(), lengths.contiguous()
         positions = torch.empty(counts.shape[0], num_slots, dtype=torch.int32)
-        shares = torch.empty(query.shape[:2])
+        shares, chosen_counts = torch.empty(query.shape[:2]), torch.empty_like(counts)
         self._workspace.sketch_select(
             isa=self.isa,
             threads=self._threads,
@@ -242,10 +242,12 @@ class CpuSelection:
             older_counts=older_counts.data_ptr(),
             counts=counts.data_ptr(),
             num_slots=num_slots,
+            coverage=coverage,
             positions=positions.data_ptr(),
+            chosen_counts=chosen_counts.data_ptr(),
             shares=shares.data_ptr(),
         )
-        return positions, shares
+        return Chosen(positions, shares, chosen_counts)
 
 
 def _sketch_task(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Completed, Ranking, Sketch
+from alisa.kernels.base import Chosen, Completed, Ranking, Sketch
 from alisa.kernels.reference.sketch import (
     make_sketch,
     sketch_rows,
@@ -74,19 +74,17 @@ class ReferenceSelection:
         sketch.codes.index_copy_(0, ids, new.codes)
         sketch.ranges.index_copy_(0, ids, new.ranges)
 
-    def sketch_select(self, query: Tensor, keys: Sketch, ranking: Ranking) -> tuple[Tensor, Tensor]:
+    def sketch_select(self, query: Tensor, keys: Sketch, ranking: Ranking) -> Chosen:
         """All keys unpacked, weighed by a full softmax, and sorted."""
-        weights = sketch_weights(query, keys, ranking.starts, ranking.lengths, ranking.width, ranking.softcap)
-        positions = self._ranked(weights, ranking)
-        return positions, weight_read(weights, positions, ranking.counts, ranking.lengths)
+        return self._chosen(*self._weighed(query, keys, ranking))
 
     def sketch_complete(self, query: Tensor, keys: Sketch, values: Sketch, ranking: Ranking) -> Completed:
         """The same, and all values unpacked."""
-        weights = sketch_weights(query, keys, ranking.starts, ranking.lengths, ranking.width, ranking.softcap)
-        positions = self._ranked(weights, ranking)
+        weights, ranking = self._weighed(query, keys, ranking)
+        chosen = self._chosen(weights, ranking)
         rows = sketch_rows(values, token_ids(ranking.starts, ranking.lengths, ranking.width))
-        rest = value_not_read(weights, unsketch(rows, query.shape[-1]), positions, ranking.counts)
-        return Completed(positions, weight_read(weights, positions, ranking.counts, ranking.lengths), rest)
+        rest = value_not_read(weights, unsketch(rows, query.shape[-1]), chosen.positions, chosen.counts)
+        return Completed(chosen, rest)
 
     def rest_blend(self, out: Tensor, shares: Tensor, rest: Tensor) -> Tensor:
         """Blended in float32, rounded once."""
@@ -103,9 +101,36 @@ class ReferenceSelection:
         read, share = out.float().view(*of_groups, out.shape[-1]), shares.view(*of_groups, 1)
         return torch.lerp(means, read, share).view(out.shape).to(out.dtype)
 
-    def _ranked(self, weights: Tensor, ranking: Ranking) -> Tensor:
-        """Positions chosen by weights Float32[B, H, S], summed over the heads of each set."""
-        _, _, older_ends, older_counts, counts, num_slots, width, num_sets, _ = ranking
-        scores = weights.unflatten(1, (num_sets, -1)).sum(dim=2)
+    def _weighed(self, query: Tensor, keys: Sketch, ranking: Ranking) -> tuple[Tensor, Ranking]:
+        """Weights Float32[B, H, S], and the ranking."""
+        return sketch_weights(query, keys, ranking.starts, ranking.lengths, ranking.width, ranking.softcap), ranking
+
+    def _chosen(self, weights: Tensor, ranking: Ranking) -> Chosen:
+        """By weights Float32[B, H, S], summed over the heads of each set."""
+        _, lengths, older_ends, older_counts, counts, num_slots, width, num_sets, _, coverage = ranking
+        scores = weights.unflatten(1, (num_sets, -1)).sum(dim=2).view(-1, width)
+        if coverage > 0:
+            recent = counts - older_counts
+            target = int(coverage * (weights.shape[1] // num_sets) * 2.0**32)
+            older_counts = _count_to_cover(scores, older_ends, older_counts, recent, target)
+            older_counts = older_counts.view(-1, num_sets).amax(dim=1).repeat_interleave(num_sets)
+            counts = recent + older_counts
         rows = torch.arange(len(counts), device=weights.device) * width
-        return self.select(scores.view(-1), rows, older_ends, older_counts, counts, num_slots, width)
+        positions = self.select(scores.view(-1), rows, older_ends, older_counts, counts, num_slots, width)
+        return Chosen(positions, weight_read(weights, positions, counts, lengths), counts)
+
+
+def _count_to_cover(scores: Tensor, older_ends: Tensor, older_counts: Tensor, recent: Tensor, target: int) -> Tensor:
+    """Older tokens Int32[N], at most `older_counts`, that have at least `target` together with the `recent` ones.
+
+    Scores Float32[N, S] are counted in units of 2^-32; `older_ends` and `recent` are Int32[N].
+    """
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    ends = older_ends[:, None]
+    units = (scores.double() * 2.0**32).long()
+    in_window = (columns >= ends) & (columns < ends + recent[:, None])
+    needed = target - units.masked_fill(~in_window, 0).sum(dim=1)
+    best = units.masked_fill(columns >= ends, 0).sort(dim=1, descending=True).values
+    before = best.cumsum(dim=1) - best
+    wanted = (before < needed[:, None]) & (columns < older_counts[:, None])
+    return wanted.sum(dim=1).to(torch.int32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Attended, Codec, Completed, Ranking, Sketch
+from alisa.kernels.base import Attended, Chosen, Codec, Completed, Ranking, Sketch
 from alisa.kernels.checks import (
     check_append,
     check_decode,
@@ -137,22 +137,24 @@ class TritonKernels:
         starts, lengths = starts.contiguous(), lengths.contiguous()
         return launch_sketch_scores(query.contiguous(), keys, starts, lengths, width, num_sets, softcap).mass
 
-    def sketch_select(self, query: Tensor, keys: Sketch, ranking: Ranking) -> tuple[Tensor, Tensor]:
-        """See `SelectionKernels`."""
+    def sketch_select(self, query: Tensor, keys: Sketch, ranking: Ranking) -> Chosen:
+        """See `SelectionKernels`; without a coverage."""
         check_ranking(query, keys, ranking)
         weighed = _weighed(query, keys, ranking)
         positions = _best(weighed, ranking)
-        return positions, launch_shares(weighed, positions, ranking.counts, ranking.lengths.contiguous())
+        shares = launch_shares(weighed, positions, ranking.counts, ranking.lengths.contiguous())
+        return Chosen(positions, shares, ranking.counts)
 
     def sketch_complete(self, query: Tensor, keys: Sketch, values: Sketch, ranking: Ranking) -> Completed:
-        """See `SelectionKernels`."""
+        """See `SelectionKernels`; without a coverage."""
         check_ranking(query, keys, ranking)
         check_sketch_values(query, keys, values)
         starts, lengths = ranking.starts.contiguous(), ranking.lengths.contiguous()
         weighed = _weighed(query, keys, ranking)
         positions = _best(weighed, ranking)
         shares = launch_shares(weighed, positions, ranking.counts, lengths, erase=True)
-        return Completed(positions, shares, launch_rest(weighed, values, starts, lengths, query.shape[2]))
+        chosen = Chosen(positions, shares, ranking.counts)
+        return Completed(chosen, launch_rest(weighed, values, starts, lengths, query.shape[2]))
 
     def rest_blend(self, out: Tensor, shares: Tensor, rest: Tensor) -> Tensor:
         """See `SelectionKernels`."""
@@ -181,7 +183,9 @@ def _weighed(query: Tensor, keys: Sketch, ranking: Ranking) -> WeighedTokens:
 
 def _best(weighed: WeighedTokens, ranking: Ranking) -> Tensor:
     """Positions Int32[B * J, K] that `select` chooses by these weights."""
-    _, _, older_ends, older_counts, counts, num_slots, _, _, _ = ranking
+    # Counts that depend on weights would have to be asked of the device in every layer.
+    assert ranking.coverage == 0, "an engine on a GPU refuses a coverage"
+    _, _, older_ends, older_counts, counts, num_slots, *_ = ranking
     width = weighed.mass.shape[2]
     rows = torch.arange(len(counts), device=counts.device) * width
     return launch_select(weighed.mass.view(-1), rows, older_ends, older_counts, counts, num_slots, width)

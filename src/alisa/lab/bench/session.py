@@ -186,7 +186,7 @@ def device_tokens(decoder: Decoder, run_spec: RunSpec, num_bytes: int) -> int:
 def _planner(decoder: Decoder, run_spec: RunSpec) -> Callable[[int], KVCacheConfig]:
     """What the cache would be, by device cap."""
     model, config, options = _loaded(decoder), run_spec.config, run_spec.options
-    policy, codec = make_policy(config.policy, config.sparsity), kv_codec(model, config)
+    policy, codec = make_policy(config.policy, config.sparsity, config.coverage), kv_codec(model, config)
     source, below = model.row_source, lower_caps(config, decoder.device, options.host_bytes)
     return lambda num_bytes: plan_kv_cache(source, policy, codec, config, options.placement, num_bytes, *below)
 

@@ -63,7 +63,7 @@ def _score_batch(
     hidden = decoder.forward(ids, positions, attend, torch.full_like(ids, ids.shape[1]))
     rows_at_once = max(1, LOGITS_BYTES // (4 * decoder.spec.vocab_size))
     first = len(items[0].prompt_ids) - 1
-    outputs = []
+    outputs: list[ScoredOutput] = []
     for row, tokens in zip(hidden[:, first:-1], ids[:, first + 1 :], strict=True):
         likelihoods: list[Tensor] = []
         greedy: list[Tensor] = []
@@ -71,7 +71,8 @@ def _score_batch(
             logits = decoder.logits(states)
             likelihoods.append(logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0].cpu())
             greedy.append((logits.argmax(dim=-1) == wanted).cpu())
-        outputs.append(ScoredOutput(torch.cat(likelihoods), torch.cat(greedy)))
+        tokens_read = attend.tokens_read[len(outputs)]
+        outputs.append(ScoredOutput(torch.cat(likelihoods), torch.cat(greedy), tokens_read))
     return outputs
 
 
@@ -95,6 +96,8 @@ class LayerwiseAttend:
         self._codec = codec
         self._reads_all = isinstance(policy, Dense)
         self._num_seqs, self._prompt_len, self._length = num_seqs, prompt_len, length
+        self.tokens_read = [0] * num_seqs
+        """By each sequence, summed over decode steps and layers."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """One layer: q `[B, T, H, D]`, k and v `[B, T, G, D]`, returns `[B, T, H, D]`."""
@@ -108,9 +111,14 @@ class LayerwiseAttend:
             out[:, : self._prompt_len] = self._layer.prefill(q, k, v, hidden)
         if self._reads_all or window is not None:
             self._read_all(q, k, v, window, out)
+            lengths = range(self._prompt_len + 1, self._length + 1)
+            read = sum(lengths) if window is None else sum(min(length, window) for length in lengths)
+            self.tokens_read = [count + read for count in self.tokens_read]
         else:
             for position in range(self._prompt_len, self._length):
                 out[:, position] = self._layer.decode(position, q, k, v, hidden)
+                for seq, count in enumerate(self._layer.selection.num_tokens):
+                    self.tokens_read[seq] += count
         return out
 
     def _read_all(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, out: Tensor) -> None:

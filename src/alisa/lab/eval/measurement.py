@@ -25,6 +25,7 @@ from alisa.lab.eval.subject import BASELINE, Subject, Variant
 from alisa.policy.registry import POLICIES
 from alisa.policy.state_bytes import num_parts
 from alisa.records.schema import EvalRecord, EvalStamp
+from alisa.spec import CODE_BITS
 
 
 class UnitResults(NamedTuple):
@@ -109,6 +110,7 @@ def measure_cells(
                 task=evaluation.task,
                 policy=variant.policy,
                 sparsity=variant.sparsity,
+                coverage=variant.coverage,
                 kv_dtype=subject.kv_dtype(variant),
                 weight_dtype=subject.weight_dtype,
                 metric=evaluation.metric,
@@ -146,6 +148,9 @@ def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
     # Long heads had one range once.
     parts = num_parts(subject.spec.head_dim) if POLICIES[variant.policy].query_aware else 1
     ranges = {} if parts == 1 else {"parts": parts}
+    coverage = {} if variant.coverage is None else {"coverage": variant.coverage}
+    # Rows of 4 bits were in the basis of the model once.
+    basis = {"row_basis": 1} if 4 in CODE_BITS.get(subject.kv_dtype(variant), ()) else {}
     return fingerprint(
         {
             "kind": evaluation.kind,
@@ -160,6 +165,8 @@ def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
             **weights,
             **editions,
             **ranges,
+            **coverage,
+            **basis,
         }
     )
 

@@ -48,7 +48,15 @@ class Perplexity:
         nats = sum(unit * len(item.output_ids) for unit, item in zip(units, items, strict=True))
         num_bytes = sum(window.scored_bytes for window in self.windows)
         top1 = sum(int(output.greedy.sum()) for output in outputs) / sum(len(item.output_ids) for item in items)
-        details: dict[str, object] = {"bits_per_byte": nats / log(2) / num_bytes, "top1_accuracy": top1}
+        # Layer by layer the last token is fed as well; decoding only asks for it.
+        fed = 1 if self.mode == "layerwise" else 0
+        ranges = (range(len(item.prompt_ids) + 1, item.num_tokens + fed) for item in items)
+        dense = sum(sum(map(subject.spec.attention.dense_reads, lengths)) for lengths in ranges)
+        details: dict[str, object] = {
+            "bits_per_byte": nats / log(2) / num_bytes,
+            "top1_accuracy": top1,
+            "read_share": sum(output.tokens_read for output in outputs) / dense,
+        }
         return UnitResults(units, details)
 
     def value(self, units: Sequence[float]) -> Estimate:

@@ -14,7 +14,7 @@ from alisa.llm import LLM
 from alisa.model.tokenizer import Tokenizer
 from alisa.planner.footprint import policy_bytes
 from alisa.policy.base import SelectionPolicy
-from alisa.policy.registry import make_policy
+from alisa.policy.registry import POLICIES, make_policy
 from alisa.spec import ModelSpec, RowFormat
 
 
@@ -26,10 +26,11 @@ class Variant:
     sparsity: float
     kv_dtype: KvDtypeName
     """`auto`: what the model computes in."""
+    coverage: float | None = None
 
     def selection_policy(self) -> SelectionPolicy:
         """The policy object."""
-        return make_policy(self.policy, self.sparsity)
+        return make_policy(self.policy, self.sparsity, self.coverage)
 
 
 BASELINE = Variant("dense", 0.0, "auto")
@@ -37,13 +38,18 @@ BASELINE = Variant("dense", 0.0, "auto")
 
 
 def variants(
-    policies: Sequence[PolicyName], sparsities: Sequence[float], kv_dtypes: Sequence[KvDtypeName]
+    policies: Sequence[PolicyName],
+    sparsities: Sequence[float],
+    kv_dtypes: Sequence[KvDtypeName],
+    coverages: Sequence[float | None] = (None,),
 ) -> tuple[Variant, ...]:
-    """Every combination once, the baseline first; dense has one sparsity, 0."""
+    """Every combination once, the baseline first; dense has one sparsity, 0, and a policy may know no coverage."""
     found = [BASELINE]
     for kv_dtype in kv_dtypes:
         for policy in policies:
-            found += [Variant(policy, sparsity, kv_dtype) for sparsity in ((0.0,) if policy == "dense" else sparsities)]
+            known = coverages if POLICIES[policy].covers else (None,)
+            for sparsity in (0.0,) if policy == "dense" else sparsities:
+                found += [Variant(policy, sparsity, kv_dtype, coverage) for coverage in known]
     return tuple(dict.fromkeys(found))
 
 
@@ -121,6 +127,7 @@ class Subject:
         config = EngineConfig(
             policy=variant.policy,
             sparsity=variant.sparsity,
+            coverage=variant.coverage,
             kv_dtype=variant.kv_dtype,
             dtype=config.dtype,
             weight_dtype=config.weight_dtype,

@@ -207,8 +207,8 @@ void Workspace::sketch_scores(const Isa& isa, SketchTask task, const Threads& th
   run_sketch(isa, task, 0, threads, [&](int seq, float* mine) { isa.sketch.finish(task, seq, mine); });
 }
 
-void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float> chosen, float* shares,
-                              const Threads& threads) {
+void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float> chosen, double coverage, int32_t* counts,
+                              float* shares, const Threads& threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto width = static_cast<size_t>(task.width);
   const auto stride = static_cast<size_t>(chosen.num_slots);
@@ -218,11 +218,22 @@ void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float>
     rows.scores = task.out;
     rows.stride = width;
     const int first = seq * task.num_sets;
-    for (int set = 0; set < task.num_sets; ++set) select_row(rows, first + set);
-    isa.sketch.shares(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, chosen.counts[first],
+    int older = rows.older_counts[first];
+    if (coverage > 0.0) {
+      const int set_heads = task.num_heads / task.parts / task.num_sets;
+      const auto target = static_cast<int64_t>(coverage * set_heads * 4294967296.0);
+      older = 0;
+      for (int set = 0; set < task.num_sets; ++set) older = std::max(older, count_to_cover(rows, first + set, target));
+    }
+    const int count = rows.counts[first] - rows.older_counts[first] + older;
+    for (int set = 0; set < task.num_sets; ++set) {
+      select_row(rows, first + set, older);
+      counts[first + set] = count;
+    }
+    isa.sketch.shares(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, count,
                       shares + static_cast<size_t>(seq) * (task.num_heads / task.parts), mine);
     if (task.completes()) {
-      isa.sketch.rest(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, chosen.counts[first], mine);
+      isa.sketch.rest(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, count, mine);
     }
   });
 }

@@ -96,17 +96,20 @@ class Selector {
 };
 
 template <class Score>
-void select_row(const SelectTask<Score>& task, int seq, Selector<Score>& selector) {
-  const int older = task.older_counts[seq];
+const Score* scores_of(const SelectTask<Score>& task, int seq) {
+  return task.scores + static_cast<size_t>(task.starts == nullptr ? seq : task.starts[seq]) * task.stride;
+}
+
+template <class Score>
+void select_row(const SelectTask<Score>& task, int seq, int older, Selector<Score>& selector) {
   const int end = task.older_ends[seq];
   int32_t* positions = task.positions + static_cast<size_t>(seq) * task.num_slots;
   if (older >= end) {
     for (int i = 0; i < older; ++i) positions[i] = i;
   } else if (older > 0) {
-    const auto start = static_cast<size_t>(task.starts == nullptr ? seq : task.starts[seq]);
-    selector.select(task.scores + start * task.stride, end, older, positions);
+    selector.select(scores_of(task, seq), end, older, positions);
   }
-  const int count = task.counts[seq];
+  const int count = task.counts[seq] - task.older_counts[seq] + older;
   for (int i = older; i < count; ++i) positions[i] = end + i - older;
   std::fill(positions + count, positions + task.num_slots, 0);
 }
@@ -118,13 +121,36 @@ void select_positions(const SelectTask<Score>& task, const Threads& threads) {
   Threads team = threads;
   team.count = std::min(team.count, task.num_seqs);
   share_out(team, task.num_seqs, 1, [&](int) {
-    return [&, selector = Selector<Score>()](int64_t seq, int64_t) mutable { select_row(task, static_cast<int>(seq), selector); };
+    return [&, selector = Selector<Score>()](int64_t seq, int64_t) mutable {
+      const auto row = static_cast<int>(seq);
+      select_row(task, row, task.older_counts[row], selector);
+    };
   });
 }
 
-void select_row(const SelectTask<float>& task, int row) {
+void select_row(const SelectTask<float>& task, int row, int older) {
   Selector<float> selector;
-  select_row(task, row, selector);
+  select_row(task, row, older, selector);
+}
+
+int count_to_cover(const SelectTask<float>& task, int row, int64_t target) {
+  const auto units = [](float score) { return static_cast<int64_t>(static_cast<double>(score) * 4294967296.0); };
+  const float* scores = scores_of(task, row);
+  const int most = task.older_counts[row];
+  const int end = task.older_ends[row];
+  for (int i = end; i < end + task.counts[row] - most; ++i) target -= units(scores[i]);
+  std::vector<int32_t> positions(static_cast<size_t>(most));
+  if (most < end && most > 0) {
+    Selector<float>().select(scores, end, most, positions.data());
+  } else {
+    for (int i = 0; i < most; ++i) positions[i] = i;
+  }
+  std::vector<float> best;
+  for (const int32_t position : positions) best.push_back(scores[position]);
+  std::sort(best.begin(), best.end(), std::greater<float>());
+  int count = 0;
+  for (; count < most && target > 0; ++count) target -= units(best[count]);
+  return count;
 }
 
 template void select_positions<float>(const SelectTask<float>&, const Threads&);

@@ -26,8 +26,11 @@ struct SelectTask {
 // The older tokens of highest score, of equal ones those that come first.
 template <class Score>
 void select_positions(const SelectTask<Score>& task, const Threads& threads);
-// The same for one row of positions.
-void select_row(const SelectTask<float>& task, int row);
+// The same for one row of positions, `older` of which are older than the window.
+void select_row(const SelectTask<float>& task, int row, int older);
+// The fewest older tokens, at most older_counts[row], that have at least `target` of the scores together with the window.
+// Scores are counted in units of 2^-32, so that their sum does not depend on an order.
+int count_to_cover(const SelectTask<float>& task, int row, int64_t target);
 
 // sums[sum_starts[b] + position] += mass and the same in `buckets`, for the tokens of each sequence.
 struct ObserveTask {
