@@ -100,8 +100,10 @@ def coverage(results: Results) -> str:
     """A coverage against fixed sparsities: a row for each setting, perplexity lost and tokens read of each text."""
     found = _records(results, "coverage_real.jsonl")
     columns = list(dict.fromkeys((r["model"], r["task"], r["settings"]["context"]) for r in found))
-    settings = sorted({(r["sparsity"], r["coverage"] or 0.0) for r in found if r["policy"] != "dense"})
-    cells = {(r["model"], r["task"], r["settings"]["context"], r["sparsity"], r["coverage"] or 0.0): r for r in found}
+    settings = sorted({(r["sparsity"], r.get("coverage") or 0.0) for r in found if r["policy"] != "dense"})
+    cells = {
+        (r["model"], r["task"], r["settings"]["context"], r["sparsity"], r.get("coverage") or 0.0): r for r in found
+    }
     body = []
     for sparsity, covered in settings:
         row = [f"{sparsity:g}", f"{covered:g}" if covered else ""]

@@ -58,7 +58,8 @@ def prompts_of(llm, lengths=PROMPT_LENGTHS, seed=11):
 def run(llm, prompts, num_threads=1, new_tokens=NEW_TOKENS, temperature=0.0):
     """Generate, and keep what the output layer says."""
     logits: set[bytes] = set()
-    output_layer = llm.decoder.logits
+    decoder = llm.decoder.for_rows(llm.codec.format.dtype)
+    output_layer = decoder.logits
 
     def keep(hidden: Tensor) -> Tensor:
         found = output_layer(hidden)
@@ -66,12 +67,12 @@ def run(llm, prompts, num_threads=1, new_tokens=NEW_TOKENS, temperature=0.0):
         return found
 
     params = [SamplingParams(max_tokens=new_tokens, ignore_eos=True, temperature=temperature, seed=5)] * len(prompts)
-    llm.decoder.logits = keep
+    decoder.logits = keep
     try:
         with threads(num_threads):
             outputs = llm.generate(prompts, params)
     finally:
-        llm.decoder.logits = output_layer
+        decoder.logits = output_layer
     return Result([output.token_ids for output in outputs], logits)
 
 

@@ -117,7 +117,7 @@ def test_likelihoods_are_divided_by_the_bytes_of_the_choice(subject, tmp_path, m
     def score(self, policy, codec, items):
         # what precedes the choice counts for nothing
         return [
-            ScoredOutput(torch.tensor([-9.0] * (len(item.output_ids) - size) + [total / size] * size), torch.ones(1))
+            ScoredOutput(torch.tensor([-9.0] * (len(item.output_ids) - size) + [total / size] * size), torch.ones(1), 0)
             for item, size, total in zip(items, sizes, totals, strict=True)
         ]
 

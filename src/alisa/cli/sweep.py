@@ -34,6 +34,7 @@ class SweptEngine(EngineConfig):
 
     policy: PolicyName = field(default=_DEFAULT.policy, init=False)
     sparsity: float = field(default=_DEFAULT.sparsity, init=False)
+    coverage: float | None = field(default=None, init=False)
     kv_dtype: KvDtypeName = field(default=_DEFAULT.kv_dtype, init=False)
     kv_host_memory: str | int | None = field(default=None, init=False)
     kv_disk_memory: str | int | None = field(default=None, init=False)

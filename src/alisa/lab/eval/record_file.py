@@ -33,13 +33,17 @@ def eval_record(line: Record) -> EvalRecord:
     )
 
 
+_LEFT_OUT = ("units", "weight_dtype", "coverage")
+"""What a line does not have where it is None."""
+
+
 def eval_line(record: EvalRecord) -> dict[str, object]:
     """A cell as its line holds it."""
     values: dict[str, object] = dict(asdict(record))
     last = {name: values.pop(name) for name in ("units", "settings", "stamp")}
     del values["details"]
     line = {**values, **record.details, **last}
-    return {name: value for name, value in line.items() if value is not None or name not in ("units", "weight_dtype")}
+    return {name: value for name, value in line.items() if value is not None or name not in _LEFT_OUT}
 
 
 def _complaint(line: Record) -> str | None:
