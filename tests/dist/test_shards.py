@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from alisa.cli.job_directory import JobDirectory, JobFacts, ShardTask
+from alisa.cli.job_directory import JobDirectory, JobFacts, TextDeaths
 from alisa.cli.main import main
 from alisa.cli.merge import merge_shards
 from alisa.cli.prompts import each_sample, in_part, read_prompts
@@ -98,12 +98,15 @@ def test_deaths_are_of_the_texts_that_were_in_the_model_and_outlive_the_driver(d
     directory.died(0)
     directory.files(0).running.write_text("[3]")
     directory.died(0)
-    assert directory.task(0).deaths == {1: 1, 3: 2}
+    expected = {1: TextDeaths(together=1), 3: TextDeaths(together=1, alone=1)}
+    assert directory.task(0).deaths == expected
+    directory.files(1).running.write_text("[2]")  # another shard may have run beside it
+    directory.died(1)
+    assert directory.task(1).deaths == {2: TextDeaths(together=1)}
     directory.__exit__(None, None, None)
     with JobDirectory(directory.path, cut(tmp_path / "in.txt", 4), JobFacts("r", "i", 8, 4), 3) as again:
-        assert again.task(0).deaths == {1: 1, 3: 2}
-        assert again.is_suspect(0)
-        assert not again.is_suspect(1)
+        assert again.task(0).deaths == expected
+        assert again.is_suspect(1)
 
 
 def test_a_directory_is_of_one_job_and_of_one_command(directory, tmp_path):
@@ -117,16 +120,16 @@ def test_a_directory_is_of_one_job_and_of_one_command(directory, tmp_path):
         JobDirectory(directory.path, sharded, JobFacts("other", "i", 8, 4), 3)
 
 
-def task(deaths, max_deaths=3) -> ShardTask:
-    return SimpleNamespace(deaths=deaths, max_deaths=max_deaths)
-
-
 def test_suspects_run_in_small_groups_and_at_last_alone():
-    assert [*groups(task({}), 5, frozenset({1}))] == [(0, 2, 3, 4)]
-    assert [*groups(task({2: 1, 4: 2}), 5, frozenset())] == [(0, 1, 3), (2,), (4,)]
-    many = [*groups(task(dict.fromkeys(range(40), 1)), 40, frozenset())]
-    assert [len(group) for group in many] == [16, 16, 8]
-    assert [*groups(task(dict.fromkeys(range(3), 1), max_deaths=2), 4, frozenset({0}))] == [(3,), (1,), (2,)]
+    once, twice, alone = TextDeaths(1), TextDeaths(2), TextDeaths(1, 1)
+
+    def grouped(deaths, num_texts, finished=()):
+        return [*groups(SimpleNamespace(deaths=deaths), num_texts, frozenset(finished))]
+
+    assert grouped({}, 5, {1}) == [(0, 2, 3, 4)]
+    assert grouped({2: once, 4: twice}, 5) == [(0, 1, 3), (2,), (4,)]
+    assert [len(group) for group in grouped(dict.fromkeys(range(40), once), 40)] == [16, 16, 8]
+    assert grouped({0: twice, 1: alone, 2: twice}, 4, {0}) == [(3,), (1,), (2,)]
 
 
 def write_results(directory, number, indices):
