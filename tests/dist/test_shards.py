@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -212,8 +214,6 @@ def test_commands_that_cannot_be_meant_say_why(capsys, options, message):
 
 
 def test_without_ray_the_extra_is_named(capsys, tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "ray", None)
     (tmp_path / "in.txt").write_text("a")
     words = ["--ray", "local", "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out")]
@@ -221,3 +221,22 @@ def test_without_ray_the_extra_is_named(capsys, tmp_path, monkeypatch):
     assert "pip install 'alisa[ray]'" in capsys.readouterr().err
     assert main(["serve", "--ray", "local"]) == 2
     assert "pip install 'alisa[ray]'" in capsys.readouterr().err
+
+
+def test_all_but_the_router_that_ray_serve_loads_can_be_imported_without_ray():
+    code = """
+import importlib, pkgutil, sys
+sys.modules["ray"] = None
+import alisa.dist
+names = [module.name for module in pkgutil.iter_modules(alisa.dist.__path__)]
+assert "prefix_router" in names and len(names) > 8
+for name in names:
+    if name != "prefix_router":
+        importlib.import_module(f"alisa.dist.{name}")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_job_on_many_machines_is_asked_for_without_torch():
+    code = "import sys, alisa.cli.ray_job, alisa.cli.ray_serve; assert not {'torch', 'ray'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
