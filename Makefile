@@ -13,7 +13,7 @@ CODE = src tests examples
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 SET_UP_FROM = pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/alisa/kernels/native/csrc/**/*)
 
-.PHONY: help demo test test-isa slow-test models real-test gpu-check check format clean distclean
+.PHONY: help demo test test-isa slow-test models real-test ray-test gpu-check check format clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,10 @@ models: $(VENV)/.ready-dev  ## the two real models (325 MiB) into ALISA_MODELS, 
 
 real-test: $(VENV)/.ready-dev  ## the tests on real models; those whose model is not there are skipped (`make models`)
 	$(VENV)/bin/python -m pytest -m "real and not gpu"
+
+ray-test: $(VENV)/.ready-dev  ## installs Ray (0.75 GB), then runs the tests of many machines
+	$(PIP_INSTALL) -e '.[dev,ray]'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/dist
 
 gpu-check:  ## with an NVIDIA GPU: its tests, kernels, and engines end to end in 16 GiB; eight minutes, no download
 	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu_check.py --output benchmarks/results/gpu.jsonl

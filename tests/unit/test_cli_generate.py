@@ -443,3 +443,16 @@ def test_results_held_back_for_their_order_are_shown_when_interrupted(capsys):
         screen.finished(output.index, "b", output)
         assert capsys.readouterr().out == ""
     assert "prompt 2 of 2" in capsys.readouterr().out
+
+
+def test_parts_of_the_input_give_what_one_command_gives(tmp_path):
+    source = tmp_path / "in.txt"
+    source.write_text("a\nb\nc\nd\ne\n")
+    options = ("--input", str(source), "--max-tokens", "2", "--quiet", "--output")
+    generate(*options, str(tmp_path / "whole.jsonl"))
+    for part in range(2):
+        generate(*options, str(tmp_path / f"{part}.jsonl"), "--shard", f"{part}/2")
+    found = [line for part in range(2) for line in lines(tmp_path / f"{part}.jsonl")]
+    assert [line["index"] for line in found] == [2, 0, 4, 3, 1]
+    by_index = {line["index"]: line["text"] for line in found}
+    assert by_index == {line["index"]: line["text"] for line in lines(tmp_path / "whole.jsonl")}

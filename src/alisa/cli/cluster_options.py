@@ -59,9 +59,9 @@ class FleetOptions(ClusterOptions):
 
     shard_size: Annotated[int, arg(metavar="N")] = 256
     """Prompts that travel together. Changes no token."""
-    max_deaths: Annotated[int, arg(metavar="N")] = 3
-    """A prompt is given up, with an error for a result, when this many engines have died of it, the last one while it
-    worked on nothing else."""
+    max_deaths: Annotated[int, arg(metavar="N")] = 2
+    """A prompt is given up, with an error for a result, when this many engines have died while they worked on it and on
+    nothing else."""
 
     def __post_init__(self) -> None:
         ClusterOptions.__post_init__(self)

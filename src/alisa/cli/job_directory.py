@@ -13,12 +13,11 @@ as once.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 from alisa.cli.files import to_json, write_whole
 from alisa.cli.shards import ShardedInput, ShardPrompts
@@ -26,6 +25,9 @@ from alisa.dist.replica import ShardCount
 from alisa.errors import InputError
 from alisa.records.document import read_json
 from alisa.records.jsonl import JsonlFile, LineFormat
+
+_Deaths: TypeAlias = "dict[int, dict[int, TextDeaths]]"
+"""By shard, and by the place of a text in it."""
 
 _DEATH = LineFormat(what="a death of a replica", first="death", key="death")
 
@@ -57,13 +59,26 @@ class ShardFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class TextDeaths:
+    """How many replicas died while a text was in the model."""
+
+    together: int = 0
+    """With others, any of which may have been the reason."""
+    alone: int = 0
+
+    def and_one(self, *, alone: bool) -> TextDeaths:
+        """With one more."""
+        return TextDeaths(self.together + (not alone), self.alone + alone)
+
+
+@dataclass(frozen=True, slots=True)
 class ShardTask:
     """A shard as it travels to a replica."""
 
     prompts: ShardPrompts
     files: ShardFiles
-    deaths: Mapping[int, int]
-    """By the place of a text in the shard: how many replicas died while it was in the model."""
+    deaths: Mapping[int, TextDeaths]
+    """By the place of a text in the shard."""
     max_deaths: int
 
 
@@ -86,7 +101,7 @@ class JobDirectory:
         path: of the directory; made where it is not there.
         prompts: the input, cut.
         facts: what is asked.
-        max_deaths: replicas that may die of a text before it is given up.
+        max_deaths: replicas that may die of a text alone before it is given up.
 
     Raises:
         InputError: it holds another job, another process works on it, or it cannot be written.
@@ -152,8 +167,11 @@ class JobDirectory:
             texts = read_json(self.files(number).running)
         except InputError:  # none of them was
             return
-        self._deaths_file.append({"death": len(self._deaths_file.keys), "shard": number, "texts": texts})
-        self._deaths.setdefault(number, Counter()).update(texts)
+        # Only suspect shards run without another one in the same replica.
+        alone = self.is_suspect(number) and len(texts) == 1
+        death = {"death": len(self._deaths_file.keys), "shard": number, "texts": texts, "alone": alone}
+        self._deaths_file.append(death)
+        _count(self._deaths, death)
 
     def done(self, number: int, count: ShardCount) -> None:
         """Remember what became of it."""
@@ -179,11 +197,10 @@ class JobDirectory:
                 "--output, or delete the directory to start again."
             )
 
-    def _read_deaths(self) -> dict[int, Counter[int]]:
-        deaths: dict[int, Counter[int]] = {}
+    def _read_deaths(self) -> _Deaths:
+        deaths: _Deaths = {}
         for key in self._deaths_file.keys:
-            record: Any = self._deaths_file.get(key)
-            deaths.setdefault(record["shard"], Counter()).update(record["texts"])
+            _count(deaths, self._deaths_file.get(key))
         return deaths
 
     def _num_lines(self, number: int) -> int:
@@ -195,3 +212,10 @@ class JobDirectory:
             except FileNotFoundError:
                 continue
         return 0
+
+
+def _count(deaths: _Deaths, death: Any) -> None:  # noqa: ANN401 - a record
+    """Enter one death."""
+    of_shard = deaths.setdefault(death["shard"], {})
+    for place in death["texts"]:
+        of_shard[place] = of_shard.get(place, TextDeaths()).and_one(alone=death["alone"])

@@ -89,9 +89,9 @@ def fleet_table(question: FleetQuestion, answers: Sequence[FleetPlan]) -> Table:
         "working",
         "driver busy",
         "disk busy",
-        "what costs most beside it",
+        "limited by",
     ):
-        table.add_column(name, justify="left" if name == "limited by" else "right")
+        table.add_column(name, justify="left" if name == "limited by" else "right", no_wrap=True)
     for answer in answers:
         table.add_row(
             f"{answer.replicas:,}",

@@ -1,8 +1,9 @@
 """What a replica does with a shard: as `alisa generate` would with a file of its own, and a poison prompt ends alone.
 
-A prompt that kills the process (out of memory, a crash of native code) gives no error to catch. So every text has a
-number of deaths: how many replicas died while it was in the model. Texts without run all together, those with some in
-small groups, and those that need one more to be given up alone. What dies alone as well was the reason.
+A prompt that kills the process (out of memory, a crash of native code) gives no error to catch. So it is counted how
+many replicas died while a text was in the model. Texts without a death run all together, those with one in groups of
+16, those with more alone; and only who has died alone several times is given up, because processes die of other things
+too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from alisa.cli.files import BusyFileError, to_json, write_whole
 from alisa.cli.job import ChatFrame, Job, run_job
-from alisa.cli.job_directory import ShardFiles, ShardTask
+from alisa.cli.job_directory import ShardFiles, ShardTask, TextDeaths
 from alisa.cli.prompts import Prompt
 from alisa.cli.results import ResultFile, error_record
 from alisa.config import EngineConfig, SamplingParams
@@ -150,18 +151,17 @@ class ShardGenerator:
     def _give_up(self, task: ShardTask, prompts: Sequence[Prompt], results: ResultFile) -> None:
         """Texts that killed too many replicas get an error for a result."""
         for place, deaths in sorted(task.deaths.items()):
-            if deaths >= task.max_deaths and place not in results.finished:
-                problem = f"{deaths} processes died while they worked on this prompt, the last time on nothing else."
+            if deaths.alone >= task.max_deaths and place not in results.finished:
+                problem = f"{deaths.alone} processes died while they worked on this prompt and on nothing else."
                 results.append(place, error_record(prompts[place], problem, self._work.run))
 
 
 def groups(task: ShardTask, num_texts: int, finished: frozenset[int]) -> Iterator[tuple[int, ...]]:
     """Places of the texts that run together, the least suspect first."""
-    deaths: Mapping[int, int] = task.deaths
     todo = [place for place in range(num_texts) if place not in finished]
-    alone = [place for place in todo if deaths.get(place, 0) >= task.max_deaths - 1]
-    suspects = [place for place in todo if deaths.get(place, 0) and place not in alone]
-    innocent = tuple(place for place in todo if place not in alone and place not in suspects)
+    innocent = tuple(place for place in todo if place not in task.deaths)
+    suspects = [place for place in todo if task.deaths.get(place) == TextDeaths(together=1)]
+    alone = [place for place in todo if place in task.deaths and place not in suspects]
     if innocent:
         yield innocent
     for begin in range(0, len(suspects), GROUP):

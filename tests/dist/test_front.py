@@ -1,0 +1,134 @@
+"""The front of a fleet and what goes through it, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+
+import pytest
+
+from alisa.dist.call import Call, answer
+from alisa.dist.front import Front, OverloadedError, ReplicaDiedError
+from alisa.dist.routing import ranked, routing_key
+from alisa.server.config import ServerConfig
+
+STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
+
+
+def key(body=None, **headers) -> str:
+    return routing_key(headers, json.dumps(body).encode())
+
+
+def chat(*messages: str) -> dict:
+    roles = ("system", "user", "assistant", "user", "assistant")
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, messages, strict=False)]}
+
+
+def test_calls_that_begin_alike_have_one_key():
+    assert key(chat("be brief", "hello")) == key(chat("be brief", "hello", "hi", "and now?")) != ""
+    assert key(chat("be brief", "hello")) != key(chat("be brief", "bye"))
+    long = "a" * 256
+    assert key({"prompt": long + "b"}) == key({"prompt": long + "c"}) != key({"prompt": "b" + long})
+    assert key({"prompt": [long, "x"]}) == key({"prompt": long}) != ""
+    assert key({"prompt": [*range(64), 1]}) == key({"prompt": [*range(64), 2]}) == key({"prompt": [[*range(70)]]})
+    assert key({"prompt": "a", "prompt_cache_key": "k"}) == key({"prompt": "b", "prompt_cache_key": "k"})
+    assert key({"prompt": "a"}, **{"x-session-id": "s"}) == key({"prompt": "b"}, **{"x-session-id": "s"})
+
+
+@pytest.mark.parametrize("body", [b"", b"no json", b"[1]", b"{}", b'{"prompt": []}', b'{"messages": []}', b'{"prompt": 3}'])
+def test_what_cannot_be_read_goes_anywhere_and_breaks_nothing(body):
+    assert isinstance(routing_key({}, body), str)
+
+
+def test_a_replica_that_goes_moves_only_its_own_calls():
+    replicas = [f"r{number}" for number in range(5)]
+    before = {str(call): ranked(str(call), replicas)[0] for call in range(500)}
+    after = {call: ranked(call, replicas[1:])[0] for call in before}
+    assert {call for call in before if before[call] != after[call]} == {c for c in before if before[c] == "r0"}
+    counts = [sum(first == replica for first in before.values()) for replica in replicas]
+    assert min(counts) > 60  # a fifth is 100
+
+
+def call_front(forward, body: bytes = b"{}", config: ServerConfig | None = None) -> list[dict]:
+    sent: list[dict] = []
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+    asyncio.run(Front(forward, config or ServerConfig())(scope, receive, send))
+    return sent
+
+
+def dies(after: list[dict], error: Exception):
+    async def forward(key, call):
+        for message in after:
+            yield message
+        raise error
+
+    return forward
+
+
+def test_a_replica_that_dies_before_it_answers_is_a_503():
+    start, body = call_front(dies([], ReplicaDiedError()))
+    assert start["status"] == 503
+    assert "has died" in json.loads(body["body"])["error"]["message"]
+    start, _ = call_front(dies([], OverloadedError()))
+    assert start["status"] == 429
+
+
+def test_a_replica_that_dies_in_a_stream_ends_it_with_an_error_event():
+    begun = [
+        {"type": "http.response.start", "status": 200, "headers": STREAM},
+        {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True},
+    ]
+    *first, last = call_front(dies(begun, ReplicaDiedError()))
+    assert first == begun
+    event, done, _ = last["body"].split(b"\n\n")
+    assert "has died" in json.loads(event.removeprefix(b"data: "))["error"]["message"]
+    assert done == b"data: [DONE]"
+    # What is no stream breaks off: half a JSON object is no answer.
+    begun[0] = begun[0] | {"headers": [(b"content-type", b"application/json")]}
+    with pytest.raises(ReplicaDiedError):
+        call_front(dies(begun, ReplicaDiedError()))
+
+
+def test_a_body_that_is_too_large_does_not_reach_a_replica():
+    start, _ = call_front(dies([], AssertionError()), b"x" * 11, ServerConfig(max_body="10"))
+    assert start["status"] == 413
+
+
+def test_leaving_the_answer_ends_the_application():
+    ended = []
+
+    async def app(scope, receive, send):
+        assert (await receive())["body"] == b"abc"
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await receive()  # nothing more comes
+        finally:
+            ended.append(scope["path"])
+
+    async def leave():
+        messages = answer(app, pickle.loads(pickle.dumps(Call("POST", "/a", b"", ((b"h", b"v"),), b"abc"))))
+        first = await anext(messages)
+        await messages.aclose()
+        return first
+
+    assert asyncio.run(leave())["status"] == 200
+    assert ended == ["/a"]
+
+
+def test_an_application_that_fails_fails_here():
+    async def app(scope, receive, send):
+        raise ValueError("no")
+
+    async def read():
+        return [message async for message in answer(app, Call("GET", "/", b"", (), b""))]
+
+    with pytest.raises(ValueError, match="no"):
+        asyncio.run(read())
