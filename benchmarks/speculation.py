@@ -154,13 +154,13 @@ def run_case(case: Case, model: LoadedModel, path: Path, rounds: int) -> dict[st
     found: dict[str, list[dict[str, object]]] = {}
     meter = OthersMeter()
     floor = 0.0
+    with LLM(config=EngineConfig(model=str(path)), loaded=model) as plain:
+        batches = prompts_of(case, plain)
+        longest = max(len(prompt) for batch in batches for prompt in batch) + case.output_len
     for number in range(rounds):
         for group in case.groups:
             expected: object = None
             for way in group if number % 2 == 0 else (group[0], *reversed(group[1:])):
-                with LLM(config=EngineConfig(model=str(path)), loaded=model) as plain:
-                    batches = prompts_of(case, plain)
-                    longest = max(len(prompt) for batch in batches for prompt in batch) + case.output_len
                 with LLM(config=config_of(case, way, model, path, longest), loaded=model) as llm:
                     result = measure(llm, batches, case.output_len)
                     floor = floor or floor_rate(case, llm, batches)
