@@ -73,7 +73,8 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(CapacityError, match=f"{sum(counts)} new tokens need .* of {NUM_ROWS} rows are free"):
                 self.store.begin(plan_of(chunks))
             return
-        self.store.begin(plan_of(chunks))
+        # Of a decode step with several tokens of a sequence, each would choose for itself.
+        self.store.begin(plan_of(chunks, prefill=max(counts) > 1))
         hidden = layer_inputs(self.num_written, sum(counts))
         self.num_written += sum(counts)
         positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks])

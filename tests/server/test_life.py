@@ -180,7 +180,7 @@ def test_an_engine_that_fails_tells_everybody_and_the_server_ends(monkeypatch, c
 
 
 def test_a_request_that_fails_is_an_error_of_its_own(monkeypatch):
-    import alisa.engine.engine as module
+    import alisa.engine.chooser as module
 
     def one_bad(logits, rows):
         if any(row.params.seed == 13 for row in rows):

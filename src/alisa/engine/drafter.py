@@ -96,7 +96,7 @@ def no_traffic(plan: StepPlan) -> StepTraffic:
 
 
 def added_traffic(first: StepTraffic, second: StepTraffic) -> StepTraffic:
-    """Of two steps with the same chunks."""
+    """Of two steps with the same chunks; what was covered is said of the second, whose tokens count."""
     return _added(first, second, range(len(first.tokens_attended)))
 
 
@@ -104,7 +104,8 @@ def _added(all_chunks: StepTraffic, some: StepTraffic, places: Sequence[int]) ->
     attended = list(all_chunks.tokens_attended)
     for place, count in zip(places, some.tokens_attended, strict=True):
         attended[place] += count
-    return StepTraffic(tuple(attended), all_chunks.traffic + some.traffic, {**all_chunks.failed, **some.failed})
+    traffic, failed = all_chunks.traffic + some.traffic, {**all_chunks.failed, **some.failed}
+    return StepTraffic(tuple(attended), traffic, failed, some.covered)
 
 
 def _asks(request: Request, chunk: ScheduledChunk) -> bool:
