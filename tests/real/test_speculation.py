@@ -19,10 +19,13 @@ pytestmark = pytest.mark.real
 def test_drafts_change_no_token_of_a_real_model(model_path: Path) -> None:
     dense = EngineConfig(model=str(model_path), policy="dense", max_num_seqs=4, max_model_len=700)
     model = load_model(dense)
-    assert model.tokenizer is not None
-    text = model.tokenizer.encode("\n".join(varied_lines(400)))
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    text = tokenizer.encode("\n".join(varied_lines(400)))
     prompts = [[*text[first * 50 : first * 50 + 300], *text[:100]] for first in range(2)]
-    prompts += [model.tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS[:2]]
+    for prompt in PROMPTS[:2]:
+        chat = [{"role": "user", "content": prompt}]
+        prompts.append(tokenizer.encode_chat(chat) if tokenizer.has_chat_template else tokenizer.encode(prompt))
     params = [SamplingParams(max_tokens=48, temperature=0.7 * (n % 2), seed=n, logprobs=1) for n in range(len(prompts))]
     plain = Run(model, dense, prompts, params)
 
