@@ -63,4 +63,4 @@ def test_native_code_runs_on_aarch64(tmp_path):
     ]
     printed = build_and_run(tmp_path, options, [emulator, "-L", "/usr/aarch64-linux-gnu"])
     assert "portable: checked" in printed
-    assert "portable: products checked" in printed
+    assert "portable: layers checked" in printed
