@@ -3,8 +3,8 @@
     make models
     python benchmarks/pace.py --record benchmarks/results/pace.jsonl
 
-One request is being answered; then a long prompt comes. Once without `max_step_tokens` (prompts are read first) and with
-several values, in turns, each engine once in every round. The last line for each value is one JSON record.
+One request is being answered; then a long prompt comes. Without `max_step_tokens` (prompts are read first) and with
+several values, in turns, each once in every round. The last line for each value is one JSON record.
 """
 
 from __future__ import annotations

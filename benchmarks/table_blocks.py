@@ -512,6 +512,27 @@ def speculation(results: Results) -> str:
     return f"`{first['model']}` (`benchmarks/speculation.py`):\n\n{table(heads, rows)}"
 
 
+def pace(results: Results) -> str:
+    """The longest wait between two tokens while a long prompt is read: the newest record of each setting."""
+    newest = {record["max_step_tokens"]: record for record in lines(results / "pace.jsonl")}
+    rows = [
+        [
+            "prompts first" if most is None else f"`--max-step-tokens {most}`",
+            seconds(record["longest_gap_s"]),
+            seconds(record["first_token_s"]),
+        ]
+        for most, record in newest.items()
+    ]
+    if not rows:
+        return ""
+    first = next(iter(newest.values()))
+    heads = ["", "longest time between two tokens of the reader", "first token of the long prompt"]
+    return (
+        f"A prompt of {first['prompt_len']} tokens comes while another request is being answered, "
+        f"`{first['model']}`, {len(first['rounds'])} rounds (`benchmarks/pace.py`):\n\n{table(heads, rows)}"
+    )
+
+
 # GPU
 
 

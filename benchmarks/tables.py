@@ -33,6 +33,7 @@ from table_blocks import (
     loading,
     machine,
     one_user,
+    pace,
     prediction,
     prompts,
     recall,
@@ -49,6 +50,7 @@ DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/models.md",
     "docs/planner.md",
+    "docs/server.md",
     "docs/speculation.md",
 )
 _BLOCK = re.compile(r"(<!-- benchmarks: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -68,6 +70,7 @@ SECTIONS: dict[str, tuple[Block, ...]] = {
     "Kernels": (kernels, prompts),
     "One user": (one_user,),
     "Drafts": (speculation,),
+    "A long prompt beside a reader": (pace,),
     "GPU": (gpu,),
     "Predicted and measured": (prediction, schedules),
     "What reading less costs": (accuracy, recall),
@@ -101,6 +104,7 @@ BLOCKS: dict[str, Block] = {
     "loading": loading,
     "one-user": one_user,
     "speculation": speculation,
+    "pace": pace,
     "accuracy": accuracy,
     "accuracy-real": real_tables.perplexity,
     "accuracy-real-first": partial(real_tables.perplexity, context=2048),
