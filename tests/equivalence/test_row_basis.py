@@ -27,7 +27,7 @@ def outputs(decoder, ids, kv_dtype=None):
         window, softcap = shape.window(layer), shape.softcap
         return prefill_attention(q[0], own, len(ids), tuple, 0, 1, window, softcap, sinks)[0][None]
 
-    tokens = torch.tensor([ids])
+    tokens = torch.tensor([list(ids)])
     with torch.inference_mode():
         return decoder.forward(tokens, torch.arange(len(ids))[None], attend, torch.full_like(tokens, len(ids)))
 
@@ -44,6 +44,15 @@ def test_attention_in_another_basis_is_the_same_attention(family, kv_dtype, tiny
     # Of random models, whose channels are as they come: the condition of the basis is that of their covariances.
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert not torch.equal(found, expected), "nothing was turned"
+
+
+def test_a_limit_of_the_length_changes_no_basis(tiny_model):
+    """Below it no sequence outgrows a window, so that the limited model has none; its first tokens are the same."""
+    whole, limited = (LLM(tiny_model("qwen2-windows"), dtype="float32", max_model_len=n).decoder for n in (None, 6))
+    assert whole.spec.windows
+    assert not limited.spec.windows
+    expected, found = (outputs(decoder.for_rows("int4"), range(3, 9)) for decoder in (whole, limited))
+    assert torch.equal(found, expected)
 
 
 def test_rows_that_are_made_again_are_those_that_attention_saw(tiny_model):
@@ -67,7 +76,7 @@ def test_what_has_8_bits_or_more_stays_as_it_is():
     decoder = LLM().decoder
     assert all(decoder.for_rows(name) is decoder for name in ("float32", "bfloat16", "float16", "int8"))
     turned = decoder.for_rows("int4")
-    assert decoder.for_rows("int4") is turned
+    assert decoder.for_rows("int4")._row_basis is turned._row_basis, "found once"
     assert turned.for_rows("int4") is turned
     k, v = torch.randn(2, 5, decoder.spec.num_kv_heads, decoder.spec.head_dim).unbind(0)
     assert decoder.for_rows("k8v4")._row_basis.rows(0, k, v)[0] is k

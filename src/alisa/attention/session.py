@@ -118,7 +118,8 @@ class KVSession:
         if exact:
             assert policy.can_truncate, "drafts are taken back"
             self._reading = StepReader(Dense(), Dense().make_state(), timer)
-        self._covers = policy.budget.coverage is not None
+        # Where the policy only drafts, what counts covers all.
+        self._covers = policy.budget.coverage is not None and not exact
         self._observe_prompt = timer.timed(StepSection.SELECTION, state.observe_prompt)
         self._begin_cache = timer.timed(StepSection.BEGIN, cache.begin)
         self._next_chunk = timer.timed(StepSection.TRANSFER, next)
@@ -136,7 +137,7 @@ class KVSession:
         self._chosen: Sequence[Selection] | None = None
         self._in_window: dict[int, Selection] = {}
         self._read: list[tuple[int, ...]] = []
-        self._covered: list[float] = []
+        self._covered: list[Tensor] = []
         self._num_chunks = 0
 
     def open(self, sequence: Opened) -> None:
@@ -258,8 +259,8 @@ class KVSession:
         attended = self._attend(layer, query, selection)
         self.selection = selection
         self._read.append(selection.num_tokens)
-        if self._covers and reader is self._drafting and (shares := self.state.weight_read(among_full)) is not None:
-            self._covered.append(float(shares.mean()))
+        if self._covers and (shares := self.state.weight_read(among_full)) is not None:
+            self._covered.append(shares.mean())
         out = reader.output(among_full, selection, attended)
         if self._sinks is not None:
             out = with_sinks(out, reader.log_sum_exp(among_full, attended), self._sinks[layer])
@@ -279,7 +280,7 @@ class KVSession:
         traffic, failed = self._store.traffic(), self._store.failed()
         if self.prefix is not None:
             self.prefix.end(failed)
-        covered = sum(self._covered) / len(self._covered) if self._covered else None
+        covered = float(torch.stack(self._covered).mean()) if self._covered else None
         return StepTraffic(attended, traffic, failed, covered)
 
     def _bind(self, store: RowStore) -> None:

@@ -10,13 +10,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from alisa.cli.files import STANDARD_INPUT, to_json
 from alisa.cli.job_directory import JobDirectory, JobFacts
 from alisa.cli.merge import Merged, merge_shards, remove_shards
-from alisa.cli.screen import error_console, say
+from alisa.cli.screen import error_console, say, texts_bar
 from alisa.cli.shard_work import GenerateWork
 from alisa.cli.shards import Shard, ShardedInput, cut_input
 from alisa.cli.signals import stop_on_sigterm, stop_status
@@ -136,17 +135,7 @@ class FleetScreen:
         self._already = already
         self._num_replicas = num_replicas
         self._started: float | None = None
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=error_console(),
-            transient=True,
-            disable=not show,
-        )
+        self._bar = texts_bar(show=show, redirects=True)  # Ray has messages of its own
         self._task = self._bar.add_task("starting", total=total, completed=already, rate="")
 
     def __enter__(self) -> Self:

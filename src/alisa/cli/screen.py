@@ -94,6 +94,26 @@ class LiveText:
         sys.stdout.flush()
 
 
+def texts_bar(*, show: bool, redirects: bool = False) -> Progress:
+    """A bar of finished texts, with a field `rate`, where standard error is a terminal.
+
+    `redirects`: whether what others write goes above it.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=error_console(),
+        transient=True,
+        redirect_stdout=redirects,
+        redirect_stderr=redirects,
+        disable=not show,
+    )
+
+
 class ResultList:
     """Many prompts: a progress bar while they run and, when asked, each result in the order of the prompts."""
 
@@ -106,19 +126,7 @@ class ResultList:
         self._next = 0
         self._finished_tokens = 0
         self._running_tokens: dict[int, int] = {}
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=error_console(),
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-            disable=not show_bar,
-        )
+        self._bar = texts_bar(show=show_bar)
         self._task = self._bar.add_task("prompts", total=total, completed=already, rate="")
 
     def __enter__(self) -> Self:

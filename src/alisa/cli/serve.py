@@ -28,7 +28,7 @@ class Serve:
     """
 
     server: ServerConfig = field(default_factory=ServerConfig)
-    # 256 tokens of a prompt take about as long to read as people notice, with a small model on two cores.
+    # docs/server.md has what this does to the time between two tokens, and what it costs.
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(prefix_cache=True, max_step_tokens=256))
     fleet: ServingOptions = field(default_factory=ServingOptions)
 

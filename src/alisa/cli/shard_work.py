@@ -92,8 +92,8 @@ class ShardGenerator:
     """Runs shards on one model; several threads may run one each, and one thread makes all steps.
 
     Each thread that computes has an OpenMP team of its own, and where there are more threads in all teams than
-    processors libgomp lets them sleep at once at every barrier: a second team, even an idle one, costs a third of the
-    speed. So the second shard waits for its turn to be read; its prompts fill the batch meanwhile, and its results wait
+    processors libgomp lets them sleep at once at every barrier: a second team, even an idle one, slows a small model
+    down. So the second shard waits for its turn to be read; its prompts fill the batch meanwhile, and its results wait
     with it.
 
     Args:

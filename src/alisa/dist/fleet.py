@@ -4,7 +4,7 @@ Ray gives every task at least once: it places actors, says when one has died, an
 finished, who tries again and who is to blame is ours, because only the files on disk outlive the driver.
 
     shards waiting ---> replica (two shards, so that its batch stays full while one runs out) ---> done
-         ^                 | dies                                                           
+         ^                 | dies
          +-----------------+  its shards wait again; what they have finished is in their files
 """
 

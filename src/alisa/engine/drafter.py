@@ -26,8 +26,8 @@ class Drafts(NamedTuple):
 
     plan: StepPlan
     """The step that verifies them."""
-    traffic: StepTraffic
-    """Of all passes."""
+    traffic: StepTraffic | None = None
+    """Of all passes; None: there were none."""
     num_passes: int = 0
     seconds: float = 0.0
 
@@ -54,9 +54,9 @@ class PolicyDrafter:
             CapacityError: as `KVSession.begin`.
         """
         started = perf_counter()
-        traffic = no_traffic(plan)
-        num_passes = 0
         going = [n for n, (r, c) in enumerate(zip(requests, plan.chunks, strict=True)) if _asks(r, c)]
+        traffic = StepTraffic((0,) * len(plan.chunks), Traffic(), {}) if going else None
+        num_passes = 0
         asked = list(going)
         coming = plan
         while going:
@@ -67,6 +67,7 @@ class PolicyDrafter:
                 [1] * len(going),
             )
             coming = replace(plan, moves=(), opened=(), closed=())
+            assert traffic is not None, "there is a pass"
             traffic = _added(traffic, result.traffic, going)
             num_passes += 1
             rows = [_row(requests[n], opened[n]) for n in going]
@@ -90,14 +91,9 @@ class PolicyDrafter:
         return Drafts(replace(coming, chunks=verified), traffic, num_passes, perf_counter() - started)
 
 
-def no_traffic(plan: StepPlan) -> StepTraffic:
-    """Of a step in which nothing happens."""
-    return StepTraffic((0,) * len(plan.chunks), Traffic(), {})
-
-
-def added_traffic(first: StepTraffic, second: StepTraffic) -> StepTraffic:
-    """Of two steps with the same chunks; what was covered is said of the second, whose tokens count."""
-    return _added(first, second, range(len(first.tokens_attended)))
+def with_drafting(step: StepTraffic, drafting: StepTraffic | None) -> StepTraffic:
+    """Of a step and the passes before it; what was covered is said of the step, whose tokens count."""
+    return step if drafting is None else _added(drafting, step, range(len(drafting.tokens_attended)))
 
 
 def _added(all_chunks: StepTraffic, some: StepTraffic, places: Sequence[int]) -> StepTraffic:

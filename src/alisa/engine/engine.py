@@ -14,7 +14,7 @@ from alisa.attention.session import StepTraffic
 from alisa.config import SamplingParams
 from alisa.engine.chooser import Grown, TokenChooser
 from alisa.engine.costs import MeasuredCosts
-from alisa.engine.drafter import Drafts, PolicyDrafter, added_traffic, no_traffic
+from alisa.engine.drafter import Drafts, PolicyDrafter, with_drafting
 from alisa.engine.guide import GuideMaker
 from alisa.engine.open_request import OpenRequest
 from alisa.engine.output import EngineOutput, RequestText
@@ -169,7 +169,7 @@ class Engine:
         drafts = self._draft(plan, requests)
         plan = drafts.plan
         result = self._run(plan, requests)
-        traffic = added_traffic(drafts.traffic, result.traffic)
+        traffic = with_drafting(result.traffic, drafts.traffic)
         grown, failed = self._advance(plan, requests, result.logits, traffic)
         self._take_back(plan, grown)
         record = step_record(plan, traffic, self._runner, *_drafted(grown))
@@ -220,7 +220,7 @@ class Engine:
     def _draft(self, plan: StepPlan, requests: Sequence[Request]) -> Drafts:
         """Drafts that the policy makes up, where the plan has room for some, and the plan that verifies them all."""
         if self._drafter is None or plan.prefill:
-            return Drafts(plan, no_traffic(plan))
+            return Drafts(plan)
         return self._drafter.draft(plan, requests, [self._open[request.request_id] for request in requests])
 
     def _run(self, plan: StepPlan, requests: Sequence[Request]) -> StepResult:

@@ -183,7 +183,7 @@ def run_apart(work: Callable[[], T]) -> T:
 
     For loading in a process whose steps another thread makes. Each thread that computes has an OpenMP team, which lasts
     as long as it does, idle or not; where all teams have more threads than there are processors, libgomp's threads
-    sleep at every barrier instead of spinning. On 2 processors that cost 30 % of the speed of a small model.
+    sleep at every barrier instead of spinning, which a small model's many short products do not bear.
     """
     answer: Future[T] = Future()
 

@@ -196,11 +196,12 @@ def _sequences(model: PreTrainedModel, config: EngineConfig) -> tuple[Sequences,
         looks_ahead=cache_config.placement.uses_tiers,
         sinks=observed.sinks,
     )
+    # Of the model without a limit, as in `Decoder.for_rows`.
     basis = find_row_basis(
         dtype,
-        shape,
+        observed.shape(positions or max_len),
         model.config.get_text_config(decoder=True).vocab_size,
-        max_len,
+        positions or max_len,
         lambda tokens, positions, attend, _: handed_forward(model, tokens, positions, attend),
         device,
         observed.sinks,

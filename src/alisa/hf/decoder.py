@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from inspect import signature
 from pathlib import Path
 
@@ -56,7 +55,8 @@ class TransformersDecoder(Decoder):
         self.dtype = model.dtype
         self.device = model.device
         self._row_basis = None
-        self._for_rows = {}
+        self._bases = {}
+        self._whole = None
         # What is not said here is not asked of a decoder: it is for pricing and building one of ours.
         self.spec = ModelSpec(
             family=str(config.model_type),
@@ -77,13 +77,6 @@ class TransformersDecoder(Decoder):
             softcap=shape.softcap,
             has_sinks=shape.has_sinks,
         )
-
-    def within(self, max_len: int) -> TransformersDecoder:
-        """The same model, for sequences of at most so many tokens."""
-        limited = copy(self)
-        limited.spec = self.spec.within(max_len)
-        limited._for_rows = {}
-        return limited
 
     @property
     def can_rebuild(self) -> bool:

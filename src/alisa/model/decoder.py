@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -81,30 +82,36 @@ class Decoder:
         stacks = can_stack(self._layers)
         self._stack = LayerStack(spec, self._layers, self._final_norm, self._rope_of_layer, dtype) if stacks else None
         self._row_basis: RowBasis | None = None
-        self._for_rows: dict[str, Decoder] = {}
+        self._bases: dict[str, RowBasis | None] = {}
+        self._whole: Decoder | None = None
 
-    def within(self, max_len: int) -> Decoder:
+    def within(self, max_len: int) -> Self:
         """The same weights, for sequences of at most so many tokens; see `ModelSpec.within`."""
         limited = copy(self)
         limited.spec = self.spec.within(max_len)
-        limited._for_rows = {}
+        limited._whole = self._whole or self
         return limited
 
     def for_rows(self, kv_dtype: str) -> Decoder:
         """The same model for rows of this format: what they hold in 4 bits comes in a basis that suits it.
 
-        Found in one pass over some random tokens when it is first asked for; see `alisa.basis.row_basis`. `project_kv`
-        gives what `attend` gets.
+        Found in one pass over some random tokens when it is first asked for; see `alisa.basis.row_basis`. It is that of
+        the model without a limit, so that no limit changes a token. `project_kv` gives what `attend` gets.
         """
         if self._row_basis is not None:
             return self
-        if kv_dtype not in self._for_rows:
-            spec, turned = self.spec, copy(self)
-            turned._row_basis = find_row_basis(
-                kv_dtype, spec.attention, spec.vocab_size, spec.max_positions, self.forward, self.device, self.sinks
+        if kv_dtype not in self._bases:
+            whole = self._whole or self
+            shape, device = whole.spec.attention, self.device
+            self._bases[kv_dtype] = find_row_basis(
+                kv_dtype, shape, whole.spec.vocab_size, whole.spec.max_positions, whole.forward, device, self.sinks
             )
-            self._for_rows[kv_dtype] = self if turned._row_basis is None else turned
-        return self._for_rows[kv_dtype]
+        basis = self._bases[kv_dtype]  # which all copies share
+        if basis is None:
+            return self
+        turned = copy(self)
+        turned._row_basis = basis
+        return turned
 
     @property
     def sinks(self) -> tuple[Tensor, ...] | None:

@@ -294,12 +294,12 @@ class Scheduler:
 
     def _next_chunks(self) -> tuple[bool, bool, tuple[ScheduledChunk, ...]]:
         """(prefill, restored, chunks) of the next step."""
-        answered = [request for request in self._running if not request.in_prefill]
         size = self._prefill_chunk
-        if self._shared_chunk is not None and answered:
-            if self._prompts_had_turn:
+        if self._shared_chunk is not None:
+            answered = [request for request in self._running if not request.in_prefill]
+            if answered and self._prompts_had_turn:
                 return False, False, decode_chunks(answered, self._step_tokens)
-            size = min(size, self._shared_chunk)
+            size = min(size, self._shared_chunk) if answered else size
         if restored := restored_chunks(self._running, size, self._prefix):
             return True, True, restored
         if chunks := prompt_chunks(self._running, size):

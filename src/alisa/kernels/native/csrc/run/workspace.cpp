@@ -12,8 +12,9 @@ constexpr size_t kSerialBytes = 1 << 16;
 
 // Activations below this many are made by the calling thread alone: it needs about a microsecond for 3,000.
 constexpr int64_t kSerialActivations = 1 << 15;
-// Pieces of work for each thread, so that one that is held up leaves more to the others.
+// The same for single products of turned heads.
 constexpr int64_t kSerialProducts = 1 << 18;
+// Pieces of work for each thread, so that one that is held up leaves more to the others.
 constexpr int64_t kItemsPerThread = 8;
 
 constexpr size_t kLineFloats = 64 / sizeof(float);
