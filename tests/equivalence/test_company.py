@@ -19,6 +19,7 @@ from alisa.errors import CapacityError
 from alisa.kernels.choose import choose_backend
 from alisa.lab.scoring import ScoredItem, Scorer
 from alisa.model.choose_linear import choose_linear
+from alisa.model.decoder import Decoder
 from tests.caps import device_cap
 
 PROMPT_LENGTHS = (3, 290, 41, 130, 17)
@@ -58,21 +59,20 @@ def prompts_of(llm, lengths=PROMPT_LENGTHS, seed=11):
 def run(llm, prompts, num_threads=1, new_tokens=NEW_TOKENS, temperature=0.0):
     """Generate, and keep what the output layer says."""
     logits: set[bytes] = set()
-    decoder = llm.decoder.for_rows(llm.codec.format.dtype)
-    output_layer = decoder.logits
+    output_layer = Decoder.logits
 
-    def keep(hidden: Tensor) -> Tensor:
-        found = output_layer(hidden)
+    def keep(self: Decoder, hidden: Tensor) -> Tensor:
+        found = output_layer(self, hidden)
         logits.update(row.numpy().tobytes() for row in found)
         return found
 
     params = [SamplingParams(max_tokens=new_tokens, ignore_eos=True, temperature=temperature, seed=5)] * len(prompts)
-    decoder.logits = keep
+    Decoder.logits = keep  # of the class: an engine has a copy, for its rows
     try:
         with threads(num_threads):
             outputs = llm.generate(prompts, params)
     finally:
-        decoder.logits = output_layer
+        Decoder.logits = output_layer
     return Result([output.token_ids for output in outputs], logits)
 
 
