@@ -9,10 +9,13 @@ a span, exactly:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from alisa.kernels.base import Panels
+from alisa.model.coded import CodedRows, CodedWeight, Spans
 from alisa.model.linear_int8 import GROUP, quantise_inputs, rows_of
 from alisa.spec import LANES, SPAN
 
@@ -26,35 +29,57 @@ def int4_panels(weight: Tensor, parts: int = 1) -> Panels:
 
     Each span gets the range, out of a few, with the least squared error.
     """
-    num_out, num_in = weight.shape
+    return coded_panels((weight,), parts)
+
+
+def coded_panels(weight: CodedWeight, parts: int = 1) -> Panels:
+    """The same of a weight `[out, in]` in pieces: those in 4 bits are taken over as they are, the others rounded."""
+    num_out, num_in = sum(piece.shape[0] for piece in weight), weight[0].shape[1]
     spans, rows_of_part = -(-num_in // SPAN), num_out // parts
     per_part = -(-rows_of_part // LANES)
     codes = torch.empty(parts * per_part, spans * SPAN // 8, LANES, 4, dtype=torch.uint8)
     ranges = torch.empty(parts * per_part, spans, 2, LANES, dtype=torch.float16)
+    levels = torch.empty(LANES, spans, SPAN, dtype=torch.uint8)
     for panel in range(len(codes)):
         part, first = divmod(panel, per_part)
         begin = part * rows_of_part + first * LANES
-        rows = weight[begin : min(begin + LANES, (part + 1) * rows_of_part)].to(torch.float32)
-        whole = torch.zeros(LANES, spans * SPAN)
-        whole[: len(rows), :num_in] = rows
-        levels, scales, minima = _quantise_spans(whole.view(LANES, spans, SPAN))
-        fill_panel(codes[panel], ranges[panel], levels, scales, minima)
+        end = min(begin + LANES, (part + 1) * rows_of_part)
+        if end - begin < LANES:
+            levels.zero_()
+            ranges[panel] = 0
+        lane = 0
+        for found in _rows(weight, begin, end):
+            last = lane + len(found.levels)
+            levels[lane:last] = found.levels
+            ranges[panel, :, 0, lane:last], ranges[panel, :, 1, lane:last] = found.scales.T, found.minima.T
+            lane = last
+        _fill_panel(codes[panel], levels)
     return Panels("int4", codes, None, ranges, num_in, num_out, parts)
 
 
-def fill_panel(codes: Tensor, ranges: Tensor, levels: Tensor, scales: Tensor, minima: Tensor) -> None:
-    """One panel from levels UInt8[64, spans, 32], scales and minima `[64, spans]`.
+def _rows(weight: CodedWeight, begin: int, end: int) -> Iterator[Spans]:
+    """The spans of rows `[begin, end)` of the pieces, one after the other."""
+    start = 0
+    for piece in weight:
+        first, last = max(begin - start, 0), min(end - start, piece.shape[0])
+        start += piece.shape[0]
+        if first < last:
+            yield piece.spans(first, last) if isinstance(piece, CodedRows) else quantise_spans(piece[first:last])
 
-    Codes UInt8[octs, 64, 4]: byte i of an oct holds inputs i (low) and i + 4 (high).
-    """
-    octs = levels.reshape(LANES, -1, 2, 4)
+
+def _fill_panel(codes: Tensor, levels: Tensor) -> None:
+    """Codes UInt8[octs, 64, 4] of levels UInt8[64, spans, 32]: byte i of an oct holds inputs i (low) and i + 4."""
+    octs = levels.view(LANES, -1, 2, 4)
     bytes_of_octs = (octs[:, :, 0] | (octs[:, :, 1] << 4)).view(torch.int32).view(LANES, -1)
     codes.view(torch.int32).view(-1, LANES).copy_(bytes_of_octs.t())
-    ranges[:, 0], ranges[:, 1] = scales.T, minima.T
 
 
-def _quantise_spans(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels UInt8[64, spans, 32], scales and minima Float16[64, spans] of values Float32[64, spans, 32]."""
+def quantise_spans(rows: Tensor) -> Spans:
+    """Rows `[N, in]` in any float dtype, rounded; the last span is filled up with zeros."""
+    num_rows, num_in = rows.shape
+    values = torch.zeros(num_rows, -(-num_in // SPAN) * SPAN)
+    values[:, :num_in] = rows
+    values = values.view(num_rows, -1, SPAN)
     low, high = values.amin(dim=2), values.amax(dim=2)
     middle, reach = (low + high) / 2, (high - low) / 2
     best: tuple[Tensor, Tensor, Tensor] | None = None
@@ -77,7 +102,7 @@ def _quantise_spans(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             torch.where(better, minima, best[2]),
         )
     assert best is not None, "there are shrinks"
-    return best[0].to(torch.uint8), best[1], best[2]
+    return Spans(best[0].to(torch.uint8), best[1], best[2])
 
 
 def unpacked(panels: Panels) -> Tensor:
