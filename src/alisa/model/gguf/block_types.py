@@ -135,6 +135,19 @@ def _decode_q6_k(blocks: Tensor) -> Tensor:
     return (codes * scales.unsqueeze(2)).flatten(1)
 
 
+_HALF_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""Twice what the codes of E2M1 stand for."""
+
+
+def _decode_mxfp4(blocks: Tensor) -> Tensor:
+    """Floats of 4 bits (E2M1) with a power of two in a byte (E8M0): OCP Microscaling Formats 1.0."""
+    exponent = blocks[:, :1].to(torch.int32)
+    # 2^(exponent - 128), the half of what the byte says, by its bits; the two least are no normal numbers.
+    bits = torch.where(exponent < 2, 0x200000 << exponent, (exponent - 1) << 23)
+    codes = _halves(blocks[:, 1:]).to(torch.int32)
+    return torch.tensor(_HALF_STEPS, dtype=torch.float32)[codes] * bits.view(torch.float32)
+
+
 def _plain(name: str, dtype: torch.dtype) -> BlockType:
     return BlockType(name, 1, dtype.itemsize, lambda blocks: blocks.contiguous().view(dtype).to(torch.float32))
 
@@ -151,6 +164,7 @@ BLOCK_TYPES: dict[int, BlockType] = {
     13: BlockType("Q5_K", 256, 176, _decode_q5_k),
     14: BlockType("Q6_K", 256, 210, _decode_q6_k),
     30: _plain("BF16", torch.bfloat16),
+    39: BlockType("MXFP4", 32, 17, _decode_mxfp4),
 }
 """By the number that the file has for them; all that can be read."""
 
@@ -175,7 +189,6 @@ OTHER_TYPES: dict[int, str] = {
     29: "IQ1_M",
     34: "TQ1_0",
     35: "TQ2_0",
-    39: "MXFP4",
     40: "NVFP4",
     41: "Q1_0",
 }
