@@ -14,6 +14,7 @@ pytest.importorskip("gguf", reason="the gguf package writes the files")
 import gguf
 from gguf.quants import dequantize
 
+from alisa.errors import ModelError
 from alisa.kernels.base import Panels
 from alisa.model.choose_linear import choose_linear
 from alisa.model.coded import CodedRows
@@ -224,3 +225,15 @@ def test_logits_are_those_of_the_numbers_of_the_file(name, tmp_path):
     # An input in a hundred thousand lies so near the middle between two codes that the last bit of a sum decides where
     # it goes, and moves the logits of its text by hundredths; to round the weights again moved all, by 0.15 to 0.33.
     assert (taken - expected).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize("name", ["auto", "int4"])
+@pytest.mark.parametrize(("part", "rows"), [("attn_v", 64), ("ffn_down", 32), ("attn_q", 32)])
+def test_matrices_of_another_shape_are_refused_either_way(name, part, rows, tmp_path):
+    model = build("llama-gqa-tied")
+    tensors = {key: (values, "Q4_1" if values.ndim > 1 else "F32") for key, values in tensors_of(model).items()}
+    key = f"blk.1.{part}.weight"
+    tensors[key] = (np.zeros((rows, tensors[key][0].shape[1]), np.float32), "Q4_1")
+    stored = GgufModel(write(tmp_path / "x.gguf", metadata_of(model.config), tensors))
+    with pytest.raises(ModelError, match=rf"x\.gguf: .*\[{rows}, .*cannot make up layers\.1\."):
+        stored.decoder(torch.float32, CPU, linears=choose_linear(name, torch.float32, CPU))
