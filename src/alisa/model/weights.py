@@ -21,6 +21,7 @@ from alisa.model.families.family import Family, WeightPiece
 from alisa.model.foreign import unwrapped, what_it_is, without_unused
 from alisa.model.names import Shape, layer_name, layer_shapes, model_shapes
 from alisa.model.other_formats import MARKS, WEIGHTS, found_format, is_other
+from alisa.model.packed import PackedTensor, packed_tensors
 from alisa.model.pages import page_tensor
 from alisa.model.safetensors_file import SafetensorsFile
 from alisa.model.torch_file import TorchFile
@@ -79,13 +80,22 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.place = directory
         self.description = "config.json"
-        self._files: dict[str, SafetensorsFile | TorchFile] = {}
+        self._files: dict[str, SafetensorsFile | TorchFile | PackedTensor] = {}
+        in_safetensors: dict[str, SafetensorsFile] = {}
         mark = found_format(directory, MARKS)
         if mark is not None:
             raise ModelError(f"{directory} holds no plain model: {mark}.")
         for path in weight_files(directory):
-            file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
-            self._files |= dict.fromkeys(file.names, file)
+            if path.suffix == ".safetensors":
+                opened = SafetensorsFile(path)
+                in_safetensors |= dict.fromkeys(opened.names, opened)
+            else:
+                file = TorchFile(path)
+                self._files |= dict.fromkeys(file.names, file)
+        packed = packed_tensors(in_safetensors)
+        halves = {half for tensor in packed.values() for half in tensor.halves}
+        self._files |= {name: file for name, file in in_safetensors.items() if name not in halves}
+        self._files |= packed
 
     @property
     def names(self) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alisa.model.coded import Spans
+from alisa.model.mxfp4 import decode_mxfp4
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,17 +136,8 @@ def _decode_q6_k(blocks: Tensor) -> Tensor:
     return (codes * scales.unsqueeze(2)).flatten(1)
 
 
-_HALF_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-"""Twice what the codes of E2M1 stand for."""
-
-
 def _decode_mxfp4(blocks: Tensor) -> Tensor:
-    """Floats of 4 bits (E2M1) with a power of two in a byte (E8M0): OCP Microscaling Formats 1.0."""
-    exponent = blocks[:, :1].to(torch.int32)
-    # 2^(exponent - 128), the half of what the byte says, by its bits; the two least are no normal numbers.
-    bits = torch.where(exponent < 2, 0x200000 << exponent, (exponent - 1) << 23)
-    codes = _halves(blocks[:, 1:]).to(torch.int32)
-    return torch.tensor(_HALF_STEPS, dtype=torch.float32)[codes] * bits.view(torch.float32)
+    return decode_mxfp4(_halves(blocks[:, 1:]), blocks[:, :1])
 
 
 def _plain(name: str, dtype: torch.dtype) -> BlockType:
