@@ -14,6 +14,7 @@ pytest.importorskip("gguf", reason="the gguf package writes the files")
 import gguf
 from gguf.quants import dequantize
 
+from alisa.doctor.model import examine
 from alisa.errors import ModelError
 from alisa.kernels.base import Panels
 from alisa.model.choose_linear import choose_linear
@@ -237,3 +238,11 @@ def test_matrices_of_another_shape_are_refused_either_way(name, part, rows, tmp_
     stored = GgufModel(write(tmp_path / "x.gguf", metadata_of(model.config), tensors))
     with pytest.raises(ModelError, match=rf"x\.gguf: .*\[{rows}, .*cannot make up layers\.1\."):
         stored.decoder(torch.float32, CPU, linears=choose_linear(name, torch.float32, CPU))
+
+
+@pytest.mark.parametrize(("kind", "said"), [("Q4_0", True), ("Q4_1", True), ("Q8_0", False), ("F16", False)])
+def test_the_doctor_says_which_files_int4_runs_as_they_are(kind, said, tmp_path):
+    file_in(tmp_path / "x.gguf", "llama-gqa-tied", kind)
+    finding = examine(str(tmp_path / "x.gguf"))
+    assert finding.status == "ok"
+    assert ("--weight-dtype int4 runs as they are" in finding.text) == said
