@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import huggingface_tables
 import real_tables
 from table_blocks import (
     Results,
@@ -48,6 +49,7 @@ DOCUMENTS = (
     "README.md",
     "docs/accuracy.md",
     "docs/benchmarks.md",
+    "docs/huggingface.md",
     "docs/models.md",
     "docs/planner.md",
     "docs/server.md",
@@ -115,6 +117,8 @@ BLOCKS: dict[str, Block] = {
     "qa-real": partial(real_tables.by_task, "qa"),
     "generation-real": real_tables.generation,
     "recall": recall,
+    "huggingface": huggingface_tables.steps,
+    "presses": huggingface_tables.presses,
 }
 """By the name in a document."""
 

@@ -28,6 +28,8 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+Scores = dict[str, list[float] | list[bool]]
+
 
 def read_prompt(model: PreTrainedModel, prompt: list[int], press: str, ratio: float) -> tuple[DynamicCache, Any]:
     """The cache after a prompt, shortened, and the logits `[V]` of the token that follows it."""
@@ -38,7 +40,7 @@ def read_prompt(model: PreTrainedModel, prompt: list[int], press: str, ratio: fl
     return cache, logits[0, -1]
 
 
-def score(model: PreTrainedModel, cache: DynamicCache, first: torch.Tensor, start: int, output: list[int]) -> Any:
+def score(model: PreTrainedModel, cache: DynamicCache, first: torch.Tensor, start: int, output: list[int]) -> Scores:
     """One item's results; the cache is used up, `start` is the position of the first output token."""
     kept = [cache.get_seq_length(layer) for layer in range(model.config.num_hidden_layers)]
     logits = first[None]
@@ -56,7 +58,7 @@ def score(model: PreTrainedModel, cache: DynamicCache, first: torch.Tensor, star
     }
 
 
-def answer(model: PreTrainedModel, job: dict[str, Any]) -> list[Any]:
+def answer(model: PreTrainedModel, job: dict[str, Any]) -> list[Scores]:
     """The results of all items of a job."""
     outputs = []
     for prompt, items in groupby(job["items"], key=lambda item: item[0]):  # choices of one question share theirs
