@@ -87,7 +87,7 @@ def attach(
         kv_disk_memory: hard cap of rows on disk.
         kv_disk_path: whose disk.
         max_num_seqs: sequences in all caches together, those of beams included.
-        max_model_len: longest sequence; None: what the model's configuration says.
+        max_model_len: longest sequence; None: what the model's configuration says. A window that is no shorter is none.
 
     Yields:
         Makes caches, for `past_key_values`; the model makes its own where none is given.
