@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import accuracy_tables
+import real_tables
 from table_blocks import Record, Results, gib, lines, number, percent, seconds, table
 
 _PRESS = "Press"
@@ -60,7 +61,9 @@ def presses(results: Results) -> str:
             ]
         )
     head = ["", "sparsity", "read", *(_title(records, kind, task) for kind, task in tasks)]
-    return table(head, rows) if rows else ""
+    if not rows:
+        return ""
+    return f"`{records[0]['model']}`, {records[0]['stamp']['dtype']}:\n\n{table(head, rows)}"
 
 
 def _name(policy: str) -> str:
@@ -73,5 +76,6 @@ def _name(policy: str) -> str:
 def _title(records: list[Record], kind: str, task: str) -> str:
     settings = next(r["settings"] for r in records if (r["kind"], r["task"]) == (kind, task))
     if kind == "ppl":
-        return f"perplexity, {settings['windows']} x {settings['context']}, {settings['prefill']} of them the prompt"
+        windows = f"{settings['windows']} x {settings['context']}"
+        return f"{real_tables.TEXTS[task]}, {windows}, {settings['prefill']} of them the prompt"
     return task

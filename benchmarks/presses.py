@@ -19,7 +19,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import isnan
@@ -168,32 +168,35 @@ def _stamp(scorer: PressScorer) -> EvalStamp:
     )
 
 
-def evaluations(subject: Subject, data: Path, windows: int, length: int, repeats: int) -> list[Evaluation]:
-    """Perplexity of what follows a long prompt, and recall with the question after the prompt or in it."""
-    found: list[Evaluation] = [
-        perplexity_of(
-            subject,
-            data / "wikitext2",
-            context=2 * length,
-            prefill=3 * length // 2,
-            num_windows=windows,
-            mode="layerwise",
-        )
-    ]
-    for question in ("decoded", "prompt"):
-        found += recalls_of(
-            subject,
-            ("needle", "paragraphs"),
-            lengths=[length],
-            depths=[0, 0.25, 0.5, 0.75, 1],
-            repeats=repeats,
-            prefill=None,
-            question=question,
-            text=data / "prose" / "heldout",
-            wording=choose_wording("auto", subject.name),
-            seed=0,
-        )
-    return found
+TASKS = ("ppl", "needle", "needle asked", "paragraphs", "paragraphs asked")
+"""Perplexity of what follows a long prompt, and recall with the question after the prompt or at its end (`asked`)."""
+
+
+def evaluations(subject: Subject, data: Path, args: argparse.Namespace) -> Iterator[Evaluation]:
+    """Those of the tasks asked for."""
+    for task in args.tasks:
+        if task == "ppl":
+            yield perplexity_of(
+                subject,
+                data / "wikitext2",
+                context=2 * args.length,
+                prefill=3 * args.length // 2,
+                num_windows=args.windows,
+                mode="layerwise",
+            )
+        else:
+            yield from recalls_of(
+                subject,
+                ("needle" if task.startswith("needle") else "paragraphs",),
+                lengths=[args.length],
+                depths=[0, 0.25, 0.5, 0.75, 1],
+                repeats=args.repeats,
+                prefill=None,
+                question="prompt" if task.endswith("asked") else "decoded",
+                text=data / "prose" / "heldout",
+                wording=choose_wording("auto", subject.name),
+                seed=0,
+            )
 
 
 def main() -> None:
@@ -205,6 +208,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--policies", default="sketch,swa")
     parser.add_argument("--sparsity", default="0.8,0.9")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a recall text; half of a window")
     parser.add_argument("--repeats", type=int, default=3)
@@ -216,7 +220,7 @@ def main() -> None:
     chosen = variants(args.policies.split(","), sparsities, ["auto"])
     presses = Presses(args.python, args.model, args.dtype)
     with RecordFile(args.output) as file:
-        for evaluation in evaluations(subject, args.data, args.windows, args.length, args.repeats):
+        for evaluation in evaluations(subject, args.data, args):
             for record in measure_cells(subject, evaluation, chosen, file):
                 what = f"{record.task} {record.policy} {record.sparsity:g}"
                 print(f"{what}: {record.value:g}, {record.versus_dense:g}", file=sys.stderr)

@@ -13,7 +13,7 @@ from alisa.lab.eval.statistics import Estimate, difference, mean
 MODELS = ("smollm2", "gemma3")
 """Ends of the names of the files with their records."""
 
-_TEXTS = {"wikitext2": "WikiText-2", "ptb": "PTB", "heldout": "held-out prose", "python3.11": "Python's sources"}
+TEXTS = {"wikitext2": "WikiText-2", "ptb": "PTB", "heldout": "held-out prose", "python3.11": "Python's sources"}
 _MOST = 0.95
 """Sparsity up to which every text was measured."""
 _POLICIES = ("sketch", "swa", "h2o", "streaming")
@@ -38,14 +38,14 @@ def perplexity(results: Results, context: int | None = None) -> str:
             text = (record["settings"]["context"], record["task"])
             rows.setdefault(text, {})[record["policy"], record["sparsity"]] = record
         head = ["text", "windows", "dense", *(f"`{policy}` {sparsity:g}" for policy, sparsity in columns)]
-        order = sorted(rows, key=lambda row: (row[0], list(_TEXTS).index(row[1])))
+        order = sorted(rows, key=lambda row: (row[0], list(TEXTS).index(row[1])))
         body = []
         for length, text in order:
             cells = rows[length, text]
             dense = cells["dense", 0.0]
             windows = f"{dense['settings']['windows']} x {length}"
             costs = [accuracy_tables.cost(cells[column]) if column in cells else "" for column in columns]
-            body.append([_TEXTS[text], windows, accuracy_tables.level(dense), *costs])
+            body.append([TEXTS[text], windows, accuracy_tables.level(dense), *costs])
         parts += [f"{_title(found[0])}:", table(head, body)]
     return "\n\n".join(parts)
 
@@ -59,7 +59,7 @@ def policies(results: Results) -> str:
     for (_, text, context), found in groups.items():
         if any(record["policy"] == "sketch-mean" for record in found):
             windows = found[0]["settings"]["windows"]
-            parts.append(f"{_title(found[0])}, {_TEXTS[text]}, {windows} x {context} tokens:")
+            parts.append(f"{_title(found[0])}, {TEXTS[text]}, {windows} x {context} tokens:")
             parts.append(
                 "\n".join(
                     accuracy_tables.by_sparsity([r for r in found if r["policy"] not in ("swa", "h2o", "streaming")])
@@ -91,7 +91,7 @@ def rows(results: Results) -> str:
             *(f"`{policy}`" + (f" {sparsity:g}" if sparsity else "") for policy, sparsity in columns),
         ]
         windows = f"{dense['settings']['windows']} x {dense['settings']['context']} tokens"
-        what = f"{_title(dense)}, {_TEXTS[text]}, {windows}; dense: {accuracy_tables.level(dense)}."
+        what = f"{_title(dense)}, {TEXTS[text]}, {windows}; dense: {accuracy_tables.level(dense)}."
         parts += [what, table(head, body)]
     return "\n\n".join(parts)
 
@@ -113,7 +113,7 @@ def coverage(results: Results) -> str:
         body.append(row)
     head = ["sparsity", "coverage"]
     for model, text, context in columns:
-        head += [f"{model.split('-')[0]}, {_TEXTS[text]}, {context}", "read, %"]
+        head += [f"{model.split('-')[0]}, {TEXTS[text]}, {context}", "read, %"]
     return table(head, body) if body else ""
 
 

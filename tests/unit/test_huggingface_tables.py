@@ -17,6 +17,8 @@ def cell(policy, sparsity, kind, task, value, versus, **more):
         "versus_dense": versus,
         "versus_dense_error": 0.01,
         "settings": settings,
+        "model": "small",
+        "stamp": {"dtype": "bfloat16"},
     } | more
 
 
@@ -32,7 +34,9 @@ def test_presses_stand_beside_policies_each_against_its_own_dense_row(tmp_path):
     ]
     (tmp_path / "accuracy" / "presses_smollm2.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     assert presses(tmp_path).splitlines() == [
-        "|  | sparsity | read | perplexity, 4 x 2048, 1536 of them the prompt | needle 1024 |",
+        "`small`, bfloat16:",
+        "",
+        "|  | sparsity | read | WikiText-2, 4 x 2048, 1536 of them the prompt | needle 1024 |",
         "|---|---|---|---|---|",
         "| alisa `dense` | 0 | 100 % | 19.20 | 80.0 % |",
         "| dense (kvpress's transformers) | 0 | 100 % | 19.10 |  |",
