@@ -74,8 +74,10 @@ def _name(policy: str) -> str:
 
 
 def _title(records: list[Record], kind: str, task: str) -> str:
-    settings = next(r["settings"] for r in records if (r["kind"], r["task"]) == (kind, task))
-    if kind == "ppl":
-        windows = f"{settings['windows']} x {settings['context']}"
-        return f"{real_tables.TEXTS[task]}, {windows}, {settings['prefill']} of them the prompt"
-    return task
+    """What a column is, and how much of it there is."""
+    first = next(r for r in records if (r["kind"], r["task"]) == (kind, task))
+    if kind != "ppl":
+        return f"{task}, {len(first['units'])} texts"
+    settings = first["settings"]
+    windows = f"{settings['windows']} x {settings['context']}"
+    return f"{real_tables.TEXTS[task]}, {windows}, {settings['prefill']} of them the prompt"

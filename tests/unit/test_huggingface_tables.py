@@ -17,6 +17,7 @@ def cell(policy, sparsity, kind, task, value, versus, **more):
         "versus_dense": versus,
         "versus_dense_error": 0.01,
         "settings": settings,
+        "units": [value] * 5,
         "model": "small",
         "stamp": {"dtype": "bfloat16"},
     } | more
@@ -36,7 +37,7 @@ def test_presses_stand_beside_policies_each_against_its_own_dense_row(tmp_path):
     assert presses(tmp_path).splitlines() == [
         "`small`, bfloat16:",
         "",
-        "|  | sparsity | read | WikiText-2, 4 x 2048, 1536 of them the prompt | needle 1024 |",
+        "|  | sparsity | read | WikiText-2, 4 x 2048, 1536 of them the prompt | needle 1024, 5 texts |",
         "|---|---|---|---|---|",
         "| alisa `dense` | 0 | 100 % | 19.20 | 80.0 % |",
         "| dense (kvpress's transformers) | 0 | 100 % | 19.10 |  |",
