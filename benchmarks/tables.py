@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import fleet_tables
 import real_tables
 from table_blocks import (
     Results,
@@ -50,6 +51,7 @@ DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/models.md",
     "docs/planner.md",
+    "docs/scaling.md",
     "docs/server.md",
     "docs/speculation.md",
 )
@@ -115,6 +117,9 @@ BLOCKS: dict[str, Block] = {
     "qa-real": partial(real_tables.by_task, "qa"),
     "generation-real": real_tables.generation,
     "recall": recall,
+    "fleet-driver": fleet_tables.driver,
+    "fleet-overhead": fleet_tables.overhead,
+    "fleet-saturation": fleet_tables.saturation,
 }
 """By the name in a document."""
 

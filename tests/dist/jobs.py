@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -53,6 +53,25 @@ def one_process(texts: list[str]) -> list[tuple[int, ...]]:
     with LLM() as llm:
         outputs = llm.generate(texts, [per_request(rules, index) for index in range(len(texts))])
     return [output.token_ids for output in outputs]
+
+
+def check(output: Path, expected: Sequence[tuple[int, ...]], errors: tuple[int, ...] = ()) -> None:
+    """Every prompt has one result, in order, and what is no error is what one process gives."""
+    lines = results(output)
+    assert [line["index"] for line in lines] == [*range(len(expected))]
+    assert [line["id"] for line in lines] == [f"p{-index}" for index in range(len(expected))]
+    assert tuple(line["index"] for line in lines if "error" in line) == errors
+    for line in lines:
+        if "error" not in line:
+            assert tuple(line["token_ids"]) == expected[line["index"]], line["index"]
+
+
+def end(driver: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
+    """What the command wrote, once it has ended as it should."""
+    out, err = driver.communicate(timeout=280)
+    assert driver.returncode == status, err
+    assert "Traceback" not in err
+    return out, err
 
 
 def results(output: Path) -> list[dict]:

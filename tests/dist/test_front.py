@@ -50,11 +50,19 @@ def test_a_replica_that_goes_moves_only_its_own_calls():
     assert min(counts) > 60  # a fifth is 100
 
 
-def call_front(forward, body: bytes = b"{}", config: ServerConfig | None = None) -> list[dict]:
+def call_front(forward, *bodies: bytes, then: str = "", config: ServerConfig | None = None) -> list[dict]:
+    """What the front sends to a call whose body comes in pieces; in their middle its client is `gone` or `silent`."""
     sent: list[dict] = []
+    pieces = [{"type": "http.request", "body": body, "more_body": True} for body in bodies or (b"{}",)]
+    if not then:
+        pieces[-1]["more_body"] = False
 
     async def receive():
-        return {"type": "http.request", "body": body, "more_body": False}
+        if pieces:
+            return pieces.pop(0)
+        if then == "silent":
+            await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
 
     async def send(message):
         sent.append(message)
@@ -98,8 +106,16 @@ def test_a_replica_that_dies_in_a_stream_ends_it_with_an_error_event():
 
 
 def test_a_body_that_is_too_large_does_not_reach_a_replica():
-    start, _ = call_front(dies([], AssertionError()), b"x" * 11, ServerConfig(max_body="10"))
+    start, _ = call_front(dies([], AssertionError()), b"x" * 6, b"x" * 6, config=ServerConfig(max_body="10"))
     assert start["status"] == 413
+
+
+@pytest.mark.parametrize(("then", "status"), [("gone", 400), ("silent", 408)])
+def test_half_a_body_does_not_reach_a_replica(then, status):
+    # What has come so far is a call that could be answered.
+    config = ServerConfig(receive_timeout_s=0.1)
+    start, _ = call_front(dies([], AssertionError()), b'{"prompt": "a"}', then=then, config=config)
+    assert start["status"] == status
 
 
 def test_leaving_the_answer_ends_the_application():

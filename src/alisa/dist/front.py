@@ -12,11 +12,13 @@ from contextlib import aclosing
 from typing import TypeAlias
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from alisa.config import parse_bytes
 from alisa.dist.call import Call
 from alisa.dist.routing import routing_key
+from alisa.server.body import receive_body
 from alisa.server.config import ServerConfig
 from alisa.server.errors import ApiError
 from alisa.server.reply import error_reply
@@ -46,15 +48,18 @@ class Front:
     def __init__(self, forward: Forward, config: ServerConfig) -> None:
         self._forward = forward
         self._max_bytes = parse_bytes(config.max_body)
+        self._receive_timeout_s = config.receive_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one call."""
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
             return
-        body = await _body(receive, self._max_bytes)
-        if body is None:
-            refusal = ApiError(413, f"The body is larger than {self._max_bytes} bytes, which is the limit here.")
+        try:
+            body = await receive_body(
+                Request(scope, receive), max_bytes=self._max_bytes, timeout_s=self._receive_timeout_s
+            )
+        except ApiError as refusal:  # half a body, where the client has left: no replica hears of it
             await error_reply(refusal)(scope, receive, send)
             return
         headers = Headers(scope=scope)
@@ -97,18 +102,6 @@ def _told(error: Exception) -> ApiError:
 
 def _is_event_stream(start: Message) -> bool:
     return Headers(raw=[*start["headers"]]).get("content-type", "").startswith("text/event-stream")
-
-
-async def _body(receive: Receive, max_bytes: int) -> bytes | None:
-    """All of it; None: there is more than may be."""
-    data = bytearray()
-    while True:
-        message = await receive()
-        data += message.get("body", b"")
-        if len(data) > max_bytes:
-            return None
-        if not message.get("more_body", False):
-            return bytes(data)
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

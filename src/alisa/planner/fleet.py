@@ -74,6 +74,8 @@ class FleetPlan:
     """Of the time of work in which the driver hands shards out; above 1 replicas wait for it."""
     storage_share: float
     """Of what the shared disk takes that results fill while replicas work."""
+    store_bytes: int
+    """Of shards on the way in the object store, on the driver's machine."""
     bottleneck: str
     """The part that takes most in addition to the work, where it is more than a tenth of that."""
 
@@ -124,6 +126,7 @@ def plan_fleet(request: FleetRequest, replicas: int) -> FleetPlan:
         output_bytes,
         dispatch_s / compute_s,
         write_s / compute_s,
+        min(num_shards, replicas * SHARDS_AT_ONCE) * input_bytes * SHARD_SIZE // num_prompts,
         worst if parts[worst] > 0.1 * compute_s else "nothing",
     )
 
