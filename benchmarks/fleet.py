@@ -1,8 +1,8 @@
-"""What a fleet costs: one replica against no fleet, what the driver does for each prompt, shard and result, and a plan.
+"""What a fleet costs: one replica against no fleet, what the driver does for each prompt and shard, and a plan.
 
-`overhead`: the same job by `alisa generate` and by `--ray local --replicas 1`, in turns. What a job of one prompt takes,
-which is the start, is taken off both, so that what is left is the price of shards, Ray and merging. With the model inside
-the package, whose steps are the shortest, that price is at its highest.
+`overhead`: the same job by `alisa generate` and by `--ray local --replicas 1`, in turns. What a job of one prompt
+takes, which is the start, is taken off both, so that what is left is the price of shards, Ray and merging. With the
+model inside the package, whose steps are the shortest, that price is at its highest.
 `driver`: reading and checking a prompt, handing a shard to replicas that do nothing, and merging a result. Planning a
 fleet is done with these (alisa.planner.fleet).
 `plan`: what `alisa plan` says of jobs on 10 to 1,000 replicas; nothing is measured.
@@ -37,10 +37,11 @@ from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.stamp import current_stamp
 from alisa.planner.fleet import DriverCosts
 
-WORDS = "the old ship was at sea and a storm came up in the night while captain men sailed home".split()
+WORDS = "the old ship was at sea and a storm came up in the night while captain men sailed home".split()  # noqa: SIM905
 SHARD = 256
 WAYS = {"plain": (), "ray": ("--ray", "local", "--replicas", "1")}
-PLAN = ("--shape", "llama-7b", "--hardware", "h100-80gb", "--batch", "256", "--prompt-len", "200", "--output-len", "200")
+JOB = ("--batch", "256", "--prompt-len", "200", "--output-len", "200")
+PLAN = ("--shape", "llama-7b", "--hardware", "h100-80gb", *JOB)
 PLANNED_PROMPTS = (10**7, 10**9)
 
 
@@ -74,9 +75,7 @@ def overhead(num_prompts: int, max_tokens: int, rounds: int) -> dict[str, object
             for way in WAYS if number % 2 == 0 else reversed(WAYS):
                 meter = OthersMeter()
                 start, whole = (
-                    seconds(
-                        directory / f"{size}.jsonl", directory / f"{way}-{size}-{number}", max_tokens, *WAYS[way]
-                    )
+                    seconds(directory / f"{size}.jsonl", directory / f"{way}-{size}-{number}", max_tokens, *WAYS[way])
                     for size in (1, num_prompts)
                 )
                 results = directory / f"{way}-{num_prompts}-{number}"
@@ -230,7 +229,7 @@ def main() -> None:
     tell(
         {
             "kind": f"fleet-{args.what}",
-            "others_cpu_share": round(meter.share(), 3),
+            **({} if args.what == "plan" else {"others_cpu_share": round(meter.share(), 3)}),
             **found,
             "stamp": asdict(current_stamp()),
         },

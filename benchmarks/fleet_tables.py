@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from table_blocks import Record, Results, gib, lines, number, percent, seconds, table
+from table_blocks import Record, Results, lines, number, percent, seconds, table
 
 
 def driver(results: Results) -> str:
@@ -28,15 +28,20 @@ def overhead(results: Results) -> str:
     if record is None:
         return ""
     rows = [
-        [name, seconds(record[f"{way}_start_s"]), seconds(record[f"{way}_s"]), number(record.get(f"{way}_tokens_per_s"))]
+        [
+            name,
+            seconds(record[f"{way}_start_s"]),
+            seconds(record[f"{way}_s"]),
+            number(record.get(f"{way}_tokens_per_s")),
+        ]
         for name, way in (("`alisa generate`", "plain"), ("`--ray local --replicas 1`", "ray"))
     ]
     same = "the same tokens" if record["same_tokens"] else "OTHER TOKENS"
     rounds = len(record["rounds"]["ray"]) if "rounds" in record else 1
     return (
         f"{table(['', 'start', 'the rest of the job', 'tokens/s of that'], rows)}\n\n"
-        f"`python benchmarks/fleet.py overhead`, {record['num_prompts']} prompts of up to {record['max_tokens']} tokens, "
-        f"{same}, {rounds} round(s), {_where(record)}: {100 * record['overhead']:+.1f} % of time."
+        f"`python benchmarks/fleet.py overhead`, {record['num_prompts']} prompts of up to {record['max_tokens']} "
+        f"tokens, {same}, {rounds} round(s), {_where(record)}: {100 * record['overhead']:+.1f} % of time."
     )
 
 
@@ -53,7 +58,7 @@ def saturation(results: Results) -> str:
             percent(answer["efficiency"]),
             percent(answer["driver_share"]),
             percent(answer["storage_share"]),
-            gib(answer["store_bytes"]),
+            f"{answer['store_bytes'] / 1e6:.0f} MB",
             answer["bottleneck"],
         ]
         for prompts, fleet in record["fleets"].items()
@@ -61,8 +66,8 @@ def saturation(results: Results) -> str:
     ]
     heads = ["prompts", "replicas", "hours", "of it working", "driver busy", "disk busy", "object store", "limited by"]
     return (
-        f"{record['model']} on {record['hardware']}, batch {record['batch']}, prompts of {record['prompt_len']} tokens, "
-        f"{record['output_len']} tokens each; a shared disk of 1 GB/s:\n\n{table(heads, rows)}"
+        f"{record['model']} on {record['hardware']}, batch {record['batch']}, {record['prompt_len']} tokens read and "
+        f"{record['output_len']} written for each prompt; a shared disk of 1 GB/s:\n\n{table(heads, rows)}"
     )
 
 
