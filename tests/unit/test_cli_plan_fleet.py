@@ -34,6 +34,7 @@ def test_the_parts_of_a_job_by_hand():
     assert found.work_s == pytest.approx(10**6 / (10 * 100))
     assert found.tail_s == pytest.approx(SHARD_SIZE / 10)
     assert found.driver_share == pytest.approx(10**6 / SHARD_SIZE * 1e-3 / found.work_s, rel=1e-3)
+    assert found.store_bytes == pytest.approx(100 * 2 * SHARD_SIZE * 100 * 4.5, rel=1e-3)
     assert found.bottleneck == "loading weights"
     assert found.seconds == pytest.approx(found.read_s + found.load_s + found.work_s + found.tail_s + found.merge_s)
 
@@ -61,6 +62,7 @@ def test_the_command_compares_numbers_of_replicas(capsys):
     hours = [answer["work_s"] for answer in record["fleet"]]
     assert hours == sorted(hours, reverse=True)
     assert "1,000,000 prompts" in err
+    assert "…" not in err.partition("1,000,000 prompts")[2]  # every figure is whole, on 80 columns too
     _, record, _ = plan(capsys, "--prompts", "1e6", "--replicas", "3")
     assert [answer["replicas"] for answer in record["fleet"]] == [3]
     _, record, _ = plan(capsys, "--prompts", "1e6", "--replicas", "?", "--hours", "5")
