@@ -11,7 +11,9 @@ import pytest
 from alisa.dist.call import Call, answer
 from alisa.dist.front import Front, OverloadedError, ReplicaDiedError
 from alisa.dist.routing import ranked, routing_key
+from alisa.engine.status import EngineStatus
 from alisa.server.config import ServerConfig
+from alisa.server.telemetry import Telemetry
 
 STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
@@ -50,12 +52,29 @@ def test_a_replica_that_goes_moves_only_its_own_calls():
     assert min(counts) > 60  # a fifth is 100
 
 
+class PlayedEngines:
+    def __init__(self, forward=None, expositions=()) -> None:
+        self.forward, self._expositions = forward, expositions
+
+    async def expositions(self):
+        return self._expositions
+
+
+def get(path: str, expositions=()) -> tuple[int, str]:
+    start, body = asyncio.run(sent_to("GET", path, PlayedEngines(None, expositions), [], ""))
+    return start["status"], body["body"].decode()
+
+
 def call_front(forward, *bodies: bytes, then: str = "", config: ServerConfig | None = None) -> list[dict]:
     """What the front sends to a call whose body comes in pieces; in their middle its client is `gone` or `silent`."""
-    sent: list[dict] = []
     pieces = [{"type": "http.request", "body": body, "more_body": True} for body in bodies or (b"{}",)]
     if not then:
         pieces[-1]["more_body"] = False
+    return asyncio.run(sent_to("POST", "/v1/completions", PlayedEngines(forward), pieces, then, config))
+
+
+async def sent_to(method, path, engines, pieces, then, config=None) -> list[dict]:
+    sent: list[dict] = []
 
     async def receive():
         if pieces:
@@ -67,8 +86,8 @@ def call_front(forward, *bodies: bytes, then: str = "", config: ServerConfig | N
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
-    asyncio.run(Front(forward, config or ServerConfig())(scope, receive, send))
+    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": []}
+    await Front(engines, config or ServerConfig())(scope, receive, send)
     return sent
 
 
@@ -148,3 +167,29 @@ def test_an_application_that_fails_fails_here():
 
     with pytest.raises(ValueError, match="no"):
         asyncio.run(read())
+
+
+def exposition(engine: str, num_prompt_tokens: int) -> bytes:
+    telemetry = Telemetry("m", 100, engine=engine)
+    telemetry._prompt_tokens.inc(num_prompt_tokens)
+    return telemetry.exposition(EngineStatus((), 0, 0, 0))
+
+
+def test_metrics_are_those_of_all_engines():
+    first = exposition("a", 3)
+    status, text = get("/metrics", (first, exposition("b", 4)))
+    assert status == 200
+    assert 'vllm:prompt_tokens_total{engine="a",model_name="m"} 3.0' in text
+    assert 'vllm:prompt_tokens_total{engine="b",model_name="m"} 4.0' in text
+    assert text.count("# TYPE vllm:prompt_tokens_total counter") == 1
+    assert text.count("# TYPE vllm:time_to_first_token_seconds histogram") == 1
+    assert "alisa:num_engines 2.0" in text
+    of_a = [line for line in text.splitlines() if 'engine="a"' in line]
+    assert of_a == [line for line in first.decode().splitlines() if 'engine="a"' in line]
+
+
+def test_a_fleet_is_ready_while_an_engine_answers_and_the_front_is_well_without():
+    assert get("/ready", (b"",)) == (200, '{"ready":true}')
+    assert get("/ready")[0] == 503
+    assert get("/health") == (200, '{"status":"ok"}')
+    assert "alisa:num_engines 0.0" in get("/metrics")[1]

@@ -219,6 +219,7 @@ def test_without_ray_the_extra_is_named(capsys, tmp_path, monkeypatch):
     words = ["--ray", "local", "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out")]
     assert main(["generate", *words]) == 2
     assert "pip install 'alisa[ray]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     assert main(["serve", "--ray", "local"]) == 2
     assert "pip install 'alisa[ray]'" in capsys.readouterr().err
 

@@ -95,7 +95,13 @@ def test_a_document_that_says_something_else_is_noticed(tmp_path):
 
 def test_a_fleet_has_the_newest_record_of_each_kind(tmp_path):
     stamp = {"num_cpus": 2.0, "cpu": "C", "date": "2026-01-02T03:04"}
-    old = {"kind": "fleet-driver", "num_prompts": 1, "read_prompt_s": 1.0, "merge_result_s": 1.0, "dispatch_s": {"2": 1.0}}
+    old = {
+        "kind": "fleet-driver",
+        "num_prompts": 1,
+        "read_prompt_s": 1.0,
+        "merge_result_s": 1.0,
+        "dispatch_s": {"2": 1.0},
+    }
     driver = old | {"read_prompt_s": 5.4e-5, "merge_result_s": 2e-5, "dispatch_s": {"2": 7e-4, "16": 1.6e-3}}
     ways = {"plain_start_s": 3.0, "plain_s": 300.0, "ray_start_s": 9.0, "ray_s": 306.0, "overhead": 0.02}
     overhead = {"kind": "fleet-overhead", "num_prompts": 10, "max_tokens": 64, "same_tokens": True, **ways}

@@ -21,6 +21,7 @@ from alisa.cli.shards import Shard, ShardedInput, cut_input
 from alisa.cli.signals import stop_on_sigterm, stop_status
 from alisa.config import format_bytes
 from alisa.dist.cluster import connect, disconnect
+from alisa.dist.extra import load_ray
 from alisa.dist.fleet import Fleet, ReplicaReport
 from alisa.errors import InputError
 
@@ -41,6 +42,7 @@ def run_fleet(args: Generate, frame: ChatFrame | None, make_work: Callable[..., 
         AlisaError: something the caller can mend; results finished until then are kept.
     """
     source, output = _needed_files(args)
+    load_ray()  # to miss it after all prompts have been read would be late
     run = args.digest(frame)
     prompts = cut_input(
         source,

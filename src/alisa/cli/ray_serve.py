@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 
 from alisa.cli.cluster_options import ServingOptions
 from alisa.cli.screen import say, waiting
@@ -27,7 +27,7 @@ def serve_fleet(engine: EngineConfig, config: ServerConfig, options: ServingOpti
     connect(str(options.ray))
     try:
         # Here and not above: the command line is read without torch, and without the extra.
-        from alisa.dist.serving import address_of, deploy, shut_down
+        from alisa.dist.serving import address_of, serving
     except ModuleNotFoundError as error:
         raise InputError(
             f"alisa serve needs {error.name}, which is not installed; pip install 'alisa[ray]'."
@@ -40,10 +40,11 @@ def serve_fleet(engine: EngineConfig, config: ServerConfig, options: ServingOpti
                 f"--min-replicas is {options.min_replicas}, and there are {size.num_replicas} replicas at most; ask "
                 "for fewer, or more --replicas."
             )
-        with redirect_stdout(sys.stderr):
+        # Ray has messages of its own, and standard output is nobody's.
+        with redirect_stdout(sys.stderr), ExitStack() as stack:
             try:
                 with waiting("starting replicas", show=sys.stderr.isatty()):
-                    deploy(engine, config, size, min_replicas=options.min_replicas)
+                    stack.enter_context(serving(engine, config, size, min_replicas=options.min_replicas))
                 address = address_of(config)
                 say(
                     f"alisa: {options.min_replicas} to {size.num_replicas} replicas serve on {address} "
@@ -52,8 +53,6 @@ def serve_fleet(engine: EngineConfig, config: ServerConfig, options: ServingOpti
                 signal.pause()
             except KeyboardInterrupt:
                 say("alisa: running calls come to their end.")
-            finally:
-                shut_down()
     finally:
         disconnect()
     return 0

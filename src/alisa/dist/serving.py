@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from starlette.types import ASGIApp, Message
 
@@ -17,8 +19,9 @@ from alisa.config import EngineConfig
 from alisa.dist.call import Call, answer
 from alisa.dist.cluster import ReplicaSize
 from alisa.dist.extra import load_ray
-from alisa.dist.front import Forward, Front, OverloadedError, ReplicaDiedError
+from alisa.dist.front import Front, OverloadedError, ReplicaDiedError
 from alisa.dist.share import ReplicaShare
+from alisa.errors import InputError
 from alisa.server.app import make_app
 from alisa.server.config import ServerConfig
 from alisa.server.gate import Gate
@@ -28,8 +31,14 @@ APP = "alisa"
 ENGINES = "engines"
 FRONT = "front"
 
+CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+"""Ray's name of the actor that is there while Serve runs on a cluster."""
+
 TARGET_SHARE = 0.75
 """Of the sequences that an engine works on together: with more calls on each, another replica is started."""
+
+ANSWER_S = 5.0
+"""How long replicas may take to tell their metrics."""
 
 MAX_CALLS_OF_FRONT = 10_000
 """Calls that one front hands through at the same time; they wait in it, not in the proxy."""
@@ -45,8 +54,11 @@ class EngineReplica:
     """
 
     def __init__(self, config: EngineConfig, server: ServerConfig, share: ReplicaShare) -> None:
+        from ray import serve
+
         share.use_threads()
-        self._service = build_service(config, server, capped=share.capped)
+        name = serve.get_replica_context().replica_id.unique_id
+        self._service = build_service(config, server, capped=share.capped, engine_name=name)
         self._app = make_app(self._service, server)
 
     async def forward(self, key: str, call: Call) -> AsyncGenerator[Message]:
@@ -59,27 +71,62 @@ class EngineReplica:
         async for message in answer(self._app, call):
             yield message
 
+    async def exposition(self) -> bytes:
+        """Its metrics in the text format of Prometheus."""
+        return self._service.telemetry.exposition(await self._service.status())
+
     def check_health(self) -> None:
         """Serve asks now and then, and replaces a replica that raises."""
         if (failure := self._service.engine.failure) is not None:
             raise RuntimeError("the engine has failed") from failure
 
 
-def deploy(config: EngineConfig, server: ServerConfig, size: ReplicaSize, *, min_replicas: int) -> None:
-    """The fleet answers calls at the address of `server`.
+@contextmanager
+def serving(config: EngineConfig, server: ServerConfig, size: ReplicaSize, *, min_replicas: int) -> Iterator[None]:
+    """In the block the fleet answers calls at the address of `server`; then running calls come to their end, in time.
 
     Args:
         config: of every engine.
         server: where to listen, for whom, and how much anybody may ask for.
         size: the most replicas, and what each may use.
         min_replicas: those that stay when nobody calls.
+
+    Raises:
+        InputError: Ray Serve runs on the cluster already, it cannot listen there, or no engine can start.
     """
-    load_ray()
+    ray = load_ray()
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if any(actor["name"] == CONTROLLER for actor in ray.util.list_named_actors(all_namespaces=True)):
+        # It has an address of its own, and its end would be that of everything it serves.
+        raise InputError(
+            "Ray Serve runs on this cluster already, perhaps for others; `serve status` says what it serves, and "
+            "`serve shutdown` ends all of that."
+        )
+    try:
+        try:
+            serve.start(http_options={"host": server.host.strip("[]"), "port": server.port})
+        except RuntimeError as error:
+            raise InputError(
+                f"{server.host} port {server.port} cannot be listened on by Ray Serve; try another --port."
+            ) from error
+        try:
+            serve.run(_application(config, server, size, min_replicas), name=APP, route_prefix="/")
+        except RuntimeError as error:
+            raise InputError(f"No engine can start: {_why_not(serve.status())}") from error
+        yield
+    finally:
+        serve.delete(APP)
+        if not serve.status().applications:  # of others
+            serve.shutdown()
+
+
+def _application(config: EngineConfig, server: ServerConfig, size: ReplicaSize, min_replicas: int) -> Any:  # noqa: ANN401 - of Ray
+    """The front, and the engines behind it."""
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": server.host.strip("[]"), "port": server.port})
     most = config.max_num_seqs
     engines = serve.deployment(
         EngineReplica,
@@ -107,27 +154,33 @@ def deploy(config: EngineConfig, server: ServerConfig, size: ReplicaSize, *, min
         max_ongoing_requests=MAX_CALLS_OF_FRONT,
         graceful_shutdown_timeout_s=server.drain_timeout_s,
     )
-    serve.run(front.bind(engines.bind(config, server, size.share)), name=APP, route_prefix="/")
+    return front.bind(engines.bind(config, server, size.share))
+
+
+def _why_not(status: Any) -> str:  # noqa: ANN401 - of Ray
+    """The sentence with which an engine failed; Ray has it at the end of what it says of the deployment."""
+    message: str = status.applications[APP].deployments[ENGINES].message
+    return message
 
 
 def front_builder(server: ServerConfig) -> Callable[[], ASGIApp]:
     """What makes the front in the process that it runs in."""
 
     def build() -> ASGIApp:
-        return Gate(Front(forwarder(), server), server)
+        return Gate(Front(RayEngines(), server), server)
 
     return build
 
 
-def forwarder() -> Forward:
-    """Calls go to the engines by a handle of Ray Serve."""
-    from ray import serve
-    from ray.exceptions import RayActorError
-    from ray.serve.exceptions import BackPressureError
+class RayEngines:
+    """The replicas, by a handle of Ray Serve."""
 
-    async def forward(key: str, call: Call) -> AsyncGenerator[Message]:
-        engines = serve.get_deployment_handle(ENGINES, APP).options(stream=True)
-        messages = engines.forward.remote(key, call)
+    async def forward(self, key: str, call: Call) -> AsyncGenerator[Message]:
+        """As `Engines`."""
+        from ray.exceptions import RayActorError
+        from ray.serve.exceptions import BackPressureError
+
+        messages = _handle().options(stream=True).forward.remote(key, call)
         try:
             async for message in messages:
                 yield message
@@ -138,16 +191,23 @@ def forwarder() -> Forward:
         finally:
             messages.cancel()  # nothing, where it has come to its end
 
-    return forward
+    async def expositions(self) -> Sequence[bytes]:
+        """As `Engines`; this call is not counted against what a replica takes at the same time."""
+        from ray.serve.exceptions import DeploymentUnavailableError
+
+        try:
+            found = await (
+                _handle().broadcast("exposition").results_async(timeout_s=ANSWER_S, return_exceptions=True)
+            )
+        except (DeploymentUnavailableError, TimeoutError):
+            return ()
+        return tuple(text for text in found if isinstance(text, bytes))
 
 
-def shut_down() -> None:
-    """Calls that run come to their end, within the server's time, and the fleet is gone."""
-    load_ray()
+def _handle() -> Any:  # noqa: ANN401 - of Ray
     from ray import serve
 
-    serve.delete(APP)
-    serve.shutdown()
+    return serve.get_deployment_handle(ENGINES, APP)
 
 
 def address_of(server: ServerConfig) -> str:

@@ -35,6 +35,7 @@ def build_service(
     progress: Callable[[int, int], None] | None = None,
     *,
     capped: Callable[[EngineConfig, int], EngineConfig] = lambda config, weight_bytes: config,
+    engine_name: str = "0",
 ) -> Service:
     """A model that is loaded, with an engine that runs.
 
@@ -43,6 +44,7 @@ def build_service(
         config: of the server.
         progress: called with (bytes read, bytes in all) while weights load.
         capped: `engine_config` and the bytes of the weights to the configuration that the engine has.
+        engine_name: the label `engine` of its metrics.
 
     Raises:
         AlisaError: the model or the engine cannot be had.
@@ -66,7 +68,7 @@ def build_service(
         config=engine_config,
         created_s=int(time()),
     )
-    telemetry = Telemetry(model.name, setup.device_bytes)
+    telemetry = Telemetry(model.name, setup.device_bytes, engine=engine_name)
     return Service(model, AsyncEngine(engine, telemetry.observe), telemetry, config)
 
 

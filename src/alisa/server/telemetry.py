@@ -93,13 +93,14 @@ class Telemetry:
         model: its name for clients.
         pool_bytes: of the device's pool at most.
         clock: seconds since 1970.
+        engine: name of the engine, where there are several behind one address.
     """
 
-    def __init__(self, model: str, pool_bytes: int, clock: Callable[[], float] = time) -> None:
+    def __init__(self, model: str, pool_bytes: int, clock: Callable[[], float] = time, *, engine: str = "0") -> None:
         self._pool_bytes = pool_bytes
         self._clock = clock
         self._registry = CollectorRegistry()
-        self._labels = {"model_name": model, "engine": "0"}
+        self._labels = {"model_name": model, "engine": engine}
         self._lock = threading.Lock()
         self._seconds: deque[Second] = deque(maxlen=HISTORY_S)
         self._finished: deque[Finished] = deque(maxlen=HISTORY_REQUESTS)
