@@ -29,7 +29,7 @@ from recording import tell
 
 from alisa.cli.merge import merge_shards
 from alisa.cli.shards import cut_input
-from alisa.dist.cluster import ReplicaSize, connect, disconnect
+from alisa.dist.cluster import ReplicaSize, cluster
 from alisa.dist.fleet import Fleet
 from alisa.dist.replica import Progress, ShardCount
 from alisa.dist.share import ReplicaShare
@@ -179,11 +179,8 @@ def driver(num_prompts: int, num_shards: int) -> dict[str, object]:
         started = perf_counter()
         merge_shards(iter(results), Path(name) / "merged.jsonl")
         merge_s = perf_counter() - started
-    connect("local")
-    try:
+    with cluster("local"):
         dispatch_s = {replicas: dispatch(replicas, num_shards) for replicas in (2, 16)}
-    finally:
-        disconnect()
     return {
         "num_prompts": num_prompts,
         "read_prompt_s": read_s / num_prompts,

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -23,12 +23,12 @@ OPTIONS = ("--max-tokens", "12", "--temperature", "0.8", "--seed", "5")
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-def write_prompts(path: Path, num_prompts: int, poison: tuple[int, ...] = ()) -> list[str]:
-    """Prompts of different lengths with ids that are not in order; returns the texts."""
+def write_prompts(path: Path, num_prompts: int, poison: Mapping[int, str] | None = None) -> list[str]:
+    """Prompts of different lengths with ids that are not in order, some with a word before them; returns the texts."""
     draw = random.Random(num_prompts)
     texts = [" ".join(draw.choices(WORDS, k=draw.randint(3, 30))) for _ in range(num_prompts)]
-    for index in poison:
-        texts[index] = "poison " + texts[index]
+    for index, word in (poison or {}).items():
+        texts[index] = f"{word} {texts[index]}"
     lines = [json.dumps({"id": f"p{-index}", "prompt": text}) for index, text in enumerate(texts)]
     path.write_text("\n".join(lines) + "\n")
     return texts

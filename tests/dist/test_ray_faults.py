@@ -21,7 +21,7 @@ pytestmark = [
 ]
 NUM_PROMPTS = 2000
 SHARDS = ("--shard-size", "100")
-POISON = (17, 60, 1999)
+POISON = {17: "poison", 60: "broken", 1999: "poison"}
 MACHINE = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
 
 
@@ -109,9 +109,10 @@ def test_the_same_command_goes_on_after_the_driver_was_stopped(tmp_path, source,
 def test_poison_prompts_end_as_errors_and_take_nobody_with_them(tmp_path, poisoned, cluster, expected):
     output = tmp_path / "out"
     out, err = end(start(poisoned, output, cluster.address, *SHARDS, "--max-deaths", "1"))
+    assert "has failed (RuntimeError: a kernel has failed)" in err
     assert "1 processes died while they worked on this prompt" in err
     assert json.loads(out)["num_errors"] == len(POISON)
-    check(output, expected, errors=POISON)
+    check(output, expected, errors=(*POISON,))
 
 
 def test_a_file_that_cannot_grow_ends_the_job_and_room_lets_it_go_on(tmp_path, source, cluster, expected):
@@ -173,4 +174,4 @@ def test_all_of_it_in_one_job(tmp_path, poisoned, cluster, expected):
     driver.communicate()
     assert finished(output) < NUM_PROMPTS
     end(start(poisoned, output, cluster.address, *SHARDS))
-    check(output, expected, errors=POISON)
+    check(output, expected, errors=(*POISON,))

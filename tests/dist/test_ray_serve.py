@@ -165,6 +165,32 @@ def test_more_calls_start_another_replica(fleet, client):
             caller.join()
 
 
+def finished_by_engine(fleet) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for engine, count in re.findall(r'^vllm:request_success_total{engine="(\w+)".*} (\S+)$', fleet.get("/metrics")[1], re.M):
+        found[engine] = found.get(engine, 0) + float(count)
+    return found
+
+
+def test_calls_of_a_session_meet_at_one_engine_and_sessions_at_both(fleet, client):
+    # The two of the test before, once its last calls have ended.
+    wait_until(lambda: fleet.get("/metrics")[1].count('num_requests_running{engine="') == 2)
+    wait_until(lambda: not re.search(r"^vllm:num_requests_(running|waiting).* [^0]", fleet.get("/metrics")[1], re.M))
+
+    def call(session: str) -> str:
+        """The engine that answered."""
+        before = finished_by_engine(fleet)
+        headers = {"x-session-id": session}
+        client.completions.create(model="embedded", prompt="At sea", max_tokens=2, extra_headers=headers)
+        now = finished_by_engine(fleet)
+        [engine] = [name for name in now if now[name] != before.get(name, 0)]
+        return engine
+
+    engines = [{call(f"session {number}") for _ in range(2)} for number in range(12)]
+    assert [len(met) for met in engines] == [1] * 12
+    assert len(set.union(*engines)) == 2  # all twelve at one: 1 of 2048 pairs of names
+
+
 def test_sigterm_lets_running_calls_come_to_their_end(fleet, client):
     events = iter(stream(client, "The captain", extra_body={"ignore_eos": True}))
     next(events)

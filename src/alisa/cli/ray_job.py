@@ -20,7 +20,7 @@ from alisa.cli.shard_work import GenerateWork
 from alisa.cli.shards import Shard, ShardedInput, cut_input
 from alisa.cli.signals import stop_on_sigterm, stop_status
 from alisa.config import format_bytes
-from alisa.dist.cluster import connect, disconnect
+from alisa.dist.cluster import cluster
 from alisa.dist.extra import load_ray
 from alisa.dist.fleet import Fleet, ReplicaReport
 from alisa.errors import InputError
@@ -100,20 +100,17 @@ def work_on(
     waiting = directory.waiting
     if not waiting:
         return ()
-    connect(str(args.fleet.ray))
-    try:
+    # Ray has messages of its own until it is left, and standard output is for results.
+    with redirect_stdout(sys.stderr), cluster(str(args.fleet.ray)):
         stop_on_sigterm()  # Ray has put a handler of its own there
         size = args.fleet.size(args.engine.device)
         show = sys.stderr.isatty() and not args.display.quiet
         with (
-            redirect_stdout(sys.stderr),  # Ray has messages of its own, and standard output is for results
             FleetScreen(prompts.num_texts, directory.num_finished(), size.num_replicas, show=show) as screen,
             Fleet(work, size, screen) as fleet,
         ):
             fleet.run(directory, waiting)
             reports = fleet.reports
-    finally:
-        disconnect()
     failed = [count for count in directory.counts.values() if count.num_failed]
     if failed:
         raise InputError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from alisa.config import format_bytes
 from alisa.dist.extra import load_ray
@@ -39,13 +40,25 @@ class ReplicaSize:
     share: ReplicaShare
 
 
-def connect(address: str) -> None:
-    """This process is a driver of the cluster at `address`; `local`: of a cluster of this machine alone, made for it.
+@contextmanager
+def cluster(address: str) -> Iterator[None]:
+    """In the block this process is a driver of a cluster; then it has left, and its actors are gone.
+
+    Args:
+        address: of the cluster; `auto`: the one that runs here; `local`: one of this machine alone, made for the block.
 
     Raises:
         InputError: Ray is not installed, or there is no cluster.
     """
     ray = load_ray()
+    try:
+        _connect(ray, address)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:  # noqa: ANN401 - a module
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address == "local":
@@ -76,11 +89,6 @@ def _knock(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if colon and "://" not in address and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
-
-
-def disconnect() -> None:
-    """The driver has left; its actors are gone."""
-    load_ray().shutdown()
 
 
 def living_nodes() -> tuple[Node, ...]:
