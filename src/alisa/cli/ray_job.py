@@ -23,6 +23,7 @@ from alisa.config import format_bytes
 from alisa.dist.cluster import cluster
 from alisa.dist.extra import load_ray
 from alisa.dist.fleet import Fleet, ReplicaReport
+from alisa.dist.share import with_whole_paths
 from alisa.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def run_fleet(args: Generate, frame: ChatFrame | None, make_work: Callable[..., 
         keep_invalid=args.files.skip_invalid,
     )
     work = make_work(
-        engine=args.engine,
+        engine=with_whole_paths(args.engine),
         sampling=args.sampling,
         takes_own_sampling=args.takes_own_sampling,
         chat=frame,

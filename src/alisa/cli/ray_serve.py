@@ -11,6 +11,7 @@ from alisa.cli.screen import say, waiting
 from alisa.cli.signals import stop_on_sigterm
 from alisa.config import EngineConfig
 from alisa.dist.cluster import cluster
+from alisa.dist.share import with_whole_paths
 from alisa.errors import InputError
 from alisa.server.config import ServerConfig
 
@@ -43,7 +44,8 @@ def serve_fleet(engine: EngineConfig, config: ServerConfig, options: ServingOpti
         with ExitStack() as stack:
             try:
                 with waiting("starting replicas", show=sys.stderr.isatty()):
-                    stack.enter_context(serving(engine, config, size, min_replicas=options.min_replicas))
+                    fleet = serving(with_whole_paths(engine), config, size, min_replicas=options.min_replicas)
+                    stack.enter_context(fleet)
                 address = address_of(config)
                 say(
                     f"alisa: {options.min_replicas} to {size.num_replicas} replicas serve on {address} "

@@ -75,8 +75,8 @@ def _connect(ray: Any, address: str) -> None:  # noqa: ANN401 - a module
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise InputError(
-            f"--ray {address}: there is no cluster to be reached ({reason}). `ray start --head` starts one, --ray local "
-            "uses this machine alone."
+            f"--ray {address}: there is no cluster to be reached ({reason}). `ray start --head` starts one, "
+            "RAY_AUTH_MODE=token in the environment is for one that asks for a token, --ray local uses this machine alone."
         ) from error
 
 

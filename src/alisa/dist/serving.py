@@ -158,9 +158,10 @@ def _application(config: EngineConfig, server: ServerConfig, size: ReplicaSize, 
 
 
 def _why_not(status: Any) -> str:  # noqa: ANN401 - of Ray
-    """The sentence with which an engine failed; Ray has it at the end of what it says of the deployment."""
+    """The sentence with which an engine failed: Ray has it in the last line that is not indented."""
     message: str = status.applications[APP].deployments[ENGINES].message
-    return message
+    lines = [line for line in message.splitlines() if line and not line.startswith(" ")]
+    return lines[-1].partition(": ")[2] if lines[-1].startswith("alisa.errors.") else lines[-1]
 
 
 def front_builder(server: ServerConfig) -> Callable[[], ASGIApp]:
