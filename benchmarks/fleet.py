@@ -89,8 +89,8 @@ def overhead(num_prompts: int, max_tokens: int, rounds: int) -> dict[str, object
     return {
         "num_prompts": num_prompts,
         "max_tokens": max_tokens,
-        **{f"{way}_start_s": median(run["start_s"] for run in runs) for way, runs in found.items()},
-        **{f"{way}_s": value for way, value in took.items()},
+        **{f"{way}_start_s": round(median(run["start_s"] for run in runs), 2) for way, runs in found.items()},
+        **{f"{way}_s": round(value, 2) for way, value in took.items()},
         **{f"{way}_tokens_per_s": round(num_tokens / value, 1) for way, value in took.items()},
         "overhead": round(took["ray"] / took["plain"] - 1, 4),
         "same_tokens": tokens["plain"] == tokens["ray"],
