@@ -10,6 +10,7 @@ import pytest
 
 from alisa.dist.call import Call, answer
 from alisa.dist.front import Front, OverloadedError, ReplicaDiedError
+from alisa.dist.metrics import FORGET_S, MetricsBoard
 from alisa.dist.routing import ranked, routing_key
 from alisa.engine.status import EngineStatus
 from alisa.server.config import ServerConfig
@@ -52,16 +53,8 @@ def test_a_replica_that_goes_moves_only_its_own_calls():
     assert min(counts) > 60  # a fifth is 100
 
 
-class PlayedEngines:
-    def __init__(self, forward=None, expositions=()) -> None:
-        self.forward, self._expositions = forward, expositions
-
-    async def expositions(self):
-        return self._expositions
-
-
 def get(path: str, expositions=()) -> tuple[int, str]:
-    start, body = asyncio.run(sent_to("GET", path, PlayedEngines(None, expositions), [], ""))
+    start, body = asyncio.run(sent_to("GET", path, None, [], "", expositions=expositions))
     return start["status"], body["body"].decode()
 
 
@@ -70,10 +63,10 @@ def call_front(forward, *bodies: bytes, then: str = "", config: ServerConfig | N
     pieces = [{"type": "http.request", "body": body, "more_body": True} for body in bodies or (b"{}",)]
     if not then:
         pieces[-1]["more_body"] = False
-    return asyncio.run(sent_to("POST", "/v1/completions", PlayedEngines(forward), pieces, then, config))
+    return asyncio.run(sent_to("POST", "/v1/completions", forward, pieces, then, config))
 
 
-async def sent_to(method, path, engines, pieces, then, config=None) -> list[dict]:
+async def sent_to(method, path, forward, pieces, then, config=None, expositions=()) -> list[dict]:
     sent: list[dict] = []
 
     async def receive():
@@ -87,7 +80,7 @@ async def sent_to(method, path, engines, pieces, then, config=None) -> list[dict
         sent.append(message)
 
     scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": []}
-    await Front(engines, config or ServerConfig())(scope, receive, send)
+    await Front(forward, lambda: expositions, config or ServerConfig())(scope, receive, send)
     return sent
 
 
@@ -193,3 +186,15 @@ def test_a_fleet_is_ready_while_an_engine_answers_and_the_front_is_well_without(
     assert get("/ready")[0] == 503
     assert get("/health") == (200, '{"status":"ok"}')
     assert "alisa:num_engines 0.0" in get("/metrics")[1]
+
+
+def test_an_engine_that_tells_nothing_any_more_is_forgotten():
+    now = [0.0]
+    board = MetricsBoard(lambda: now[0])
+    board.put("a", b"1")
+    board.put("b", b"2")
+    now[0] = FORGET_S - 1
+    board.put("a", b"3")
+    assert board.newest() == (b"3", b"2")
+    now[0] = FORGET_S + 1
+    assert board.newest() == (b"3",)

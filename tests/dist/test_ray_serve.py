@@ -179,12 +179,18 @@ def test_calls_of_a_session_meet_at_one_engine_and_sessions_at_both(fleet, clien
 
     def call(session: str) -> str:
         """The engine that answered."""
-        before = finished_by_engine(fleet)
+        before, changed = finished_by_engine(fleet), []
+
+        def told() -> bool:
+            now = finished_by_engine(fleet)
+            changed[:] = [name for name in now if now[name] != before.get(name, 0)]
+            return bool(changed)
+
         headers = {"x-session-id": session}
         client.completions.create(model="embedded", prompt="At sea", max_tokens=2, extra_headers=headers)
-        now = finished_by_engine(fleet)
-        [engine] = [name for name in now if now[name] != before.get(name, 0)]
-        return engine
+        wait_until(told)
+        assert len(changed) == 1
+        return changed[0]
 
     engines = [{call(f"session {number}") for _ in range(2)} for number in range(12)]
     assert [len(met) for met in engines] == [1] * 12

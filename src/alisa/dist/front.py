@@ -1,6 +1,6 @@
 """What clients of a fleet meet: it reads a call, picks the replica by how the call begins, and hands the answer through.
 
-It knows nothing of models. Nothing in it needs Ray: `Engines` is what Ray's handle does. What is asked of the fleet as a
+It knows nothing of models. Nothing in it needs Ray: `Forward` is what Ray's handle does. What is asked of the fleet as a
 whole it answers itself, so that it is answered while every engine is full.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Protocol
+from typing import TypeAlias
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -31,24 +31,8 @@ _LOG = logging.getLogger("alisa.dist")
 _OF_THE_FLEET = frozenset(("/health", "/ready", "/metrics"))
 
 
-class Engines(Protocol):
-    """The replicas that are there."""
-
-    def forward(self, key: str, call: Call) -> AsyncGenerator[Message]:
-        """The messages of the replica that answers a call.
-
-        Args:
-            key: calls with the same one meet at one replica.
-            call: of the client.
-
-        Raises:
-            ReplicaDiedError, OverloadedError: as they say.
-        """
-        ...
-
-    async def expositions(self) -> Sequence[bytes]:
-        """The metrics of every replica that answers."""
-        ...
+Forward: TypeAlias = Callable[[str, Call], AsyncGenerator[Message]]
+"""A routing key and a call to the messages of the replica that answers it."""
 
 
 class ReplicaDiedError(Exception):
@@ -63,12 +47,14 @@ class Front:
     """An ASGI application.
 
     Args:
-        engines: who answers.
+        forward: to a replica; raises `ReplicaDiedError` and `OverloadedError`.
+        expositions: the metrics of the replicas that are there.
         config: of the server.
     """
 
-    def __init__(self, engines: Engines, config: ServerConfig) -> None:
-        self._engines = engines
+    def __init__(self, forward: Forward, expositions: Callable[[], Sequence[bytes]], config: ServerConfig) -> None:
+        self._forward = forward
+        self._expositions = expositions
         self._max_bytes = parse_bytes(config.max_body)
         self._receive_timeout_s = config.receive_timeout_s
 
@@ -78,7 +64,7 @@ class Front:
             await _lifespan(receive, send)
             return
         if scope["method"] == "GET" and scope["path"] in _OF_THE_FLEET:
-            await (await self._told_of_fleet(scope["path"]))(scope, receive, send)
+            await self._of_fleet(scope["path"])(scope, receive, send)
             return
         try:
             body = await receive_body(
@@ -91,21 +77,21 @@ class Front:
         call = Call(scope["method"], scope["path"], scope["query_string"], tuple(scope["headers"]), body)
         await self._answer(call, routing_key(headers, body), scope, receive, send)
 
-    async def _told_of_fleet(self, path: str) -> Response:
+    def _of_fleet(self, path: str) -> Response:
         """Whether this front lives, whether any engine does, and what they count."""
         if path == "/health":
             return JSONResponse({"status": "ok"})
-        expositions = await self._engines.expositions()
+        expositions = self._expositions()
         if path == "/metrics":
             return Response(joined(expositions), media_type=METRICS_TYPE)
         if expositions:
             return JSONResponse({"ready": True})
-        return error_reply(ApiError(503, "No engine answers.", kind="service_unavailable_error"))
+        return error_reply(ApiError(503, "There is no engine.", kind="service_unavailable_error"))
 
     async def _answer(self, call: Call, key: str, scope: Scope, receive: Receive, send: Send) -> None:
         started: Message | None = None
         try:
-            async with aclosing(self._engines.forward(key, call)) as messages:
+            async with aclosing(self._forward(key, call)) as messages:
                 async for message in messages:
                     if message["type"] == "http.response.start":
                         started = message

@@ -20,6 +20,7 @@ from alisa.dist.call import Call, answer
 from alisa.dist.cluster import ReplicaSize
 from alisa.dist.extra import load_ray
 from alisa.dist.front import Front, OverloadedError, ReplicaDiedError
+from alisa.dist.metrics import TELL_S, MetricsBoard
 from alisa.dist.share import ReplicaShare
 from alisa.errors import InputError
 from alisa.server.app import make_app
@@ -36,9 +37,6 @@ CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
 TARGET_SHARE = 0.75
 """Of the sequences that an engine works on together: with more calls on each, another replica is started."""
-
-ANSWER_S = 5.0
-"""How long replicas may take to tell their metrics."""
 
 MAX_CALLS_OF_FRONT = 10_000
 """Calls that one front hands through at the same time; they wait in it, not in the proxy."""
@@ -57,8 +55,8 @@ class EngineReplica:
         from ray import serve
 
         share.use_threads()
-        name = serve.get_replica_context().replica_id.unique_id
-        self._service = build_service(config, server, capped=share.capped, engine_name=name)
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._service = build_service(config, server, capped=share.capped, engine_name=self._name)
         self._app = make_app(self._service, server)
 
     async def forward(self, key: str, call: Call) -> AsyncGenerator[Message]:
@@ -71,9 +69,13 @@ class EngineReplica:
         async for message in answer(self._app, call):
             yield message
 
-    async def exposition(self) -> bytes:
-        """Its metrics in the text format of Prometheus."""
-        return self._service.telemetry.exposition(await self._service.status())
+    async def record_routing_stats(self) -> dict[str, float]:
+        """Serve asks every `TELL_S`, whatever this replica works on: the time to tell the front its metrics."""
+        from ray import serve
+
+        exposition = self._service.telemetry.exposition(await self._service.status())
+        serve.get_deployment_handle(FRONT, APP).take.remote(self._name, exposition)  # a front that is not there gets none
+        return {}
 
     def check_health(self) -> None:
         """Serve asks now and then, and replaces a replica that raises."""
@@ -139,7 +141,9 @@ def _application(config: EngineConfig, server: ServerConfig, size: ReplicaSize, 
         max_ongoing_requests=most,
         max_queued_requests=server.max_waiting,
         graceful_shutdown_timeout_s=server.drain_timeout_s,
-        request_router_config=RequestRouterConfig(request_router_class="alisa.dist.prefix_router.PrefixRouter"),
+        request_router_config=RequestRouterConfig(
+            request_router_class="alisa.dist.prefix_router.PrefixRouter", request_routing_stats_period_s=TELL_S
+        ),
         autoscaling_config={
             "min_replicas": min_replicas,
             "initial_replicas": min_replicas,
@@ -148,7 +152,7 @@ def _application(config: EngineConfig, server: ServerConfig, size: ReplicaSize, 
         },
     )
     front = serve.deployment(
-        serve.ingress(front_builder(server))(),
+        serve.ingress(front_builder(server))(FrontReplica),
         name=FRONT,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=MAX_CALLS_OF_FRONT,
@@ -158,57 +162,64 @@ def _application(config: EngineConfig, server: ServerConfig, size: ReplicaSize, 
 
 
 def _why_not(status: Any) -> str:  # noqa: ANN401 - of Ray
-    """The sentence with which an engine failed: Ray has it in the last line that is not indented."""
-    message: str = status.applications[APP].deployments[ENGINES].message
-    lines = [line for line in message.splitlines() if line and not line.startswith(" ")]
-    return lines[-1].partition(": ")[2] if lines[-1].startswith("alisa.errors.") else lines[-1]
+    """The sentence with which it failed: Ray has it in the last line that is not indented."""
+    app = status.applications[APP]
+    messages = [app.message, *(deployment.message for deployment in app.deployments.values())]
+    lines = [line for message in messages for line in message.splitlines() if line and not line.startswith(" ")]
+    ours = [line.partition(": ")[2] for line in lines if line.startswith("alisa.errors.")]
+    return next(iter([*ours, *reversed(lines)]), "Ray says no more")
+
+
+class FrontReplica:
+    """What Serve knows of the front beside its application: engines tell their metrics here.
+
+    Args:
+        engines: Ray's handle of them, which the front needs so that Serve starts both.
+    """
+
+    def __init__(self, engines: object) -> None:
+        self.board = MetricsBoard()
+
+    async def take(self, engine: str, exposition: bytes) -> None:
+        """The metrics of an engine."""
+        self.board.put(engine, exposition)
 
 
 def front_builder(server: ServerConfig) -> Callable[[], ASGIApp]:
     """What makes the front in the process that it runs in."""
 
     def build() -> ASGIApp:
-        return Gate(Front(RayEngines(), server), server)
+        return Gate(Front(forward, expositions, server), server)
 
     return build
 
 
-class RayEngines:
-    """The replicas, by a handle of Ray Serve."""
+async def forward(key: str, call: Call) -> AsyncGenerator[Message]:
+    """A call goes to an engine by a handle of Ray Serve; see `Front`."""
+    from ray import serve
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import BackPressureError
 
-    async def forward(self, key: str, call: Call) -> AsyncGenerator[Message]:
-        """As `Engines`."""
-        from ray.exceptions import RayActorError
-        from ray.serve.exceptions import BackPressureError
-
-        messages = _handle().options(stream=True).forward.remote(key, call)
-        try:
-            async for message in messages:
-                yield message
-        except RayActorError as error:
-            raise ReplicaDiedError from error
-        except BackPressureError as error:
-            raise OverloadedError from error
-        finally:
-            messages.cancel()  # nothing, where it has come to its end
-
-    async def expositions(self) -> Sequence[bytes]:
-        """As `Engines`; this call is not counted against what a replica takes at the same time."""
-        from ray.serve.exceptions import DeploymentUnavailableError
-
-        try:
-            found = await (
-                _handle().broadcast("exposition").results_async(timeout_s=ANSWER_S, return_exceptions=True)
-            )
-        except (DeploymentUnavailableError, TimeoutError):
-            return ()
-        return tuple(text for text in found if isinstance(text, bytes))
+    engines = serve.get_deployment_handle(ENGINES, APP).options(stream=True)
+    messages = engines.forward.remote(key, call)
+    try:
+        async for message in messages:
+            yield message
+    except RayActorError as error:
+        raise ReplicaDiedError from error
+    except BackPressureError as error:
+        raise OverloadedError from error
+    finally:
+        messages.cancel()  # nothing, where it has come to its end
 
 
-def _handle() -> Any:  # noqa: ANN401 - of Ray
+def expositions() -> Sequence[bytes]:
+    """What engines have told the front in whose process this is called."""
     from ray import serve
 
-    return serve.get_deployment_handle(ENGINES, APP)
+    front = serve.get_replica_context().servable_object
+    assert isinstance(front, FrontReplica), "nobody else calls it"
+    return front.board.newest()
 
 
 def address_of(server: ServerConfig) -> str:
