@@ -17,7 +17,7 @@ from alisa.config import SamplingParams, per_request
 from alisa.llm import LLM
 
 ROOT = Path(__file__).parents[2]
-WORDS = "the old ship was at sea and a storm came up in the night while captain men sailed home".split()
+WORDS = "the old ship was at sea and a storm came up in the night while captain men sailed home".split()  # noqa: SIM905
 OPTIONS = ("--max-tokens", "12", "--temperature", "0.8", "--seed", "5")
 # Workers import what a test gives them, and two busy processes must not fight over the cores.
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}

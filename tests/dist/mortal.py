@@ -1,4 +1,4 @@
-"""`python -m tests.dist.mortal generate ...` is `alisa generate ...` with replicas that die or fail when a test wants it."""
+"""`python -m tests.dist.mortal generate ...` is `alisa generate ...` with replicas that die when a test wants it."""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ def test_calls_that_begin_alike_have_one_key():
     assert key({"prompt": "a"}, **{"x-session-id": "s"}) == key({"prompt": "b"}, **{"x-session-id": "s"})
 
 
-@pytest.mark.parametrize("body", [b"", b"no json", b"[1]", b"{}", b'{"prompt": []}', b'{"messages": []}', b'{"prompt": 3}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"no json", b"[1]", b"{}", b'{"prompt": []}', b'{"messages": []}', b'{"prompt": 3}']
+)
 def test_what_cannot_be_read_goes_anywhere_and_breaks_nothing(body):
     assert isinstance(routing_key({}, body), str)
 

@@ -1,4 +1,4 @@
-"""2,000 prompts on two machines, and everything that can go wrong in the middle: every id once, tokens as in one process."""
+"""2,000 prompts on two machines, and all that can go wrong meanwhile: every id once, tokens as in one process."""
 
 from __future__ import annotations
 

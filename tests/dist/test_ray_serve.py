@@ -167,7 +167,8 @@ def test_more_calls_start_another_replica(fleet, client):
 
 def finished_by_engine(fleet) -> dict[str, float]:
     found: dict[str, float] = {}
-    for engine, count in re.findall(r'^vllm:request_success_total{engine="(\w+)".*} (\S+)$', fleet.get("/metrics")[1], re.M):
+    lines = re.findall(r'^vllm:request_success_total{engine="(\w+)".*} (\S+)$', fleet.get("/metrics")[1], re.M)
+    for engine, count in lines:
         found[engine] = found.get(engine, 0) + float(count)
     return found
 

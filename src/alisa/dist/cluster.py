@@ -76,7 +76,8 @@ def _connect(ray: Any, address: str) -> None:  # noqa: ANN401 - a module
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise InputError(
             f"--ray {address}: there is no cluster to be reached ({reason}). `ray start --head` starts one, "
-            "RAY_AUTH_MODE=token in the environment is for one that asks for a token, --ray local uses this machine alone."
+            "RAY_AUTH_MODE=token in the environment is for one that asks for a token, --ray local uses this machine "
+            "alone."
         ) from error
 
 
@@ -141,8 +142,8 @@ def size_replicas(
     wanted = room if replicas == "auto" else replicas
     if room < max(1, wanted):
         raise InputError(
-            f"{max(1, wanted)} replica(s) of {cpus} CPUs{' and a GPU' if gpu else ''} and {format_bytes(memory_bytes)} are "
-            f"asked for, and the cluster has room for {room}; ask for fewer --replicas, --replica-cpus or "
+            f"{max(1, wanted)} replica(s) of {cpus} CPUs{' and a GPU' if gpu else ''} and {format_bytes(memory_bytes)} "
+            f"are asked for, and the cluster has room for {room}; ask for fewer --replicas, --replica-cpus or "
             "--replica-memory."
         )
     return ReplicaSize(wanted, ReplicaShare(cpus, int(gpu), memory_bytes))

@@ -268,9 +268,8 @@ class Fleet:
     def _replace(self, member: _Member, what: str, waiting: deque[int]) -> None:
         """Another replica takes its name, and its shards wait again."""
         shards = sorted(member.shards)
-        self._watcher.told(
-            f"{member.name} {what}" + (f"; shards {', '.join(map(str, shards))} go on with another one." if shards else ".")
-        )
+        rest = f"; shards {', '.join(map(str, shards))} go on with another one." if shards else "."
+        self._watcher.told(f"{member.name} {what}{rest}")
         waiting.extendleft(reversed(shards))
         self._forget(member)
         self._ray.kill(member.actor)  # where it was only out of reach

@@ -1,7 +1,7 @@
-"""What clients of a fleet meet: it reads a call, picks the replica by how the call begins, and hands the answer through.
+"""What clients of a fleet meet: it reads a call, has a replica picked by how the call begins, and passes its answer on.
 
-It knows nothing of models. Nothing in it needs Ray: `Forward` is what Ray's handle does. What is asked of the fleet as a
-whole it answers itself, so that it is answered while every engine is full.
+It knows nothing of models. Nothing in it needs Ray: `Forward` is what Ray's handle does. What is asked of the fleet as
+a whole it answers itself, so that it is answered while every engine is full.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ class EngineReplica:
         from ray import serve
 
         exposition = self._service.telemetry.exposition(await self._service.status())
-        serve.get_deployment_handle(FRONT, APP).take.remote(self._name, exposition)  # a front that is not there gets none
+        # Nobody waits for it: a front that is not there gets none.
+        serve.get_deployment_handle(FRONT, APP).take.remote(self._name, exposition)
         return {}
 
     def check_health(self) -> None:
