@@ -5,14 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
 
+from alisa.config import EngineConfig
+from alisa.dist import serving as serving_module
 from alisa.dist.call import Call, answer
+from alisa.dist.cluster import ReplicaSize
 from alisa.dist.front import Front, OverloadedError, ReplicaDiedError
 from alisa.dist.metrics import FORGET_S, MetricsBoard
 from alisa.dist.routing import ranked, routing_key
+from alisa.dist.share import ReplicaShare
 from alisa.engine.status import EngineStatus
+from alisa.errors import InputError
 from alisa.server.config import ServerConfig
 from alisa.server.telemetry import Telemetry
 
@@ -200,3 +206,29 @@ def test_an_engine_that_tells_nothing_any_more_is_forgotten():
     assert board.newest() == (b"3", b"2")
     now[0] = FORGET_S + 1
     assert board.newest() == (b"3",)
+
+
+def test_a_cluster_that_serves_already_is_left_alone(monkeypatch):
+    actors = [{"name": "mine", "namespace": "a"}, {"name": serving_module.CONTROLLER, "namespace": "serve"}]
+    util = SimpleNamespace(list_named_actors=lambda all_namespaces: actors)
+    monkeypatch.setattr(serving_module, "load_ray", lambda: SimpleNamespace(util=util))
+    size = ReplicaSize(1, ReplicaShare(1, 0, 2**30))
+    with (
+        pytest.raises(InputError, match="runs on this cluster already"),
+        serving_module.serving(EngineConfig(), ServerConfig(), size, min_replicas=1),
+    ):
+        raise AssertionError("it is served")
+
+
+def test_why_a_fleet_cannot_start_is_the_sentence_of_an_engine():
+    ours = "Failed. Error:\n  File x\nRuntimeError: Traceback\n  File y\nalisa.errors.ModelError: No model: none.\n"
+
+    def told(engines: str, front: str = "") -> str:
+        deployments = {"engines": SimpleNamespace(message=engines), "front": SimpleNamespace(message=front)}
+        app = SimpleNamespace(message="Failed to update", deployments=deployments)
+        return serving_module._why_not(SimpleNamespace(applications={"alisa": app}))
+
+    assert told(ours) == "No model: none."
+    assert told("It died:\n  x\nKeyError: 1") == "KeyError: 1"
+    assert told("", "  x\nTypeError: 2") == "TypeError: 2"
+    assert told("") == "Failed to update"

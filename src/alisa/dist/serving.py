@@ -98,15 +98,15 @@ def serving(config: EngineConfig, server: ServerConfig, size: ReplicaSize, *, mi
         InputError: Ray Serve runs on the cluster already, it cannot listen there, or no engine can start.
     """
     ray = load_ray()
-    from ray import serve
-
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if any(actor["name"] == CONTROLLER for actor in ray.util.list_named_actors(all_namespaces=True)):
         # It has an address of its own, and its end would be that of everything it serves.
         raise InputError(
             "Ray Serve runs on this cluster already, perhaps for others; `serve status` says what it serves, and "
             "`serve shutdown` ends all of that."
         )
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         try:
             serve.start(http_options={"host": server.host.strip("[]"), "port": server.port})
