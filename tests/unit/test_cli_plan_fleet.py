@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -51,8 +52,11 @@ def test_the_fewest_replicas_that_are_done_in_time():
     replicas = replicas_for(REQUEST, 2.0)
     assert plan_fleet(REQUEST, replicas).seconds <= 2 * 3600
     assert plan_fleet(REQUEST, replicas - max(1, replicas // 10)).seconds > 2 * 3600
-    with pytest.raises(InputError, match="too few with any number of replicas"):
+    fastest = min(plan_fleet(REQUEST, replicas).seconds for replicas in range(1, 3000)) / 3600
+    with pytest.raises(InputError, match="too few with any number of replicas") as told:
         replicas_for(REQUEST, 0.01)
+    # Numbers a twentieth apart are tried, and hours are told with one decimal.
+    assert float(re.search(r"take (\S+) hours", str(told.value))[1]) == pytest.approx(fastest, abs=0.06)
 
 
 def test_the_command_compares_numbers_of_replicas(capsys):
