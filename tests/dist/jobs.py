@@ -68,7 +68,7 @@ def check(output: Path, expected: Sequence[tuple[int, ...]], errors: tuple[int, 
 
 def end(driver: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
     """What the command wrote, once it has ended as it should."""
-    out, err = driver.communicate(timeout=280)
+    out, err = driver.communicate(timeout=800)
     assert driver.returncode == status, err
     assert "Traceback" not in err
     return out, err

@@ -15,6 +15,7 @@ from tests.dist.jobs import ENVIRONMENT, check, end, finished, one_process, repl
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # beside busy programs two minutes become ten
     pytest.mark.skipif(not find_spec("ray"), reason="Ray is not installed; `make ray-test` installs it"),
     # A driver that is killed leaves its pipes to the collector of garbage.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
