@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import exp
 
 import accuracy_tables
-from table_blocks import Record, Results, table
+from table_blocks import Record, Results, lines, table
 
 from alisa.lab.eval.statistics import Estimate, difference, mean
 
@@ -94,6 +94,24 @@ def rows(results: Results) -> str:
         what = f"{_title(dense)}, {_TEXTS[text]}, {windows}; dense: {accuracy_tables.level(dense)}."
         parts += [what, table(head, body)]
     return "\n\n".join(parts)
+
+
+def weight_formats(results: Results) -> str:
+    """What weights in fewer bits cost: the newest record of each file and format."""
+    newest = {(r["model"], r["weights"]): r for r in lines(results / "weight_formats.jsonl")}
+    body = [
+        [
+            f"`{model}`",
+            weights,
+            f"{record['weight_bytes'] / 2**20:.0f}",
+            f"{record['perplexity']:.2f}",
+            ""
+            if record["versus"] == 1.0
+            else _estimate(Estimate(record["versus"] - 1, record["versus_error"]), 100, 2),
+        ]
+        for (model, weights), record in newest.items()
+    ]
+    return table(["file", "weights", "MiB", "perplexity", "lost, %"], body) if body else ""
 
 
 def coverage(results: Results) -> str:

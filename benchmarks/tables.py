@@ -112,6 +112,7 @@ BLOCKS: dict[str, Block] = {
     "accuracy-real-first": partial(real_tables.perplexity, context=2048),
     "accuracy-real-policies": real_tables.policies,
     "accuracy-rows": real_tables.rows,
+    "weight-formats": real_tables.weight_formats,
     "accuracy-coverage": real_tables.coverage,
     "recall-real": partial(real_tables.by_task, "recall"),
     "qa-real": partial(real_tables.by_task, "qa"),

@@ -277,7 +277,7 @@ class EngineConfig:
     weight_dtype: WeightDtypeName = "auto"
     """What the linear layers are kept in; auto: the dtype that the model computes in. On a CPU: int8, half the memory
     and the reading of 16 bits, every output channel with a scale; int4, a third, every 32 inputs with a scale and a
-    minimum, the projection to the vocabulary in 8 bits."""
+    minimum, which are those of a GGUF file that has them, the projection to the vocabulary in 8 bits."""
     kv_dtype: KvDtypeName = "auto"
     """What K and V are kept in; auto: the dtype that the model computes in, so that dense attention is exact. int8,
     k8v4 (K in 8 bits, V in 4) and int4 keep a scale for each token and head: 53, 41 and 28 % of the memory of 16 bits
