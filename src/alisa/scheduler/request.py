@@ -37,6 +37,8 @@ class Request:
     priority: int = 0
     """Requests with a lower number go first; equal ones in the order of their arrival."""
     arrival_s: float = 0.0
+    client: str | None = None
+    """Who sent it, where the order of the queue is to be fair; None: it counts for nobody."""
     block_names: tuple[BlockName, ...] = ()
     """Names of the whole blocks of the prompt; none where there is no prefix cache."""
     max_restored: int = 0

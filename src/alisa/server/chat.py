@@ -46,7 +46,14 @@ async def chat(request: Request, call: ChatRequest, service: Service) -> Respons
     prompt = truncated(call, ids, model.max_model_len)
     params = chat_params(call, model.sampling, model.config, model.max_model_len - len(prompt))
     answer = _Answer(call, prompt, params, service, f"chatcmpl-{uuid.uuid4().hex}", int(time()), bool(tools))
-    texts = await service.start([prompt], params, priority=call.priority or 0, cache_salt=call.cache_salt or "")
+    texts = await service.start(
+        [prompt],
+        params,
+        priority=call.priority or 0,
+        cache_salt=call.cache_salt or "",
+        continues=service.config.read_answers and params.n == 1,
+        client=request.state.client,
+    )
     if call.stream:
         return EventStream(answer.events(texts), texts, send_timeout_s=service.config.send_timeout_s)
     async with texts:

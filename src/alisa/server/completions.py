@@ -38,7 +38,13 @@ async def complete(request: Request, call: CompletionRequest, service: Service) 
     completion = _Completion(call, prompts, params, service, f"cmpl-{uuid.uuid4().hex}", int(time()))
     if call.max_tokens == 0 and not call.echo:
         return JSONResponse(completion.nothing())
-    texts = await service.start(prompts, params, priority=call.priority or 0, cache_salt=call.cache_salt or "")
+    texts = await service.start(
+        prompts,
+        params,
+        priority=call.priority or 0,
+        cache_salt=call.cache_salt or "",
+        client=request.state.client,
+    )
     if call.stream:
         return EventStream(completion.events(texts), texts, send_timeout_s=service.config.send_timeout_s)
     async with texts:

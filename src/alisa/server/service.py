@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -106,11 +107,19 @@ class Service:
             raise bad_request(str(error), "messages") from error
 
     async def start(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        continues: bool = False,
+        client: str = "",
     ) -> Texts:
         """All texts are queued, or none is: `n` for each prompt, those of one prompt one after the other.
 
-        As with `LLM.generate`: prompt i has seed + i, and the texts of a prompt have seeds of their own.
+        As with `LLM.generate`: prompt i has seed + i, and the texts of a prompt have seeds of their own. The
+        others are those of `Engine.add_request`.
 
         Raises:
             ApiError: there are too many of them, or the engine has no room for more.
@@ -136,10 +145,10 @@ class Service:
                 code="rate_limit_exceeded",
             )
         self._num_open += len(each)
-        added = [
-            asyncio.ensure_future(self.engine.add_request(prompt, rules, priority=priority, cache_salt=cache_salt))
-            for prompt, rules in each
-        ]
+        add = partial(
+            self.engine.add_request, priority=priority, cache_salt=cache_salt, continues=continues, client=client
+        )
+        added = [asyncio.ensure_future(add(prompt, rules)) for prompt, rules in each]
         try:
             names = await asyncio.gather(*added)
         except BaseException:
