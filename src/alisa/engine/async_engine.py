@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from typing import TypeVar, cast
 
 from alisa.config import SamplingParams
+from alisa.engine.budgets import AS_CONFIGURED, ReadingParams
 from alisa.engine.engine import Engine
 from alisa.engine.output import EngineOutput
 from alisa.errors import AlisaError, InputError
@@ -78,6 +79,7 @@ class AsyncEngine:
         cache_salt: str = "",
         continues: bool = False,
         client: str = "",
+        reading: ReadingParams = AS_CONFIGURED,
     ) -> str:
         """Queue a request, whose events `events` gives; see `Engine.add_request`.
 
@@ -102,6 +104,7 @@ class AsyncEngine:
                 cache_salt=cache_salt,
                 continues=continues,
                 client=client,
+                reading=reading,
             )
             self._streams[name] = stream
             return name

@@ -17,6 +17,7 @@ from alisa.attention.timing import StepTimer
 from alisa.cache.offload.residency import Eviction
 from alisa.config import EngineConfig
 from alisa.engine.answers import ANSWER_CHUNK, AnswerReader
+from alisa.engine.budgets import RequestBudgets
 from alisa.engine.costs import MeasuredCosts
 from alisa.engine.drafter import PolicyDrafter
 from alisa.engine.engine import Engine
@@ -94,6 +95,7 @@ def build_engine(
         model.tokenizer,
         PromptReader(model.tokenizer, model.spec.vocab_size, parts.cache_config.max_model_len),
         make_governor(),
+        RequestBudgets(config, on_cpu=model.decoder.device.type == "cpu"),
         eos_ids=frozenset() if model.tokenizer is None else model.tokenizer.eos_ids,
         prefix_rules=parts.prefix_rules,
         answers=parts.answers,

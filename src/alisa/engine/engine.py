@@ -13,6 +13,7 @@ from torch import Tensor
 from alisa.attention.session import StepTraffic
 from alisa.config import SamplingParams
 from alisa.engine.answers import AnswerReader
+from alisa.engine.budgets import AS_CONFIGURED, ReadingParams, RequestBudgets
 from alisa.engine.chooser import Grown, TokenChooser
 from alisa.engine.costs import MeasuredCosts
 from alisa.engine.drafter import Drafts, PolicyDrafter, with_drafting
@@ -46,6 +47,7 @@ class Engine:
         tokenizer: None: prompts are token ids, and no text comes out.
         prompts: checks what is asked.
         governor: chooses how many threads a step runs on.
+        budgets: says how much a request may have read.
         eos_ids: token ids that end a request unless it ignores them.
         prefix_rules: of the session's prefix cache; None: it has none.
         answers: reads answers into that cache; None: there is none.
@@ -61,6 +63,7 @@ class Engine:
         tokenizer: Tokenizer | None,
         prompts: PromptReader,
         governor: ThreadGovernor,
+        budgets: RequestBudgets,
         *,
         eos_ids: frozenset[int],
         prefix_rules: PrefixRules | None = None,
@@ -75,6 +78,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._governor = governor
+        self._budgets = budgets
         self._eos_ids = eos_ids
         self._prefix_rules = prefix_rules
         self._answers = answers
@@ -107,6 +111,7 @@ class Engine:
         cache_salt: str = "",
         continues: bool = False,
         client: str = "",
+        reading: ReadingParams = AS_CONFIGURED,
     ) -> str:
         """Queue a request; it starts as soon as there is room.
 
@@ -119,22 +124,25 @@ class Engine:
             continues: another prompt is likely to begin with this one and its output, as in a conversation:
                 `read_answer` then puts the output into the prefix cache, too.
             client: who sent it, for `EngineConfig.fair`.
+            reading: how much its decode steps read, where that is less than the engine's options say.
 
         Returns:
             The request's name.
 
         Raises:
             RequestError: the prompt cannot be used.
-            InputError: the name is taken, more than one text is asked for, its grammar cannot be used, or the engine
-                is closed.
+            InputError: the name is taken, more than one text is asked for, its grammar cannot be used, it asks for a
+                sparsity that is not to be had, or the engine is closed.
             CapacityError: the request cannot fit even when it runs alone.
         """
         self._check_usable()
         if params.n != 1:
             raise InputError(f"A request is one text, and n is {params.n}; add a request for each of them.")
         prompt_ids, max_new_tokens = self._prompts.read(prompt, params)
+        budget = self._budgets.budget(reading)
         name = f"request-{next(self._names)}" if request_id is None else request_id
-        request = Request(name, prompt_ids, params, max_new_tokens, priority, perf_counter(), client)
+        request = Request(name, prompt_ids, params, max_new_tokens, priority, perf_counter())
+        request.client, request.budget = client, budget
         if (rules := self._prefix_rules) is not None:
             request.block_names = rules.names(prompt_ids, request.num_rows, cache_salt)
             # Tokens that are restored give no logits.

@@ -378,7 +378,8 @@ class Scheduler:
         self, decision: PlacementDecision, chunks: tuple[ScheduledChunk, ...], *, prefill: bool, restored: bool
     ) -> StepPlan:
         opened = tuple(
-            Opened(request_index(r), r.request_id, r.num_rows, r.prompt_len, r.block_names) for r in self._opened
+            Opened(request_index(r), r.request_id, r.num_rows, r.prompt_len, r.block_names, r.budget)
+            for r in self._opened
         )
         self._num_steps += 1
         self._prompts_had_turn = prefill

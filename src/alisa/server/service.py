@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from alisa.config import EngineConfig, SamplingParams, per_request, sample_params
 from alisa.engine.async_engine import AsyncEngine, Event
+from alisa.engine.budgets import AS_CONFIGURED, ReadingParams, RequestBudgets
 from alisa.engine.status import EngineStatus
 from alisa.errors import InputError
 from alisa.model.tokenizer import Tokenizer
@@ -37,6 +38,8 @@ class ServedModel:
     max_model_len: int
     num_layers: int
     config: EngineConfig
+    budgets: RequestBudgets
+    """What calls may ask for of how much is read."""
     created_s: int
     """When the server started, in seconds since 1970."""
 
@@ -115,6 +118,7 @@ class Service:
         cache_salt: str = "",
         continues: bool = False,
         client: str = "",
+        reading: ReadingParams = AS_CONFIGURED,
     ) -> Texts:
         """All texts are queued, or none is: `n` for each prompt, those of one prompt one after the other.
 
@@ -146,7 +150,12 @@ class Service:
             )
         self._num_open += len(each)
         add = partial(
-            self.engine.add_request, priority=priority, cache_salt=cache_salt, continues=continues, client=client
+            self.engine.add_request,
+            priority=priority,
+            cache_salt=cache_salt,
+            continues=continues,
+            client=client,
+            reading=reading,
         )
         added = [asyncio.ensure_future(add(prompt, rules)) for prompt, rules in each]
         try:
