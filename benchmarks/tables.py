@@ -34,6 +34,7 @@ from table_blocks import (
     machine,
     one_user,
     pace,
+    prefix,
     prediction,
     prompts,
     recall,
@@ -50,6 +51,7 @@ DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/models.md",
     "docs/planner.md",
+    "docs/prefix-cache.md",
     "docs/server.md",
     "docs/speculation.md",
 )
@@ -105,6 +107,7 @@ BLOCKS: dict[str, Block] = {
     "one-user": one_user,
     "speculation": speculation,
     "pace": pace,
+    "prefix": prefix,
     "accuracy": accuracy,
     "accuracy-real": real_tables.perplexity,
     "accuracy-real-first": partial(real_tables.perplexity, context=2048),

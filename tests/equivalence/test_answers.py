@@ -65,9 +65,10 @@ def test_the_next_turn_reads_only_what_is_new(policy, dtype):
         assert (session.cache.store.used_rows, session.state.nbytes) == (0, 0)
 
 
-def test_rows_of_decode_steps_are_not_those_of_prompts():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_rows_of_decode_steps_are_not_those_of_prompts(dtype):
     """Why answers are read once more: if this fails, their rows could be kept."""
-    llm = LLM(policy="dense", dtype="float32", **SIZES)
+    llm = LLM(policy="dense", dtype=dtype, **SIZES)
     engine = build_engine(llm.model, llm.config)[0]
     engine.add_request(ids(llm, 50, 1), SamplingParams(max_tokens=20, ignore_eos=True), request_id="said")
     request = engine.scheduler.requests["said"]
@@ -82,7 +83,7 @@ def test_rows_of_decode_steps_are_not_those_of_prompts():
     engine.step()
     read = store.read(last, engine.scheduler.requests["read"].req_idx, 50, 60)
     assert not said[0].equal(read[0])
-    assert said[0].allclose(read[0], atol=1e-3)
+    assert said[0].float().allclose(read[0].float(), atol=0.3), "they are rows of the same tokens"
 
 
 def test_rounded_rows_are_read_by_whole_sections():
