@@ -171,7 +171,7 @@ class LLM:
         return self._shared().stream(prompts, each, continues=continues)
 
     def read_answer(self) -> bool:
-        """While nothing else runs, read on in what was said in conversations (see `stream`); False: there is nothing to.
+        """While nothing else runs, read on in what was said in conversations (see `stream`); False: there is nothing.
 
         A step of it is short. The next turns find in the prefix cache what was read.
         """
