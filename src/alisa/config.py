@@ -317,6 +317,9 @@ class EngineConfig:
     """Who runs next when more requests wait than may run, after priority. fcfs: the first to come. hrrn: the highest
     (waited + expected time) / expected time, so that short requests do not wait for long ones, and long ones not
     forever; the length of an output is guessed from its prompt, once 100 have ended. Changes no token."""
+    fair: bool = False
+    """Of the requests that wait with the same priority, those of the client go first who has got the fewest tokens; the
+    clients of a server are its API keys. So nobody waits longer because another one sends much. Changes no token."""
     prefix_cache: bool = False
     """Keep K and V of prompts, so that a prompt that begins like an earlier one is read from there on only, and the n
     texts of a prompt read it once. Changes no token."""

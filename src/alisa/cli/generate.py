@@ -46,6 +46,7 @@ _CHANGE_NO_TOKEN = frozenset(
         "schedule_policy",
         "speculative",
         "num_speculative_tokens",
+        "fair",
         "prefix_cache",
         "prefix_cache_memory",
         "prefix_cache_disk",

@@ -35,8 +35,8 @@ class Serve:
     def run(self) -> int:
         """Do it; returns the exit status."""
         config = self.server
-        if config.api_key is None and os.environ.get("ALISA_API_KEY"):
-            config = replace(config, api_key=os.environ["ALISA_API_KEY"])
+        if not config.api_key and (keys := os.environ.get("ALISA_API_KEY")):
+            config = replace(config, api_key=tuple(keys.split(",")))
         config.refuse_open_door()
         if self.fleet.ray is not None:
             return serve_fleet(self.engine, config, self.fleet)

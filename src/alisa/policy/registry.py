@@ -49,6 +49,8 @@ class PolicyEntry:
     """Which measured selection it costs as much as: `planner.hardware.Hardware.selection`."""
     covers: bool = False
     """Whether weights may decide how many tokens a step reads: `Budget.coverage`."""
+    mixes: bool = True
+    """Whether the sequences of a batch may have budgets of their own: nothing that is kept depends on the budget."""
     edition: int = 1
     """Counts up when the name comes to mean other numbers: what was measured of an earlier edition is measured anew."""
 
@@ -87,6 +89,7 @@ def _window(help_text: str, *, per_head: bool) -> PolicyEntry:
         state=window_state(per_head=per_head),
         churn=_HISTORY_CHURN,
         priced_as="ranked",
+        mixes=False,
     )
 
 
@@ -118,6 +121,7 @@ POLICIES: Mapping[str, PolicyEntry] = MappingProxyType(
             help="all",
             policy_class="alisa.policy.dense:Dense",
             reads=lambda budget, num_earlier: (0, num_earlier),
+            mixes=False,
         ),
         "local": PolicyEntry(
             help="the most recent",

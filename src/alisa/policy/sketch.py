@@ -149,7 +149,7 @@ class KeyState(TokenState):
         # The new token's own weight counts in the softmax, though it is read in any case.
         chosen = self._choose(layer, query, self._ranking)
         self._shares = chosen.shares
-        return step.selection(chosen.positions, chosen.counts if step.coverage else None)
+        return step.selection(chosen.positions, None if step.coverages is None else chosen.counts)
 
     def weight_read(self, layer: int) -> Tensor | None:
         """As the sketch has it."""

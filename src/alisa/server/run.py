@@ -12,6 +12,7 @@ import uvicorn
 
 from alisa.config import EngineConfig
 from alisa.engine.async_engine import AsyncEngine
+from alisa.engine.budgets import RequestBudgets
 from alisa.engine.builder import build_engine
 from alisa.engine.engine import Engine
 from alisa.engine.loaded import LoadedModel, load_model
@@ -66,6 +67,7 @@ def build_service(
         max_model_len=engine.max_model_len,
         num_layers=loaded.spec.num_layers,
         config=engine_config,
+        budgets=RequestBudgets(engine_config, on_cpu=loaded.decoder.device.type == "cpu"),
         created_s=int(time()),
     )
     telemetry = Telemetry(model.name, setup.device_bytes, engine=engine_name)
