@@ -36,6 +36,7 @@ LLMFactory: TypeAlias = "Callable[[EngineConfig, Callable[[int, int], None]], LL
 
 _CHANGE_NO_TOKEN = frozenset(
     (
+        "quality",  # what it stands for is in the options that it sets
         "kv_device_memory",
         "kv_host_memory",
         "kv_disk_memory",

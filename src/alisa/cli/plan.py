@@ -12,9 +12,10 @@ from tyro.conf import arg
 from alisa.cli.files import refuse_same_file, to_json, write_whole
 from alisa.cli.options import DisplayOptions
 from alisa.cli.plan_fleet import FleetQuestion, fleet_table
-from alisa.config import EngineConfig, KvDtypeName, PolicyName, WeightDtypeName, parse_bytes
+from alisa.config import KvDtypeName, PolicyName, WeightDtypeName, parse_bytes, with_options
 from alisa.errors import InputError
 from alisa.planner.fleet import fleet_record
+from alisa.quality import QualityName
 
 if TYPE_CHECKING:
     from alisa.planner.hardware import Hardware
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from alisa.planner.simulate import MemoryBudget, UniformWorkload
     from alisa.spec import ModelSpec
 
-_DEFAULT = EngineConfig()
 _FREE_SHARE = 0.5
 """As `alisa generate`: what grows with tokens may take half of the memory that the weights leave free."""
 
@@ -51,16 +51,19 @@ class Plan:
     """Tokens that each gets."""
     hardware: Annotated[str, arg(metavar="NAME|FILE.json")] = "this"
     """this (what `alisa profile` saved), v100-16gb, v100-32gb, rtx4090, h100-80gb, h200, or a file."""
-    policy: PolicyName = _DEFAULT.policy
+    quality: QualityName | None = None
+    """A name for policy, sparsity and rows together, as for `alisa generate`; where one of these is given, too, that
+    counts."""
+    policy: Annotated[PolicyName | None, arg(help_behavior_hint="(default: sketch)")] = None
     """Which earlier tokens a step reads."""
-    sparsity: Annotated[float, arg(metavar="SHARE")] = _DEFAULT.sparsity
+    sparsity: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: 0.8)")] = None
     """Share of the earlier tokens that a step does not read."""
     dtype: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: what suits the machine)")] = None
     """What the model computes in: float32, bfloat16 or float16."""
     weight_dtype: WeightDtypeName = "auto"
     """What the linear layers are kept in; auto: the same as --dtype."""
-    kv_dtype: KvDtypeName = "auto"
-    """What rows are kept in; auto: the same as --dtype, or int8 where that is faster."""
+    kv_dtype: Annotated[KvDtypeName | None, arg(help_behavior_hint="(default: auto)")] = None
+    """What rows are kept in; auto: the same as --dtype, or int8 where that is faster and no quality is named."""
     kv_device_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: what is left)")] = None
     """Cap of the rows on the device."""
     kv_below_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: what there is)")] = None
@@ -118,7 +121,7 @@ class Plan:
         ]
         if self.output_len < 2:
             wrong.append(f"--output-len is {self.output_len}, at least 2 is needed")
-        if not 0 <= self.sparsity < 1:
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
             wrong.append(f"--sparsity is {self.sparsity}, allowed is 0 up to but not 1")
         if wrong:
             raise InputError("; ".join(wrong) + ".")
@@ -168,11 +171,14 @@ class Plan:
                 f"{hardware.name} has no figures for {self.weight_dtype} weights, which are for CPUs; an older profile "
                 "gets them from another `alisa profile`."
             )
-        kinds = (dtype, "int8") if self.kv_dtype == "auto" else (self.kv_dtype,)
+        asked = {"policy": self.policy, "sparsity": self.sparsity, "kv_dtype": self.kv_dtype}
+        engine = with_options(None, {"quality": self.quality, **asked})
+        own = (dtype,) if engine.kv_dtype == "auto" else (engine.kv_dtype,)
+        kinds = (dtype, "int8") if engine.kv_dtype == "auto" and self.quality is None else own
         if missing := [kind for kind in kinds if kind not in hardware.attention]:
             raise InputError(f"{hardware.name} has no figures for rows of {missing[0]}.")
         return tuple(
-            RunConfig(self.policy, self.sparsity, dtype, kind, weight_dtype=self.weight_dtype) for kind in kinds
+            RunConfig(engine.policy, engine.sparsity, dtype, kind, weight_dtype=self.weight_dtype) for kind in kinds
         )
 
     def _room(

@@ -18,6 +18,7 @@ from alisa.cli.options import DisplayOptions
 from alisa.cli.screen import error_console, loading_bar
 from alisa.config import EngineConfig, KvDtypeName, PolicyName
 from alisa.errors import InputError
+from alisa.quality import QualityName
 
 if TYPE_CHECKING:
     from alisa.lab.eval.measurement import Evaluation
@@ -32,6 +33,7 @@ _T = TypeVar("_T", bound=str)
 class SweptEngine(EngineConfig):
     """Which model runs, and how much memory it may use; what is swept, or not used by evaluations, is no option."""
 
+    quality: QualityName | None = field(default=None, init=False)
     policy: PolicyName = field(default=_DEFAULT.policy, init=False)
     sparsity: float = field(default=_DEFAULT.sparsity, init=False)
     coverage: float | None = field(default=None, init=False)
