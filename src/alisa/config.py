@@ -39,9 +39,10 @@ else:
     OwnPolicy, OwnSparsity, OwnKvDtype = PolicyName | None, float | None, KvDtypeName | None
 
 _POLICY_HELP = (
-    f"Which earlier tokens a step reads; None: as the quality says, sketch without one. {policies_help()} Why sketch: of two real models, at sparsity 0.8 one loses "
-    "nothing of its perplexity that shows and the other 0.2 %; at 0.95 0.4 % at most and 1.2 %. And it finds all "
-    "facts in 1024 tokens where every choice by history finds a fifth or less (docs/accuracy.md)."
+    f"Which earlier tokens a step reads; None: as the quality says, sketch without one. {policies_help()} Why sketch: "
+    "of two real models, at sparsity 0.8 one loses nothing of its perplexity that shows and the other 0.2 %; at 0.95 "
+    "0.4 % at most and 1.2 %. And it finds all facts in 1024 tokens where every choice by history finds a fifth or "
+    "less (docs/accuracy.md)."
 )
 """From the registry, so that a new policy is told without a word here."""
 
@@ -262,9 +263,8 @@ def quality_options(name: QualityName | None) -> Mapping[str, str | float]:
     return _DEFAULT_OPTIONS if name is None else QUALITIES[name].options
 
 
-def _as_the_quality_says() -> Any:  # noqa: ANN401 - of a field of any type
-    """The default of an option that a quality sets."""
-    return None
+_AS_THE_QUALITY_SAYS: Any = None
+"""The default of an option that a quality sets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,8 +280,8 @@ class EngineConfig:
     model: str | None = None
     """A directory or a Hugging Face id of a checkpoint, or a .gguf file; None: the small model inside the package."""
     quality: Annotated[QualityName | None, Doc(_QUALITY_HELP)] = None
-    policy: Annotated[OwnPolicy, Doc(_POLICY_HELP)] = _as_the_quality_says()
-    sparsity: OwnSparsity = _as_the_quality_says()
+    policy: Annotated[OwnPolicy, Doc(_POLICY_HELP)] = _AS_THE_QUALITY_SAYS
+    sparsity: OwnSparsity = _AS_THE_QUALITY_SAYS
     """Share of the earlier tokens that a decode step does not read, 0 up to but not 1; 1 - r in the paper (r: caching
     ratio). dense ignores it. None: as the quality says, 0.8 without one."""
     exact: bool = False
@@ -297,13 +297,16 @@ class EngineConfig:
     coverage: float | None = None
     """With a sketch policy on a CPU: as few of these tokens as have this part of the attention weight, above 0 up to 1,
     by the sketch, in each layer; never more than the sparsity allows. None: as many as it allows."""
+    budgets: Path | None = None
+    """A file of `alisa tune`: layers share the tokens that the sparsity allows as it says, some read more and some
+    less; for the policy and the sparsities that it was made for. None: all layers read as many."""
     dtype: DtypeName = "auto"
     """What the model computes in; auto: what the checkpoint and the device suit."""
     weight_dtype: WeightDtypeName = "auto"
     """What the linear layers are kept in; auto: the dtype that the model computes in. On a CPU: int8, half the memory
     and the reading of 16 bits, every output channel with a scale; int4, a third, every 32 inputs with a scale and a
     minimum, the projection to the vocabulary in 8 bits."""
-    kv_dtype: OwnKvDtype = _as_the_quality_says()
+    kv_dtype: OwnKvDtype = _AS_THE_QUALITY_SAYS
     """What K and V are kept in; None: as the quality says, auto without one. auto: the dtype that the model computes
     in, so that dense attention is exact. int8,
     k8v4 (K in 8 bits, V in 4) and int4 keep a scale for each token and head: 53, 41 and 28 % of the memory of 16 bits
@@ -380,6 +383,11 @@ class EngineConfig:
                     f"{self.policy} does not know the weight of what it does not read, so that it cannot have a "
                     f"coverage: choose {', '.join(name for name, entry in POLICIES.items() if entry.covers)}",
                 ),
+                (
+                    self.budgets is not None and self.policy in POLICIES and not POLICIES[self.policy].by_layer,
+                    f"{self.policy} reads the same in all layers, so that it cannot have budgets of each: choose "
+                    f"{', '.join(name for name, entry in POLICIES.items() if entry.by_layer)}",
+                ),
                 (self.max_num_seqs < 1, f"max_num_seqs is {self.max_num_seqs}, at least 1 is needed"),
                 (
                     self.max_model_len is not None and self.max_model_len < 2,
@@ -449,7 +457,8 @@ def with_options(config: EngineConfig | None, options: Mapping[str, Any]) -> Eng
             raise InputError(f"{name} was given twice, once under its old name; give it once.")
         changes[name] = value
     if "quality" in changes:
-        changes = dict.fromkeys(_DEFAULT_OPTIONS) | changes
+        unsaid: dict[str, Any] = dict.fromkeys(_DEFAULT_OPTIONS)
+        changes = unsaid | changes
     return replace(config or EngineConfig(), **changes)
 
 

@@ -91,12 +91,8 @@ class LayerwiseAttend:
     def __init__(
         self, scorer: Scorer, policy: SelectionPolicy, codec: Codec, num_seqs: int, prompt_len: int, length: int
     ) -> None:
-        shape = self._shape = scorer.decoder.spec.attention
-        policies = [policy.of_layer(layer) for layer in range(shape.full_layers().num_layers)]
-        sessions = {
-            own: LayerSession(scorer, own, codec, num_seqs, prompt_len, length) for own in dict.fromkeys(policies)
-        }
-        self._sessions = [sessions[own] for own in policies]
+        self._sessions = layer_sessions(scorer, policy, codec, num_seqs, prompt_len, length)
+        self._shape = scorer.decoder.spec.attention
         self._codec = codec
         self._reads_all = isinstance(policy, Dense)
         self._num_seqs, self._prompt_len, self._length = num_seqs, prompt_len, length
@@ -142,6 +138,16 @@ class LayerwiseAttend:
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> Tensor:
     """Attention of a whole sequence, q `[T, H, D]`, k and v `[T, G, D]` -> `[T, H, D]`; no choice is made."""
     return prefill_attention(q, KeyBlock(0, k, v), len(k), tuple, 0, 1, window, softcap)[0]
+
+
+def layer_sessions(
+    scorer: Scorer, policy: SelectionPolicy, codec: Codec, num_seqs: int, prompt_len: int, length: int
+) -> list[LayerSession]:
+    """A `LayerSession` for each layer without a window; layers with the same budget share one."""
+    layers = range(scorer.decoder.spec.attention.full_layers().num_layers)
+    policies = [policy.of_layer(layer) for layer in layers]
+    sessions = {own: LayerSession(scorer, own, codec, num_seqs, prompt_len, length) for own in dict.fromkeys(policies)}
+    return [sessions[own] for own in policies]
 
 
 class LayerSession:
@@ -192,6 +198,11 @@ class LayerSession:
     def selection(self) -> Selection:
         """What the last decode step read."""
         return self._session.selection
+
+    @property
+    def weight_read(self) -> Tensor | None:
+        """The part Float32[B, H] of the weight that lies on it, by the policy: `PolicyState.weight_read`."""
+        return self._session.state.weight_read(0)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """A new layer begins: its prompts are read; the output `[B, prompt_len, H, D]`."""
