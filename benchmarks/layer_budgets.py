@@ -5,7 +5,8 @@
         --record benchmarks/results/layer_budgets.jsonl
 
 What is found on one text is measured on another: the divergence from dense attention, KL(dense || policy) in nats a
-token, of each window, and against that of equal budgets by pairs. It tells far smaller differences than perplexity. The ways:
+token, of each window, and against that of equal budgets by pairs. It tells far smaller differences than perplexity.
+The ways:
 
     equal    all layers read as many
     unread   water-filling by the share of the weight that is not read, by the sketch
@@ -13,8 +14,8 @@ token, of each window, and against that of equal budgets by pairs. It tells far 
     search   from equal budgets by zeroth-order steps (MeZO, 2305.17333; ZO-Bench, 2402.11592) on the divergence itself
 
 The search is over the logits of a softmax, whose shares are the layers' parts of all tokens. A pair of opposite normal
-steps gives a slope, several pairs a direction; the best that was seen is kept. With a normal distribution of budgets and
-the other one of a pair as its baseline, the policy gradient (2406.10576) is the same estimate.
+steps gives a slope, several pairs a direction; the best that was seen is kept. With a normal distribution of budgets
+and the other one of a pair as its baseline, the policy gradient (2406.10576) is the same estimate.
 
 Prints one JSON record for each sparsity.
 """
@@ -32,11 +33,11 @@ from torch import Tensor
 
 from alisa.config import EngineConfig
 from alisa.lab.bench.stamp import current_stamp
+from alisa.lab.eval.divergence import Divergence
 from alisa.lab.eval.documents import read_documents
 from alisa.lab.eval.layer_losses import measure_layer_losses
-from alisa.lab.eval.layerwise import LayerwiseAttend
 from alisa.lab.eval.statistics import difference, mean
-from alisa.lab.eval.subject import BASELINE, Subject
+from alisa.lab.eval.subject import Subject
 from alisa.lab.eval.windows import Window, cut_windows
 from alisa.llm import LLM
 from alisa.policy.layer_budgets import STEPS, share_out
@@ -49,40 +50,11 @@ PAIRS = 2
 """Pairs of opposite steps that a direction comes from."""
 MOST = 4.0
 """A layer reads at most so many times what it would equally, and at least one part in as many."""
-LOGIT_ROWS = 256
 
 
-class Divergence:
-    """KL(dense || policy) of each of some windows, in nats a token."""
-
-    def __init__(self, subject: Subject, windows: Sequence[Window]) -> None:
-        """The windows are of equal length."""
-        self._subject = subject
-        self._windows = windows
-        self._dense = self._log_probabilities(())
-
-    def __call__(self, layers: Sequence[float]) -> list[float]:
-        """Under budgets of these sparsities."""
-        own = self._log_probabilities(layers)
-        return [
-            float((dense.exp() * (dense - other)).sum(-1).double().mean())
-            for dense, other in zip(self._dense, own, strict=True)
-        ]
-
-    @torch.inference_mode()
-    def _log_probabilities(self, layers: Sequence[float]) -> list[Tensor]:
-        """Float32[R, V] of each window; dense without layers."""
-        policy = make_policy(POLICY, 0.5, layers=tuple(layers)) if layers else BASELINE.selection_policy()
-        decoder, item = self._subject.scorer.decoder, self._windows[0].item
-        prompt_len, length = len(item.prompt_ids), item.num_tokens
-        ids = torch.tensor([[*window.item.prompt_ids, *window.item.output_ids] for window in self._windows])
-        codec = self._subject.codec(BASELINE)
-        attend = LayerwiseAttend(self._subject.scorer, policy, codec, len(ids), prompt_len, length)
-        hidden = decoder.forward(ids, torch.arange(length).expand_as(ids), attend, torch.full_like(ids, length))
-        return [
-            torch.cat([decoder.logits(rows).log_softmax(-1) for rows in row[prompt_len - 1 : -1].split(LOGIT_ROWS)])
-            for row in hidden
-        ]
+def divergence_of(windows: Divergence, layers: Sequence[float]) -> list[float]:
+    """Under budgets of these sparsities."""
+    return windows(make_policy(POLICY, 0.5, layers=tuple(layers)))
 
 
 def budgets_of(logits: Tensor, sparsity: float) -> tuple[float, ...]:
@@ -99,7 +71,7 @@ def search(loss: Divergence, num_layers: int, sparsity: float, steps: int) -> tu
     generator = torch.Generator().manual_seed(0)
     logits = torch.zeros(num_layers, dtype=torch.float64)
     best = budgets_of(logits, sparsity)
-    least = mean(loss(best)).value
+    least = mean(divergence_of(loss, best)).value
     for step in range(steps):
         direction = torch.zeros_like(logits)
         for _ in range(PAIRS):
@@ -107,7 +79,7 @@ def search(loss: Divergence, num_layers: int, sparsity: float, steps: int) -> tu
             found = []
             for sign in (1, -1):
                 budgets = budgets_of(logits + sign * SPREAD * normal, sparsity)
-                found.append(mean(loss(budgets)).value)
+                found.append(mean(divergence_of(loss, budgets)).value)
                 if found[-1] < least:
                     best, least = budgets, found[-1]
             direction -= (found[0] - found[1]) * normal
@@ -153,7 +125,7 @@ def main() -> None:
         if options.steps:
             loss = Divergence(subject, tuned_on)
             ways["search"], tried = search(loss, len(losses), sparsity, options.steps)
-        units = {way: measured(budgets) for way, budgets in ways.items()}
+        units = {way: divergence_of(measured, budgets) for way, budgets in ways.items()}
         found = {}
         for way, of_windows in units.items():
             own, against = mean(of_windows), difference(of_windows, units["equal"])

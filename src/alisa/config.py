@@ -48,7 +48,7 @@ _POLICY_HELP = (
 
 _QUALITY_HELP = (
     "A name for policy, sparsity and kv_dtype together; where one of these is given, too, that counts. "
-    f"{qualities_help()} Losses are of the perplexity of two real models (docs/accuracy.md). None: sketch at sparsity "
+    f"{qualities_help()} That is the perplexity lost by two real models (docs/accuracy.md). None: sketch at sparsity "
     "0.8, rows as the model computes."
 )
 

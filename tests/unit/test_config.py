@@ -162,7 +162,7 @@ def test_options_by_name_are_those_of_the_config():
     assert with_options(None, {}) == EngineConfig()
     base = EngineConfig(policy="swa", sparsity=0.5)
     assert with_options(base, {"sparsity": 0.9}) == EngineConfig(policy="swa", sparsity=0.9)
-    for name, message in (("sparsty", "did you mean sparsity?"), ("zzz", "there is model, policy, ")):
+    for name, message in (("sparsty", "did you mean sparsity?"), ("zzz", "there is model, quality, policy, ")):
         with pytest.raises(InputError, match=f"There is no option '{name}'; {message}".replace("?", r"\?")):
             with_options(None, {name: 1})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,9 @@ from alisa.policy.layer_budgets import STEPS, BudgetedModel, LayerBudget, LayerB
 from alisa.policy.registry import POLICIES
 
 if TYPE_CHECKING:
+    from alisa.lab.eval.divergence import Divergence
     from alisa.lab.eval.layer_losses import LayerLoss
+    from alisa.lab.eval.statistics import Estimate
     from alisa.spec import ModelSpec
 
 _SHOWN = 0.95
@@ -34,8 +36,9 @@ _SHOWN = 0.95
 class Tune:
     """Find how many tokens each layer should read, in one pass over a text; `--budgets FILE` then reads them.
 
-    The layers together read as many tokens as before: those that lose most by reading little get more of them. The
-    text should be like what the model will read; a few thousand tokens of it are used.
+    The layers together read as many tokens as before: those that lose most by reading little get more of them, by the
+    error of what attention gives or by the weight that is not read. Other windows of the text then say which of the two
+    is nearer to dense attention than equal budgets are; where neither is, equal ones are kept.
 
     For instance:
       alisa tune --model DIR --text book.txt
@@ -53,7 +56,7 @@ class Tune:
     prefill: Annotated[int, arg(metavar="N")] = 512
     """Tokens of a window that are its prompt."""
     windows: Annotated[int, arg(metavar="N")] = 2
-    """Windows, spread evenly over the text."""
+    """Windows to measure, spread evenly over the text, and as many between them to check with."""
     output: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: beside the model)")] = None
     """Write the budgets here; needed where the model is no directory or file of yours."""
     engine: SweptEngine = field(default_factory=SweptEngine)
@@ -80,6 +83,7 @@ class Tune:
 
     def run(self) -> int:
         """Do it; returns the exit status."""
+        from alisa.lab.eval.divergence import Divergence
         from alisa.lab.eval.documents import read_documents
         from alisa.lab.eval.layer_losses import measure_layer_losses
         from alisa.lab.eval.measurement import fingerprint
@@ -95,21 +99,30 @@ class Tune:
         subject.check_length(self.context, "A window of --context")
         documents = read_documents(self.text)
         windows = cut_windows(
-            subject.tokenizer, documents, context=self.context, prefill=self.prefill, count=self.windows
+            subject.tokenizer, documents, context=self.context, prefill=self.prefill, count=2 * self.windows
         )
+        if len(windows) < 2 * self.windows:
+            raise InputError(
+                f"The text has {len(windows)} windows of {self.context} tokens, and {2 * self.windows} are needed: "
+                "give more text, fewer --windows or a smaller --context."
+            )
+        measured, checked = windows[::2], windows[1::2]
         with cell_bar(show=show) as bar:
-            task = bar.add_task("layers", total=subject.spec.attention.full_layers().num_layers)
-            losses = measure_layer_losses(subject, self.policy, STEPS, windows, lambda: bar.advance(task))
+            num_layers = subject.spec.attention.full_layers().num_layers
+            task = bar.add_task("layers, checks", total=num_layers + 3 * len(self.sparsities))
+            losses = measure_layer_losses(subject, self.policy, STEPS, measured, lambda: bar.advance(task))
+            check = Divergence(subject, checked)
+            choices = [self._choose(losses, check, sparsity, lambda: bar.advance(task)) for sparsity in self.sparsities]
         record = LayerBudgets(
             model=BudgetedModel.of(subject.spec),
             policy=self.policy,
             edition=POLICIES[self.policy].edition,
-            budgets=tuple(self._shared_out(losses, subject.spec, sparsity) for sparsity in self.sparsities),
+            budgets=tuple(choice.budget(subject.spec) for choice in choices),
             found={
                 "model": Path(subject.name).name,
                 "text": self.text.name,
                 "windows": fingerprint([window.item for window in windows]),
-                "num_windows": len(windows),
+                "num_windows": self.windows,
                 "context": self.context,
                 "prefill": self.prefill,
                 "dtype": str(subject.scorer.decoder.dtype).removeprefix("torch."),
@@ -119,25 +132,71 @@ class Tune:
                 "errors": [[round(loss.error, 6) for loss in layer] for layer in losses],
                 "unread": [[round(loss.unread, 4) for loss in layer] for layer in losses],
                 "reused": [[loss.reused and round(loss.reused, 4) for loss in layer] for layer in losses],
+                "choices": [asdict(choice) for choice in choices],
             },
         )
         write_whole(output, to_json(asdict(record)) + "\n")
         if not self.display.quiet:
             error_console().print(_drawn(record, losses))
+            for choice in choices:
+                say(str(choice))
             policy = f"--policy {self.policy} --sparsity {self.sparsities[0]:g}"
             say(f"use it with: alisa generate {policy} --budgets {output}")
         if self.display.json:
             sys.stdout.write(to_json({"command": "tune", "output": str(output), **asdict(record)}) + "\n")
         return 0
 
-    def _shared_out(self, losses: Sequence[Sequence[LayerLoss]], spec: ModelSpec, sparsity: float) -> LayerBudget:
+    def _choose(
+        self, losses: Sequence[Sequence[LayerLoss]], check: Divergence, sparsity: float, done: Callable[[], None]
+    ) -> Choice:
+        """What is nearest to dense attention on the windows that were not measured."""
+        from alisa.lab.eval.statistics import difference, mean
+        from alisa.policy.registry import make_policy
+
+        ways = {
+            "equal": (sparsity,) * len(losses),
+            "error": share_out([[loss.error for loss in layer] for layer in losses], STEPS, sparsity),
+            "unread": share_out([[loss.unread for loss in layer] for layer in losses], STEPS, sparsity),
+        }
+        units: dict[str, list[float]] = {}
+        for way, layers in ways.items():
+            units[way] = check(make_policy(self.policy, sparsity, layers=layers))
+            done()
+        gains = {way: difference(units["equal"], of_windows) for way, of_windows in units.items()}
+        best = max(("error", "unread"), key=lambda way: gains[way].value)
+        chosen = best if _pays(gains[best]) else "equal"
+        return Choice(sparsity, chosen, ways[chosen], {way: mean(each).value for way, each in units.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which way of sharing was kept for a sparsity."""
+
+    sparsity: float
+    way: str
+    """equal, error or unread."""
+    layers: tuple[float, ...]
+    """Of each layer without a sliding window."""
+    divergence: dict[str, float]
+    """KL(dense || policy) of every way, nats a token."""
+
+    def budget(self, spec: ModelSpec) -> LayerBudget:
         """For every layer of the model."""
-        errors = [[loss.error for loss in layer] for layer in losses]
-        shared = iter(share_out(errors, STEPS, sparsity))
+        shared = iter(self.layers)
         windows = spec.attention.windows or (None,) * spec.num_layers
-        return LayerBudget(
-            sparsity=sparsity, layers=tuple(next(shared) if window is None else None for window in windows)
-        )
+        layers = tuple(next(shared) if window is None else None for window in windows)
+        return LayerBudget(sparsity=self.sparsity, layers=layers)
+
+    def __str__(self) -> str:
+        equal, own = self.divergence["equal"], self.divergence[self.way]
+        if self.way == "equal":
+            return f"sparsity {self.sparsity:g}: no way is better than equal budgets ({equal:.5f} nats a token)"
+        return f"sparsity {self.sparsity:g}: shared out by {self.way}, {own:.5f} nats a token instead of {equal:.5f}"
+
+
+def _pays(gain: Estimate) -> bool:
+    """Whether a gain is more than what windows differ by; a single window has no error, and says nothing."""
+    return gain.value > gain.standard_error
 
 
 def beside(model: str | None) -> Path:
