@@ -1,15 +1,20 @@
 """`alisa tune` on the model inside the package, and what reads its file."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
 from alisa import LLM, SamplingParams
 from alisa.cli import tune
 from alisa.cli.main import main
+from alisa.cli.plan import Plan
 from alisa.cli.tune import Choice, beside
 from alisa.errors import InputError
-from alisa.policy.layer_budgets import STEPS, load_layer_budgets
+from alisa.planner.presets import PRESETS
+from alisa.planner.shapes import SHAPES
+from alisa.policy.layer_budgets import STEPS, BudgetedModel, LayerBudget, LayerBudgets, load_layer_budgets
+from alisa.policy.registry import POLICIES
 
 SENTENCE = "It was a dark night, and the ship had been at sea for three weeks when the captain called all men. "
 
@@ -104,6 +109,23 @@ def test_budgets_lie_beside_the_model(tmp_path):
     for elsewhere in (None, "some/hub-id"):
         with pytest.raises(InputError, match="say where with --output FILE"):
             beside(elsewhere)
+
+
+def test_plans_count_with_the_layer_that_reads_most(tmp_path):
+    spec, path = SHAPES["opt-1.3b"], tmp_path / "budgets.json"
+    record = LayerBudgets(
+        model=BudgetedModel.of(spec),
+        policy="sketch",
+        edition=POLICIES["sketch"].edition,
+        budgets=(LayerBudget(sparsity=0.9, layers=(0.7, *[0.95] * (spec.num_layers - 1))),),
+        found={},
+    )
+    path.write_text(json.dumps(asdict(record)))
+    hardware = PRESETS["v100-32gb"]
+    [method] = Plan(shape="opt-1.3b", sparsity=0.9, kv_dtype="int8", budgets=path)._methods(hardware, spec)
+    assert sum(method.reads(1000)) == 300
+    with pytest.raises(InputError, match=r"they are for a sparsity of 0\.9, not of 0\.8"):
+        Plan(shape="opt-1.3b", budgets=path)._methods(hardware, spec)
 
 
 def test_a_choice_says_what_it_gained():

@@ -9,6 +9,7 @@ from alisa.cli.plan import Plan
 from alisa.config import EngineConfig, with_options
 from alisa.errors import InputError
 from alisa.planner.presets import PRESETS
+from alisa.planner.shapes import SHAPES
 from alisa.quality import QUALITIES, qualities_help
 
 
@@ -54,8 +55,8 @@ def test_an_unknown_name_is_told_what_there_is():
 @pytest.mark.parametrize("name", QUALITIES)
 def test_plans_are_made_for_what_the_name_stands_for(name):
     rung, hardware = QUALITIES[name], PRESETS["v100-32gb"]
-    methods = Plan(shape="opt-1.3b", hardware="v100-32gb", quality=name)._methods(hardware)
+    methods = Plan(shape="opt-1.3b", hardware="v100-32gb", quality=name)._methods(hardware, SHAPES["opt-1.3b"])
     rows = "float16" if rung.kv_dtype == "auto" else rung.kv_dtype
     assert [(each.policy, each.sparsity, each.kv_dtype) for each in methods] == [(rung.policy, rung.sparsity, rows)]
-    own = Plan(shape="opt-1.3b", hardware="v100-32gb", quality=name, kv_dtype="int8", sparsity=0.5)._methods(hardware)
+    own = Plan(shape="opt-1.3b", quality=name, kv_dtype="int8", sparsity=0.5)._methods(hardware, SHAPES["opt-1.3b"])
     assert [(each.policy, each.sparsity, each.kv_dtype) for each in own] == [(rung.policy, 0.5, "int8")]
