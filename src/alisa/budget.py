@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, cached_property
 
 Reads = Callable[[int], tuple[int, int]]
 """n earlier tokens -> (recent, older): the recent ones that every layer reads, and how many of the others."""
@@ -44,8 +44,8 @@ class Budget:
     that they are to have (Twilight, arXiv 2502.02770). Then the recent window, which is read in any case, is a quarter
     of the usual one."""
     layers: tuple[float, ...] = ()
-    """The sparsity of each layer that a policy knows, where they differ (`alisa.layer_budgets`); empty: all have the
-    same. Then `split` is for the planner: what every layer reads, and the most that one reads."""
+    """The sparsity of each layer that a policy knows (`alisa.policy.layer_budgets`); empty: all have the same. Where they
+    differ `split` is for the planner: what every layer reads, and the most that one reads."""
     dense_until: int = 16
     """Up to this many earlier tokens everything is read: k would be 1 or 2, and there is nothing to save."""
 
@@ -58,10 +58,15 @@ class Budget:
         """The budget of one layer."""
         return replace(self, sparsity=self.layers[layer], layers=()) if self.layers else self
 
+    @cached_property
+    def _of_layers(self) -> tuple[Budget, ...]:
+        """Every budget that a layer has, once."""
+        return tuple(replace(self, sparsity=sparsity, layers=()) for sparsity in {*self.layers})
+
     def split(self, num_earlier: int) -> tuple[int, int]:
         """(recent, older) earlier tokens to read; their sum never passes n."""
         if self.layers:
-            splits = [replace(self, sparsity=sparsity, layers=()).split(num_earlier) for sparsity in {*self.layers}]
+            splits = [budget.split(num_earlier) for budget in self._of_layers]
             recent = min(recent for recent, _ in splits)
             return recent, max(map(sum, splits)) - recent
         if num_earlier <= self.dense_until:

@@ -7,7 +7,7 @@ import pytest
 
 from alisa import LLM, SamplingParams
 from alisa.cli import tune
-from alisa.cli.main import main
+from alisa.cli.main import main, parse
 from alisa.cli.plan import Plan
 from alisa.cli.tune import Choice, beside
 from alisa.errors import InputError
@@ -133,3 +133,21 @@ def test_a_choice_says_what_it_gained():
     assert str(Choice(0.9, "error", (), divergence)) == (
         "sparsity 0.9: shared out by error, 0.01000 nats a token instead of 0.02000"
     )
+
+
+def test_results_of_other_budgets_are_of_another_run(tmp_path):
+    path, other = tmp_path / "budgets.json", tmp_path / "other.json"
+    record = LayerBudgets(
+        model=BudgetedModel.of(SHAPES["opt-1.3b"]),
+        policy="sketch",
+        edition=POLICIES["sketch"].edition,
+        budgets=(LayerBudget(sparsity=0.9, layers=(0.9,) * SHAPES["opt-1.3b"].num_layers),),
+        found={},
+    )
+    path.write_text(json.dumps(asdict(record)))
+    other.write_text(path.read_text())
+    digests = [parse(["generate", "a", "--budgets", str(each)]).digest() for each in (path, other)]
+    path.write_text(path.read_text().replace("[0.9,", "[0.8,"))
+    digests += [parse(["generate", "a", *words]).digest() for words in (["--budgets", str(path)], [])]
+    assert digests[0] == digests[1]
+    assert len({*digests}) == 3
