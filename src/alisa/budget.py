@@ -44,8 +44,8 @@ class Budget:
     that they are to have (Twilight, arXiv 2502.02770). Then the recent window, which is read in any case, is a quarter
     of the usual one."""
     layers: tuple[float, ...] = ()
-    """The sparsity of each layer that a policy knows (`alisa.policy.layer_budgets`); empty: all have the same. Where they
-    differ `split` is for the planner: what every layer reads, and the most that one reads."""
+    """The sparsity of each layer that a policy knows (`alisa.policy.layer_budgets`); empty: all have the same. Where
+    they differ `split` is for the planner: what every layer reads, and the most that one reads."""
     dense_until: int = 16
     """Up to this many earlier tokens everything is read: k would be 1 or 2, and there is nothing to save."""
 
