@@ -119,8 +119,9 @@ def load_layer_budgets(path: Path) -> LayerBudgets:
     Raises:
         InputError: it is missing, or holds something else.
     """
+    values = read_json(path)
     try:
-        budgets = structure(LayerBudgets, read_json(path))
+        budgets = structure(LayerBudgets, values)
     except InputError as error:
         raise InputError(f"{path} holds no budgets of layers ({error}); `alisa tune` writes such a file.") from error
     for budget in budgets.budgets:
@@ -138,8 +139,9 @@ def layer_sparsities(path: Path | None, spec: ModelSpec, policy: str, sparsity: 
     """
     if path is None:
         return ()
+    budgets = load_layer_budgets(path)
     try:
-        return load_layer_budgets(path).of(spec, policy, sparsity)
+        return budgets.of(spec, policy, sparsity)
     except InputError as error:
         raise InputError(f"The budgets {path} cannot be used: {error}") from error
 
