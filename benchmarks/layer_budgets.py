@@ -23,7 +23,9 @@ Prints one JSON record for each sparsity.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 
@@ -84,7 +86,7 @@ def search(loss: Divergence, num_layers: int, sparsity: float, steps: int) -> tu
                     best, least = budgets, found[-1]
             direction -= (found[0] - found[1]) * normal
         logits += SPREAD * direction / direction.abs().max().clamp(min=1e-12)
-        print(f"step {step}: {least:.6f} is the least", flush=True)
+        print(f"step {step}: {least:.6f} is the least", file=sys.stderr, flush=True)
     return best, 1 + 2 * PAIRS * steps
 
 
@@ -150,7 +152,7 @@ def main() -> None:
             "tried": tried,
             "reused_at_0.95": reused,
             "ways": found,
-            "stamp": current_stamp(),
+            "stamp": asdict(current_stamp()),
         }
         tell(record, options.record)
 
