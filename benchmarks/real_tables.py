@@ -15,6 +15,7 @@ MODELS = ("smollm2", "gemma3")
 """Ends of the names of the files with their records."""
 
 _TEXTS = {"wikitext2": "WikiText-2", "ptb": "PTB", "heldout": "held-out prose", "python3.11": "Python's sources"}
+_TEXTS |= {"test.txt": _TEXTS["wikitext2"]}  # the file in its directory
 _MOST = 0.95
 """Sparsity up to which every text was measured."""
 _POLICIES = ("sketch", "swa", "h2o", "streaming")
@@ -146,7 +147,8 @@ def layer_budgets(results: Results) -> str:
     body = []
     for record in lines(results / "layer_budgets.jsonl"):
         ways = record["ways"]
-        text = f"{record['text']}, {record['windows']} x {record['context']}"
+        name = _TEXTS.get(record["text"], record["text"])
+        text = f"{name}, {record['windows']} x {record['context']}"
         row = [record["model"].split("-")[0], text, f"{record['sparsity']:g}"]
         row.append(_estimate(Estimate(ways["equal"]["kl"], ways["equal"]["kl_error"]), 1e3, 2))
         for way in ("unread", "error", "search"):
