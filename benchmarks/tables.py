@@ -117,6 +117,8 @@ BLOCKS: dict[str, Block] = {
     "accuracy-rows": real_tables.rows,
     "weight-formats": real_tables.weight_formats,
     "accuracy-coverage": real_tables.coverage,
+    "accuracy-layers": real_tables.layer_budgets,
+    "accuracy-quality": real_tables.quality,
     "recall-real": partial(real_tables.by_task, "recall"),
     "qa-real": partial(real_tables.by_task, "qa"),
     "generation-real": real_tables.generation,

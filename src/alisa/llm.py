@@ -14,7 +14,7 @@ import torch
 from alisa import __version__
 from alisa.config import EngineConfig, SamplingParams, per_request, with_options
 from alisa.engine.builder import build_engine
-from alisa.engine.loaded import LoadedModel, kv_codec, load_model
+from alisa.engine.loaded import LoadedModel, kv_codec, layer_budgets, load_model
 from alisa.engine.report import RunReport
 from alisa.engine.shared import SharedEngine, Stream
 from alisa.errors import InputError
@@ -80,8 +80,9 @@ class LLM:
         named = {} if model is None else {"model": str(model)}
         self.config = with_options(config, {**options, **named})
         self._model = loaded or load_model(self.config, progress)
-        policy = make_policy(self.config.reading_policy, self.config.sparsity, self.config.reading_coverage)
-        self.policy: SelectionPolicy = policy
+        reads = (self.config.reading_policy, self.config.sparsity, self.config.reading_coverage)
+        layers = () if self.config.exact else layer_budgets(self._model, self.config)
+        self.policy: SelectionPolicy = make_policy(*reads, layers)
         self.codec: Codec = kv_codec(self._model, self.config)
         self._lock = threading.Lock()
         self._engine: SharedEngine | None = None

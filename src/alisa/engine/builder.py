@@ -21,7 +21,7 @@ from alisa.engine.budgets import RequestBudgets
 from alisa.engine.costs import MeasuredCosts
 from alisa.engine.drafter import PolicyDrafter
 from alisa.engine.engine import Engine
-from alisa.engine.loaded import LoadedModel, kv_codec
+from alisa.engine.loaded import LoadedModel, kv_codec, layer_budgets
 from alisa.engine.prefix import PrefixRules, build_prefix, prefix_share
 from alisa.engine.prompt import PromptReader
 from alisa.engine.report import EngineSetup
@@ -118,7 +118,7 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
             "--coverage runs on a CPU only: how many tokens each layer reads would have to be asked of the GPU; leave "
             "it out, and choose a higher --sparsity."
         )
-    policy = make_policy(config.policy, config.sparsity, config.coverage)
+    policy = make_policy(config.policy, config.sparsity, config.coverage, layer_budgets(model, config))
     shape = model.spec.attention
     if config.policy != "dense" and shape.full_layers().num_layers == 0:
         _LOG.warning(
@@ -167,11 +167,11 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
     )
     costs = MeasuredCosts(cache_config.token_bytes)
     chunk_size = partial(chunk_tokens, row_dtype=kv_dtype, dtype=model.decoder.dtype, whole_blocks=prefix is not None)
-    speculator = options.speculator or make_speculator(model, config, cache, cache_config.token_bytes)
+    speculator = options.speculator or make_speculator(model, config, policy, cache, cache_config.token_bytes)
     scheduler = Scheduler(
         cache_config.limits,
         cache_config.placement,
-        reads_of(config.reading_policy, config.sparsity, config.reading_coverage),
+        reads_of("dense", 0.0) if config.exact else policy.reads,
         costs,
         max_num_seqs=config.max_num_seqs,
         step_tokens=1 + speculator.most,
