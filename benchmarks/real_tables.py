@@ -14,8 +14,8 @@ from alisa.quality import QUALITIES
 MODELS = ("smollm2", "gemma3")
 """Ends of the names of the files with their records."""
 
-_TEXTS = {"wikitext2": "WikiText-2", "ptb": "PTB", "heldout": "held-out prose", "python3.11": "Python's sources"}
-_TEXTS |= {"test.txt": _TEXTS["wikitext2"]}  # the file in its directory
+TEXTS = {"wikitext2": "WikiText-2", "ptb": "PTB", "heldout": "held-out prose", "python3.11": "Python's sources"}
+TEXTS |= {"test.txt": TEXTS["wikitext2"]}  # the file in its directory
 _MOST = 0.95
 """Sparsity up to which every text was measured."""
 _POLICIES = ("sketch", "swa", "h2o", "streaming")
@@ -40,14 +40,14 @@ def perplexity(results: Results, context: int | None = None) -> str:
             text = (record["settings"]["context"], record["task"])
             rows.setdefault(text, {})[record["policy"], record["sparsity"]] = record
         head = ["text", "windows", "dense", *(f"`{policy}` {sparsity:g}" for policy, sparsity in columns)]
-        order = sorted(rows, key=lambda row: (row[0], list(_TEXTS).index(row[1])))
+        order = sorted(rows, key=lambda row: (row[0], list(TEXTS).index(row[1])))
         body = []
         for length, text in order:
             cells = rows[length, text]
             dense = cells["dense", 0.0]
             windows = f"{dense['settings']['windows']} x {length}"
             costs = [accuracy_tables.cost(cells[column]) if column in cells else "" for column in columns]
-            body.append([_TEXTS[text], windows, accuracy_tables.level(dense), *costs])
+            body.append([TEXTS[text], windows, accuracy_tables.level(dense), *costs])
         parts += [f"{_title(found[0])}:", table(head, body)]
     return "\n\n".join(parts)
 
@@ -61,7 +61,7 @@ def policies(results: Results) -> str:
     for (_, text, context), found in groups.items():
         if any(record["policy"] == "sketch-mean" for record in found):
             windows = found[0]["settings"]["windows"]
-            parts.append(f"{_title(found[0])}, {_TEXTS[text]}, {windows} x {context} tokens:")
+            parts.append(f"{_title(found[0])}, {TEXTS[text]}, {windows} x {context} tokens:")
             parts.append(
                 "\n".join(
                     accuracy_tables.by_sparsity([r for r in found if r["policy"] not in ("swa", "h2o", "streaming")])
@@ -93,7 +93,7 @@ def rows(results: Results) -> str:
             *(f"`{policy}`" + (f" {sparsity:g}" if sparsity else "") for policy, sparsity in columns),
         ]
         windows = f"{dense['settings']['windows']} x {dense['settings']['context']} tokens"
-        what = f"{_title(dense)}, {_TEXTS[text]}, {windows}; dense: {accuracy_tables.level(dense)}."
+        what = f"{_title(dense)}, {TEXTS[text]}, {windows}; dense: {accuracy_tables.level(dense)}."
         parts += [what, table(head, body)]
     return "\n\n".join(parts)
 
@@ -133,7 +133,7 @@ def coverage(results: Results) -> str:
         body.append(row)
     head = ["sparsity", "coverage"]
     for model, text, context in columns:
-        head += [f"{model.split('-')[0]}, {_TEXTS[text]}, {context}", "read, %"]
+        head += [f"{model.split('-')[0]}, {TEXTS[text]}, {context}", "read, %"]
     return table(head, body) if body else ""
 
 
@@ -156,7 +156,7 @@ def quality(results: Results) -> str:
             sizes = [f"{100 * (part * rows + state) / whole:.0f} %" for part in (1, 1 - rung.sparsity)]
         body.append([*row, *sizes, *(accuracy_tables.cost(record) if record else "" for record in own)])
     head = ["name", "policy", "sparsity", "rows", "kept", "read"]
-    head += [f"{d['model'].split('-')[0]}, {_TEXTS[d['task']]}, {d['settings']['context']}" for d in dense]
+    head += [f"{d['model'].split('-')[0]}, {TEXTS[d['task']]}, {d['settings']['context']}" for d in dense]
     return table(head, body) if dense else ""
 
 
@@ -165,7 +165,7 @@ def layer_budgets(results: Results) -> str:
     body = []
     for record in lines(results / "layer_budgets.jsonl"):
         ways = record["ways"]
-        name = _TEXTS.get(record["text"], record["text"])
+        name = TEXTS.get(record["text"], record["text"])
         text = f"{name}, {record['windows']} x {record['context']}"
         row = [record["model"].split("-")[0], text, f"{record['sparsity']:g}"]
         row.append(_estimate(Estimate(ways["equal"]["kl"], ways["equal"]["kl_error"]), 1e3, 2))

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import fleet_tables
+import huggingface_tables
 import real_tables
 from table_blocks import (
     Results,
@@ -50,6 +51,7 @@ DOCUMENTS = (
     "README.md",
     "docs/accuracy.md",
     "docs/benchmarks.md",
+    "docs/huggingface.md",
     "docs/models.md",
     "docs/planner.md",
     "docs/prefix-cache.md",
@@ -126,6 +128,8 @@ BLOCKS: dict[str, Block] = {
     "fleet-driver": fleet_tables.driver,
     "fleet-overhead": fleet_tables.overhead,
     "fleet-saturation": fleet_tables.saturation,
+    "huggingface": huggingface_tables.steps,
+    "presses": huggingface_tables.presses,
 }
 """By the name in a document."""
 
