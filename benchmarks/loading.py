@@ -4,7 +4,8 @@
     python benchmarks/loading.py --record benchmarks/results/loading.jsonl
 
 Every run is a process of its own, on a file that is in the page cache. `rss` is before, at the most and after, in
-bytes. The header is also read by the `gguf` package, which is why it is not what reads it here.
+bytes. `int4` takes the blocks of the file over where they have 4 bits, `int4 again` decodes and rounds them. The header
+is also read by the `gguf` package, which is why it is not what reads it here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ import json, sys
 from pathlib import Path
 from time import perf_counter
 import jinja2, tokenizers, torch
-from alisa.model.choose_linear import choose_linear
+from alisa.kernels.native.product import CpuProducts
+from alisa.model.choose_linear import PanelLinears, choose_linear
+from alisa.model.linear_int4 import int4_panels
+from alisa.model.linear_int8 import int8_panels
 from alisa.model.stored import open_model
 
 def status(key):
@@ -35,7 +39,9 @@ def status(key):
 
 path, weights = Path(sys.argv[1]), sys.argv[2]
 cpu = torch.device("cpu")
-linears = choose_linear("int8" if weights == "int8" else "auto", torch.bfloat16, cpu)
+linears = choose_linear(weights if weights in ("int8", "int4") else "auto", torch.bfloat16, cpu)
+if weights == "int4 again":
+    linears = PanelLinears(int4_panels, int8_panels, CpuProducts(), linears)
 # What torch brings with its first product belongs to the baseline, not to the weights.
 linears.layer(torch.ones(64, 64, dtype=torch.bfloat16), None)(torch.ones(2, 64, dtype=torch.bfloat16))
 path.read_bytes()
@@ -81,7 +87,7 @@ def main() -> None:
         if not model.path.is_file():
             sys.exit(f"{model.path} is not there; `make models` fetches it.")
         package = medians(PACKAGE, [str(model.path)], args.rounds)
-        for weights in ("bfloat16", "int8"):
+        for weights in ("bfloat16", "int8", "int4", "int4 again"):
             figures = medians(WORKER, [str(model.path), weights], args.rounds)
             tell(
                 {

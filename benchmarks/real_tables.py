@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from math import exp
 
 import accuracy_tables
-from table_blocks import Record, Results, table
+from table_blocks import Record, Results, lines, table
 
 from alisa.lab.eval.statistics import Estimate, difference, mean
+from alisa.quality import QUALITIES
 
 MODELS = ("smollm2", "gemma3")
 """Ends of the names of the files with their records."""
 
 TEXTS = {"wikitext2": "WikiText-2", "ptb": "PTB", "heldout": "held-out prose", "python3.11": "Python's sources"}
+TEXTS |= {"test.txt": TEXTS["wikitext2"]}  # the file in its directory
 _MOST = 0.95
 """Sparsity up to which every text was measured."""
 _POLICIES = ("sketch", "swa", "h2o", "streaming")
@@ -96,6 +98,24 @@ def rows(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def weight_formats(results: Results) -> str:
+    """What weights in fewer bits cost: the newest record of each file and format."""
+    newest = {(r["model"], r["weights"]): r for r in lines(results / "weight_formats.jsonl")}
+    body = [
+        [
+            f"`{model}`",
+            weights,
+            f"{record['weight_bytes'] / 2**20:.0f}",
+            f"{record['perplexity']:.2f}",
+            ""
+            if record["versus"] == 1.0
+            else _estimate(Estimate(record["versus"] - 1, record["versus_error"]), 100, 2),
+        ]
+        for (model, weights), record in newest.items()
+    ]
+    return table(["file", "weights", "MiB", "perplexity", "lost, %"], body) if body else ""
+
+
 def coverage(results: Results) -> str:
     """A coverage against fixed sparsities: a row for each setting, perplexity lost and tokens read of each text."""
     found = _records(results, "coverage_real.jsonl")
@@ -115,6 +135,46 @@ def coverage(results: Results) -> str:
     for model, text, context in columns:
         head += [f"{model.split('-')[0]}, {TEXTS[text]}, {context}", "read, %"]
     return table(head, body) if body else ""
+
+
+def quality(results: Results) -> str:
+    """The rungs of `--quality`: bytes kept and read of a token, against dense attention, and the perplexity lost."""
+    found = _records(results, "quality_real.jsonl")
+    dense = [record for record in found if record["versus_dense"] == 1.0 and record["policy"] == "dense"]
+    cells = {(r["model"], r["task"], r["policy"], r["sparsity"], r["kv_dtype"]): r for r in found}
+    body = []
+    for name, rung in QUALITIES.items():
+        own = [cells.get((d["model"], d["task"], rung.policy, rung.sparsity, rung.kv_dtype)) for d in dense]
+        row = [f"`{name}`", f"`{rung.policy}`", f"{rung.sparsity:g}", f"`{rung.kv_dtype}`"]
+        if rung.policy == "dense":
+            body.append([*row, "100 %", "100 %", *("0" for _ in dense)])
+            continue
+        first = next((record for record in own if record), None)
+        sizes = ["", ""]
+        if first is not None:
+            rows, state, whole = first["kv_token_bytes"], first["policy_token_bytes"], dense[0]["kv_token_bytes"]
+            sizes = [f"{100 * (part * rows + state) / whole:.0f} %" for part in (1, 1 - rung.sparsity)]
+        body.append([*row, *sizes, *(accuracy_tables.cost(record) if record else "" for record in own)])
+    head = ["name", "policy", "sparsity", "rows", "kept", "read"]
+    head += [f"{d['model'].split('-')[0]}, {TEXTS[d['task']]}, {d['settings']['context']}" for d in dense]
+    return table(head, body) if dense else ""
+
+
+def layer_budgets(results: Results) -> str:
+    """Ways to share out the tokens of a step: divergence from dense attention with equal budgets, and against it."""
+    body = []
+    for record in lines(results / "layer_budgets.jsonl"):
+        ways = record["ways"]
+        name = TEXTS.get(record["text"], record["text"])
+        text = f"{name}, {record['windows']} x {record['context']}"
+        row = [record["model"].split("-")[0], text, f"{record['sparsity']:g}"]
+        row.append(_estimate(Estimate(ways["equal"]["kl"], ways["equal"]["kl_error"]), 1e3, 2))
+        for way in ("unread", "error", "search"):
+            found = ways.get(way)
+            gap = found and Estimate(found["against_equal"], found["against_equal_error"])
+            row.append(_estimate(gap, 1e3, 2) if gap else "")
+        body.append(row)
+    return table(["model", "text", "sparsity", "equal", "`unread`", "`error`", "`search`"], body) if body else ""
 
 
 def by_task(kind: str, results: Results) -> str:

@@ -50,6 +50,7 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     [
         *((kind, "llama-gqa-tied") for kind in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")),
         ("Q8_0", "mixtral"),
+        ("MXFP4", "mixtral"),
     ],
 )
 def test_logits_of_quantised_files(kind: str, name: str, tmp_path: Path) -> None:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 import transformers
 
 pytest.importorskip("accelerate", reason="transformers needs it to read GGUF files")
 
+from gguf.quants import dequantize
+
 from alisa import LLM, SamplingParams
+from alisa.model.coded import CodedRows
+from alisa.model.gguf.file import GgufFile
+from alisa.model.linear_int4 import coded_panels
 from alisa.model.stored import open_model
 from alisa.model.tokenizer import Tokenizer
+from tests.equivalence.test_gguf_codes import weight_of
 from tests.equivalence.test_hf_logits import causal_of, run
 from tests.real.conftest import Reference
 from tests.real.texts import PROMPTS, varied_lines
@@ -98,3 +105,19 @@ def test_every_line_comes_back(model_path: Path) -> None:
     for line in varied_lines(1000):
         if "<" not in line and "▁" not in line:  # control tokens that are spelled out do not come out
             assert tokenizer.decode(tokenizer.encode(line)) == line
+
+
+def test_weights_in_4_bits_are_those_of_the_file(model_path: Path) -> None:
+    """Every matrix whose blocks are taken over stands for the numbers that the gguf package makes of it."""
+    file, checked = GgufFile(model_path), 0
+    for tensor in gguf.GGUFReader(model_path).tensors:
+        block_type = file.tensors[tensor.name].block_type
+        if block_type.spans is None:
+            continue
+        rows = CodedRows(file.read_blocks(tensor.name), block_type.spans, int(tensor.shape[0]))
+        expected = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+        # The ranges of Q4_K are rounded to float16: half a step of it for the minimum, and 15 times that of the scale.
+        tolerance = 0.0 if block_type.name != "Q4_K" else 2.0**-10 * float(expected.abs().max())
+        torch.testing.assert_close(weight_of(coded_panels((rows,))), expected, atol=tolerance, rtol=0)
+        checked += 1
+    assert checked >= 27

@@ -31,12 +31,14 @@ def random_blocks(kind: str, num_rows: int, num_values: int) -> np.ndarray:
         return rng.standard_normal((num_rows, num_values)).astype(np.float32 if kind == "F32" else np.float16)
     blocks = rng.integers(0, 256, (num_rows, num_values // block_size, type_size), dtype=np.uint8)
     scales = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0]}
-    scales |= {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "BF16": []}
+    scales |= {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "BF16": [], "MXFP4": []}
     for place in scales[kind]:
         values = rng.standard_normal(blocks.shape[:2]).astype(np.float16)
         blocks[:, :, place : place + 2] = values[:, :, None].view(np.uint8).reshape(*blocks.shape[:2], 2)
     if kind == "BF16":
         blocks[:, :, 1] = 0x3F  # between 0.5 and 2
+    if kind == "MXFP4":
+        blocks[:, :, 0] = 120 + blocks[:, :, 0] % 12  # between 2^-8 and 2^3
     return blocks.reshape(num_rows, -1)
 
 
@@ -64,6 +66,17 @@ def test_the_values_of_every_format_are_those_of_the_gguf_package(kind, tmp_path
     half = file.read("some.weight", torch.bfloat16)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_every_power_of_two_of_mxfp4():
+    """The least two are no normal numbers; the largest times 6 is none that float32 has."""
+    blocks = torch.full((254, 17), 0x21, dtype=torch.uint8)  # 1/2, then 1
+    blocks[:, 0] = torch.arange(254)
+    expected = torch.from_numpy(dequantize(blocks.numpy(), gguf.GGMLQuantizationType.MXFP4))
+    decoded = BLOCK_TYPES[39].decode(blocks)
+    assert torch.equal(decoded, expected)
+    assert decoded[127].tolist() == [0.5] * 16 + [1.0] * 16
+    assert (decoded > 0).all()
 
 
 def test_every_format_is_known_or_refused_by_its_name():

@@ -325,6 +325,7 @@ def large(tmp_path_factory) -> Path:
         pytest.param("safetensors", "bfloat16", "int8", 0.264, marks=pytest.mark.slow),
         pytest.param("bin", "float32", "auto", 1.0, marks=pytest.mark.slow),
         ("gguf", "bfloat16", "auto", 0.5),
+        pytest.param("gguf", "bfloat16", "int4", 0.18, marks=pytest.mark.slow),
     ],
 )
 def test_nothing_is_held_twice_while_loading(large, format, dtype, weights, share, tmp_path):
@@ -338,7 +339,8 @@ def test_nothing_is_held_twice_while_loading(large, format, dtype, weights, shar
         gguf_files = pytest.importorskip("tests.gguf_files", reason="the gguf package writes the file")
         config = transformers.AutoConfig.from_pretrained(large)
         tensors = gguf_files.named(load_file(large / "model.safetensors"), config)
-        stored = {name: (values, "F32") for name, values in tensors.items()}
+        kind = "Q4_1" if weights == "int4" else "F32"
+        stored = {name: (values, kind if values.ndim > 1 else "F32") for name, values in tensors.items()}
         directory = gguf_files.write(tmp_path / "x.gguf", gguf_files.metadata_of(config), stored)
     command = [sys.executable, "-c", MEASURE, str(directory), dtype, weights]
     source = str(Path(__file__).parents[2] / "src")
@@ -352,6 +354,8 @@ def test_nothing_is_held_twice_while_loading(large, format, dtype, weights, shar
     assert peak - before < 1.15 * weight_bytes + 3 * largest_bytes + mapped_bytes
     if (format, dtype) == ("safetensors", "float32"):
         assert peak - before < 1.35 * weight_bytes
+    if weights == "int4":
+        assert peak - before < 1.5 * weight_bytes, "the layers never exist as floats"
     assert after - before < 1.35 * weight_bytes, "what was read is gone afterwards"
     assert after - before > 0.95 * weight_bytes, "the measurement sees the weights"
 

@@ -30,4 +30,6 @@ def examine(name: str) -> Finding:
         f"{name}: {spec.family}, {spec.num_parameters / 1e6:.0f} million parameters, {weights} of weights in {dtype}, "
         f"up to {spec.max_positions} tokens, {tokenizer.vocab_size} tokens known, {template}"
     )
+    if stored.has_codes:
+        text += "; its file has them in 4 bits, which --weight-dtype int4 runs as they are on a CPU"
     return Finding(Status.OK, _TOPIC, text)

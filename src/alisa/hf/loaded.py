@@ -13,6 +13,7 @@ from alisa.config import EngineConfig
 from alisa.engine.loaded import LoadedModel
 from alisa.kernels.choose import choose_backend
 from alisa.model.choose_linear import choose_linear
+from alisa.model.coded import CodedRows
 from alisa.model.families import find_family
 from alisa.model.loader import decoder_from
 from alisa.model.names import Shape
@@ -43,6 +44,10 @@ class ModuleTensors:
         """The model's own tensor, not a copy; or one part of it along its first dimension."""
         tensor = self._tensors[name].detach()
         return tensor if part is None else tensor[part]
+
+    def read_codes(self, name: str, part: int | None = None) -> CodedRows | None:
+        """None: the model's tensors are floats."""
+        return None
 
 
 def load_from(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:

@@ -14,13 +14,17 @@ from alisa.errors import InputError
 from alisa.kernels.base import Panels
 from alisa.kernels.native import library
 from alisa.kernels.native.product import CpuProducts
-from alisa.model.linear import FrameworkLinears, Linear, LinearMaker
-from alisa.model.linear_int4 import int4_panels
+from alisa.model.coded import CodedWeight
+from alisa.model.linear import CodedLayer, FrameworkLinears, Linear, LinearMaker
+from alisa.model.linear_int4 import coded_panels, int4_panels
 from alisa.model.linear_int8 import int8_panels
 from alisa.model.linear_panels import PanelLinear, float_panels
 
 Pack = Callable[[Tensor, int], Panels]
 """A weight `[out, in]` of so many parts, laid out."""
+
+PackCoded = Callable[[CodedWeight, int], Panels]
+"""The same of a weight in 4 bits as a file has it."""
 
 _LOG = logging.getLogger("alisa")
 
@@ -33,13 +37,30 @@ class PanelLinears:
         pack_head: and that of the projection to the vocabulary.
         products: do the arithmetic; None: plain torch does.
         exact: makes what is never rounded.
+        pack_coded: lays out weights in 4 bits as files have them; None: layers are in another format.
     """
 
-    def __init__(self, pack: Pack, pack_head: Pack, products: CpuProducts | None, exact: LinearMaker | None) -> None:
+    def __init__(
+        self,
+        pack: Pack,
+        pack_head: Pack,
+        products: CpuProducts | None,
+        exact: LinearMaker | None,
+        pack_coded: PackCoded | None = None,
+    ) -> None:
         self._pack = pack
         self._pack_head = pack_head
         self._products = products
         self._exact = exact
+        self._pack_coded = pack_coded
+
+    @property
+    def coded_layer(self) -> CodedLayer | None:
+        """With its bias in float32; None: layers are in another format."""
+        pack = self._pack_coded
+        if pack is None:
+            return None
+        return lambda weight, bias, parts: PanelLinear(pack(weight, parts), bias, self._products)
 
     def layer(self, weight: Tensor, bias: Tensor | None, parts: int = 1) -> Linear:
         """With its bias in float32."""
@@ -77,7 +98,9 @@ def choose_linear(weight_dtype: WeightDtypeName, dtype: torch.dtype, device: tor
     if not library.available():
         _warn_once(library.unavailable_reason())
     products = CpuProducts() if library.available() else None
-    return PanelLinears(int8_panels if weight_dtype == "int8" else int4_panels, int8_panels, products, exact)
+    if weight_dtype == "int8":
+        return PanelLinears(int8_panels, int8_panels, products, exact)
+    return PanelLinears(int4_panels, int8_panels, products, exact, pack_coded=coded_panels)
 
 
 def has_fast_panels(dtype: torch.dtype, device: torch.device) -> bool:

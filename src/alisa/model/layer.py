@@ -6,6 +6,7 @@ through the same `Builder`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -115,10 +116,14 @@ class Builder:
         """The named tensor in the model's dtype, or in float32 where the spec says so, on its device."""
         dtype = torch.float32 if stays_wide(self._spec, name) else self._dtype
         tensor = self._source.read(name, self._shapes[name]).to(device=self._device, dtype=dtype)
-        self._done_bytes += tensor.nbytes
+        self._tell(tensor.nbytes)
+        return tensor
+
+    def _tell(self, num_bytes: int) -> None:
+        """More of the weights are read, in bytes of the model's dtype."""
+        self._done_bytes += num_bytes
         if self._progress is not None:
             self._progress(self._done_bytes, self._total_bytes)
-        return tensor
 
     def norm(self, name: str) -> Norm | None:
         """The named norm, or None where the spec has none; the head norms of q and k never have a bias."""
@@ -131,9 +136,13 @@ class Builder:
     def linear(self, name: str, parts: int = 1) -> Linear:
         """The named linear layer with its bias if the spec gives it one, packed for the device."""
         has_bias = f"{name}.bias" in self._shapes
-        weight = self.tensor(f"{name}.weight")
-        bias = self.tensor(f"{name}.bias") if has_bias else None
-        return self._linears.layer(weight, bias, parts)
+        shape, coded_layer = self._shapes[f"{name}.weight"], self._linears.coded_layer
+        codes = None if coded_layer is None else self._source.read_codes(f"{name}.weight", shape)
+        if coded_layer is None or codes is None:
+            weight = self.tensor(f"{name}.weight")
+            return self._linears.layer(weight, self.tensor(f"{name}.bias") if has_bias else None, parts)
+        self._tell(math.prod(shape) * self._dtype.itemsize)
+        return coded_layer(codes, self.tensor(f"{name}.bias") if has_bias else None, parts)
 
     def head(self, table: Tensor) -> Linear:
         """The projection to the vocabulary by the table of the embeddings `[V, C]`."""

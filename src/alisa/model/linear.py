@@ -7,11 +7,14 @@ it once, at load. Either class holds its weight exactly once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from alisa.model.coded import CodedWeight
 
 BATCH_HINT = 16
 """Rows that oneDNN is told to expect when it chooses the blocked layout.
@@ -43,8 +46,17 @@ class Linear(Protocol):
         ...
 
 
+CodedLayer = Callable[[CodedWeight, Tensor | None, int], Linear]
+"""Makes a layer of a weight in 4 bits as they are, with its bias and its parts."""
+
+
 class LinearMaker(Protocol):
     """Turns weights `[out, in]` into layers; the caller may drop them after."""
+
+    @property
+    def coded_layer(self) -> CodedLayer | None:
+        """`layer` of weights that their file has in 4 bits; None: it must be given floats."""
+        ...
 
     def layer(self, weight: Tensor, bias: Tensor | None, parts: int = 1) -> Linear:
         """A layer of the model; `bias [out]`.
@@ -135,6 +147,11 @@ class FrameworkLinears:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+
+    @property
+    def coded_layer(self) -> CodedLayer | None:
+        """None: torch multiplies floats."""
+        return None
 
     def layer(self, weight: Tensor, bias: Tensor | None, parts: int = 1) -> Linear:
         """Packed by oneDNN where that takes the dtype, whatever the `parts`."""

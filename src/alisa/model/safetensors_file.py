@@ -70,7 +70,21 @@ class SafetensorsFile:
                 f"{self.path.name}: {name} is stored as {entry.dtype}; only {', '.join(_DTYPES)} checkpoints can be "
                 "read, so take the unquantised repository of this model."
             )
-        tensor = page_tensor(entry.shape if part is None else entry.shape[1:], _DTYPES[entry.dtype])
+        return self._read(entry, _DTYPES[entry.dtype], part)
+
+    def read_bytes(self, name: str, part: int) -> Tensor:
+        """One part of a tensor of codes along its first dimension, UInt8, in memory of its own.
+
+        Raises:
+            ModelError: it holds something else, or the file ends early.
+        """
+        entry = self._entries[name]
+        if entry.dtype != "U8" or entry.end - entry.start != math.prod(entry.shape):
+            raise ModelError(f"{self.path.name}: {name} is stored as {entry.dtype} instead of U8; download it again.")
+        return self._read(entry, torch.uint8, part)
+
+    def _read(self, entry: _Entry, dtype: torch.dtype, part: int | None) -> Tensor:
+        tensor = page_tensor(entry.shape if part is None else entry.shape[1:], dtype)
         if tensor.numel():
             target = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
             with self.path.open("rb", buffering=0) as file:

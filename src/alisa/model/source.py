@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from alisa.model.coded import CodedWeight
 from alisa.model.names import Shape
 
 
@@ -18,6 +19,14 @@ class WeightSource(Protocol):
 
         Raises:
             ModelError: it is missing, damaged or of another shape.
+        """
+        ...
+
+    def read_codes(self, name: str, shape: Shape) -> CodedWeight | None:
+        """The named matrix in the 4 bits that its file has, owned by the caller; None: it has no such pieces.
+
+        Raises:
+            ModelError: as above.
         """
         ...
 
@@ -47,3 +56,7 @@ class RandomSource:
         bound = (3.0 / shape[-1]) ** 0.5
         tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
         return tensor.uniform_(-bound, bound, generator=self._generator)
+
+    def read_codes(self, name: str, shape: Shape) -> CodedWeight | None:
+        """None: random weights are floats."""
+        return None

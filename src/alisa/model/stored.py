@@ -33,6 +33,11 @@ class StoredModel(Protocol):
         """
         ...
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether most weights of its layers are kept in 4 bits that `--weight-dtype int4` runs as they are."""
+        ...
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer with the chat template.
 
@@ -87,6 +92,11 @@ class ModelDirectory:
     def dtype_name(self) -> str | None:
         """What config.json says, or what most tensors have."""
         return checkpoint_dtype(self._directory)
+
+    @property
+    def has_codes(self) -> bool:
+        """These directories hold floats."""
+        return False
 
     def tokenizer(self) -> Tokenizer:
         """From tokenizer.json, or from vocabulary and merges."""

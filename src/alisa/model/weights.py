@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from alisa.errors import ModelError
+from alisa.model.coded import CodedRows, CodedWeight
 from alisa.model.families.family import Family, WeightPiece
 from alisa.model.foreign import unwrapped, what_it_is, without_unused
 from alisa.model.names import Shape, layer_name, layer_shapes, model_shapes
 from alisa.model.other_formats import MARKS, WEIGHTS, found_format, is_other
+from alisa.model.packed import PackedTensor, packed_tensors
 from alisa.model.pages import page_tensor
 from alisa.model.safetensors_file import SafetensorsFile
 from alisa.model.torch_file import TorchFile
@@ -60,6 +62,10 @@ class StoredTensors(Protocol):
         """The tensor in a float dtype, in memory of its own; or one part of it along its first dimension."""
         ...
 
+    def read_codes(self, name: str, part: int | None = None) -> CodedRows | None:
+        """The same of a matrix that is kept in 4 bits, as it is, in memory of its own; None: it is not."""
+        ...
+
 
 class Checkpoint:
     """The tensors of a model directory by their names in the files.
@@ -74,13 +80,22 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.place = directory
         self.description = "config.json"
-        self._files: dict[str, SafetensorsFile | TorchFile] = {}
+        self._files: dict[str, SafetensorsFile | TorchFile | PackedTensor] = {}
+        in_safetensors: dict[str, SafetensorsFile] = {}
         mark = found_format(directory, MARKS)
         if mark is not None:
             raise ModelError(f"{directory} holds no plain model: {mark}.")
         for path in weight_files(directory):
-            file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
-            self._files |= dict.fromkeys(file.names, file)
+            if path.suffix == ".safetensors":
+                opened = SafetensorsFile(path)
+                in_safetensors |= dict.fromkeys(opened.names, opened)
+            else:
+                file = TorchFile(path)
+                self._files |= dict.fromkeys(file.names, file)
+        packed = packed_tensors(in_safetensors)
+        halves = {half for tensor in packed.values() for half in tensor.halves}
+        self._files |= {name: file for name, file in in_safetensors.items() if name not in halves}
+        self._files |= packed
 
     @property
     def names(self) -> list[str]:
@@ -107,6 +122,10 @@ class Checkpoint:
     def read(self, name: str, part: int | None = None) -> Tensor:
         """The tensor in its stored dtype, in memory of its own; or one part of it along its first dimension."""
         return self._files[name].read(name, part)
+
+    def read_codes(self, name: str, part: int | None = None) -> CodedRows | None:
+        """None: these files hold floats."""
+        return None
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -218,6 +237,32 @@ class CheckpointSource:
         if num_rows != shape[0]:
             raise self._misshapen(parts, name, shape)
         return joined
+
+    def read_codes(self, name: str, shape: Shape) -> CodedWeight | None:
+        """See `WeightSource`: all pieces, when at least one is kept in 4 bits.
+
+        Raises:
+            ModelError: the pieces do not make up the shape.
+        """
+        parts = self._parts[name]
+        coded = [self._take_codes(part, name, shape) for part in parts]
+        if all(codes is None for codes in coded):
+            return None
+        pieces = tuple(
+            self._take(part, name, shape) if codes is None else codes for part, codes in zip(parts, coded, strict=True)
+        )
+        if sum(piece.shape[0] for piece in pieces) != shape[0] or any(piece.shape[1:] != shape[1:] for piece in pieces):
+            raise self._misshapen(parts, name, shape)
+        return pieces
+
+    def _take_codes(self, part: WeightPiece, name: str, shape: Shape) -> CodedRows | None:
+        codes = self._checkpoint.read_codes(self._names[part.name], part.expert)
+        if codes is None or part.take is None:
+            return codes
+        try:
+            return codes.moved(part.take(torch.arange(codes.shape[0]), self._spec))
+        except (RuntimeError, IndexError) as error:
+            raise self._misshapen((part,), name, shape) from error
 
     def _take(self, part: WeightPiece, name: str, shape: Shape) -> Tensor:
         tensor = self._checkpoint.read(self._names[part.name], part.expert)

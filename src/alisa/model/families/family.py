@@ -21,7 +21,9 @@ class WeightPiece:
     name: str
     """Name in the checkpoint without its prefix; `{layer}` and `{expert}` stand for their numbers."""
     take: Callable[[Tensor, ModelSpec], Tensor] | None = None
-    """Cuts our rows `[out, in]` (or `[out]`) out of the checkpoint tensor; None: it is used as it is."""
+    """Cuts our rows `[out, in]` (or `[out]`) out of the checkpoint tensor; None: it is used as it is.
+
+    Of a matrix it takes whole rows: the numbers of the rows `[out]` come out as the rows do."""
     of_all_experts: bool = False
     """The tensor holds those of all experts, one after the other."""
     expert: int | None = None

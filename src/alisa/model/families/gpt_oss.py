@@ -1,7 +1,6 @@
 """GPT-OSS (2508.10925): a logit in each head's softmax that reads nothing, windows in every other layer, and experts.
 
-The published files hold their experts in MXFP4, which is refused by its name; this reads the form in 16 bits that
-transformers writes.
+The published files hold their experts in MXFP4 (`alisa.model.packed`), and transformers writes them in 16 bits.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _ROPE = {
 def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     """Read a GPT-OSS config."""
     given = {"rope_parameters": _ROPE} | {name: value for name, value in config.items() if value is not None}
-    reader = ConfigReader(given, "gpt_oss")
+    reader = ConfigReader(given, "gpt_oss", quantised=("mxfp4",))
     num_layers = reader.integer("num_hidden_layers", _SIZES["num_hidden_layers"])
     windows = reader.windows(num_layers, reader.window(128), lambda layer: layer % 2 == 0)
     num_experts, per_token = reader.experts(128, 4)

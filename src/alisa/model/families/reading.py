@@ -38,9 +38,12 @@ class ConfigReader:
         config: the fields of config.json.
         family: for messages.
         part: the field that holds the config of the language model, where the config of a multimodal one has it.
+        quantised: the methods of quantisation whose weights can be read.
     """
 
-    def __init__(self, config: Mapping[str, Any], family: str, *, part: str | None = None) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], family: str, *, part: str | None = None, quantised: tuple[str, ...] = ()
+    ) -> None:
         quantisation = config.get("quantization_config")
         inner = None if part is None else config.get(part)
         self._config = config if not isinstance(inner, Mapping) else inner
@@ -50,7 +53,8 @@ class ConfigReader:
         quantisation = quantisation or self._config.get("quantization_config")
         if isinstance(quantisation, Mapping):
             method = quantisation.get("quant_method", "unknown")
-            self.refuse(f"its weights are quantised ({method}), only float weights can be read")
+            if method not in quantised:
+                self.refuse(f"its weights are quantised ({method}), only float weights can be read")
         packed = self.value("quantization")
         if isinstance(packed, Mapping):
             self.refuse(f"its weights are quantised (MLX, {packed.get('bits')} bits), only float weights can be read")

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alisa.model.coded import Spans
+from alisa.model.mxfp4 import decode_mxfp4
+
 
 @dataclass(frozen=True, slots=True)
 class BlockType:
@@ -25,6 +28,8 @@ class BlockType:
     """Bytes of a block."""
     decode: Callable[[Tensor], Tensor]
     """Blocks UInt8[N, num_bytes] -> Float32[N, num_values]."""
+    spans: Callable[[Tensor], Spans] | None = None
+    """Blocks UInt8[N, num_bytes] -> the spans of each, `[N, num_values / 32]`; None: not levels of 4 bits in ranges."""
 
 
 def _half(blocks: Tensor, start: int) -> Tensor:
@@ -49,6 +54,17 @@ def _decode_q4_0(blocks: Tensor) -> Tensor:
 
 def _decode_q4_1(blocks: Tensor) -> Tensor:
     return _halves(blocks[:, 4:]).to(torch.float32) * _half(blocks, 0) + _half(blocks, 2)
+
+
+def _spans_q4_0(blocks: Tensor) -> Spans:
+    """Levels less 8, times the scale: a range whose minimum, eight scales, is exact in float16."""
+    scales = blocks[:, :2].contiguous().view(torch.float16)
+    return Spans(_halves(blocks[:, 2:]).unsqueeze(1), scales, -8 * scales)
+
+
+def _spans_q4_1(blocks: Tensor) -> Spans:
+    scales, minima = blocks[:, :4].contiguous().view(torch.float16).split(1, dim=1)
+    return Spans(_halves(blocks[:, 4:]).unsqueeze(1), scales, minima)
 
 
 def _decode_q5_0(blocks: Tensor) -> Tensor:
@@ -77,17 +93,31 @@ def _scales_and_minimums(packed: Tensor) -> tuple[Tensor, Tensor]:
     return scales, minimums
 
 
+def _ranges(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of eight groups and what is taken off them, Float32[N, 8]; exact: products of 11 and 6 bits."""
+    scales, minimums = _scales_and_minimums(blocks[:, 4:16])
+    return _half(blocks, 0) * scales.to(torch.float32), _half(blocks, 2) * minimums.to(torch.float32)
+
+
 def _scaled_groups(blocks: Tensor, codes: Tensor) -> Tensor:
     """Codes UInt8[N, 8, 32] times the scales of their groups, less the minimums: Float32[N, 256]."""
-    scales, minimums = _scales_and_minimums(blocks[:, 4:16])
-    scale = _half(blocks, 0) * scales.to(torch.float32)
-    minimum = _half(blocks, 2) * minimums.to(torch.float32)
+    scale, minimum = _ranges(blocks)
     return (codes.to(torch.float32) * scale.unsqueeze(2) - minimum.unsqueeze(2)).flatten(1)
 
 
+def _codes_q4_k(blocks: Tensor) -> Tensor:
+    """UInt8[N, 8, 32]: eight groups of 32 levels."""
+    return _halves(blocks[:, 16:].view(-1, 4, 32)).view(-1, 8, 32)
+
+
 def _decode_q4_k(blocks: Tensor) -> Tensor:
-    codes = _halves(blocks[:, 16:].view(-1, 4, 32)).view(-1, 8, 32)
-    return _scaled_groups(blocks, codes)
+    return _scaled_groups(blocks, _codes_q4_k(blocks))
+
+
+def _spans_q4_k(blocks: Tensor) -> Spans:
+    """The levels as they are; the ranges, of 17 bits, are rounded to float16."""
+    scale, minimum = _ranges(blocks)
+    return Spans(_codes_q4_k(blocks), scale.to(torch.float16), (-minimum).to(torch.float16))
 
 
 def _decode_q5_k(blocks: Tensor) -> Tensor:
@@ -106,6 +136,10 @@ def _decode_q6_k(blocks: Tensor) -> Tensor:
     return (codes * scales.unsqueeze(2)).flatten(1)
 
 
+def _decode_mxfp4(blocks: Tensor) -> Tensor:
+    return decode_mxfp4(_halves(blocks[:, 1:]), blocks[:, :1])
+
+
 def _plain(name: str, dtype: torch.dtype) -> BlockType:
     return BlockType(name, 1, dtype.itemsize, lambda blocks: blocks.contiguous().view(dtype).to(torch.float32))
 
@@ -113,15 +147,16 @@ def _plain(name: str, dtype: torch.dtype) -> BlockType:
 BLOCK_TYPES: dict[int, BlockType] = {
     0: _plain("F32", torch.float32),
     1: _plain("F16", torch.float16),
-    2: BlockType("Q4_0", 32, 18, _decode_q4_0),
-    3: BlockType("Q4_1", 32, 20, _decode_q4_1),
+    2: BlockType("Q4_0", 32, 18, _decode_q4_0, _spans_q4_0),
+    3: BlockType("Q4_1", 32, 20, _decode_q4_1, _spans_q4_1),
     6: BlockType("Q5_0", 32, 22, _decode_q5_0),
     7: BlockType("Q5_1", 32, 24, _decode_q5_1),
     8: BlockType("Q8_0", 32, 34, _decode_q8_0),
-    12: BlockType("Q4_K", 256, 144, _decode_q4_k),
+    12: BlockType("Q4_K", 256, 144, _decode_q4_k, _spans_q4_k),
     13: BlockType("Q5_K", 256, 176, _decode_q5_k),
     14: BlockType("Q6_K", 256, 210, _decode_q6_k),
     30: _plain("BF16", torch.bfloat16),
+    39: BlockType("MXFP4", 32, 17, _decode_mxfp4),
 }
 """By the number that the file has for them; all that can be read."""
 
@@ -146,7 +181,6 @@ OTHER_TYPES: dict[int, str] = {
     29: "IQ1_M",
     34: "TQ1_0",
     35: "TQ2_0",
-    39: "MXFP4",
     40: "NVFP4",
     41: "Q1_0",
 }

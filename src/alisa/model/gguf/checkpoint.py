@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from alisa.model.coded import CodedRows
 from alisa.model.gguf.architectures.architecture import Architecture, Restore
 from alisa.model.gguf.file import GgufFile
 from alisa.model.names import Shape
@@ -84,6 +85,16 @@ class GgufCheckpoint:
         place = self._stored[name]
         tensor = self._file.read(place.name, self._dtype if len(self.shape(name)) > 1 else torch.float32, place.part)
         return tensor if place.restore is None else place.restore(tensor, self._spec)
+
+    def read_codes(self, name: str, part: int | None = None) -> CodedRows | None:
+        """A matrix whose blocks are levels of 4 bits in ranges, as they are; None: it is none."""
+        assert part is None, "a tensor of a GGUF file is taken apart by its name"
+        place, shape = self._stored[name], self.shape(name)
+        spans = self._file.tensors[place.name].block_type.spans
+        if spans is None or len(shape) != 2:
+            return None
+        rows = CodedRows(self._file.read_blocks(place.name, place.part), spans, shape[1])
+        return rows if place.restore is None else rows.moved(place.restore(torch.arange(shape[0]), self._spec))
 
 
 def _translate(name: str, architecture: Architecture) -> tuple[str, Restore | None]:

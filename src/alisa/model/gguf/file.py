@@ -107,21 +107,35 @@ class GgufFile:
 
     def read(self, name: str, dtype: torch.dtype, part: int | None = None) -> Tensor:
         """The tensor in a float dtype, in memory of its own; or one part of it along its first dimension."""
-        tensor = self.tensors[name]
-        shape, blocks, start = tensor.shape, self.blocks(name), tensor.start
-        if part is not None:
-            blocks = blocks.unflatten(0, (shape[0], -1))[part]
-            shape, start = shape[1:], start + part * blocks.nbytes
+        block_type = self.tensors[name].block_type
+        shape, blocks, start = self._stored(name, part)
         values = page_tensor(shape, dtype)
         flat = values.view(-1)
-        step = _CHUNK_VALUES // tensor.block_type.num_values
+        step = _CHUNK_VALUES // block_type.num_values
         first = 0
         for chunk in blocks.split(step):
-            decoded = tensor.block_type.decode(chunk).view(-1)
+            decoded = block_type.decode(chunk).view(-1)
             flat[first : first + len(decoded)] = decoded
             first += len(decoded)
         self._give_back(start, blocks.nbytes)
         return values
+
+    def read_blocks(self, name: str, part: int | None = None) -> Tensor:
+        """The bytes of a matrix, or of one part, UInt8[out, blocks of a row, bytes of a block], a copy."""
+        shape, blocks, start = self._stored(name, part)
+        copied = page_tensor((shape[0], blocks.shape[0] // max(shape[0], 1), blocks.shape[1]), torch.uint8)
+        copied.view(blocks.shape).copy_(blocks)
+        self._give_back(start, blocks.nbytes)
+        return copied
+
+    def _stored(self, name: str, part: int | None) -> tuple[tuple[int, ...], Tensor, int]:
+        """Shape, blocks and first byte of a tensor, or of one part of it."""
+        tensor = self.tensors[name]
+        shape, blocks, start = tensor.shape, self.blocks(name), tensor.start
+        if part is None:
+            return shape, blocks, start
+        blocks = blocks.unflatten(0, (shape[0], -1))[part]
+        return shape[1:], blocks, start + part * blocks.nbytes
 
     def _give_back(self, start: int, num_bytes: int) -> None:
         """Let the system take the pages of these bytes; they are in the file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -71,6 +72,15 @@ class GgufModel:
     def dtype_name(self) -> str | None:
         """Dtype of most values; None when they are quantised."""
         return self._file.dtype_name
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether most weights of the layers are in blocks of 4 bits that are taken over."""
+        coded = {True: 0, False: 0}
+        for name, tensor in self._file.tensors.items():
+            if name.startswith("blk."):
+                coded[tensor.block_type.spans is not None] += math.prod(tensor.shape)
+        return coded[True] > coded[False]
 
     def tokenizer(self) -> Tokenizer:
         """Built from the vocabulary in the metadata."""

@@ -13,7 +13,10 @@ from alisa.model.gguf.fields import ArchitectureFields
 from alisa.spec import ModelSpec
 
 Restore = Callable[[Tensor, ModelSpec], Tensor]
-"""A tensor as GGUF has it -> as the checkpoints of its family have it."""
+"""A tensor as GGUF has it -> as the checkpoints of its family have it.
+
+Of a matrix it moves whole rows: the numbers of the rows `[out]` come out as the rows do. (Where it turns the matrix,
+the family turns it back.)"""
 
 
 @dataclass(frozen=True, slots=True)
