@@ -1,12 +1,15 @@
-"""What a fleet costs: one replica against no fleet, and what the driver does for each prompt, shard and result.
+"""What a fleet costs: one replica against no fleet, what the driver does for each prompt and shard, and a plan.
 
-`overhead`: the same job by `alisa generate` and by `--ray local --replicas 1`. What a job of one prompt takes, which is the
-start, is taken off both, so that what is left is the price of shards, Ray and merging.
+`overhead`: the same job by `alisa generate` and by `--ray local --replicas 1`, in turns. What a job of one prompt
+takes, which is the start, is taken off both, so that what is left is the price of shards, Ray and merging. With the
+model inside the package, whose steps are the shortest, that price is at its highest.
 `driver`: reading and checking a prompt, handing a shard to replicas that do nothing, and merging a result. Planning a
 fleet is done with these (alisa.planner.fleet).
+`plan`: what `alisa plan` says of jobs on 10 to 1,000 replicas; nothing is measured.
 
     python benchmarks/fleet.py overhead --record benchmarks/results/fleet.jsonl
     python benchmarks/fleet.py driver --record benchmarks/results/fleet.jsonl
+    python benchmarks/fleet.py plan --record benchmarks/results/fleet.jsonl
 """
 
 from __future__ import annotations
@@ -19,21 +22,27 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 from recording import tell
 
 from alisa.cli.merge import merge_shards
 from alisa.cli.shards import cut_input
-from alisa.dist.cluster import ReplicaSize, connect, disconnect
+from alisa.dist.cluster import ReplicaSize, cluster
 from alisa.dist.fleet import Fleet
 from alisa.dist.replica import Progress, ShardCount
 from alisa.dist.share import ReplicaShare
 from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.stamp import current_stamp
+from alisa.planner.fleet import DriverCosts
 
-WORDS = "the old ship was at sea and a storm came up in the night while captain men sailed home".split()
+WORDS = "the old ship was at sea and a storm came up in the night while captain men sailed home".split()  # noqa: SIM905
 SHARD = 256
+WAYS = {"plain": (), "ray": ("--ray", "local", "--replicas", "1")}
+JOB = ("--batch", "256", "--prompt-len", "200", "--output-len", "200")
+PLAN = ("--shape", "llama-7b", "--hardware", "h100-80gb", *JOB)
+PLANNED_PROMPTS = (10**7, 10**9)
 
 
 def write_prompts(path: Path, num_prompts: int) -> None:
@@ -53,24 +62,41 @@ def seconds(source: Path, output: Path, max_tokens: int, *options: str) -> float
     return perf_counter() - started
 
 
-def overhead(num_prompts: int, max_tokens: int) -> dict[str, object]:
-    """The job with and without a fleet, each less a job of one prompt."""
-    ways = {"plain": (), "ray": ("--ray", "local", "--replicas", "1")}
-    found: dict[str, object] = {"num_prompts": num_prompts, "max_tokens": max_tokens}
+def overhead(num_prompts: int, max_tokens: int, rounds: int) -> dict[str, object]:
+    """The job with and without a fleet, each less a job of one prompt: medians of the rounds."""
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    tokens: dict[str, dict[int, list[int]]] = {}
+    others: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         for size in (1, num_prompts):
             write_prompts(directory / f"{size}.jsonl", size)
-        for way, options in ways.items():
-            start, whole = (
-                seconds(directory / f"{size}.jsonl", directory / f"{way}-{size}", max_tokens, *options)
-                for size in (1, num_prompts)
-            )
-            found |= {f"{way}_start_s": round(start, 2), f"{way}_s": round(whole - start, 2)}
-        plain = _tokens(directory / f"plain-{num_prompts}")
-        found["same_tokens"] = plain == _tokens(directory / f"ray-{num_prompts}" / "results.jsonl")
-    found["overhead"] = round(float(str(found["ray_s"])) / float(str(found["plain_s"])) - 1, 4)
-    return found
+        for number in range(rounds):
+            for way in WAYS if number % 2 == 0 else reversed(WAYS):
+                meter = OthersMeter()
+                start, whole = (
+                    seconds(directory / f"{size}.jsonl", directory / f"{way}-{size}-{number}", max_tokens, *WAYS[way])
+                    for size in (1, num_prompts)
+                )
+                results = directory / f"{way}-{num_prompts}-{number}"
+                tokens[way] = _tokens(results / "results.jsonl" if results.is_dir() else results)
+                found[way].append({"start_s": round(start, 2), "seconds": round(whole - start, 2)})
+                if way == "plain":  # Ray's replicas are no children of ours
+                    others.append(meter.share())
+                print(f"  round {number + 1}, {way}: {found[way][-1]}", flush=True)
+    num_tokens = sum(map(len, tokens["plain"].values()))
+    took = {way: median(run["seconds"] for run in runs) for way, runs in found.items()}
+    return {
+        "num_prompts": num_prompts,
+        "max_tokens": max_tokens,
+        **{f"{way}_start_s": round(median(run["start_s"] for run in runs), 2) for way, runs in found.items()},
+        **{f"{way}_s": round(value, 2) for way, value in took.items()},
+        **{f"{way}_tokens_per_s": round(num_tokens / value, 1) for way, value in took.items()},
+        "overhead": round(took["ray"] / took["plain"] - 1, 4),
+        "same_tokens": tokens["plain"] == tokens["ray"],
+        "rounds": found,
+        "others_cpu_share": round(median(others), 3),
+    }
 
 
 def _tokens(path: Path) -> dict[int, list[int]]:
@@ -137,7 +163,7 @@ def driver(num_prompts: int, num_shards: int) -> dict[str, object]:
         started = perf_counter()
         prompts = cut_input(source, shard_size=SHARD, n=1, limit=None, keep_invalid=False)
         read_s = perf_counter() - started
-        some, whole = Path(name) / "some.jsonl", 0
+        some = Path(name) / "some.jsonl"
         write_prompts(some, 64)
         seconds(some, output, 128)
         lines = output.read_bytes().splitlines(keepends=True)
@@ -153,11 +179,8 @@ def driver(num_prompts: int, num_shards: int) -> dict[str, object]:
         started = perf_counter()
         merge_shards(iter(results), Path(name) / "merged.jsonl")
         merge_s = perf_counter() - started
-    connect("local")
-    try:
+    with cluster("local"):
         dispatch_s = {replicas: dispatch(replicas, num_shards) for replicas in (2, 16)}
-    finally:
-        disconnect()
     return {
         "num_prompts": num_prompts,
         "read_prompt_s": read_s / num_prompts,
@@ -167,24 +190,44 @@ def driver(num_prompts: int, num_shards: int) -> dict[str, object]:
     }
 
 
+def plan() -> dict[str, object]:
+    """What the planner says of jobs that one machine does not end."""
+    fleets, record = {}, {}
+    for num_prompts in PLANNED_PROMPTS:
+        words = ["-m", "alisa", "plan", *PLAN, "--prompts", str(num_prompts), "--json"]
+        run = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
+        record = json.loads(run.stdout.splitlines()[-1])
+        fleets[str(num_prompts)] = record["fleet"][1:]  # from 10 replicas on
+    names = ("model", "hardware", "batch", "prompt_len", "output_len", "tokens_per_s")
+    return {
+        **{name: record[name] for name in names},
+        "weight_bytes": record["bytes"]["weights"],
+        "costs": asdict(DriverCosts()),
+        "fleets": fleets,
+    }
+
+
 def main() -> None:
-    """One of the two measurements."""
+    """One of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "driver"))
-    parser.add_argument("--prompts", type=int, help="default: 2000, for the driver 20000")
+    parser.add_argument("what", choices=("overhead", "driver", "plan"))
+    parser.add_argument("--prompts", type=int, help="default: 24000, about five minutes; for the driver 20000")
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2, help="of the overhead")
     parser.add_argument("--record", type=Path, help="append the record to this file")
     args = parser.parse_args()
     meter = OthersMeter()
     if args.what == "overhead":
-        found = overhead(args.prompts or 2000, args.max_tokens)
-    else:
+        found = overhead(args.prompts or 24_000, args.max_tokens, args.rounds)
+    elif args.what == "driver":
         found = driver(args.prompts or 20_000, 2000)
+    else:
+        found = plan()
     tell(
         {
             "kind": f"fleet-{args.what}",
+            **({} if args.what == "plan" else {"others_cpu_share": round(meter.share(), 3)}),
             **found,
-            "others_cpu_share": round(meter.share(), 3),
             "stamp": asdict(current_stamp()),
         },
         args.record,

@@ -2,7 +2,8 @@
 
 Token ids are random, which changes no time; both engines have to give the same tokens. `burst`: all requests at once,
 the cache empty. `one by one`: each after the one before it has ended. `from files`: the same in a new engine, whose
-blocks lie in files. `conversation`: each turn is all that was said before, and new tokens.
+blocks lie in files. `conversation`: each turn is all that was said before, and new tokens; `answers read`: between two
+turns, in time that is not counted, the answer is read. `texts`: several texts of one prompt, whose rows are copies.
 
     python benchmarks/prefix_cache.py --model FILE.gguf --record benchmarks/results/prefix_cache.jsonl
 """
@@ -13,7 +14,7 @@ import argparse
 import random
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
@@ -49,6 +50,25 @@ def conversation(llm: LLM, prompts: Sequence[Sequence[int]], rules: SamplingPara
     return outputs
 
 
+def conversation_with_pauses(llm: LLM, prompts: Sequence[Sequence[int]], rules: SamplingParams) -> Outputs:
+    """The same, and what was said is read before the user goes on."""
+    said: list[int] = []
+    outputs = []
+    for prompt in prompts:
+        said += prompt
+        with llm.stream([said], rules, continues=True) as stream:
+            outputs += [event for event in stream if isinstance(event, RequestOutput)]
+        said += outputs[-1].token_ids
+        while llm.read_answer():
+            pass
+    return outputs
+
+
+def several_texts(llm: LLM, prompts: Sequence[Sequence[int]], rules: SamplingParams) -> Outputs:
+    """As many texts of the first prompt as there are prompts."""
+    return llm.generate(prompts[:1], replace(rules, n=len(prompts)))
+
+
 def measure(run: Callable[[], Outputs]) -> dict[str, object]:
     """Seconds to the first token of each request, and what was known."""
     started = perf_counter()
@@ -72,7 +92,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--system", type=int, default=2000, help="tokens that all prompts begin with")
     parser.add_argument("--own", type=int, default=30, help="tokens of each prompt after them, and of each turn")
-    parser.add_argument("--output-len", type=int, default=8)
+    parser.add_argument("--output-len", type=int, default=100)
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, help="append the record to this file")
@@ -86,7 +106,14 @@ def main() -> None:
     system = draw(args.system)
     prompts = [system + draw(args.own) for _ in range(args.requests)]
     turns = [system, *(draw(args.own) for _ in range(args.turns))]
-    cases = {"burst": (burst, prompts), "one by one": (one_by_one, prompts), "conversation": (conversation, turns)}
+    cases = {
+        "burst": (burst, prompts),
+        "one by one": (one_by_one, prompts),
+        "one text": (several_texts, prompts[:1]),
+        "texts": (several_texts, prompts),
+        "conversation": (conversation, turns),
+        "answers read": (conversation_with_pauses, turns),
+    }
     found: dict[str, dict[str, object]] = {}
     meter = OthersMeter()
 
@@ -100,7 +127,8 @@ def main() -> None:
 
     with LLM(args.model, policy=args.policy) as llm:
         for case in cases:
-            take(llm, case, case)
+            if case != "answers read":  # nobody keeps them
+                take(llm, case, case)
     with LLM(args.model, policy=args.policy, prefix_cache=True) as llm:
         for case in cases:
             take(llm, f"{case}, cache", case)
@@ -109,7 +137,9 @@ def main() -> None:
         with LLM(args.model, policy=args.policy, prefix_cache=True, prefix_cache_disk=path) as llm:
             take(llm, "burst, filling files", "burst")
             take(llm, "one by one, from files", "one by one")
-    for name, case in {**{f"{case}, cache": case for case in cases}, "one by one, from files": "one by one"}.items():
+    same = {f"{case}, cache": case for case in cases} | {"one by one, from files": "one by one"}
+    same["answers read, cache"] = "conversation"
+    for name, case in same.items():
         assert found[name]["token_ids"] == found[case]["token_ids"], f"{name}: the cache has changed a token"
     record = {
         "benchmark": "prefix_cache",

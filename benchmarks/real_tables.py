@@ -9,11 +9,13 @@ import accuracy_tables
 from table_blocks import Record, Results, lines, table
 
 from alisa.lab.eval.statistics import Estimate, difference, mean
+from alisa.quality import QUALITIES
 
 MODELS = ("smollm2", "gemma3")
 """Ends of the names of the files with their records."""
 
-_TEXTS = {"wikitext2": "WikiText-2", "ptb": "PTB", "heldout": "held-out prose", "python3.11": "Python's sources"}
+TEXTS = {"wikitext2": "WikiText-2", "ptb": "PTB", "heldout": "held-out prose", "python3.11": "Python's sources"}
+TEXTS |= {"test.txt": TEXTS["wikitext2"]}  # the file in its directory
 _MOST = 0.95
 """Sparsity up to which every text was measured."""
 _POLICIES = ("sketch", "swa", "h2o", "streaming")
@@ -38,14 +40,14 @@ def perplexity(results: Results, context: int | None = None) -> str:
             text = (record["settings"]["context"], record["task"])
             rows.setdefault(text, {})[record["policy"], record["sparsity"]] = record
         head = ["text", "windows", "dense", *(f"`{policy}` {sparsity:g}" for policy, sparsity in columns)]
-        order = sorted(rows, key=lambda row: (row[0], list(_TEXTS).index(row[1])))
+        order = sorted(rows, key=lambda row: (row[0], list(TEXTS).index(row[1])))
         body = []
         for length, text in order:
             cells = rows[length, text]
             dense = cells["dense", 0.0]
             windows = f"{dense['settings']['windows']} x {length}"
             costs = [accuracy_tables.cost(cells[column]) if column in cells else "" for column in columns]
-            body.append([_TEXTS[text], windows, accuracy_tables.level(dense), *costs])
+            body.append([TEXTS[text], windows, accuracy_tables.level(dense), *costs])
         parts += [f"{_title(found[0])}:", table(head, body)]
     return "\n\n".join(parts)
 
@@ -59,7 +61,7 @@ def policies(results: Results) -> str:
     for (_, text, context), found in groups.items():
         if any(record["policy"] == "sketch-mean" for record in found):
             windows = found[0]["settings"]["windows"]
-            parts.append(f"{_title(found[0])}, {_TEXTS[text]}, {windows} x {context} tokens:")
+            parts.append(f"{_title(found[0])}, {TEXTS[text]}, {windows} x {context} tokens:")
             parts.append(
                 "\n".join(
                     accuracy_tables.by_sparsity([r for r in found if r["policy"] not in ("swa", "h2o", "streaming")])
@@ -91,7 +93,7 @@ def rows(results: Results) -> str:
             *(f"`{policy}`" + (f" {sparsity:g}" if sparsity else "") for policy, sparsity in columns),
         ]
         windows = f"{dense['settings']['windows']} x {dense['settings']['context']} tokens"
-        what = f"{_title(dense)}, {_TEXTS[text]}, {windows}; dense: {accuracy_tables.level(dense)}."
+        what = f"{_title(dense)}, {TEXTS[text]}, {windows}; dense: {accuracy_tables.level(dense)}."
         parts += [what, table(head, body)]
     return "\n\n".join(parts)
 
@@ -131,8 +133,48 @@ def coverage(results: Results) -> str:
         body.append(row)
     head = ["sparsity", "coverage"]
     for model, text, context in columns:
-        head += [f"{model.split('-')[0]}, {_TEXTS[text]}, {context}", "read, %"]
+        head += [f"{model.split('-')[0]}, {TEXTS[text]}, {context}", "read, %"]
     return table(head, body) if body else ""
+
+
+def quality(results: Results) -> str:
+    """The rungs of `--quality`: bytes kept and read of a token, against dense attention, and the perplexity lost."""
+    found = _records(results, "quality_real.jsonl")
+    dense = [record for record in found if record["versus_dense"] == 1.0 and record["policy"] == "dense"]
+    cells = {(r["model"], r["task"], r["policy"], r["sparsity"], r["kv_dtype"]): r for r in found}
+    body = []
+    for name, rung in QUALITIES.items():
+        own = [cells.get((d["model"], d["task"], rung.policy, rung.sparsity, rung.kv_dtype)) for d in dense]
+        row = [f"`{name}`", f"`{rung.policy}`", f"{rung.sparsity:g}", f"`{rung.kv_dtype}`"]
+        if rung.policy == "dense":
+            body.append([*row, "100 %", "100 %", *("0" for _ in dense)])
+            continue
+        first = next((record for record in own if record), None)
+        sizes = ["", ""]
+        if first is not None:
+            rows, state, whole = first["kv_token_bytes"], first["policy_token_bytes"], dense[0]["kv_token_bytes"]
+            sizes = [f"{100 * (part * rows + state) / whole:.0f} %" for part in (1, 1 - rung.sparsity)]
+        body.append([*row, *sizes, *(accuracy_tables.cost(record) if record else "" for record in own)])
+    head = ["name", "policy", "sparsity", "rows", "kept", "read"]
+    head += [f"{d['model'].split('-')[0]}, {TEXTS[d['task']]}, {d['settings']['context']}" for d in dense]
+    return table(head, body) if dense else ""
+
+
+def layer_budgets(results: Results) -> str:
+    """Ways to share out the tokens of a step: divergence from dense attention with equal budgets, and against it."""
+    body = []
+    for record in lines(results / "layer_budgets.jsonl"):
+        ways = record["ways"]
+        name = TEXTS.get(record["text"], record["text"])
+        text = f"{name}, {record['windows']} x {record['context']}"
+        row = [record["model"].split("-")[0], text, f"{record['sparsity']:g}"]
+        row.append(_estimate(Estimate(ways["equal"]["kl"], ways["equal"]["kl_error"]), 1e3, 2))
+        for way in ("unread", "error", "search"):
+            found = ways.get(way)
+            gap = found and Estimate(found["against_equal"], found["against_equal_error"])
+            row.append(_estimate(gap, 1e3, 2) if gap else "")
+        body.append(row)
+    return table(["model", "text", "sparsity", "equal", "`unread`", "`error`", "`search`"], body) if body else ""
 
 
 def by_task(kind: str, results: Results) -> str:

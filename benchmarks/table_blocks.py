@@ -533,6 +533,33 @@ def pace(results: Results) -> str:
     )
 
 
+def prefix(results: Results) -> str:
+    """Time to the first token with and without a prefix cache: the newest record."""
+    records = lines(results / "prefix_cache.jsonl")
+    if not records:
+        return ""
+    record = records[-1]
+    found = record["results"]
+    says = {
+        "burst": f"{record['requests']} prompts at once",
+        "one by one": f"{record['requests']} prompts, one after the other",
+        "texts": f"{record['requests']} texts of one prompt",
+        "conversation": f"a conversation of {record['turns'] + 1} turns",
+    }
+
+    def first(name: str) -> str:
+        return seconds(found[name]["mean_first_token_s"])
+
+    rows = [[text, first(case), first(f"{case}, cache")] for case, text in says.items()]
+    rows.append(["the same, its answers read in the pauses", "", first("answers read, cache")])
+    heads = ["", "without", "with the prefix cache"]
+    return (
+        f"Mean time to the first token, `{record['model']}`, {record['policy']}; {record['system']} tokens that all prompts "
+        f"begin with, {record['own']} of each one's own, {record['output_len']} tokens of output "
+        f"(`benchmarks/prefix_cache.py`):\n\n{table(heads, rows)}"
+    )
+
+
 # GPU
 
 

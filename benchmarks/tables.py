@@ -21,6 +21,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import fleet_tables
+import huggingface_tables
 import real_tables
 from table_blocks import (
     Results,
@@ -34,6 +36,7 @@ from table_blocks import (
     machine,
     one_user,
     pace,
+    prefix,
     prediction,
     prompts,
     recall,
@@ -48,8 +51,11 @@ DOCUMENTS = (
     "README.md",
     "docs/accuracy.md",
     "docs/benchmarks.md",
+    "docs/huggingface.md",
     "docs/models.md",
     "docs/planner.md",
+    "docs/prefix-cache.md",
+    "docs/scaling.md",
     "docs/server.md",
     "docs/speculation.md",
 )
@@ -105,6 +111,7 @@ BLOCKS: dict[str, Block] = {
     "one-user": one_user,
     "speculation": speculation,
     "pace": pace,
+    "prefix": prefix,
     "accuracy": accuracy,
     "accuracy-real": real_tables.perplexity,
     "accuracy-real-first": partial(real_tables.perplexity, context=2048),
@@ -112,10 +119,17 @@ BLOCKS: dict[str, Block] = {
     "accuracy-rows": real_tables.rows,
     "weight-formats": real_tables.weight_formats,
     "accuracy-coverage": real_tables.coverage,
+    "accuracy-layers": real_tables.layer_budgets,
+    "accuracy-quality": real_tables.quality,
     "recall-real": partial(real_tables.by_task, "recall"),
     "qa-real": partial(real_tables.by_task, "qa"),
     "generation-real": real_tables.generation,
     "recall": recall,
+    "fleet-driver": fleet_tables.driver,
+    "fleet-overhead": fleet_tables.overhead,
+    "fleet-saturation": fleet_tables.saturation,
+    "huggingface": huggingface_tables.steps,
+    "presses": huggingface_tables.presses,
 }
 """By the name in a document."""
 

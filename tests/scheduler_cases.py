@@ -62,6 +62,7 @@ class Driver:
         shared_chunk=None,
         token_bytes=None,
         order=None,
+        fair=None,
         prefix=None,
     ):
         self.scheduler = Scheduler(
@@ -74,6 +75,7 @@ class Driver:
             shared_chunk=shared_chunk,
             token_bytes=token_bytes,
             order=order,
+            fair=fair,
             prefix=prefix,
         )
         self.prefix = prefix
@@ -82,9 +84,9 @@ class Driver:
         self.bounds = {}
         self.finished = []
 
-    def add(self, request_id, prompt_len, max_new_tokens=4, priority=0):
+    def add(self, request_id, prompt_len, max_new_tokens=4, priority=0, client=None):
         params = SamplingParams(max_tokens=max_new_tokens)
-        request = Request(request_id, range(prompt_len), params, max_new_tokens, priority)
+        request = Request(request_id, range(prompt_len), params, max_new_tokens, priority, client=client)
         if self.prefix is not None:
             request.block_names = block_names(request.prompt_ids, b"")
             request.max_restored = (prompt_len - 1) // self.prefix.hit_tokens * self.prefix.hit_tokens

@@ -7,9 +7,9 @@ needs neither weights nor torch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, cached_property
 
 Reads = Callable[[int], tuple[int, int]]
 """n earlier tokens -> (recent, older): the recent ones that every layer reads, and how many of the others."""
@@ -43,6 +43,9 @@ class Budget:
     """Where the weights of a step decide how many tokens it reads, `split` is the most, and this the part of the weight
     that they are to have (Twilight, arXiv 2502.02770). Then the recent window, which is read in any case, is a quarter
     of the usual one."""
+    layers: tuple[float, ...] = ()
+    """The sparsity of each layer that a policy knows (`alisa.policy.layer_budgets`); empty: all have the same. Where
+    they differ `split` is for the planner: what every layer reads, and the most that one reads."""
     dense_until: int = 16
     """Up to this many earlier tokens everything is read: k would be 1 or 2, and there is nothing to save."""
 
@@ -51,8 +54,21 @@ class Budget:
         ratio = _ratio(self.sparsity)
         return max(1, (num_earlier * ratio.numerator + ratio.denominator) // (2 * ratio.denominator))
 
+    def of_layer(self, layer: int) -> Budget:
+        """The budget of one layer."""
+        return replace(self, sparsity=self.layers[layer], layers=()) if self.layers else self
+
+    @cached_property
+    def _of_layers(self) -> tuple[Budget, ...]:
+        """Every budget that a layer has, once."""
+        return tuple(replace(self, sparsity=sparsity, layers=()) for sparsity in {*self.layers})
+
     def split(self, num_earlier: int) -> tuple[int, int]:
         """(recent, older) earlier tokens to read; their sum never passes n."""
+        if self.layers:
+            splits = [budget.split(num_earlier) for budget in self._of_layers]
+            recent = min(recent for recent, _ in splits)
+            return recent, max(map(sum, splits)) - recent
         if num_earlier <= self.dense_until:
             return num_earlier, 0
         recent = min(self.recent(num_earlier), num_earlier)

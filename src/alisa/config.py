@@ -24,6 +24,7 @@ from typing_extensions import Doc
 from alisa.errors import InputError
 from alisa.field_types import settle
 from alisa.policy.registry import POLICIES, can_truncate_names, policies_help
+from alisa.quality import QUALITIES, QualityName, qualities_help
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 WeightDtypeName = Literal["auto", "int8", "int4"]
@@ -31,15 +32,25 @@ KvDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", 
 DeviceName = Literal["auto", "cpu", "cuda"]
 if TYPE_CHECKING:
     PolicyName = str
+    OwnPolicy, OwnSparsity, OwnKvDtype = str, float, KvDtypeName
 else:
     PolicyName = Literal[tuple(POLICIES)]  # the command line offers them
+    # None until the configuration is made: the quality has the say.
+    OwnPolicy, OwnSparsity, OwnKvDtype = PolicyName | None, float | None, KvDtypeName | None
 
 _POLICY_HELP = (
-    f"Which earlier tokens a step reads. {policies_help()} Why sketch: of two real models, at sparsity 0.8 one loses "
-    "nothing of its perplexity that shows and the other 0.2 %; at 0.95 0.4 % at most and 1.2 %. And it finds all "
-    "facts in 1024 tokens where every choice by history finds a fifth or less (docs/accuracy.md)."
+    f"Which earlier tokens a step reads; None: as the quality says, sketch without one. {policies_help()} Why sketch: "
+    "of two real models, at sparsity 0.8 one loses nothing of its perplexity that shows and the other 0.2 %; at 0.95 "
+    "0.4 % at most and 1.2 %. And it finds all facts in 1024 tokens where every choice by history finds a fifth or "
+    "less (docs/accuracy.md)."
 )
 """From the registry, so that a new policy is told without a word here."""
+
+_QUALITY_HELP = (
+    "A name for policy, sparsity and kv_dtype together; where one of these is given, too, that counts. "
+    f"{qualities_help()} That is the perplexity lost by two real models (docs/accuracy.md). None: sketch at sparsity "
+    "0.8, rows as the model computes."
+)
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}b": factor for unit, factor in _UNITS.items() if len(unit) == 1 and unit != "b"}
@@ -243,6 +254,19 @@ def per_request(params: SamplingParams, index: int) -> SamplingParams:
     return replace(params, seed=(params.seed + index) % NUM_SEEDS)
 
 
+_DEFAULT_OPTIONS: Mapping[str, str | float] = {"policy": "sketch", "sparsity": 0.8, "kv_dtype": "auto"}
+"""Without a quality."""
+
+
+def quality_options(name: QualityName | None) -> Mapping[str, str | float]:
+    """The options that this quality sets, by their names."""
+    return _DEFAULT_OPTIONS if name is None else QUALITIES[name].options
+
+
+_AS_THE_QUALITY_SAYS: Any = None
+"""The default of an option that a quality sets."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Which model runs, how it attends, and how much memory it may use.
@@ -255,10 +279,11 @@ class EngineConfig:
 
     model: str | None = None
     """A directory or a Hugging Face id of a checkpoint, or a .gguf file; None: the small model inside the package."""
-    policy: Annotated[PolicyName, Doc(_POLICY_HELP)] = "sketch"
-    sparsity: float = 0.8
+    quality: Annotated[QualityName | None, Doc(_QUALITY_HELP)] = None
+    policy: Annotated[OwnPolicy, Doc(_POLICY_HELP)] = _AS_THE_QUALITY_SAYS
+    sparsity: OwnSparsity = _AS_THE_QUALITY_SAYS
     """Share of the earlier tokens that a decode step does not read, 0 up to but not 1; 1 - r in the paper (r: caching
-    ratio). dense ignores it."""
+    ratio). dense ignores it. None: as the quality says, 0.8 without one."""
     exact: bool = False
     """The tokens of dense attention: the policy only makes up drafts, several for each step, and a step that reads
     everything once says which of them are right. For policies that can take tokens back: sketch, streaming, local,
@@ -272,17 +297,20 @@ class EngineConfig:
     coverage: float | None = None
     """With a sketch policy on a CPU: as few of these tokens as have this part of the attention weight, above 0 up to 1,
     by the sketch, in each layer; never more than the sparsity allows. None: as many as it allows."""
+    budgets: Path | None = None
+    """A file of `alisa tune`: layers share the tokens that the sparsity allows as it says, some read more and some
+    less; for the policy and the sparsities that it was made for. None: all layers read as many."""
     dtype: DtypeName = "auto"
     """What the model computes in; auto: what the checkpoint and the device suit."""
     weight_dtype: WeightDtypeName = "auto"
     """What the linear layers are kept in; auto: the dtype that the model computes in. On a CPU: int8, half the memory
     and the reading of 16 bits, every output channel with a scale; int4, a third, every 32 inputs with a scale and a
     minimum, which are those of a GGUF file that has them, the projection to the vocabulary in 8 bits."""
-    kv_dtype: KvDtypeName = "auto"
-    """What K and V are kept in; auto: the dtype that the model computes in, so that dense attention is exact. int8,
-    k8v4 (K in 8 bits, V in 4) and int4 keep a scale for each token and head: 53, 41 and 28 % of the memory of 16 bits
-    in heads of 64 values; docs/accuracy.md says what they cost. What has 4 bits is turned into a basis that suits it,
-    found at the start in one pass over 1024 random tokens."""
+    kv_dtype: OwnKvDtype = _AS_THE_QUALITY_SAYS
+    """What K and V are kept in; None: as the quality says, auto without one. auto: the dtype that the model computes
+    in, so that dense attention is exact. int8, k8v4 (K in 8 bits, V in 4) and int4 keep a scale for each token and
+    head: 53, 41 and 28 % of the memory of 16 bits in heads of 64 values; docs/accuracy.md says what they cost. What has
+    4 bits is turned into a basis that suits it, found at the start in one pass over 1024 random tokens."""
     device: DeviceName = "auto"
     """Where the model runs; auto: the GPU if there is one."""
     kv_device_memory: str | int | None = None
@@ -317,6 +345,9 @@ class EngineConfig:
     """Who runs next when more requests wait than may run, after priority. fcfs: the first to come. hrrn: the highest
     (waited + expected time) / expected time, so that short requests do not wait for long ones, and long ones not
     forever; the length of an output is guessed from its prompt, once 100 have ended. Changes no token."""
+    fair: bool = False
+    """Of the requests that wait with the same priority, those of the client go first who has got the fewest tokens; the
+    clients of a server are its API keys. So nobody waits longer because another one sends much. Changes no token."""
     prefix_cache: bool = False
     """Keep K and V of prompts, so that a prompt that begins like an earlier one is read from there on only, and the n
     texts of a prompt read it once. Changes no token."""
@@ -331,6 +362,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         wrong = settle(self)
+        for name, value in quality_options(self.quality).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         sizes = {"kv_device_memory": 1, "kv_host_memory": 0, "kv_disk_memory": 0}
         for name, least in (sizes | {"prefix_cache_memory": 1, "prefix_cache_disk_memory": 1}).items():
             if (size := getattr(self, name)) is not None:
@@ -350,6 +384,11 @@ class EngineConfig:
                     self.coverage is not None and self.policy in POLICIES and not POLICIES[self.policy].covers,
                     f"{self.policy} does not know the weight of what it does not read, so that it cannot have a "
                     f"coverage: choose {', '.join(name for name, entry in POLICIES.items() if entry.covers)}",
+                ),
+                (
+                    self.budgets is not None and self.policy in POLICIES and not POLICIES[self.policy].by_layer,
+                    f"{self.policy} reads the same in all layers, so that it cannot have budgets of each: choose "
+                    f"{', '.join(name for name, entry in POLICIES.items() if entry.by_layer)}",
                 ),
                 (self.max_num_seqs < 1, f"max_num_seqs is {self.max_num_seqs}, at least 1 is needed"),
                 (
@@ -419,6 +458,9 @@ def with_options(config: EngineConfig | None, options: Mapping[str, Any]) -> Eng
         if name in changes:
             raise InputError(f"{name} was given twice, once under its old name; give it once.")
         changes[name] = value
+    if "quality" in changes:
+        unsaid: dict[str, Any] = dict.fromkeys(_DEFAULT_OPTIONS)
+        changes = unsaid | changes
     return replace(config or EngineConfig(), **changes)
 
 

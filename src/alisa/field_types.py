@@ -9,7 +9,7 @@ from functools import cache
 from itertools import repeat
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 
 class DataclassInstance(Protocol):
@@ -65,10 +65,13 @@ def _fitted(value: object, kind: Any) -> Any:  # noqa: ANN401 - annotations are 
     """
     parts = get_args(kind)
     match get_origin(kind):
-        case types.UnionType:
+        case origin if origin in (types.UnionType, Union):
             for part in parts:
                 with suppress(TypeError):
                     return _fitted(value, part)
+            for part in parts:
+                if get_origin(part) is Literal:
+                    return _fitted(value, part)  # its names are more to say than a type is
         case origin if origin is Literal:
             if value in parts:
                 return value

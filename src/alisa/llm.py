@@ -14,7 +14,7 @@ import torch
 from alisa import __version__
 from alisa.config import EngineConfig, SamplingParams, per_request, with_options
 from alisa.engine.builder import build_engine
-from alisa.engine.loaded import LoadedModel, kv_codec, load_model
+from alisa.engine.loaded import LoadedModel, kv_codec, layer_budgets, load_model
 from alisa.engine.report import RunReport
 from alisa.engine.shared import SharedEngine, Stream
 from alisa.errors import InputError
@@ -80,8 +80,9 @@ class LLM:
         named = {} if model is None else {"model": str(model)}
         self.config = with_options(config, {**options, **named})
         self._model = loaded or load_model(self.config, progress)
-        policy = make_policy(self.config.reading_policy, self.config.sparsity, self.config.reading_coverage)
-        self.policy: SelectionPolicy = policy
+        reads = (self.config.reading_policy, self.config.sparsity, self.config.reading_coverage)
+        layers = () if self.config.exact else layer_budgets(self._model, self.config)
+        self.policy: SelectionPolicy = make_policy(*reads, layers)
         self.codec: Codec = kv_codec(self._model, self.config)
         self._lock = threading.Lock()
         self._engine: SharedEngine | None = None
@@ -143,12 +144,15 @@ class LLM:
         self,
         prompts: str | Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        continues: bool = False,
     ) -> Stream:
         """Continue every prompt, and give text as it comes; requests finish in any order.
 
         Args:
             prompts: texts, or token ids that are taken as they are; one text alone is one prompt.
             params: one for all (request i then draws with seed + i), or one for each; None: greedy, 128 tokens.
+            continues: these are turns of conversations, whose outputs `read_answer` makes known to the prefix cache.
 
         Returns:
             An iterator of `TextDelta` and `RequestOutput`. Closing it, or dropping it half way, aborts the rest.
@@ -165,7 +169,16 @@ class LLM:
         )
         if len(each) != len(prompts):
             raise InputError(f"{len(prompts)} prompts came with {len(each)} sampling parameters; give one or one each.")
-        return self._shared().stream(prompts, each)
+        return self._shared().stream(prompts, each, continues=continues)
+
+    def read_answer(self) -> bool:
+        """While nothing else runs, read on in what was said in conversations (see `stream`); False: there is nothing.
+
+        A step of it is short. The next turns find in the prefix cache what was read.
+        """
+        with self._lock:
+            engine = self._engine
+        return engine is not None and engine.read_answer()
 
     def own_sampling(self, params: SamplingParams | None = None) -> SamplingParams:
         """Sampling as the model's generation_config.json asks for it, where `params` are at their default.

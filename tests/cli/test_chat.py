@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from contextlib import closing
 
 import pytest
 
@@ -10,6 +11,7 @@ from alisa import LLM, SamplingParams
 from alisa.cli.chat import _shown
 from alisa.cli.conversation import Conversation, load
 from alisa.cli.main import main
+from alisa.cli.talkers import local_talker
 from alisa.config import EngineConfig
 from alisa.engine.loaded import embedded_model
 from alisa.errors import InputError
@@ -50,6 +52,27 @@ def test_a_conversation_goes_on(model, monkeypatch, capsys):
     assert status == 0
     assert out == "".join(f"{text}\n" for text in answers(model, "Who is there?", "And who else?"))
     assert err.count("tokens/s") == 2
+
+
+def test_the_answer_is_read_while_the_user_types(model, tmp_path):
+    plain = shutil.copytree(model, tmp_path / "plain")
+    (plain / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
+    )
+    config = EngineConfig(
+        model=str(plain), dtype="float32", max_model_len=256, kv_device_memory="8MiB", prefix_cache=True
+    )
+    messages = [{"role": "user", "content": "It was a dark and stormy night, and the ship had been at sea for"}]
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    with closing(local_talker(config)) as talker, LLM(config=config) as llm:
+        first = "".join(talker.answer(messages, params))
+        talker._reading.join(timeout=60)
+        messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "And then?"}]
+        [expected] = llm.generate([llm.chat_prompt(messages)], params)
+        second = "".join(talker.answer(messages, params))
+        assert second == expected.text
+        assert talker._last.cached_tokens > 16 + len(llm.chat_prompt(messages[:1]))
+        assert f"({talker._last.cached_tokens} cached)" in talker.stats()
 
 
 def test_quiet_says_nothing_else(model, monkeypatch, capsys):

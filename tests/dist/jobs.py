@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -17,18 +17,18 @@ from alisa.config import SamplingParams, per_request
 from alisa.llm import LLM
 
 ROOT = Path(__file__).parents[2]
-WORDS = "the old ship was at sea and a storm came up in the night while captain men sailed home".split()
+WORDS = "the old ship was at sea and a storm came up in the night while captain men sailed home".split()  # noqa: SIM905
 OPTIONS = ("--max-tokens", "12", "--temperature", "0.8", "--seed", "5")
 # Workers import what a test gives them, and two busy processes must not fight over the cores.
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-def write_prompts(path: Path, num_prompts: int, poison: tuple[int, ...] = ()) -> list[str]:
-    """Prompts of different lengths with ids that are not in order; returns the texts."""
+def write_prompts(path: Path, num_prompts: int, poison: Mapping[int, str] | None = None) -> list[str]:
+    """Prompts of different lengths with ids that are not in order, some with a word before them; returns the texts."""
     draw = random.Random(num_prompts)
     texts = [" ".join(draw.choices(WORDS, k=draw.randint(3, 30))) for _ in range(num_prompts)]
-    for index in poison:
-        texts[index] = "poison " + texts[index]
+    for index, word in (poison or {}).items():
+        texts[index] = f"{word} {texts[index]}"
     lines = [json.dumps({"id": f"p{-index}", "prompt": text}) for index, text in enumerate(texts)]
     path.write_text("\n".join(lines) + "\n")
     return texts
@@ -53,6 +53,25 @@ def one_process(texts: list[str]) -> list[tuple[int, ...]]:
     with LLM() as llm:
         outputs = llm.generate(texts, [per_request(rules, index) for index in range(len(texts))])
     return [output.token_ids for output in outputs]
+
+
+def check(output: Path, expected: Sequence[tuple[int, ...]], errors: tuple[int, ...] = ()) -> None:
+    """Every prompt has one result, in order, and what is no error is what one process gives."""
+    lines = results(output)
+    assert [line["index"] for line in lines] == [*range(len(expected))]
+    assert [line["id"] for line in lines] == [f"p{-index}" for index in range(len(expected))]
+    assert tuple(line["index"] for line in lines if "error" in line) == errors
+    for line in lines:
+        if "error" not in line:
+            assert tuple(line["token_ids"]) == expected[line["index"]], line["index"]
+
+
+def end(driver: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
+    """What the command wrote, once it has ended as it should."""
+    out, err = driver.communicate(timeout=800)
+    assert driver.returncode == status, err
+    assert "Traceback" not in err
+    return out, err
 
 
 def results(output: Path) -> list[dict]:

@@ -1,4 +1,4 @@
-"""`python -m tests.dist.mortal generate ...` is `alisa generate ...` with replicas that die or fail when a test wants it."""
+"""`python -m tests.dist.mortal generate ...` is `alisa generate ...` with replicas that die when a test wants it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from alisa.cli.shard_work import GenerateWork
 from alisa.llm import LLM
 
 POISON = "poison"
+BROKEN = "broken"
 FULL_DISK = "full-disk"
 """A file of this name in the directory of a job: no file may grow beyond as many bytes as it says."""
 
 
 class MortalLLM(LLM):
-    """A process that is given a poison prompt is gone."""
+    """A process that is given a poison prompt is gone; a broken one fails as nobody foresaw."""
 
     def stream(self, prompts, params=None):
-        if any(POISON in self.tokenizer.decode(list(prompt)) for prompt in prompts):
+        texts = [self.tokenizer.decode(list(prompt)) for prompt in prompts]
+        if any(POISON in text for text in texts):
             os.kill(os.getpid(), signal.SIGKILL)
+        if any(BROKEN in text for text in texts):
+            raise RuntimeError("a kernel has failed")
         return super().stream(prompts, params)
 
 

@@ -31,6 +31,8 @@ from alisa.outputs import RequestOutput
 from tests.cli.fake import FakeLLM
 
 POISON = "poison"
+BAD = "bad"
+"""A prompt whose step fails with an error that nobody foresaw."""
 
 
 class Killed(BaseException):
@@ -132,6 +134,8 @@ class MortalLLM(FakeLLM):
         if any(POISON in text for text in texts):
             self.work.poisoned = True
             raise Killed
+        if any(BAD in text for text in texts):
+            raise RuntimeError("out of memory\nin a kernel")
         for event in super()._run(texts, params):
             if isinstance(event, RequestOutput) and self.ray.num_deaths > 0 and self.ray.draw.random() < 0.2:
                 self.ray.num_deaths -= 1
@@ -174,11 +178,11 @@ SIZE = ReplicaSize(3, ReplicaShare(1, 0, 2**30))
     seed=st.integers(0, 2**32),
     num_prompts=st.integers(1, 24),
     shard_size=st.integers(1, 8),
-    poison=st.sets(st.integers(0, 23), max_size=2),
+    poison=st.dictionaries(st.integers(0, 23), st.sampled_from((POISON, BAD)), max_size=2),
     num_deaths=st.integers(0, 2),
 )
 def test_every_prompt_has_one_result_whoever_dies(seed, num_prompts, shard_size, poison, num_deaths):
-    texts = [f"{POISON if index in poison else 'text'} {index}" for index in range(num_prompts)]
+    texts = [f"{poison.get(index, 'text')} {index}" for index in range(num_prompts)]
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         ray = PlayedRay(random.Random(seed), num_deaths)
         patch.setattr(fleet_module, "load_ray", lambda: ray)
@@ -212,7 +216,7 @@ def test_replicas_that_never_get_ready_end_the_job(tmp_path, monkeypatch):
 
     with (
         Fleet(Dead(ray, tmp_path), SIZE, Silent()) as fleet,
-        pytest.raises(InputError, match="died one after the other before"),
+        pytest.raises(InputError, match="ended one after the other before"),
     ):
         fleet.run(SimpleNamespace(is_suspect=lambda number: False), [0])
 
@@ -227,4 +231,19 @@ def test_a_replica_that_refuses_ends_the_job_with_its_sentence(tmp_path, monkeyp
             raise InputError("The model is not here.")
 
     with Fleet(Refusing(ray, tmp_path), SIZE, Silent()) as fleet, pytest.raises(InputError, match="not here"):
+        fleet.run(SimpleNamespace(is_suspect=lambda number: False), [0])
+
+
+def test_a_model_that_fails_to_load_is_told_with_its_error(tmp_path, monkeypatch):
+    ray = PlayedRay(random.Random(0), 0)
+    monkeypatch.setattr(fleet_module, "load_ray", lambda: ray)
+
+    class Failing(PlayedWork):
+        def open(self, share, progress):
+            raise RuntimeError("no kernel\nmore of it")
+
+    with (
+        Fleet(Failing(ray, tmp_path), SIZE, Silent()) as fleet,
+        pytest.raises(InputError, match=r"has failed \(RuntimeError: no kernel\)"),
+    ):
         fleet.run(SimpleNamespace(is_suspect=lambda number: False), [0])

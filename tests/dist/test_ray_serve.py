@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from http.client import HTTPConnection
 from importlib.util import find_spec
 
 import pytest
@@ -50,6 +52,16 @@ class Fleet:
             raise AssertionError("it ended before it served")
         self.rest: list[str] = []
         threading.Thread(target=lambda: self.rest.extend(self.process.stderr), daemon=True).start()
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and text of a plain call, which has to be answered at once."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            reply = connection.getresponse()
+            return reply.status, reply.read().decode()
+        finally:
+            connection.close()
 
     def engines(self) -> list[int]:
         return [process.pid for process in replicas(self.process.pid, ENGINES)]
@@ -141,10 +153,49 @@ def test_more_calls_start_another_replica(fleet, client):
         caller.start()
     try:
         wait_until(lambda: len(fleet.engines()) == 2, 180)
+        # With more calls than both take at the same time, what is asked of the fleet is answered.
+        wait_until(lambda: "alisa:num_engines 2.0" in fleet.get("/metrics")[1])
+        status, text = fleet.get("/metrics")
+        assert status == 200
+        assert len({*re.findall(r'vllm:num_requests_running{engine="(\w+)"', text)}) == 2
+        assert [fleet.get(path)[0] for path in ("/health", "/ready")] == [200, 200]
     finally:
         enough.set()
         for caller in callers:
             caller.join()
+
+
+def finished_by_engine(fleet) -> dict[str, float]:
+    found: dict[str, float] = {}
+    lines = re.findall(r'^vllm:request_success_total{engine="(\w+)".*} (\S+)$', fleet.get("/metrics")[1], re.M)
+    for engine, count in lines:
+        found[engine] = found.get(engine, 0) + float(count)
+    return found
+
+
+def test_calls_of_a_session_meet_at_one_engine_and_sessions_at_both(fleet, client):
+    # The two of the test before, once its last calls have ended.
+    wait_until(lambda: fleet.get("/metrics")[1].count('num_requests_running{engine="') == 2)
+    wait_until(lambda: not re.search(r"^vllm:num_requests_(running|waiting).* [^0]", fleet.get("/metrics")[1], re.M))
+
+    def call(session: str) -> str:
+        """The engine that answered."""
+        before, changed = finished_by_engine(fleet), []
+
+        def told() -> bool:
+            now = finished_by_engine(fleet)
+            changed[:] = [name for name in now if now[name] != before.get(name, 0)]
+            return bool(changed)
+
+        headers = {"x-session-id": session}
+        client.completions.create(model="embedded", prompt="At sea", max_tokens=2, extra_headers=headers)
+        wait_until(told)
+        assert len(changed) == 1
+        return changed[0]
+
+    engines = [{call(f"session {number}") for _ in range(2)} for number in range(12)]
+    assert [len(met) for met in engines] == [1] * 12
+    assert len(set.union(*engines)) == 2  # all twelve at one: 1 of 2048 pairs of names
 
 
 def test_sigterm_lets_running_calls_come_to_their_end(fleet, client):
@@ -154,3 +205,23 @@ def test_sigterm_lets_running_calls_come_to_their_end(fleet, client):
     assert sum(1 for _ in events) > LONG // 2
     assert fleet.process.wait(timeout=90) == 0
     assert any("running calls come to their end" in line for line in fleet.rest)
+
+
+def ended(*options: str) -> str:
+    """What `alisa serve --ray local` says where it cannot serve."""
+    words = [sys.executable, "-m", "alisa", "serve", "--ray", "local", "--replica-cpus", "1", *options]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ | ENVIRONMENT, timeout=200)
+    assert run.returncode == 2, run.stderr
+    assert "Traceback" not in run.stderr
+    return run.stderr
+
+
+def test_a_port_that_is_taken_and_a_model_that_is_not_there_are_told_in_a_sentence():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1 port {port} cannot be listened on" in ended("--port", str(port))
+    told = ended("--model", "/not/there", "--port", str(port))
+    assert "No engine can start" in told
+    assert "/not/there" in told

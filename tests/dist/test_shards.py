@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,9 @@ from alisa.cli.merge import merge_shards
 from alisa.cli.prompts import each_sample, in_part, read_prompts
 from alisa.cli.shard_work import groups
 from alisa.cli.shards import cut_input
+from alisa.config import EngineConfig
 from alisa.dist.cluster import Node, size_replicas
+from alisa.dist.share import with_whole_paths
 from alisa.errors import InputError
 
 GIB = 2**30
@@ -219,6 +222,7 @@ def test_without_ray_the_extra_is_named(capsys, tmp_path, monkeypatch):
     words = ["--ray", "local", "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out")]
     assert main(["generate", *words]) == 2
     assert "pip install 'alisa[ray]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     assert main(["serve", "--ray", "local"]) == 2
     assert "pip install 'alisa[ray]'" in capsys.readouterr().err
 
@@ -240,3 +244,21 @@ for name in names:
 def test_a_job_on_many_machines_is_asked_for_without_torch():
     code = "import sys, alisa.cli.ray_job, alisa.cli.ray_serve; assert not {'torch', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_files_are_the_same_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("m.gguf").touch()
+    given = EngineConfig(model="m.gguf", kv_disk_path=Path("disk"), prefix_cache=True, prefix_cache_disk=Path("cache"))
+    found = with_whole_paths(given)
+    assert found.model == str(tmp_path / "m.gguf")
+    assert (found.kv_disk_path, found.prefix_cache_disk) == (tmp_path / "disk", tmp_path / "cache")
+    for model in ("owner/name", None):
+        assert with_whole_paths(EngineConfig(model=model)) == EngineConfig(model=model)
+
+
+def test_every_path_of_the_engine_is_made_whole():
+    paths = {field.name for field in fields(EngineConfig) if "Path" in str(field.type)}
+    given = EngineConfig(prefix_cache=True, **dict.fromkeys(paths, Path("x")))
+    assert all(getattr(with_whole_paths(given), name).is_absolute() for name in paths)
+    assert len(paths) >= 3

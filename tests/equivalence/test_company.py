@@ -8,7 +8,7 @@ import json
 import os
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -20,6 +20,8 @@ from alisa.kernels.choose import choose_backend
 from alisa.lab.scoring import ScoredItem, Scorer
 from alisa.model.choose_linear import choose_linear
 from alisa.model.decoder import Decoder
+from alisa.policy.layer_budgets import BudgetedModel, LayerBudget, LayerBudgets
+from alisa.policy.registry import POLICIES
 from tests.caps import device_cap
 
 PROMPT_LENGTHS = (3, 290, 41, 130, 17)
@@ -103,6 +105,20 @@ def count_deleted(llm):
     return deleted
 
 
+def budgets_file(directory, layers):
+    """Budgets of the model inside the package at sparsity 0.5."""
+    record = LayerBudgets(
+        model=BudgetedModel.of(LLM().spec),
+        policy="sketch",
+        edition=POLICIES["sketch"].edition,
+        budgets=(LayerBudget(sparsity=0.5, layers=layers),),
+        found={},
+    )
+    path = directory / "budgets.json"
+    path.write_text(json.dumps(asdict(record)))
+    return path
+
+
 def count_pieces(llm, monkeypatch):
     """A list that grows with every selection that is read in pieces."""
     asked = []
@@ -134,6 +150,7 @@ STATIC = {"schedule": "static", "offload_ratio": 0.75}
         {"policy": "swa", "dtype": "float32"},
         {"policy": "sketch", "dtype": "float16"},
         {"policy": "sketch", "coverage": 0.6, "kv_dtype": "k8v4"},
+        {"policy": "sketch", "layers": (0.3, 0.9, 0.5, 0.3)},
         {"policy": "dense", "kv_dtype": "int8", "weight_dtype": "int8"},
         {"policy": "swa", "kv_dtype": "int4", "weight_dtype": "int8"},
     ],
@@ -141,6 +158,8 @@ STATIC = {"schedule": "static", "offload_ratio": 0.75}
 )
 def test_no_company_placement_or_thread_changes_a_bit(options, tmp_path, monkeypatch):
     options = {"dtype": "bfloat16", "sparsity": 0.5, "prefill_chunk": 64, **SIZES} | options
+    if layers := options.pop("layers", None):
+        options["budgets"] = budgets_file(tmp_path, layers)
     together = LLM(**options)
     prompts = prompts_of(together)
     expected = run(together, prompts)

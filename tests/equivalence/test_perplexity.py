@@ -1,5 +1,6 @@
 """Perplexity against transformers, and the two ways to score against each other."""
 
+from dataclasses import replace
 from math import exp
 from typing import get_args
 
@@ -84,3 +85,24 @@ def test_layer_by_layer_gives_what_decoding_gives(family, kv_dtype, policy, tiny
     denser = score_layerwise(subject.scorer, Variant(policy, 0.1, kv_dtype).selection_policy(), codec, items)
     far = float((denser[0].log_likelihoods - decoded[0].log_likelihoods).abs().median())
     assert far < 1e-4 if policy == "dense" else far > 1e-3
+
+
+@pytest.mark.parametrize(("family", "policy"), [("llama-gqa-tied", "sketch"), ("gemma3", "sketch-mean-head")])
+def test_budgets_of_layers_give_the_same_layer_by_layer_as_decoded(family, policy, tiny_model):
+    subject = Subject.of(LLM(tiny_model(family), dtype="float32", max_num_seqs=2))
+    items = random_items(subject.spec.vocab_size, 2, 24, 60)
+    count = subject.spec.attention.full_layers().num_layers
+    uniform = Variant(policy, 0.6, "float32")
+    layers = tuple(0.3 if layer % 2 else 0.9 for layer in range(count))
+    found = {}
+    for budgets in (layers, (0.6,) * count, ()):
+        chosen, codec = replace(uniform, layers=budgets).selection_policy(), subject.codec(uniform)
+        found[budgets] = decoded = subject.scorer.score(chosen, codec, items)
+        for one, other in zip(decoded, score_layerwise(subject.scorer, chosen, codec, items), strict=True):
+            gap = (one.log_likelihoods - other.log_likelihoods).abs()
+            assert float(gap.median()) < 1e-4
+            # Decoding only asks for the last token; layer by layer it is fed as well.
+            assert one.tokens_read < other.tokens_read
+    assert [output.tokens_read for output in found[(0.6,) * count]] == [output.tokens_read for output in found[()]]
+    assert torch.equal(found[(0.6,) * count][0].log_likelihoods, found[()][0].log_likelihoods)
+    assert not torch.equal(found[layers][0].log_likelihoods, found[()][0].log_likelihoods)

@@ -165,10 +165,12 @@ def test_earlier_tokens_and_embeddings_are_refused():
         model.generate(inputs_embeds=embeds, max_new_tokens=2, custom_generate=alisa.hf.generate)
 
 
-def test_padding_on_the_right_is_refused():
-    model = family("llama-gqa-tied")
-    mask = torch.tensor([[1] * 6 + [0] * 2])
-    with pytest.raises(InputError, match="pad on the left"):
-        model.generate(
-            torch.tensor(Prompts((8,)).ids), attention_mask=mask, max_new_tokens=2, custom_generate=alisa.hf.generate
+@pytest.mark.parametrize(
+    ("mask", "why"), [([1] * 6 + [0] * 2, "pad on the left"), ([0] * 8, "sequence 1 .* all padding")]
+)
+def test_padding_that_is_not_before_a_sequence_is_refused(mask, why):
+    prompt = torch.tensor(Prompts((8,)).ids)
+    with pytest.raises(InputError, match=why):
+        family("llama-gqa-tied").generate(
+            prompt, attention_mask=torch.tensor([mask]), max_new_tokens=2, custom_generate=alisa.hf.generate
         )

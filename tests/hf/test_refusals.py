@@ -59,11 +59,17 @@ _GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
 _DEEPSEEK = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96}
 _DEEPSEEK |= {"moe_intermediate_size": 32, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "v_head_dim": 16}
 _DEEPSEEK |= {"kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+_QWEN_NEXT = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+_QWEN_NEXT |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "num_experts": 4}
+_QWEN_NEXT |= {"linear_value_head_dim": 16, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 OLD_OUTSIDERS = {
     "Falcon": ({"num_hidden_layers": 2, "num_attention_heads": 4}, "outside transformers' attention interface"),
     "GPTJ": (_GPT, "outside transformers' attention interface"),
     "CodeGen": (_GPT, "outside transformers' attention interface"),
     "DeepseekV3": (_DEEPSEEK | {"num_experts_per_tok": 2}, "not those that alisa's cache was given"),
+    "Qwen3Next": (_QWEN_NEXT, "linear attention"),
+    "Lfm2": ({"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "convolution"),
+    "RecurrentGemma": ({"num_hidden_layers": 3, "num_attention_heads": 4, "lru_width": 64}, "of some layers only"),
 }
 """Whose configs do not take the names of ours."""
 
@@ -122,7 +128,7 @@ def test_a_cap_without_room_is_refused(model):
         ({"attention_mask": torch.ones(1, 11, dtype=torch.int64)}, r"\(1, 12\)"),
         ({"output_attentions": True}, "no attention weights"),
         ({"past_key_values": DynamicCache()}, "not those that alisa's cache was given"),
-        ({"use_cache": False}, "not those that alisa's cache was given"),
+        ({"use_cache": False}, "use_cache=False asks for none"),
     ],
 )
 def test_calls_are_refused(model, options, why):
@@ -148,6 +154,31 @@ def test_attention_weights_are_refused_in_generate(model):
     options = {"output_attentions": True, "return_dict_in_generate": True}
     with alisa.hf.attach(model), pytest.raises(InputError, match="no attention weights"):
         model.generate(IDS, max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"use_cache": False}, "use_cache=False"),
+        ({"generation_config": transformers.GenerationConfig(use_cache=False)}, "use_cache=False"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"generation_config": transformers.GenerationConfig(cache_implementation="dynamic")}, "'dynamic'"),
+        ({"attention_mask": torch.ones(1, 1, 12, 12)}, "must be 2D"),
+        ({"attention_mask": torch.tensor([[1] * 9 + [0] * 3])}, "pad on the left"),
+    ],
+)
+def test_calls_of_generate_are_refused(model, options, why):
+    with alisa.hf.attach(model), pytest.raises(ValueError if why == "must be 2D" else InputError, match=why):
+        model.generate(IDS, max_new_tokens=3, **options)
+
+
+def test_embeddings_do_not_go_on_with_tokens(model):
+    with alisa.hf.attach(model) as cache_factory:
+        cache = cache_factory()
+        model.generate(IDS, past_key_values=cache, max_new_tokens=4)
+        embeds = model.get_input_embeddings()(IDS).detach()
+        with pytest.raises(InputError, match="pass input_ids"):
+            model.generate(inputs_embeds=embeds, past_key_values=cache, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": family("Arcee")}])
@@ -297,9 +328,53 @@ def test_crop_takes_what_transformers_gives(model):
             cache.crop(-1)
 
 
-def test_compiling_is_refused(model):
+def _compile(model):
+    return torch.compile(model, backend="eager")(IDS)
+
+
+def _compile_whole(model):
+    return torch.compile(model, backend="eager", fullgraph=True)(IDS)
+
+
+def _export(model):
+    return torch.export.export(model, (IDS,), strict=False)
+
+
+def _export_strictly(model):
+    return torch.export.export(model, (IDS,), strict=True)
+
+
+def _trace(model):
+    return torch.jit.trace(model, (IDS,), strict=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [_compile, _compile_whole, _export, _export_strictly, _trace])
+def test_compiling_and_exporting_are_refused(model, make):
+    torch.compiler.reset()
     with alisa.hf.attach(model), torch.no_grad(), pytest.raises(Exception, match="compiled or exported"):
-        torch.compile(model, backend="eager", fullgraph=True)(IDS)
+        make(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_is_not_attached():
+    model = of_class("Arcee")
+    with pytest.raises(InputError, match="attach the model that is in it"), alisa.hf.attach(torch.compile(model)):
+        pass
+    model.model.layers[0].compile(backend="eager")
+    with pytest.raises(InputError, match="it is compiled"), alisa.hf.attach(model):
+        pass
+
+
+def test_a_model_that_fails_on_two_tokens_is_refused_in_one_line(model):
+    def breaks(module, args):
+        raise RuntimeError("first line\nsecond line")
+
+    hook = model.model.layers[0].register_forward_pre_hook(breaks)
+    with pytest.raises(InputError, match=r"\(RuntimeError: first line\); run it") as caught, alisa.hf.attach(model):
+        pass
+    hook.remove()
+    assert "\n" not in str(caught.value)
 
 
 def test_continuous_batching_of_transformers_says_so_itself(model):

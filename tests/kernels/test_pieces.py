@@ -170,8 +170,9 @@ def flat(completed):
 
 
 @pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
-@pytest.mark.parametrize("coverage", [0.0, 0.3])
-def test_a_sketch_gives_the_same_bits_in_any_company_and_on_any_threads(coverage):
+@pytest.mark.parametrize("covered", [None, (0.3, 0.3, 0.3), (0.0, 0.3, 0.9)])
+def test_a_sketch_gives_the_same_bits_in_any_company_and_on_any_threads(covered):
+    coverages = None if covered is None else torch.tensor(covered, dtype=torch.float64)
     generator = torch.Generator().manual_seed(3)
     lengths = torch.tensor([2000, 300, 31], dtype=torch.int32)
     starts = torch.tensor([0, 2000, 2300])
@@ -180,7 +181,7 @@ def test_a_sketch_gives_the_same_bits_in_any_company_and_on_any_threads(coverage
     sketched, values = make_sketch(keys, 4), make_sketch(keys.flip(0), 2)
     budgets = [torch.tensor(column, dtype=torch.int32) for column in ([1800, 270, 20], [200, 30, 20], [400, 60, 31])]
     expected = cpu.CpuKernels(num_threads=1).sketch_scores(query, sketched, starts, lengths, 2000, 2)
-    together = Ranking(starts, lengths, *budgets, 400, 2000, 1, coverage=coverage)
+    together = Ranking(starts, lengths, *budgets, 400, 2000, 1, coverages=coverages)
     whole = cpu.CpuKernels(num_threads=1).sketch_complete(query, sketched, values, together)
     for num_threads in (1, 2, 7):
         kernel = cpu.CpuKernels(num_threads=num_threads)
@@ -192,6 +193,7 @@ def test_a_sketch_gives_the_same_bits_in_any_company_and_on_any_threads(coverage
             found = kernel.sketch_scores(query[one], sketched, starts[one], lengths[one], 2000, 2)
             assert torch.equal(found, expected[one])
             own = [column[one] for column in budgets]
-            ranking = Ranking(starts[one], lengths[one], *own, 400, 2000, 1, coverage=coverage)
+            of_it = None if coverages is None else coverages[one]
+            ranking = Ranking(starts[one], lengths[one], *own, 400, 2000, 1, coverages=of_it)
             alone = kernel.sketch_complete(query[one], sketched, values, ranking)
             assert all(torch.equal(mine, of_all[one]) for mine, of_all in zip(flat(alone), flat(whole), strict=True))

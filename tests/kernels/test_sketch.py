@@ -206,11 +206,16 @@ def fewest_that_cover(scores, row, budgets, target):
 
 @pytest.mark.parametrize("isa", [*SKETCH_ISAS, "torch"])
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-@given(problem=problems(), coverage=st.sampled_from([0.01, 0.5, 0.9, 0.999, 1.0]), data=st.data())
-def test_as_few_are_chosen_as_have_that_part_of_the_weight(isa, problem, coverage, data):
+@given(
+    problem=problems(),
+    coverages=st.lists(st.sampled_from([0.0, 0.01, 0.5, 0.9, 0.999, 1.0]), min_size=9),
+    data=st.data(),
+)
+def test_as_few_are_chosen_as_have_that_part_of_the_weight(isa, problem, coverages, data):
     budgets = budgets_of(problem, data)
     query, keys, starts, lengths = problem.args()[:4]
-    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets, problem.softcap, coverage)
+    own = torch.tensor([coverages[seq % 9] for seq in range(len(query))], dtype=torch.float64)
+    ranking = Ranking(starts, lengths, *budgets, problem.width, problem.num_sets, problem.softcap, own)
     if isa == "torch":
         keys.ranges[keys.ranges.isnan()] = 0  # the reference gathers them
         scores = sketch_weights(*problem.args()[:-2], problem.softcap)
@@ -220,8 +225,12 @@ def test_as_few_are_chosen_as_have_that_part_of_the_weight(isa, problem, coverag
         scores = kernels(isa).sketch_scores(*problem.args())
         found = kernels(isa).sketch_select(query, keys, ranking)
     older_ends, older_counts, counts, num_slots = budgets
-    target = int(coverage * (query.shape[1] // problem.num_sets) * 2.0**32)
-    wanted = [fewest_that_cover(scores, row, budgets, target) for row in range(len(counts))]
+    of_rows = own.repeat_interleave(problem.num_sets).tolist()
+    targets = [int(coverage * (query.shape[1] // problem.num_sets) * 2.0**32) for coverage in of_rows]
+    wanted = [
+        fewest_that_cover(scores, row, budgets, target) if target else int(older_counts[row])
+        for row, target in enumerate(targets)
+    ]
     of_sequences = torch.tensor(wanted).view(-1, problem.num_sets).amax(dim=1).repeat_interleave(problem.num_sets)
     older = of_sequences.to(torch.int32)
     fewer = (older_ends, older, counts - older_counts + older, num_slots)

@@ -43,15 +43,16 @@ def test_dense_says_what_eager_attention_says(reference: Reference, options: dic
     assert found.equal(expected)
 
 
-def test_a_sparse_policy_says_what_it_says_in_the_engine(reference: Reference) -> None:
-    """Sketch: a choice by history (swa) carries a last bit on, and two decoders differ in last bits."""
+@pytest.mark.parametrize("policy", ["sketch", "swa"])
+def test_a_sparse_policy_says_what_it_says_in_the_engine(reference: Reference, policy: str) -> None:
+    """With one `max_model_len`: a window that it does not exceed is none, and the policy chooses there too."""
     inputs, model = padded(reference), reference.model
     prompts = [
         row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
     ]
-    settings = {"policy": "sketch", "sparsity": 0.5}
+    settings = {"policy": policy, "sparsity": 0.5, "max_model_len": 512}
     with LLM(str(reference.path), dtype="float32", **settings) as llm:
         outputs = llm.generate(prompts, SamplingParams(max_tokens=NUM_NEW, ignore_eos=True))
-    with alisa.hf.attach(model, max_model_len=512, **settings):
+    with alisa.hf.attach(model, **settings):
         found = model.generate(**inputs, **OPTIONS, min_new_tokens=NUM_NEW, eos_token_id=None, pad_token_id=0)
     assert found[:, -NUM_NEW:].tolist() == [list(output.token_ids) for output in outputs]

@@ -15,7 +15,7 @@ KEY = "secret"
 
 @pytest.fixture(scope="module")
 def address(chat_model):
-    with running(replace(ENGINE, model=str(chat_model)), ServerConfig(port=0, api_key=KEY)) as server:
+    with running(replace(ENGINE, model=str(chat_model)), ServerConfig(port=0, api_key=(KEY,))) as server:
         yield server.address
 
 

@@ -3,13 +3,15 @@
 import asyncio
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx2
 import openai
 import pytest
 
-from alisa import SamplingParams
+from alisa import LLM, SamplingParams
+from tests.server.conftest import ENGINE
 
 PROMPTS = ["The ship had been at sea for", "My uncle had a library of"]
 
@@ -330,3 +332,33 @@ def test_seeds_may_be_negative(address, llm):
     [expected] = llm.generate(PROMPTS[0], replace(rules))
     body = ask(address, prompt=PROMPTS[0], max_tokens=6, temperature=1, seed=-5).json()
     assert body["choices"][0]["text"] == expected.text
+
+
+def test_calls_that_read_less_run_beside_the_others(address):
+    prompt = list(range(3, 120))
+    rules = SamplingParams(max_tokens=20, ignore_eos=True)
+    expected = {}
+    for sparsity, coverage in ((0.8, None), (0.95, None), (0.8, 0.5)):
+        with LLM(config=replace(ENGINE, sparsity=sparsity, coverage=coverage)) as llm:
+            expected[sparsity, coverage] = llm.generate([prompt], rules)[0].text
+
+    def text(asked):
+        reading = {
+            name: value for name, value in zip(("sparsity", "coverage"), asked, strict=True) if value is not None
+        }
+        reply = ask(address, prompt=prompt, max_tokens=20, temperature=0, ignore_eos=True, **reading)
+        return reply.json()["choices"][0]["text"]
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(text, [*expected, *expected]))
+    assert found == [*expected.values(), *expected.values()]
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [({"sparsity": 0.5}, "sparsity"), ({"coverage": 0.0}, "coverage"), ({"policy": "swa", "sparsity": 0.9}, "policy")],
+)
+def test_what_the_engine_cannot_read_is_refused(address, asked, param):
+    reply = ask(address, prompt="a", **asked)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == param

@@ -26,6 +26,7 @@ FIELDS = [
     ),
     *("tool_choice", "guided_json", "guided_regex", "structured_outputs", "priority", "cache_salt", "prompt_logprobs"),
     *("truncate_prompt_tokens", "tokens", "best_of", "repetition_penalty", "chat_template_kwargs", "top_logprobs"),
+    *("policy", "sparsity", "coverage"),
 ]
 
 

@@ -1,11 +1,14 @@
 """Calls that begin alike: the same texts, read once, and never shared between tenants."""
 
+import shutil
+import time
 from dataclasses import replace
 
 import httpx2
 import pytest
 
 from alisa import LLM, SamplingParams
+from alisa.server.config import ServerConfig
 from tests.server.conftest import ENGINE, running
 
 SYSTEM = [5, 9, 2, 7, 11, 30, 8, 40] * 16
@@ -57,3 +60,48 @@ def test_the_metrics_count_it(address):
     values = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(("vllm", "alisa"))}
     assert 128 <= values["vllm:prefix_cache_hits_total"] < values["vllm:prefix_cache_queries_total"]
     assert values["alisa:prefix_cache_bytes"] > 0
+
+
+def metric(address, name):
+    lines = httpx2.get(f"{address}/metrics").text.splitlines()
+    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
+
+
+def test_the_next_turn_of_a_chat_reads_only_what_is_new(chat_model, tmp_path):
+    model = shutil.copytree(chat_model, tmp_path / "talker")
+    # As real ones do, it writes an answer as the model has said it.
+    (model / "chat_template.jinja").write_text(
+        "{%- for message in messages %}{{ message.role }}:{{ message.content }}\n{% endfor %}"
+        "{%- if add_generation_prompt %}assistant:{% endif %}"
+    )
+    engine = replace(ENGINE, model=str(model), prefix_cache=True)
+    messages = [{"role": "user", "content": "It was a dark and stormy night, and the ship had been at sea for"}]
+
+    def turn(address):
+        body = {"messages": messages, "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+        reply = httpx2.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
+        messages.append(reply["choices"][0]["message"])
+        messages.append({"role": "user", "content": "And then?"})
+        return reply["usage"]
+
+    with running(engine) as server, LLM(config=engine) as llm:
+        first = turn(server.address)
+        deadline = time.monotonic() + 60
+        while metric(server.address, "alisa:answer_tokens_read_total") < 48 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert httpx2.get(f"{server.address}/state").json()["status"]["requests"] == []
+        prompt = llm.chat_prompt(messages)
+        second = turn(server.address)
+        # The text of the answer may have other tokens than it was said in, from some place on.
+        assert cached({"usage": second}) > first["prompt_tokens"] + 16
+        rules = SamplingParams(max_tokens=60, ignore_eos=True)
+        assert messages[-2]["content"] == llm.generate([prompt], rules)[0].text
+
+
+def test_no_answer_is_read_where_that_is_turned_off(chat_model):
+    engine = replace(ENGINE, model=str(chat_model), prefix_cache=True)
+    body = {"messages": [{"role": "user", "content": "Who is there?"}], "max_tokens": 40, "ignore_eos": True}
+    with running(engine, ServerConfig(port=0, read_answers=False)) as server:
+        httpx2.post(f"{server.address}/v1/chat/completions", json=body, timeout=60)
+        time.sleep(0.3)
+        assert metric(server.address, "alisa:answer_tokens_read_total") == 0

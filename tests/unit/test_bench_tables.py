@@ -91,3 +91,32 @@ def test_a_document_that_says_something_else_is_noticed(tmp_path):
     assert run("--check") == (0, "")
     page.write_text(page.read_text().replace("10.0", "11.0"))
     assert run("--check")[0] == 1
+
+
+def test_a_fleet_has_the_newest_record_of_each_kind(tmp_path):
+    stamp = {"num_cpus": 2.0, "cpu": "C", "date": "2026-01-02T03:04"}
+    old = {
+        "kind": "fleet-driver",
+        "num_prompts": 1,
+        "read_prompt_s": 1.0,
+        "merge_result_s": 1.0,
+        "dispatch_s": {"2": 1.0},
+    }
+    driver = old | {"read_prompt_s": 5.4e-5, "merge_result_s": 2e-5, "dispatch_s": {"2": 7e-4, "16": 1.6e-3}}
+    ways = {"plain_start_s": 3.0, "plain_s": 300.0, "ray_start_s": 9.0, "ray_s": 306.0, "overhead": 0.02}
+    overhead = {"kind": "fleet-overhead", "num_prompts": 10, "max_tokens": 64, "same_tokens": True, **ways}
+    answer = {"replicas": 1000, "seconds": 7200.0, "efficiency": 0.5, "driver_share": 0.1, "storage_share": 0.2}
+    answer |= {"store_bytes": 46 * 10**6, "bottleneck": "loading weights"}
+    plan = {"kind": "fleet-plan", "model": "M", "hardware": "H", "batch": 1, "prompt_len": 2, "output_len": 3}
+    plan["fleets"] = {"10000000": [answer], "1000000000": [answer]}
+    records = [old, driver, overhead, plan]
+    write(tmp_path / "fleet.jsonl", [{"stamp": stamp, "others_cpu_share": 0.25} | record for record in records])
+    text = BLOCKS["fleet-driver"](tmp_path)
+    assert "counted | 54 µs |" in text
+    assert "0.7 ms with 2, 1.6 ms with 16" in text
+    text = BLOCKS["fleet-overhead"](tmp_path)
+    assert "| `--ray local --replicas 1` | 9.00 s | 306 s |" in text
+    assert "+2.0 % of time" in text
+    text = BLOCKS["fleet-saturation"](tmp_path)
+    assert "| 10 million | 1,000 | 2.0 | 50 % | 10 % | 20 % | 46 MB | loading weights |" in text
+    assert "| 1 billion |" in text

@@ -53,7 +53,7 @@ def test_help_names_every_option_with_its_default_and_an_example(capsys):
     names += ["chat", "verify", "tools", "chat_template_kwargs", "sampling"]
     assert not [name for name in names if f"--{name.replace('_', '-')}" not in text]
     assert "[PROMPT ...]" in text
-    assert "(default: sketch)" in text
+    assert "(default: 1024)" in text
     assert 'alisa generate "The ship' in text
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -34,6 +35,7 @@ def test_the_parts_of_a_job_by_hand():
     assert found.work_s == pytest.approx(10**6 / (10 * 100))
     assert found.tail_s == pytest.approx(SHARD_SIZE / 10)
     assert found.driver_share == pytest.approx(10**6 / SHARD_SIZE * 1e-3 / found.work_s, rel=1e-3)
+    assert found.store_bytes == pytest.approx(100 * 2 * SHARD_SIZE * 100 * 4.5, rel=1e-3)
     assert found.bottleneck == "loading weights"
     assert found.seconds == pytest.approx(found.read_s + found.load_s + found.work_s + found.tail_s + found.merge_s)
 
@@ -50,8 +52,11 @@ def test_the_fewest_replicas_that_are_done_in_time():
     replicas = replicas_for(REQUEST, 2.0)
     assert plan_fleet(REQUEST, replicas).seconds <= 2 * 3600
     assert plan_fleet(REQUEST, replicas - max(1, replicas // 10)).seconds > 2 * 3600
-    with pytest.raises(InputError, match="too few with any number of replicas"):
+    fastest = min(plan_fleet(REQUEST, replicas).seconds for replicas in range(1, 3000)) / 3600
+    with pytest.raises(InputError, match="too few with any number of replicas") as told:
         replicas_for(REQUEST, 0.01)
+    # Numbers a twentieth apart are tried, and hours are told with one decimal.
+    assert float(re.search(r"take (\S+) hours", str(told.value))[1]) == pytest.approx(fastest, abs=0.06)
 
 
 def test_the_command_compares_numbers_of_replicas(capsys):
@@ -61,6 +66,7 @@ def test_the_command_compares_numbers_of_replicas(capsys):
     hours = [answer["work_s"] for answer in record["fleet"]]
     assert hours == sorted(hours, reverse=True)
     assert "1,000,000 prompts" in err
+    assert "…" not in err.partition("1,000,000 prompts")[2]  # every figure is whole, on 80 columns too
     _, record, _ = plan(capsys, "--prompts", "1e6", "--replicas", "3")
     assert [answer["replicas"] for answer in record["fleet"]] == [3]
     _, record, _ = plan(capsys, "--prompts", "1e6", "--replicas", "?", "--hours", "5")

@@ -133,7 +133,7 @@ def test_requests_that_share_parameters_have_seeds_of_their_own():
             {"kv_dtype": "int2"},
             "kv_dtype 'int2' is unknown, there is auto, float32, bfloat16, float16, int8, int4, k8v4.",
         ),
-        ({"policy": None}, "policy None is unknown, there is dense, "),
+        ({"policy": "dens"}, "policy 'dens' is unknown, there is dense, "),
         ({"sparsity": "half"}, "sparsity is 'half', a number is needed."),
         ({"coverage": 0.0}, "coverage is 0.0, allowed is above 0 up to 1"),
         ({"coverage": 0.9, "policy": "swa"}, "swa does not know the weight of what it does not read"),
@@ -162,7 +162,7 @@ def test_options_by_name_are_those_of_the_config():
     assert with_options(None, {}) == EngineConfig()
     base = EngineConfig(policy="swa", sparsity=0.5)
     assert with_options(base, {"sparsity": 0.9}) == EngineConfig(policy="swa", sparsity=0.9)
-    for name, message in (("sparsty", "did you mean sparsity?"), ("zzz", "there is model, policy, ")):
+    for name, message in (("sparsty", "did you mean sparsity?"), ("zzz", "there is model, quality, policy, ")):
         with pytest.raises(InputError, match=f"There is no option '{name}'; {message}".replace("?", r"\?")):
             with_options(None, {name: 1})
 

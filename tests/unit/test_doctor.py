@@ -1,11 +1,14 @@
 """Facts from this machine, and what follows from facts of machines that we do not have."""
 
+import re
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from alisa.doctor.facts import Facts, Gpu, Native, gather
+from alisa.doctor.facts import EXTRAS, Facts, Gpu, Native, gather
 from alisa.doctor.finding import Status
 from alisa.doctor.findings import diagnose
 from alisa.doctor.self_test import SelfTest, run_self_test
@@ -50,7 +53,7 @@ HEALTHY = Facts(
     disk_tier=TMP,
     huge_pages="always",
     huge_pages_asked=False,
-    extras={"matplotlib": "3.10", "lm_eval": "0.4.9", "transformers": "5.17", "triton": None},
+    extras={"ray": "2.60.0", "matplotlib": "3.10", "lm_eval": "0.4.9", "transformers": "5.17", "triton": None},
     embedded_model=True,
 )
 GPU = Gpu(name="Some GPU", total_bytes=16 * GIB, free_bytes=15 * GIB)
@@ -123,7 +126,13 @@ def test_a_healthy_machine_needs_nothing():
         ({"disk_tier": Place("/x", None, None, False)}, "disk", "problem", "/x is not a directory", "make it"),
         ({"huge_pages": "madvise"}, "huge pages", "note", "says not to ask", "THP_MEM_ALLOC_ENABLE=1"),
         ({"huge_pages": "never"}, "huge pages", "note", "never", "transparent_hugepage"),
-        ({"extras": {"lm_eval": None, "triton": None}}, "extras", "note", "not there: lm_eval", "pip install lm_eval"),
+        (
+            {"extras": {"ray": None, "lm_eval": None, "matplotlib": "3.10", "triton": None}},
+            "extras",
+            "note",
+            "matplotlib 3.10; not there: ray, lm_eval",
+            "pip install 'alisa[ray,lm_eval]'",
+        ),
         ({"embedded_model": False}, "model", "note", "not inside the package", "--model"),
     ],
 )
@@ -214,3 +223,11 @@ def test_what_becomes_of_the_threads_is_said(change, text):
     [finding] = [finding for finding in diagnose(replace(HEALTHY, **change)) if finding.topic == "threads"]
     assert finding.status is Status.OK
     assert text in finding.text
+
+
+def test_every_extra_of_the_package_is_looked_for():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert {*EXTRAS.values()} == {*project["optional-dependencies"]} - {"test", "dev"}
+    for package, extra in EXTRAS.items():
+        needed = [re.match(r"[\w-]+", line)[0] for line in project["optional-dependencies"][extra]]
+        assert package.replace("_", "-") in needed, extra

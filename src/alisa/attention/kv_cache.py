@@ -121,7 +121,8 @@ def plan_kv_cache(
         )
     has_tiers = can_tier if placement is None else placement.uses_tiers
     found = POLICIES[config.policy].state_bytes(shape, config.sparsity, max_len)
-    read_share = (1 + sum(reads_of(config.reading_policy, config.sparsity)(max_len - 1))) / max_len
+    reads = reads_of("dense", 0.0) if config.exact else policy.reads
+    read_share = (1 + sum(reads(max_len - 1))) / max_len
     state = StateMemory(found.per_token, found.per_sequence, read_share, runs_all)
     if not has_tiers:
         capacity = resident_capacity(

@@ -19,6 +19,7 @@ from torch import Tensor
 from alisa.attention.prefill import PrefillStep, token_places
 from alisa.attention.reader import StepReader, in_chunks
 from alisa.attention.timing import StepSection, StepTimer
+from alisa.budget import Budget
 from alisa.cache.base import RowStore
 from alisa.cache.manager import CacheManager
 from alisa.cache.prefix.cache import PrefixCache
@@ -118,8 +119,7 @@ class KVSession:
         if exact:
             assert policy.can_truncate, "drafts are taken back"
             self._reading = StepReader(Dense(), Dense().make_state(), timer)
-        # Where the policy only drafts, what counts covers all.
-        self._covers = policy.budget.coverage is not None and not exact
+        self._covers = False
         self._observe_prompt = timer.timed(StepSection.SELECTION, state.observe_prompt)
         self._begin_cache = timer.timed(StepSection.BEGIN, cache.begin)
         self._next_chunk = timer.timed(StepSection.TRANSFER, next)
@@ -127,6 +127,7 @@ class KVSession:
         """What the last layer of a decode step read; evaluations look at it."""
         self._prompt_lens: dict[int, int] = {}
         self._block_names: dict[int, tuple[BlockName, ...]] = {}
+        self._budgets: dict[int, Budget] = {}  # of sequences that have one of their own
         self.max_lengths: dict[int, int] = {}
         """By request index: tokens that the sequence may come to."""
         self._bind(cache.store)
@@ -151,6 +152,8 @@ class KVSession:
         self._prompt_lens[sequence.req_idx] = sequence.prompt_len
         self._block_names[sequence.req_idx] = sequence.block_names
         self.max_lengths[sequence.req_idx] = sequence.num_tokens
+        if sequence.budget is not None:
+            self._budgets[sequence.req_idx] = sequence.budget
 
     def extend_prompt(self, req_idx: int, prompt_len: int) -> None:
         """The sequence goes on with tokens up to `prompt_len` that are read as a prompt is.
@@ -179,6 +182,7 @@ class KVSession:
         self.cache.release(req_idx)
         self.state.close(req_idx)
         del self._prompt_lens[req_idx], self._block_names[req_idx], self.max_lengths[req_idx]
+        self._budgets.pop(req_idx, None)
         self._ahead = None
 
     def begin(self, plan: StepPlan) -> None:
@@ -329,6 +333,8 @@ class KVSession:
         req_indices, lengths = tuple(req_idx for req_idx, _ in tokens), tuple(length for _, length in tokens)
         self._reader = self._drafting if plan.is_draft else self._reading
         self._batch = self._batch_of(req_indices, lengths)
+        budgets = self._batch.budgets or (self.policy.budget,)
+        self._covers = self._drafting is self._reading and any(budget.coverage is not None for budget in budgets)
         self._positions = self._batch.length_counts.to(torch.int64) - 1
         # Also where the choice was made ahead: room for the new tokens may have moved what the state knows.
         self._reader.begin(self._batch)
@@ -377,7 +383,10 @@ class KVSession:
     def _batch_of(self, req_indices: tuple[int, ...], lengths: tuple[int, ...]) -> StepBatch:
         index = torch.tensor(req_indices, dtype=torch.int64, device=self._device)
         counts = torch.tensor(lengths, dtype=torch.int32, device=self._device)
-        return StepBatch(req_indices, lengths, index, counts)
+        budgets = None
+        if self._budgets:
+            budgets = tuple(self._budgets.get(req_idx, self.policy.budget) for req_idx in req_indices)
+        return StepBatch(req_indices, lengths, index, counts, budgets)
 
 
 def window_selection(batch: StepBatch, window: int) -> Selection:

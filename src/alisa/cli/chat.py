@@ -28,6 +28,13 @@ HELP = """/stats          what the last answer took; /stats on says it after eac
 A line that ends in a backslash goes on; a text between lines of three quotes may have many. Ctrl-C ends an answer."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatEngine(EngineConfig):
+    """Which model answers, how it attends, and how much memory it may use."""
+
+    prefix_cache: bool = True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chat:
     """Talk with a model.
@@ -46,14 +53,14 @@ class Chat:
     """A conversation that /save wrote, to go on with."""
     quiet: bool = False
     """Nothing but the answers."""
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(prefix_cache=True))
+    engine: ChatEngine = field(default_factory=ChatEngine)
     sampling: UseAppendAction[SamplingParams] = field(default_factory=lambda: SamplingParams(max_tokens=1024))
 
     def run(self) -> int:
         """Do it; returns the exit status."""
         conversation = Conversation() if self.load is None else load(self.load)
         conversation.system = self.system or conversation.system
-        if self.url is not None and self.engine != EngineConfig(prefix_cache=True):
+        if self.url is not None and self.engine != ChatEngine():
             raise InputError(
                 "--url is for a model behind a server, which has options of its own; leave the others out."
             )

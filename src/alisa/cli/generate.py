@@ -23,6 +23,7 @@ from alisa.cli.screen import error_console, loading_bar, say
 from alisa.config import EngineConfig, SamplingParams
 from alisa.errors import AlisaError, InputError
 from alisa.planner.saved import load_profile
+from alisa.policy.layer_budgets import load_layer_budgets
 from alisa.records.document import read_json
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ LLMFactory: TypeAlias = "Callable[[EngineConfig, Callable[[int, int], None]], LL
 
 _CHANGE_NO_TOKEN = frozenset(
     (
+        "quality",  # what it stands for is in the options that it sets
         "kv_device_memory",
         "kv_host_memory",
         "kv_disk_memory",
@@ -46,6 +48,7 @@ _CHANGE_NO_TOKEN = frozenset(
         "schedule_policy",
         "speculative",
         "num_speculative_tokens",
+        "fair",
         "prefix_cache",
         "prefix_cache_memory",
         "prefix_cache_disk",
@@ -122,6 +125,9 @@ class Generate:
                 and getattr(self.engine, option.name) != getattr(default, option.name)
             )
         }
+        if self.engine.budgets is not None:
+            # What is in the file, under whatever name.
+            engine["budgets"] = [asdict(budget) for budget in load_layer_budgets(self.engine.budgets).budgets]
         # More texts for a prompt change none of those that are there.
         plain = asdict(SamplingParams())
         sampling = {

@@ -30,6 +30,7 @@ from alisa.cli.profile import Profile
 from alisa.cli.screen import say
 from alisa.cli.serve import Serve
 from alisa.cli.signals import mend_standard_streams, stop_on_sigterm, stop_status
+from alisa.cli.tune import Tune
 from alisa.errors import AlisaError, InputError
 
 
@@ -50,6 +51,7 @@ COMMANDS: dict[str, type[Command]] = {
     "eval recall": Recall,
     "eval generation": Generation,
     "eval sparsity": Sparsity,
+    "tune": Tune,
     "plan": Plan,
     "plot": Plot,
     "bench kernels": BenchKernels,

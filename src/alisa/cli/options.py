@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args, get_origin
 
 from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -68,6 +68,23 @@ def _size(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str | int | None]
         instance_from_str=lambda words: words[0],
         is_instance=lambda value: value is None or isinstance(value, str | int),
         str_from_instance=lambda value: [str(value)],
+    )
+
+
+@REGISTRY.primitive_rule
+def _name_or_nothing(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str | None] | None:
+    """One of some names; None is for nothing said, and is no name."""
+    parts = get_args(info.type)
+    names = next((get_args(part) for part in parts if get_origin(part) is Literal), ())
+    if type(None) not in parts or len(parts) != 2 or not all(isinstance(name, str) for name in names) or not names:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(names)}}}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value is None or value in names,
+        str_from_instance=lambda value: [str(value)],
+        choices=names,
     )
 
 

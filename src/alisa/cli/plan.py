@@ -12,9 +12,11 @@ from tyro.conf import arg
 from alisa.cli.files import refuse_same_file, to_json, write_whole
 from alisa.cli.options import DisplayOptions
 from alisa.cli.plan_fleet import FleetQuestion, fleet_table
-from alisa.config import EngineConfig, KvDtypeName, PolicyName, WeightDtypeName, parse_bytes
+from alisa.config import KvDtypeName, PolicyName, WeightDtypeName, parse_bytes, with_options
 from alisa.errors import InputError
 from alisa.planner.fleet import fleet_record
+from alisa.policy.layer_budgets import layer_sparsities
+from alisa.quality import QualityName
 
 if TYPE_CHECKING:
     from alisa.planner.hardware import Hardware
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from alisa.planner.simulate import MemoryBudget, UniformWorkload
     from alisa.spec import ModelSpec
 
-_DEFAULT = EngineConfig()
 _FREE_SHARE = 0.5
 """As `alisa generate`: what grows with tokens may take half of the memory that the weights leave free."""
 
@@ -51,16 +52,21 @@ class Plan:
     """Tokens that each gets."""
     hardware: Annotated[str, arg(metavar="NAME|FILE.json")] = "this"
     """this (what `alisa profile` saved), v100-16gb, v100-32gb, rtx4090, h100-80gb, h200, or a file."""
-    policy: PolicyName = _DEFAULT.policy
+    quality: QualityName | None = None
+    """A name for policy, sparsity and rows together, as for `alisa generate`; where one of these is given, too, that
+    counts."""
+    policy: Annotated[PolicyName | None, arg(help_behavior_hint="(default: sketch)")] = None
     """Which earlier tokens a step reads."""
-    sparsity: Annotated[float, arg(metavar="SHARE")] = _DEFAULT.sparsity
+    sparsity: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: 0.8)")] = None
     """Share of the earlier tokens that a step does not read."""
+    budgets: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A file of `alisa tune`; every layer is counted as the one that reads most."""
     dtype: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: what suits the machine)")] = None
     """What the model computes in: float32, bfloat16 or float16."""
     weight_dtype: WeightDtypeName = "auto"
     """What the linear layers are kept in; auto: the same as --dtype."""
-    kv_dtype: KvDtypeName = "auto"
-    """What rows are kept in; auto: the same as --dtype, or int8 where that is faster."""
+    kv_dtype: Annotated[KvDtypeName | None, arg(help_behavior_hint="(default: auto)")] = None
+    """What rows are kept in; auto: the same as --dtype, or int8 where that is faster and no quality is named."""
     kv_device_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: what is left)")] = None
     """Cap of the rows on the device."""
     kv_below_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: what there is)")] = None
@@ -80,7 +86,9 @@ class Plan:
         from alisa.cli.screen import error_console, say
         from alisa.planner.plan import make_plan
 
-        refuse_same_file({"--hardware": Path(self.hardware), "--save": self.save, "--plot": self.plot})
+        refuse_same_file(
+            {"--hardware": Path(self.hardware), "--budgets": self.budgets, "--save": self.save, "--plot": self.plot}
+        )
         record = make_plan(self.question())
         answers = self.fleet.answers(record)
         if answers:
@@ -96,7 +104,7 @@ class Plan:
         if self.save is not None:
             _save(record, self.save)
             if not self.display.quiet:
-                say(_use(record, self.save))
+                say(_use(record, self.save, self.budgets))
         if self.display.json:
             sys.stdout.write(to_json(record) + "\n")
         return 0
@@ -118,7 +126,7 @@ class Plan:
         ]
         if self.output_len < 2:
             wrong.append(f"--output-len is {self.output_len}, at least 2 is needed")
-        if not 0 <= self.sparsity < 1:
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
             wrong.append(f"--sparsity is {self.sparsity}, allowed is 0 up to but not 1")
         if wrong:
             raise InputError("; ".join(wrong) + ".")
@@ -130,7 +138,7 @@ class Plan:
             )
         hardware = find_hardware(self.hardware)
         workload = UniformWorkload(self.batch, self.prompt_len, self.output_len)
-        methods = self._methods(hardware)
+        methods = self._methods(hardware, spec)
         return PlanRequest(
             name=name,
             spec=spec,
@@ -156,7 +164,7 @@ class Plan:
             raise InputError(f"There is no shape {name!r}; there is {', '.join(SHAPES)}.")
         return name, SHAPES[name]
 
-    def _methods(self, hardware: Hardware) -> tuple[RunConfig, ...]:
+    def _methods(self, hardware: Hardware, spec: ModelSpec) -> tuple[RunConfig, ...]:
         from alisa.planner.load import RunConfig
 
         known = [name for name in hardware.gemm if name != "int8"]
@@ -168,11 +176,16 @@ class Plan:
                 f"{hardware.name} has no figures for {self.weight_dtype} weights, which are for CPUs; an older profile "
                 "gets them from another `alisa profile`."
             )
-        kinds = (dtype, "int8") if self.kv_dtype == "auto" else (self.kv_dtype,)
+        asked = {"policy": self.policy, "sparsity": self.sparsity, "kv_dtype": self.kv_dtype, "budgets": self.budgets}
+        engine = with_options(None, {"quality": self.quality, **asked})
+        layers = layer_sparsities(engine.budgets, spec, engine.policy, engine.sparsity)
+        own = (dtype,) if engine.kv_dtype == "auto" else (engine.kv_dtype,)
+        kinds = (dtype, "int8") if engine.kv_dtype == "auto" and self.quality is None else own
         if missing := [kind for kind in kinds if kind not in hardware.attention]:
             raise InputError(f"{hardware.name} has no figures for rows of {missing[0]}.")
         return tuple(
-            RunConfig(self.policy, self.sparsity, dtype, kind, weight_dtype=self.weight_dtype) for kind in kinds
+            RunConfig(engine.policy, engine.sparsity, dtype, kind, weight_dtype=self.weight_dtype, layers=layers)
+            for kind in kinds
         )
 
     def _room(
@@ -220,11 +233,12 @@ def find_hardware(name: str) -> Hardware:
     return replace(hardware, device_bytes=psutil.virtual_memory().available)
 
 
-def _use(record: dict[str, Any], path: Path) -> str:
+def _use(record: dict[str, Any], path: Path, budgets: Path | None) -> str:
     """How to run what was planned: a schedule alone says nothing about policy, rows and batch."""
     weights = " --weight-dtype int8" if record["weight_dtype"] == "int8" else ""
+    shared = "" if budgets is None else f" --budgets {budgets}"
     return (
-        f"use it with: alisa generate --policy {record['policy']} --sparsity {record['sparsity']:g}{weights} "
+        f"use it with: alisa generate --policy {record['policy']} --sparsity {record['sparsity']:g}{shared}{weights} "
         f"--kv-dtype {record['kv_dtype']} --max-num-seqs {record['together']} --schedule {path}"
     )
 

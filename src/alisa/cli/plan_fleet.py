@@ -91,7 +91,7 @@ def fleet_table(question: FleetQuestion, answers: Sequence[FleetPlan]) -> Table:
         "disk busy",
         "limited by",
     ):
-        table.add_column(name, justify="left" if name == "limited by" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "limited by" else "right")
     for answer in answers:
         table.add_row(
             f"{answer.replicas:,}",

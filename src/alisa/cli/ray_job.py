@@ -20,8 +20,10 @@ from alisa.cli.shard_work import GenerateWork
 from alisa.cli.shards import Shard, ShardedInput, cut_input
 from alisa.cli.signals import stop_on_sigterm, stop_status
 from alisa.config import format_bytes
-from alisa.dist.cluster import connect, disconnect
+from alisa.dist.cluster import cluster
+from alisa.dist.extra import load_ray
 from alisa.dist.fleet import Fleet, ReplicaReport
+from alisa.dist.share import with_whole_paths
 from alisa.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def run_fleet(args: Generate, frame: ChatFrame | None, make_work: Callable[..., 
         AlisaError: something the caller can mend; results finished until then are kept.
     """
     source, output = _needed_files(args)
+    load_ray()  # to miss it after all prompts have been read would be late
     run = args.digest(frame)
     prompts = cut_input(
         source,
@@ -50,7 +53,7 @@ def run_fleet(args: Generate, frame: ChatFrame | None, make_work: Callable[..., 
         keep_invalid=args.files.skip_invalid,
     )
     work = make_work(
-        engine=args.engine,
+        engine=with_whole_paths(args.engine),
         sampling=args.sampling,
         takes_own_sampling=args.takes_own_sampling,
         chat=frame,
@@ -98,20 +101,17 @@ def work_on(
     waiting = directory.waiting
     if not waiting:
         return ()
-    connect(str(args.fleet.ray))
-    try:
+    # Ray has messages of its own until it is left, and standard output is for results.
+    with redirect_stdout(sys.stderr), cluster(str(args.fleet.ray)):
         stop_on_sigterm()  # Ray has put a handler of its own there
         size = args.fleet.size(args.engine.device)
         show = sys.stderr.isatty() and not args.display.quiet
         with (
-            redirect_stdout(sys.stderr),  # Ray has messages of its own, and standard output is for results
             FleetScreen(prompts.num_texts, directory.num_finished(), size.num_replicas, show=show) as screen,
             Fleet(work, size, screen) as fleet,
         ):
             fleet.run(directory, waiting)
             reports = fleet.reports
-    finally:
-        disconnect()
     failed = [count for count in directory.counts.values() if count.num_failed]
     if failed:
         raise InputError(

@@ -16,6 +16,15 @@ from alisa.errors import InputError
 from alisa.server.config import ServerConfig
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedEngine(EngineConfig):
+    """Which model is served, how it attends, and how much memory it may use."""
+
+    prefix_cache: bool = True
+    # docs/server.md has what this does to the time between two tokens, and what it costs.
+    max_step_tokens: int | None = 256
+
+
 @dataclass(frozen=True, kw_only=True)
 class Serve:
     """Serve a model to clients of OpenAI's API, with metrics and a page to look at.
@@ -28,15 +37,14 @@ class Serve:
     """
 
     server: ServerConfig = field(default_factory=ServerConfig)
-    # docs/server.md has what this does to the time between two tokens, and what it costs.
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(prefix_cache=True, max_step_tokens=256))
+    engine: ServedEngine = field(default_factory=ServedEngine)
     fleet: ServingOptions = field(default_factory=ServingOptions)
 
     def run(self) -> int:
         """Do it; returns the exit status."""
         config = self.server
-        if config.api_key is None and os.environ.get("ALISA_API_KEY"):
-            config = replace(config, api_key=os.environ["ALISA_API_KEY"])
+        if not config.api_key and (keys := os.environ.get("ALISA_API_KEY")):
+            config = replace(config, api_key=tuple(keys.split(",")))
         config.refuse_open_door()
         if self.fleet.ray is not None:
             return serve_fleet(self.engine, config, self.fleet)

@@ -197,9 +197,18 @@ def _locked_results(files: ShardFiles, prompts: Sequence[Prompt], run: str, prog
 
 
 def _rename(files: ShardFiles) -> None:
-    """The shard is done: on the disk, and by name."""
-    with files.part.open("rb") as part:
-        os.fsync(part.fileno())
-    files.part.replace(files.whole)
+    """The shard is done: on the disk, and by name.
+
+    Raises:
+        InputError: the disk is full, or gone.
+    """
+    try:
+        with files.part.open("rb") as part:
+            os.fsync(part.fileno())
+        files.part.replace(files.whole)
+    except OSError as error:
+        raise InputError(
+            f"{files.part} cannot be written: {error.strerror}. Run the same command again to go on."
+        ) from error
     with suppress(OSError):
         files.running.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from alisa.cli.options import DisplayOptions
 from alisa.cli.screen import error_console, loading_bar
 from alisa.config import EngineConfig, KvDtypeName, PolicyName
 from alisa.errors import InputError
+from alisa.quality import QualityName
 
 if TYPE_CHECKING:
     from alisa.lab.eval.measurement import Evaluation
@@ -32,9 +33,11 @@ _T = TypeVar("_T", bound=str)
 class SweptEngine(EngineConfig):
     """Which model runs, and how much memory it may use; what is swept, or not used by evaluations, is no option."""
 
+    quality: QualityName | None = field(default=None, init=False)
     policy: PolicyName = field(default=_DEFAULT.policy, init=False)
     sparsity: float = field(default=_DEFAULT.sparsity, init=False)
     coverage: float | None = field(default=None, init=False)
+    budgets: Path | None = field(default=None, init=False)
     kv_dtype: KvDtypeName = field(default=_DEFAULT.kv_dtype, init=False)
     kv_host_memory: str | int | None = field(default=None, init=False)
     kv_disk_memory: str | int | None = field(default=None, init=False)
@@ -58,6 +61,8 @@ class SweepOptions:
     """Shares of the earlier tokens that a step does not read."""
     coverage: Annotated[str | None, arg(metavar="SHARE[,SHARE...]", help_behavior_hint="(default: none)")] = None
     """Parts of the weight that sketch policies read, in as few tokens as the sparsity allows at most."""
+    budgets: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    """A file of `alisa tune`: the policy and the sparsities that it is for are run with it as well as without."""
     kv_dtype: Annotated[str, arg(metavar="NAME[,NAME...]")] = "auto"
     """What K and V are kept in: auto (as the model computes), float32, bfloat16, float16, int8, int4, k8v4."""
     forward: Annotated[Literal["alisa", "hf"], arg(name="engine")] = "alisa"
@@ -110,7 +115,7 @@ def run_sweep(
     """
     from alisa.lab.eval.measurement import measure_cells
     from alisa.lab.eval.record_file import RecordFile, eval_line
-    from alisa.lab.eval.subject import variants
+    from alisa.lab.eval.subject import variants, with_budgets
     from alisa.lab.eval.tables import tables
 
     show = sys.stderr.isatty() and not display.quiet
@@ -119,8 +124,10 @@ def run_sweep(
             subject = load_subject(options, progress)
         evaluations = make_evaluations(subject)
         chosen = variants(options.policies, options.sparsities, options.kv_dtypes, options.coverages)
+        if options.budgets is not None:
+            chosen = with_budgets(chosen, options.budgets, subject.spec)
         records: list[EvalRecord] = []
-        with _cell_bar(show=show) as bar:
+        with cell_bar(show=show) as bar:
             task = bar.add_task(name, total=len(evaluations) * len(chosen))
             for evaluation in evaluations:
                 for record in measure_cells(subject, evaluation, chosen, file):
@@ -152,7 +159,7 @@ def load_subject(options: SweepOptions, progress: Callable[[int, int], None]) ->
     return Subject.of(LLM(config=options.engine, progress=progress))
 
 
-def _cell_bar(*, show: bool) -> Progress:
+def cell_bar(*, show: bool) -> Progress:
     """Cells done, on standard error."""
     return Progress(
         TextColumn("{task.description}"),

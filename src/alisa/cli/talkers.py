@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +66,8 @@ class LocalTalker:
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self._last: RunSummary | None = None
+        self._reading: threading.Thread | None = None
+        self._asked = threading.Event()
 
     @property
     def name(self) -> str:
@@ -80,11 +83,12 @@ class LocalTalker:
     def answer(self, messages: Messages, params: SamplingParams) -> Generator[str, None, None]:
         """Text as it grows; sampled as the model's files ask for, where the parameters are at their default."""
         llm = self._llm
+        self._stop_reading()
         if self.was_trained_on_chats:
             prompt, params = llm.chat_prompt(messages), llm.own_sampling(params)
         else:
             prompt = llm.tokenizer.encode("\n".join(message["content"] for message in messages))
-        with llm.stream([prompt], params) as stream:
+        with llm.stream([prompt], params, continues=True) as stream:
             try:
                 for event in stream:
                     if isinstance(event, TextDelta):
@@ -93,6 +97,8 @@ class LocalTalker:
                         raise InputError(f"The answer ended early: {event.error}.")
             finally:
                 self._last = stream.report().summary
+                stream.close()
+                self._read_answer()
 
     def with_policy(self, policy: str, sparsity: float | None) -> LocalTalker:
         """The model is loaded again; this one is closed when that has worked."""
@@ -110,14 +116,32 @@ class LocalTalker:
         read = last.tokens_attended / last.tokens_dense if last.tokens_dense else 1.0
         speed = f"{last.decode_tokens / last.decode_s:.1f} tokens/s" if last.decode_s else "no decode step"
         lower = f" and {format_bytes(last.disk_peak_bytes)} on disk" if last.disk_peak_bytes else ""
+        cached = f" ({last.cached_tokens} cached)" if last.cached_tokens else ""
         return (
-            f"{last.output_tokens} tokens after {last.prompt_tokens}, prompt {last.prefill_s:.2f} s, {speed}, read "
-            f"{read:.0%} of K and V, {format_bytes(last.kv_peak_bytes)} of them{lower}"
+            f"{last.output_tokens} tokens after {last.prompt_tokens}{cached}, prompt {last.prefill_s:.2f} s, {speed}, "
+            f"read {read:.0%} of K and V, {format_bytes(last.kv_peak_bytes)} of them{lower}"
         )
 
     def close(self) -> None:
         """The model's memory is given back."""
+        self._stop_reading()
         self._llm.close()
+
+    def _read_answer(self) -> None:
+        """While the user reads and types, the answer is read, so that the next turn knows it."""
+        self._asked.clear()
+        self._reading = threading.Thread(target=self._read, name="alisa-answers", daemon=True)
+        self._reading.start()
+
+    def _read(self) -> None:
+        while not self._asked.is_set() and self._llm.read_answer():
+            pass
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._asked.set()
+            self._reading.join()
+            self._reading = None
 
 
 def local_talker(config: EngineConfig) -> LocalTalker:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from alisa.config import format_bytes
 from alisa.dist.extra import load_ray
@@ -39,13 +40,25 @@ class ReplicaSize:
     share: ReplicaShare
 
 
-def connect(address: str) -> None:
-    """This process is a driver of the cluster at `address`; `local`: of a cluster of this machine alone, made for it.
+@contextmanager
+def cluster(address: str) -> Iterator[None]:
+    """In the block this process is a driver of a cluster; then it has left, and its actors are gone.
+
+    Args:
+        address: of the cluster; `auto`: the one that runs here; `local`: one of this machine alone, made for the block.
 
     Raises:
         InputError: Ray is not installed, or there is no cluster.
     """
     ray = load_ray()
+    try:
+        _connect(ray, address)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:  # noqa: ANN401 - a module
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address == "local":
@@ -62,8 +75,9 @@ def connect(address: str) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise InputError(
-            f"--ray {address}: there is no cluster to be reached ({reason}). `ray start --head` starts one, --ray local "
-            "uses this machine alone."
+            f"--ray {address}: there is no cluster to be reached ({reason}). `ray start --head` starts one, "
+            "RAY_AUTH_MODE=token in the environment is for one that asks for a token, --ray local uses this machine "
+            "alone."
         ) from error
 
 
@@ -76,11 +90,6 @@ def _knock(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if colon and "://" not in address and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
-
-
-def disconnect() -> None:
-    """The driver has left; its actors are gone."""
-    load_ray().shutdown()
 
 
 def living_nodes() -> tuple[Node, ...]:
@@ -133,8 +142,8 @@ def size_replicas(
     wanted = room if replicas == "auto" else replicas
     if room < max(1, wanted):
         raise InputError(
-            f"{max(1, wanted)} replica(s) of {cpus} CPUs{' and a GPU' if gpu else ''} and {format_bytes(memory_bytes)} are "
-            f"asked for, and the cluster has room for {room}; ask for fewer --replicas, --replica-cpus or "
+            f"{max(1, wanted)} replica(s) of {cpus} CPUs{' and a GPU' if gpu else ''} and {format_bytes(memory_bytes)} "
+            f"are asked for, and the cluster has room for {room}; ask for fewer --replicas, --replica-cpus or "
             "--replica-memory."
         )
     return ReplicaSize(wanted, ReplicaShare(cpus, int(gpu), memory_bytes))

@@ -20,6 +20,7 @@ from alisa import __version__
 from alisa.dist.cluster import ReplicaSize
 from alisa.dist.extra import load_ray
 from alisa.dist.replica import (
+    Failed,
     Refused,
     Replica,
     ReplicaPlace,
@@ -226,11 +227,13 @@ class Fleet:
             self._running[self._status_of(member)] = member, "alive"
             return
         except self._ray.exceptions.RayActorError:
-            self._bury(member, source, waiting)
+            self._bury(member, "has died", source, waiting)
             return
         match result:
             case Refused(problem):
                 raise InputError(problem)
+            case Failed(problem):  # as good as dead
+                self._bury(member, f"has failed ({problem})", source, waiting)
             case ReplicaPlace():
                 self._num_failed_starts = 0
                 member.place = result
@@ -246,28 +249,27 @@ class Fleet:
             case ReplicaStatus():  # it can be reached again, but nobody knows what became of its shards
                 self._replace(member, "was out of reach", waiting)
 
-    def _bury(self, member: _Member, source: ShardSource, waiting: deque[int]) -> None:
+    def _bury(self, member: _Member, what: str, source: ShardSource, waiting: deque[int]) -> None:
         """A replica is dead: by what it worked on, unless its machine is gone too."""
         if member.place is None:
             self._num_failed_starts += 1
             if self._num_failed_starts >= MOST_FAILED_STARTS:
                 raise InputError(
-                    f"{self._num_failed_starts} replicas died one after the other before their model was loaded; "
-                    "often it needs more memory than there is (--replica-memory, fewer --replicas)."
+                    f"{self._num_failed_starts} replicas ended one after the other before their model was loaded, the "
+                    f"last one {what}; often it needs more memory than there is (--replica-memory, fewer --replicas)."
                 )
         elif not self._is_alive(member.place.node_id):
             self._replace(member, f"has gone with its machine {member.place.host}", waiting)
             return
         for number in member.shards:
             source.died(number)
-        self._replace(member, "has died", waiting)
+        self._replace(member, what, waiting)
 
     def _replace(self, member: _Member, what: str, waiting: deque[int]) -> None:
         """Another replica takes its name, and its shards wait again."""
         shards = sorted(member.shards)
-        self._watcher.told(
-            f"{member.name} {what}" + (f"; shards {', '.join(map(str, shards))} go on with another one." if shards else ".")
-        )
+        rest = f"; shards {', '.join(map(str, shards))} go on with another one." if shards else "."
+        self._watcher.told(f"{member.name} {what}{rest}")
         waiting.extendleft(reversed(shards))
         self._forget(member)
         self._ray.kill(member.actor)  # where it was only out of reach

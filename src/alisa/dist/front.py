@@ -1,27 +1,35 @@
-"""What clients of a fleet meet: it reads a call, picks the replica by how the call begins, and hands the answer through.
+"""What clients of a fleet meet: it reads a call, has a replica picked by how the call begins, and passes its answer on.
 
-It knows nothing of models. Nothing in it needs Ray: `Forward` is what Ray's handle does.
+It knows nothing of models. Nothing in it needs Ray: `Forward` is what Ray's handle does. What is asked of the fleet as
+a whole it answers itself, so that it is answered while every engine is full.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeAlias
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from alisa.config import parse_bytes
 from alisa.dist.call import Call
+from alisa.dist.metrics import joined
 from alisa.dist.routing import routing_key
+from alisa.server.app import METRICS_TYPE
+from alisa.server.body import receive_body
 from alisa.server.config import ServerConfig
 from alisa.server.errors import ApiError
 from alisa.server.reply import error_reply
 
 _LOG = logging.getLogger("alisa.dist")
+_OF_THE_FLEET = frozenset(("/health", "/ready", "/metrics"))
+
 
 Forward: TypeAlias = Callable[[str, Call], AsyncGenerator[Message]]
 """A routing key and a call to the messages of the replica that answers it."""
@@ -40,26 +48,45 @@ class Front:
 
     Args:
         forward: to a replica; raises `ReplicaDiedError` and `OverloadedError`.
+        expositions: the metrics of the replicas that are there.
         config: of the server.
     """
 
-    def __init__(self, forward: Forward, config: ServerConfig) -> None:
+    def __init__(self, forward: Forward, expositions: Callable[[], Sequence[bytes]], config: ServerConfig) -> None:
         self._forward = forward
+        self._expositions = expositions
         self._max_bytes = parse_bytes(config.max_body)
+        self._receive_timeout_s = config.receive_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one call."""
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
             return
-        body = await _body(receive, self._max_bytes)
-        if body is None:
-            refusal = ApiError(413, f"The body is larger than {self._max_bytes} bytes, which is the limit here.")
+        if scope["method"] == "GET" and scope["path"] in _OF_THE_FLEET:
+            await self._of_fleet(scope["path"])(scope, receive, send)
+            return
+        try:
+            body = await receive_body(
+                Request(scope, receive), max_bytes=self._max_bytes, timeout_s=self._receive_timeout_s
+            )
+        except ApiError as refusal:  # half a body, where the client has left: no replica hears of it
             await error_reply(refusal)(scope, receive, send)
             return
         headers = Headers(scope=scope)
         call = Call(scope["method"], scope["path"], scope["query_string"], tuple(scope["headers"]), body)
         await self._answer(call, routing_key(headers, body), scope, receive, send)
+
+    def _of_fleet(self, path: str) -> Response:
+        """Whether this front lives, whether any engine does, and what they count."""
+        if path == "/health":
+            return JSONResponse({"status": "ok"})
+        expositions = self._expositions()
+        if path == "/metrics":
+            return Response(joined(expositions), media_type=METRICS_TYPE)
+        if expositions:
+            return JSONResponse({"ready": True})
+        return error_reply(ApiError(503, "There is no engine.", kind="service_unavailable_error"))
 
     async def _answer(self, call: Call, key: str, scope: Scope, receive: Receive, send: Send) -> None:
         started: Message | None = None
@@ -97,18 +124,6 @@ def _told(error: Exception) -> ApiError:
 
 def _is_event_stream(start: Message) -> bool:
     return Headers(raw=[*start["headers"]]).get("content-type", "").startswith("text/event-stream")
-
-
-async def _body(receive: Receive, max_bytes: int) -> bytes | None:
-    """All of it; None: there is more than may be."""
-    data = bytearray()
-    while True:
-        message = await receive()
-        data += message.get("body", b"")
-        if len(data) > max_bytes:
-            return None
-        if not message.get("more_body", False):
-            return bytes(data)
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -1,4 +1,7 @@
-"""How Ray Serve picks a replica for a call. Serve imports this by name; it is the one module that needs Ray to be imported."""
+"""How Ray Serve picks a replica for a call.
+
+Serve imports this by name; it is the one module that needs Ray to be imported.
+"""
 
 from __future__ import annotations
 

@@ -71,7 +71,9 @@ class GenerateStage:
     ) -> None:
         self._params = params or SamplingParams()
         if self._params.n != 1:
-            raise InputError(f"n is {self._params.n}; a row has room for 1 text. Repeat the rows, each with its own id.")
+            raise InputError(
+                f"n is {self._params.n}; a row has room for 1 text. Repeat the rows, each with its own id."
+            )
         self._prompt = prompt
         self._row_id = row_id
         self._llm = LLM(config=config)

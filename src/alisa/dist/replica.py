@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import resource
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 from alisa import __version__
 from alisa.dist.share import ReplicaShare
 from alisa.errors import AlisaError
+
+_LOG = logging.getLogger("alisa.dist")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,13 @@ class ShardCount:
 @dataclass(frozen=True, slots=True)
 class Refused:
     """The work cannot be done as it is: an error that the user can mend, as its sentence."""
+
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An error that nobody foresaw, such as a lack of memory on a GPU: nobody knows what the engine is good for now."""
 
     problem: str
 
@@ -99,7 +109,7 @@ class ShardWork(Protocol):
 
 
 class Replica:
-    """The actor. Errors that a user can mend are returned, because not every exception travels."""
+    """The actor. Errors are returned, because not every exception travels."""
 
     def __init__(self, work: ShardWork, share: ReplicaShare) -> None:
         self._work = work
@@ -108,28 +118,39 @@ class Replica:
         self._runner: ShardRunner | None = None
         self._ready_s = perf_counter()
 
-    def open(self) -> ReplicaPlace | Refused:
+    def open(self) -> ReplicaPlace | Refused | Failed:
         """Load the model, on as many threads as the replica has processors."""
         try:
             self._runner = self._work.open(self._share, self._progress)
         except AlisaError as error:
             return Refused(str(error))
+        except Exception as error:
+            return _failed(error)
         self._ready_s = perf_counter()
         return ReplicaPlace(platform.node(), os.getpid(), _node_id(), __version__)
 
-    def run(self, task: object) -> ShardCount | Refused:
+    def run(self, task: object) -> ShardCount | Refused | Failed:
         """Work on one shard to its end."""
         assert self._runner is not None, "open comes first"
         try:
             return self._runner.run(task)
         except AlisaError as error:
             return Refused(str(error))
+        except Exception as error:
+            return _failed(error)
 
     def status(self) -> ReplicaStatus:
         """How far it is."""
         num_texts, num_tokens = self._progress.read()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return ReplicaStatus(num_texts, num_tokens, perf_counter() - self._ready_s, peak)
+
+
+def _failed(error: Exception) -> Failed:
+    """What the driver hears of it; Ray's log of this process has the way that led to it."""
+    _LOG.error("a replica has failed", exc_info=error)
+    first_line = str(error).strip().partition("\n")[0]
+    return Failed(f"{type(error).__name__}: {first_line}")
 
 
 def _node_id() -> str:

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from alisa.config import EngineConfig, format_bytes
 from alisa.errors import InputError
+
+
+def with_whole_paths(config: EngineConfig) -> EngineConfig:
+    """`config` with the same files whatever directory a process works in: those of Ray have one of their own.
+
+    A model that is not here keeps its name: it may be on the other machines, or a hub's.
+    """
+    paths = {
+        name: path.absolute()
+        for name in ("kv_disk_path", "schedule", "prefix_cache_disk")
+        if (path := getattr(config, name)) is not None
+    }
+    if config.model is not None and (model := Path(config.model).expanduser()).exists():
+        return replace(config, model=str(model.absolute()), **paths)
+    return replace(config, **paths)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,15 @@ from alisa.model.choose_linear import choose_linear
 from alisa.model.linear import PlainLinear
 from alisa.model.precision import has_native_bfloat16, resolve_device, resolve_dtype
 
-EXTRAS = ("matplotlib", "lm_eval", "transformers", "triton")
-"""Packages that single commands, the tests or a GPU make use of; nothing else needs them."""
+EXTRAS: Mapping[str, str] = {
+    "fastapi": "server",
+    "llguidance": "grammar",
+    "ray": "ray",
+    "transformers": "hf",
+    "matplotlib": "plot",
+    "lm_eval": "lm_eval",
+}
+"""The package by which each extra of ours is known to be there, and the name of the extra."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +110,7 @@ class Facts:
     huge_pages_asked: bool
     """Whether torch was told to ask for huge pages."""
     extras: Mapping[str, str | None]
-    """Version of each optional package; None where it is absent."""
+    """Version of the package of each extra, and of Triton; None where it is absent."""
     embedded_model: bool
     """Whether the small model is inside the package."""
 
@@ -141,7 +148,7 @@ def gather(temporary: Path, disk_tier: Path) -> Facts:
         disk_tier=Place.read(disk_tier),
         huge_pages=huge_pages(),
         huge_pages_asked=huge_pages_asked(),
-        extras={name: _version(name) for name in EXTRAS},
+        extras={name: _version(name) for name in (*EXTRAS, "triton")},
         embedded_model=(embedded_model() / "model.safetensors").exists(),
     )
 

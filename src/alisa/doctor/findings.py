@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import ceil
 
 from alisa.config import format_bytes
-from alisa.doctor.facts import Facts
+from alisa.doctor.facts import EXTRAS, Facts
 from alisa.doctor.finding import REINSTALL, Finding, Status
 from alisa.machine import ASK_FOR_HUGE_PAGES, Place
 
@@ -200,6 +200,5 @@ def _extras(facts: Facts) -> Finding:
     text = ", ".join(there) or "none"
     if not missing:
         return Finding(Status.OK, "extras", text)
-    return Finding(
-        Status.NOTE, "extras", f"{text}; not there: {', '.join(missing)}", f"pip install {' '.join(missing)}"
-    )
+    names = ",".join(EXTRAS[name] for name in missing)
+    return Finding(Status.NOTE, "extras", f"{text}; not there: {', '.join(missing)}", f"pip install 'alisa[{names}]'")

@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from typing import TypeVar, cast
 
 from alisa.config import SamplingParams
+from alisa.engine.budgets import AS_CONFIGURED, ReadingParams
 from alisa.engine.engine import Engine
 from alisa.engine.output import EngineOutput
 from alisa.errors import AlisaError, InputError
@@ -76,6 +77,9 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        continues: bool = False,
+        client: str = "",
+        reading: ReadingParams = AS_CONFIGURED,
     ) -> str:
         """Queue a request, whose events `events` gives; see `Engine.add_request`.
 
@@ -92,7 +96,16 @@ class AsyncEngine:
         def add() -> str:
             if name in self._streams:  # it may have finished, and not been read
                 raise InputError(f"The request id {name!r} is in use; choose another one.")
-            self._engine.add_request(prompt, params, request_id=name, priority=priority, cache_salt=cache_salt)
+            self._engine.add_request(
+                prompt,
+                params,
+                request_id=name,
+                priority=priority,
+                cache_salt=cache_salt,
+                continues=continues,
+                client=client,
+                reading=reading,
+            )
             self._streams[name] = stream
             return name
 
@@ -249,8 +262,13 @@ class AsyncEngine:
                 call()
 
     def _make_calls(self) -> bool:
-        """Make the calls that are there, and wait for one where there is nothing to compute; False: stop."""
+        """Make the calls that are there, and wait for one where there is nothing to compute; False: stop.
+
+        While nobody asks for anything, what was said is read, step by step.
+        """
         while not (self._calls.empty() and self._engine.has_requests):
+            if self._calls.empty() and self._engine.read_answer():
+                continue
             call = self._calls.get()
             if call is None:
                 return False

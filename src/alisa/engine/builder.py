@@ -16,10 +16,12 @@ from alisa.attention.prefill import chunk_tokens
 from alisa.attention.timing import StepTimer
 from alisa.cache.offload.residency import Eviction
 from alisa.config import EngineConfig
+from alisa.engine.answers import ANSWER_CHUNK, AnswerReader
+from alisa.engine.budgets import RequestBudgets
 from alisa.engine.costs import MeasuredCosts
 from alisa.engine.drafter import PolicyDrafter
 from alisa.engine.engine import Engine
-from alisa.engine.loaded import LoadedModel, kv_codec
+from alisa.engine.loaded import LoadedModel, kv_codec, layer_budgets
 from alisa.engine.prefix import PrefixRules, build_prefix, prefix_share
 from alisa.engine.prompt import PromptReader
 from alisa.engine.report import EngineSetup
@@ -29,6 +31,7 @@ from alisa.engine.speculator import NoDrafts, Speculator
 from alisa.engine.threads import make_governor
 from alisa.errors import InputError
 from alisa.policy.registry import make_policy, reads_of
+from alisa.scheduler.fair import ServedTokens
 from alisa.scheduler.order import FirstCome, HighestResponseRatio
 from alisa.scheduler.placement.base import PlacementPolicy
 from alisa.scheduler.placement.file import load_schedule
@@ -69,6 +72,8 @@ class EngineParts:
     """Of the runner's prefix cache; None: it has none."""
     prefix_bytes: int = 0
     """Hard cap of the prefix cache."""
+    answers: AnswerReader | None = None
+    """Reads answers into the prefix cache; None: there is none."""
     speculator: Speculator = field(default_factory=NoDrafts)
     """Says which tokens a step tries."""
 
@@ -90,8 +95,10 @@ def build_engine(
         model.tokenizer,
         PromptReader(model.tokenizer, model.spec.vocab_size, parts.cache_config.max_model_len),
         make_governor(),
+        RequestBudgets(config, on_cpu=model.decoder.device.type == "cpu"),
         eos_ids=frozenset() if model.tokenizer is None else model.tokenizer.eos_ids,
         prefix_rules=parts.prefix_rules,
+        answers=parts.answers,
         speculator=parts.speculator,
         drafter=PolicyDrafter(parts.runner) if config.exact else None,
     )
@@ -111,7 +118,7 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
             "--coverage runs on a CPU only: how many tokens each layer reads would have to be asked of the GPU; leave "
             "it out, and choose a higher --sparsity."
         )
-    policy = make_policy(config.policy, config.sparsity, config.coverage)
+    policy = make_policy(config.policy, config.sparsity, config.coverage, layer_budgets(model, config))
     shape = model.spec.attention
     if config.policy != "dense" and shape.full_layers().num_layers == 0:
         _LOG.warning(
@@ -160,22 +167,26 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
     )
     costs = MeasuredCosts(cache_config.token_bytes)
     chunk_size = partial(chunk_tokens, row_dtype=kv_dtype, dtype=model.decoder.dtype, whole_blocks=prefix is not None)
-    speculator = options.speculator or make_speculator(model, config, cache, cache_config.token_bytes)
+    speculator = options.speculator or make_speculator(model, config, policy, cache, cache_config.token_bytes)
     scheduler = Scheduler(
         cache_config.limits,
         cache_config.placement,
-        reads_of(config.reading_policy, config.sparsity, config.reading_coverage),
+        reads_of("dense", 0.0) if config.exact else policy.reads,
         costs,
         max_num_seqs=config.max_num_seqs,
         step_tokens=1 + speculator.most,
         prefill_chunk=chunk_size(config.prefill_chunk),
         shared_chunk=None if config.max_step_tokens is None else chunk_size(config.max_step_tokens),
         token_bytes=cache_config.token_bytes,
+        fair=ServedTokens() if config.fair else None,
         order=HighestResponseRatio(costs, prefix) if config.schedule_policy == "hrrn" else FirstCome(),
         prefix=prefix,
     )
     runner = ModelRunner(model.decoder, session, timer)
-    return EngineParts(scheduler, runner, costs, cache_config, kv_dtype, rules, prefix_bytes, speculator)
+    answers = None
+    if prefix is not None and rules is not None:
+        answers = AnswerReader(scheduler, runner, prefix, rules, chunk_size(ANSWER_CHUNK))
+    return EngineParts(scheduler, runner, costs, cache_config, kv_dtype, rules, prefix_bytes, answers, speculator)
 
 
 def _setup(model: LoadedModel, config: EngineConfig, parts: EngineParts) -> EngineSetup:

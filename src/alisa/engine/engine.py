@@ -12,6 +12,8 @@ from torch import Tensor
 
 from alisa.attention.session import StepTraffic
 from alisa.config import SamplingParams
+from alisa.engine.answers import AnswerReader
+from alisa.engine.budgets import AS_CONFIGURED, ReadingParams, RequestBudgets
 from alisa.engine.chooser import Grown, TokenChooser
 from alisa.engine.costs import MeasuredCosts
 from alisa.engine.drafter import Drafts, PolicyDrafter, with_drafting
@@ -45,8 +47,10 @@ class Engine:
         tokenizer: None: prompts are token ids, and no text comes out.
         prompts: checks what is asked.
         governor: chooses how many threads a step runs on.
+        budgets: says how much a request may have read.
         eos_ids: token ids that end a request unless it ignores them.
         prefix_rules: of the session's prefix cache; None: it has none.
+        answers: reads answers into that cache; None: there is none.
         speculator: says which tokens a step tries before it is known whether they come.
         drafter: makes up those that the speculator does not know; None: it knows all.
     """
@@ -59,9 +63,11 @@ class Engine:
         tokenizer: Tokenizer | None,
         prompts: PromptReader,
         governor: ThreadGovernor,
+        budgets: RequestBudgets,
         *,
         eos_ids: frozenset[int],
         prefix_rules: PrefixRules | None = None,
+        answers: AnswerReader | None = None,
         speculator: Speculator,
         drafter: PolicyDrafter | None = None,
     ) -> None:
@@ -72,8 +78,10 @@ class Engine:
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._governor = governor
+        self._budgets = budgets
         self._eos_ids = eos_ids
         self._prefix_rules = prefix_rules
+        self._answers = answers
         self._guides = GuideMaker(tokenizer, eos_ids)
         self._open: dict[str, OpenRequest] = {}
         self._names = itertools.count()
@@ -91,7 +99,7 @@ class Engine:
     @property
     def has_requests(self) -> bool:
         """Whether `step` has anything to do."""
-        return self.scheduler.has_requests
+        return bool(self._open)
 
     def add_request(
         self,
@@ -101,6 +109,9 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        continues: bool = False,
+        client: str = "",
+        reading: ReadingParams = AS_CONFIGURED,
     ) -> str:
         """Queue a request; it starts as soon as there is room.
 
@@ -110,29 +121,37 @@ class Engine:
             request_id: a name of the caller's; None: one is made.
             priority: lower ones are admitted first.
             cache_salt: the prefix cache shares nothing between requests with different ones.
+            continues: another prompt is likely to begin with this one and its output, as in a conversation:
+                `read_answer` then puts the output into the prefix cache, too.
+            client: who sent it, for `EngineConfig.fair`.
+            reading: how much its decode steps read, where that is less than the engine's options say.
 
         Returns:
             The request's name.
 
         Raises:
             RequestError: the prompt cannot be used.
-            InputError: the name is taken, more than one text is asked for, its grammar cannot be used, or the engine
-                is closed.
+            InputError: the name is taken, more than one text is asked for, its grammar cannot be used, it asks for a
+                sparsity that is not to be had, or the engine is closed.
             CapacityError: the request cannot fit even when it runs alone.
         """
         self._check_usable()
         if params.n != 1:
             raise InputError(f"A request is one text, and n is {params.n}; add a request for each of them.")
         prompt_ids, max_new_tokens = self._prompts.read(prompt, params)
+        budget = self._budgets.budget(reading)
         name = f"request-{next(self._names)}" if request_id is None else request_id
         request = Request(name, prompt_ids, params, max_new_tokens, priority, perf_counter())
+        request.client, request.budget = client, budget
         if (rules := self._prefix_rules) is not None:
             request.block_names = rules.names(prompt_ids, request.num_rows, cache_salt)
             # Tokens that are restored give no logits.
             request.max_restored = 0 if params.prompt_logprobs is not None else rules.most(len(prompt_ids))
         text = RequestText(prompt, params, self._tokenizer)
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
-        opened = OpenRequest(text, eos_ids | {*params.stop_ids, *text.stop_ids}, self._guides.guide(params))
+        ends = eos_ids | {*params.stop_ids, *text.stop_ids}
+        opened = OpenRequest(text, ends, self._guides.guide(params), cache_salt if continues else None)
+        self._stop_reading()
         self.scheduler.add(request)
         self._open[name] = opened
         return name
@@ -191,14 +210,31 @@ class Engine:
             self._governor.restore()
         return EngineOutput(deltas, finished, record, plan, tuple(request.request_id for request in requests))
 
+    @torch.inference_mode()
+    def read_answer(self) -> bool:
+        """While no request is open: read on in what was said last, for the prefix cache; False: there is nothing to.
+
+        A step of it is short. The next request that is added ends it.
+        """
+        self._check_usable()
+        if self._answers is None or self.has_requests:
+            return False
+        self._governor.before_step()
+        self._runner.timer.reset()
+        has_read = self._answers.step()
+        if not has_read:
+            self._governor.restore()
+        return has_read
+
     def status(self) -> EngineStatus:
         """What is going on; call it between steps."""
         cache, now = self._session.cache, perf_counter()
         return EngineStatus(
-            tuple(_view(request, now) for request in self.scheduler.requests.values()),
+            tuple(_view(self.scheduler.requests[name], now) for name in self._open),
             device_bytes=cache.nbytes(Medium.DEVICE),
             host_bytes=cache.nbytes(Medium.HOST),
             disk_bytes=cache.nbytes(Medium.DISK),
+            answer_tokens=0 if self._answers is None else self._answers.num_tokens,
         )
 
     def close(self) -> None:
@@ -207,6 +243,10 @@ class Engine:
             self._closed = True
             self._governor.restore()
             self._session.cache.close()
+
+    def _stop_reading(self) -> None:
+        if self._answers is not None:
+            self._answers.stop()
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -287,7 +327,10 @@ class Engine:
 
     def _output(self, request: Request) -> RequestOutput:
         self._speculator.forget(request.request_id)
-        return self._open.pop(request.request_id).output(request)
+        opened = self._open.pop(request.request_id)
+        if self._answers is not None and opened.answer_salt is not None and request.finish_reason != "error":
+            self._answers.add(request, opened.answer_salt)
+        return opened.output(request)
 
 
 def _drafted(grown: Sequence[Grown]) -> tuple[int, int]:

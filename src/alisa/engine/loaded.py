@@ -17,6 +17,7 @@ from alisa.model.hub import resolve_model
 from alisa.model.precision import resolve_device, resolve_dtype
 from alisa.model.stored import open_model
 from alisa.model.tokenizer import Tokenizer
+from alisa.policy.layer_budgets import layer_sparsities
 from alisa.spec import ModelSpec, RowFormat
 
 
@@ -84,6 +85,15 @@ def load_model(config: EngineConfig, progress: Callable[[int, int], None] | None
         decoder = decoder.within(config.max_model_len)
     backend = choose_backend(decoder.device)
     return LoadedModel(config.model or "embedded", decoder, tokenizer, backend, stored.sampling())
+
+
+def layer_budgets(model: LoadedModel, config: EngineConfig) -> tuple[float, ...]:
+    """The budgets of the layers that this configuration asks for, as `Budget.layers`.
+
+    Raises:
+        InputError: the file cannot be read, or is for another model, policy or sparsity.
+    """
+    return layer_sparsities(config.budgets, model.spec, config.policy, config.sparsity)
 
 
 def kv_codec(model: LoadedModel, config: EngineConfig) -> Codec:

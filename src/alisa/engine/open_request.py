@@ -27,6 +27,8 @@ class OpenRequest:
     end_ids: frozenset[int]
     """Tokens that end it."""
     guide: Guide | None = None
+    answer_salt: str | None = None
+    """Under which salt the prefix cache is to know prompt and output; None: it need not."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 

@@ -36,8 +36,10 @@ class SharedEngine:
         self._streams: WeakValueDictionary[str, Stream] = WeakValueDictionary()
         self._dropped: deque[str] = deque()
 
-    def stream(self, prompts: Sequence[str | Sequence[int]], params: Sequence[SamplingParams]) -> Stream:
-        """All requests are queued, or none is.
+    def stream(
+        self, prompts: Sequence[str | Sequence[int]], params: Sequence[SamplingParams], *, continues: bool = False
+    ) -> Stream:
+        """All requests are queued, or none is; `continues` as in `Engine.add_request`.
 
         Raises:
             PromptError: a prompt cannot be used.
@@ -49,7 +51,7 @@ class SharedEngine:
                 for index, (prompt, rules) in enumerate(zip(prompts, params, strict=True)):
                     try:
                         for sample in range(rules.n):
-                            name = self._engine.add_request(prompt, sample_params(rules, sample))
+                            name = self._engine.add_request(prompt, sample_params(rules, sample), continues=continues)
                             names[name] = index, sample
                     except RequestError as error:
                         raise PromptError(index, error.problem) from error
@@ -80,6 +82,15 @@ class SharedEngine:
                 self._abort_dropped()
             finally:
                 self._lock.release()
+
+    def read_answer(self) -> bool:
+        """See `Engine.read_answer`; false, too, while another thread makes a step."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            return self._engine.read_answer()
+        finally:
+            self._lock.release()
 
     @property
     def is_idle(self) -> bool:

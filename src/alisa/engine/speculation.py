@@ -8,24 +8,28 @@ from alisa.engine.loaded import LoadedModel
 from alisa.engine.speculator import MeasuredSpeculator, NoDrafts, Speculator
 from alisa.outputs import Medium
 from alisa.planner.speculation import DraftWork
-from alisa.policy.registry import POLICIES, reads_of
+from alisa.policy.base import SelectionPolicy
+from alisa.policy.registry import POLICIES
 
 
-def make_speculator(model: LoadedModel, config: EngineConfig, cache: CacheManager, token_bytes: int) -> Speculator:
+def make_speculator(
+    model: LoadedModel, config: EngineConfig, policy: SelectionPolicy, cache: CacheManager, token_bytes: int
+) -> Speculator:
     """Drafts from the text, and in exact mode from the policy; none where neither is asked for.
 
     Args:
         model: whose weights a draft reads, too.
         config: what is asked for.
+        policy: chooses what a draft reads.
         cache: knows how much there is to read.
         token_bytes: of one token's rows over all layers.
     """
     if config.exact:
         max_len = config.max_model_len or model.spec.max_positions
-        read = sum(reads_of(config.policy, config.sparsity)(max_len - 1)) / max_len
-        policy = POLICIES[config.policy]
-        state_share = policy.state_bytes(model.spec.attention, config.sparsity, max_len).per_token / token_bytes
-        work = DraftWork(model.decoder.weight_bytes, token_bytes, read, state_share, policy.churn)
+        read = sum(policy.reads(max_len - 1)) / max_len
+        entry = POLICIES[config.policy]
+        state_share = entry.state_bytes(model.spec.attention, config.sparsity, max_len).per_token / token_bytes
+        work = DraftWork(model.decoder.weight_bytes, token_bytes, read, state_share, entry.churn)
 
         def draft_share() -> float:
             below = (cache.nbytes(Medium.HOST) + cache.nbytes(Medium.DISK)) // token_bytes

@@ -31,6 +31,8 @@ class EngineStatus:
     device_bytes: int
     host_bytes: int
     disk_bytes: int
+    answer_tokens: int = 0
+    """Tokens of answers that were read so far while nobody waited."""
 
     def count(self, *statuses: str) -> int:
         """Requests with one of these."""

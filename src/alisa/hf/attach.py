@@ -87,7 +87,7 @@ def attach(
         kv_disk_memory: hard cap of rows on disk.
         kv_disk_path: whose disk.
         max_num_seqs: sequences in all caches together, those of beams included.
-        max_model_len: longest sequence; None: what the model's configuration says.
+        max_model_len: longest sequence; None: what the model's configuration says. A window that is no shorter is none.
 
     Yields:
         Makes caches, for `past_key_values`; the model makes its own where none is given.
@@ -127,6 +127,14 @@ def attach(
 
 def _generate_of(model: PreTrainedModel) -> Callable[..., Any]:
     """The function that generates with a model, of its class."""
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"{type(model).__name__} is not a model of transformers but something around one (compiled, wrapped); "
+            "attach the model that is in it."
+        )
+    # What `module.compile()` sets; torch has no other way to ask.
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise refusal(type(model).__name__, "it is compiled")
     if not isinstance(model, GenerationMixin):
         raise refusal(type(model).__name__, "it does not generate text")
     return type(model).generate  # pyrefly: ignore[missing-attribute]  # what the line above has asked
@@ -229,8 +237,13 @@ class _ForwardHook:
         mask = kwargs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise InputError("alisa takes an attention mask of one number for each token so far, [batch, tokens].")
+        if kwargs.get("use_cache") is False:
+            raise InputError(
+                "alisa is the KV cache of an attached model, and use_cache=False asks for none; leave it out, or leave "
+                "alisa.hf.attach."
+            )
         cache = kwargs.get("past_key_values")
-        if cache is None and kwargs.get("use_cache") is not False:
+        if cache is None:
             cache = self._factory()
         if isinstance(cache, AlisaCache):
             cache.batch.note(args[0] if args else kwargs.get("input_ids"))
@@ -250,10 +263,16 @@ class _Generate:
 
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """As the model's own `generate`."""
+        _refuse_other_caches(kwargs)
         if kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = self._factory()
         ids = kwargs.get("input_ids") if inputs is None else inputs
         cache = kwargs["past_key_values"]
+        if isinstance(cache, AlisaCache) and kwargs.get("inputs_embeds") is not None and cache.is_initialized:
+            raise InputError(
+                "the cache holds tokens, and nothing says whether embeddings go on with them; pass input_ids, or make "
+                "a new cache."
+            )
         if isinstance(cache, AlisaCache) and isinstance(ids, Tensor) and kwargs.get("inputs_embeds") is None:
             mask = kwargs.get("attention_mask")
             # A mask that is longer than the ids says that they alone are new.
@@ -263,3 +282,14 @@ class _Generate:
             else:
                 cache.batch.expect(mask.shape[1])
         return self._generate(self._model, inputs, *args, **kwargs)
+
+
+def _refuse_other_caches(kwargs: dict[str, Any]) -> None:
+    """Raise InputError where a call of `generate` names a kind of transformers' own caches."""
+    config = kwargs.get("generation_config")
+    named = kwargs.get("cache_implementation") or (config.cache_implementation if config is not None else None)
+    if named is not None:
+        raise InputError(
+            f"alisa is the KV cache of an attached model, and cache_implementation={named!r} asks for another; leave "
+            "it out, or leave alisa.hf.attach."
+        )

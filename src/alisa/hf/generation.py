@@ -174,6 +174,8 @@ class _Run:
                     "the attention mask has padding after or inside a sequence; pad on the left "
                     "(tokenizer.padding_side = 'left')."
                 )
+            if num_pads == width:
+                raise InputError(f"sequence {row + 1} of the batch is all padding; give it a token, or leave it out.")
             if width - num_pads + num_new > max_len:
                 raise InputError(
                     f"{width - num_pads} tokens of prompt and {num_new} new ones are more than {max_len} positions; "

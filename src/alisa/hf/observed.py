@@ -97,8 +97,9 @@ def observe(model: PreTrainedModel) -> ObservedAttention:
     except AlisaError:
         raise
     except Exception as error:
-        why = f"two tokens could not be run through it ({type(error).__name__}: {error})"
-        raise refusal(cache.name, why.rstrip(".")) from error
+        said = str(error).strip().partition("\n")[0].rstrip(".:")
+        why = f"two tokens could not be run through it ({type(error).__name__}: {said})"
+        raise refusal(cache.name, why) from error
     return cache.observed()
 
 

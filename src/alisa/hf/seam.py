@@ -220,6 +220,9 @@ def register() -> None:
 
 
 def check_eager() -> None:
-    """Raise InputError where a model is being compiled or exported: marks on tensors do not survive that."""
-    if torch.compiler.is_compiling():
-        raise SeamError("a model attached to alisa cannot be compiled or exported", "leave alisa.hf.attach first")
+    """Raise InputError where a model is being compiled, exported or traced: marks on tensors do not survive that."""
+    # The last: the compiler gave up on a frame, which runs as it is while its callers are compiled. Torch has no public
+    # way to ask for that. The error has no constructor of its own, because the compiler hands on no other.
+    eval_frame = torch._C._dynamo.eval_frame
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or eval_frame.get_eval_frame_callback() is not None:
+        raise InputError("a model attached to alisa cannot be compiled or exported; leave alisa.hf.attach first.")

@@ -109,7 +109,7 @@ class Workspace:
         older_counts: int,
         counts: int,
         num_slots: int,
-        coverage: float,
+        coverages: int,
         positions: int,
         chosen_counts: int,
         shares: int,

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alisa.budget import Budget
 from alisa.spec import RowFormat
 
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
@@ -67,6 +68,8 @@ class StepBatch:
     """Int64[B], the req_indices on the device."""
     length_counts: Tensor
     """Int32[B], the lengths on the device."""
+    budgets: tuple[Budget, ...] | None = None
+    """How much may be read for each token; None: what the policy's own budget says."""
 
 
 Rebuild = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -321,10 +324,11 @@ class Ranking(NamedTuple):
     """J: 1 for all heads together, or G, one for the heads of each KV head."""
     softcap: float | None = None
     """Of the scores, as in `AttentionShape`."""
-    coverage: float = 0.0
-    """Above 0: the counts are the most, and as few older tokens are chosen as have this part of the weight of every
-    index set, together with those from `older_ends` on; as many in all sets of a sequence. Weights of single tokens,
-    summed over the heads of a set, are cut to whole 2^-32, so that sums do not depend on an order."""
+    coverages: Tensor | None = None
+    """Float64[B]. Where one is above 0, the counts of its sequence are the most, and as few older tokens are chosen as
+    have this part of the weight of every index set, together with those from `older_ends` on; as many in all sets of a
+    sequence. Weights of single tokens, summed over the heads of a set, are cut to whole 2^-32, so that sums do not
+    depend on an order. None: all are 0."""
 
 
 class Chosen(NamedTuple):

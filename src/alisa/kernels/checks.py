@@ -168,7 +168,7 @@ def check_sketch_values(query: Tensor, keys: Sketch, values: Sketch) -> None:
 
 def check_ranking(query: Tensor, keys: Sketch, ranking: Ranking) -> None:
     """A query and what is ranked for it fit the sketch, with a budget for each index set; raises otherwise."""
-    starts, lengths, older_ends, older_counts, counts, _, _, num_sets, *_ = ranking
+    starts, lengths, older_ends, older_counts, counts, _, _, num_sets, _, coverages = ranking
     check_sketch_scores(query, keys, starts, lengths, num_sets)
     # Written out, as are others here: this runs in every layer of every step.
     shape = (query.shape[0] * num_sets,)
@@ -184,6 +184,8 @@ def check_ranking(query: Tensor, keys: Sketch, ranking: Ranking) -> None:
         )
     if older_ends.dtype != torch.int32 or older_counts.dtype != torch.int32 or counts.dtype != torch.int32:
         raise TypeError(f"budgets are int32, not {[older_ends.dtype, older_counts.dtype, counts.dtype]}")
+    if coverages is not None and (coverages.dtype != torch.float64 or coverages.shape != query.shape[:1]):
+        raise ValueError(f"{len(query)} sequences need as many coverages, float64")
 
 
 def check_mean_add(sums: Tensor, req_index: Tensor, values: Tensor) -> None:

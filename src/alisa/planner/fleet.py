@@ -7,6 +7,7 @@ driver, which reads the prompts, hands shards out and merges results, and the di
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,6 +75,8 @@ class FleetPlan:
     """Of the time of work in which the driver hands shards out; above 1 replicas wait for it."""
     storage_share: float
     """Of what the shared disk takes that results fill while replicas work."""
+    store_bytes: int
+    """Of shards on the way in the object store, on the driver's machine."""
     bottleneck: str
     """The part that takes most in addition to the work, where it is more than a tenth of that."""
 
@@ -124,6 +127,7 @@ def plan_fleet(request: FleetRequest, replicas: int) -> FleetPlan:
         output_bytes,
         dispatch_s / compute_s,
         write_s / compute_s,
+        min(num_shards, replicas * SHARDS_AT_ONCE) * input_bytes * SHARD_SIZE // num_prompts,
         worst if parts[worst] > 0.1 * compute_s else "nothing",
     )
 
@@ -135,17 +139,24 @@ def replicas_for(request: FleetRequest, hours: float) -> int:
         InputError: no number is.
     """
     fewest = max(1, math.ceil(request.num_prompts / (request.prompts_per_s * hours * 3600)))
-    replicas = fewest
-    while plan_fleet(request, replicas).seconds > hours * 3600:
-        replicas = max(replicas + 1, replicas * 21 // 20)
-        if replicas > 1000 * fewest:
-            best = plan_fleet(request, fewest)
-            fixed_h = (best.seconds - best.work_s) / 3600
-            raise InputError(
-                f"{hours:g} hours are too few with any number of replicas: reading the prompts, the weights, the last "
-                f"shards and merging take {fixed_h:.1f} hours. Split the input into several jobs, or allow more."
-            )
-    return replicas
+    for replicas in _numbers(fewest, 1000 * fewest):
+        if plan_fleet(request, replicas).seconds <= hours * 3600:
+            return replicas
+    best = min(
+        (plan_fleet(request, replicas) for replicas in _numbers(1, 1000 * fewest)), key=lambda plan: plan.seconds
+    )
+    raise InputError(
+        f"{hours:g} hours are too few with any number of replicas: {best.replicas:,} are the fastest and take "
+        f"{best.seconds / 3600:.1f} hours, {(best.seconds - best.work_s) / 3600:.1f} of them for reading the prompts, "
+        "the weights, the last shards and merging. Split the input into several jobs, or allow more."
+    )
+
+
+def _numbers(first: int, last: int) -> Iterator[int]:
+    """Each a twentieth above the one before."""
+    while first <= last:
+        yield first
+        first = max(first + 1, first * 21 // 20)
 
 
 def fleet_record(plan: FleetPlan) -> dict[str, Any]:

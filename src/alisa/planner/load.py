@@ -42,6 +42,8 @@ class RunConfig:
     """Share of the rows wanted from below that the hot cache holds, where it was measured."""
     weight_dtype: WeightDtypeName = "auto"
     """What the linear layers are held in; `auto`: `dtype`."""
+    layers: tuple[float, ...] = ()
+    """As in `alisa.budget.Budget`: every layer is counted as the one that reads most."""
 
     @property
     def products(self) -> str:
@@ -51,7 +53,7 @@ class RunConfig:
     @property
     def reads(self) -> Reads:
         """Tokens a step reads."""
-        return reads_of(self.policy, self.sparsity)
+        return reads_of(self.policy, self.sparsity, layers=self.layers)
 
     @property
     def churn(self) -> float:

@@ -177,10 +177,16 @@ def _helps(question: PlanRequest, found: SearchResult | None) -> Iterator[dict[s
     if base.policy != "dense":
         sparser = round(1 - (1 - base.sparsity) / 2, 3)
         changes.append(
-            (f"sparsity {sparser:g}", question.workload, [replace(m, sparsity=sparser) for m in question.methods])
+            (
+                f"sparsity {sparser:g}",
+                question.workload,
+                [replace(m, sparsity=sparser, layers=()) for m in question.methods],
+            )
         )
     else:
-        changes.append(("sketch at sparsity 0.8", question.workload, [replace(base, policy="sketch", sparsity=0.8)]))
+        changes.append(
+            ("sketch at sparsity 0.8", question.workload, [replace(base, policy="sketch", sparsity=0.8, layers=())])
+        )
     for name, workload, methods in changes:
         other = _search(question, workload, methods)
         if other is None:

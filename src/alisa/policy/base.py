@@ -19,7 +19,8 @@ Both classes have defaults, so that a policy says only what is special about it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -123,6 +124,10 @@ class SelectionPolicy:
     def reads(self, num_earlier: int) -> tuple[int, int]:
         """(recent, older): of n earlier tokens, the recent ones that every layer reads, and how many of the others."""
         return self.budget.split(num_earlier)
+
+    def of_layer(self, layer: int) -> Self:
+        """The policy for a state of this one layer alone."""
+        return replace(self, budget=self.budget.of_layer(layer))
 
     def num_sets(self, shape: AttentionShape) -> int:
         """J: 1 for one index set per layer, G for one per KV head."""

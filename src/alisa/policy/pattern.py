@@ -8,7 +8,7 @@ the Sparse Transformer (arXiv 1904.10509); `streaming` keeps the first tokens, t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,7 +70,10 @@ class Pattern(SelectionPolicy):
 
     def _choose(self, batch: StepBatch) -> Selection:
         """Positions of every sequence and its new token, padded to the longest list."""
-        lists = [[*self.positions(length - 1), length - 1] for length in batch.lengths]
+        patterns = (self,) * len(batch.lengths)
+        if batch.budgets is not None:
+            patterns = tuple(replace(self, budget=budget) for budget in batch.budgets)
+        lists = [[*own.positions(length - 1), length - 1] for own, length in zip(patterns, batch.lengths, strict=True)]
         counts = tuple(len(positions) for positions in lists)
         padded = [positions + [0] * (max(counts) - len(positions)) for positions in lists]
         device = batch.req_index.device

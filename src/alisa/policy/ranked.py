@@ -38,14 +38,16 @@ class RankedStep:
     """Int32[B*J]"""
     row_counts: Tensor
     """Int32[B*J]: `counts` for every row."""
-    coverage: float
-    """As in `Ranking`: above 0 the counts are the most, and each layer has its own."""
+    coverages: Tensor | None
+    """As in `Ranking`: where one is above 0 the counts are the most, and each layer has its own."""
 
     @classmethod
     def plan(cls, batch: StepBatch, budget: Budget, num_sets: int) -> RankedStep:
-        """Lay out a step of these sequences."""
+        """Lay out a step of these sequences; `budget` is for those that have none of their own."""
         device = batch.req_index.device
-        splits = [budget.split(length - 1) for length in batch.lengths]
+        budgets = batch.budgets or (budget,) * len(batch.lengths)
+        splits = [own.split(length - 1) for own, length in zip(budgets, batch.lengths, strict=True)]
+        coverages = [own.coverage or 0.0 for own in budgets]
         counts = tuple(recent + older + 1 for recent, older in splits)
 
         def column(values: list[int]) -> Tensor:
@@ -62,7 +64,7 @@ class RankedStep:
             older_ends=column([length - 1 - recent for length, (recent, _) in zip(batch.lengths, splits, strict=True)]),
             older_counts=column([older for _, older in splits]),
             row_counts=column(list(counts)),
-            coverage=budget.coverage or 0.0,
+            coverages=torch.tensor(coverages, dtype=torch.float64, device=device) if any(coverages) else None,
         )
 
     def ranking(self, starts: Tensor, lengths: Tensor) -> Ranking:
@@ -76,7 +78,7 @@ class RankedStep:
             self.num_slots,
             self.width,
             self.num_sets,
-            coverage=self.coverage,
+            coverages=self.coverages,
         )
 
     def selection(self, positions: Tensor, row_counts: Tensor | None = None) -> Selection:

@@ -49,6 +49,10 @@ class PolicyEntry:
     """Which measured selection it costs as much as: `planner.hardware.Hardware.selection`."""
     covers: bool = False
     """Whether weights may decide how many tokens a step reads: `Budget.coverage`."""
+    mixes: bool = True
+    """Whether the sequences of a batch may have budgets of their own: nothing that is kept depends on the budget."""
+    by_layer: bool = False
+    """Whether layers may read different numbers of tokens: `Budget.layers`."""
     edition: int = 1
     """Counts up when the name comes to mean other numbers: what was measured of an earlier edition is measured anew."""
 
@@ -87,6 +91,7 @@ def _window(help_text: str, *, per_head: bool) -> PolicyEntry:
         state=window_state(per_head=per_head),
         churn=_HISTORY_CHURN,
         priced_as="ranked",
+        mixes=False,
     )
 
 
@@ -108,6 +113,7 @@ def _sketch(
         churn=_QUERY_CHURN,
         priced_as="sketch" if completion == "values" else "sketch-keys",
         covers=bits is not None,
+        by_layer=True,
         edition=edition,
     )
 
@@ -118,6 +124,7 @@ POLICIES: Mapping[str, PolicyEntry] = MappingProxyType(
             help="all",
             policy_class="alisa.policy.dense:Dense",
             reads=lambda budget, num_earlier: (0, num_earlier),
+            mixes=False,
         ),
         "local": PolicyEntry(
             help="the most recent",
@@ -159,9 +166,9 @@ POLICIES: Mapping[str, PolicyEntry] = MappingProxyType(
 )
 
 
-def reads_of(name: str, sparsity: float, coverage: float | None = None) -> Reads:
-    """What `SelectionPolicy.reads` of the policy with this name says."""
-    reads, budget = POLICIES[name].reads, Budget(sparsity, coverage)
+def reads_of(name: str, sparsity: float, coverage: float | None = None, layers: tuple[float, ...] = ()) -> Reads:
+    """What `SelectionPolicy.reads` of the policy with this name says; the others are fields of `Budget`."""
+    reads, budget = POLICIES[name].reads, Budget(sparsity, coverage, layers)
     return lambda num_earlier: reads(budget, num_earlier)
 
 
@@ -175,8 +182,10 @@ def policies_help() -> str:
     return " ".join(f"{name}: {entry.help}." for name, entry in POLICIES.items())
 
 
-def make_policy(name: str, sparsity: float, coverage: float | None = None) -> SelectionPolicy:
-    """The policy of this name; `sparsity` and `coverage` become its budget."""
+def make_policy(
+    name: str, sparsity: float, coverage: float | None = None, layers: tuple[float, ...] = ()
+) -> SelectionPolicy:
+    """The policy of this name; the others become its `Budget`."""
     entry = POLICIES[name]
     module, class_name = entry.policy_class.split(":")
-    return getattr(import_module(module), class_name)(Budget(sparsity, coverage), **entry.options)
+    return getattr(import_module(module), class_name)(Budget(sparsity, coverage, layers), **entry.options)

@@ -104,7 +104,10 @@ class KeyState(TokenState):
         device: torch.device,
     ) -> None:
         super().__init__(max_num_seqs=max_num_seqs, num_tokens=num_tokens, device=device)
-        self._budget = policy.budget
+        of_layers = [policy.budget.of_layer(layer) for layer in range(shape.num_layers)]
+        # A step is laid out once for each budget, not for each layer.
+        self._budgets = list(dict.fromkeys(of_layers))
+        self._budget_of_layer = [self._budgets.index(budget) for budget in of_layers]
         self._kernels = kernels
         self._num_sets = policy.num_sets(shape)
         self._completes = policy.completion != "none"
@@ -114,9 +117,9 @@ class KeyState(TokenState):
             sums = (shape.num_layers, max_num_seqs, shape.num_kv_heads, shape.head_dim)
             self._value_sums = torch.zeros(sums, dtype=torch.float64, device=device)
             self._sequence_bytes = self._value_sums.nbytes // max_num_seqs
-        self._step: RankedStep | None = None
-        self._req_index = self._shares = none = torch.empty(0)
-        self._ranking = Ranking(none, none, none, none, none, 0, 0, 0)
+        self._steps: list[RankedStep] = []
+        self._rankings: list[Ranking] = []
+        self._req_index = self._shares = torch.empty(0)
 
     def open(self, req_idx: int) -> None:
         """Values are summed anew; a key is written before it is read."""
@@ -138,18 +141,18 @@ class KeyState(TokenState):
 
     def begin(self, batch: StepBatch) -> None:
         """Lay out the step."""
-        self._step = RankedStep.plan(batch, self._budget, self._num_sets)
+        self._steps = [RankedStep.plan(batch, budget, self._num_sets) for budget in self._budgets]
         self._req_index = batch.req_index
         super().begin(batch)
 
     def select(self, layer: int, query: Tensor) -> Selection:
         """Weights of every token for this query, and the best of them."""
-        step = self._step
-        assert step is not None, "select comes after begin"
+        number = self._budget_of_layer[layer]
+        step = self._steps[number]
         # The new token's own weight counts in the softmax, though it is read in any case.
-        chosen = self._choose(layer, query, self._ranking)
+        chosen = self._choose(layer, query, self._rankings[number])
         self._shares = chosen.shares
-        return step.selection(chosen.positions, chosen.counts if step.coverage else None)
+        return step.selection(chosen.positions, None if step.coverages is None else chosen.counts)
 
     def weight_read(self, layer: int) -> Tensor | None:
         """As the sketch has it."""
@@ -160,7 +163,8 @@ class KeyState(TokenState):
         if self._value_sums is None:
             return attended.out
         sums = self._value_sums[layer]
-        return self._kernels.mean_blend(sums, self._req_index, self._ranking.lengths, attended.out, self._shares)
+        lengths = self._rankings[0].lengths
+        return self._kernels.mean_blend(sums, self._req_index, lengths, attended.out, self._shares)
 
     def _keep(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
         """What is kept of keys and values `[N, G, D]` is at entries `ids` Int64[N]."""
@@ -171,9 +175,9 @@ class KeyState(TokenState):
         raise NotImplementedError
 
     def _locate(self, batch: StepBatch, starts: Tensor) -> None:
-        step = self._step
-        assert step is not None, "entries are located when a step begins"
-        self._ranking = step.ranking(starts, batch.length_counts)._replace(softcap=self._softcap)
+        self._rankings = [
+            step.ranking(starts, batch.length_counts)._replace(softcap=self._softcap) for step in self._steps
+        ]
 
 
 class SketchedKeys(KeyState):

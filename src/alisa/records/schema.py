@@ -71,6 +71,8 @@ class EvalRecord:
     policy: str
     sparsity: float
     coverage: float | None = None
+    layers: tuple[float, ...] | None = None
+    """The sparsity of each layer without a sliding window, where they differ; `sparsity` is that of all together."""
     kv_dtype: str
     weight_dtype: str | None = None
     metric: str

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from alisa.budget import Budget
 from alisa.outputs import Medium, Phase
 from alisa.scheduler.prefix import BlockName
 
@@ -61,6 +62,8 @@ class Opened:
     """Tokens of its prompt: the last of them are what the policy observes."""
     block_names: tuple[BlockName, ...] = ()
     """Names of the whole blocks of its prompt; none where no prefix cache keeps them."""
+    budget: Budget | None = None
+    """How much its decode steps may read; None: what the policy's own budget says."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from alisa.budget import Budget
 from alisa.config import SamplingParams
 from alisa.outputs import FinishReason
 from alisa.scheduler.prefix import BlockName
@@ -37,6 +38,10 @@ class Request:
     priority: int = 0
     """Requests with a lower number go first; equal ones in the order of their arrival."""
     arrival_s: float = 0.0
+    client: str | None = None
+    """Who sent it, where the order of the queue is to be fair; None: it counts for nobody."""
+    budget: Budget | None = None
+    """How much its decode steps may read, no more than the policy's own budget says; None: just that."""
     block_names: tuple[BlockName, ...] = ()
     """Names of the whole blocks of the prompt; none where there is no prefix cache."""
     max_restored: int = 0

@@ -20,6 +20,7 @@ from typing import Protocol
 from alisa.budget import Reads
 from alisa.errors import CapacityError, InputError
 from alisa.scheduler.chunks import decode_chunks, one_by_one, prompt_chunks, request_index, restored_chunks
+from alisa.scheduler.fair import ServedTokens
 from alisa.scheduler.order import FirstCome, QueueOrder
 from alisa.scheduler.placement.base import (
     Limits,
@@ -75,6 +76,7 @@ class Scheduler:
         step_tokens: tokens of a sequence in one decode step at most; more than 1 where the policy can take some back.
         token_bytes: bytes of one token's rows, for messages; None: they count tokens.
         order: chooses among waiting requests of the same priority; None: the first to come.
+        fair: of these, only those of the client who has got the least are chosen among; None: it is not asked who.
         prefix: beginnings of prompts whose K and V are known; `prefill_chunk` is then a multiple of its blocks.
     """
 
@@ -91,6 +93,7 @@ class Scheduler:
         step_tokens: int = 1,
         token_bytes: int | None = None,
         order: QueueOrder | None = None,
+        fair: ServedTokens | None = None,
         prefix: PrefixView | None = None,
     ) -> None:
         assert prefix is None or prefill_chunk % BLOCK_TOKENS == 0, "chunks end where blocks end"
@@ -103,6 +106,7 @@ class Scheduler:
         self._step_tokens = step_tokens
         self._token_bytes = token_bytes
         self._order = order or FirstCome()
+        self._fair = fair
         self._prefix = prefix
         self._requests: dict[str, Request] = {}
         self._waiting: list[tuple[int, int, Request]] = []
@@ -155,6 +159,8 @@ class Scheduler:
         if not self._fits([fresh_view(request.num_rows, self.limits, self._reads)]):
             raise CapacityError(refusal(request, self.limits, self._token_bytes))
         self._requests[request.request_id] = request
+        if self._fair is not None:
+            self._fair.arrive(request, [waiting for _, _, waiting in self._waiting])
         self._last_turn += 1
         insort(self._waiting, (request.priority, self._last_turn, request))
 
@@ -173,15 +179,20 @@ class Scheduler:
             self._leave(request)
         return request
 
-    def schedule(self, cache: CacheView) -> StepPlan | None:
-        """The next step; None when nothing is left to do. `update` follows before the next call."""
+    def schedule(self, cache: CacheView, most_prompt: int | None = None) -> StepPlan | None:
+        """The next step; None when nothing is left to do. `update` follows before the next call.
+
+        Args:
+            cache: where rows lie.
+            most_prompt: prompt tokens of this step at most; None: as many as the scheduler was made for.
+        """
         self._opened.clear()
         self._closed.clear()
         self._num_preempted = 0
         self._resume()
         self._admit(cache)
         while self._running:
-            prefill, restored, chunks = self._next_chunks()
+            prefill, restored, chunks = self._next_chunks(most_prompt)
             if self._is_oversubscribed(self._running) and self._swap(chunks, cache):
                 continue
             decision = self._place(self._running, self._swapped, chunks, cache)
@@ -233,6 +244,8 @@ class Scheduler:
             request.req_idx = self._free_req_indices.pop()
             request.admitted_s = request.admitted_s or perf_counter()
             self._opened.append(request)
+            if self._fair is not None:
+                self._fair.admit(request)
             self._run(request)
 
     def _next_waiting(self) -> Request:
@@ -240,7 +253,8 @@ class Scheduler:
         priority, turn, first = self._waiting[0]
         if turn < 0:  # it has run before, and made room for others
             return first
-        return self._order.choose([request for other, _, request in self._waiting if other == priority])
+        waiting: Sequence[Request] = [request for other, _, request in self._waiting if other == priority]
+        return self._order.choose(waiting if self._fair is None else self._fair.least_served(waiting))
 
     def _take_waiting(self, request: Request) -> None:
         self._waiting = [entry for entry in self._waiting if entry[-1] is not request]
@@ -281,6 +295,8 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         """The request is out of its queue, and its index is free."""
         del self._requests[request.request_id]
+        if self._fair is not None:
+            self._fair.leave(request)
         if request.status is RequestStatus.WAITING:
             self._take_waiting(request)
         else:
@@ -292,9 +308,9 @@ class Scheduler:
         request.admitted_s = request.admitted_s or request.finished_s
         request.first_token_s = request.first_token_s or request.finished_s
 
-    def _next_chunks(self) -> tuple[bool, bool, tuple[ScheduledChunk, ...]]:
+    def _next_chunks(self, most_prompt: int | None) -> tuple[bool, bool, tuple[ScheduledChunk, ...]]:
         """(prefill, restored, chunks) of the next step."""
-        size = self._prefill_chunk
+        size = min(self._prefill_chunk, most_prompt or self._prefill_chunk)
         if self._shared_chunk is not None:
             answered = [request for request in self._running if not request.in_prefill]
             if answered and self._prompts_had_turn:
@@ -362,7 +378,8 @@ class Scheduler:
         self, decision: PlacementDecision, chunks: tuple[ScheduledChunk, ...], *, prefill: bool, restored: bool
     ) -> StepPlan:
         opened = tuple(
-            Opened(request_index(r), r.request_id, r.num_rows, r.prompt_len, r.block_names) for r in self._opened
+            Opened(request_index(r), r.request_id, r.num_rows, r.prompt_len, r.block_names, r.budget)
+            for r in self._opened
         )
         self._num_steps += 1
         self._prompts_had_turn = prefill

@@ -26,12 +26,20 @@ async def read_body(request: Request, model: type[Model], *, max_bytes: int, tim
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "The body must be JSON, and say so: Content-Type: application/json.")
+    return _checked(_parsed(await receive_body(request, max_bytes=max_bytes, timeout_s=timeout_s)), model)
+
+
+async def receive_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
+    """All bytes of the body.
+
+    Raises:
+        ApiError: it is too large or too slow, or the client has left in the middle of it.
+    """
     try:
         async with asyncio.timeout(timeout_s):
-            data = await _received(request, max_bytes)
+            return await _received(request, max_bytes)
     except TimeoutError as error:
         raise ApiError(408, f"The body was not here within {timeout_s:g} seconds.") from error
-    return _checked(_parsed(data), model)
 
 
 async def _received(request: Request, max_bytes: int) -> bytes:

@@ -16,7 +16,7 @@ from alisa.outputs import RequestOutput, TextDelta
 from alisa.server.completions import truncated
 from alisa.server.errors import bad_request
 from alisa.server.logprobs import chat_logprobs, prompt_logprobs
-from alisa.server.params import chat_params, check_model
+from alisa.server.params import chat_params, check_model, reading_params
 from alisa.server.protocol import ChatRequest, Message
 from alisa.server.reply import EventStream, while_connected
 from alisa.server.service import Service, Texts
@@ -46,7 +46,15 @@ async def chat(request: Request, call: ChatRequest, service: Service) -> Respons
     prompt = truncated(call, ids, model.max_model_len)
     params = chat_params(call, model.sampling, model.config, model.max_model_len - len(prompt))
     answer = _Answer(call, prompt, params, service, f"chatcmpl-{uuid.uuid4().hex}", int(time()), bool(tools))
-    texts = await service.start([prompt], params, priority=call.priority or 0, cache_salt=call.cache_salt or "")
+    texts = await service.start(
+        [prompt],
+        params,
+        priority=call.priority or 0,
+        cache_salt=call.cache_salt or "",
+        continues=service.config.read_answers and params.n == 1,
+        client=request.state.client,
+        reading=reading_params(call, model.budgets),
+    )
     if call.stream:
         return EventStream(answer.events(texts), texts, send_timeout_s=service.config.send_timeout_s)
     async with texts:

@@ -15,7 +15,7 @@ from alisa.config import SamplingParams
 from alisa.outputs import RequestOutput, TextDelta, TokenLogprob
 from alisa.server.errors import bad_request
 from alisa.server.logprobs import completion_logprobs, prompt_logprobs
-from alisa.server.params import check_model, completion_params
+from alisa.server.params import check_model, completion_params, reading_params
 from alisa.server.protocol import CompletionRequest, GenerationRequest
 from alisa.server.reply import EventStream, while_connected
 from alisa.server.service import Service, Texts
@@ -32,13 +32,21 @@ async def complete(request: Request, call: CompletionRequest, service: Service) 
     model = service.model
     check_model(call.model, model.name)
     params = completion_params(call, model.sampling, model.config)
+    reading = reading_params(call, model.budgets)
     if call.stream and call.echo and call.logprobs is not None:
         raise bad_request("echo with logprobs is not streamed; leave stream out.", "stream")
     prompts = [truncated(call, ids, model.max_model_len) for ids in await _prompt_ids(call, service)]
     completion = _Completion(call, prompts, params, service, f"cmpl-{uuid.uuid4().hex}", int(time()))
     if call.max_tokens == 0 and not call.echo:
         return JSONResponse(completion.nothing())
-    texts = await service.start(prompts, params, priority=call.priority or 0, cache_salt=call.cache_salt or "")
+    texts = await service.start(
+        prompts,
+        params,
+        priority=call.priority or 0,
+        cache_salt=call.cache_salt or "",
+        client=request.state.client,
+        reading=reading,
+    )
     if call.stream:
         return EventStream(completion.events(texts), texts, send_timeout_s=service.config.send_timeout_s)
     async with texts:

@@ -21,9 +21,9 @@ class ServerConfig:
     """Address to listen on. Other machines reach only addresses that are not of the loopback, which need a key."""
     port: int = 8000
     """Port to listen on; 0: any free one, which the first line on standard error names."""
-    api_key: str | None = field(default=None, repr=False)
-    """What clients must send as `Authorization: Bearer KEY`; better given in the environment as ALISA_API_KEY, where no
-    list of processes shows it."""
+    api_key: tuple[str, ...] = field(default=(), repr=False)
+    """What clients must send as `Authorization: Bearer KEY`, one of these where there are several; better given in the
+    environment as ALISA_API_KEY (several with commas between them), where no list of processes shows it."""
     served_model_name: str | None = None
     """Name of the model for clients; None: the last part of its path."""
     allowed_hosts: tuple[str, ...] = ()
@@ -31,6 +31,9 @@ class ServerConfig:
     without names here any will do."""
     allowed_origins: tuple[str, ...] = ()
     """Web origins whose pages may call this server, such as https://example.org; by default none may."""
+    read_answers: bool = True
+    """With the prefix cache: while nobody waits, read what was said in a chat, so that its next turn is read from there
+    on. Changes no token, and costs as much computing as prompts of these lengths."""
     max_waiting: int = 256
     """Texts that may wait for room in the engine; who asks for more is told to come back (429)."""
     max_choices: int = 64
@@ -51,7 +54,10 @@ class ServerConfig:
             text
             for bad, text in (
                 (not 0 <= self.port < 65536, f"port is {self.port}, allowed is 0 to 65535"),
-                (self.api_key == "", "api_key is empty; leave it out, or give a long random one"),
+                (
+                    any(not key or "," in key for key in self.api_key),
+                    "api_key is empty or has a comma in it; leave it out, or give a long random one",
+                ),
                 (self.max_waiting < 1, f"max_waiting is {self.max_waiting}, at least 1 is needed"),
                 (self.max_choices < 1, f"max_choices is {self.max_choices}, at least 1 is needed"),
                 (self.max_connections < 1, f"max_connections is {self.max_connections}, at least 1 is needed"),
@@ -86,7 +92,7 @@ class ServerConfig:
 
         A page of the web that has its name resolved to this machine (DNS rebinding) comes with a name of its own.
         """
-        if self.api_key is not None and not self.allowed_hosts:
+        if self.api_key and not self.allowed_hosts:
             return None
         names = {"localhost", "127.0.0.1", "[::1]"} if self.is_local else set[str]()
         address = f"[{self.host}]" if ":" in self.host.strip("[]") else self.host
@@ -98,7 +104,7 @@ class ServerConfig:
         Raises:
             InputError: they could without.
         """
-        if self.api_key is None and not self.is_local:
+        if not self.api_key and not self.is_local:
             raise InputError(
                 f"--host {self.host} lets other machines in, and there is no key; set ALISA_API_KEY in the environment "
                 "(or --api-key), or listen on 127.0.0.1."

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alisa.config import NUM_SEEDS, EngineConfig, SamplingParams
+from alisa.engine.budgets import ReadingParams, RequestBudgets
 from alisa.errors import InputError
 from alisa.server.errors import ApiError, bad_request
 from alisa.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
@@ -109,12 +110,28 @@ def _params(
         raise bad_request(str(error), blamed) from error
 
 
+def reading_params(call: GenerationRequest, budgets: RequestBudgets) -> ReadingParams:
+    """How much is read for the texts of a call.
+
+    Raises:
+        ApiError: this engine cannot read so much, or so little.
+    """
+    asked = ReadingParams(call.sparsity, call.coverage)
+    try:
+        budgets.budget(asked)
+    except InputError as error:
+        raise bad_request(str(error), str(error).partition(" ")[0]) from error
+    return asked
+
+
 def _refuse_other_engine(call: GenerationRequest, config: EngineConfig) -> None:
     """One engine has one policy."""
-    for name in ("policy", "sparsity"):
-        asked, has = getattr(call, name), getattr(config, name)
-        if asked is not None and asked != has:
-            raise bad_request(f"{name} is {asked!r}, and this server runs with {has!r} for all calls.", name)
+    if call.policy is not None and call.policy != config.policy:
+        raise bad_request(
+            f"policy is {call.policy[:100]!r}, and this server runs with {config.policy!r} for all calls; a call may "
+            "have a sparsity or a coverage of its own.",
+            "policy",
+        )
 
 
 def _biases(call: GenerationRequest) -> tuple[tuple[int, float], ...]:

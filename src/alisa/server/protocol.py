@@ -92,7 +92,8 @@ class GenerationRequest(Loose):
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
     cache_salt: str | None = Field(default=None, max_length=256)
     policy: str | None = None
-    sparsity: float | None = None
+    sparsity: float | None = Field(default=None, ge=0, lt=1)
+    coverage: float | None = Field(default=None, gt=0, le=1)
     logits_processors: list[Any] | None = None
     use_beam_search: bool | None = None
     skip_special_tokens: bool | None = None

@@ -12,6 +12,7 @@ import uvicorn
 
 from alisa.config import EngineConfig
 from alisa.engine.async_engine import AsyncEngine
+from alisa.engine.budgets import RequestBudgets
 from alisa.engine.builder import build_engine
 from alisa.engine.engine import Engine
 from alisa.engine.loaded import LoadedModel, load_model
@@ -35,6 +36,7 @@ def build_service(
     progress: Callable[[int, int], None] | None = None,
     *,
     capped: Callable[[EngineConfig, int], EngineConfig] = lambda config, weight_bytes: config,
+    engine_name: str = "0",
 ) -> Service:
     """A model that is loaded, with an engine that runs.
 
@@ -43,6 +45,7 @@ def build_service(
         config: of the server.
         progress: called with (bytes read, bytes in all) while weights load.
         capped: `engine_config` and the bytes of the weights to the configuration that the engine has.
+        engine_name: the label `engine` of its metrics.
 
     Raises:
         AlisaError: the model or the engine cannot be had.
@@ -64,9 +67,10 @@ def build_service(
         max_model_len=engine.max_model_len,
         num_layers=loaded.spec.num_layers,
         config=engine_config,
+        budgets=RequestBudgets(engine_config, on_cpu=loaded.decoder.device.type == "cpu"),
         created_s=int(time()),
     )
-    telemetry = Telemetry(model.name, setup.device_bytes)
+    telemetry = Telemetry(model.name, setup.device_bytes, engine=engine_name)
     return Service(model, AsyncEngine(engine, telemetry.observe), telemetry, config)
 
 

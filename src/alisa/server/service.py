@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from alisa.config import EngineConfig, SamplingParams, per_request, sample_params
 from alisa.engine.async_engine import AsyncEngine, Event
+from alisa.engine.budgets import AS_CONFIGURED, ReadingParams, RequestBudgets
 from alisa.engine.status import EngineStatus
 from alisa.errors import InputError
 from alisa.model.tokenizer import Tokenizer
@@ -36,6 +38,8 @@ class ServedModel:
     max_model_len: int
     num_layers: int
     config: EngineConfig
+    budgets: RequestBudgets
+    """What calls may ask for of how much is read."""
     created_s: int
     """When the server started, in seconds since 1970."""
 
@@ -106,11 +110,20 @@ class Service:
             raise bad_request(str(error), "messages") from error
 
     async def start(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        continues: bool = False,
+        client: str = "",
+        reading: ReadingParams = AS_CONFIGURED,
     ) -> Texts:
         """All texts are queued, or none is: `n` for each prompt, those of one prompt one after the other.
 
-        As with `LLM.generate`: prompt i has seed + i, and the texts of a prompt have seeds of their own.
+        As with `LLM.generate`: prompt i has seed + i, and the texts of a prompt have seeds of their own. The
+        others are those of `Engine.add_request`.
 
         Raises:
             ApiError: there are too many of them, or the engine has no room for more.
@@ -136,10 +149,15 @@ class Service:
                 code="rate_limit_exceeded",
             )
         self._num_open += len(each)
-        added = [
-            asyncio.ensure_future(self.engine.add_request(prompt, rules, priority=priority, cache_salt=cache_salt))
-            for prompt, rules in each
-        ]
+        add = partial(
+            self.engine.add_request,
+            priority=priority,
+            cache_salt=cache_salt,
+            continues=continues,
+            client=client,
+            reading=reading,
+        )
+        added = [asyncio.ensure_future(add(prompt, rules)) for prompt, rules in each]
         try:
             names = await asyncio.gather(*added)
         except BaseException:

@@ -93,13 +93,14 @@ class Telemetry:
         model: its name for clients.
         pool_bytes: of the device's pool at most.
         clock: seconds since 1970.
+        engine: name of the engine, where there are several behind one address.
     """
 
-    def __init__(self, model: str, pool_bytes: int, clock: Callable[[], float] = time) -> None:
+    def __init__(self, model: str, pool_bytes: int, clock: Callable[[], float] = time, *, engine: str = "0") -> None:
         self._pool_bytes = pool_bytes
         self._clock = clock
         self._registry = CollectorRegistry()
-        self._labels = {"model_name": model, "engine": "0"}
+        self._labels = {"model_name": model, "engine": engine}
         self._lock = threading.Lock()
         self._seconds: deque[Second] = deque(maxlen=HISTORY_S)
         self._finished: deque[Finished] = deque(maxlen=HISTORY_REQUESTS)
@@ -118,6 +119,8 @@ class Telemetry:
         self._cached_tokens = counter("vllm:prompt_tokens_cached", "Of these, whose K and V came from a cache.")
         self._prefix_queries = counter("vllm:prefix_cache_queries", "Tokens of prompts of requests that ended.")
         self._prefix_hits = counter("vllm:prefix_cache_hits", "Of these, whose K and V came from the prefix cache.")
+        self._answer_tokens = counter("alisa:answer_tokens_read", "Tokens of answers read while nobody waited.")
+        self._answer_tokens_told = 0
         self._prefix_bytes = gauge("alisa:prefix_cache_bytes", "Bytes of the prefix cache.")
         self._generation_tokens = counter("vllm:generation_tokens", "Tokens that were generated.")
         self._drafted = counter("vllm:spec_decode_num_draft_tokens", "Tokens that were tried ahead of their turn.")
@@ -173,6 +176,9 @@ class Telemetry:
             self._tiers, (status.device_bytes, status.host_bytes, status.disk_bytes), strict=True
         ):
             self._tiers[name].set(num_bytes)
+        with self._lock:
+            self._answer_tokens.inc(status.answer_tokens - self._answer_tokens_told)
+            self._answer_tokens_told = status.answer_tokens
         return generate_latest(self._registry)
 
     def seconds(self) -> list[Second]:

@@ -272,7 +272,7 @@ void check_sketch(const Isa& isa, const SketchLayout& layout, int group, bool pe
   task.rest = rest.get();
   workspace.sketch_select(isa, task,
                           {nullptr, 0, nullptr, ends.get(), older.get(), counts.get(), num_rows, num_slots, positions.get()},
-                          0.0, counts.get(), shares.get(), threads);
+                          nullptr, counts.get(), shares.get(), threads);
   for (int row = 0; row < num_rows; ++row) {
     double missing = 0;
     for (int i = 0; i < counts[row]; ++i) missing += out[static_cast<size_t>(row) * width + positions[row * num_slots + i]];

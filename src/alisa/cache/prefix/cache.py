@@ -47,6 +47,8 @@ class PrefixCache:
         self._files = files
         self._hit_tokens = hit_tokens
         self._free = FreeSlots(num_blocks)
+        self.capacity = num_blocks
+        """Blocks that memory holds."""
         self._slots: OrderedDict[BlockName, int] = OrderedDict()
         """Where each block is, the one not used for longest first."""
         self._in_use: set[BlockName] = set()

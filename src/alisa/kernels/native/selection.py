@@ -230,7 +230,7 @@ class CpuSelection:
         self, query: Tensor, keys: Sketch, ranking: Ranking, completion: tuple[Sketch, Tensor] | None = None
     ) -> Chosen:
         """For arguments that have been checked; `completion` as in `_sketch_task`."""
-        starts, lengths, older_ends, older_counts, counts, num_slots, width, num_sets, softcap, coverage = ranking
+        starts, lengths, older_ends, older_counts, counts, num_slots, width, num_sets, softcap, coverages = ranking
         starts, lengths = starts.contiguous(), lengths.contiguous()
         positions = torch.empty(counts.shape[0], num_slots, dtype=torch.int32)
         shares, chosen_counts = torch.empty(query.shape[:2]), torch.empty_like(counts)
@@ -242,7 +242,7 @@ class CpuSelection:
             older_counts=older_counts.data_ptr(),
             counts=counts.data_ptr(),
             num_slots=num_slots,
-            coverage=coverage,
+            coverages=0 if coverages is None else coverages.data_ptr(),
             positions=positions.data_ptr(),
             chosen_counts=chosen_counts.data_ptr(),
             shares=shares.data_ptr(),

@@ -107,29 +107,32 @@ class ReferenceSelection:
 
     def _chosen(self, weights: Tensor, ranking: Ranking) -> Chosen:
         """By weights Float32[B, H, S], summed over the heads of each set."""
-        _, lengths, older_ends, older_counts, counts, num_slots, width, num_sets, _, coverage = ranking
+        _, lengths, older_ends, older_counts, counts, num_slots, width, num_sets, _, coverages = ranking
         scores = weights.unflatten(1, (num_sets, -1)).sum(dim=2).view(-1, width)
-        if coverage > 0:
+        if coverages is not None:
             recent = counts - older_counts
-            target = int(coverage * (weights.shape[1] // num_sets) * 2.0**32)
-            older_counts = _count_to_cover(scores, older_ends, older_counts, recent, target)
-            older_counts = older_counts.view(-1, num_sets).amax(dim=1).repeat_interleave(num_sets)
+            targets = (coverages * (weights.shape[1] // num_sets) * 2.0**32).long().repeat_interleave(num_sets)
+            fewest = _count_to_cover(scores, older_ends, older_counts, recent, targets)
+            fewest = fewest.view(-1, num_sets).amax(dim=1).repeat_interleave(num_sets)
+            older_counts = fewest.where(targets > 0, older_counts)
             counts = recent + older_counts
         rows = torch.arange(len(counts), device=weights.device) * width
         positions = self.select(scores.view(-1), rows, older_ends, older_counts, counts, num_slots, width)
         return Chosen(positions, weight_read(weights, positions, counts, lengths), counts)
 
 
-def _count_to_cover(scores: Tensor, older_ends: Tensor, older_counts: Tensor, recent: Tensor, target: int) -> Tensor:
-    """Older tokens Int32[N], at most `older_counts`, that have at least `target` together with the `recent` ones.
+def _count_to_cover(
+    scores: Tensor, older_ends: Tensor, older_counts: Tensor, recent: Tensor, targets: Tensor
+) -> Tensor:
+    """Older tokens Int32[N], at most `older_counts`, that have at least `targets` together with the `recent` ones.
 
-    Scores Float32[N, S] are counted in units of 2^-32; `older_ends` and `recent` are Int32[N].
+    Scores Float32[N, S] are counted in units of 2^-32, as targets Int64[N] are; `older_ends` and `recent` are Int32[N].
     """
     columns = torch.arange(scores.shape[1], device=scores.device)
     ends = older_ends[:, None]
     units = (scores.double() * 2.0**32).long()
     in_window = (columns >= ends) & (columns < ends + recent[:, None])
-    needed = target - units.masked_fill(~in_window, 0).sum(dim=1)
+    needed = targets - units.masked_fill(~in_window, 0).sum(dim=1)
     best = units.masked_fill(columns >= ends, 0).sort(dim=1, descending=True).values
     before = best.cumsum(dim=1) - best
     wanted = (before < needed[:, None]) & (columns < older_counts[:, None])

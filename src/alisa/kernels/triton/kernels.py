@@ -184,7 +184,7 @@ def _weighed(query: Tensor, keys: Sketch, ranking: Ranking) -> WeighedTokens:
 def _best(weighed: WeighedTokens, ranking: Ranking) -> Tensor:
     """Positions Int32[B * J, K] that `select` chooses by these weights."""
     # Counts that depend on weights would have to be asked of the device in every layer.
-    assert ranking.coverage == 0, "an engine on a GPU refuses a coverage"
+    assert ranking.coverages is None, "an engine on a GPU refuses a coverage"
     _, _, older_ends, older_counts, counts, num_slots, *_ = ranking
     width = weighed.mass.shape[2]
     rows = torch.arange(len(counts), device=counts.device) * width

@@ -91,7 +91,7 @@ class LayerwiseAttend:
     def __init__(
         self, scorer: Scorer, policy: SelectionPolicy, codec: Codec, num_seqs: int, prompt_len: int, length: int
     ) -> None:
-        self._layer = LayerSession(scorer, policy, codec, num_seqs, prompt_len, length)
+        self._sessions = layer_sessions(scorer, policy, codec, num_seqs, prompt_len, length)
         self._shape = scorer.decoder.spec.attention
         self._codec = codec
         self._reads_all = isinstance(policy, Dense)
@@ -108,18 +108,23 @@ class LayerwiseAttend:
             for seq, (queries, keys, values) in enumerate(zip(*prompts, strict=True)):
                 out[seq, : self._prompt_len] = dense_attention(queries, keys, values, window, self._shape.softcap)
         else:
-            out[:, : self._prompt_len] = self._layer.prefill(q, k, v, hidden)
+            out[:, : self._prompt_len] = self._session(layer).prefill(q, k, v, hidden)
         if self._reads_all or window is not None:
             self._read_all(q, k, v, window, out)
             lengths = range(self._prompt_len + 1, self._length + 1)
             read = sum(lengths) if window is None else sum(min(length, window) for length in lengths)
             self.tokens_read = [count + read for count in self.tokens_read]
         else:
+            session = self._session(layer)
             for position in range(self._prompt_len, self._length):
-                out[:, position] = self._layer.decode(position, q, k, v, hidden)
-                for seq, count in enumerate(self._layer.selection.num_tokens):
+                out[:, position] = session.decode(position, q, k, v, hidden)
+                for seq, count in enumerate(session.selection.num_tokens):
                     self.tokens_read[seq] += count
         return out
+
+    def _session(self, layer: int) -> LayerSession:
+        """That of a layer without a window."""
+        return self._sessions[self._shape.among_full(layer)]
 
     def _read_all(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, out: Tensor) -> None:
         """Everything after the prompt attends to all that its layer sees: no need to go row by row."""
@@ -133,6 +138,16 @@ class LayerwiseAttend:
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> Tensor:
     """Attention of a whole sequence, q `[T, H, D]`, k and v `[T, G, D]` -> `[T, H, D]`; no choice is made."""
     return prefill_attention(q, KeyBlock(0, k, v), len(k), tuple, 0, 1, window, softcap)[0]
+
+
+def layer_sessions(
+    scorer: Scorer, policy: SelectionPolicy, codec: Codec, num_seqs: int, prompt_len: int, length: int
+) -> list[LayerSession]:
+    """A `LayerSession` for each layer without a window; layers with the same budget share one."""
+    layers = range(scorer.decoder.spec.attention.full_layers().num_layers)
+    policies = [policy.of_layer(layer) for layer in layers]
+    sessions = {own: LayerSession(scorer, own, codec, num_seqs, prompt_len, length) for own in dict.fromkeys(policies)}
+    return [sessions[own] for own in policies]
 
 
 class LayerSession:
@@ -183,6 +198,11 @@ class LayerSession:
     def selection(self) -> Selection:
         """What the last decode step read."""
         return self._session.selection
+
+    @property
+    def weight_read(self) -> Tensor | None:
+        """The part Float32[B, H] of the weight that lies on it, by the policy: `PolicyState.weight_read`."""
+        return self._session.state.weight_read(0)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """A new layer begins: its prompts are read; the output `[B, prompt_len, H, D]`."""

@@ -111,6 +111,7 @@ def measure_cells(
                 policy=variant.policy,
                 sparsity=variant.sparsity,
                 coverage=variant.coverage,
+                layers=variant.layers or None,
                 kv_dtype=subject.kv_dtype(variant),
                 weight_dtype=subject.weight_dtype,
                 metric=evaluation.metric,
@@ -149,6 +150,7 @@ def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
     parts = num_parts(subject.spec.head_dim) if POLICIES[variant.policy].query_aware else 1
     ranges = {} if parts == 1 else {"parts": parts}
     coverage = {} if variant.coverage is None else {"coverage": variant.coverage}
+    layers = {"layers": variant.layers} if variant.layers else {}
     # Rows of 4 bits were in the basis of the model once.
     basis = {"row_basis": 1} if 4 in CODE_BITS.get(subject.kv_dtype(variant), ()) else {}
     return fingerprint(
@@ -166,6 +168,7 @@ def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
             **editions,
             **ranges,
             **coverage,
+            **layers,
             **basis,
         }
     )

@@ -33,7 +33,7 @@ def eval_record(line: Record) -> EvalRecord:
     )
 
 
-_LEFT_OUT = ("units", "weight_dtype", "coverage")
+_LEFT_OUT = ("units", "weight_dtype", "coverage", "layers")
 """What a line does not have where it is None."""
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alisa.kernels.base import Codec
 from alisa.kernels.reference.softcap import softcapped
-from alisa.lab.eval.layerwise import LayerSession, dense_attention
+from alisa.lab.eval.layerwise import LayerSession, dense_attention, layer_sessions
 from alisa.lab.scoring import Scorer
 from alisa.policy.base import SelectionPolicy
 
@@ -61,7 +61,7 @@ class ShadowAttend:
         length: int,
         tell: Callable[[ShadowLayer], None],
     ) -> None:
-        self._layer = LayerSession(scorer, policy, codec, num_seqs, prompt_len, length)
+        self._sessions = layer_sessions(scorer, policy, codec, num_seqs, prompt_len, length)
         self._codec = codec
         self._prompt_len, self._length = prompt_len, length
         self._shape = scorer.decoder.spec.attention
@@ -76,8 +76,9 @@ class ShadowAttend:
         )
         window, softcap = self._shape.window(layer), self._shape.softcap
         if window is None:
-            read = self._select(q, k, v, hidden)
-            self._tell(ShadowLayer(self._shape.among_full(layer), self._weights(q, keys), read))
+            number = self._shape.among_full(layer)
+            read = self._select(self._sessions[number], q, k, v, hidden)
+            self._tell(ShadowLayer(number, self._weights(q, keys), read))
         sequences = zip(q, keys, values, strict=True)
         return torch.stack([dense_attention(*sequence, window, softcap) for sequence in sequences])
 
@@ -92,14 +93,14 @@ class ShadowAttend:
         places = torch.arange(self._length, device=q.device)
         return scores.masked_fill_(places > places[self._prompt_len :, None], -torch.inf).softmax(dim=-1)
 
-    def _select(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    def _select(self, session: LayerSession, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """Selections of all decoded rows, Bool[B, J, R, T]."""
         num_rows = self._length - self._prompt_len
         read = torch.zeros(len(q), self._num_sets, num_rows, self._length, dtype=torch.bool, device=q.device)
-        self._layer.prefill(q, k, v, hidden)
+        session.prefill(q, k, v, hidden)
         for row in range(num_rows):
-            self._layer.decode(self._prompt_len + row, q, k, v, hidden)
-            selection = self._layer.selection
+            session.decode(self._prompt_len + row, q, k, v, hidden)
+            selection = session.selection
             positions = selection.positions.to(torch.int64)
             real = torch.arange(positions.shape[-1], device=positions.device) < selection.counts[:, None, None]
             found = torch.zeros(len(q), self._num_sets, self._length, dtype=torch.int32, device=positions.device)

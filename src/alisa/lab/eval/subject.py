@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from alisa.cache.codec import make_codec
 from alisa.config import EngineConfig, KvDtypeName, PolicyName, SamplingParams
@@ -14,6 +15,7 @@ from alisa.llm import LLM
 from alisa.model.tokenizer import Tokenizer
 from alisa.planner.footprint import policy_bytes
 from alisa.policy.base import SelectionPolicy
+from alisa.policy.layer_budgets import layer_sparsities, load_layer_budgets
 from alisa.policy.registry import POLICIES, make_policy
 from alisa.spec import ModelSpec, RowFormat
 
@@ -27,10 +29,14 @@ class Variant:
     kv_dtype: KvDtypeName
     """`auto`: what the model computes in."""
     coverage: float | None = None
+    layers: tuple[float, ...] = ()
+    """As in `Budget.layers`."""
+    budgets: Path | None = None
+    """The file that they are from."""
 
     def selection_policy(self) -> SelectionPolicy:
         """The policy object."""
-        return make_policy(self.policy, self.sparsity, self.coverage)
+        return make_policy(self.policy, self.sparsity, self.coverage, self.layers)
 
 
 BASELINE = Variant("dense", 0.0, "auto")
@@ -51,6 +57,22 @@ def variants(
             for sparsity in (0.0,) if policy == "dense" else sparsities:
                 found += [Variant(policy, sparsity, kv_dtype, coverage) for coverage in known]
     return tuple(dict.fromkeys(found))
+
+
+def with_budgets(found: Sequence[Variant], path: Path, spec: ModelSpec) -> tuple[Variant, ...]:
+    """The same variants, and those of the policy and the sparsities of a file of budgets with these, too.
+
+    Raises:
+        InputError: it cannot be read, or is of another model.
+    """
+    budgets = load_layer_budgets(path)
+    known = {budget.sparsity for budget in budgets.budgets}
+    more = [
+        replace(variant, layers=layer_sparsities(path, spec, variant.policy, variant.sparsity), budgets=path)
+        for variant in found
+        if variant.policy == budgets.policy and variant.sparsity in known
+    ]
+    return (*found, *more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +150,7 @@ class Subject:
             policy=variant.policy,
             sparsity=variant.sparsity,
             coverage=variant.coverage,
+            budgets=variant.budgets,
             kv_dtype=variant.kv_dtype,
             dtype=config.dtype,
             weight_dtype=config.weight_dtype,

@@ -52,7 +52,8 @@ def _rows(records: Iterable[EvalRecord]) -> dict[str, list[EvalRecord]]:
     """Records by the name of their row."""
     rows: dict[str, list[EvalRecord]] = {}
     for record in records:
-        rows.setdefault(f"{record.policy}, {record.kv_dtype}", []).append(record)
+        budgets = "" if record.layers is None else ", budgets"
+        rows.setdefault(f"{record.policy}, {record.kv_dtype}{budgets}", []).append(record)
     return rows
 
 

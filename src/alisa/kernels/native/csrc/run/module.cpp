@@ -194,8 +194,8 @@ NB_MODULE(_native, m) {
       .def(
           "sketch_select",
           [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const alisa::SketchTask& task,
-             uintptr_t older_ends, uintptr_t older_counts, uintptr_t counts, int num_slots, double coverage, uintptr_t positions,
-             uintptr_t chosen_counts, uintptr_t shares) {
+             uintptr_t older_ends, uintptr_t older_counts, uintptr_t counts, int num_slots, uintptr_t coverages,
+             uintptr_t positions, uintptr_t chosen_counts, uintptr_t shares) {
             const alisa::Isa& kernels = isa_named(isa);
             const alisa::SelectTask<float> chosen = {nullptr,
                                                      0,
@@ -207,9 +207,10 @@ NB_MODULE(_native, m) {
                                                      num_slots,
                                                      at<int32_t>(positions)};
             const nb::gil_scoped_release unlocked;
-            self.sketch_select(kernels, task, chosen, coverage, at<int32_t>(chosen_counts), at<float>(shares), threads);
+            self.sketch_select(kernels, task, chosen, at<const double>(coverages), at<int32_t>(chosen_counts), at<float>(shares),
+                               threads);
           },
-          "isa"_a, "threads"_a, "task"_a, "older_ends"_a, "older_counts"_a, "counts"_a, "num_slots"_a, "coverage"_a,
+          "isa"_a, "threads"_a, "task"_a, "older_ends"_a, "older_counts"_a, "counts"_a, "num_slots"_a, "coverages"_a,
           "positions"_a, "chosen_counts"_a, "shares"_a)
       .def(
           "sketch_append",

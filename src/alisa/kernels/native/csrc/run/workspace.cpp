@@ -208,8 +208,8 @@ void Workspace::sketch_scores(const Isa& isa, SketchTask task, const Threads& th
   run_sketch(isa, task, 0, threads, [&](int seq, float* mine) { isa.sketch.finish(task, seq, mine); });
 }
 
-void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float> chosen, double coverage, int32_t* counts,
-                              float* shares, const Threads& threads) {
+void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float> chosen, const double* coverages,
+                              int32_t* counts, float* shares, const Threads& threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto width = static_cast<size_t>(task.width);
   const auto stride = static_cast<size_t>(chosen.num_slots);
@@ -220,6 +220,7 @@ void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float>
     rows.stride = width;
     const int first = seq * task.num_sets;
     int older = rows.older_counts[first];
+    const double coverage = coverages == nullptr ? 0.0 : coverages[seq];
     if (coverage > 0.0) {
       const int set_heads = task.num_heads / task.parts / task.num_sets;
       const auto target = static_cast<int64_t>(coverage * set_heads * 4294967296.0);

@@ -52,11 +52,11 @@ class Workspace {
   // Weights of all tokens by a sketch of their keys; fills the plan of `task`.
   void sketch_scores(const Isa& isa, SketchTask task, const Threads& threads);
   // The tokens that these weights choose, a row for each index set, and the share of each head's weight that they hold:
-  // Float32[B, H]. Fills the plan and the output of `task`, and the scores of `chosen`. A coverage above 0 chooses the fewest
-  // older tokens, the same number in each set of a sequence, with which every set has that part of its weight, at most those
-  // of `chosen`; `counts` Int32[B * num_sets] are the tokens chosen.
-  void sketch_select(const Isa& isa, SketchTask task, SelectTask<float> chosen, double coverage, int32_t* counts, float* shares,
-                     const Threads& threads);
+  // Float32[B, H]. Fills the plan and the output of `task`, and the scores of `chosen`. A sequence whose coverage (of
+  // `coverages`, null: 0 for all) is above 0 has the fewest older tokens, the same number in each set, with which every set
+  // has that part of its weight, at most those of `chosen`; `counts` Int32[B * num_sets] are the tokens chosen.
+  void sketch_select(const Isa& isa, SketchTask task, SelectTask<float> chosen, const double* coverages, int32_t* counts,
+                     float* shares, const Threads& threads);
   void sketch_append(const Isa& isa, const SketchAppendTask& task, int64_t num_tokens, const Threads& threads);
   // One thread: tokens of one sequence must not meet.
   void mean_add(const Isa& isa, const MeanAddTask& task);
