@@ -222,7 +222,7 @@ def test_sliding_windows_keep_the_promise(policy, dtype, kernels, tiny_model, tm
     ("dtype", "kv_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8"), ("bfloat16", "int4")]
 )
 def test_the_steps_a_long_prompt_is_read_in_change_no_bit(policy, dtype, kv_dtype):
-    """A prompt of more than one section, cut within and across them, and one beside it; the model allows 2048 tokens."""
+    """A prompt of more than one section, cut within and across them, and one beside it; the model takes 2048 tokens."""
     options = {"policy": policy, "sparsity": 0.9, "dtype": dtype, "kv_dtype": kv_dtype, "max_num_seqs": 2}
     results = []
     for chunk in (2048, 700, 96):
