@@ -11,6 +11,7 @@ pytest.importorskip("gguf", reason="the gguf package writes the files")
 
 from alisa import LLM, SamplingParams
 from alisa.errors import ModelError
+from alisa.model.choose_linear import choose_linear
 from alisa.model.gguf.model import GgufModel
 from alisa.model.linear import FrameworkLinears
 from alisa.model.linear_int8 import int8_panels
@@ -171,6 +172,19 @@ def test_tensors_that_are_missing_or_too_many_are_named(tmp_path: Path) -> None:
         ModelError, match=rf"x\.gguf do not fit its metadata \(llama, 3 layers\): {missing} and {unknown}"
     ):
         stored.decoder(torch.float32, CPU)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q4_0"])
+def test_rows_that_are_no_heads_are_one_sentence(kind: str, tmp_path: Path) -> None:
+    """Queries lie in the file with the halves of each head mixed, which an odd number of rows has not."""
+    model = build("llama-gqa-tied")
+    tensors = {key: (values, "F32") for key, values in tensors_of(model).items()}
+    values, _ = tensors["blk.1.attn_q.weight"]
+    tensors["blk.1.attn_q.weight"] = values[:-1], kind
+    stored = GgufModel(write(tmp_path / "x.gguf", metadata_of(model.config), tensors))
+    linears = None if kind == "F32" else choose_linear("int4", torch.float32, CPU)
+    with pytest.raises(ModelError, match=r"x\.gguf: blk\.1\.attn_q\.weight \[\d+.*\] cannot be what its metadata"):
+        stored.decoder(torch.float32, CPU, linears=linears)
 
 
 def test_an_engine_takes_a_file_or_the_directory_that_holds_it(tmp_path: Path) -> None:

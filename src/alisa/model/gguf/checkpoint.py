@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from alisa.errors import ModelError
 from alisa.model.coded import CodedRows
 from alisa.model.gguf.architectures.architecture import Architecture, Restore
 from alisa.model.gguf.file import GgufFile
@@ -80,11 +81,15 @@ class GgufCheckpoint:
         return self.place.name
 
     def read(self, name: str, part: int | None = None) -> Tensor:
-        """The tensor, decoded. The parts of those of all experts have names of their own here."""
+        """The tensor, decoded. The parts of those of all experts have names of their own here.
+
+        Raises:
+            ModelError: it has not the rows that the metadata speak of.
+        """
         assert part is None, "a tensor of a GGUF file is taken apart by its name"
         place = self._stored[name]
         tensor = self._file.read(place.name, self._dtype if len(self.shape(name)) > 1 else torch.float32, place.part)
-        return tensor if place.restore is None else place.restore(tensor, self._spec)
+        return self._restored(place, tensor)
 
     def read_codes(self, name: str, part: int | None = None) -> CodedRows | None:
         """A matrix whose blocks are levels of 4 bits in ranges, as they are; None: it is none."""
@@ -94,7 +99,23 @@ class GgufCheckpoint:
         if spans is None or len(shape) != 2:
             return None
         rows = CodedRows(self._file.read_blocks(place.name, place.part), spans, shape[1])
-        return rows if place.restore is None else rows.moved(place.restore(torch.arange(shape[0]), self._spec))
+        return rows if place.restore is None else rows.moved(self._restored(place, torch.arange(shape[0])))
+
+    def _restored(self, place: _Place, tensor: Tensor) -> Tensor:
+        """The tensor as its family has it.
+
+        Raises:
+            ModelError: it has not the rows that the metadata speak of.
+        """
+        if place.restore is None:
+            return tensor
+        try:
+            return place.restore(tensor, self._spec)
+        except RuntimeError as error:
+            raise ModelError(
+                f"{self.file_name(place.name)}: {place.name} {list(tensor.shape)} cannot be what its metadata "
+                "describe; download it again."
+            ) from error
 
 
 def _translate(name: str, architecture: Architecture) -> tuple[str, Restore | None]:
