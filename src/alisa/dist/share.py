@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alisa.config import EngineConfig, format_bytes
@@ -14,8 +14,11 @@ def with_whole_paths(config: EngineConfig) -> EngineConfig:
 
     A model that is not here keeps its name: it may be on the other machines, or a hub's.
     """
-    given = {field.name: getattr(config, field.name) for field in fields(config)}
-    paths = {name: value.absolute() for name, value in given.items() if isinstance(value, Path)}
+    paths = {
+        name: path.absolute()
+        for name in ("budgets", "kv_disk_path", "schedule", "prefix_cache_disk")
+        if (path := getattr(config, name)) is not None
+    }
     if config.model is not None and (model := Path(config.model).expanduser()).exists():
         return replace(config, model=str(model.absolute()), **paths)
     return replace(config, **paths)
