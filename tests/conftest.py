@@ -6,9 +6,9 @@ import os
 from importlib.util import find_spec
 
 # Several test processes share the cores, and threads that wait for a core that another process has wait long. So there
-# is one thread where a test asks for no more, and where it does, threads that wait sleep: a test of two threads that
-# spin took ten times as long beside other programs. OpenMP reads both when torch loads it; programs that tests start
-# inherit them. What is set already stays: `make test-isa`.
+# is one thread where a test asks for no more, and where it does, threads that wait sleep: those that spin take the core
+# from the one that they wait for. OpenMP reads both when torch loads it; programs that tests start inherit them. What
+# is set already stays: `make test-isa`.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

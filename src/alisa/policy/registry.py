@@ -166,9 +166,9 @@ POLICIES: Mapping[str, PolicyEntry] = MappingProxyType(
 )
 
 
-def reads_of(name: str, sparsity: float, coverage: float | None = None, layers: tuple[float, ...] = ()) -> Reads:
-    """What `SelectionPolicy.reads` of the policy with this name says; the others are fields of `Budget`."""
-    reads, budget = POLICIES[name].reads, Budget(sparsity, coverage, layers)
+def reads_of(name: str, sparsity: float, layers: tuple[float, ...] = ()) -> Reads:
+    """What `SelectionPolicy.reads` of the policy with this name says, the most; the others are fields of `Budget`."""
+    reads, budget = POLICIES[name].reads, Budget(sparsity, layers=layers)
     return lambda num_earlier: reads(budget, num_earlier)
 
 
