@@ -39,7 +39,7 @@ def status(key):
 
 path, weights = Path(sys.argv[1]), sys.argv[2]
 cpu = torch.device("cpu")
-linears = choose_linear(weights if weights in ("int8", "int4") else "auto", torch.bfloat16, cpu)
+linears = choose_linear(weights if weights in ("int8", "int4") else "float", torch.bfloat16, cpu)
 if weights == "int4 again":
     linears = PanelLinears(int4_panels, int8_panels, CpuProducts(), linears)
 # What torch brings with its first product belongs to the baseline, not to the weights.

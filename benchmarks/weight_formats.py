@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 def makers() -> dict[str, LinearMaker]:
     """What makes the layers of each format; the first is what the others are compared with."""
-    exact = choose_linear("auto", torch.bfloat16, CPU)
+    exact = choose_linear("float", torch.bfloat16, CPU)
     return {
         "bfloat16": exact,
         "int8": choose_linear("int8", torch.bfloat16, CPU),
