@@ -118,6 +118,8 @@ def test_batches_of_engines_that_cannot_join_and_leave():
     with pytest.raises(NoRoom, match="one sequence takes 70 bytes, the budget is 69"):
         groups(kv_budget_bytes=69)
     assert a_job().warm_up().prompts == [[3, 2, 1], [5, 4]]
+    long = a_job(prompts=[[*range(5000)]], turns=True).warm_up()
+    assert long.prompts == [[*range(4999, 3975, -1)]]
     assert a_job().longest == 3 + 5
     assert a_job(turns=True).longest == 6 + 3 * 5
 
