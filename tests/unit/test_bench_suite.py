@@ -208,6 +208,8 @@ def test_prompts_are_the_same_everywhere_and_fit(tmp_path):
     work = prepare_workload(ragged, ("one", "two words and more"), places, 1)
     assert 0 < work.prompt_lens[0] < work.prompt_lens[1]
     assert work.kv_need_bytes == (work.prompt_lens[1] + 3) * 2 * (2 * 2 * 32 * 2)
+    with pytest.raises(InputError, match=r"'w' is of x\.gguf, which is not there; `make models` fetches the real ones"):
+        prepare_workload(replace(workload, model="x.gguf"), None, places, 1)
     with pytest.raises(InputError, match="has a sequence of 608 tokens, llama-tiny has 512 positions"):
         prepare_workload(replace(workload, output_len=600), None, places, 1)
 

@@ -142,6 +142,10 @@ def prepare_workload(workload: Workload, texts: Sequence[str] | None, places: Pl
             write_checkpoint(spec, model)
     else:
         model = Path(os.path.expandvars(workload.model)).expanduser()
+        if not model.exists():
+            raise InputError(
+                f"workload {workload.name!r} is of {model}, which is not there; `make models` fetches the real ones."
+            )
         opened = open_model(model)
         spec, stored = opened.spec, opened.weight_format
     if texts is None:
