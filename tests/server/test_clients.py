@@ -51,6 +51,21 @@ def test_vllm_bench_serve_on_completions(address):
     assert card["root"]
 
 
+def test_vllm_bench_serve_on_chat_completions(chat_address):
+    body = {
+        "model": "talker",
+        "messages": [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}],
+        "max_completion_tokens": 12,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+    }
+    found = events(post(chat_address, body, "/v1/chat/completions"))
+    assert len([event for event in found if event["choices"]]) == 12 + 1
+    assert "content" in found[0]["choices"][0]["delta"]  # none has the role alone
+    assert found[-1]["usage"]["completion_tokens"] == 12
+
+
 def test_guidellm_on_completions(address):
     body = {
         "model": "embedded",
