@@ -128,7 +128,8 @@ def reading_params(call: GenerationRequest, budgets: RequestBudgets) -> ReadingP
 def _refuse_other_engine(call: GenerationRequest, config: EngineConfig) -> None:
     """One engine has one policy."""
     if call.policy is not None and call.policy != config.policy:
-        own = ", or ask for a sparsity of its own" if POLICIES[config.policy].mixes else ""
+        can_ask = POLICIES[config.policy].mixes and not config.exact
+        own = ", or ask for a sparsity of its own" if can_ask else ""
         raise bad_request(
             f"policy is {call.policy[:100]!r}, and this server runs with {config.policy!r} for all calls; leave it "
             f"out{own}, or start a server with another --policy.",
