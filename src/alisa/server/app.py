@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from pydantic import BaseModel
-from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -27,7 +26,7 @@ from alisa.server.logprobs import token_text
 from alisa.server.page import page_reply
 from alisa.server.params import check_model
 from alisa.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from alisa.server.reply import error_reply
+from alisa.server.reply import error_reply, to_json
 from alisa.server.service import Service
 
 Call = TypeVar("Call", bound=BaseModel)
@@ -159,7 +158,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
             "seconds": telemetry.seconds(),
             "finished": telemetry.finished(),
         }
-        # Each page asks for all of it once a second; `asdict` would keep the event loop ten times as long.
+        # Each page asks for all of it once a second; `asdict` and `json` would hold the event loop up.
         return Response(to_json(found), media_type="application/json")
 
     app.add_api_route("/v1/models", models, methods=["GET"])
