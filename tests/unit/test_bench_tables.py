@@ -173,3 +173,13 @@ def test_a_fleet_has_the_newest_record_of_each_kind(tmp_path):
     text = BLOCKS["fleet-saturation"](tmp_path)
     assert "| 10 million | 1,000 | 2.0 | 50 % | 10 % | 20 % | 46 MB | loading weights |" in text
     assert "| 1 billion |" in text
+
+
+def test_what_the_server_costs(tmp_path):
+    figures = {"alone_tokens_per_s": 300.0, "served_tokens_per_s": 294.0, "overhead": 0.021, "served_cpu_us": 6000.0}
+    figures |= {"loop_cpu_us": 40.0, "lag_p50_ms": 0.2, "lag_p99_ms": 9.0, "clients": 16, "prompt_len": 64}
+    record = {"model": "m", "output_len": 128, "rounds": [{}, {}], **figures}
+    write(tmp_path / "server_overhead.jsonl", [record | {"overhead": 0.5}, record])
+    text = BLOCKS["server-overhead"](tmp_path)
+    assert text.startswith("16 clients, prompts of 64 tokens, 128 tokens of output, 2 rounds")
+    assert text.endswith("| `m` | 300 tokens/s | 294 tokens/s | 2.1 % | 6000 us | 40.0 us | 0.2 ms | 9.0 ms |")
