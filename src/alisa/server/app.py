@@ -150,7 +150,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def state() -> Response:
         telemetry = service.telemetry
         found = {
-            "model": {"name": model.name, "max_model_len": model.max_model_len, **model.config.describe()},
+            "model": {**model.config.describe(), "name": model.name, "max_model_len": model.max_model_len},
             "num_layers": model.num_layers,
             "has_chat": model.tokenizer.has_chat_template,
             "uptime_s": telemetry.uptime_s,
