@@ -1,11 +1,14 @@
-"""The rules of benchmarks/sparse_prefill.py against a plain loop over queries."""
+"""The rules of benchmarks/sparse_prefill.py against a plain loop over queries, and its records."""
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from math import exp, inf
+from pathlib import Path
 
 import pytest
+import sparse_prefill
 import torch
 from sparse_prefill import BLOCK, LOCAL, MEANS, QUERIES, Rule, Survey, WholePrompt
 from torch import Tensor
@@ -154,3 +157,27 @@ def test_without_a_rule_it_is_dense_attention() -> None:
 def test_what_is_no_rule_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="is not a rule; write for example"):
         Rule.parse(text)
+
+
+def test_a_rule_that_leaves_nothing_out_loses_nothing_and_a_survey_has_no_divergence(tmp_path, monkeypatch):
+    text, records = tmp_path / "text.txt", tmp_path / "records.jsonl"
+    text.write_text((Path(__file__).parents[2] / "README.md").read_text())
+    common = ["sparse_prefill", "--text", str(text), "--context", "512", "--record", str(records), "--dtype", "float32"]
+    monkeypatch.setattr("sys.argv", [*common, "--windows", "2", "--rules", "exact=0.9999999", "means64=0.1"])
+    sparse_prefill.main()
+    monkeypatch.setattr("sys.argv", [*common, "--rules", "means64=0.1", "--survey"])
+    sparse_prefill.main()
+    all_read, little, surveyed = (json.loads(line) for line in records.read_text().splitlines())
+    assert abs(all_read["kl"]) < 1e-5
+    assert abs(all_read["lost"]) < 1e-4
+    assert little["kl"] > 1e-4
+    assert little["kl_most"] > little["kl"] > little["kl_error"] > 0
+    assert little["left_out"] > all_read["left_out"]
+    assert "kl" not in surveyed
+    assert surveyed["chosen"] == pytest.approx(little["chosen"], abs=0.1)
+
+
+def test_a_context_that_is_no_multiple_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sparse_prefill", "--text", str(tmp_path), "--context", "500"])
+    with pytest.raises(InputError, match="--context is 500; give a multiple of 256"):
+        sparse_prefill.main()
