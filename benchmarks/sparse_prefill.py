@@ -316,11 +316,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--windows", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument(
-        "--rules",
-        nargs="+",
-        default=["means16=0.98", "keys=0.003", "exact=0.95", "flash=0.1", "means16=0.95", "keys=0.01"],
-    )
+    parser.add_argument("--rules", nargs="+", default=RULES)
     parser.add_argument("--survey", action="store_true", help="ask all rules in one dense pass")
     parser.add_argument("--record", type=Path, help="append the records to this file")
     options = parser.parse_args()
