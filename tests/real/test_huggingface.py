@@ -51,7 +51,7 @@ def test_a_sparse_policy_says_what_it_says_in_the_engine(reference: Reference, p
         row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
     ]
     settings = {"policy": policy, "sparsity": 0.5, "max_model_len": 512}
-    with LLM(str(reference.path), dtype="float32", **settings) as llm:
+    with LLM(str(reference.path), dtype="float32", weight_dtype="float", **settings) as llm:
         outputs = llm.generate(prompts, SamplingParams(max_tokens=NUM_NEW, ignore_eos=True))
     with alisa.hf.attach(model, **settings):
         found = model.generate(**inputs, **OPTIONS, min_new_tokens=NUM_NEW, eos_token_id=None, pad_token_id=0)
