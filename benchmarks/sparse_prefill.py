@@ -323,7 +323,7 @@ def main() -> None:
     rules = [Rule.parse(text) for text in options.rules]
     if options.context % QUERIES:
         raise InputError(f"--context is {options.context}; give a multiple of {QUERIES}.")
-    model = load_model(EngineConfig(model=options.model, dtype=options.dtype))
+    model = load_model(EngineConfig(model=options.model, dtype=options.dtype, weight_dtype="float"))
     shape = model.spec.attention
     if shape.softcap is not None or shape.has_sinks or model.tokenizer is None:
         raise InputError("The rules are written for models with a tokenizer and without caps of scores or sinks.")
