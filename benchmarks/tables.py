@@ -24,6 +24,7 @@ from pathlib import Path
 import fleet_tables
 import huggingface_tables
 import real_tables
+import server_tables
 from table_blocks import (
     Results,
     accuracy,
@@ -36,8 +37,8 @@ from table_blocks import (
     machine,
     one_user,
     pace,
-    prefix,
     prediction,
+    prefix,
     prompts,
     recall,
     restore,
@@ -115,6 +116,7 @@ BLOCKS: dict[str, Block] = {
     "one-user": one_user,
     "speculation": speculation,
     "pace": pace,
+    "server-overhead": server_tables.overhead,
     "prefix": prefix,
     "accuracy": accuracy,
     "accuracy-real": real_tables.perplexity,

@@ -188,3 +188,13 @@ def test_rules_for_prompts_have_errors_of_several_windows_and_no_divergence_wher
         "| WikiText-2, 1 x 4096 | `flash` 0.1 | 1.0 % | 4.00 | 500 | 1.00 | 50 % | 80 % | 1.25x |",
         "| WikiText-2, 2 x 4096 | `exact` 0.95 | 1.0 % | 1.00 ± 0.10 |  | -0.20 ± 0.10 | 50 % | 70 % |  |",
     ]
+
+
+def test_what_the_server_costs(tmp_path):
+    figures = {"alone_tokens_per_s": 300.0, "served_tokens_per_s": 294.0, "overhead": 0.021, "served_cpu_us": 6000.0}
+    figures |= {"loop_cpu_us": 40.0, "lag_p50_ms": 0.2, "lag_p99_ms": 9.0, "clients": 16, "prompt_len": 64}
+    record = {"model": "m", "output_len": 128, "rounds": [{}, {}], **figures}
+    write(tmp_path / "server_overhead.jsonl", [record | {"overhead": 0.5}, record])
+    text = BLOCKS["server-overhead"](tmp_path)
+    assert text.startswith("16 clients, prompts of 64 tokens, 128 tokens of output, 2 rounds")
+    assert text.endswith("| `m` | 300 tokens/s | 294 tokens/s | 2.1 % | 6000 us | 40.0 us | 0.2 ms | 9.0 ms |")
