@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import exp
+from typing import Any
 
 import accuracy_tables
 from table_blocks import Record, Results, lines, table
@@ -177,6 +178,31 @@ def layer_budgets(results: Results) -> str:
     return table(["model", "text", "sparsity", "equal", "`unread`", "`error`", "`search`"], body) if body else ""
 
 
+def sparse_prefill(results: Results) -> str:
+    """Rules by which a prompt might be read sparsely: what each loses and leaves to be done, most products first."""
+    rows: dict[tuple[Any, ...], Record] = {}
+    for record in lines(results / "sparse_prefill.jsonl"):
+        key = tuple(record[name] for name in ("model", "text", "context", "windows", "rule", "parameter"))
+        rows[key] = rows.get(key, {}) | record  # a survey has no divergence, and one does not replace it
+    body = [
+        [
+            f"{TEXTS.get(record['text'], record['text'])}, {record['windows']} x {record['context']}",
+            f"`{record['rule']}` {record['parameter']:g}",
+            f"{100 * record['left_out']:.1f} %",
+            _of_windows(record["kl"], record["kl_error"], 1e3) if "kl" in record else "",
+            f"{1e3 * record['kl_most']:.0f}" if "kl_most" in record else "",
+            _of_windows(record["lost"], record["lost_error"], 100) if "kl" in record else "",
+            f"{100 * record['chosen']:.0f} %",
+            f"{100 * record['products']:.0f} %",
+            "" if record["rule"] == "exact" else f"{1 / record['products']:.2f}x",
+        ]
+        for _, record in sorted(rows.items(), key=lambda row: (*row[0][:3], -row[1]["products"]))
+    ]
+    head = ["text", "rule", "weight left out", "divergence", "of one token"]
+    head += ["perplexity lost, %", "a query reads", "products left", "at best"]
+    return table(head, body) if body else ""
+
+
 def by_task(kind: str, results: Results) -> str:
     """Recall or multiple choice: a table for each model; dense attention's level, and what the others lose."""
     parts = []
@@ -247,3 +273,8 @@ def _title(record: Record) -> str:
 
 def _estimate(estimate: Estimate, scale: float, digits: int) -> str:
     return f"{scale * estimate.value + 0.0:.{digits}f} ± {scale * estimate.standard_error:.{digits}f}"
+
+
+def _of_windows(value: float, error: float | None, scale: float) -> str:
+    """One window has no error."""
+    return f"{scale * value + 0.0:.2f}" if error is None else _estimate(Estimate(value, error), scale, 2)

@@ -126,6 +126,7 @@ BLOCKS: dict[str, Block] = {
     "weight-formats": real_tables.weight_formats,
     "accuracy-coverage": real_tables.coverage,
     "accuracy-layers": real_tables.layer_budgets,
+    "accuracy-sparse-prefill": real_tables.sparse_prefill,
     "accuracy-quality": real_tables.quality,
     "recall-real": partial(real_tables.by_task, "recall"),
     "qa-real": partial(real_tables.by_task, "qa"),

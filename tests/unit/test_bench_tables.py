@@ -175,6 +175,21 @@ def test_a_fleet_has_the_newest_record_of_each_kind(tmp_path):
     assert "| 1 billion |" in text
 
 
+def test_rules_for_prompts_have_errors_of_several_windows_and_no_divergence_where_it_was_not_measured(tmp_path):
+    common = {"model": "m", "text": "test.txt", "context": 4096, "windows": 1, "chosen": 0.5, "left_out": 0.01}
+    flash = common | {"rule": "flash", "parameter": 0.1, "products": 0.8}
+    run = {"kl": 0.004, "kl_error": None, "kl_most": 0.5, "lost": 0.01, "lost_error": None}
+    exact = common | {"rule": "exact", "parameter": 0.95, "kl": 0.001, "windows": 2, "kl_error": 0.0001}
+    exact |= {"lost": -0.002, "lost_error": 0.001, "products": 0.7}
+    means = common | {"rule": "means64", "parameter": 0.98, "products": 0.9}
+    write(tmp_path / "sparse_prefill.jsonl", [flash | run | {"kl": 0.9}, flash | run, exact, means, flash])
+    assert tables.BLOCKS["accuracy-sparse-prefill"](tmp_path).splitlines()[2:] == [
+        "| WikiText-2, 1 x 4096 | `means64` 0.98 | 1.0 % |  |  |  | 50 % | 90 % | 1.11x |",
+        "| WikiText-2, 1 x 4096 | `flash` 0.1 | 1.0 % | 4.00 | 500 | 1.00 | 50 % | 80 % | 1.25x |",
+        "| WikiText-2, 2 x 4096 | `exact` 0.95 | 1.0 % | 1.00 ± 0.10 |  | -0.20 ± 0.10 | 50 % | 70 % |  |",
+    ]
+
+
 def test_what_the_server_costs(tmp_path):
     figures = {"alone_tokens_per_s": 300.0, "served_tokens_per_s": 294.0, "overhead": 0.021, "served_cpu_us": 6000.0}
     figures |= {"loop_cpu_us": 40.0, "lag_p50_ms": 0.2, "lag_p99_ms": 9.0, "clients": 16, "prompt_len": 64}
