@@ -1,0 +1,126 @@
+"""Blocks of what was measured and left out of `sketch`, from `prefetch_hint.py` and `sketch_forms.py`."""
+
+from __future__ import annotations
+
+from table_blocks import Record, Results, lines, number, percent, table, watched
+
+
+def waiting(results: Results) -> str:
+    """Decode steps under caps, what of them is waiting, and what cutting loads into smaller jobs does to it."""
+    record = _newest(results)
+    if record is None:
+        return ""
+    names = {"cached": "page cache", "disk": "disk", "disk in one job": "disk, jobs of 64 rows"}
+    rows = [
+        [
+            f"{case['sparsity']:g}, {percent(case['cap'])}",
+            names[way] if case["cap"] < 1 else "everything fits",
+            number(found["rows"], 0),
+            _quartiles(found["wall_ms"]),
+            _quartiles(found["wait_ms"]),
+        ]
+        for case in record["results"]
+        for way, found in case["engine"].items()
+    ]
+    head = ["sparsity, cap", "rows come from", "rows a step", "step, ms (quartiles)", "of it waiting"]
+    return "\n\n".join([table(head, rows), *watched([record])])
+
+
+def load_jobs(results: Results) -> str:
+    """What a load takes by the rows of a job."""
+    record = _newest(results)
+    if record is None:
+        return ""
+    sizes = list(record["load_ms"]["disk"])
+    rows = [
+        [name, *(f"{1e3 * record['load_ms'][medium][size][1]:.0f}" for size in sizes)]
+        for medium, name in (("cached", "page cache"), ("disk", "disk"))
+    ]
+    return table([f"60 rows of {record['row_bytes']} bytes, us", *(f"jobs of {size}" for size in sizes)], rows)
+
+
+def hint(results: Results) -> str:
+    """What guesses foresee, what the hint could win at most, and what it did."""
+    record = _newest(results)
+    if record is None:
+        return ""
+    rows = []
+    for case in record["results"]:
+        if "tried" not in case:
+            continue
+        guesses = [
+            f"{percent(case['foreseen'][name])} ({case['wasted'][name]:.2f})"
+            for name in ("last read", "runners-up", "hint")
+        ]
+        cells = []
+        for medium in ("cached", "disk"):
+            without, with_hint = (case["tried"][way]["wall_ms"][1] for way in (medium, f"{medium} hint"))
+            cells += [f"{100 * most_won(record, case, medium):+.0f} %", f"{100 * (without / with_hint - 1):+.0f} %"]
+        rows.append([f"{case['sparsity']:g}, {percent(case['cap'])}", *guesses, *cells])
+    head = ["sparsity, cap", "last read", "runners-up", "hint"]
+    head += ["page cache: at most", "tried", "disk: at most", "tried"]
+    return f"{table(head, rows)}\n\n`{_command(record)}`"
+
+
+def most_won(record: Record, case: Record, medium: str) -> float:
+    """By how much decode would be faster, were all of the rows that the hint foresees fetched beside the MLP.
+
+    The waiting for them is saved as far as the MLP takes as long; the query and its ranking are added. Asking for the
+    rows a layer early is taken to cost nothing.
+    """
+    found = case["engine"][medium]
+    wall, wait, linear = (found[name][1] for name in ("wall_ms", "wait_ms", "linear_ms"))
+    hidden = min(case["foreseen"]["hint"] * wait, record["mlp_share"] * linear)
+    added = record["query_share"] * linear + case["extra_ms"]["rank"]
+    return wall / (wall - hidden + added) - 1
+
+
+def forms(results: Results) -> str:
+    """What the sketch loses where it knows less of the keys."""
+    rows = []
+    for record in lines(results / "sketch_forms.jsonl"):
+        for name, form in record["forms"].items():
+            is_base = name == "4 bits"
+            rows.append(
+                [
+                    f"{record['sparsity']:g}",
+                    name,
+                    number(form["bytes"], 0),
+                    "" if form["kernel"] is None else f"{form['kernel']:.2f}",
+                    _share(form["lost"], form["lost_error"]),
+                    _thousandths(form["kl"], form["kl_error"]),
+                    "" if is_base else _thousandths(form["kl_more"], form["kl_more_error"]),
+                ]
+            )
+    if not rows:
+        return ""
+    first = lines(results / "sketch_forms.jsonl")[0]
+    head = ["sparsity", "form", "bytes", "kernel", "perplexity lost, %", "KL", "against 4 bits"]
+    windows = f"{first['windows']} x {first['context']} tokens, {first['prefill']} of them a prompt"
+    what = f"`{first['model']}`, {first['text']}, {windows}, dense {first['dense']:.2f}; KL in thousandths of a nat"
+    return f"{what}:\n\n{table(head, rows)}"
+
+
+def _newest(results: Results) -> Record | None:
+    records = lines(results / "prefetch_hint.jsonl")
+    return records[-1] if records else None
+
+
+def _command(record: Record) -> str:
+    return (
+        f"python benchmarks/prefetch_hint.py --model SMOLLM2 --text DATA/{record['text']} "
+        "--record benchmarks/results/prefetch_hint.jsonl"
+    )
+
+
+def _quartiles(values: list[float]) -> str:
+    low, middle, high = values
+    return f"{number(middle)} ({number(low)} to {number(high)})"
+
+
+def _share(value: float, error: float) -> str:
+    return f"{100 * value:.2f} ± {100 * error:.2f}"
+
+
+def _thousandths(value: float, error: float) -> str:
+    return f"{1e3 * value:.2f} ± {1e3 * error:.2f}"
