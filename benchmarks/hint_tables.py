@@ -23,7 +23,11 @@ def waiting(results: Results) -> str:
         for way, found in case["engine"].items()
     ]
     head = ["sparsity, cap", "rows come from", "rows a step", "step, ms (quartiles)", "of it waiting"]
-    return "\n\n".join([table(head, rows), *watched([record])])
+    work = f"batch {record['batch']}, {record['prompt_len']} + {record['output_len']} tokens"
+    threads, cpu = record["stamp"]["num_threads"], record["stamp"]["cpu"]
+    where = f"{threads} thread{'s' if threads > 1 else ''} of {cpu}"
+    what = f"`{record['model']}`, {record['dtype']}, {work}, {where}:"
+    return "\n\n".join([what, table(head, rows), *watched([record])])
 
 
 def load_jobs(results: Results) -> str:

@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="another text, which says what channels count")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95])
-    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--context", type=int, default=640)
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--dtype", default="auto")

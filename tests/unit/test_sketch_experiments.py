@@ -86,6 +86,12 @@ def test_whole_keys_in_four_bits_are_the_policy_sketch():
 
 
 RECORD = {
+    "model": "small",
+    "dtype": "bfloat16",
+    "batch": 4,
+    "prompt_len": 384,
+    "output_len": 112,
+    "stamp": {"num_threads": 1, "cpu": "Some processor"},
     "row_bytes": 768,
     "text": "wikitext2",
     "others_share": 0.0,
@@ -119,6 +125,7 @@ def test_the_most_to_be_won_is_what_the_mlp_hides_less_what_the_hint_takes(tmp_p
     assert most_won(RECORD, case, "cached") == pytest.approx(100 / (100 - 1.5 + 8) - 1)
     (tmp_path / "prefetch_hint.jsonl").write_text(json.dumps(RECORD) + "\n")
     assert "| 0.8, 25 % | 0 % (0.00) | 40 % (2.00) | 75 % (0.30) | -6 % | -10 % | +14 % | -10 % |" in hint(tmp_path)
+    assert "4, 384 + 112 tokens, 1 thread of Some processor:" in waiting(tmp_path)
     assert "| 0.8, 25 % | disk, jobs of 64 rows | 1800 | 100 (90.0 to 120) | 90.0 (90.0 to 90.0) |" in waiting(tmp_path)
     assert "| disk | 2000 | 1000 |" in load_jobs(tmp_path)
 

@@ -171,7 +171,8 @@ class Loader:
             read = pace.timed(partial(tier.read, layer, slots[job][subset]))
             target.receive(read, indices[job][subset], fence)
 
-        for first in range(0, len(slots), size := pace.job_rows):
+        size = pace.job_rows
+        for first in range(0, len(slots), size):
             job = slice(first, first + size)
             handle.add(self._transfers.start(partial(fetch, job), owners[job]))
         return handle

@@ -11,8 +11,8 @@ from alisa.kernels.base import Bytes
 SMALL_JOB_ROWS = 16
 """Rows of a job where rows take long, so that many of them are asked for at the same time.
 
-60 rows of 768 bytes, in microseconds: from a disk 2943 in one job, 1448 in jobs of 16, 1302 in jobs of 8; from the page
-cache 79, 140 and 218 (benchmarks/results/load_jobs.jsonl).
+A load of 60 rows from a disk takes less than half as long in jobs of 16 as in one of 64, and no less in jobs of 8; from
+the page cache it takes as long or longer (docs/planner.md, benchmarks/results/prefetch_hint.jsonl).
 """
 
 SLOW_ROW_S = 8e-6
