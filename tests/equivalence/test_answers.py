@@ -15,6 +15,7 @@ from alisa.engine.answers import MAX_ANSWERS
 from alisa.engine.builder import build_engine
 from alisa.errors import CapacityError
 from tests.caps import device_cap
+from tests.combinations import each
 from tests.equivalence.test_prefix_cache import ids
 
 SIZES = {"max_num_seqs": 3, "max_model_len": 400, "sparsity": 0.5}
@@ -46,8 +47,7 @@ def ask(engine, prompt, new=40, *, continues=True, cache_salt=""):
     return output
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("policy", ["dense", "sketch", "sketch-mean", "swa", "local"])
+@each(policy=["sketch", "dense", "sketch-mean", "swa", "local"], dtype=["bfloat16", "float32"])
 def test_the_next_turn_reads_only_what_is_new(policy, dtype):
     llm = LLM(policy=policy, dtype=dtype, **SIZES)
     engine, said, known = engine_of(llm), [], 0

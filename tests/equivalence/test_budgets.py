@@ -60,13 +60,13 @@ def alone(llm, prompt, reading):
     [
         ("sketch", PLAIN),
         ("sketch", COVERED),
-        ("sketch-head", PLAIN),
         ("sketch-mean", COVERED),
-        ("oracle", PLAIN),
         ("h2o", PLAIN),
-        ("local", PLAIN),
-        ("strided", PLAIN),
         ("streaming", PLAIN),
+        *(
+            pytest.param(policy, PLAIN, marks=pytest.mark.slow)
+            for policy in ("sketch-head", "oracle", "local", "strided")
+        ),
     ],
 )
 def test_each_reads_what_it_asked_for(policy, asked):

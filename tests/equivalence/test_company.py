@@ -23,9 +23,10 @@ from alisa.model.decoder import Decoder
 from alisa.policy.layer_budgets import BudgetedModel, LayerBudget, LayerBudgets
 from alisa.policy.registry import POLICIES
 from tests.caps import device_cap
+from tests.combinations import each
 
 PROMPT_LENGTHS = (3, 290, 41, 130, 17)
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 SIZES = {"max_num_seqs": len(PROMPT_LENGTHS), "max_model_len": max(PROMPT_LENGTHS) + NEW_TOKENS}
 
 
@@ -145,14 +146,19 @@ STATIC = {"schedule": "static", "offload_ratio": 0.75}
     [
         {"policy": "dense"},
         {"policy": "sketch"},
-        {"policy": "swa"},
-        {"policy": "dense", "dtype": "float32"},
         {"policy": "swa", "dtype": "float32"},
-        {"policy": "sketch", "dtype": "float16"},
         {"policy": "sketch", "coverage": 0.6, "kv_dtype": "k8v4"},
-        {"policy": "sketch", "layers": (0.3, 0.9, 0.5, 0.3)},
         {"policy": "dense", "kv_dtype": "int8", "weight_dtype": "int8"},
-        {"policy": "swa", "kv_dtype": "int4", "weight_dtype": "int8"},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                {"policy": "swa"},
+                {"policy": "dense", "dtype": "float32"},
+                {"policy": "sketch", "dtype": "float16"},
+                {"policy": "sketch", "layers": (0.3, 0.9, 0.5, 0.3)},
+                {"policy": "swa", "kv_dtype": "int4", "weight_dtype": "int8"},
+            )
+        ),
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -217,12 +223,13 @@ def test_sliding_windows_keep_the_promise(policy, dtype, kernels, tiny_model, tm
     assert sum(deleted) > 0
 
 
-@pytest.mark.parametrize("policy", ["dense", "swa", "h2o", "sketch"])
-@pytest.mark.parametrize(
-    ("dtype", "kv_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8"), ("bfloat16", "int4")]
+@each(
+    policy=["dense", "swa", "h2o", "sketch"],
+    dtypes=[("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8"), ("bfloat16", "int4")],
 )
-def test_the_steps_a_long_prompt_is_read_in_change_no_bit(policy, dtype, kv_dtype):
+def test_the_steps_a_long_prompt_is_read_in_change_no_bit(policy, dtypes):
     """A prompt of more than one section, cut within and across them, and one beside it; the model takes 2048 tokens."""
+    dtype, kv_dtype = dtypes
     options = {"policy": policy, "sparsity": 0.9, "dtype": dtype, "kv_dtype": kv_dtype, "max_num_seqs": 2}
     results = []
     for chunk in (2048, 700, 96):
@@ -273,10 +280,10 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(dtype, weight_dtype, n
                     assert torch.equal(found, expected[first : first + count]), (num_threads, count, first)
 
 
-@pytest.mark.parametrize(
-    "family", ["opt-gelu-no-bias", "pythia", "gpt2", "llama", "qwen3", "gemma3-scaled", "qwen3-moe"]
+@each(
+    family=["opt-gelu-no-bias", "pythia", "gpt2", "llama", "qwen3", "gemma3-scaled", "qwen3-moe"],
+    dtype=["float32", "bfloat16"],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_and_norms_of_every_kind_know_no_company(family, dtype, tiny_model):
     llm = LLM(tiny_model(family), policy="dense", dtype=dtype, prefill_chunk=32)
     prompts = prompts_of(llm, (3, 41, 17, 60, 33))

@@ -23,6 +23,7 @@ from alisa.policy.dense import Dense
 from alisa.policy.registry import make_policy, reads_of
 from alisa.spec import RowFormat
 from tests.caps import device_cap
+from tests.combinations import each
 from tests.equivalence.plain_swa import teacher_forced_logits
 from tests.equivalence.test_hf_logits import TOLERANCE
 from tests.shared import stories260k
@@ -118,7 +119,7 @@ def test_stories260k_equals_transformers():
     assert_transformers_agrees(directory, prompts, greedy(llm, prompts))
 
 
-@pytest.mark.parametrize("family", ["opt", "llama-gqa-tied"])
+@pytest.mark.parametrize("family", [pytest.param("opt", marks=pytest.mark.slow), "llama-gqa-tied"])
 def test_sparsity_zero_equals_dense_for_every_policy(family, tiny_model):
     directory = tiny_model(family)
     prompts = make_prompts(LLM(directory).spec.vocab_size)
@@ -127,8 +128,7 @@ def test_sparsity_zero_equals_dense_for_every_policy(family, tiny_model):
         assert greedy(LLM(directory, policy=policy, sparsity=0.0, dtype="float32"), prompts) == dense, policy
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.8])
-@pytest.mark.parametrize("family", ["opt", "llama"])
+@each(family=["opt", "llama"], sparsity=[0.5, 0.8])
 def test_swa_equals_a_plain_algorithm_1(family, sparsity, tiny_model):
     directory = tiny_model(family)
     llm = LLM(directory, policy="swa", sparsity=sparsity, dtype="float32", max_num_seqs=3)

@@ -14,6 +14,7 @@ from alisa.lab.eval.layerwise import score_layerwise
 from alisa.lab.eval.perplexity import perplexity_of
 from alisa.lab.eval.subject import BASELINE, Subject, Variant
 from alisa.lab.scoring import ScoredItem
+from tests.combinations import each
 from tests.shared import shared_path, stories260k
 
 
@@ -66,9 +67,9 @@ def random_items(vocab_size, count, prompt_len, output_len):
     return [ScoredItem(row[:prompt_len], row[prompt_len:]) for row in ids.tolist()]
 
 
-@pytest.mark.parametrize("policy", get_args(PolicyName))
-@pytest.mark.parametrize(("family", "kv_dtype"), [("llama-gqa-tied", "float32"), ("opt", "int8")])
-def test_layer_by_layer_gives_what_decoding_gives(family, kv_dtype, policy, tiny_model):
+@each(kind=[("llama-gqa-tied", "float32"), ("opt", "int8")], policy=get_args(PolicyName))
+def test_layer_by_layer_gives_what_decoding_gives(kind, policy, tiny_model):
+    family, kv_dtype = kind
     subject = Subject.of(LLM(tiny_model(family), dtype="float32", max_num_seqs=2))
     items = random_items(subject.spec.vocab_size, 3, 24, 60)
     variant = Variant(policy, 0.6, kv_dtype)

@@ -11,6 +11,7 @@ from alisa.cache.offload.store import TieredStore
 from alisa.cache.store import KVStore
 from alisa.outputs import Phase
 from tests.caps import device_cap
+from tests.combinations import each
 
 PROMPT_LENGTHS = (3, 41, 17, 60, 33, 25)
 NEW_TOKENS = 60
@@ -47,9 +48,7 @@ THREE_PHASES = {
 }
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8", "int4"])
-@pytest.mark.parametrize("policy", ["dense", "swa", "sketch"])
-@pytest.mark.parametrize("family", ["opt", "llama-gqa-tied"])
+@each(2, family=["opt", "llama-gqa-tied"], policy=["dense", "swa", "sketch"], kv_dtype=["float32", "int8", "int4"])
 def test_no_placement_changes_a_token(family, policy, kv_dtype, tiny_model, tmp_path):
     options = {
         "policy": policy,
@@ -107,8 +106,7 @@ def test_too_little_disk_preempts_and_changes_no_token(tiny_model):
         assert summary.num_preempted > 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["opt", "llama-gqa-tied"])
+@each(family=["opt", "llama-gqa-tied"], dtype=["float32", "bfloat16"])
 def test_weights_in_8_bits_know_neither_place_nor_company(family, dtype, tiny_model, tmp_path):
     options = {"policy": "dense", "dtype": dtype, "weight_dtype": "int8", "prefill_chunk": 32}
     everything = LLM(tiny_model(family), **options, **SIZES)

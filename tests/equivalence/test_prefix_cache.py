@@ -43,15 +43,20 @@ def cached(outputs):
     "options",
     [
         {"policy": "dense", "dtype": "bfloat16"},
-        {"policy": "dense", "dtype": "float32"},
-        {"policy": "dense", "dtype": "float16"},
         {"policy": "sketch", "dtype": "bfloat16"},
         {"policy": "sketch", "dtype": "float32"},
-        {"policy": "sketch-mean", "dtype": "bfloat16"},
         {"policy": "swa", "dtype": "bfloat16"},
-        {"policy": "swa", "dtype": "float32"},
-        {"policy": "swa-head", "dtype": "bfloat16"},
         {"policy": "streaming", "dtype": "float32", "weight_dtype": "int8"},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                {"policy": "dense", "dtype": "float32"},
+                {"policy": "dense", "dtype": "float16"},
+                {"policy": "sketch-mean", "dtype": "bfloat16"},
+                {"policy": "swa", "dtype": "float32"},
+                {"policy": "swa-head", "dtype": "bfloat16"},
+            )
+        ),
     ],
     ids=lambda options: "-".join(options.values()),
 )

@@ -16,6 +16,7 @@ from alisa.engine.speculator import MeasuredSpeculator
 from alisa.errors import InputError
 from alisa.lab.bench.session import RunSpec, device_cap_for
 from alisa.policy.registry import POLICIES
+from tests.combinations import each
 from tests.speculation import Run, ScriptedDrafts
 
 LENGTHS = (3, 290, 41, 130, 17)
@@ -51,8 +52,7 @@ def cap_for(model, config, num_tokens):
     return device_cap_for(model.decoder, RunSpec(config), num_tokens)
 
 
-@pytest.mark.parametrize("policy", CAN_DRAFT)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@each(policy=CAN_DRAFT, dtype=["bfloat16", "float32"])
 def test_right_and_wrong_drafts_change_no_bit(policy, dtype):
     config = EngineConfig(policy=policy, sparsity=0.5, dtype=dtype, **SIZES)
     model = model_of(config)
@@ -65,8 +65,10 @@ def test_right_and_wrong_drafts_change_no_bit(policy, dtype):
     assert len(drafted.records) < len(plain.records)
 
 
-@pytest.mark.parametrize("policy", ["sketch", "streaming", "sketch-head"])
-@pytest.mark.parametrize("family", ["embedded", "gemma3", "gpt-oss-tiny", "mistral-window", "qwen3-moe", "opt"])
+@each(
+    family=["embedded", "gemma3", "gpt-oss-tiny", "mistral-window", "qwen3-moe", "opt"],
+    policy=["sketch", "streaming", "sketch-head"],
+)
 def test_exact_is_dense(policy, family, tiny_model):
     directory = None if family == "embedded" else str(tiny_model({"gpt-oss-tiny": "gpt-oss"}.get(family, family)))
     lengths = LENGTHS if family == "embedded" else (3, 75, 41)
@@ -84,10 +86,10 @@ def test_exact_is_dense(policy, family, tiny_model):
     assert Run(model, exact, prompts, params, from_both).results == plain.results
 
 
-@pytest.mark.parametrize(
-    "options", [{"policy": "dense"}, {"policy": "sketch"}, {"policy": "streaming"}, {"policy": "sketch", "exact": True}]
+@each(
+    options=[{"policy": "dense"}, {"policy": "sketch", "exact": True}, {"policy": "streaming"}, {"policy": "sketch"}],
+    place=["a third", "in pieces", "preempted", "no disk"],
 )
-@pytest.mark.parametrize("place", ["a third", "in pieces", "preempted", "no disk"])
 def test_caps_and_tiers_change_no_bit(options, place):
     config = EngineConfig(**SIZES, sparsity=0.5, **options)
     model = model_of(config)
@@ -249,7 +251,7 @@ def cases(draw):
     }
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_any_drafts_in_any_setting_change_no_bit(case):
     longest = max(case["lengths"]) + case["new"]

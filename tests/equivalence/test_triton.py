@@ -9,7 +9,9 @@ from tests.kernels.triton_device import on_each_device
 
 
 @on_each_device
-@pytest.mark.parametrize(("policy", "kv_dtype"), [("swa", "int8"), ("sketch", "float32")])
+@pytest.mark.parametrize(
+    ("policy", "kv_dtype"), [pytest.param("swa", "int8", marks=pytest.mark.slow), ("sketch", "float32")]
+)
 def test_tokens_are_those_of_the_torch_twin(device, policy, kv_dtype, tiny_model, monkeypatch):
     pytest.importorskip("triton")
     tokens = []

@@ -10,6 +10,7 @@ from alisa import LLM, SamplingParams
 from alisa.outputs import Medium
 from alisa.policy.registry import POLICIES
 from tests.caps import device_cap
+from tests.combinations import each
 from tests.hf.families import Prompts, ready
 from tests.tiny_models import build
 
@@ -34,8 +35,7 @@ def test_tokens_are_those_of_the_engine(policy, tiny_model):
         assert said(model) == said_by_engine(tiny_model("llama-gqa-tied"), **options)
 
 
-@pytest.mark.parametrize("policy", ["sketch", "swa"])
-@pytest.mark.parametrize("name", ["gemma3", "qwen2-windows", "gpt2", "granite", "gpt-oss"])
+@each(name=["gemma3", "qwen2-windows", "gpt2", "granite", "gpt-oss"], policy=["sketch", "swa"])
 def test_tokens_are_those_of_the_engine_with_windows_and_scales(name, policy, tiny_model):
     model, options = ready(build(name)), {"policy": policy, "sparsity": 0.7}
     with alisa.hf.attach(model, **options):
@@ -74,16 +74,14 @@ def test_a_copy_goes_on_as_its_original_does(policy):
         assert model.generate(**inputs, past_key_values=twin, max_new_tokens=30).equal(expected)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 32])
-@pytest.mark.parametrize("policy", ["sketch", "swa", "h2o"])
+@each(policy=["sketch", "swa", "h2o"], chunk=[1, 7, 32])
 def test_chunks_of_a_prompt_change_nothing(policy, chunk):
     model = ready(build("llama-gqa-tied"))
     with alisa.hf.attach(model, policy=policy, sparsity=0.7):
         assert said(model, prefill_chunk_size=chunk) == said(model)
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.parametrize("policy", ["dense", "sketch", "swa", "h2o"])
+@each(policy=["dense", "sketch", "swa", "h2o"], num_beams=[1, 3])
 def test_caps_change_nothing(policy, num_beams, tiny_model):
     sizes = {"max_num_seqs": 3 * num_beams, "max_model_len": 110}
     model, options = ready(build("llama-gqa-tied")), {"policy": policy, "sparsity": 0.6} | sizes

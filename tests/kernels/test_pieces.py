@@ -62,14 +62,14 @@ def long_problems(draw, longest=900):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=long_problems(), seed=st.integers(0, 99))
 def test_native_pieces_are_the_whole(isa, problem, seed):
     kernel = kernels(isa)
     assert_equal_bits(attend_in_pieces(kernel, problem, seed), kernel(*problem.args()))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=long_problems(longest=300), seed=st.integers(0, 99))
 def test_plain_pieces_are_the_whole(problem, seed):
     kernel = ReferenceDecode()
@@ -77,7 +77,7 @@ def test_plain_pieces_are_the_whole(problem, seed):
 
 
 @on_each_device
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=long_problems(), seed=st.integers(0, 99))
 def test_triton_pieces_are_the_whole(device, problem, seed):
     kernel = triton_kernels()
@@ -113,7 +113,7 @@ def assert_sharing_changes_no_bit(kernel, problem, seed, device="cpu"):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=long_problems(), seed=st.integers(0, 99))
 def test_native_queries_that_share_rows_get_the_bits_of_their_own(isa, problem, seed):
     assert_sharing_changes_no_bit(kernels(isa), problem, seed)
@@ -126,7 +126,7 @@ def test_plain_queries_that_share_rows_get_the_bits_of_their_own(problem, seed):
 
 
 @on_each_device
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=long_problems(longest=300), seed=st.integers(0, 99))
 def test_triton_queries_that_share_rows_get_the_bits_of_their_own(device, problem, seed):
     problem.q, problem.counts = problem.q.to(device), problem.counts.to(device)

@@ -115,14 +115,14 @@ def assert_agrees(weights, problem):
 
 
 @pytest.mark.parametrize("isa", SKETCH_ISAS)
-@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems(scales=(1e-3, 1.0, 5.0)))
 def test_any_shape_is_the_definition(isa, problem):
     assert_agrees(kernels(isa).sketch_scores(*problem.args()), problem)
 
 
 @pytest.mark.parametrize("isa", SKETCH_ISAS)
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems(scales=(0.0, 1e-30, 1e4)))
 def test_extreme_values_stay_finite(isa, problem):
     problem.keys.ranges[problem.keys.ranges.isnan()] = 0  # a reference gathers them, a kernel does not
@@ -180,7 +180,7 @@ def assert_chosen(found, problem, scores, budgets):
 
 
 @pytest.mark.parametrize("isa", SKETCH_ISAS)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems(), data=st.data())
 def test_what_is_chosen_and_its_shares(isa, problem, data):
     budgets = budgets_of(problem, data)
@@ -205,7 +205,7 @@ def fewest_that_cover(scores, row, budgets, target):
 
 
 @pytest.mark.parametrize("isa", [*SKETCH_ISAS, "torch"])
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(
     problem=problems(),
     coverages=st.lists(st.sampled_from([0.0, 0.01, 0.5, 0.9, 0.999, 1.0]), min_size=9),
@@ -271,7 +271,7 @@ def assert_completed(found, problem, values, budgets):
 
 
 @pytest.mark.parametrize("isa", SKETCH_ISAS)
-@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(valued=valued_problems(), data=st.data())
 def test_what_is_not_read_is_added_up_from_the_sketched_values(isa, valued, data):
     problem, values = valued
@@ -284,7 +284,7 @@ def test_what_is_not_read_is_added_up_from_the_sketched_values(isa, valued, data
     assert_completed(found, problem, values, budgets)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(valued=valued_problems(), data=st.data())
 def test_the_reference_adds_up_the_same(valued, data):
     problem, values = valued
@@ -354,7 +354,7 @@ def test_calls_after_another_shape_reuse_the_workspace():
 
 
 @pytest.mark.parametrize("isa", SKETCH_ISAS)
-@settings(max_examples=80)
+@settings(max_examples=25)
 @given(
     bits=st.sampled_from([2, 4, 8]),
     dtype=st.sampled_from(DTYPES),
@@ -429,7 +429,7 @@ def test_arguments_that_do_not_fit_are_refused():
         kernel.rest_blend(out, out[..., 0].double(), out)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems(), data=st.data())
 def test_the_reference_chooses_by_its_scores(problem, data):
     budgets = budgets_of(problem, data)

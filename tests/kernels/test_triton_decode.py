@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 
 from alisa.kernels.base import Attended
 from alisa.kernels.reference.decode import decode_attention
+from tests.combinations import each
 from tests.kernels.cases import ROW_DTYPES, assert_agrees, make_problem, problems
 from tests.kernels.triton_device import moved, on_each_device, triton_kernels
 
@@ -18,14 +19,14 @@ def attend(problem, device):
 
 
 @on_each_device
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems(scales=(1e-3, 1.0, 5.0), most=2))
 def test_any_shape_and_dtype_is_the_definition(device, problem):
     assert_agrees(attend(problem, device), problem)
 
 
 @on_each_device
-@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems(scales=(1e-30, 1e4), most=2))
 def test_extreme_values_stay_finite(device, problem):
     attended = attend(problem, device)
@@ -39,9 +40,7 @@ def test_extreme_values_stay_finite(device, problem):
 
 
 @on_each_device
-@pytest.mark.parametrize("row_dtype", ROW_DTYPES)
-@pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize(("group", "softcap"), [(1, None), (3, None), (1, 0.5), (3, 0.5)])
+@each(2, row_dtype=ROW_DTYPES, per_head=[False, True], group=[1, 3], softcap=[None, 0.5])
 def test_it_does_what_the_torch_twin_does(device, row_dtype, per_head, group, softcap):
     problem = make_problem(
         row_dtype, num_seqs=2, num_rows=300, group=group, per_head=per_head, head_dim=48, softcap=softcap

@@ -17,7 +17,7 @@ from tests.kernels.triton_device import on_each_device, triton_kernels
 
 
 @on_each_device
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_selection_is_a_stable_sort(device, data):
     max_num_seqs, capacity = 4, data.draw(st.sampled_from([8, 70, 600]))
@@ -95,14 +95,14 @@ def score(problem, device):
 
 
 @on_each_device
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=sketch_problems(scales=(1e-3, 1.0, 5.0), most=1))
 def test_sketch_scores_are_the_definition(device, problem):
     assert_sketch_agrees(score(problem, device), problem)
 
 
 @on_each_device
-@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=sketch_problems(scales=(0.0, 1e-30, 1e4), most=1))
 def test_extreme_sketches_stay_finite(device, problem):
     weights = score(problem, device)
@@ -123,7 +123,7 @@ def test_sketch_scores_are_the_twins(device, bits, per_head, group):
 
 
 @on_each_device
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=sketch_problems(most=1), data=st.data())
 def test_what_is_chosen_and_its_shares(device, problem, data):
     budgets = budgets_of(problem, data)
@@ -134,7 +134,7 @@ def test_what_is_chosen_and_its_shares(device, problem, data):
 
 
 @on_each_device
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
 @given(valued=valued_problems(most=1), data=st.data())
 def test_what_is_not_read_is_added_up_from_the_sketched_values(device, valued, data):
     problem, values = valued

@@ -14,6 +14,7 @@ def records(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_stages_end_in_records_and_a_table(tmp_path, capsys):
     path = tmp_path / "gpu.jsonl"
     stages = ["kernels", "alisa swa, three phases", "FlexGen 0.1.8"]
