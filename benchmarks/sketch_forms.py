@@ -336,7 +336,7 @@ def main() -> None:
     forms = [Form(f"{bits} bits", bits), Form(f"{bits - 1} bits", bits - 1)]
     for share in (0.75, 0.6):
         for pairs in (False, True):
-            name = f"{share:.0%} pairs" if pairs else f"{share:.0%}"
+            name = f"{100 * share:.0f} % pairs" if pairs else f"{100 * share:.0f} %"
             forms.append(Form(name, bits, channels=kept_channels(scores, share, parts, pairs=pairs)))
     forms.append(Form(f"{bits // 2} + {bits // 2} planes", bits, planes=bits // 2))
     measure = Measure(subject, windows(args.text, args.windows))
@@ -358,6 +358,7 @@ def main() -> None:
             kl, against = mean(divergences), difference(divergences, four[1])
             form = next((form for form in forms if form.name == name), forms[0])
             width = form.channels[0].shape[1] if form.channels else shape.head_dim
+            has_kernel = form.bits == bits and form.planes is None
             found[name] = {
                 "bytes": round(form.key_bytes(shape.head_dim, 1.5 * (1 - sparsity)), 1),
                 "lost": lost.value - 1,
@@ -368,7 +369,7 @@ def main() -> None:
                 "kl_error": kl.standard_error,
                 "kl_more": against.value,
                 "kl_more_error": against.standard_error,
-                "kernel": round(times[width] / times[64], 3) if width in times else None,
+                "kernel": round(times[width] / times[64], 3) if has_kernel and width in times else None,
             }
         record = {
             "benchmark": "sketch_forms",
