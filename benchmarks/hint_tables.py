@@ -6,15 +6,15 @@ from table_blocks import Record, Results, lines, number, percent, table, watched
 
 
 def waiting(results: Results) -> str:
-    """Decode steps under caps, what of them is waiting, and what cutting loads into smaller jobs does to it."""
+    """Decode steps under caps, and what of them is waiting."""
     record = _newest(results)
     if record is None:
         return ""
-    names = {"cached": "page cache", "disk": "disk", "disk in one job": "disk, jobs of 64 rows"}
+    names = {"cached": "page cache", "disk": "disk"}
     rows = [
         [
             f"{case['sparsity']:g}, {percent(case['cap'])}",
-            names[way] if case["cap"] < 1 else "everything fits",
+            names[way],
             number(found["rows"], 0),
             _quartiles(found["wall_ms"]),
             _quartiles(found["wait_ms"]),
@@ -30,21 +30,8 @@ def waiting(results: Results) -> str:
     return "\n\n".join([what, table(head, rows), *watched([record])])
 
 
-def load_jobs(results: Results) -> str:
-    """What a load takes by the rows of a job."""
-    record = _newest(results)
-    if record is None:
-        return ""
-    sizes = list(record["load_ms"]["disk"])
-    rows = [
-        [name, *(f"{1e3 * record['load_ms'][medium][size][1]:.0f}" for size in sizes)]
-        for medium, name in (("cached", "page cache"), ("disk", "disk"))
-    ]
-    return table([f"60 rows of {record['row_bytes']} bytes, us", *(f"jobs of {size}" for size in sizes)], rows)
-
-
 def hint(results: Results) -> str:
-    """What guesses foresee, what the hint could win at most, and what it did."""
+    """What guesses foresee, what the hint should win, and what it did."""
     record = _newest(results)
     if record is None:
         return ""
@@ -59,23 +46,23 @@ def hint(results: Results) -> str:
         cells = []
         for medium in ("cached", "disk"):
             without, with_hint = (case["tried"][way]["wall_ms"][1] for way in (medium, f"{medium} hint"))
-            cells += [f"{100 * most_won(record, case, medium):+.0f} %", f"{100 * (without / with_hint - 1):+.0f} %"]
+            cells += [f"{100 * expected(record, case, medium):+.0f} %", f"{100 * (without / with_hint - 1):+.0f} %"]
         rows.append([f"{case['sparsity']:g}, {percent(case['cap'])}", *guesses, *cells])
     head = ["sparsity, cap", "last read", "runners-up", "hint"]
-    head += ["page cache: at most", "tried", "disk: at most", "tried"]
+    head += ["page cache: expected", "tried", "disk: expected", "tried"]
     return f"{table(head, rows)}\n\n`{_command(record)}`"
 
 
-def most_won(record: Record, case: Record, medium: str) -> float:
-    """By how much decode would be faster, were all of the rows that the hint foresees fetched beside the MLP.
+def expected(record: Record, case: Record, medium: str) -> float:
+    """By how much decode should be faster, if what the hint foresees is fetched beside the MLP.
 
-    The waiting for them is saved as far as the MLP takes as long; the query and its ranking are added. Asking for the
-    rows a layer early is taken to cost nothing.
+    The waiting for these rows is saved as far as the MLP takes as long; the query, its ranking and asking for the rows
+    are added.
     """
     found = case["engine"][medium]
     wall, wait, linear = (found[name][1] for name in ("wall_ms", "wait_ms", "linear_ms"))
     hidden = min(case["foreseen"]["hint"] * wait, record["mlp_share"] * linear)
-    added = record["query_share"] * linear + case["extra_ms"]["rank"]
+    added = record["query_share"] * linear + case["extra_ms"]["rank"] + case["extra_ms"]["ask"]
     return wall / (wall - hidden + added) - 1
 
 

@@ -10,10 +10,9 @@ so that the tokens read are the same. For each cap, on a real model and text:
                each missed one, of three guesses: the hint, what the layer read in the step before, and what came next
                in that step's ranking (as many again as were read)
     tried      the hint, carried out in layers of plain torch, against the same layers without: what it does to a step
-    jobs       what a load of some rows takes by the number of rows that a thread fetches in one go
 
 Rows come from the system's page cache, or from the disk (the cache is emptied before each step). Ways alternate every
-few steps of one batch; `in one job` is the disk with loads cut as from the page cache, into jobs of 64 rows.
+few steps of one batch.
 
     python benchmarks/prefetch_hint.py --model SMOLLM2 --text DATA/wikitext2 \
         --record benchmarks/results/prefetch_hint.jsonl
@@ -24,31 +23,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
-from time import perf_counter, thread_time
+from time import thread_time
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from recording import tell
 from torch import Tensor
 
 from alisa.attention.session import KVSession
-from alisa.cache.offload.pace import ReadPace
 from alisa.cache.offload.store import TieredStore
-from alisa.cache.offload.tiers import DiskTier
-from alisa.cache.offload.transfer import JOB_ROWS, TransferHandle, Transfers
 from alisa.cache.row_ids import NOWHERE
 from alisa.config import EngineConfig, SamplingParams
 from alisa.engine.builder import build_engine
 from alisa.engine.loaded import LoadedModel, load_model
 from alisa.kernels.base import Attend, Ranking, Selection
-from alisa.kernels.choose import choose_backend
 from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.session import RunSpec, batch_config, device_cap_within
 from alisa.lab.bench.stamp import current_stamp
@@ -236,7 +229,7 @@ def run(
     engine, _ = build_engine(model, replace(config, kv_device_memory=budget))
     session = engine._runner.session
     foresight = Foresight(session)
-    ways = ["cached", "disk", "disk in one job"] if cap < 1 else ["cached"]
+    ways = ["cached", "disk"] if cap < 1 else ["cached"]
     if isinstance(model.decoder, TappedDecoder):
         model.decoder.foresight = foresight
         ways = ["cached", "cached hint", "disk", "disk hint"]
@@ -250,7 +243,8 @@ def run(
             way = ways[len(steps) // BLOCK % len(ways)]
             foresight.fetches = way.endswith("hint") and not args.counting
             foresight.counts = args.counting and len(steps) >= 2
-            prepare(session, way)
+            if way.startswith("disk"):
+                forget_pages(session)
             output = engine.step()
             if output.record is None:
                 break
@@ -262,25 +256,14 @@ def run(
     return steps, [tuple(tokens[name]) for name in sorted(tokens)], foresight
 
 
-class LargeJobs(ReadPace):
-    """Never learns."""
-
-    job_rows = JOB_ROWS
-
-
-def prepare(session: KVSession, way: str) -> None:
-    """Between two steps: rows of the disk tier are read from the disk next time, in jobs as the way has it."""
+def forget_pages(session: KVSession) -> None:
+    """The rows of the disk tier are read from the disk next time."""
     store = session.cache.store
     if isinstance(store, TieredStore):
-        paces = store._loader._paces
-        for tier, pace in paces.items():
-            if isinstance(pace, LargeJobs) != way.endswith("in one job"):
-                paces[tier] = LargeJobs() if way.endswith("in one job") else ReadPace()
-        if way.startswith("disk"):
-            store._in_flight.drain()
-            for tier, _ in store._levels:
-                os.fdatasync(tier._file)
-                os.posix_fadvise(tier._file, 0, 0, os.POSIX_FADV_DONTNEED)
+        store._in_flight.drain()
+        for tier, _ in store._levels:
+            os.fdatasync(tier._file)
+            os.posix_fadvise(tier._file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def figures(steps: Sequence[tuple[str, StepRecord]]) -> dict[str, dict[str, object]]:
@@ -288,7 +271,7 @@ def figures(steps: Sequence[tuple[str, StepRecord]]) -> dict[str, dict[str, obje
     found = {}
     for way in dict.fromkeys(way for way, _ in steps):
         own = [record for number, (name, record) in enumerate(steps) if name == way and number % BLOCK]
-        own = own[2 * BLOCK :] or own  # until the tier is full and its pace is known
+        own = own[2 * BLOCK :] or own  # until the tier is full
         found[way] = {
             "steps": len(own),
             "sequences": mean(record.num_sequences for record in own),
@@ -304,40 +287,6 @@ def figures(steps: Sequence[tuple[str, StepRecord]]) -> dict[str, dict[str, obje
 def quartiles(seconds: Sequence[float]) -> list[float]:
     """In milliseconds."""
     return [round(1e3 * float(value), 4) for value in np.quantile(seconds, (0.25, 0.5, 0.75))]
-
-
-def load_times(
-    row_bytes: int, directory: Path, num_rows: int = 60, rounds: int = 60
-) -> dict[str, dict[int, list[float]]]:
-    """Quartiles of a load of so many rows, in milliseconds, by the rows of a job."""
-    num_slots = 8192
-    tier = DiskTier(directory, 1, num_slots, row_bytes, choose_backend(torch.device("cpu")).move_rows)
-    tier.write(0, np.arange(num_slots), np.zeros((num_slots, row_bytes), np.uint8), np.arange(num_slots))
-    os.fdatasync(tier._file)
-    transfers, generator = Transfers(), np.random.default_rng(0)
-    target, owners = np.zeros((num_rows, row_bytes), np.uint8), np.zeros(num_rows, np.int64)
-    found: dict[str, dict[int, list[float]]] = {"cached": {}, "disk": {}}
-    for _ in range(rounds):
-        for medium, of_sizes in found.items():
-            for size in (64, 32, 16, 8, 4):
-                if medium == "disk":
-                    os.posix_fadvise(tier._file, 0, 0, os.POSIX_FADV_DONTNEED)
-                slots = generator.choice(num_slots, num_rows, replace=False)
-                handle, started = TransferHandle(), perf_counter()
-                for first in range(0, num_rows, size):
-                    rows = np.arange(first, min(first + size, num_rows))
-                    handle.add(
-                        transfers.start(
-                            lambda some, r=rows, s=slots: tier.read(0, s[r][some], target, r[some]), owners[rows]
-                        )
-                    )
-                transfers.wait(handle)
-                of_sizes.setdefault(size, []).append(perf_counter() - started)
-            if medium == "disk":
-                tier.read(0, np.arange(num_slots), np.empty((num_slots, row_bytes), np.uint8), np.arange(num_slots))
-    transfers.close()
-    tier.close()
-    return {medium: {size: quartiles(times) for size, times in sizes.items()} for medium, sizes in found.items()}
 
 
 def main() -> None:
@@ -400,7 +349,6 @@ def main() -> None:
         "row_bytes": row_bytes,
         "mlp_share": round(mlp_weights / layer_weights, 4),
         "query_share": round(spec.q_size * spec.hidden_size / layer_weights, 4),
-        "load_ms": load_times(row_bytes, args.disk_path or Path(tempfile.gettempdir())),
         "results": results,
     }
     tell(record, args.record)

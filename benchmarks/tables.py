@@ -130,7 +130,6 @@ BLOCKS: dict[str, Block] = {
     "fleet-overhead": fleet_tables.overhead,
     "fleet-saturation": fleet_tables.saturation,
     "prefetch-waiting": hint_tables.waiting,
-    "prefetch-jobs": hint_tables.load_jobs,
     "prefetch-hint": hint_tables.hint,
     "sketch-forms": hint_tables.forms,
     "huggingface": huggingface_tables.steps,

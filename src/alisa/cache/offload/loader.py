@@ -11,12 +11,12 @@ import torch
 
 from alisa.cache.offload.hidden import HiddenStateCache
 from alisa.cache.offload.inflight import InFlightStores
-from alisa.cache.offload.pace import ReadPace
 from alisa.cache.offload.residency import Residency
 from alisa.cache.offload.table import Level
 from alisa.cache.offload.tiers import LowerTier, RowIndices
 from alisa.cache.offload.traffic import TrafficMeter
 from alisa.cache.offload.transfer import (
+    JOB_ROWS,
     HostBuffer,
     Owners,
     RowSubset,
@@ -70,9 +70,6 @@ class Loader:
         self._row_ids = row_ids
         self._residency = residency
         self._levels = levels
-        self._paces = {
-            tier: ReadPace() for tier in [level.tier for level in levels] + ([hidden.tier] if hidden else [])
-        }
         self._hidden = hidden
         self._in_flight = in_flight
         self._transfers = transfers
@@ -91,7 +88,9 @@ class Loader:
             slots = table.find(ids)
             found = np.flatnonzero(slots != NOWHERE)
             rest[found] = False
-            handle.add(self._fetch(tier, layer, slots[found], target, indices[found], owners[found]))
+            for first in range(0, len(found), JOB_ROWS):
+                some = found[first : first + JOB_ROWS]
+                handle.add(self._fetch(tier, layer, slots[some], target, indices[some], owners[some]))
         deleted = np.flatnonzero(rest)
         self._meter.fetched(len(ids) - len(deleted), target.rows.shape[1])
         if len(deleted):
@@ -165,17 +164,12 @@ class Loader:
     def _fetch(
         self, tier: LowerTier, layer: int, slots: Slots, target: TransferBuffer, indices: RowIndices, owners: Owners
     ) -> TransferHandle:
-        pace, fence, handle = self._paces[tier], target.fence(), TransferHandle()
+        fence = target.fence()
 
-        def fetch(job: slice, subset: RowSubset) -> None:
-            read = pace.timed(partial(tier.read, layer, slots[job][subset]))
-            target.receive(read, indices[job][subset], fence)
+        def fetch(subset: RowSubset) -> None:
+            target.receive(partial(tier.read, layer, slots[subset]), indices[subset], fence)
 
-        size = pace.job_rows
-        for first in range(0, len(slots), size):
-            job = slice(first, first + size)
-            handle.add(self._transfers.start(partial(fetch, job), owners[job]))
-        return handle
+        return self._transfers.start(fetch, owners)
 
     def _start_rebuild(
         self, handle: TransferHandle, layer: int, ids: Ids, owners: Owners, target: TransferBuffer, indices: RowIndices
