@@ -19,7 +19,7 @@ from typing import get_args
 import torch
 from recording import tell
 
-from alisa.config import EngineConfig, KvDtypeName, PolicyName, WeightDtypeName
+from alisa.config import EngineConfig, KvDtypeName, PolicyName, WeightFormat
 from alisa.lab.bench.floor import measure_speeds
 from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.session import RunSpec, run_batch
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="opt-1.3b")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--weight-dtype", choices=get_args(WeightDtypeName), default="auto")
+    parser.add_argument("--weight-dtype", choices=get_args(WeightFormat), default="float")
     parser.add_argument("--kv-dtype", choices=get_args(KvDtypeName), default="auto")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt-len", type=int, default=128)

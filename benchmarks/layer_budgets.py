@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--record", type=Path, help="append the records to this file")
     options = parser.parse_args()
-    subject = Subject.of(LLM(config=EngineConfig(model=options.model, dtype=options.dtype)))
+    subject = Subject.of(LLM(config=EngineConfig(model=options.model, dtype=options.dtype, weight_dtype="float")))
 
     def windows(text: Path, count: int) -> list[Window]:
         documents = read_documents(text)

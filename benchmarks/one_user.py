@@ -25,8 +25,8 @@ from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.stamp import current_stamp
 
 CASES = (
-    ("dense", "auto", "auto"),
-    ("sketch", "auto", "auto"),
+    ("dense", "float", "auto"),
+    ("sketch", "float", "auto"),
     ("dense", "int8", "int8"),
     ("sketch", "int8", "int8"),
     ("dense", "int4", "int8"),

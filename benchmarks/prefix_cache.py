@@ -125,16 +125,18 @@ def main() -> None:
         found[name] = measure(lambda: run(llm, given, rules))
         print(f"{name:22} mean time to first token {found[name]['mean_first_token_s']:8.3f} s", flush=True)
 
-    with LLM(args.model, policy=args.policy) as llm:
+    with LLM(args.model, policy=args.policy, weight_dtype="float") as llm:
         for case in cases:
             if case != "answers read":  # nobody keeps them
                 take(llm, case, case)
-    with LLM(args.model, policy=args.policy, prefix_cache=True) as llm:
+    with LLM(args.model, policy=args.policy, weight_dtype="float", prefix_cache=True) as llm:
         for case in cases:
             take(llm, f"{case}, cache", case)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
-        with LLM(args.model, policy=args.policy, prefix_cache=True, prefix_cache_disk=path) as llm:
+        with LLM(
+            args.model, policy=args.policy, weight_dtype="float", prefix_cache=True, prefix_cache_disk=path
+        ) as llm:
             take(llm, "burst, filling files", "burst")
             take(llm, "one by one, from files", "one by one")
     same = {f"{case}, cache": case for case in cases} | {"one by one, from files": "one by one"}

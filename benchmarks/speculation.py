@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--record", type=Path, help="append the records to this file")
     args = parser.parse_args()
-    model = load_model(EngineConfig(model=str(args.model)))
+    model = load_model(EngineConfig(model=str(args.model), weight_dtype="float"))
     for case in CASES:
         if args.case is None or case.name in args.case:
             tell(run_case(case, model, args.model, args.rounds), args.record)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import accuracy_tables
+from provenance import provenance
 
 from alisa.lab.bench.compare import RunSeries, read_runs, series_of
 from alisa.lab.bench.others import QUIET_SHARE
@@ -76,7 +78,8 @@ def engines(experiment: str, workload: str | None = None) -> Callable[[Results],
         if not any(line.ran for group in groups.values() for line in group):
             return ""
         parts = [_group(name, group) for name, group in groups.items() if any(line.ran for line in group)]
-        return "\n\n".join([*parts, _command(experiment)])
+        ran = [(line.run, asdict(record.stamp)) for group in groups.values() for line in group for record in line.ran]
+        return "\n\n".join([*parts, provenance(ran), _command(experiment)])
 
     return block
 
@@ -102,6 +105,8 @@ def _title(name: str, record: RunRecord) -> str:
     """The workload in words."""
     work, budget = record.workload, record.kv_budget_bytes
     prompts = f"prompts of {work.prompt_len} tokens" if work.prompt_len else f"{work.num_sequences} prompts"
+    if work.turns:
+        prompts = f"{work.turns} turns of {work.prompt_len} new tokens"
     cap = f", K and V capped at {gib(budget)} of {gib(record.kv_need_bytes)}" if budget else ""
     return f"**{name}** ({work.dtype}, {prompts}, {work.output_len} tokens each{cap})"
 
@@ -144,9 +149,10 @@ def machine(results: Results) -> str:
     torch = sorted({record.versions["torch"] for record in ran if "torch" in record.versions})
     floors = [record.floor.read_bytes_per_s / 1e9 for record in ran if record.floor is not None]
     speed = f"; memory is read at {min(floors):.0f} to {max(floors):.0f} GB/s" if floors else ""
+    real = ", but for the tables of a real model" if any(".gguf" in record.workload.model for record in ran) else ""
     dates = sorted(stamp.date[:10] for stamp in stamps)
     days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    return f"Measured on {' and '.join(cpus)}, torch {', '.join(torch)}, {days}{speed}. Weights are random."
+    return f"Measured on {' and '.join(cpus)}, torch {', '.join(torch)}, {days}{speed}. Weights are random{real}."
 
 
 # Tiers
@@ -178,7 +184,8 @@ def tiers(results: Results) -> str:
     header = ["", "tokens/s", "decode step", "of it looking up and waiting", "moved for each token"]
     commands = "`python benchmarks/tiers.py --policy swa --cap 1 0.5 0.25`, `... --policy --cap --static 0.25`"
     shown = f"The engine alone ({what}; the rest of the rows on disk):\n\n{table(header, rows)}"
-    return "\n\n".join([shown, *watched([record for record, _ in found.values()]), commands])
+    made_of = [record for record, _ in found.values()]
+    return "\n\n".join([shown, *watched(made_of), _made(made_of), commands])
 
 
 def watched(records: Sequence[Record]) -> list[str]:
@@ -190,6 +197,15 @@ def watched(records: Sequence[Record]) -> list[str]:
     return (
         [f"Other programs took up to {percent(busiest)} of the processors meanwhile."] if busiest > QUIET_SHARE else []
     )
+
+
+def _made(records: Iterable[Record]) -> str:
+    """Where they come from."""
+
+    def line(record: Record) -> str:
+        return ", ".join(str(record[name]) for name in ("model", "shape", "dtype", "batch") if name in record)
+
+    return provenance((line(record), record.get("stamp")) for record in records)
 
 
 def _placed(result: Record) -> str:
@@ -214,7 +230,7 @@ def restore(results: Results) -> str:
     ]
     header = ["microseconds for a row", "from the page cache", "from the disk", "rebuilt from its layer input"]
     shown = table([*header, "from its token, at least"], rows)
-    return "\n\n".join([shown, *watched([record]), "`python benchmarks/restore.py`"])
+    return "\n\n".join([shown, *watched([record]), _made([record]), "`python benchmarks/restore.py`"])
 
 
 def eviction(results: Results) -> str:
@@ -227,7 +243,8 @@ def eviction(results: Results) -> str:
     if not rows:
         return ""
     header = ["policy", "cap", "leaves first", "rows fetched", "found on the device"]
-    return table(header, rows) + "\n\n`python benchmarks/eviction.py --text FILE --cap 0.25`"
+    shown = [table(header, rows), _made(lines(results / "eviction.jsonl"))]
+    return "\n\n".join([*shown, "`python benchmarks/eviction.py --text FILE --cap 0.25`"])
 
 
 # Kernels and steps
@@ -235,9 +252,10 @@ def eviction(results: Results) -> str:
 
 def kernels(results: Results) -> str:
     """Every native kernel against torch and against the memory it must read."""
-    shown = _kernels(lines(results / "kernels.jsonl"))
+    records = lines(results / "kernels.jsonl")
+    shown = _kernels(records)
     command = "`alisa bench kernels --case all --output benchmarks/results/kernels.jsonl`"
-    return "\n\n".join([*shown, command]) if shown else ""
+    return "\n\n".join([*shown, _made(records), command]) if shown else ""
 
 
 def _by_role(case: Record) -> dict[str, float | None]:
@@ -311,7 +329,8 @@ def prompts(results: Results) -> str:
     text.append(table(header, rows))
     if any("\\*" in row[0] for row in rows):
         text.append("\\* Other programs were busy meanwhile.")
-    return "\n\n".join([*text, "`python benchmarks/prompt_pieces.py --record benchmarks/results/prompt_pieces.jsonl`"])
+    command = "`python benchmarks/prompt_pieces.py --record benchmarks/results/prompt_pieces.jsonl`"
+    return "\n\n".join([*text, _made(records[-1:]), command])
 
 
 def decode_step(results: Results) -> str:
@@ -342,7 +361,7 @@ def decode_step(results: Results) -> str:
         for shape, dtype, batch, prompt, output in found
     ]
     shown = table([*header, "linear over products"], rows)
-    return "\n\n".join([shown, *watched(list(found.values())), "  \n".join(commands)])
+    return "\n\n".join([shown, *watched(list(found.values())), _made(found.values()), "  \n".join(commands)])
 
 
 def prediction(results: Results) -> str:
@@ -365,7 +384,7 @@ def prediction(results: Results) -> str:
         f"{100 * max(errors):.0f} %."
     )
     shown = table(["", "measured, ms a step", "predicted", "error"], rows)
-    return f"{shown}\n\n{summary}\n\n`alisa profile`, then `python benchmarks/prediction.py`"
+    return f"{shown}\n\n{summary} {_made(found)}\n\n`alisa profile`, then `python benchmarks/prediction.py`"
 
 
 def schedules(results: Results) -> str:
@@ -386,7 +405,7 @@ def schedules(results: Results) -> str:
             f"The choice takes {100 * record['over_best']:+.1f} % of the best by hand; {record['predicted_s']:.2f} s "
             f"were predicted. `python benchmarks/schedules.py --shape {record['shape']} "
             f"--policy {record['policy']} --cap "
-            f"{record['cap']:g}`"
+            f"{record['cap']:g}`\n\n{_made([record])}"
         )
     return "\n\n".join(parts)
 
@@ -439,36 +458,44 @@ def _accuracy(results: Results, name: str) -> list[Record]:
 
 
 def loading(results: Results) -> str:
-    """What loading a GGUF file takes: the newest record of each model and weight format."""
+    """What loading a GGUF file takes: the newest record of each model and weight format, or of llama.cpp."""
     newest = {(record["model"], record["weights"]): record for record in lines(results / "loading.jsonl")}
     rows = [
         [
             f"`{model}`",
-            weights,
-            f"{record['header_s']:.2f}",
-            f"{record['tokenizer_s']:.2f}",
-            f"{record['weights_s']:.2f}",
+            f"llama.cpp ({record['version']})" if "version" in record else weights,
+            *(f"{record[name]:.2f}" if name in record else "" for name in ("header_s", "tokenizer_s", "weights_s")),
+            f"{record['all_s']:.2f}",
             *(f"{record[name] / 2**20:.0f}" for name in ("weight_bytes", "rss_before", "rss_peak")),
-            f"{record['gguf_package_header_s']:.1f}",
+            number(record.get("gguf_package_header_s")),
         ]
-        for (model, weights), record in newest.items()
+        for (model, weights), record in sorted(newest.items(), key=lambda item: item[1]["file_bytes"])
     ]
-    heads = ["file", "weights", "header, s", "tokenizer, s", "weights, s", "weights, MiB", "RSS before", "RSS peak"]
-    return table([*heads, "`gguf` package, header, s"], rows) if rows else ""
+    if not rows:
+        return ""
+    heads = ["file", "weights", "header, s", "tokenizer, s", "weights, s", "all, s", "weights, MiB"]
+    shown = table([*heads, "RSS before", "RSS peak", "`gguf` package, header, s"], rows)
+    return "\n\n".join([shown, _made(newest.values())])
 
 
 def one_user(results: Results) -> str:
     """One sequence of a small real model: the newest record of each case."""
+    names = {"auto": "bfloat16", "float": "bfloat16"}
     newest = {
-        (record["weight_dtype"], record["kv_dtype"], record["policy"], record["prompt_len"]): record
+        (
+            names.get(record["weight_dtype"], record["weight_dtype"]),
+            record["kv_dtype"],
+            record["policy"],
+            record["prompt_len"],
+        ): record
         for record in lines(results / "one_user.jsonl")
     }
     rows = []
     for (weights, kv_dtype, policy, prompt_len), record in newest.items():
-        steps, names = record["step_s"], {"auto": "bfloat16"}
+        steps = record["step_s"]
         rows.append(
             [
-                names.get(weights, weights),
+                weights,
                 names.get(kv_dtype, kv_dtype),
                 f"`{policy}`",
                 str(prompt_len),
@@ -481,7 +508,9 @@ def one_user(results: Results) -> str:
     if not rows:
         return ""
     first = next(iter(newest.values()))
-    return f"`{first['model']}`, one sequence (`benchmarks/one_user.py`):\n\n{table(heads, rows)}"
+    command = "`python benchmarks/one_user.py --record benchmarks/results/one_user.jsonl`"
+    shown = f"`{first['model']}`, one sequence:\n\n{table(heads, rows)}"
+    return "\n\n".join([shown, _made(newest.values()), command])
 
 
 def speculation(results: Results) -> str:
@@ -509,7 +538,8 @@ def speculation(results: Results) -> str:
     if not rows:
         return ""
     first = next(iter(newest.values()))
-    return f"`{first['model']}` (`benchmarks/speculation.py`):\n\n{table(heads, rows)}"
+    shown = f"`{first['model']}` (`benchmarks/speculation.py`):\n\n{table(heads, rows)}"
+    return "\n\n".join([shown, _made(newest.values())])
 
 
 def pace(results: Results) -> str:
@@ -529,7 +559,8 @@ def pace(results: Results) -> str:
     heads = ["", "longest time between two tokens of the reader", "first token of the long prompt"]
     return (
         f"A prompt of {first['prompt_len']} tokens comes while another request is being answered, "
-        f"`{first['model']}`, {len(first['rounds'])} rounds (`benchmarks/pace.py`):\n\n{table(heads, rows)}"
+        f"`{first['model']}`, {len(first['rounds'])} rounds (`benchmarks/pace.py`):\n\n{table(heads, rows)}\n\n"
+        f"{_made(newest.values())}"
     )
 
 
@@ -556,7 +587,7 @@ def prefix(results: Results) -> str:
     return (
         f"Mean time to the first token, `{record['model']}`, {record['policy']}; {record['system']} tokens that all prompts "
         f"begin with, {record['own']} of each one's own, {record['output_len']} tokens of output "
-        f"(`benchmarks/prefix_cache.py`):\n\n{table(heads, rows)}"
+        f"(`benchmarks/prefix_cache.py`):\n\n{table(heads, rows)}\n\n{_made([record])}"
     )
 
 

@@ -25,6 +25,7 @@ import fleet_tables
 import hint_tables
 import huggingface_tables
 import real_tables
+import server_tables
 from table_blocks import (
     Results,
     accuracy,
@@ -37,8 +38,8 @@ from table_blocks import (
     machine,
     one_user,
     pace,
-    prefix,
     prediction,
+    prefix,
     prompts,
     recall,
     restore,
@@ -69,6 +70,8 @@ SECTIONS: dict[str, tuple[Block, ...]] = {
     "Long prompts, shared KV heads": (engines("llama"),),
     "Long generation": (engines("long-generation"),),
     "Prompts of many lengths": (engines("ragged"),),
+    "A small real model": (engines("real"),),
+    "A conversation": (engines("chat"),),
     "A quarter of the memory": (engines("capped"), tiers),
     "What each part contributes": (engines("ablation"),),
     "Getting a row back": (restore,),
@@ -102,6 +105,8 @@ BLOCKS: dict[str, Block] = {
     "llama": engines("llama"),
     "capped": engines("capped"),
     "ablation": engines("ablation"),
+    "real": engines("real"),
+    "chat": engines("chat"),
     "tiers": tiers,
     "restore": restore,
     "kernels": kernels,
@@ -112,6 +117,7 @@ BLOCKS: dict[str, Block] = {
     "one-user": one_user,
     "speculation": speculation,
     "pace": pace,
+    "server-overhead": server_tables.overhead,
     "prefix": prefix,
     "accuracy": accuracy,
     "accuracy-real": real_tables.perplexity,

@@ -11,7 +11,6 @@ rounding again does not find back; only its ratios mean something. Dense attenti
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,35 +21,18 @@ from time import perf_counter
 import gguf
 import torch
 from gguf.quants import dequantize, quantize
-from real_models import REAL_MODELS, SMOLLM2
+from real_models import SMOLLM2
 from recording import tell
+from weight_makers import CPU, FORMATS, fetched_models, maker
 
 from alisa import LLM
 from alisa.config import EngineConfig
 from alisa.engine.loaded import LoadedModel
 from alisa.kernels.choose import choose_backend
-from alisa.kernels.native.product import CpuProducts
 from alisa.lab.bench.stamp import current_stamp
 from alisa.lab.eval.perplexity import perplexity_of
 from alisa.lab.eval.subject import BASELINE, Subject
-from alisa.model.choose_linear import PanelLinears, choose_linear
-from alisa.model.linear import LinearMaker
-from alisa.model.linear_int4 import int4_panels
-from alisa.model.linear_int8 import int8_panels
 from alisa.model.stored import open_model
-
-CPU = torch.device("cpu")
-
-
-def makers() -> dict[str, LinearMaker]:
-    """What makes the layers of each format; the first is what the others are compared with."""
-    exact = choose_linear("auto", torch.bfloat16, CPU)
-    return {
-        "bfloat16": exact,
-        "int8": choose_linear("int8", torch.bfloat16, CPU),
-        "int4": choose_linear("int4", torch.bfloat16, CPU),
-        "int4 again": PanelLinears(int4_panels, int8_panels, CpuProducts(), exact),
-    }
 
 
 @contextmanager
@@ -77,14 +59,14 @@ def as_q4_0(path: Path) -> Iterator[Path]:
         yield written
 
 
-def measure(path: Path, text: Path, windows: int, formats: dict[str, LinearMaker], record: Path | None) -> None:
+def measure(path: Path, text: Path, windows: int, record: Path | None) -> None:
     """One line for each format of a file."""
     stored = open_model(path)
     tokenizer = stored.tokenizer()
     baseline: list[float] = []
-    for name, linears in formats.items():
+    for name in FORMATS:
         began = perf_counter()
-        decoder = stored.decoder(torch.bfloat16, CPU, linears=linears)
+        decoder = stored.decoder(torch.bfloat16, CPU, linears=maker(name))
         loaded_s = perf_counter() - began
         model = LoadedModel(path.name, decoder, tokenizer, choose_backend(CPU))
         with LLM(config=EngineConfig(policy="dense"), loaded=model) as llm:
@@ -120,12 +102,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--record", type=Path, help="append the records to this file")
     args = parser.parse_args()
-    for model in REAL_MODELS:
-        if not model.path.is_file():
-            sys.exit(f"{model.path} is not there; `make models` fetches it.")
-        measure(model.path, args.text, args.windows, makers(), args.record)
+    for model in fetched_models():
+        measure(model.path, args.text, args.windows, args.record)
     with as_q4_0(SMOLLM2.path) as path:
-        measure(path, args.text, args.windows, makers(), args.record)
+        measure(path, args.text, args.windows, args.record)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """llama.cpp through the C interface of llama-cpp-python: all sequences of the batch in one `llama_decode` a step.
 
-Started by `alisa bench run` (src/alisa/lab/bench/remote/measured.py). Set up for its best here: compiled for this
-machine, bfloat16 weights, cache of 16-bit rows allocated at once, flash attention where it chooses to, as many threads
-as cores. The checkpoint is written as a GGUF file once. llama.cpp has no OPT, so that shape is recorded as
-unavailable. Batches are as large as a memory budget allows, and each ends before the next begins.
+Started by `alisa bench run` (src/alisa/lab/bench/remote/measured.py). Set up as its users run it, and for its best
+here: compiled for this machine, float16 rows in a cache that is allocated at once, flash attention where it chooses to,
+as many threads as cores. A GGUF file is run as it is, or with the option `weights = "q8_0"` as llama.cpp's own
+quantiser writes it from that file; a checkpoint is written as a GGUF file in bfloat16 once. llama.cpp has no OPT, so
+that shape is recorded as unavailable. Batches are as large as a memory budget allows, and each ends before the next
+begins. A conversation stays in the cache, and each turn adds what is new.
 """
 
 from __future__ import annotations
@@ -84,6 +86,18 @@ def write_gguf(shape: Mapping[str, Any], model: Path, target: Path) -> None:
     partial.rename(target)
 
 
+def as_q8_0(file: Path, target: Path) -> None:
+    """Write the file with its matrices in Q8_0, from the numbers that it has."""
+    partial = target.with_suffix(".partial")
+    params = api.llama_model_quantize_default_params()
+    params.ftype = api.LLAMA_FTYPE_MOSTLY_Q8_0
+    params.allow_requantize = True
+    status = api.llama_model_quantize(str(file).encode(), str(partial).encode(), ctypes.byref(params))
+    if status != 0:
+        raise RuntimeError(f"llama_model_quantize returned {status}.")
+    partial.rename(target)
+
+
 class Engine:
     """A loaded model with a context for one job.
 
@@ -98,7 +112,8 @@ class Engine:
         self._model = api.llama_model_load_from_file(str(file).encode(), api.llama_model_default_params())
         params = api.llama_context_default_params()
         params.n_ctx = together * (-(-job.longest // 256) * 256)
-        params.n_batch = together * max(map(len, job.prompts))
+        # The last token of an answer comes with the next turn.
+        params.n_batch = together * (max(map(len, job.prompts)) + job.turns)
         params.n_ubatch = UBATCH
         params.n_seq_max = together
         params.n_threads = job.threads
@@ -158,21 +173,57 @@ def generate(engine: Engine, job: EngineJob) -> tuple[Clock, int]:
     return clock, num_output
 
 
+def converse(engine: Engine, job: EngineJob) -> tuple[Clock, int]:
+    """Hold the conversation; its times and the number of tokens that came."""
+    engine.clear()
+    clock, num_output, position = Clock(len(job.prompts)), 0, 0
+    unread: list[int] = []
+    for index, ids in enumerate(job.prompts):
+        clock.turn()
+        [token] = engine.step([[*unread, *ids]], [position])
+        position += len(unread) + len(ids)
+        num_output += 1
+        clock.first(index)
+        for _ in range(job.output_len - 1):
+            [token] = engine.step([[token]], [position])
+            position += 1
+            num_output += 1
+            clock.step()
+        unread = [token]
+    clock.stop()
+    return clock, num_output
+
+
+def file_of(job: EngineJob) -> Path:
+    """The GGUF file to run, written if it is not there yet."""
+    model, scratch = Path(job.model), Path(job.scratch)
+    file = model
+    if model.is_dir():
+        file = scratch / f"{model.name}-bf16.gguf"
+        if not file.exists():
+            write_gguf(job.shape, model, file)
+    if job.options.get("weights", "file") == "file":
+        return file
+    target = scratch / f"{model.name.removesuffix('.gguf')}-q8_0.gguf"
+    if not target.exists():
+        scratch.mkdir(parents=True, exist_ok=True)
+        as_q8_0(file, target)
+    return target
+
+
 def measure(job: EngineJob) -> None:
     """Print the result."""
     if job.shape["family"] != "llama":
         unavailable(f"llama.cpp has no model of the family {job.shape['family']}")
         return
-    together = max(len(prompts) for _, prompts in job.groups())
-    model = Path(job.model)
-    file = model.with_name(f"{model.name}-bf16.gguf")
-    if not file.exists():
-        write_gguf(job.shape, model, file)
+    together = 1 if job.turns else max(len(prompts) for _, prompts in job.groups())
+    file = file_of(job)
     engine = Engine(file, job, together)
-    generate(engine, job.warm_up())
-    clock, num_output = generate(engine, job)
+    run = converse if job.turns else generate
+    run(engine, job.warm_up())
+    clock, num_output = run(engine, job)
     notes = [
-        "bf16 weights, f16 KV rows, compiled for this machine",
+        f"{file.name}, f16 KV rows, compiled for this machine",
         f"{UBATCH} tokens in a pass",
         f"batches of {together}",
     ]

@@ -5,17 +5,19 @@ scaled dot product attention of torch, as many threads as cores. Caches: `dynami
 `static` (allocated at once), `quanto-int4` and `hqq-int4` (rows in 4 bits with the last 128 tokens in full), and
 `offloaded`, which transformers can only do with a GPU. None of them has a cap: under a memory budget the batch is made
 as small as the budget asks. Prompts of different lengths are padded on the left, and a batch ends before the next
-begins.
+begins. A GGUF file is read by transformers itself, which decodes it to 16 bits. A conversation keeps its dynamic cache,
+and each turn adds what is new.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from measured import Clock, EngineJob, NoRoom, finish, unavailable
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 CACHES: dict[str, dict[str, Any]] = {
@@ -75,17 +77,54 @@ def generate(model: PreTrainedModel, job: EngineJob, options: dict[str, Any]) ->
     return clock, num_output
 
 
+def converse(model: PreTrainedModel, job: EngineJob, options: dict[str, Any]) -> tuple[Clock, int]:
+    """Hold the conversation in one cache; its times and the number of tokens that came."""
+    clock, cache = Clock(len(job.prompts)), DynamicCache(config=model.config)
+    said = torch.empty(1, 0, dtype=torch.int64)
+    num_output = 0
+    for index, ids in enumerate(job.prompts):
+        clock.turn()
+        said = torch.cat((said, torch.tensor([ids])), dim=1)
+        with torch.inference_mode():
+            output = model.generate(
+                said,
+                attention_mask=torch.ones_like(said),
+                max_new_tokens=job.output_len,
+                min_new_tokens=job.output_len,
+                do_sample=False,
+                streamer=Watch(clock, range(index, index + 1)),
+                past_key_values=cache,
+                **options,
+            )
+        num_output += output.numel() - said.numel()
+        said = output
+    clock.stop()
+    return clock, num_output
+
+
+def load(job: EngineJob) -> PreTrainedModel:
+    """The model of a directory or a GGUF file."""
+    path = Path(job.model)
+    place = {"gguf_file": path.name} if path.is_file() else {}
+    directory = path.parent if path.is_file() else path
+    dtype = getattr(torch, job.dtype)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa", **place).eval()
+
+
 def measure(job: EngineJob) -> None:
     """Print the result of one cache."""
     cache = job.options.get("cache", "dynamic")
     if cache == "offloaded" and not torch.cuda.is_available():
         unavailable("the offloaded cache moves rows between a GPU and the host by CUDA streams; no GPU here")
         return
+    if job.turns and cache != "dynamic":
+        unavailable(f"a conversation is held in a dynamic cache here, not in a {cache} one")
+        return
     torch.set_num_threads(job.threads)
-    dtype = getattr(torch, job.dtype)
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, attn_implementation="sdpa").eval()
-    generate(model, job.warm_up(), CACHES[cache])
-    clock, num_output = generate(model, job, CACHES[cache])
+    model = load(job)
+    run = converse if job.turns else generate
+    run(model, job.warm_up(), CACHES[cache])
+    clock, num_output = run(model, job, CACHES[cache])
     notes = [f"{cache} cache", "sdpa", job.dtype]
     if job.kv_budget_bytes is not None:
         notes.append(f"batches of {max(len(prompts) for _, prompts in job.groups())} by the budget")

@@ -27,7 +27,9 @@ from alisa.policy.registry import POLICIES, can_truncate_names, policies_help
 from alisa.quality import QUALITIES, QualityName, qualities_help
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-WeightDtypeName = Literal["auto", "int8", "int4"]
+WeightDtypeName = Literal["auto", "float", "int8", "int4"]
+WeightFormat = Literal["float", "int8", "int4"]
+"""The same with `auto` resolved; `float`: the dtype of the arithmetic."""
 KvDtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "k8v4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 if TYPE_CHECKING:
@@ -303,9 +305,10 @@ class EngineConfig:
     dtype: DtypeName = "auto"
     """What the model computes in; auto: what the checkpoint and the device suit."""
     weight_dtype: WeightDtypeName = "auto"
-    """What the linear layers are kept in; auto: the dtype that the model computes in. On a CPU: int8, half the memory
+    """What the linear layers are kept in. float: the dtype that the model computes in. On a CPU: int8, half the memory
     and the reading of 16 bits, every output channel with a scale; int4, a third, every 32 inputs with a scale and a
-    minimum, which are those of a GGUF file that has them, the projection to the vocabulary in 8 bits."""
+    minimum, which are those of a GGUF file that has them, the projection to the vocabulary in 8 bits. auto: int4 for a
+    GGUF file whose layers are in Q4_0 or Q4_1, where the CPU has native products, else float."""
     kv_dtype: OwnKvDtype = _AS_THE_QUALITY_SAYS
     """What K and V are kept in; None: as the quality says, auto without one. auto: the dtype that the model computes
     in, so that dense attention is exact. int8, k8v4 (K in 8 bits, V in 4) and int4 keep a scale for each token and

@@ -124,8 +124,7 @@ class LLM:
     @property
     def weight_dtype(self) -> str:
         """What the linear layers are held in, `auto` resolved."""
-        asked = self.config.weight_dtype
-        return self._model.dtype if asked == "auto" else asked
+        return self._model.weight_dtype
 
     def generate(
         self,

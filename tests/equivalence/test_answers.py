@@ -65,6 +65,20 @@ def test_the_next_turn_reads_only_what_is_new(policy, dtype):
         assert (session.cache.store.used_rows, session.state.nbytes) == (0, 0)
 
 
+def test_the_status_says_what_is_being_read():
+    llm = LLM(policy="dense", **SIZES)
+    engine = engine_of(llm)
+    for turn in range(2):
+        ask(engine, ids(llm, 60, turn))
+    assert engine.status().answer is None
+    assert engine.read_answer()
+    answer = engine.status().answer
+    assert 0 < answer.tokens_read < answer.num_tokens == 96
+    assert answer.num_waiting == 1
+    read_all(engine)
+    assert engine.status().answer is None
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_rows_of_decode_steps_are_not_those_of_prompts(dtype):
     """Why answers are read once more: if this fails, their rows could be kept."""

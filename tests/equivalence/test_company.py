@@ -257,9 +257,9 @@ def test_plain_torch_keeps_the_promise(tiny_model, monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "weight_dtype"),
     [
-        (torch.float32, "auto"),
-        (torch.bfloat16, "auto"),
-        (torch.float16, "auto"),
+        (torch.float32, "float"),
+        (torch.bfloat16, "float"),
+        (torch.float16, "float"),
         (torch.bfloat16, "int8"),
         (torch.bfloat16, "int4"),
     ],

@@ -14,10 +14,12 @@ pytest.importorskip("gguf", reason="the gguf package writes the files")
 import gguf
 from gguf.quants import dequantize
 
+from alisa import LLM, SamplingParams
 from alisa.doctor.model import examine
 from alisa.errors import ModelError
 from alisa.kernels.base import Panels
-from alisa.model.choose_linear import choose_linear
+from alisa.kernels.native import library
+from alisa.model.choose_linear import choose_linear, resolve_weight_dtype
 from alisa.model.coded import CodedRows
 from alisa.model.gguf.block_types import BLOCK_TYPES
 from alisa.model.gguf.model import GgufModel
@@ -228,7 +230,7 @@ def test_logits_are_those_of_the_numbers_of_the_file(name, tmp_path):
     assert (taken - expected).abs().mean() < 0.03
 
 
-@pytest.mark.parametrize("name", ["auto", "int4"])
+@pytest.mark.parametrize("name", ["float", "int4"])
 @pytest.mark.parametrize(("part", "rows"), [("attn_v", 64), ("ffn_down", 32), ("attn_q", 32)])
 def test_matrices_of_another_shape_are_refused_either_way(name, part, rows, tmp_path):
     model = build("llama-gqa-tied")
@@ -240,9 +242,49 @@ def test_matrices_of_another_shape_are_refused_either_way(name, part, rows, tmp_
         stored.decoder(torch.float32, CPU, linears=choose_linear(name, torch.float32, CPU))
 
 
-@pytest.mark.parametrize(("kind", "said"), [("Q4_0", True), ("Q4_1", True), ("Q8_0", False), ("F16", False)])
-def test_the_doctor_says_which_files_int4_runs_as_they_are(kind, said, tmp_path):
-    file_in(tmp_path / "x.gguf", "llama-gqa-tied", kind)
+def auto_is(stored: str) -> str:
+    """What `--weight-dtype auto` makes of a file here."""
+    return stored if library.available() else "float"
+
+
+@pytest.mark.parametrize(("kind", "format"), [("Q4_0", "int4"), ("Q4_1", "int4"), ("Q8_0", "float"), ("F16", "float")])
+def test_the_doctor_says_which_files_stay_in_4_bits(kind, format, tmp_path):
+    assert file_in(tmp_path / "x.gguf", "llama-gqa-tied", kind).weight_format == format
     finding = examine(str(tmp_path / "x.gguf"))
     assert finding.status == "ok"
-    assert ("--weight-dtype int4 runs as they are" in finding.text) == said
+    said = "of weights in int4 as its file has them (--weight-dtype float: " in finding.text
+    assert said == (auto_is(format) == "int4")
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "F32"])
+def test_one_matrix_in_more_bits_keeps_all_in_floats(kind, tmp_path):
+    """To round it to 4 bits would cost more than it saves; norms, tables and routers are never rounded."""
+    for name, part in (("llama-gqa-tied", "ffn_down"), ("mixtral", "attn_v"), ("mixtral", "ffn_gate_inp")):
+        model = build(name)
+        tensors = {
+            key: (values, "F32" if values.ndim < 2 or "blk" not in key else kind if part in key else "Q4_0")
+            for key, values in tensors_of(model).items()
+        }
+        stored = GgufModel(write(tmp_path / "x.gguf", metadata_of(model.config), tensors))
+        assert stored.weight_format == ("int4" if part == "ffn_gate_inp" else "float")
+
+
+def test_auto_keeps_the_4_bits_of_a_file_and_says_so(tmp_path):
+    file_in(tmp_path / "x.gguf", "llama-gqa-tied", "Q4_1")
+    prompt, params = list(range(20, 40)), SamplingParams(max_tokens=12, ignore_eos=True)
+    found = {}
+    for asked in ("auto", "float", "int8", "int4"):
+        with LLM(str(tmp_path / "x.gguf"), policy="dense", dtype="float32", weight_dtype=asked) as llm:
+            outputs = llm.generate([prompt], params)
+            found[asked] = (outputs[0].token_ids, llm.decoder.weight_bytes)
+            named = llm.weight_dtype, llm.describe()["weight_dtype"], outputs.report.setup.weight_format
+        resolved = auto_is("int4") if asked == "auto" else asked
+        assert named == (*["float32" if resolved == "float" else resolved] * 2, resolved)
+    assert found["auto"] == found[auto_is("int4")]
+    assert found["int4"][1] < found["int8"][1] < found["float"][1]
+
+
+def test_what_auto_is_elsewhere():
+    assert resolve_weight_dtype("auto", "int4", torch.device("meta")) == "float", "products in 4 bits are for CPUs"
+    assert resolve_weight_dtype("auto", "float", CPU) == "float"
+    assert resolve_weight_dtype("int8", "int4", CPU) == "int8"

@@ -7,6 +7,7 @@ import torch
 
 import alisa.hf
 from alisa import LLM, SamplingParams
+from alisa.errors import InputError
 from alisa.outputs import Medium
 from alisa.policy.registry import POLICIES
 from tests.caps import device_cap
@@ -47,6 +48,26 @@ def test_rows_may_be_kept_in_few_bits_as_in_the_engine(kv_dtype, tiny_model):
     model, options = ready(build("llama-gqa-tied")), {"policy": "sketch", "sparsity": 0.5, "kv_dtype": kv_dtype}
     with alisa.hf.attach(model, **options):
         assert said(model) == said_by_engine(tiny_model("llama-gqa-tied"), **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "stands_for"),
+    [
+        ({"quality": "exact"}, {"policy": "dense"}),
+        ({"quality": "high"}, {"policy": "sketch", "sparsity": 0.9, "kv_dtype": "int8"}),
+        ({"quality": "balanced", "sparsity": 0.5}, {"policy": "sketch", "sparsity": 0.5, "kv_dtype": "k8v4"}),
+        ({}, {"policy": "sketch", "sparsity": 0.8, "kv_dtype": "auto"}),
+    ],
+)
+def test_a_quality_stands_for_its_options(given, stands_for, tiny_model):
+    model = ready(build("llama-gqa-tied"))
+    with alisa.hf.attach(model, **given):
+        assert said(model) == said_by_engine(tiny_model("llama-gqa-tied"), **stands_for)
+
+
+def test_a_quality_that_is_unknown_is_refused():
+    with pytest.raises(InputError, match="quality 'best' is unknown"), alisa.hf.attach(build("gpt2"), quality="best"):
+        pass
 
 
 @pytest.mark.parametrize("policy", ["sketch", "swa", "h2o", "sketch-head"])

@@ -52,7 +52,7 @@ def our_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def test_continuations_are_those_of_transformers(reference: Reference) -> None:
     """Each token that dense attention chooses is the best one for transformers too, given the ones before it."""
-    with LLM(str(reference.path), policy="dense", dtype="float32") as llm:
+    with LLM(str(reference.path), policy="dense", dtype="float32", weight_dtype="float") as llm:
         prompts = [our_prompt(llm.tokenizer, prompt) for prompt in PROMPTS]
         outputs = llm.generate(prompts, SamplingParams(max_tokens=NUM_NEW))
     for prompt, output in zip(PROMPTS, outputs, strict=True):
@@ -121,3 +121,8 @@ def test_weights_in_4_bits_are_those_of_the_file(model_path: Path) -> None:
         torch.testing.assert_close(weight_of(coded_panels((rows,))), expected, atol=tolerance, rtol=0)
         checked += 1
     assert checked >= 27
+
+
+def test_weights_of_4_bits_stay_so_where_all_have_them(model_path: Path) -> None:
+    """Most matrices of Gemma's file have 5 to 8 bits, and to round them to 4 costs it 29 % of perplexity."""
+    assert open_model(model_path).weight_format == ("int4" if "SmolLM2" in model_path.name else "float")

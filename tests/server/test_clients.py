@@ -1,11 +1,21 @@
 """Calls as other programs send them, field by field: what they want of the reply is there."""
 
 import json
+from dataclasses import replace
 
 import httpx2
 import pytest
 
+from tests.server.conftest import ENGINE, running
+
 PROMPT = "The ship had been at sea for"
+
+
+@pytest.fixture(scope="module")
+def chat_address(chat_model):
+    """A server whose model has a chat template, which knows tools."""
+    with running(replace(ENGINE, model=str(chat_model))) as server:
+        yield server.address
 
 
 def post(address, body, path="/v1/completions"):
@@ -41,6 +51,21 @@ def test_vllm_bench_serve_on_completions(address):
     assert card["root"]
 
 
+def test_vllm_bench_serve_on_chat_completions(chat_address):
+    body = {
+        "model": "talker",
+        "messages": [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}],
+        "max_completion_tokens": 12,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+    }
+    found = events(post(chat_address, body, "/v1/chat/completions"))
+    assert len([event for event in found if event["choices"]]) == 12 + 1
+    assert "content" in found[0]["choices"][0]["delta"]  # none has the role alone
+    assert found[-1]["usage"]["completion_tokens"] == 12
+
+
 def test_guidellm_on_completions(address):
     body = {
         "model": "embedded",
@@ -54,6 +79,20 @@ def test_guidellm_on_completions(address):
     found = events(post(address, body))
     assert [event["usage"]["completion_tokens"] for event in found] == [*range(1, 9), 8, 8]
     assert httpx2.get(f"{address}/health").status_code == 200
+
+
+def test_guidellm_on_chat_completions(chat_address):
+    body = {
+        "model": "talker",
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "max_completion_tokens": 8,
+        "ignore_eos": True,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}],
+    }
+    found = events(post(chat_address, body, "/v1/chat/completions"))
+    assert [event["usage"]["completion_tokens"] for event in found] == [*range(1, 9), 8, 8]
+    assert all("content" in event["choices"][0]["delta"] for event in found[:8])
 
 
 def test_lm_eval_local_completions(address, llm):
@@ -76,6 +115,85 @@ def test_lm_eval_local_completions(address, llm):
     assert len(values) == len(continuation)
     assert all(value <= max(top.values()) for value, top in zip(values, tops, strict=True))
     assert found["token_logprobs"][0] is None
+
+
+def test_lm_eval_generates(address):
+    body = {
+        "prompt": [[262, 599, 600]],
+        "model": "embedded",
+        "max_tokens": 5,
+        "temperature": 0,
+        "stop": ["\n", "."],
+        "seed": 1234,
+    }
+    [choice] = post(address, body).json()["choices"]
+    assert choice["index"] == 0
+    assert not set("\n.") & set(choice["text"])
+
+
+def test_langchain_on_completions(address):
+    body = {
+        "model": "embedded",
+        "prompt": [PROMPT, "It"],
+        "best_of": 2,
+        "frequency_penalty": 0,
+        "logprobs": None,
+        "max_tokens": 5,
+        "n": 2,
+        "presence_penalty": 0,
+        "seed": None,
+        "temperature": 0.7,
+        "top_p": 1,
+    }
+    found = post(address, body).json()
+    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
+    assert found["usage"]["completion_tokens"] <= 20
+
+
+CITY = {
+    "description": "A city.",
+    "properties": {"name": {"type": "string", "maxLength": 4}, "size": {"enum": ["small", "large"]}},
+    "required": ["name", "size"],
+    "title": "City",
+    "type": "object",
+    "additionalProperties": False,
+}
+
+
+def test_langchain_asks_for_a_form(chat_address):
+    pytest.importorskip("llguidance", reason="llguidance is not installed; pip install 'alisa[grammar]'")
+    body = {
+        "model": "talker",
+        "stream": False,
+        "messages": [{"content": "Which city?", "role": "user"}],
+        "max_completion_tokens": 60,
+        "temperature": 0.0,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"schema": CITY, "name": "City", "description": "A city.", "strict": True},
+        },
+    }
+    message = post(chat_address, body, "/v1/chat/completions").json()["choices"][0]["message"]
+    assert json.loads(message["content"]).keys() == {"name", "size"}
+    assert message["refusal"] is None
+
+
+def test_langchain_forces_a_tool(chat_address):
+    body = {
+        "model": "talker",
+        "stream": False,
+        "messages": [{"content": "Which city?", "role": "user"}],
+        "max_completion_tokens": 60,
+        "temperature": 0.0,
+        "parallel_tool_calls": False,
+        "tool_choice": {"type": "function", "function": {"name": "City"}},
+        "tools": [{"type": "function", "function": {"name": "City", "description": "A city.", "parameters": CITY}}],
+    }
+    reply = post(chat_address, body, "/v1/chat/completions")
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "tool_choice"
+    reply = post(chat_address, body | {"tool_choice": "auto"}, "/v1/chat/completions")
+    assert reply.json()["choices"][0]["message"]["role"] == "assistant"
 
 
 def test_open_webui(address):

@@ -11,6 +11,10 @@ import openai
 import pytest
 
 from alisa import LLM, SamplingParams
+from alisa.config import EngineConfig
+from alisa.server.errors import ApiError
+from alisa.server.params import completion_params
+from alisa.server.protocol import CompletionRequest
 from tests.server.conftest import ENGINE
 
 PROMPTS = ["The ship had been at sea for", "My uncle had a library of"]
@@ -225,7 +229,7 @@ def test_a_text_follows_a_form(address):
         ({"logit_bias": {"x": 1}}, 400, "logit_bias", "in place of a token id"),
         ({"logit_bias": {"99999": 1}}, 400, None, "logit_bias has token id 99999"),
         ({"stop": [""]}, 400, "stop", "stop: "),
-        ({"policy": "dense"}, 400, "policy", "this server runs with 'sketch'"),
+        ({"policy": "dense"}, 400, "policy", "runs with 'sketch' for all calls; leave it out, or ask for a sparsity"),
         ({"min_tokens": 9, "max_tokens": 3}, 400, "min_tokens", "allowed is 0 to max_tokens"),
         ({"guided_regex": "("}, 400, None, "regex cannot be used"),
         ({"guided_regex": "a", "guided_json": "{}"}, 400, "response_format", "More than one form"),
@@ -362,3 +366,10 @@ def test_what_the_engine_cannot_read_is_refused(address, asked, param):
     reply = ask(address, prompt="a", **asked)
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == param
+
+
+def test_a_way_out_is_only_told_where_there_is_one():
+    """With swa all calls are read alike."""
+    call = CompletionRequest(prompt="a", policy="sketch")
+    with pytest.raises(ApiError, match="for all calls; leave it out, or start a server with another --policy"):
+        completion_params(call, {}, EngineConfig(policy="swa"))

@@ -224,3 +224,24 @@ def test_pings_keep_a_silent_stream_alive(monkeypatch):
         assert len(chunks) == 4
         first.close()
         client.close()
+
+
+def test_metrics_say_that_the_event_loop_was_held_up():
+    def hold_up(service):
+        finished = service.telemetry.finished
+
+        def slow():
+            time.sleep(0.6)  # longer than the loop's lag is looked at twice
+            return finished()
+
+        service.telemetry.finished = slow
+
+    with running(prepare=hold_up) as server:
+        requests_of(server.address)
+        lag = "alisa:event_loop_lag_seconds_sum"
+        wait_for(lambda: metric(server.address, lag) > 0.3, "a lag of what is left of the time")
+
+
+def metric(address, name):
+    lines = httpx2.get(f"{address}/metrics").text.splitlines()
+    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))

@@ -38,9 +38,11 @@ def end(process):
         process.kill()
 
 
-def test_sigterm_brings_it_to_its_end():
+def test_it_says_what_it_serves_and_sigterm_brings_it_to_its_end():
     process = start("--port", "0")
     address = address_of(process)
+    # Where no option says how long a sequence may be, the model does.
+    assert httpx2.get(f"{address}/state").json()["model"]["max_model_len"] == 2048
     with httpx2.stream(
         "POST", f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 300, "stream": True}, timeout=60
     ) as reply:

@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from alisa.cli.main import main
+from alisa.config import EngineConfig
 from alisa.errors import InputError
 from alisa.lab.bench import suite
 from alisa.lab.bench.compare import pairs, ratio, read_runs, series_of
@@ -20,9 +23,11 @@ from alisa.lab.bench.floor import Speeds, floor_of, pass_rows
 from alisa.lab.bench.others import wait_for_quiet
 from alisa.lab.bench.remote import measured
 from alisa.lab.bench.remote.measured import Clock, EngineJob, NoRoom
+from alisa.lab.bench.session import RunSpec, run_batch, run_turns
 from alisa.lab.bench.shapes import SHAPES
 from alisa.lab.bench.suite import Places, prepare_workload
 from alisa.lab.plot.runs import draw_runs
+from alisa.model.loader import random_decoder
 from alisa.records.jsonl import line_of
 from tests.run_records import run_record
 
@@ -36,7 +41,7 @@ def test_every_experiment_of_the_project_is_one(path):
     experiment = load_experiment(path)
     cells = [measurement.cell for measurement in experiment.measurements()]
     assert len(set(cells)) == len(cells)
-    assert all(workload.model in SHAPES for workload in experiment.workloads)
+    assert all(workload.model in SHAPES or workload.model.endswith(".gguf") for workload in experiment.workloads)
 
 
 def test_rounds_follow_each_other_and_names_choose():
@@ -63,6 +68,8 @@ def test_a_cell_is_the_work_and_not_its_name():
 
     assert cell() == cell({"name": "other", "timeout_s": 5}, name="other") != cell(policy="dense")
     assert len({cell(), cell({"kv_share": 0.5}), cell({"seed": 1}), cell({"batch": 3})}) == 4
+    assert cell({"batch": 1}) != cell({"batch": 1, "turns": 2}) != cell({"batch": 1, "turns": 3})
+    assert cell(policy="dense") == "0abfe5738321343c", "records from before there were turns are found again"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +79,9 @@ def test_a_cell_is_the_work_and_not_its_name():
         ({"batch": 0}, {}, "batch is 0, it must be above 0"),
         ({"batch": "2"}, {}, "batch is '2'"),
         ({"sice": 2}, {}, "does not know sice"),
+        ({"batch": 1, "turns": 0}, {}, "turns is 0, it must be above 0"),
+        ({"turns": 3}, {}, "has turns: it needs batch = 1 and prompt_len, and no kv_share"),
+        ({"batch": 1, "turns": 3, "kv_share": 0.5}, {}, "has turns: it needs batch = 1"),
         ({}, {"engine": "vlm"}, "there is no engine 'vlm', there is alisa, transformers"),
         ({}, {"engine": "vllm", "policy": "swa"}, "has no option 'policy', it has none"),
         ({}, {"engine": "transformers", "cache": "big"}, "cache of the engine transformers is 'big', there is dynamic"),
@@ -108,6 +118,10 @@ def test_batches_of_engines_that_cannot_join_and_leave():
     with pytest.raises(NoRoom, match="one sequence takes 70 bytes, the budget is 69"):
         groups(kv_budget_bytes=69)
     assert a_job().warm_up().prompts == [[3, 2, 1], [5, 4]]
+    long = a_job(prompts=[[*range(5000)]], turns=True).warm_up()
+    assert long.prompts == [[*range(4999, 3975, -1)]]
+    assert a_job().longest == 3 + 5
+    assert a_job(turns=True).longest == 6 + 3 * 5
 
 
 def test_the_clock_keeps_prompts_out_of_the_steps():
@@ -123,6 +137,12 @@ def test_the_clock_keeps_prompts_out_of_the_steps():
     assert not clock.prompts_first
     assert sum(clock.step_s) < clock.wall_s
     assert len(clock.step_quartiles_s) == 3
+    talk = Clock(2)
+    talk.first(0)
+    time.sleep(0.02)
+    talk.turn()
+    talk.first(1)
+    assert talk.first_token_s[1] < 0.02, "counted from its own turn"
 
 
 def test_the_floor_counts_weights_rows_and_products():
@@ -155,6 +175,24 @@ def test_the_floor_counts_weights_rows_and_products():
         spec, "bfloat16", reading, own.reading(speeds), prompt_lens=prompts, output_len=output_len, batch=2
     )
     assert (eight.gemm_s, eight.prefill_s, eight.weights_s) == (3 * 4 / 2 * 0.2, 1.0, dense.weights_s / 2)
+    # Five bits for each weight of the layers, eight for the head.
+    head = spec.vocab_size * spec.token_embed_dim
+    four = (5 / 8 * (spec.step_weights - head) + head) / (2 * spec.step_weights)
+    assert floor("openvino", variant="int4").weights_s == pytest.approx(dense.weights_s * four)
+    assert floor("llamacpp").weights_s == dense.weights_s
+    assert floor("llamacpp", weights="q8_0").weights_s == dense.weights_s / 2
+    assert reading_of("llamacpp", {}, "bfloat16", 9, stored="int4").weights == "int4", "the file as it is"
+    said = floor_of(
+        spec,
+        "bfloat16",
+        reading_of("vllm", {}, "bfloat16", 9),
+        speeds,
+        prompt_lens=prompts,
+        output_len=5,
+        batch=1,
+        known=30,
+    )
+    assert said.prefill_s == dense.prefill_s / 2, "half of the prompts was said before"
 
 
 def test_prompts_are_the_same_everywhere_and_fit(tmp_path):
@@ -170,8 +208,42 @@ def test_prompts_are_the_same_everywhere_and_fit(tmp_path):
     work = prepare_workload(ragged, ("one", "two words and more"), places, 1)
     assert 0 < work.prompt_lens[0] < work.prompt_lens[1]
     assert work.kv_need_bytes == (work.prompt_lens[1] + 3) * 2 * (2 * 2 * 32 * 2)
+    with pytest.raises(InputError, match=r"'w' is of x\.gguf, which is not there; `make models` fetches the real ones"):
+        prepare_workload(replace(workload, model="x.gguf"), None, places, 1)
     with pytest.raises(InputError, match="has a sequence of 608 tokens, llama-tiny has 512 positions"):
         prepare_workload(replace(workload, output_len=600), None, places, 1)
+
+
+def test_turns_of_a_conversation_begin_with_what_was_said(tmp_path):
+    places = Places(tmp_path, tmp_path, tmp_path)
+    workload = Workload(**(WORKLOAD | {"batch": 1}), turns=3)
+    work = prepare_workload(workload, None, places, 1)
+    assert [len(ids) for ids in work.prompts] == [8, 8, 8]
+    assert len(set(work.prompts)) == 3
+    assert work.prompt_lens == [8, 8 + 4 + 8, 8 + 4 + 8 + 4 + 8]
+    assert work.known == (8 + 4) + 2 * (8 + 4)
+    assert work.kv_need_bytes == (3 * 12 - 1) * 2 * (2 * 2 * 32 * 2)
+    assert work.job({}).turns
+    with pytest.raises(InputError, match="has a sequence of 516 tokens"):
+        prepare_workload(replace(workload, turns=43), None, places, 1)
+
+
+def test_a_conversation_is_that_of_single_prompts():
+    """Over the prefix cache, what each turn says is what the whole prompt says without one."""
+    decoder = random_decoder(SHAPES["llama-tiny"], torch.float32, torch.device("cpu"))
+    run_spec = RunSpec(EngineConfig(policy="dense", kv_disk_memory=0, max_num_seqs=1, max_model_len=160))
+    turns = [[7 + number] * 40 for number in range(3)]
+    firsts, handed = [], []
+    spoken = run_turns(decoder, run_spec, turns, 6, on_turn=lambda: handed.append(len(firsts)), on_first=firsts.append)
+    assert (firsts, handed) == ([0, 1, 2], [0, 1, 2])
+    said = []
+    for ids, answer in zip(turns, spoken.outputs, strict=True):
+        said += ids
+        [alone] = run_batch(decoder, run_spec, [said], 6).outputs
+        assert alone == answer
+        said += answer
+    found = [record.cached_tokens for record in spoken.records if record.cached_tokens]
+    assert found == [32, 80], "the whole blocks of the prompts before"
 
 
 def test_waiting_for_a_quiet_machine_ends():
@@ -261,7 +333,7 @@ else:
 def test_an_experiment_from_its_file_to_its_records(tmp_path, capsys, monkeypatch):
     measured, measure_once = [], cache(suite.measure_floor)
 
-    def floor_once(work, weight_dtype="auto"):
+    def floor_once(work, weight_dtype="float"):
         measured.append(work.workload.name)
         return measure_once(work, weight_dtype)
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import tables
+from provenance import provenance
 from table_blocks import engines, kernels, machine
 from tables import BLOCKS, filled
 
+from alisa.lab.bench.compare import with_best_floors
 from alisa.records.jsonl import line_of
 from alisa.records.schema import Floor
 from tests.run_records import STAMP, run_record
@@ -56,11 +58,62 @@ def test_engines_side_by_side(tmp_path):
     assert "No figures: gone: why." in text
     assert "\\* Other programs took up to 30 % of the processors" in text
     assert "`alisa bench run benchmarks/experiments/paper.toml" in text
+    assert "Measured 2026-01-01 to 2026-02-01 on 2 threads of CPU X." in text
     assert engines("paper", "v")(tmp_path) == engines("llama")(tmp_path) == ""
     assert machine(tmp_path) == (
         "Measured on 2 threads of CPU X, torch 2.13, 2026-01-01 to 2026-02-01; memory is read at 30 to 30 GB/s. "
         "Weights are random."
     )
+
+
+def test_a_table_of_several_machines_says_whose_lines_are_whose():
+    new = {"date": "2026-03-01T00:00", "commit": "1f-dirty", "num_threads": 4, "cpu": "Y"}
+    old = new | {"date": "2026-01-02T00:00", "commit": None, "cpu": "X"}
+    assert provenance([("a", new)]) == "Measured 2026-03-01 at 1f on 4 threads of Y."
+    assert provenance([("a", new), ("b", old), ("a", old | {"date": "2026-01-03T00:00"}), ("c", None)]) == (
+        "Measured 2026-03-01 at 1f on 4 threads of Y (a). Measured 2026-01-02 to 2026-01-03 on 4 threads of X (b, a). "
+        "Machine and commit were not recorded (c)."
+    )
+
+
+def test_floors_of_one_machine_do_not_price_those_of_another():
+    fast = record("ours", floor=replace(FLOOR, gemm_s=1.0))
+    slow = record("other")
+    slow = replace(slow, stamp=replace(slow.stamp, cpu="CPU Y"))
+    assert [found.floor.gemm_s for found in with_best_floors([fast, slow])] == [1.0, 5.0]
+    assert [found.floor.gemm_s for found in with_best_floors([fast, record("other")])] == [1.0, 1.0]
+
+
+def test_llama_cpp_stands_beside_the_formats_that_a_file_is_loaded_in(tmp_path):
+    stamp = {"date": "2026-03-01T00:00", "commit": "1f", "num_threads": 2, "cpu": "Y"}
+    common = {"model": "x.gguf", "file_bytes": 9, "all_s": 0.5, "rss_before": 2**20, "rss_peak": 2**21, "stamp": stamp}
+    ours = common | {"weights": "int4", "header_s": 0.1, "tokenizer_s": 0.15, "weights_s": 0.25, "weight_bytes": 2**22}
+    theirs = common | {"weights": "llama.cpp", "version": "0.3", "all_s": 0.25, "weight_bytes": 2**21}
+    write(tmp_path / "loading.jsonl", [ours | {"gguf_package_header_s": 1.7}, theirs])
+    rows = BLOCKS["loading"](tmp_path).splitlines()[2:]
+    assert rows[:2] == [
+        "| `x.gguf` | int4 | 0.10 | 0.15 | 0.25 | 0.50 | 4 | 1 | 2 | 1.7 |",
+        "| `x.gguf` | llama.cpp (0.3) |  |  |  | 0.25 | 2 | 1 | 2 |  |",
+    ]
+    assert rows[-1] == "Measured 2026-03-01 at 1f on 2 threads of Y."
+
+
+def test_one_user_with_floats_is_one_line_under_either_name(tmp_path):
+    found = {
+        "model": "x.gguf",
+        "kv_dtype": "auto",
+        "policy": "dense",
+        "prompt_len": 16,
+        "prefill_s": 1.0,
+        "floor_s": 0.1,
+    }
+    times = {"auto": 0.4, "float": 0.2}
+    write(
+        tmp_path / "one_user.jsonl",
+        [found | {"weight_dtype": name, "step_s": {"median": s, "all": [s]}} for name, s in times.items()],
+    )
+    rows = BLOCKS["one-user"](tmp_path).splitlines()[4:5]
+    assert rows == ["| bfloat16 | bfloat16 | `dense` | 16 | 5 (5 to 5) | 50 % | 16 |"]
 
 
 def test_kernels(tmp_path):
@@ -120,3 +173,13 @@ def test_a_fleet_has_the_newest_record_of_each_kind(tmp_path):
     text = BLOCKS["fleet-saturation"](tmp_path)
     assert "| 10 million | 1,000 | 2.0 | 50 % | 10 % | 20 % | 46 MB | loading weights |" in text
     assert "| 1 billion |" in text
+
+
+def test_what_the_server_costs(tmp_path):
+    figures = {"alone_tokens_per_s": 300.0, "served_tokens_per_s": 294.0, "overhead": 0.021, "served_cpu_us": 6000.0}
+    figures |= {"loop_cpu_us": 40.0, "lag_p50_ms": 0.2, "lag_p99_ms": 9.0, "clients": 16, "prompt_len": 64}
+    record = {"model": "m", "output_len": 128, "rounds": [{}, {}], **figures}
+    write(tmp_path / "server_overhead.jsonl", [record | {"overhead": 0.5}, record])
+    text = BLOCKS["server-overhead"](tmp_path)
+    assert text.startswith("16 clients, prompts of 64 tokens, 128 tokens of output, 2 rounds")
+    assert text.endswith("| `m` | 300 tokens/s | 294 tokens/s | 2.1 % | 6000 us | 40.0 us | 0.2 ms | 9.0 ms |")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -6,7 +7,7 @@ from alisa.cli.main import main
 from alisa.planner.presets import PRESETS
 from alisa.planner.saved import save_profile
 from alisa.scheduler.placement.file import load_schedule
-from tests.tiny_models import config_of
+from tests.tiny_models import build, config_of
 
 
 def plan(capsys, *options):
@@ -76,3 +77,32 @@ def test_this_machine_is_what_the_profile_says(capsys, monkeypatch, tmp_path):
     status, record, _ = plan(capsys, "--shape", "opt-125m", "--kv-device-memory", "100MiB", "--kv-below-memory", "1GiB")
     assert status == 0
     assert record["device_kv_bytes"] <= 100 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "planned"),
+    [("Q4_1", "auto", "int4"), ("Q4_1", "float", "bfloat16"), ("Q8_0", "auto", "bfloat16"), ("Q4_1", "int8", "int8")],
+)
+def test_weights_of_a_file_in_4_bits_stay_so(capsys, monkeypatch, tmp_path, kind, asked, planned):
+    gguf_files = pytest.importorskip("tests.gguf_files", reason="the gguf package writes the file")
+    path = gguf_files.write_model(tmp_path / "x.gguf", build("llama-gqa-tied"), kind)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machine = PRESETS["h200"]
+    products = dict.fromkeys(("bfloat16", "int8", "int4"), machine.gemm["bfloat16"])
+    cpu = replace(machine, gemm=products)
+    save_profile(cpu, "2026-01-01")
+    options = ["--model", str(path), "--prompt-len", "30", "--output-len", "60", "--save", str(tmp_path / "s.json")]
+    options += [] if asked == "auto" else ["--weight-dtype", asked]
+    status, record, err = plan(capsys, *options)
+    assert status == 0
+    assert record["weight_dtype"] == planned
+    assert ("--weight-dtype" in err) == (asked != "auto"), "alisa generate chooses as the plan does"
+
+
+def test_a_machine_without_products_in_4_bits_has_floats(capsys, tmp_path):
+    gguf_files = pytest.importorskip("tests.gguf_files", reason="the gguf package writes the file")
+    path = gguf_files.write_model(tmp_path / "x.gguf", build("llama-gqa-tied"), "Q4_1")
+    options = ("--model", str(path), "--prompt-len", "30", "--output-len", "60", "--hardware", "h200")
+    status, record, _ = plan(capsys, *options)
+    assert status == 0
+    assert record["weight_dtype"] == next(iter(PRESETS["h200"].gemm))

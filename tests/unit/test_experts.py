@@ -52,7 +52,7 @@ def make_experts(num_experts=7, size=64, width=96, per_token=3):
     generator = torch.Generator().manual_seed(0)
 
     def linear(num_out, num_in):
-        return choose_linear("auto", torch.float32, CPU).layer(
+        return choose_linear("float", torch.float32, CPU).layer(
             torch.randn(num_out, num_in, generator=generator) / num_in**0.5, None
         )
 

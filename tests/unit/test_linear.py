@@ -50,7 +50,7 @@ def test_packed_and_plain_agree_with_float64(dtype, shape, num_in, num_out, bias
 
 @pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
 @pytest.mark.parametrize("rows", [5, 64, 100])
-@pytest.mark.parametrize("name", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("name", ["float", "int8", "int4"])
 def test_parts_are_apart_and_give_what_the_whole_gives(name, rows):
     """Each part begins a panel of its own, so that gate and up lie side by side; products do not show it."""
     generator = torch.Generator().manual_seed(rows)
@@ -64,10 +64,10 @@ def test_the_device_and_dtype_choose_the_layer():
     weight = torch.ones(8, 16)
     for dtype in (torch.float32, torch.bfloat16):
         fast = has_fast_panels(dtype, CPU)
-        layer = choose_linear("auto", dtype, CPU).layer(weight.to(dtype), None)
+        layer = choose_linear("float", dtype, CPU).layer(weight.to(dtype), None)
         assert type(layer) is (PanelLinear if fast else PackedLinear)
         assert type(FrameworkLinears(CPU).layer(weight.to(dtype), None)) is PackedLinear
-    half = choose_linear("auto", torch.float16, CPU).layer(weight.to(torch.float16), None)
+    half = choose_linear("float", torch.float16, CPU).layer(weight.to(torch.float16), None)
     assert type(half) is PlainLinear
     assert half(torch.ones(1, 16, dtype=torch.float16)).tolist() == [[16.0] * 8]
 
@@ -91,7 +91,7 @@ def test_a_packing_that_fails_falls_back(monkeypatch):
 def test_a_packed_layer_does_not_hold_the_weight_it_was_made_from():
     weight, bias = torch.ones(8, 16), torch.ones(8)
     layers = [
-        linears.layer(weight, bias) for linears in (FrameworkLinears(CPU), choose_linear("auto", torch.float32, CPU))
+        linears.layer(weight, bias) for linears in (FrameworkLinears(CPU), choose_linear("float", torch.float32, CPU))
     ]
     weight.zero_()
     for layer in layers:

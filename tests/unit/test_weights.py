@@ -320,11 +320,11 @@ def large(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("format", "dtype", "weights", "share"),
     [
-        ("safetensors", "float32", "auto", 1.0),
-        pytest.param("safetensors", "bfloat16", "auto", 0.5, marks=pytest.mark.slow),
+        ("safetensors", "float32", "float", 1.0),
+        pytest.param("safetensors", "bfloat16", "float", 0.5, marks=pytest.mark.slow),
         pytest.param("safetensors", "bfloat16", "int8", 0.264, marks=pytest.mark.slow),
-        pytest.param("bin", "float32", "auto", 1.0, marks=pytest.mark.slow),
-        ("gguf", "bfloat16", "auto", 0.5),
+        pytest.param("bin", "float32", "float", 1.0, marks=pytest.mark.slow),
+        ("gguf", "bfloat16", "float", 0.5),
         pytest.param("gguf", "bfloat16", "int4", 0.18, marks=pytest.mark.slow),
     ],
 )

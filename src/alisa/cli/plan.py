@@ -12,7 +12,7 @@ from tyro.conf import arg
 from alisa.cli.files import refuse_same_file, to_json, write_whole
 from alisa.cli.options import DisplayOptions
 from alisa.cli.plan_fleet import FleetQuestion, fleet_table
-from alisa.config import KvDtypeName, PolicyName, WeightDtypeName, parse_bytes, with_options
+from alisa.config import KvDtypeName, PolicyName, WeightDtypeName, WeightFormat, parse_bytes, with_options
 from alisa.errors import InputError
 from alisa.planner.fleet import fleet_record
 from alisa.policy.layer_budgets import layer_sparsities
@@ -64,7 +64,8 @@ class Plan:
     dtype: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: what suits the machine)")] = None
     """What the model computes in: float32, bfloat16 or float16."""
     weight_dtype: WeightDtypeName = "auto"
-    """What the linear layers are kept in; auto: the same as --dtype."""
+    """What the linear layers are kept in. float: the same as --dtype; auto: int4 for a GGUF file in Q4_0 or Q4_1 on a
+    machine that has figures for it, else float."""
     kv_dtype: Annotated[KvDtypeName | None, arg(help_behavior_hint="(default: auto)")] = None
     """What rows are kept in; auto: the same as --dtype, or int8 where that is faster and no quality is named."""
     kv_device_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: what is left)")] = None
@@ -104,7 +105,7 @@ class Plan:
         if self.save is not None:
             _save(record, self.save)
             if not self.display.quiet:
-                say(_use(record, self.save, self.budgets))
+                say(_use(record, self.save, self.budgets, self.weight_dtype))
         if self.display.json:
             sys.stdout.write(to_json(record) + "\n")
         return 0
@@ -130,7 +131,7 @@ class Plan:
             wrong.append(f"--sparsity is {self.sparsity}, allowed is 0 up to but not 1")
         if wrong:
             raise InputError("; ".join(wrong) + ".")
-        name, spec = self._spec()
+        name, spec, stored = self._model()
         if self.prompt_len + self.output_len > spec.max_positions:
             raise InputError(
                 f"{self.prompt_len} prompt and {self.output_len} new tokens are more than the model's "
@@ -138,7 +139,7 @@ class Plan:
             )
         hardware = find_hardware(self.hardware)
         workload = UniformWorkload(self.batch, self.prompt_len, self.output_len)
-        methods = self._methods(hardware, spec)
+        methods = self._methods(hardware, spec, stored)
         return PlanRequest(
             name=name,
             spec=spec,
@@ -149,31 +150,36 @@ class Plan:
             overlap=not self.serial,
         )
 
-    def _spec(self) -> tuple[str, ModelSpec]:
+    def _model(self) -> tuple[str, ModelSpec, WeightFormat]:
+        """Name, spec, and what its layers are stored in."""
         if (self.model is None) == (self.shape is None):
             raise InputError("Say what to plan for: either --model DIR_OR_ID or --shape NAME.")
         if self.model is not None:
             from alisa.model.hub import resolve_config
             from alisa.model.stored import open_model
 
-            return self.model, open_model(resolve_config(self.model)).spec
+            stored = open_model(resolve_config(self.model))
+            return self.model, stored.spec, stored.weight_format
         from alisa.planner.shapes import SHAPES
 
         name = str(self.shape)
         if name not in SHAPES:
             raise InputError(f"There is no shape {name!r}; there is {', '.join(SHAPES)}.")
-        return name, SHAPES[name]
+        return name, SHAPES[name], "float"
 
-    def _methods(self, hardware: Hardware, spec: ModelSpec) -> tuple[RunConfig, ...]:
+    def _methods(self, hardware: Hardware, spec: ModelSpec, stored: WeightFormat) -> tuple[RunConfig, ...]:
         from alisa.planner.load import RunConfig
 
-        known = [name for name in hardware.gemm if name != "int8"]
+        known = [name for name in hardware.gemm if name not in ("int8", "int4")]
         dtype = self.dtype or known[0]
         if dtype not in known:
             raise InputError(f"{hardware.name} has no figures for {dtype}; there are {', '.join(known)}.")
-        if self.weight_dtype != "auto" and self.weight_dtype not in hardware.gemm:
+        weights = self.weight_dtype
+        if weights == "auto":
+            weights = stored if stored in hardware.gemm else "float"
+        if weights != "float" and weights not in hardware.gemm:
             raise InputError(
-                f"{hardware.name} has no figures for {self.weight_dtype} weights, which are for CPUs; an older profile "
+                f"{hardware.name} has no figures for {weights} weights, which are for CPUs; an older profile "
                 "gets them from another `alisa profile`."
             )
         asked = {"policy": self.policy, "sparsity": self.sparsity, "kv_dtype": self.kv_dtype, "budgets": self.budgets}
@@ -184,7 +190,7 @@ class Plan:
         if missing := [kind for kind in kinds if kind not in hardware.attention]:
             raise InputError(f"{hardware.name} has no figures for rows of {missing[0]}.")
         return tuple(
-            RunConfig(engine.policy, engine.sparsity, dtype, kind, weight_dtype=self.weight_dtype, layers=layers)
+            RunConfig(engine.policy, engine.sparsity, dtype, kind, weight_dtype=weights, layers=layers)
             for kind in kinds
         )
 
@@ -233,9 +239,9 @@ def find_hardware(name: str) -> Hardware:
     return replace(hardware, device_bytes=psutil.virtual_memory().available)
 
 
-def _use(record: dict[str, Any], path: Path, budgets: Path | None) -> str:
+def _use(record: dict[str, Any], path: Path, budgets: Path | None, weight_dtype: WeightDtypeName) -> str:
     """How to run what was planned: a schedule alone says nothing about policy, rows and batch."""
-    weights = " --weight-dtype int8" if record["weight_dtype"] == "int8" else ""
+    weights = "" if weight_dtype == "auto" else f" --weight-dtype {weight_dtype}"
     shared = "" if budgets is None else f" --budgets {budgets}"
     return (
         f"use it with: alisa generate --policy {record['policy']} --sparsity {record['sparsity']:g}{shared}{weights} "

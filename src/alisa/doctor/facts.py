@@ -168,7 +168,7 @@ def _native() -> Native:
 def _packed(dtypes: Sequence[torch.dtype]) -> tuple[str, ...]:
     weights = {dtype: torch.ones(32, 32, dtype=dtype) for dtype in dtypes}
     layers = {
-        dtype: choose_linear("auto", dtype, weight.device).layer(weight, None) for dtype, weight in weights.items()
+        dtype: choose_linear("float", dtype, weight.device).layer(weight, None) for dtype, weight in weights.items()
     }
     return tuple(
         str(dtype).removeprefix("torch.") for dtype, layer in layers.items() if not isinstance(layer, PlainLinear)

@@ -111,6 +111,8 @@ def _threads(facts: Facts) -> Finding:
 
 def _dtype(facts: Facts) -> Finding:
     text = f"auto keeps float32 checkpoints, and runs 16-bit ones in {facts.dtype_16bit}"
+    if facts.gpu is None and facts.native.isas:
+        text += "; weights of GGUF files in Q4_0 or Q4_1 stay in 4 bits"
     if facts.gpu is None and not facts.native_bfloat16:
         return Finding(
             Status.NOTE,

@@ -14,6 +14,7 @@ from alisa.cache.prefix.cache import PrefixCache
 from alisa.config import SamplingParams
 from alisa.engine.prefix import PrefixRules
 from alisa.engine.runner import ModelRunner
+from alisa.engine.status import AnswerView
 from alisa.scheduler.prefix import BLOCK_TOKENS, BlockName
 from alisa.scheduler.request import Request
 from alisa.scheduler.scheduler import Scheduler
@@ -90,6 +91,12 @@ class AnswerReader:
         if is_over:
             self.stop()
         return True
+
+    @property
+    def view(self) -> AnswerView | None:
+        """What is being read; None: nothing is."""
+        request = self._reading
+        return None if request is None else AnswerView(request.prompt_len, request.num_cached, len(self._answers))
 
     def stop(self) -> None:
         """Somebody asks for something: what is being read is given up, and the blocks that were read stay known."""

@@ -196,7 +196,7 @@ def _setup(model: LoadedModel, config: EngineConfig, parts: EngineParts) -> Engi
         policy=config.policy,
         sparsity=config.sparsity,
         dtype=model.dtype,
-        weight_dtype=config.weight_dtype,
+        weight_format=model.weight_format,
         kv_dtype=parts.kv_dtype,
         placement=cache.placement,
         limits=cache.limits,

@@ -228,13 +228,14 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """What is going on; call it between steps."""
-        cache, now = self._session.cache, perf_counter()
+        cache, answers, now = self._session.cache, self._answers, perf_counter()
         return EngineStatus(
             tuple(_view(self.scheduler.requests[name], now) for name in self._open),
             device_bytes=cache.nbytes(Medium.DEVICE),
             host_bytes=cache.nbytes(Medium.HOST),
             disk_bytes=cache.nbytes(Medium.DISK),
-            answer_tokens=0 if self._answers is None else self._answers.num_tokens,
+            answer_tokens=0 if answers is None else answers.num_tokens,
+            answer=None if answers is None else answers.view,
         )
 
     def close(self) -> None:

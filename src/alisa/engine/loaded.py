@@ -8,10 +8,10 @@ from pathlib import Path
 
 from alisa.attention.kv_cache import Rebuilding, RowSource
 from alisa.cache.codec import make_codec
-from alisa.config import EngineConfig
+from alisa.config import EngineConfig, WeightFormat
 from alisa.kernels.base import Codec
 from alisa.kernels.choose import AttentionBackend, choose_backend
-from alisa.model.choose_linear import choose_linear
+from alisa.model.choose_linear import choose_linear, resolve_weight_dtype
 from alisa.model.decoder import Decoder
 from alisa.model.hub import resolve_model
 from alisa.model.precision import resolve_device, resolve_dtype
@@ -33,6 +33,8 @@ class LoadedModel:
     backend: AttentionBackend
     sampling: Mapping[str, float] = field(default_factory=dict)
     """What the model's files say of how to sample from it, by the fields of `SamplingParams`."""
+    weight_format: WeightFormat = "float"
+    """What its linear layers are kept in."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -43,6 +45,11 @@ class LoadedModel:
     def dtype(self) -> str:
         """What the model computes in."""
         return str(self.decoder.dtype).removeprefix("torch.")
+
+    @property
+    def weight_dtype(self) -> str:
+        """What the linear layers are held in, as a dtype where it is one."""
+        return self.dtype if self.weight_format == "float" else self.weight_format
 
     def for_rows(self, kv_dtype: str) -> LoadedModel:
         """The same with a decoder for rows of this format: `Decoder.for_rows`."""
@@ -79,12 +86,13 @@ def load_model(config: EngineConfig, progress: Callable[[int, int], None] | None
     tokenizer = stored.tokenizer()
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, stored.dtype_name(), device)
-    linears = choose_linear(config.weight_dtype, dtype, device)
+    weights = resolve_weight_dtype(config.weight_dtype, stored.weight_format, device)
+    linears = choose_linear(weights, dtype, device)
     decoder = stored.decoder(dtype, device, progress, linears)
     if config.max_model_len is not None:
         decoder = decoder.within(config.max_model_len)
     backend = choose_backend(decoder.device)
-    return LoadedModel(config.model or "embedded", decoder, tokenizer, backend, stored.sampling())
+    return LoadedModel(config.model or "embedded", decoder, tokenizer, backend, stored.sampling(), weights)
 
 
 def layer_budgets(model: LoadedModel, config: EngineConfig) -> tuple[float, ...]:

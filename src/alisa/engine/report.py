@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from alisa.attention.session import StepTraffic
 from alisa.attention.timing import StepSection
-from alisa.config import PolicyName, WeightDtypeName
+from alisa.config import PolicyName, WeightFormat
 from alisa.engine.runner import ModelRunner
 from alisa.outputs import Medium, RunSummary, StepRecord, Traffic
 from alisa.scheduler.placement.base import Limits, PlacementPolicy
@@ -27,7 +27,8 @@ class EngineSetup:
     sparsity: float
     dtype: str
     """What the model computes in."""
-    weight_dtype: WeightDtypeName
+    weight_format: WeightFormat
+    """What its linear layers are kept in."""
     kv_dtype: str
     placement: PlacementPolicy
     limits: Limits

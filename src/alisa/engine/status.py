@@ -23,6 +23,17 @@ class RequestView:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerView:
+    """Reading what was said, for the prefix cache, while no request is open."""
+
+    num_tokens: int
+    """Of the conversation up to the end of that answer."""
+    tokens_read: int
+    num_waiting: int
+    """Answers that are read after it."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """Requests and memory between two steps."""
 
@@ -33,6 +44,8 @@ class EngineStatus:
     disk_bytes: int
     answer_tokens: int = 0
     """Tokens of answers that were read so far while nobody waited."""
+    answer: AnswerView | None = None
+    """The one that is being read; None: none is."""
 
     def count(self, *statuses: str) -> int:
         """Requests with one of these."""

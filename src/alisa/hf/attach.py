@@ -15,7 +15,7 @@ from alisa.attention.caps import device_cap, disk_directory, lower_caps
 from alisa.attention.kv_cache import RowSource, build_kv_cache, plan_kv_cache
 from alisa.basis.calibration import find_row_basis
 from alisa.cache.codec import make_codec
-from alisa.config import EngineConfig, KvDtypeName
+from alisa.config import EngineConfig, KvDtypeName, with_options
 from alisa.errors import InputError
 from alisa.hf.batch import Batch
 from alisa.hf.cache import AlisaCache, refuse_other_prompt
@@ -26,6 +26,7 @@ from alisa.hf.sequences import Sequences
 from alisa.kernels.choose import choose_backend
 from alisa.outputs import Medium
 from alisa.policy.registry import make_policy
+from alisa.quality import QualityName
 from alisa.spec import RowFormat
 
 
@@ -62,9 +63,10 @@ class CacheFactory:
 def attach(
     model: PreTrainedModel,
     *,
-    policy: str = "sketch",
-    sparsity: float = 0.8,
-    kv_dtype: KvDtypeName = "auto",
+    quality: QualityName | None = None,
+    policy: str | None = None,
+    sparsity: float | None = None,
+    kv_dtype: KvDtypeName | None = None,
     kv_device_memory: str | int | None = None,
     kv_host_memory: str | int | None = None,
     kv_disk_memory: str | int | None = None,
@@ -79,9 +81,11 @@ def attach(
 
     Args:
         model: any decoder whose attention goes through transformers' attention interface.
-        policy: this and the others as in `alisa.config.EngineConfig`.
-        sparsity: share of the earlier tokens that a decode step does not read.
-        kv_dtype: what rows are kept in.
+        quality: a name for the next three; this and the others as in `alisa.config.EngineConfig`.
+        policy: which earlier tokens a decode step reads; None: as the quality says, sketch without one.
+        sparsity: share of the earlier tokens that a decode step does not read; None: as the quality says, 0.8 without
+            one.
+        kv_dtype: what rows are kept in; None: as the quality says, the model's dtype without one.
         kv_device_memory: hard cap for the rows of all caches, and what the policy keeps of them.
         kv_host_memory: hard cap of rows in main memory below a GPU.
         kv_disk_memory: hard cap of rows on disk.
@@ -96,17 +100,19 @@ def attach(
         InputError: an option is wrong, or the model attends in a way that alisa does not.
         CapacityError: the caps hold not even one token.
     """
-    config = EngineConfig(
-        policy=policy,
-        sparsity=sparsity,
-        kv_dtype=kv_dtype,
-        kv_device_memory=kv_device_memory,
-        kv_host_memory=kv_host_memory,
-        kv_disk_memory=kv_disk_memory,
-        kv_disk_path=None if kv_disk_path is None else Path(kv_disk_path),
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-    )
+    options = {
+        "quality": quality,
+        "policy": policy,
+        "sparsity": sparsity,
+        "kv_dtype": kv_dtype,
+        "kv_device_memory": kv_device_memory,
+        "kv_host_memory": kv_host_memory,
+        "kv_disk_memory": kv_disk_memory,
+        "kv_disk_path": None if kv_disk_path is None else Path(kv_disk_path),
+        "max_num_seqs": max_num_seqs,
+        "max_model_len": max_model_len,
+    }
+    config = with_options(None, options)
     generate = _generate_of(model)
     with _our_attention(model):
         sequences, observed = _sequences(model, config)

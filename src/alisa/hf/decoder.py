@@ -110,7 +110,7 @@ def load_transformers(config: EngineConfig) -> LoadedModel:
         InputError: no model is named, weights in 8 bits are asked for, or the model attends as alisa does not.
         ModelError: the model cannot be found or read.
     """
-    if config.model is None or config.weight_dtype != "auto":
+    if config.model is None or config.weight_dtype not in ("auto", "float"):
         raise InputError(
             "--engine hf runs a --model that transformers reads, a directory or a hub id, with its weights as they are."
         )

@@ -12,7 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from alisa.config import EngineConfig
 from alisa.engine.loaded import LoadedModel
 from alisa.kernels.choose import choose_backend
-from alisa.model.choose_linear import choose_linear
+from alisa.model.choose_linear import choose_linear, resolve_weight_dtype
 from alisa.model.coded import CodedRows
 from alisa.model.families import find_family
 from alisa.model.loader import decoder_from
@@ -62,10 +62,11 @@ def load_from(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
     """
     fields = json.loads(model.config.to_json_string())
     family = find_family(fields["model_type"])
-    linears = choose_linear(config.weight_dtype, model.dtype, model.device)
+    weights = resolve_weight_dtype(config.weight_dtype, "float", model.device)
+    linears = choose_linear(weights, model.dtype, model.device)
     decoder = decoder_from(
         ModuleTensors(model), family, family.to_spec(fields), model.dtype, model.device, linears=linears
     )
     if config.max_model_len is not None:
         decoder = decoder.within(config.max_model_len)
-    return LoadedModel(type(model).__name__, decoder, None, choose_backend(model.device))
+    return LoadedModel(type(model).__name__, decoder, None, choose_backend(model.device), weight_format=weights)

@@ -12,7 +12,7 @@ from alisa.planner.simulate import price_run
 def predict(report: RunReport, hardware: Hardware) -> StepCost | None:
     """The price of the decode steps of a run; None where the machine's figures say nothing about a dtype of it."""
     setup = report.setup
-    method = RunConfig(setup.policy, setup.sparsity, setup.dtype, setup.kv_dtype, weight_dtype=setup.weight_dtype)
+    method = RunConfig(setup.policy, setup.sparsity, setup.dtype, setup.kv_dtype, weight_dtype=setup.weight_format)
     if method.products not in hardware.gemm or setup.kv_dtype not in hardware.attention:
         return None
     timeline = price_run(setup.spec, method, hardware, report.plans, setup.limits, tiers=setup.placement.uses_tiers)

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from alisa.config import WeightDtypeName
+from alisa.config import WeightDtypeName, WeightFormat
 from alisa.errors import InputError
 from alisa.kernels.base import Panels
 from alisa.kernels.native import library
@@ -75,7 +75,23 @@ class PanelLinears:
         return self.layer(weight, None) if self._exact is None else self._exact.exact(weight)
 
 
-def choose_linear(weight_dtype: WeightDtypeName, dtype: torch.dtype, device: torch.device) -> LinearMaker:
+def resolve_weight_dtype(asked: WeightDtypeName, stored: WeightFormat, device: torch.device) -> WeightFormat:
+    """What layers are kept in when the user leaves it open: the format of their file, where it is fast here.
+
+    A file in 4 bits is then run as llama.cpp runs it, inputs of products rounded to 8 bits; `float` is what
+    transformers makes of it.
+
+    Args:
+        asked: `auto` or the answer.
+        stored: `StoredModel.weight_format`.
+        device: where the model will run.
+    """
+    if asked != "auto":
+        return asked
+    return stored if device.type == "cpu" and library.available() else "float"
+
+
+def choose_linear(weight_dtype: WeightFormat, dtype: torch.dtype, device: torch.device) -> LinearMaker:
     """What turns weights into layers for this device.
 
     Args:
@@ -88,12 +104,12 @@ def choose_linear(weight_dtype: WeightDtypeName, dtype: torch.dtype, device: tor
         InputError: weights in fewer bits on another device than a CPU.
     """
     exact = _exact_linears(dtype, device)
-    if weight_dtype == "auto":
+    if weight_dtype == "float":
         return exact
     if device.type != "cpu":
         raise InputError(
             f"weight_dtype {weight_dtype} is for a CPU, and the model runs on {device.type}; use --device cpu, or "
-            "--weight-dtype auto."
+            "--weight-dtype float."
         )
     if not library.available():
         _warn_once(library.unavailable_reason())

@@ -105,7 +105,7 @@ class Builder:
         self._dtype = dtype
         self._device = device
         self._progress = progress
-        self._linears = linears or choose_linear("auto", dtype, device)
+        self._linears = linears or choose_linear("float", dtype, device)
         self._shapes = model_shapes(spec)
         for layer in range(spec.num_layers):
             self._shapes |= {layer_name(layer, part): shape for part, shape in layer_shapes(spec).items()}

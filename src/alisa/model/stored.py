@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from alisa.config import WeightFormat
 from alisa.model.decoder import Decoder
 from alisa.model.gguf.model import GgufModel
 from alisa.model.layer import Progress
@@ -31,6 +32,11 @@ class StoredModel(Protocol):
         Raises:
             ModelError: the files are damaged.
         """
+        ...
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """The format with the fewest bits that keeps the numbers of its layers' matrices as they are stored."""
         ...
 
     @property
@@ -94,8 +100,13 @@ class ModelDirectory:
         return checkpoint_dtype(self._directory)
 
     @property
-    def has_codes(self) -> bool:
+    def weight_format(self) -> WeightFormat:
         """These directories hold floats."""
+        return "float"
+
+    @property
+    def has_codes(self) -> bool:
+        """The same."""
         return False
 
     def tokenizer(self) -> Tokenizer:

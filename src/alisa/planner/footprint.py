@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 
-from alisa.config import PolicyName, WeightDtypeName
+from alisa.config import PolicyName, WeightFormat
 from alisa.model.names import layer_shapes, model_shapes, panel_bytes, stays_wide
 from alisa.model.names import weight_bytes as float_weight_bytes
 from alisa.policy.registry import POLICIES
 from alisa.spec import DTYPE_BYTES, ModelSpec, RowFormat
 
 
-def weight_bytes(spec: ModelSpec, dtype: str, *, packs_tied: bool, weight_dtype: WeightDtypeName = "auto") -> int:
+def weight_bytes(spec: ModelSpec, dtype: str, *, packs_tied: bool, weight_dtype: WeightFormat = "float") -> int:
     """As `Decoder.weight_bytes`: every tensor, and a tied table twice where it is packed for the logits."""
-    layers = dtype if weight_dtype == "auto" else weight_dtype
-    if weight_dtype == "auto" and not (packs_tied and dtype in ("float32", "bfloat16")):
+    layers = dtype if weight_dtype == "float" else weight_dtype
+    if weight_dtype == "float" and not (packs_tied and dtype in ("float32", "bfloat16")):
         again = spec.vocab_size * spec.token_embed_dim if packs_tied and spec.tied_embeddings else 0
         return float_weight_bytes(spec, DTYPE_BYTES[dtype]) + again * DTYPE_BYTES[dtype]
     return _panel_weight_bytes(spec, dtype, layers, head=layers if layers == dtype else "int8")

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from alisa.budget import Reads
-from alisa.config import PolicyName, WeightDtypeName
+from alisa.config import PolicyName, WeightFormat
 from alisa.outputs import Phase
 from alisa.policy.registry import POLICIES, reads_of
 from alisa.scheduler.placement.base import Limits
@@ -40,15 +40,15 @@ class RunConfig:
     kv_dtype: str
     hit_rate: float | None = None
     """Share of the rows wanted from below that the hot cache holds, where it was measured."""
-    weight_dtype: WeightDtypeName = "auto"
-    """What the linear layers are held in; `auto`: `dtype`."""
+    weight_dtype: WeightFormat = "float"
+    """What the linear layers are held in; `float`: `dtype`."""
     layers: tuple[float, ...] = ()
     """As in `alisa.budget.Budget`: every layer is counted as the one that reads most."""
 
     @property
     def products(self) -> str:
         """Which of `Hardware.gemm` its linear layers are priced with."""
-        return self.dtype if self.weight_dtype == "auto" else self.weight_dtype
+        return self.dtype if self.weight_dtype == "float" else self.weight_dtype
 
     @property
     def reads(self) -> Reads:

@@ -171,7 +171,7 @@ def _helps(question: PlanRequest, found: SearchResult | None) -> Iterator[dict[s
         (f"batch {double.batch}", double, list(question.methods)),
         ("INT8 rows", question.workload, [replace(base, kv_dtype="int8")]),
     ]
-    if base.weight_dtype == "auto" and "int8" in question.hardware.gemm:
+    if base.weight_dtype == "float" and "int8" in question.hardware.gemm:
         eight = [replace(method, weight_dtype="int8") for method in question.methods]
         changes.append(("INT8 weights", question.workload, eight))
     if base.policy != "dense":

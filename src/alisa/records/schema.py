@@ -106,6 +106,7 @@ class WorkloadRecord:
     dtype: str
     seed: int
     kv_share: float | None = None
+    turns: int | None = None
     timeout_s: int
     num_sequences: int
     prompt_tokens: int

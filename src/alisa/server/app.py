@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -27,7 +26,7 @@ from alisa.server.logprobs import token_text
 from alisa.server.page import page_reply
 from alisa.server.params import check_model
 from alisa.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from alisa.server.reply import error_reply
+from alisa.server.reply import error_reply, to_json
 from alisa.server.service import Service
 
 Call = TypeVar("Call", bound=BaseModel)
@@ -149,18 +148,18 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         )
 
     async def state() -> Response:
-        status, telemetry = await service.status(), service.telemetry
-        return JSONResponse(
-            {
-                "model": {"name": model.name, "max_model_len": model.max_model_len, **model.config.describe()},
-                "num_layers": model.num_layers,
-                "has_chat": model.tokenizer.has_chat_template,
-                "uptime_s": telemetry.uptime_s,
-                "status": asdict(status),
-                "seconds": [asdict(second) for second in telemetry.seconds()],
-                "finished": [asdict(finished) for finished in telemetry.finished()],
-            }
-        )
+        telemetry = service.telemetry
+        found = {
+            "model": {**model.config.describe(), "name": model.name, "max_model_len": model.max_model_len},
+            "num_layers": model.num_layers,
+            "has_chat": model.tokenizer.has_chat_template,
+            "uptime_s": telemetry.uptime_s,
+            "status": await service.status(),
+            "seconds": telemetry.seconds(),
+            "finished": telemetry.finished(),
+        }
+        # Each page asks for all of it once a second; `asdict` and `json` would hold the event loop up.
+        return Response(to_json(found), media_type="application/json")
 
     app.add_api_route("/v1/models", models, methods=["GET"])
     app.add_api_route("/v1/models/{model_id:path}", one_model, methods=["GET"], responses=_ERRORS)

@@ -10,6 +10,7 @@ from typing import Any
 from alisa.config import NUM_SEEDS, EngineConfig, SamplingParams
 from alisa.engine.budgets import ReadingParams, RequestBudgets
 from alisa.errors import InputError
+from alisa.policy.registry import POLICIES
 from alisa.server.errors import ApiError, bad_request
 from alisa.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 
@@ -127,9 +128,11 @@ def reading_params(call: GenerationRequest, budgets: RequestBudgets) -> ReadingP
 def _refuse_other_engine(call: GenerationRequest, config: EngineConfig) -> None:
     """One engine has one policy."""
     if call.policy is not None and call.policy != config.policy:
+        can_ask = POLICIES[config.policy].mixes and not config.exact
+        own = ", or ask for a sparsity of its own" if can_ask else ""
         raise bad_request(
-            f"policy is {call.policy[:100]!r}, and this server runs with {config.policy!r} for all calls; a call may "
-            "have a sparsity or a coverage of its own.",
+            f"policy is {call.policy[:100]!r}, and this server runs with {config.policy!r} for all calls; leave it "
+            f"out{own}, or start a server with another --policy.",
             "policy",
         )
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from time import monotonic
 from typing import Any, TypeVar
 
+import pydantic_core
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -26,8 +26,8 @@ CLIENT_LEFT = 499
 
 
 def to_json(value: object) -> bytes:
-    """Compact JSON as UTF-8."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    """Compact JSON as UTF-8, of dataclasses too; `json` takes several times as long."""
+    return pydantic_core.to_json(value, inf_nan_mode="null")
 
 
 def error_reply(error: Exception, *, prompt_param: str = "prompt") -> Response:

@@ -27,7 +27,7 @@ from alisa.server.telemetry import Telemetry
 
 _LOG = logging.getLogger("alisa.server")
 WATCH_S = 0.25
-"""How often the engine's thread is looked after."""
+"""How often the engine's thread is looked after, and the event loop's lag is measured."""
 
 
 def build_service(
@@ -137,10 +137,12 @@ class ApiServer(uvicorn.Server):
 
 
 async def _watch(server: ApiServer) -> None:
-    """A server without an engine ends; one that ends brings its calls to their end in time."""
-    engine = server.service.engine
+    """A server without an engine ends; one that ends brings its calls to their end in time. Tells how late it wakes."""
+    engine, loop = server.service.engine, asyncio.get_running_loop()
     while engine.failure is None and not server.should_exit:
+        due_s = loop.time() + WATCH_S
         await asyncio.sleep(WATCH_S)
+        server.service.telemetry.observe_lag(max(loop.time() - due_s, 0.0))
     if engine.failure is not None:
         _LOG.error("the engine has failed; the server ends", exc_info=engine.failure)
         await asyncio.sleep(1.0)  # whoever asks hears of it

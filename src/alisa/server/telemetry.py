@@ -148,6 +148,7 @@ class Telemetry:
         self._prompt_len = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._output_len = histogram("vllm:request_generation_tokens", "Tokens of an output.", _TOKENS)
         self._iteration = histogram("vllm:iteration_tokens_total", "Tokens of a step.", _TOKENS)
+        self._loop_lag = histogram("alisa:event_loop_lag_seconds", "How late the event loop wakes.", _SECONDS)
 
     def observe(self, output: EngineOutput) -> None:
         """Take in what came out of the engine; called by its thread."""
@@ -165,6 +166,10 @@ class Telemetry:
                         self._between.observe((now - before) / len(delta.token_ids))
         for finished in output.finished:
             self._take_finished(finished)
+
+    def observe_lag(self, late_s: float) -> None:
+        """The event loop was woken so much later than it had asked for."""
+        self._loop_lag.observe(late_s)
 
     def exposition(self, status: EngineStatus) -> bytes:
         """All metrics in the text format of Prometheus."""

@@ -100,31 +100,36 @@ LEAST_ROUNDS = 3
 
 
 def with_best_floors(records: Iterable[RunRecord]) -> list[RunRecord]:
-    """The same with every floor priced by the fastest that the machine was seen to be on its workload.
+    """The same with every floor priced by the fastest that its machine was seen to be on its workload.
 
     What slows a machine down for a while must not lower the floor of a run that came before or after.
     """
     found = list(records)
-    best: dict[tuple[str, int], tuple[float, float]] = {}
-    speeds: dict[str, float] = {}
-    for name, floor in ((record.workload.name, record.floor) for record in found):
+    best: dict[tuple[tuple[str, str], int], tuple[float, float]] = {}
+    speeds: dict[tuple[str, str], float] = {}
+    for name, floor in ((_place(record), record.floor) for record in found):
         if floor is not None:
             key = _same_work(name, floor)
             gemm_s, prefill_s = best.get(key, (float("inf"),) * 2)
             best[key] = min(gemm_s, floor.gemm_s or gemm_s), min(prefill_s, floor.prefill_s)
             speeds[name] = max(speeds.get(name, 0.0), floor.read_bytes_per_s)
 
-    def priced(name: str, floor: Floor) -> Floor:
+    def priced(name: tuple[str, str], floor: Floor) -> Floor:
         return _priced(floor, speeds[name], *best[_same_work(name, floor)])
 
     return [
-        record if record.floor is None else replace(record, floor=priced(record.workload.name, record.floor))
+        record if record.floor is None else replace(record, floor=priced(_place(record), record.floor))
         for record in found
     ]
 
 
-def _same_work(workload: str, floor: Floor) -> tuple[str, int]:
-    """Workload, and megabytes of weights that are read: as many steps with weights of one format."""
+def _place(record: RunRecord) -> tuple[str, str]:
+    """Workload and processor."""
+    return record.workload.name, record.stamp.cpu
+
+
+def _same_work(workload: tuple[str, str], floor: Floor) -> tuple[tuple[str, str], int]:
+    """Workload and processor, and megabytes of weights that are read: as many steps with weights of one format."""
     return workload, round(floor.weights_s * floor.read_bytes_per_s / 1e6)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from alisa.config import EngineConfig, KvDtypeName, PolicyName, WeightDtypeName
+from alisa.config import EngineConfig, KvDtypeName, PolicyName, WeightFormat
 from alisa.errors import InputError
 from alisa.policy.registry import reads_of
 from alisa.records.structure import structure
@@ -28,12 +28,16 @@ class Peer:
         driver: script that runs it.
         options: what can be asked of it, and the answers there are; None: any.
         needs_gpu: why `alisa bench run`, which has no GPU, cannot run it; None: it can.
+        reads_gguf: whether its driver takes a GGUF file for a model.
+        converses: whether its driver holds a conversation, in which each prompt begins with what was said before.
     """
 
     environment: str
     driver: str
     options: Mapping[str, tuple[str, ...] | None]
     needs_gpu: str | None = None
+    reads_gguf: bool = False
+    converses: bool = False
 
 
 PEERS: dict[str, Peer] = {
@@ -41,15 +45,19 @@ PEERS: dict[str, Peer] = {
         "transformers",
         "transformers_engine.py",
         {"cache": ("dynamic", "static", "offloaded", "quanto-int4", "hqq-int4")},
+        reads_gguf=True,
+        converses=True,
     ),
     "kvpress": Peer("kvpress", "kvpress_engine.py", {"keep": None}),
     "vllm": Peer("vllm", "vllm_engine.py", {}),
     "openvino": Peer(
         "openvino",
         "openvino_engine.py",
-        {"variant": ("fp16", "evict", "int8"), "kv_precision": ("u8", "bf16", "f16"), "batched_tokens": None},
+        {"variant": ("fp16", "evict", "int8", "int4"), "kv_precision": ("u8", "bf16", "f16"), "batched_tokens": None},
+        reads_gguf=True,
+        converses=True,
     ),
-    "llamacpp": Peer("llamacpp", "llamacpp_engine.py", {}),
+    "llamacpp": Peer("llamacpp", "llamacpp_engine.py", {"weights": ("file", "q8_0")}, reads_gguf=True, converses=True),
     "flexgen": Peer(
         "flexgen",
         "flexgen_engine.py",
@@ -61,6 +69,8 @@ PEERS: dict[str, Peer] = {
 
 EVICTED_TO = 160
 """Tokens that OpenVINO's eviction leaves, as its driver sets it."""
+_OPENVINO_WEIGHTS: Mapping[str, WeightFormat] = {"int8": "int8", "int4": "int4"}
+"""By variant, where they are not those of the checkpoint."""
 KEPT = 0.2
 """Share of the final length that kvpress keeps when nothing else is asked."""
 
@@ -72,7 +82,7 @@ class OwnOptions:
     policy: PolicyName = "swa"
     sparsity: float = 0.8
     kv_dtype: KvDtypeName = "auto"
-    weight_dtype: WeightDtypeName = "auto"
+    weight_dtype: WeightFormat = "float"
     schedule: dict[str, int | float | str] | None = None
     """As in a schedule file (docs/scheduling.md); None: what the cap demands."""
     prefetch: bool = True
@@ -123,25 +133,36 @@ class Reading:
         tokens: earlier tokens of a sequence -> tokens that are read, the new one included.
     """
 
-    weights: Literal["dtype", "int8"]
+    weights: WeightFormat
     rows: str
     tokens: Callable[[int], int]
 
 
-def reading_of(engine: str, options: Mapping[str, Any], dtype: str, final_len: int) -> Reading:
-    """What this engine reads when it does what it is asked; `final_len` tokens are its longest sequence."""
+def reading_of(
+    engine: str, options: Mapping[str, Any], dtype: str, final_len: int, stored: WeightFormat = "float"
+) -> Reading:
+    """What this engine reads when it does what it is asked.
+
+    Args:
+        engine: its name.
+        options: what it is asked.
+        dtype: of the arithmetic.
+        final_len: tokens of its longest sequence.
+        stored: what the model's file has its layers in.
+    """
     if engine == OWN:
         own = OwnOptions.of(options)
         reads = reads_of(own.policy, own.sparsity)
-        weights = "int8" if own.weight_dtype == "int8" else "dtype"
-        return Reading(weights, dtype if own.kv_dtype == "auto" else own.kv_dtype, lambda n: sum(reads(n)) + 1)
+        return Reading(own.weight_dtype, dtype if own.kv_dtype == "auto" else own.kv_dtype, lambda n: sum(reads(n)) + 1)
     if engine == "kvpress":
         kept = round(options.get("keep", KEPT) * final_len)
-        return Reading("dtype", dtype, lambda n: min(n, kept) + 1)
+        return Reading("float", dtype, lambda n: min(n, kept) + 1)
     if engine == "openvino":
         rows = {"u8": "int8", "bf16": "bfloat16", "f16": "float16"}[options.get("kv_precision", "u8")]
-        weights = "int8" if options.get("variant") == "int8" else "dtype"
+        weights = _OPENVINO_WEIGHTS.get(str(options.get("variant")), "float")
         most = EVICTED_TO if options.get("variant") == "evict" else final_len
         return Reading(weights, rows, lambda n: min(n, most) + 1)
+    if engine == "llamacpp":
+        return Reading("int8" if options.get("weights") == "q8_0" else stored, "float16", lambda n: n + 1)
     quantised = engine == "transformers" and str(options.get("cache")).endswith("int4")
-    return Reading("dtype", "int4" if quantised else dtype, lambda n: n + 1)
+    return Reading("float", "int4" if quantised else dtype, lambda n: n + 1)

@@ -4,7 +4,7 @@ name = "paper"
 rounds = 3                      # each measurement is repeated this many times, in turns
 
 [defaults]                      # for every workload
-model = "opt-1.3b"              # a shape (weights are random), or the directory of a model
+model = "opt-1.3b"              # a shape (weights are random), or the directory or GGUF file of a model
 prompt_len = 128
 output_len = 512
 
@@ -41,12 +41,13 @@ class Workload:
 
     name: str
     model: str
-    """A shape (`alisa.lab.bench.shapes`), whose weights are random, or the directory of a model."""
+    """A shape (`alisa.lab.bench.shapes`), whose weights are random, or the directory or GGUF file of a model, in which
+    `~` and environment variables are replaced."""
     batch: int
     """Most sequences that are worked on together."""
     output_len: int
     prompt_len: int | None = None
-    """Of every prompt, which are then `batch` prompts of random ids."""
+    """Of every prompt, which are then `batch` prompts of random ids; in a conversation what is new in each turn."""
     prompts: str | None = None
     """File of prompts instead, as `alisa generate --input` reads it; environment variables in it are replaced."""
     num_prompts: int | None = None
@@ -55,21 +56,27 @@ class Workload:
     seed: int = 0
     kv_share: float | None = None
     """Cap of the memory for K and V, as a share of what they take in `dtype`; None: none."""
+    turns: int | None = None
+    """The prompts are the turns of one conversation, each asked when the one before it is answered; None: of none."""
     timeout_s: int = 3600
     """After this a run is given up."""
 
     def __post_init__(self) -> None:
         if (self.prompt_len is None) == (self.prompts is None):
             raise InputError(f"workload {self.name!r} needs either prompt_len or prompts.")
-        for name in ("batch", "output_len", "prompt_len", "num_prompts", "kv_share"):
+        for name in ("batch", "output_len", "prompt_len", "num_prompts", "kv_share", "turns"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"workload {self.name!r}: {name} is {value}, it must be above 0.")
+        if self.turns is not None and (self.batch != 1 or self.prompt_len is None or self.kv_share is not None):
+            raise InputError(f"workload {self.name!r} has turns: it needs batch = 1 and prompt_len, and no kv_share.")
 
     @property
     def what(self) -> dict[str, Any]:
         """All that decides the work, without its name."""
-        return {key: value for key, value in asdict(self).items() if key not in ("name", "timeout_s")}
+        values = {key: value for key, value in asdict(self).items() if key not in ("name", "timeout_s")}
+        # Said where there are some, so that what was measured before there were keeps its cell.
+        return values if self.turns is not None else {key: value for key, value in values.items() if key != "turns"}
 
 
 @dataclass(frozen=True, kw_only=True)

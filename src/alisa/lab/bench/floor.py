@@ -19,7 +19,7 @@ from time import perf_counter
 
 import torch
 
-from alisa.config import WeightDtypeName
+from alisa.config import WeightFormat
 from alisa.lab.bench.engines import Reading
 from alisa.model.choose_linear import choose_linear
 from alisa.model.linear import Linear
@@ -33,6 +33,8 @@ from alisa.spec import DTYPE_BYTES, ModelSpec
 _READ_BYTES = 1 << 28
 _LAYERS = 4
 """So many are multiplied with in turn: more than a cache holds."""
+_WEIGHT_BYTES = {"int8": (1.0, 1.0), "int4": (0.625, 1.0)}
+"""Of a weight of the layers and of the head; 4 bits with a scale and a minimum in float16 for 32, as in Q4_1."""
 _LEAST_ROUNDS = 7
 _LEAST_S = 1.0
 """Of each measurement: a moment in which others were busy must not be all there is."""
@@ -47,8 +49,8 @@ class Speeds:
     """All linear layers of the model and its logits, for the batch of a decode step."""
     prefill_gemm_s: float
     """All linear layers, without logits, for the tokens of a prompt's pass."""
-    weight_dtype: WeightDtypeName = "auto"
-    """What the layers of both products hold; `auto`: the dtype of the arithmetic."""
+    weight_dtype: WeightFormat = "float"
+    """What the layers of both products hold; `float`: the dtype of the arithmetic."""
 
     def fastest(self, other: Speeds) -> Speeds:
         """The better of both in each, of the same weights."""
@@ -73,6 +75,7 @@ def floor_of(
     prompt_lens: Sequence[int],
     output_len: int,
     batch: int,
+    known: int = 0,
 ) -> Floor:
     """The floor of these prompts, `batch` at a time.
 
@@ -84,18 +87,20 @@ def floor_of(
         prompt_lens: of every prompt.
         output_len: tokens that each gets; the first of them comes from the prompt's own pass.
         batch: most sequences that run together.
+        known: tokens of these prompts that need not be read, because they were said before.
     """
     together = min(batch, len(prompt_lens))
     steps = len(prompt_lens) * (output_len - 1) / together
-    weight_bytes = spec.step_weights * (1 if reading.weights == "int8" else DTYPE_BYTES[dtype])
+    head = spec.vocab_size * spec.token_embed_dim
+    layer_bytes, head_bytes = _WEIGHT_BYTES.get(reading.weights, (DTYPE_BYTES[dtype],) * 2)
+    weight_bytes = (spec.step_weights - head) * layer_bytes + head * head_bytes
     tokens = sum(reading.tokens(length + step) for length in prompt_lens for step in range(output_len - 1))
     read_bytes = tokens * spec.num_layers * row_bytes(spec, reading.rows)
-    measured = "int8" if speeds.weight_dtype == "int8" else "dtype"
     return Floor(
         weights_s=steps * weight_bytes / speeds.read_bytes_per_s,
         rows_s=read_bytes / speeds.read_bytes_per_s,
-        gemm_s=steps * speeds.decode_gemm_s if measured == reading.weights else None,
-        prefill_s=sum(prompt_lens) / pass_rows(prompt_lens) * speeds.prefill_gemm_s,
+        gemm_s=steps * speeds.decode_gemm_s if speeds.weight_dtype == reading.weights else None,
+        prefill_s=(sum(prompt_lens) - known) / pass_rows(prompt_lens) * speeds.prefill_gemm_s,
         read_bytes_per_s=speeds.read_bytes_per_s,
     )
 
@@ -106,7 +111,7 @@ def pass_rows(prompt_lens: Sequence[int]) -> int:
 
 
 def measure_speeds(
-    spec: ModelSpec, dtype: torch.dtype, *, batch: int, rows: int, weight_dtype: WeightDtypeName = "auto"
+    spec: ModelSpec, dtype: torch.dtype, *, batch: int, rows: int, weight_dtype: WeightFormat = "float"
 ) -> Speeds:
     """Speeds of this machine, on one to two gigabytes of random numbers.
 
@@ -131,7 +136,7 @@ def read_bandwidth() -> float:
 class _Layers:
     """Linear layers of a model with random weights, as the decoder packs them."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, weight_dtype: WeightDtypeName) -> None:
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, weight_dtype: WeightFormat) -> None:
         self._spec, self._dtype = spec, dtype
         self._device = torch.device("cpu")
         self._linears = choose_linear(weight_dtype, dtype, self._device)

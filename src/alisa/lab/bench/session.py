@@ -14,6 +14,7 @@ from alisa.attention.caps import lower_caps
 from alisa.attention.kv_cache import KVCacheConfig, plan_kv_cache
 from alisa.config import EngineConfig, SamplingParams
 from alisa.engine.builder import CacheOptions, build_engine
+from alisa.engine.engine import Engine
 from alisa.engine.loaded import LoadedModel, kv_codec
 from alisa.engine.report import EngineSetup
 from alisa.errors import CapacityError
@@ -112,21 +113,79 @@ def run_batch(
     """
     config = batch_config(run_spec.config, list(map(len, prompts)), output_len)
     engine, setup = build_engine(_loaded(decoder), config, run_spec.options)
-    params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     records: list[StepRecord] = []
-    outputs: dict[str, list[int]] = {}
     try:
-        names = [engine.add_request(list(ids), params) for ids in prompts]
-        while (record := (output := engine.step()).record) is not None:
-            records.append(record)
-            for delta in output.deltas:
-                if delta.request_id not in outputs:
-                    on_first(names.index(delta.request_id))
-                outputs.setdefault(delta.request_id, []).extend(delta.token_ids)
-            on_step(record)
+        outputs = _finish(engine, prompts, output_len, records, on_first, on_step)
     finally:
         engine.close()
-    return RunResult(tuple(records), tuple(tuple(outputs[name]) for name in names), setup)
+    return RunResult(tuple(records), outputs, setup)
+
+
+def run_turns(
+    decoder: Decoder,
+    run_spec: RunSpec,
+    turns: Sequence[Sequence[int]],
+    output_len: int,
+    *,
+    on_turn: Callable[[], None] = lambda: None,
+    on_first: Callable[[int], None] = lambda index: None,
+    on_step: Callable[[StepRecord], None] = lambda record: None,
+) -> RunResult:
+    """A conversation without pauses, over a prefix cache: every turn has been answered by `output_len` tokens.
+
+    Args:
+        decoder: the model.
+        run_spec: how; its sizes are those of the whole conversation.
+        turns: token ids that are new in each.
+        output_len: tokens of each answer.
+        on_turn: called before each turn.
+        on_first: called with the index of a turn when its answer has its first token.
+        on_step: called after every step.
+
+    Raises:
+        AlisaError: it cannot be done under the caps.
+    """
+    config = replace(run_spec.config, prefix_cache=True)
+    engine, setup = build_engine(_loaded(decoder), config, run_spec.options)
+    records: list[StepRecord] = []
+    answers: list[tuple[int, ...]] = []
+    said: list[int] = []
+    try:
+        for index, ids in enumerate(turns):
+            on_turn()
+            said += ids
+
+            def first(_: int, turn: int = index) -> None:
+                on_first(turn)
+
+            [answer] = _finish(engine, [said], output_len, records, first, on_step)
+            answers.append(answer)
+            said += answer
+    finally:
+        engine.close()
+    return RunResult(tuple(records), tuple(answers), setup)
+
+
+def _finish(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    output_len: int,
+    records: list[StepRecord],
+    on_first: Callable[[int], None],
+    on_step: Callable[[StepRecord], None],
+) -> tuple[tuple[int, ...], ...]:
+    """The new tokens of prompts that are handed over together; `records` gets the steps."""
+    params = SamplingParams(max_tokens=output_len, ignore_eos=True)
+    outputs: dict[str, list[int]] = {}
+    names = [engine.add_request(list(ids), params) for ids in prompts]
+    while (record := (output := engine.step()).record) is not None:
+        records.append(record)
+        for delta in output.deltas:
+            if delta.request_id not in outputs:
+                on_first(names.index(delta.request_id))
+            outputs.setdefault(delta.request_id, []).extend(delta.token_ids)
+        on_step(record)
+    return tuple(tuple(outputs[name]) for name in names)
 
 
 def batch_config(config: EngineConfig, prompt_lens: Sequence[int], output_len: int) -> EngineConfig:

@@ -11,10 +11,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from alisa.config import WeightDtypeName
+from alisa.config import WeightFormat
 from alisa.engine.loaded import embedded_model
 from alisa.errors import InputError
 from alisa.lab.bench import remote
@@ -70,12 +71,25 @@ class PreparedWorkload:
     spec: ModelSpec
     model: Path
     prompts: tuple[tuple[int, ...], ...]
+    """Token ids; of a conversation what is new in each turn."""
     threads: int
+    scratch: Path
+    """Where an engine may leave the model in a form of its own."""
+    stored: WeightFormat
+    """What the model's file has its layers in."""
 
     @property
     def prompt_lens(self) -> list[int]:
-        """Tokens of every prompt."""
-        return [len(ids) for ids in self.prompts]
+        """Tokens of every prompt; in a conversation with all that was said before."""
+        lengths = [len(ids) for ids in self.prompts]
+        if self.workload.turns is None:
+            return lengths
+        return [length + turn * self.workload.output_len for turn, length in enumerate(accumulate(lengths))]
+
+    @property
+    def known(self) -> int:
+        """Tokens of all prompts that were said before."""
+        return sum(self.prompt_lens) - sum(map(len, self.prompts))
 
     @property
     def kv_need_bytes(self) -> int:
@@ -104,6 +118,8 @@ class PreparedWorkload:
             kv_token_bytes=kv_token_bytes(self.spec, self.workload.dtype),
             kv_budget_bytes=self.kv_budget_bytes,
             options=dict(options),
+            turns=self.workload.turns is not None,
+            scratch=str(self.scratch),
         )
 
 
@@ -120,15 +136,21 @@ def prepare_workload(workload: Workload, texts: Sequence[str] | None, places: Pl
         AlisaError: there is no such model, or the prompts do not suit it.
     """
     if workload.model in SHAPES:
-        spec, model = SHAPES[workload.model], places.models / workload.model
+        spec, stored = SHAPES[workload.model], "float"
+        model = places.models / workload.model
         if not is_written(model):
             write_checkpoint(spec, model)
     else:
-        model = Path(os.path.expandvars(workload.model))
-        spec = open_model(model).spec
+        model = Path(os.path.expandvars(workload.model)).expanduser()
+        if not model.exists():
+            raise InputError(
+                f"workload {workload.name!r} is of {model}, which is not there; `make models` fetches the real ones."
+            )
+        opened = open_model(model)
+        spec, stored = opened.spec, opened.weight_format
     if texts is None:
         assert workload.prompt_len is not None, "a workload has prompts or their length"
-        lengths = [workload.prompt_len] * workload.batch
+        lengths = [workload.prompt_len] * (workload.turns or workload.batch)
         prompts = _random_prompts(workload, spec, lengths)
     elif workload.model in SHAPES:
         # Random weights do not care what a prompt says; its length is what a tokenizer of prose makes of it.
@@ -137,13 +159,14 @@ def prepare_workload(workload: Workload, texts: Sequence[str] | None, places: Pl
     else:
         tokenizer = open_model(model).tokenizer()
         prompts = [tokenizer.encode(text) for text in texts]
-    longest = max(map(len, prompts)) + workload.output_len
+    work = PreparedWorkload(workload, spec, model, tuple(map(tuple, prompts)), threads, places.models, stored)
+    longest = max(work.prompt_lens) + workload.output_len
     if longest > spec.max_positions:
         raise InputError(
             f"workload {workload.name!r} has a sequence of {longest} tokens, {workload.model} has "
             f"{spec.max_positions} positions; take fewer output tokens or shorter prompts."
         )
-    return PreparedWorkload(workload, spec, model, tuple(map(tuple, prompts)), threads)
+    return work
 
 
 def _random_prompts(workload: Workload, spec: ModelSpec, lengths: Sequence[int]) -> list[list[int]]:
@@ -152,7 +175,7 @@ def _random_prompts(workload: Workload, spec: ModelSpec, lengths: Sequence[int])
     return [[rng.randrange(FIRST_ORDINARY_ID, spec.vocab_size) for _ in range(length)] for length in lengths]
 
 
-def measure_floor(work: PreparedWorkload, weight_dtype: WeightDtypeName = "auto") -> Speeds:
+def measure_floor(work: PreparedWorkload, weight_dtype: WeightFormat = "float") -> Speeds:
     """What the machine can do with such weights, measured in a process of its own whose memory is gone afterwards."""
     job = {
         "shape": asdict(work.spec),
@@ -187,7 +210,7 @@ def measure(
         cell=measurement.cell,
         experiment=measurement.experiment,
         workload=WorkloadRecord(
-            **asdict(work.workload), num_sequences=len(work.prompts), prompt_tokens=sum(work.prompt_lens)
+            **asdict(work.workload), num_sequences=len(work.prompts), prompt_tokens=sum(map(len, work.prompts))
         ),
         run=run.name,
         engine=run.engine,
@@ -203,10 +226,10 @@ def measure(
         return record, before
     after = measure_floor(work)
     final_len = max(work.prompt_lens) + work.workload.output_len
-    reading = reading_of(run.engine, run.options, work.workload.dtype, final_len)
+    reading = reading_of(run.engine, run.options, work.workload.dtype, final_len, work.stored)
     speeds = before.fastest(after)
-    if run.engine == OWN and reading.weights == "int8":
-        speeds = measure_floor(work, "int8").reading(speeds)
+    if run.engine == OWN and reading.weights != "float":
+        speeds = measure_floor(work, reading.weights).reading(speeds)
     floor = floor_of(
         work.spec,
         work.workload.dtype,
@@ -215,6 +238,7 @@ def measure(
         prompt_lens=work.prompt_lens,
         output_len=work.workload.output_len,
         batch=work.workload.batch,
+        known=work.known,
     )
     ran = replace(
         record,
@@ -235,14 +259,16 @@ def _figures(work: PreparedWorkload, told: Told) -> RunFigures:
     firsts = sorted(told["first_token_s"])
     asked = len(work.prompts) * work.workload.output_len
     prefill_s, wall_s = firsts[-1], told["wall_s"]
+    if work.workload.turns is not None:
+        prefill_s = sum(firsts)
     # Where prompts are read between decode steps, the two cannot be told apart from outside.
-    apart = told["prompts_first"] and work.workload.output_len > 1
+    apart = (told["prompts_first"] or work.workload.turns is not None) and work.workload.output_len > 1
     return RunFigures(
         tokens_per_s=asked / wall_s,
         decode_tokens_per_s=(asked - len(work.prompts)) / (wall_s - prefill_s) if apart else None,
         wall_s=wall_s,
         first_token_median_s=firsts[len(firsts) // 2],
-        first_token_last_s=prefill_s,
+        first_token_last_s=firsts[-1],
         peak_rss_bytes=told["peak_rss_bytes"],
     )
 
@@ -257,6 +283,10 @@ def _result(measurement: Measurement, work: PreparedWorkload, places: Places) ->
     if peer.needs_gpu is not None:
         return {"status": "unavailable", "reason": peer.needs_gpu}
     python, driver = places.python(peer.environment), places.drivers / peer.driver
+    if work.model.is_file() and not peer.reads_gguf:
+        return {"status": "unavailable", "reason": f"its driver {peer.driver} reads no GGUF files"}
+    if work.workload.turns is not None and not peer.converses:
+        return {"status": "unavailable", "reason": f"its driver {peer.driver} holds no conversations"}
     if not python.exists():
         return {"status": "missing", "reason": f"its environment {python} is not there; make peer-{peer.environment}"}
     if not driver.exists():

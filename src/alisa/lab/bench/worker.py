@@ -15,7 +15,15 @@ from alisa.engine.builder import CacheOptions
 from alisa.kernels.choose import choose_backend
 from alisa.lab.bench.engines import OwnOptions
 from alisa.lab.bench.remote.measured import Clock, EngineJob, finish
-from alisa.lab.bench.session import RunResult, RunSpec, batch_config, device_cap_within, kv_dtype_of, run_batch
+from alisa.lab.bench.session import (
+    RunResult,
+    RunSpec,
+    batch_config,
+    device_cap_within,
+    kv_dtype_of,
+    run_batch,
+    run_turns,
+)
 from alisa.model.choose_linear import choose_linear
 from alisa.model.decoder import Decoder
 from alisa.model.stored import open_model
@@ -36,7 +44,7 @@ def run_spec_of(job: EngineJob, options: OwnOptions, decoder: Decoder) -> RunSpe
         max_num_seqs=job.batch,
     )
     run_spec = RunSpec(
-        batch_config(config, list(map(len, job.prompts)), job.output_len),
+        batch_config(config, [job.longest - job.output_len] * len(job.prompts), job.output_len),
         CacheOptions(
             overlap=options.overlap,
             prefetch=options.prefetch,
@@ -57,7 +65,12 @@ def generate(decoder: Decoder, run_spec: RunSpec, job: EngineJob) -> tuple[Clock
         if not record.prefill:
             clock.step()
 
-    ran = run_batch(decoder, run_spec, job.prompts, job.output_len, on_first=clock.first, on_step=on_step)
+    if job.turns:
+        ran = run_turns(
+            decoder, run_spec, job.prompts, job.output_len, on_turn=clock.turn, on_first=clock.first, on_step=on_step
+        )
+    else:
+        ran = run_batch(decoder, run_spec, job.prompts, job.output_len, on_first=clock.first, on_step=on_step)
     clock.stop()
     return clock, ran
 
@@ -75,8 +88,9 @@ def main() -> None:
     generate(decoder, run_spec, job.warm_up())
     clock, ran = generate(decoder, run_spec, job)
     kernels = choose_backend(decoder.device)
-    weights = job.dtype if options.weight_dtype == "auto" else options.weight_dtype
+    weights = job.dtype if options.weight_dtype == "float" else options.weight_dtype
     notes = [f"{weights} weights, {kv_dtype_of(decoder, run_spec.config)} KV rows", f"kernels {kernels.name}"]
+    notes += ["prefix cache"] if job.turns else []
     notes += [] if options.prefetch else ["no prefetching"]
     notes += [] if options.overlap else ["no overlap of moves with arithmetic"]
     finish(job, clock, packages=["alisa", "torch"], num_output=ran.num_output, notes=notes, details=ran.details())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from alisa.config import WeightFormat
 from alisa.errors import ModelError
 from alisa.model.decoder import Decoder
 from alisa.model.families import find_family
@@ -24,6 +25,12 @@ from alisa.spec import ModelSpec, RopeScaling
 
 _ROPE_DIVISORS = "rope_freqs.weight"
 """What the frequencies of the rotated pairs are divided by: all that the format keeps of LLaMA 3's scaling."""
+
+_EXACT_CODES = ("Q4_0", "Q4_1")
+"""Formats whose numbers are those of our products; the ranges of Q4_K are rounded to float16."""
+
+_ROUTER = "ffn_gate_inp"
+"""Which no format rounds."""
 
 _SAMPLING = {
     "temperature": "temp",
@@ -72,6 +79,16 @@ class GgufModel:
     def dtype_name(self) -> str | None:
         """Dtype of most values; None when they are quantised."""
         return self._file.dtype_name
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """`int4` where every matrix of the layers is in Q4_0 or Q4_1."""
+        kinds = {
+            tensor.block_type.name
+            for name, tensor in self._file.tensors.items()
+            if name.startswith("blk.") and len(tensor.shape) > 1 and _ROUTER not in name
+        }
+        return "int4" if kinds and kinds.issubset(_EXACT_CODES) else "float"
 
     @property
     def has_codes(self) -> bool:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from alisa.config import WeightDtypeName
+from alisa.config import WeightFormat
 from alisa.kernels.base import AppendKernel, DecodeKernel, MoveRows, PrefillKernel, SelectionKernels
 from alisa.model.linear import LinearMaker
 from alisa.planner.hardware import Hardware
@@ -33,7 +33,7 @@ class Tools(NamedTuple):
     append: AppendKernel | None
     selection: SelectionKernels
     move_rows: MoveRows
-    linears: Callable[[WeightDtypeName, torch.dtype], LinearMaker]
+    linears: Callable[[WeightFormat, torch.dtype], LinearMaker]
     """By what they are kept in and what the model computes in."""
 
 
@@ -50,7 +50,7 @@ def measure_machine(tools: Tools, directory: Path, where: str, progress: Callabl
     gemm = {}
     for name, dtype in dtypes.items():
         progress(f"matrix products in {name}")
-        gemm[name] = measure_gemm(dtype, tools.linears("auto", dtype))
+        gemm[name] = measure_gemm(dtype, tools.linears("float", dtype))
     first = torch.bfloat16
     for name in ("int8", "int4"):
         progress(f"matrix products with {name} weights")

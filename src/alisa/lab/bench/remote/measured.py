@@ -22,13 +22,16 @@ from typing import Any
 
 Ids = list[int]
 
+WARM_UP_TOKENS = 1024
+"""Of a prompt, at the most, in a first run that is not measured."""
+
 
 @dataclass(frozen=True)
 class EngineJob:
     """Prompts that arrive together, each continued greedily by exactly `output_len` tokens."""
 
     model: str
-    """Directory of the checkpoint."""
+    """Directory of the checkpoint, or a GGUF file."""
     shape: Mapping[str, Any]
     """Sizes of the model, by the names of `ModelSpec`."""
     prompts: Sequence[Ids]
@@ -45,6 +48,10 @@ class EngineJob:
     """Hard cap of the memory for K and V; None: none."""
     options: Mapping[str, Any]
     """What makes this variant of the engine."""
+    turns: bool = False
+    """Whether the prompts are the turns of one conversation: each is new text after all that was said before."""
+    scratch: str = ""
+    """Directory for the model in a form of the engine's own, kept from run to run."""
 
     @classmethod
     def read(cls) -> EngineJob:
@@ -54,11 +61,16 @@ class EngineJob:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence at its end; the last of them need not be cached."""
+        if self.turns:
+            return sum(map(len, self.prompts)) + len(self.prompts) * self.output_len
         return max(map(len, self.prompts)) + self.output_len
 
     def warm_up(self) -> EngineJob:
-        """As large a batch with other prompts and three tokens of output: what a first run costs is not measured."""
-        prompts = [ids[::-1] for ids in self.prompts[: self.batch]]
+        """As large a batch with other prompts (two turns of a conversation) and three tokens of output.
+
+        What a first run costs is not measured. Of long prompts only the end is read: all would take minutes.
+        """
+        prompts = [ids[: -WARM_UP_TOKENS - 1 : -1] for ids in self.prompts[: 2 if self.turns else self.batch]]
         return replace(self, prompts=prompts, output_len=min(3, self.output_len))
 
     def groups(self) -> Iterator[tuple[int, Sequence[Ids]]]:
@@ -84,7 +96,10 @@ class NoRoom(Exception):
 
 
 class Clock:
-    """Seconds since the prompts were handed over: first tokens, steps, the end."""
+    """Seconds since the prompts were handed over: first tokens, steps, the end.
+
+    In a conversation first tokens are counted from their own prompt.
+    """
 
     def __init__(self, num_prompts: int) -> None:
         """Start."""
@@ -95,14 +110,18 @@ class Clock:
         """Whether all prompts were read before anything was decoded."""
         self.others_share = 0.0
         """Processor time that went to other programs meanwhile, over all there was."""
-        self._start = self._last = perf_counter()
+        self._start = self._asked = self._last = perf_counter()
         self._others_s = _others_s()
+
+    def turn(self) -> None:
+        """The next prompt of a conversation is handed over."""
+        self._asked = perf_counter()
 
     def first(self, index: int) -> None:
         """Prompt `index` has its first token, if it had none before."""
         if self.first_token_s[index] is None:
             self._last = perf_counter()
-            self.first_token_s[index] = self._last - self._start
+            self.first_token_s[index] = self._last - self._asked
             self.prompts_first &= not self.step_s
 
     def step(self) -> None:

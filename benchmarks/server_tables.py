@@ -1,0 +1,40 @@
+"""The block of docs/server.md on what the server itself costs."""
+
+from __future__ import annotations
+
+from table_blocks import Results, lines, number, table
+
+
+def overhead(results: Results) -> str:
+    """The newest record of each model: the server against its engine alone."""
+    newest = {record["model"]: record for record in lines(results / "server_overhead.jsonl")}
+    if not newest:
+        return ""
+    heads = [
+        "",
+        "engine alone",
+        "served",
+        "overhead",
+        "processor time a token",
+        "of the event loop",
+        "its lag, p50",
+        "p99",
+    ]
+    rows = [
+        [
+            f"`{model}`",
+            f"{number(record['alone_tokens_per_s'])} tokens/s",
+            f"{number(record['served_tokens_per_s'])} tokens/s",
+            f"{number(100 * record['overhead'])} %",
+            f"{number(record['served_cpu_us'])} us",
+            f"{number(record['loop_cpu_us'])} us",
+            f"{number(record['lag_p50_ms'])} ms",
+            f"{number(record['lag_p99_ms'])} ms",
+        ]
+        for model, record in newest.items()
+    ]
+    first = next(iter(newest.values()))
+    return (
+        f"{first['clients']} clients, prompts of {first['prompt_len']} tokens, {first['output_len']} tokens of output, "
+        f"{len(first['rounds'])} rounds (`benchmarks/server_overhead.py`):\n\n{table(heads, rows)}"
+    )
