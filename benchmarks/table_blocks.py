@@ -185,10 +185,10 @@ def tiers(results: Results) -> str:
     commands = "`python benchmarks/tiers.py --policy swa --cap 1 0.5 0.25`, `... --policy --cap --static 0.25`"
     shown = f"The engine alone ({what}; the rest of the rows on disk):\n\n{table(header, rows)}"
     made_of = [record for record, _ in found.values()]
-    return "\n\n".join([shown, *_watched(made_of), _made(made_of), commands])
+    return "\n\n".join([shown, *watched(made_of), _made(made_of), commands])
 
 
-def _watched(records: Sequence[Record]) -> list[str]:
+def watched(records: Sequence[Record]) -> list[str]:
     """How busy other programs were while these were made."""
     shares = [record.get("others_share") for record in records]
     if None in shares:
@@ -230,7 +230,7 @@ def restore(results: Results) -> str:
     ]
     header = ["microseconds for a row", "from the page cache", "from the disk", "rebuilt from its layer input"]
     shown = table([*header, "from its token, at least"], rows)
-    return "\n\n".join([shown, *_watched([record]), _made([record]), "`python benchmarks/restore.py`"])
+    return "\n\n".join([shown, *watched([record]), _made([record]), "`python benchmarks/restore.py`"])
 
 
 def eviction(results: Results) -> str:
@@ -361,7 +361,7 @@ def decode_step(results: Results) -> str:
         for shape, dtype, batch, prompt, output in found
     ]
     shown = table([*header, "linear over products"], rows)
-    return "\n\n".join([shown, *_watched(list(found.values())), _made(found.values()), "  \n".join(commands)])
+    return "\n\n".join([shown, *watched(list(found.values())), _made(found.values()), "  \n".join(commands)])
 
 
 def prediction(results: Results) -> str:

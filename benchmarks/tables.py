@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import fleet_tables
+import hint_tables
 import huggingface_tables
 import real_tables
 import server_tables
@@ -135,6 +136,9 @@ BLOCKS: dict[str, Block] = {
     "fleet-driver": fleet_tables.driver,
     "fleet-overhead": fleet_tables.overhead,
     "fleet-saturation": fleet_tables.saturation,
+    "prefetch-waiting": hint_tables.waiting,
+    "prefetch-hint": hint_tables.hint,
+    "sketch-forms": hint_tables.forms,
     "huggingface": huggingface_tables.steps,
     "presses": huggingface_tables.presses,
 }

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from alisa.budget import Budget
 from alisa.config import EngineConfig
+from alisa.engine.budgets import ReadingParams, RequestBudgets
 from alisa.errors import InputError
 from alisa.policy.layer_budgets import (
     STEPS,
@@ -37,6 +38,14 @@ def test_a_layer_has_its_own_budget():
     budget = Budget(0.9, 0.8, (0.5, 0.95))
     assert [budget.of_layer(layer) for layer in range(2)] == [Budget(0.5, 0.8), Budget(0.95, 0.8)]
     assert Budget(0.9).of_layer(7) == Budget(0.9)
+
+
+def test_a_request_with_a_sparsity_of_its_own_has_equal_budgets(tmp_path):
+    config = EngineConfig(policy="sketch", sparsity=0.9, budgets=tmp_path / "budgets.json")
+    budgets = RequestBudgets(config, on_cpu=True)
+    assert budgets.budget(ReadingParams(sparsity=0.95)) == Budget(0.95)
+    assert budgets.budget(ReadingParams(coverage=0.8)) == Budget(0.9, 0.8)
+    assert budgets.budget(ReadingParams()) is None, "the engine's own, with layers"
 
 
 CURVES = st.lists(

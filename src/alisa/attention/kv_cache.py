@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from alisa.budget import Reads
 from alisa.cache.capacity import DeviceCapacity, StateMemory, device_capacity, resident_capacity
 from alisa.cache.codec import make_codec
 from alisa.cache.manager import CacheManager
@@ -74,6 +75,8 @@ class KVCacheConfig:
     host_bytes: int
     disk_bytes: int
     """Most bytes on disk, hidden states included; 0 without a disk tier."""
+    reads: Reads
+    """Of a step whose tokens count: all, where the policy only drafts."""
 
     @property
     def state_tokens(self) -> int:
@@ -144,6 +147,7 @@ def plan_kv_cache(
             device_bytes=device_bytes,
             host_bytes=0,
             disk_bytes=0,
+            reads=reads,
         )
     placement = placement or ThreePhase()
     wanted = config.max_num_seqs * max_len
@@ -205,6 +209,7 @@ def plan_kv_cache(
         device_bytes=device_bytes,
         host_bytes=host_tokens * token_bytes,
         disk_bytes=disk_tokens * token_bytes + kept * hidden_bytes,
+        reads=reads,
     )
 
 

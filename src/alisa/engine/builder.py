@@ -30,7 +30,7 @@ from alisa.engine.speculation import make_speculator
 from alisa.engine.speculator import NoDrafts, Speculator
 from alisa.engine.threads import make_governor
 from alisa.errors import InputError
-from alisa.policy.registry import make_policy, reads_of
+from alisa.policy.registry import make_policy
 from alisa.scheduler.fair import ServedTokens
 from alisa.scheduler.order import FirstCome, HighestResponseRatio
 from alisa.scheduler.placement.base import PlacementPolicy
@@ -171,7 +171,7 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
     scheduler = Scheduler(
         cache_config.limits,
         cache_config.placement,
-        reads_of("dense", 0.0) if config.exact else policy.reads,
+        cache_config.reads,
         costs,
         max_num_seqs=config.max_num_seqs,
         step_tokens=1 + speculator.most,

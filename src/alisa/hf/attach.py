@@ -25,7 +25,7 @@ from alisa.hf.seam import NAME, check_eager, register
 from alisa.hf.sequences import Sequences
 from alisa.kernels.choose import choose_backend
 from alisa.outputs import Medium
-from alisa.policy.registry import make_policy, reads_of
+from alisa.policy.registry import make_policy
 from alisa.quality import QualityName
 from alisa.spec import RowFormat
 
@@ -220,7 +220,7 @@ def _sequences(model: PreTrainedModel, config: EngineConfig) -> tuple[Sequences,
         device,
         observed.sinks,
     )
-    return Sequences(session, cache_config, reads_of(config.policy, config.sparsity), basis), observed
+    return Sequences(session, cache_config, basis), observed
 
 
 class _ForwardHook:

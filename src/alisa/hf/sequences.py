@@ -10,7 +10,6 @@ from torch import Tensor
 from alisa.attention.kv_cache import KVCacheConfig
 from alisa.attention.session import KVSession
 from alisa.basis.row_basis import RowBasis
-from alisa.budget import Reads
 from alisa.config import format_bytes
 from alisa.errors import AlisaError, CapacityError, InputError
 from alisa.outputs import Medium
@@ -27,16 +26,14 @@ class Sequences:
     Args:
         session: cache, policy and kernels.
         config: what the cache was built as.
-        reads: how many tokens a step reads.
         basis: that rows are in; None: that of the model.
     """
 
-    def __init__(self, session: KVSession, config: KVCacheConfig, reads: Reads, basis: RowBasis | None) -> None:
+    def __init__(self, session: KVSession, config: KVCacheConfig, basis: RowBasis | None) -> None:
         self.session = session
         self._attend = session.attend if basis is None else basis.around(session.attend)
         self.max_len = config.max_model_len
         self._config = config
-        self._reads = reads
         self._free = list(range(config.max_num_seqs - 1, -1, -1))
         self._lengths: dict[int, int] = {}
         self._prompt_lens: dict[int, int] = {}
@@ -103,7 +100,7 @@ class Sequences:
                 ends.get(req_idx, length),
                 cache.bounds(req_idx),
                 cache.rebuildable(req_idx),
-                self._reads,
+                self._config.reads,
                 active=req_idx in ends,
             )
             for req_idx, length in self._lengths.items()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ STEPS = (0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.88, 0.8, 0.7, 0.5)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetedModel:
-    """What a model must have in common with the one that budgets were found on."""
+    """What a model must have in common with the one that budgets were found on: fields of `ModelSpec`."""
 
     family: str
     num_layers: int
@@ -42,15 +42,7 @@ class BudgetedModel:
     @classmethod
     def of(cls, spec: ModelSpec) -> BudgetedModel:
         """That of a model."""
-        return cls(
-            family=spec.family,
-            num_layers=spec.num_layers,
-            hidden_size=spec.hidden_size,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            vocab_size=spec.vocab_size,
-        )
+        return cls(**{field.name: getattr(spec, field.name) for field in fields(cls)})
 
     def __str__(self) -> str:
         return (

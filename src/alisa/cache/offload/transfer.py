@@ -90,14 +90,17 @@ class Transfers:
             failed = _lost(work, owners)
             return perf_counter() - started, failed
 
+        submitted = perf_counter()
         handle = TransferHandle([self._pool.submit(timed)], [owners])
         if not self._overlap:
-            self.wait(handle)
+            self._wait(handle, submitted)
         return handle
 
     def wait(self, handle: TransferHandle) -> None:
         """The handle's rows are there, or their request indices are among the failed."""
-        started = perf_counter()
+        self._wait(handle, perf_counter())
+
+    def _wait(self, handle: TransferHandle, started: float) -> None:
         for job in handle.jobs:
             seconds, failed = job.result()
             self.busy_s += seconds
