@@ -122,10 +122,10 @@ def test_plans_count_with_the_layer_that_reads_most(tmp_path):
     )
     path.write_text(json.dumps(asdict(record)))
     hardware = PRESETS["v100-32gb"]
-    [method] = Plan(shape="opt-1.3b", sparsity=0.9, kv_dtype="int8", budgets=path)._methods(hardware, spec)
+    [method] = Plan(shape="opt-1.3b", sparsity=0.9, kv_dtype="int8", budgets=path)._methods(hardware, spec, "float")
     assert sum(method.reads(1000)) == 300
     with pytest.raises(InputError, match=r"they are for a sparsity of 0\.9, not of 0\.8"):
-        Plan(shape="opt-1.3b", budgets=path)._methods(hardware, spec)
+        Plan(shape="opt-1.3b", budgets=path)._methods(hardware, spec, "float")
 
 
 def test_a_choice_says_what_it_gained():
