@@ -105,7 +105,7 @@ def small(tiny_model):
     room=st.sampled_from([None, 70, 110]),
     disk=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_no_cap_and_no_company_changes_a_token(small, requests, room, disk):
     llm, expected = small
     options = {}

@@ -145,13 +145,13 @@ STATIC = {"schedule": "static", "offload_ratio": 0.75}
     "options",
     [
         {"policy": "dense"},
-        {"policy": "sketch"},
         {"policy": "swa", "dtype": "float32"},
         {"policy": "sketch", "coverage": 0.6, "kv_dtype": "k8v4"},
-        {"policy": "dense", "kv_dtype": "int8", "weight_dtype": "int8"},
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
+                {"policy": "sketch"},
+                {"policy": "dense", "kv_dtype": "int8", "weight_dtype": "int8"},
                 {"policy": "swa"},
                 {"policy": "dense", "dtype": "float32"},
                 {"policy": "sketch", "dtype": "float16"},

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that need not be there, as the launches would: a program, not a test.
 
-    python -m tests.kernels.compile_triton few|selection|float32|bfloat16|float16|int8|int4
+    python -m tests.kernels.compile_triton selection|float32|bfloat16|float16|int8|int4
 
 Interpreted kernels accept much that a compiler refuses (shapes that are no power of two, variables of changing type,
 products too small for a tensor core). So the kernels are launched with real arguments on the CPU, the launch is caught,
@@ -127,12 +127,9 @@ def launch_selection(dtypes: list[torch.dtype], shapes: list[tuple[int, int]], b
 def main(extent: str) -> int:
     """Compile what is asked for; how many kernels spill."""
     shapes = [(1, 80), (1, 128), (4, 128), (8, 64), (7, 256), (32, 64)]
-    compiler = Compiler([(90, True)] if extent == "few" else [(80, False), (80, True), (90, True)])
+    compiler = Compiler([(80, False), (80, True), (90, True)])
     JITFunction.run = lambda kernel, *args, **options: compiler.launch(kernel, *args, **options)
     match extent:
-        case "few":
-            launch_rows("int4", [(8, 128)])
-            launch_selection([torch.float64], [(8, 128)], [4])
         case "selection":
             launch_selection([torch.float32, torch.float64], shapes, [2, 4, 8])
         case row_dtype:

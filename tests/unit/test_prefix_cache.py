@@ -210,12 +210,12 @@ def fill(directory, first):
 
 def test_processes_share_a_directory(tmp_path):
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=fill, args=(tmp_path, first)) for first in (0, 0, 3)]
+    writers = [context.Process(target=fill, args=(tmp_path, first)) for first in (0, 3)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    assert [writer.exitcode for writer in writers] == [0, 0, 0], "every block that was found was right"
+    assert [writer.exitcode for writer in writers] == [0, 0], "every block that was found was right"
     assert not list(tmp_path.glob("*/*.part"))
     cache = PrefixCache(4, LAYOUT, BlockFiles(tmp_path, 1 << 20), BLOCK_TOKENS)
     assert sum(found(cache, names_of(first, 1, last)) for first in range(10) for last in range(3)) > 0

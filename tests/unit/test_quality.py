@@ -58,5 +58,7 @@ def test_plans_are_made_for_what_the_name_stands_for(name):
     methods = Plan(shape="opt-1.3b", hardware="v100-32gb", quality=name)._methods(hardware, SHAPES["opt-1.3b"], "float")
     rows = "float16" if rung.kv_dtype == "auto" else rung.kv_dtype
     assert [(each.policy, each.sparsity, each.kv_dtype) for each in methods] == [(rung.policy, rung.sparsity, rows)]
-    own = Plan(shape="opt-1.3b", quality=name, kv_dtype="int8", sparsity=0.5)._methods(hardware, SHAPES["opt-1.3b"], "float")
+    own = Plan(shape="opt-1.3b", quality=name, kv_dtype="int8", sparsity=0.5)._methods(
+        hardware, SHAPES["opt-1.3b"], "float"
+    )
     assert [(each.policy, each.sparsity, each.kv_dtype) for each in own] == [(rung.policy, 0.5, "int8")]
