@@ -168,9 +168,20 @@ def test_native_kernels_give_the_tokens_of_the_torch_twin(policy, kv_dtype, tiny
     monkeypatch.setattr(loaded, "choose_backend", lambda _: REFERENCE_BACKEND)
     reference = LLM(directory, policy=policy, dtype="float32", kv_dtype=kv_dtype)
     assert (native.describe()["attention"], reference.describe()["attention"]) == (library.isa_names()[0], "torch")
-    # A seed without a tie that the last bits would decide.
     prompts = make_prompts(native.spec.vocab_size, seed=8)
-    assert greedy(native, prompts) == greedy(reference, prompts)
+    rules = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=2)
+    pairs = list(zip(native.generate(prompts, rules), reference.generate(prompts, rules), strict=True))
+    # Where they part, the tokens are all but equally likely: sums differ in their last bits from processor to processor,
+    # and where a value lies between two codes of a row, that row differs by a step of its range.
+    gap = {"float32": 2 * TOLERANCE, "int8": 1 / 255, "k8v4": 1 / 15}[kv_dtype]
+    for found, expected in pairs:
+        for one, other in zip(found.logprobs, expected.logprobs, strict=True):
+            if one.token_id != other.token_id:
+                (_, likeliest), (token_id, next_to_it) = other.top
+                assert token_id == one.token_id
+                assert likeliest - next_to_it < gap
+                break
+    assert sum(found.token_ids == expected.token_ids for found, expected in pairs) > len(pairs) / 2
 
 
 @pytest.mark.parametrize("policy", ["sketch", "sketch-head", "sketch-mean"])
