@@ -171,7 +171,7 @@ def test_native_kernels_give_the_tokens_of_the_torch_twin(policy, kv_dtype, tiny
     prompts = make_prompts(native.spec.vocab_size, seed=8)
     rules = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=2)
     pairs = list(zip(native.generate(prompts, rules), reference.generate(prompts, rules), strict=True))
-    # Where they part, the tokens are all but equally likely: sums differ in their last bits from processor to processor,
+    # Where they part, the tokens are all but equally likely: the last bits of sums differ from processor to processor,
     # and where a value lies between two codes of a row, that row differs by a step of its range.
     gap = {"float32": 2 * TOLERANCE, "int8": 1 / 255, "k8v4": 1 / 15}[kv_dtype]
     for found, expected in pairs:
