@@ -159,15 +159,18 @@ CITY = {
     "additionalProperties": False,
 }
 
+LANGCHAIN = {
+    "model": "talker",
+    "stream": False,
+    "messages": [{"content": "Which city?", "role": "user"}],
+    "max_completion_tokens": 60,
+    "temperature": 0.0,
+}
+
 
 def test_langchain_asks_for_a_form(chat_address):
     pytest.importorskip("llguidance", reason="llguidance is not installed; pip install 'alisa[grammar]'")
-    body = {
-        "model": "talker",
-        "stream": False,
-        "messages": [{"content": "Which city?", "role": "user"}],
-        "max_completion_tokens": 60,
-        "temperature": 0.0,
+    body = LANGCHAIN | {
         "response_format": {
             "type": "json_schema",
             "json_schema": {"schema": CITY, "name": "City", "description": "A city.", "strict": True},
@@ -179,12 +182,7 @@ def test_langchain_asks_for_a_form(chat_address):
 
 
 def test_langchain_forces_a_tool(chat_address):
-    body = {
-        "model": "talker",
-        "stream": False,
-        "messages": [{"content": "Which city?", "role": "user"}],
-        "max_completion_tokens": 60,
-        "temperature": 0.0,
+    body = LANGCHAIN | {
         "parallel_tool_calls": False,
         "tool_choice": {"type": "function", "function": {"name": "City"}},
         "tools": [{"type": "function", "function": {"name": "City", "description": "A city.", "parameters": CITY}}],
