@@ -8,15 +8,24 @@ from typing import NamedTuple
 
 import torch
 
-from alisa.kernels.base import AppendKernel, DecodeKernel, MoveRows, PrefillKernel, SelectionKernels
+from alisa.kernels.base import (
+    AppendKernel,
+    DecodeKernel,
+    MoveRows,
+    PrefillKernel,
+    SelectionKernels,
+    SparsePrefillKernel,
+)
 from alisa.kernels.native import kernels as cpu
 from alisa.kernels.native import library
 from alisa.kernels.native import prefill as cpu_prefill
 from alisa.kernels.native.prefill_engine import NativePrefill
+from alisa.kernels.native.sparse_prefill import NativeSparsePrefill
 from alisa.kernels.reference.decode import decode_attention
 from alisa.kernels.reference.prefill import prefill_attention
 from alisa.kernels.reference.rows import move_rows
 from alisa.kernels.reference.selection import ReferenceSelection
+from alisa.kernels.reference.sparse_prefill import sparse_prefill_attention
 
 _LOG = logging.getLogger("alisa")
 
@@ -25,6 +34,7 @@ class AttentionBackend(NamedTuple):
     """What runs on the hot path, and what to call it in a report."""
 
     prefill: PrefillKernel
+    sparse_prefill: SparsePrefillKernel
     attend: DecodeKernel
     selection: SelectionKernels
     append: AppendKernel | None
@@ -35,7 +45,7 @@ class AttentionBackend(NamedTuple):
 
 
 REFERENCE_BACKEND = AttentionBackend(
-    prefill_attention, decode_attention, ReferenceSelection(), None, move_rows, "torch"
+    prefill_attention, sparse_prefill_attention, decode_attention, ReferenceSelection(), None, move_rows, "torch"
 )
 
 
@@ -52,8 +62,12 @@ def choose_backend(device: torch.device) -> AttentionBackend:
         _warn_once(library.unavailable_reason())
         return REFERENCE_BACKEND
     native = cpu.CpuKernels()
-    prefill = NativePrefill(cpu_prefill.CpuPrefill()) if cpu_prefill.available() else prefill_attention
-    return AttentionBackend(prefill, native, native, native.append, library.move_rows, native.isa)
+    prefill: PrefillKernel = prefill_attention
+    sparse_prefill: SparsePrefillKernel = sparse_prefill_attention
+    if cpu_prefill.available():
+        kernel = cpu_prefill.CpuPrefill()
+        prefill, sparse_prefill = NativePrefill(kernel), NativeSparsePrefill(kernel)
+    return AttentionBackend(prefill, sparse_prefill, native, native, native.append, library.move_rows, native.isa)
 
 
 def _triton_kernels() -> AttentionBackend:
@@ -66,7 +80,9 @@ def _triton_kernels() -> AttentionBackend:
     kernels = TritonKernels()
     # Rows on disk go through the memory of the host, whatever the device.
     move = library.move_rows if library.available() else move_rows
-    return AttentionBackend(prefill_attention, kernels, kernels, kernels.append, move, "triton")
+    return AttentionBackend(
+        prefill_attention, sparse_prefill_attention, kernels, kernels, kernels.append, move, "triton"
+    )
 
 
 @cache
