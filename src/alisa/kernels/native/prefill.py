@@ -54,8 +54,8 @@ class CpuPrefill:
             past: k and v BFloat16[S, G, D] of earlier tokens, S at least 1.
             window: tokens that each query sees, itself included; None: all.
             softcap: scores s become softcap * tanh(s / softcap); None: they stay as they are.
-            chosen: UInt8[ceil(T / 64), G, B], contiguous: which blocks of 64 keys, from the first of the sequence on, 64
-                queries read; None: all. Sections begin at multiples of 64, and the first query with a block of queries.
+            chosen: UInt8[ceil(T / 64), G, B], contiguous: which blocks of 64 keys, from the first of the sequence on,
+                each 64 queries read; None: all. Sections and the queries begin where a block does.
 
         Returns:
             BFloat16[T, H, D] and the log-sum-exp Float32[T, H] of the scaled scores.
