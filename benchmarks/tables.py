@@ -128,6 +128,8 @@ BLOCKS: dict[str, Block] = {
     "accuracy-coverage": real_tables.coverage,
     "accuracy-layers": real_tables.layer_budgets,
     "accuracy-sparse-prefill": real_tables.sparse_prefill,
+    "accuracy-sparse-prompts-time": real_tables.sparse_prompts_time,
+    "accuracy-sparse-prompts-loss": real_tables.sparse_prompts_loss,
     "accuracy-quality": real_tables.quality,
     "recall-real": partial(real_tables.by_task, "recall"),
     "qa-real": partial(real_tables.by_task, "qa"),

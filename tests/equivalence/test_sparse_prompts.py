@@ -157,7 +157,7 @@ def test_policies_that_look_at_prompts_are_refused():
     with pytest.raises(InputError, match="exact gives the tokens of dense attention"):
         LLM(exact=True, sparse_prompts=0.03)
     for alpha in (-0.1, 1.0):
-        with pytest.raises(InputError, match="sparse_prompts is .*, allowed is 0"):
+        with pytest.raises(InputError, match=r"sparse_prompts is .*, allowed is 0"):
             LLM(sparse_prompts=alpha)
 
 

@@ -184,9 +184,26 @@ def test_rules_for_prompts_have_errors_of_several_windows_and_no_divergence_wher
     means = common | {"rule": "means64", "parameter": 0.98, "products": 0.9}
     write(tmp_path / "sparse_prefill.jsonl", [flash | run | {"kl": 0.9}, flash | run, exact, means, flash])
     assert tables.BLOCKS["accuracy-sparse-prefill"](tmp_path).splitlines()[2:] == [
-        "| WikiText-2, 1 x 4096 | `means64` 0.98 | 1.0 % |  |  |  | 50 % | 90 % | 1.11x |",
-        "| WikiText-2, 1 x 4096 | `flash` 0.1 | 1.0 % | 4.00 | 500 | 1.00 | 50 % | 80 % | 1.25x |",
-        "| WikiText-2, 2 x 4096 | `exact` 0.95 | 1.0 % | 1.00 ± 0.10 |  | -0.20 ± 0.10 | 50 % | 70 % |  |",
+        "| m | WikiText-2, 1 x 4096 | `means64` 0.98 | 1.0 % |  |  |  | 50 % | 90 % | 1.11x |",
+        "| m | WikiText-2, 1 x 4096 | `flash` 0.1 | 1.0 % | 4.00 | 500 | 1.00 | 50 % | 80 % | 1.25x |",
+        "| m | WikiText-2, 2 x 4096 | `exact` 0.95 | 1.0 % | 1.00 ± 0.10 |  | -0.20 ± 0.10 | 50 % | 70 % |  |",
+    ]
+
+
+def test_what_sparse_prompts_save_and_lose(tmp_path):
+    common = {"model": "m-1", "context": 4096, "alpha": 0.03}
+    time = common | {"kind": "sparse-prompts-time", "dense_cpu_s": 12.0, "sparse_cpu_s": 10.0}
+    loss = common | {"kind": "sparse-prompts-loss", "text": "test.txt", "windows": 1, "read": 0.7, "perplexity": 16.4}
+    loss |= {"lost": 0.001, "lost_error": None}
+    recall = common | {"kind": "sparse-prompts-recall", "task": "needle 4096 asked", "texts": 5, "read": 0.6}
+    recall |= {"dense": 1.0, "sparse": 0.8}
+    write(tmp_path / "sparse_prompts.jsonl", [time | {"dense_cpu_s": 1.0}, loss, recall, time])
+    assert tables.BLOCKS["accuracy-sparse-prompts-time"](tmp_path).splitlines()[2:] == [
+        "| m | 4096 | 0.03 | 12.0 s | 10.0 s | 1.20x |"
+    ]
+    assert tables.BLOCKS["accuracy-sparse-prompts-loss"](tmp_path).splitlines()[2:] == [
+        "| m | WikiText-2, 1 x 4096 | 0.03 | 70 % | perplexity 16.40 | 0.10 % |",
+        "| m | needle 4096 asked, 5 texts | 0.03 | 60 % | 100 % recalled | 20 points |",
     ]
 
 

@@ -49,6 +49,8 @@ class SparsePrompts:
         """See `PrefillKernel`."""
         if own.start < DENSE_TOKENS or window is not None:
             return self._dense(q, own, section_len, past, num_observed, num_sets, window, softcap, sinks)
+        first = own.start + len(own.k) - len(q)
+        assert first % QUERY_BLOCK_TOKENS == 0, "pieces end where blocks of queries do"
         assert not num_observed, "policies that look at the attention of prompts are refused"
         return self._sparse(q, own, past, self._alpha, softcap, sinks), iter(())
 
