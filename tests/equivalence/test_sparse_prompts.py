@@ -65,6 +65,7 @@ def test_all_blocks_are_dense_attention(directory):
         ("bfloat16", {"prefill_chunk": 100}),
         ("bfloat16", {"prefill_chunk": 700, "prefix_cache": True, "policy": "dense"}),
         ("bfloat16", {"max_step_tokens": 200, "kv_dtype": "int8", "prefix_cache": True}),
+        ("bfloat16", {"max_step_tokens": 100, "policy": "streaming"}),
         ("float32", {"prefill_chunk": 330, "prefix_cache": True}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
@@ -80,14 +81,16 @@ def test_pieces_company_threads_and_hits_change_nothing(directory, dtype, option
     assert run(pieces, prompts[::-1], num_threads=2, new_tokens=NEW_TOKENS).logits == expected.logits
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     lengths=st.lists(st.integers(DENSE_TOKENS - 100, DENSE_TOKENS + 600), min_size=2, max_size=3),
     chunk=st.integers(60, 1100),
     share=st.sampled_from([None, 0.3, 0.6]),
     keeps=st.booleans(),
+    has_disk=st.booleans(),
 )
-def test_no_placement_changes_a_token(directory, lengths, chunk, share, keeps):
+def test_no_placement_changes_a_token(directory, lengths, chunk, share, keeps, has_disk):
+    """Without a disk, and with room for one of the prompts, the others are read again."""
     options = {"dtype": "bfloat16", "sparse_prompts": ALPHA, **SIZES}
     plain = LLM(directory, **options)
     prompts = prompts_of(plain, lengths)
@@ -96,6 +99,7 @@ def test_no_placement_changes_a_token(directory, lengths, chunk, share, keeps):
         directory,
         **options,
         kv_device_memory=cap,
+        kv_disk_memory=0 if share == 0.6 and not has_disk else None,
         prefill_chunk=chunk,
         prefix_cache=keeps,
         prefix_cache_memory=PREFIX_BYTES if keeps else None,
