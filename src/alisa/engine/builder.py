@@ -29,7 +29,6 @@ from alisa.engine.runner import ModelRunner
 from alisa.engine.speculation import make_speculator
 from alisa.engine.speculator import NoDrafts, Speculator
 from alisa.engine.threads import make_governor
-from alisa.errors import InputError
 from alisa.policy.registry import make_policy
 from alisa.scheduler.fair import ServedTokens
 from alisa.scheduler.order import FirstCome, HighestResponseRatio
