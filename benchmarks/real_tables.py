@@ -238,7 +238,11 @@ def sparse_prompts_loss(results: Results) -> str:
         elif record["kind"] == "sparse-prompts-recall":
             what += [f"{record['task']}, {record['texts']} texts", f"{record['alpha']:g}"]
             level = f"{100 * record['dense']:.0f} % recalled"
-            figures = [f"{100 * record['read']:.0f} %", level, f"{100 * (record['dense'] - record['sparse']):.0f} points"]
+            figures = [
+                f"{100 * record['read']:.0f} %",
+                level,
+                f"{100 * (record['dense'] - record['sparse']):.0f} points",
+            ]
         else:
             continue
         rows[tuple(what)] = figures

@@ -118,11 +118,6 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
         CapacityError: the caps hold not even one token.
     """
     device = model.decoder.device
-    if config.coverage is not None and device.type != "cpu":
-        raise InputError(
-            "--coverage runs on a CPU only: how many tokens each layer reads would have to be asked of the GPU; leave "
-            "it out, and choose a higher --sparsity."
-        )
     if config.sparse_prompts is not None:
         _check_sparse_prompts(model)
     policy = make_policy(config.policy, config.sparsity, config.coverage, layer_budgets(model, config))
