@@ -6,11 +6,13 @@ import json
 import shutil
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alisa import LLM, SamplingParams
 from alisa.attention.sparse_prompts import DENSE_TOKENS
+from alisa.engine.builder import check_sparse_prompts
 from alisa.errors import InputError
 from alisa.kernels.native import prefill as cpu_prefill
 from alisa.lab.verify import verify_outputs
@@ -163,6 +165,11 @@ def test_policies_that_look_at_prompts_are_refused():
     for alpha in (-0.1, 1.0):
         with pytest.raises(InputError, match=r"sparse_prompts is .*, allowed is 0"):
             LLM(sparse_prompts=alpha)
+
+
+def test_a_gpu_refuses_it():
+    with pytest.raises(InputError, match="--sparse-prompts runs on a CPU only"):
+        check_sparse_prompts(torch.device("cuda"), torch.bfloat16)
 
 
 def test_where_it_saves_nothing_a_warning_says_so(directory, caplog):

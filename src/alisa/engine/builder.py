@@ -119,7 +119,7 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
     """
     device = model.decoder.device
     if config.sparse_prompts is not None:
-        _check_sparse_prompts(model)
+        check_sparse_prompts(device, model.decoder.dtype)
     policy = make_policy(config.policy, config.sparsity, config.coverage, layer_budgets(model, config))
     shape = model.spec.attention
     if config.policy != "dense" and shape.full_layers().num_layers == 0:
@@ -193,10 +193,15 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
     return EngineParts(scheduler, runner, costs, cache_config, kv_dtype, rules, prefix_bytes, answers, speculator)
 
 
-def _check_sparse_prompts(model: LoadedModel) -> None:
-    if model.decoder.device.type != "cpu":
+def check_sparse_prompts(device: torch.device, dtype: torch.dtype) -> None:
+    """Prompts can be read sparsely by a model on this device; where it would not save time, a warning says so.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if device.type != "cpu":
         raise InputError("--sparse-prompts runs on a CPU only: a GPU reads prompts densely; leave it out.")
-    if model.decoder.dtype != torch.bfloat16 or not cpu_prefill.available():
+    if dtype != torch.bfloat16 or not cpu_prefill.available():
         _LOG.warning(
             "--sparse-prompts saves time where the native prefill kernels run (bfloat16, a CPU with AVX512-BF16 and "
             "without AMX): here prompts are read more slowly with it."
