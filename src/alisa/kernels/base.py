@@ -92,6 +92,10 @@ class Selection(NamedTuple):
     looked up, loaded and read from memory once.
     """
 
+    def by_query(self) -> Tensor:
+        """Int32[B, J, K]: `positions` of each query."""
+        return self.positions if self.entries is None else self.positions[self.entries.long()]
+
 
 class Attended(NamedTuple):
     """What a decode-attention kernel returns."""
