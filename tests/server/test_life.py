@@ -201,7 +201,7 @@ def test_a_request_that_fails_is_an_error_of_its_own(monkeypatch):
 
 def test_a_client_that_takes_nothing_is_dropped(monkeypatch):
     # Events larger than all buffers between the two.
-    import alisa.server.reply as module
+    import alisa.server.frames as module
 
     monkeypatch.setattr(module, "to_json", lambda value, plain=module.to_json: plain(value) + b" " * (8 << 20))
     with running(config=ServerConfig(port=0, send_timeout_s=0.5)) as server:
