@@ -37,11 +37,13 @@ from alisa.engine.output import EngineOutput
 from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.stamp import current_stamp
 from alisa.server.config import ServerConfig
-from alisa.server.run import ApiServer, build_service, serve
+from alisa.server.run import ApiServer, build_service, freeze_heap, serve
 from alisa.server.service import Service
 
 LAG_S = 0.02
 MODEL_NAME = "served"
+EMBEDDED = "embedded"
+"""The model inside the package, whose steps are so short that there is little else than the server."""
 
 
 def prompts(num_clients: int, length: int) -> list[list[int]]:
@@ -214,7 +216,7 @@ async def measure(service: Service, args: argparse.Namespace) -> tuple[list[dict
 def main() -> None:
     """Measure, show, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(SMOLLM2.path), help="a GGUF file or a directory")
+    parser.add_argument("--model", default=str(SMOLLM2.path), help="a GGUF file, a directory, or embedded")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=128)
@@ -228,10 +230,15 @@ def main() -> None:
     length = args.prompt_len + args.output_len
     # What is known of a prompt would make the second round another one than the first.
     config = EngineConfig(
-        model=args.model, max_num_seqs=args.clients, max_model_len=length, max_step_tokens=256, prefix_cache=False
+        model=None if args.model == EMBEDDED else args.model,
+        max_num_seqs=args.clients,
+        max_model_len=length,
+        max_step_tokens=256,
+        prefix_cache=False,
     )
     meter = OthersMeter()
     service = build_service(config, ServerConfig(port=0, served_model_name=MODEL_NAME))
+    freeze_heap()  # as `alisa serve` does
     rounds, lags = asyncio.run(measure(service, args))
     hundredths = [1e3 * lag for lag in quantiles(lags, n=100)]
     record = {
