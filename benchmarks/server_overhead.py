@@ -37,7 +37,7 @@ from alisa.engine.output import EngineOutput
 from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.stamp import current_stamp
 from alisa.server.config import ServerConfig
-from alisa.server.run import ApiServer, build_service, freeze_heap, serve
+from alisa.server.run import ApiServer, build_service, frozen_heap, serve
 from alisa.server.service import Service
 
 LAG_S = 0.02
@@ -238,8 +238,8 @@ def main() -> None:
     )
     meter = OthersMeter()
     service = build_service(config, ServerConfig(port=0, served_model_name=MODEL_NAME))
-    freeze_heap()  # as `alisa serve` does
-    rounds, lags = asyncio.run(measure(service, args))
+    with frozen_heap():  # as `alisa serve` does
+        rounds, lags = asyncio.run(measure(service, args))
     hundredths = [1e3 * lag for lag in quantiles(lags, n=100)]
     record = {
         "benchmark": "server_overhead",

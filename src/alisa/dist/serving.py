@@ -26,7 +26,7 @@ from alisa.errors import InputError
 from alisa.server.app import make_app
 from alisa.server.config import ServerConfig
 from alisa.server.gate import Gate
-from alisa.server.run import build_service, freeze_heap
+from alisa.server.run import build_service
 
 APP = "alisa"
 ENGINES = "engines"
@@ -58,7 +58,6 @@ class EngineReplica:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._service = build_service(config, server, capped=share.capped, engine_name=self._name)
         self._app = make_app(self._service, server)
-        freeze_heap()
 
     async def forward(self, key: str, call: Call) -> AsyncGenerator[Message]:
         """The messages of the answer.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from time import time
 
 import uvicorn
@@ -75,14 +75,19 @@ def build_service(
     return Service(model, AsyncEngine(engine, telemetry.observe), telemetry, config)
 
 
-def freeze_heap() -> None:
-    """The garbage collector passes over all that is there now: for a process that serves until it ends.
+@contextmanager
+def frozen_heap() -> Iterator[None]:
+    """In the block the garbage collector passes over all that was there before: for a process that only serves.
 
     A model, an application and their libraries are hundreds of thousands of objects. To look at them takes a tenth of a
     second, in which neither the engine nor the event loop does anything.
     """
     gc.collect()
     gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()  # what is never looked at is not taken down in order at the end
 
 
 async def serve(server: ApiServer) -> int:
