@@ -197,33 +197,39 @@ def main() -> None:
     rows = json.loads(args.prompts.read_text())
     prompts = [tokenizer.encode("\n".join(filter(None, (row["instruction"], row.get("input"))))) for row in rows]
     outputs = [len(tokenizer.encode(row["output"])) for row in rows]
-    results = []
-    for traffic, arrivals, load, order in product(args.traffic, args.arrivals, args.load, args.order):
-        found = []
-        for seed in range(args.seeds):
-            rng = random.Random(seed)
-            work = [
-                (prompt, min(max(round(n * (rng.lognormvariate(0, 1) if traffic == "heavy" else 1)), 1), MOST_TOKENS))
-                for prompt, n in zip(prompts, outputs, strict=True)
-            ]
-            rng.shuffle(work)
-            model = StepModel(args.step, args.each, args.token)
-            batch = args.max_num_seqs
-            decode_s = mean(n for _, n in work) * (args.step / batch + args.each)
-            capacity = 1 / (decode_s + mean(len(prompt) for prompt, _ in work) * args.token)
-            found.append(figures(simulate(order, work, load * capacity, ARRIVALS[arrivals], model, batch, rng)))
-        result = {name: round(mean(each[name] for each in found), 4) for name in found[0]}
-        results.append({"traffic": traffic, "arrivals": arrivals, "load": load, "order": order, **result})
-        print(f"{traffic:7} {arrivals:7} load {load:.1f} {order:7} {result}", flush=True)
-    record = {
-        "benchmark": "queue_orders",
-        **{name: value for name, value in vars(args).items() if name not in ("record", "prompts")},
-        "prompts": args.prompts.name,
-        "num_requests": len(rows),
-        "stamp": asdict(current_stamp()),
-        "results": results,
-    }
-    tell(record, args.record)
+    for traffic, arrivals in product(args.traffic, args.arrivals):
+        results = []
+        for load, order in product(args.load, args.order):
+            found = []
+            for seed in range(args.seeds):
+                rng = random.Random(seed)
+                work = [
+                    (
+                        prompt,
+                        min(max(round(n * (rng.lognormvariate(0, 1) if traffic == "heavy" else 1)), 1), MOST_TOKENS),
+                    )
+                    for prompt, n in zip(prompts, outputs, strict=True)
+                ]
+                rng.shuffle(work)
+                model = StepModel(args.step, args.each, args.token)
+                batch = args.max_num_seqs
+                decode_s = mean(n for _, n in work) * (args.step / batch + args.each)
+                capacity = 1 / (decode_s + mean(len(prompt) for prompt, _ in work) * args.token)
+                found.append(figures(simulate(order, work, load * capacity, ARRIVALS[arrivals], model, batch, rng)))
+            result = {name: round(mean(each[name] for each in found), 4) for name in found[0]}
+            results.append({"load": load, "order": order, **result})
+            print(f"{traffic:7} {arrivals:7} load {load:.1f} {order:7} {result}", flush=True)
+        record = {
+            "benchmark": "queue_orders",
+            **{name: value for name, value in vars(args).items() if name != "record"},
+            "prompts": args.prompts.name,
+            "traffic": traffic,
+            "arrivals": arrivals,
+            "num_requests": len(rows),
+            "stamp": asdict(current_stamp()),
+            "results": results,
+        }
+        tell(record, args.record)
 
 
 if __name__ == "__main__":

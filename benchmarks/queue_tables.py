@@ -16,23 +16,19 @@ Curve = Mapping[float, float]
 
 
 def orders(results: Results) -> str:
-    """The newest record: latency by load, and what an order lets in at equal latency."""
-    records = lines(results / "queue_orders.jsonl")
-    if not records:
+    """The newest record of each traffic: latency by load, and what an order lets in at equal latency."""
+    newest = {(r["traffic"], r["arrivals"]): r for r in lines(results / "queue_orders.jsonl")}
+    if not newest:
         return ""
-    record = records[-1]
+    record = next(iter(newest.values()))
     names: Sequence[str] = record["order"]
     loads: Sequence[float] = record["load"]
     latency, gains = [], []
-    for lengths in record["traffic"]:
-        for arrivals in record["arrivals"]:
-            own = [r for r in record["results"] if (r["traffic"], r["arrivals"]) == (lengths, arrivals)]
-            curves = {name: {r["load"]: r["normalised_s"] for r in own if r["order"] == name} for name in names}
-            latency += [
-                [f"{lengths}, {arrivals}", f"`{name}`", *(number(curves[name][load], 2) for load in loads)]
-                for name in names
-            ]
-            gains.append([f"{lengths}, {arrivals}", *_gains(curves), *_tails(own, names)])
+    for place, found in newest.items():
+        whose, own = ", ".join(place), found["results"]
+        curves = {name: {r["load"]: r["normalised_s"] for r in own if r["order"] == name} for name in names}
+        latency += [[whose, f"`{name}`", *(number(curves[name][load], 2) for load in loads)] for name in names]
+        gains.append([whose, *_gains(curves), *_tails(own, names)])
     others = [name for name in names if name != "fcfs"]
     first = table(["lengths, arrivals", "order", *map(str, loads)], latency)
     second = table(

@@ -66,7 +66,8 @@ class GuardedConnection(HttpToolsProtocol):
 
     def _write(self, cycle: RequestResponseCycle, data: bytes | bytearray) -> bool:
         """See `Express`."""
-        if self.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding or self.transport.is_closing():
+        has_begun = cycle.chunked_encoding and not cycle.response_complete
+        if not has_begun or self.flow.write_paused or cycle.disconnected or self.transport.is_closing():
             return False
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         return True
