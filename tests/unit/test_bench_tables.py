@@ -211,7 +211,26 @@ def test_what_the_server_costs(tmp_path):
     figures = {"alone_tokens_per_s": 300.0, "served_tokens_per_s": 294.0, "overhead": 0.021, "served_cpu_us": 6000.0}
     figures |= {"loop_cpu_us": 40.0, "lag_p50_ms": 0.2, "lag_p99_ms": 9.0, "clients": 16, "prompt_len": 64}
     record = {"model": "m", "output_len": 128, "rounds": [{}, {}], **figures}
-    write(tmp_path / "server_overhead.jsonl", [record | {"overhead": 0.5}, record])
+    new = record | {"clients_cpu_us": 20.0}
+    write(tmp_path / "server_overhead.jsonl", [new | {"overhead": 0.5}, new, record | {"overhead": 0.6}])
     text = BLOCKS["server-overhead"](tmp_path)
     assert text.startswith("16 clients, prompts of 64 tokens, 128 tokens of output, 2 rounds")
-    assert text.endswith("| `m` | 300 tokens/s | 294 tokens/s | 2.1 % | 6000 us | 40.0 us | 0.2 ms | 9.0 ms |")
+    assert text.endswith(
+        "| `m` | 300 tokens/s | 294 tokens/s | 2.1 % | 6000 us | 40.0 us | 20.0 us | 0.2 ms | 9.0 ms |"
+    )
+
+
+def test_what_an_order_lets_in_at_equal_latency(tmp_path):
+    def result(order, load, normalised):
+        tail = {"fcfs": 150.0, "hrrn": 200.4}[order]
+        return {"latency_p99_s": tail, "load": load, "order": order, "normalised_s": normalised}
+
+    record = {"order": ["fcfs", "hrrn"], "load": [0.5, 1.0, 1.5], "traffic": "heavy", "arrivals": "bursts"}
+    record |= {"num_requests": 99, "prompts": "a.json", "max_num_seqs": 16, "seeds": 3}
+    fcfs = [result("fcfs", load, seconds) for load, seconds in ((0.5, 0.1), (1.0, 0.3), (1.5, 0.5))]
+    hrrn = [result("hrrn", load, seconds) for load, seconds in ((0.5, 0.1), (1.0, 0.2), (1.5, 0.3))]
+    write(tmp_path / "queue_orders.jsonl", [record | {"results": []}, record | {"results": fcfs + hrrn}])
+    text = BLOCKS["queue-orders"](tmp_path)
+    assert "| heavy, bursts | `hrrn` | 0.10 | 0.20 | 0.30 |" in text
+    # fcfs has 0.2 s at a load of 0.75 and 0.4 s at 1.25.
+    assert text.endswith("| heavy, bursts | 1.33x | above 1.20x | 150 s | 200 s |")
