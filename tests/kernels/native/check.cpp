@@ -121,7 +121,7 @@ void check_decode(const Isa& isa, const RowLayout& layout, int group, bool per_h
   if (!per_head) {
     // The same a block at a time, in each sequence its own way.
     const std::vector<float> whole_out(out.get(), out.get() + out.size), whole_mass(mass.get(), mass.get() + mass.size);
-    Plan plan;
+    Pieces pieces;
     Exact<int32_t> begins(num_seqs), ends(num_seqs);
     for (int piece = 0; piece < 3; ++piece) {
       for (int seq = 0; seq < num_seqs; ++seq) {
@@ -129,10 +129,10 @@ void check_decode(const Isa& isa, const RowLayout& layout, int group, bool per_h
         ends[seq] = std::min(counts[seq], (piece + seq) * kBlock);
         if (piece == 2) ends[seq] = counts[seq];
       }
-      workspace.decode_piece(isa, task, plan, begins.get(), ends.get(), threads);
+      workspace.decode_piece(isa, task, pieces, begins.get(), ends.get(), threads);
     }
     for (size_t i = 0; i < out.size; ++i) out[i] = 0;
-    workspace.decode_end(isa, task, plan, threads);
+    workspace.decode_end(isa, task, pieces, threads);
     expect(std::equal(whole_out.begin(), whole_out.end(), out.get()), "output in pieces", isa.name, layout);
     expect(std::equal(whole_mass.begin(), whole_mass.end(), mass.get()), "mass in pieces", isa.name, layout);
   }

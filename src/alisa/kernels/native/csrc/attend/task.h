@@ -107,7 +107,7 @@ struct DecodeTask {
   int num_sets;           // J
   int num_slots;          // K
   void* out;              // [B, H, D] in q_dtype
-  float* mass;            // [B, J, K]
+  float* mass;            // [B, J, K]; null: nobody asks
   float* log_sum_exp;     // [B, H]
   float softcap;          // scores s become softcap * tanh(s / softcap); 0: they stay as they are
 

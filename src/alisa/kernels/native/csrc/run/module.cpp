@@ -14,6 +14,7 @@
 
 #include "workspace.h"
 #include "bind_model.h"
+#include "bind_sketch_step.h"
 #include "isa.h"
 #include "prefill.h"
 #include "row_io.h"
@@ -136,7 +137,7 @@ NB_MODULE(_native, m) {
           },
           "layout"_a, "q"_a, "q_dtype"_a, "rows"_a, "row_stride"_a, "slots"_a, "entries"_a, "counts"_a, "num_seqs"_a,
           "num_heads"_a, "num_sets"_a, "num_slots"_a, "out"_a, "mass"_a, "log_sum_exp"_a, "softcap"_a, "Queries, what they attend to, and results.");
-  nb::class_<alisa::Plan>(m, "Plan").def(nb::init<>());
+  nb::class_<alisa::Pieces>(m, "Pieces").def(nb::init<>());
 
   nb::class_<alisa::Workspace>(m, "Workspace")
       .def(nb::init<>())
@@ -151,21 +152,21 @@ NB_MODULE(_native, m) {
       .def(
           "decode_piece",
           [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const alisa::DecodeTask& task,
-             alisa::Plan& plan, uintptr_t begins, uintptr_t ends) {
+             alisa::Pieces& pieces, uintptr_t begins, uintptr_t ends) {
             const alisa::Isa& kernels = isa_named(isa);
             const nb::gil_scoped_release unlocked;
-            self.decode_piece(kernels, task, plan, at<const int32_t>(begins), at<const int32_t>(ends), threads);
+            self.decode_piece(kernels, task, pieces, at<const int32_t>(begins), at<const int32_t>(ends), threads);
           },
-          "isa"_a, "threads"_a, "task"_a, "plan"_a, "begins"_a, "ends"_a)
+          "isa"_a, "threads"_a, "task"_a, "pieces"_a, "begins"_a, "ends"_a)
       .def(
           "decode_end",
           [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const alisa::DecodeTask& task,
-             alisa::Plan& plan) {
+             alisa::Pieces& pieces) {
             const alisa::Isa& kernels = isa_named(isa);
             const nb::gil_scoped_release unlocked;
-            self.decode_end(kernels, task, plan, threads);
+            self.decode_end(kernels, task, pieces, threads);
           },
-          "isa"_a, "threads"_a, "task"_a, "plan"_a)
+          "isa"_a, "threads"_a, "task"_a, "pieces"_a)
       .def(
           "encode",
           [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const RowLayout& layout, uintptr_t k,
@@ -296,6 +297,7 @@ NB_MODULE(_native, m) {
           "num_sets"_a, "ahead"_a, "softcap"_a, "log_sum_exp"_a, "mass"_a);
 
   bind_model(m);
+  bind_sketch_step(m);
 
   m.def(
       "activate",

@@ -129,12 +129,9 @@ inline void sketch_scores(const SketchTask& task, int item, float* memory) {
   }
 }
 
-// Partial results of a sequence merged: its tokens' weights, summed over the heads of each index set.
-inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
+// The maximum [heads] of a sequence, and 1 / sum [heads] of its weights, from its partial results.
+inline void sequence_totals(const SketchTask& task, int seq, float* maximum, float* inverse) {
   const int heads = task.heads();
-  float* maximum = memory;           // [heads]
-  float* inverse = maximum + heads;  // [heads]: 1 / sum
-  float* factor = inverse + heads;   // [heads]
   const int first_partial = task.grid.first_partial[seq];
   const int last_partial = task.grid.first_partial[seq + 1];
   for (int h = 0; h < heads; h += kWidth) {
@@ -149,20 +146,36 @@ inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
     store(inverse + h, set1(1.0F) / total);
   }
   for (int h = task.num_heads; h < heads; ++h) inverse[h] = 0.0F;
-  if (task.completes()) merge_values(task, seq, maximum, inverse, factor);
+}
 
-  const int length = task.lengths[seq];
+// What the tokens of a sequence would add by the sketch of their values, from its partial results.
+inline void sketch_merge(const SketchTask& task, int seq, float* memory) {
+  const int heads = task.heads();
+  sequence_totals(task, seq, memory, memory + heads);
+  merge_values(task, seq, memory, memory + heads, memory + 2 * heads);
+}
+
+// Weights of `num_blocks` blocks of a sequence become those of the whole of it, and are summed over the heads of each index
+// set.
+inline void sketch_normalise(const SketchTask& task, int seq, int first_block, int num_blocks, float* memory) {
+  const int heads = task.heads();
+  float* maximum = memory;           // [heads]
+  float* inverse = maximum + heads;  // [heads]: 1 / sum
+  float* factor = inverse + heads;   // [heads]
+  sequence_totals(task, seq, maximum, inverse);
   const int num_sets = task.num_sets;
   const int heads_per_set = task.num_heads / num_sets;
   const float once = 1.0F / static_cast<float>(task.parts);  // every part of a head has its weight
   float* out = task.out + static_cast<size_t>(seq) * num_sets * task.width;
-  size_t number = task.grid.first_block[seq];
-  for (int first = 0; first < length; first += kSketchBlock, ++number) {
+  for (int block = first_block; block < first_block + num_blocks; ++block) {
+    const size_t number = task.grid.first_block[seq] + static_cast<size_t>(block);
+    const int first = block * kSketchBlock;
     for (int h = 0; h < heads; h += kWidth) {
       const F scale = exp_nonpositive(load(task.block_max + number * heads + h) - load(maximum + h));
       store(factor + h, scale * load(inverse + h));
     }
-    const int count = length - first < kSketchBlock ? length - first : kSketchBlock;
+    const int left = task.lengths[seq] - first;
+    const int count = left < kSketchBlock ? left : kSketchBlock;
     for (int t = 0; t < count; ++t) {
       float* weights = task.weights + (number * kSketchBlock + t) * heads;
       F all = set1(0.0F);
@@ -182,7 +195,15 @@ inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
       }
     }
   }
-  for (int set = 0; set < num_sets; ++set) {
+}
+
+// Partial results of a sequence merged: its tokens' weights, summed over the heads of each index set.
+inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
+  if (task.completes()) sketch_merge(task, seq, memory);
+  const int length = task.lengths[seq];
+  sketch_normalise(task, seq, 0, (length + kSketchBlock - 1) / kSketchBlock, memory);
+  float* out = task.out + static_cast<size_t>(seq) * task.num_sets * task.width;
+  for (int set = 0; set < task.num_sets; ++set) {
     for (int t = length; t < task.width; ++t) out[static_cast<size_t>(set) * task.width + t] = 0.0F;
   }
 }

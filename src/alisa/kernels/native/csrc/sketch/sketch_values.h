@@ -173,21 +173,20 @@ inline void merge_values(const SketchTask& task, int seq, const float* maximum, 
   }
 }
 
-// Tokens at `count` positions taken away from the sums of the heads [first, last), all those of some K/V heads.
-inline void take_away(const SketchTask& task, int seq, const int32_t* positions, int count, int first, int last,
+// Tokens at `count` positions taken away from the sums of one K/V head's query heads.
+inline void take_away(const SketchTask& task, int seq, const int32_t* positions, int count, int kv_head,
                       const SketchScratch& scratch) {
   const SketchLayout& layout = task.value_layout;
   const int heads = task.heads();
-  const int group = task.num_heads / layout.num_kv_heads;
-  const int first_kv = first / group;
-  const int num_kv = last / group - first_kv;
+  const int first = kv_head * task.group();
+  const int last = first + task.group();
   const size_t token_bytes = static_cast<size_t>(layout.num_kv_heads) * layout.code_bytes();
   const float* weights = task.weights + task.grid.first_block[seq] * kSketchBlock * heads;
   const auto partial = static_cast<size_t>(task.grid.first_partial[seq]);
   float* shift = task.partial_shift + partial * heads;
   float* steps = scratch.pairs;
-  float* minima = scratch.pairs + SketchScratch::pair_floats(task.layout);
-  auto* gathered = reinterpret_cast<uint16_t*>(scratch.minima);
+  float* minima = steps + kSketchBlock;
+  uint32_t gathered[kSketchBlock] = {};
   ValueBlock block;
   block.factors = scratch.steps;
   block.heads = heads;
@@ -196,48 +195,53 @@ inline void take_away(const SketchTask& task, int seq, const int32_t* positions,
     for (int t = 0; t < block.count; ++t) {
       const size_t token = static_cast<size_t>(task.starts[seq]) + positions[begin + t];
       block.codes[t] = task.value_codes + token * token_bytes;
-      const uint16_t* ranges = task.value_ranges + 2 * (token * layout.num_kv_heads + first_kv);
-      std::memcpy(gathered + 2 * t * num_kv, ranges, 2 * sizeof(uint16_t) * num_kv);
+      std::memcpy(gathered + t, task.value_ranges + 2 * (token * layout.num_kv_heads + kv_head), sizeof(uint32_t));
     }
-    for (int i = 0; i < block.count * num_kv; i += kWidth) {
+    for (int i = 0; i < block.count; i += kWidth) {
       F step, minimum;
-      load_f16_pairs(gathered + 2 * i, step, minimum);
+      load_f16_pairs(gathered + i, step, minimum);
       store(steps + i, step);
       store(minima + i, minimum);
     }
-    for (int t = 0; t < block.count; ++t) {
-      const float* of_token = weights + static_cast<size_t>(positions[begin + t]) * heads;
-      float* factors = scratch.steps + static_cast<size_t>(t) * heads;
-      for (int h = first; h < last; ++h) {
-        const int at = t * num_kv + h / group - first_kv;
-        factors[h] = -of_token[h] * steps[at];
-        shift[h] -= of_token[h] * minima[at];
+    // Lanes after the last head are of no use, and are in none of the places that matter here.
+    for (int h = first; h < last; h += kWidth) {
+      F total = load(shift + h);
+      for (int t = 0; t < block.count; ++t) {
+        const F weight = load(weights + static_cast<size_t>(positions[begin + t]) * heads + h);
+        store(scratch.steps + static_cast<size_t>(t) * heads + h, weight * set1(-steps[t]));
+        total = total - weight * set1(minima[t]);
       }
+      float lanes[kWidth];
+      store(lanes, total);
+      std::memcpy(shift + h, lanes, static_cast<size_t>(last - h < kWidth ? last - h : kWidth) * sizeof(float));
     }
     add_heads(task, block, first, last, values_of(task, partial));
   }
 }
 
-// What the tokens that are not read add to each head, [H, D]; `count` tokens of each index set are. Comes after
-// `sketch_finish`.
-inline void sketch_rest(const SketchTask& task, int seq, const int32_t* positions, size_t stride, int count, float* memory) {
+// What the tokens that are not read add to the query heads of one K/V head, [H, D]; `count` tokens of each index set are.
+// Comes after `sketch_merge` and `sketch_normalise`.
+inline void sketch_rest(const SketchTask& task, int seq, const int32_t* positions, size_t stride, int count, int kv_head,
+                        float* memory) {
   const SketchLayout& layout = task.value_layout;
   const int dim = layout.head_dim;
-  const int heads_per_set = task.num_heads / task.num_sets;
+  const int first = kv_head * task.group();
+  const int last = first + task.group();
+  const bool all = count >= task.lengths[seq];
+  if (!all) {
+    const int set = first / (task.num_heads / task.num_sets);
+    take_away(task, seq, positions + static_cast<size_t>(set) * stride, count, kv_head, SketchScratch(task, memory));
+  }
   float* rest = task.rest + static_cast<size_t>(seq) * task.num_heads * dim;
-  if (count >= task.lengths[seq]) {
-    std::memset(rest, 0, static_cast<size_t>(task.num_heads) * dim * sizeof(float));
-    return;
-  }
-  const SketchScratch scratch(task, memory);
-  for (int set = 0; set < task.num_sets; ++set, positions += stride) {
-    take_away(task, seq, positions, count, set * heads_per_set, (set + 1) * heads_per_set, scratch);
-  }
   const auto partial = static_cast<size_t>(task.grid.first_partial[seq]);
-  const float* sums = values_of(task, partial);
+  const float* sums = values_of(task, partial) + static_cast<size_t>(first) * layout.head_stride();
   const float* shift = task.partial_shift + partial * task.heads();
-  for (int h = 0; h < task.num_heads; ++h, sums += layout.head_stride()) {
+  for (int h = first; h < last; ++h, sums += layout.head_stride()) {
     float* of_part = rest + static_cast<size_t>(task.head_of(h)) * dim * task.parts + task.offset_of(h);
+    if (all) {
+      std::memset(of_part, 0, static_cast<size_t>(dim) * sizeof(float));
+      continue;
+    }
     for (int plane = 0, d = 0; plane < layout.planes(); ++plane) {
       const float* of_plane = sums + plane * layout.plane_stride();
       for (int i = 0; i < layout.code_bytes() && d < dim; ++i, ++d) of_part[d] = of_plane[i] + shift[h];
