@@ -175,6 +175,7 @@ struct SketchTask {
   // The plan and its buffers, see workspace.cpp. Heads are padded to `heads()`.
   const Item* items;
   Grid grid;
+  float* queries = nullptr;  // [B, floats of a query]; null: each item prepares its own
   float* weights;         // [blocks, kSketchBlock, heads]: exp(score - block_max)
   float* block_max;       // [blocks, heads]
   float* partial_max;     // [partials, heads]

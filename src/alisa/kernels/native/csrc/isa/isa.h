@@ -13,6 +13,9 @@ namespace alisa {
 struct SketchKernels {
   // Floats of scratch that the others need.
   size_t (*floats)(const SketchLayout& layout, int num_heads);
+  // Floats of a prepared query, a whole number of cache lines; and one sequence's, into the task's `queries`.
+  size_t (*query_floats)(const SketchLayout& layout, int num_heads);
+  void (*prepare)(const SketchTask& task, int seq, float* scratch);
   // One partial result.
   void (*scores)(const SketchTask& task, int item, float* scratch);
   // Merges the partial results of one sequence and writes its scores: the next two, for all blocks.

@@ -127,6 +127,7 @@ void SketchStepper::do_unit(const SketchStep& step, const SketchStep::Unit& unit
       isa.encode(tasks.rows, unit.index, unit.index + 1, mine);
       isa.sketch.append(tasks.keys, unit.index, unit.index + 1, mine);
       isa.sketch.append(tasks.values, unit.index, unit.index + 1, mine);
+      isa.sketch.prepare(tasks.sketch, unit.seq, mine);
       return done(appends_);
     case Work::kScore:
       wait_for(appends_);
@@ -188,6 +189,8 @@ void SketchStepper::run(const SketchStep& step, const SketchLayer& layer, const 
   tasks.attend.items = step.attend_items_.data();
   const size_t rows = static_cast<size_t>(task.sketch.num_seqs) * task.sketch.num_sets;
   place(tasks.sketch, step.sketch_plan_, rows * static_cast<size_t>(task.sketch.width), sketch_memory_);
+  const size_t query_floats = isa.sketch.query_floats(task.sketch.layout, task.sketch.num_heads);
+  tasks.sketch.queries = query_memory_.room(static_cast<size_t>(task.sketch.num_seqs) * query_floats);
   place(tasks.attend, step.attend_plan_, attend_memory_);
   open(step);
 

@@ -105,6 +105,7 @@ class SketchStepper {
   void choose(const SketchStep& step, int seq, const SketchTask& sketch, SelectMemory& selecting, float* mine);
 
   std::mutex mutex_;
+  Buffer query_memory_;
   Buffer sketch_memory_;
   Buffer attend_memory_;
   Buffer scratch_;

@@ -1,7 +1,7 @@
 // Approximate attention weights of every token from a low-bit copy of its keys: what ranks tokens for the current query.
 //
 // The query is rounded to whole numbers for each head (an error far below that of the sketch), so that its products with
-// the codes are sums of small integers: sketch_dot.h, or its like for VNNI, which comes before. One vector holds the scores
+// the codes are sums of small integers: sketch_dot.h. One vector holds the scores
 // of one token for as many heads as it has lanes: nothing has to be turned round between the dot products, the ranges and
 // the softmax, whose maximum and sum run over tokens, lane by lane. As in attend.h, weights relative to a running maximum are kept for every block, and whoever
 // completes a sequence scales them and adds up its heads. They stay where they are, for the shares of what is then chosen.
@@ -14,27 +14,35 @@
 namespace alisa::ALISA_ISA {
 
 // Scores of one block into weights [tokens, heads].
-template <int kBits, int kShared, int kWhole>
+template <int kBits>
 inline void score_block(const SketchTask& task, size_t token, int count, const SketchScratch& scratch, float* weights) {
   const SketchLayout& layout = task.layout;
   const int heads = task.heads();
-  const CodeRuns runs(layout);
+  const size_t stride = SketchScratch::product_stride(heads);
   const size_t token_bytes = static_cast<size_t>(layout.num_kv_heads) * layout.code_bytes();
   const size_t token_ranges = 2 * static_cast<size_t>(layout.num_kv_heads);
-  widen_ranges(task, task.ranges + token * token_ranges, count, scratch);
+  const uint8_t* tokens[kSketchBlock];
   for (int t = 0; t < count; ++t) {
-    const uint8_t* codes = task.codes + (token + t) * token_bytes;
+    tokens[t] = task.codes + (token + t) * token_bytes;
     // The hardware follows the codes, but begins anew in every page, and loses the ranges from block to block.
-    const uint8_t* ahead = codes + kSketchAheadBytes;
+    const uint8_t* ahead = tokens[t] + kSketchAheadBytes;
     for (size_t i = 0; i < token_bytes; i += 64) __builtin_prefetch(ahead + i, 0, 3);
     const uint16_t* ranges = task.ranges + (token + t + kSketchBlock) * token_ranges;
     for (size_t i = 0; i < token_ranges; i += 32) __builtin_prefetch(ranges + i, 0, 3);
-    for (int h = 0; h < heads; h += kWidth) {
-      const F products =
-          tile_products<kBits, kShared, kWhole>(codes, scratch.offsets + h, scratch.query + h * runs.words, runs);
+  }
+  for (int t = count; t < round_up(count, kTokensTogether); ++t) tokens[t] = tokens[count - 1];
+  block_products<kBits>(tokens, count, layout, task.group(), scratch.query.words, scratch.products, stride);
+  widen_ranges(task, task.ranges + token * token_ranges, count, scratch);
+  const float* steps = scratch.steps;  // copies that no store can have changed, for the compiler
+  const float* minima = scratch.minima;
+  const int32_t* products = scratch.products;
+  for (int h = 0; h < heads; h += kWidth) {
+    const F unit = load(scratch.query.scale + h);
+    const F sum = load(scratch.query.sum + h);
+    for (int t = 0; t < count; ++t) {
       const size_t at = static_cast<size_t>(t) * heads + h;
-      const F shift = load(scratch.minima + at) * load(scratch.query_sum + h);
-      store(weights + at, fma(products * load(scratch.query_scale + h), load(scratch.steps + at), shift));
+      const F of_token = whole_numbers(products + static_cast<size_t>(t) * stride + h);
+      store(weights + at, fma(of_token * unit, load(steps + at), load(minima + at) * sum));
     }
   }
 }
@@ -79,16 +87,30 @@ inline void weigh_tokens(float* weights, int count, int heads, float* maximum, f
   }
 }
 
-template <int kBits, int kShared, int kWhole>
+// The query of a sequence, for all of its items.
+inline void sketch_prepare(const SketchTask& task, int seq, float* memory) {
+  const size_t floats = SketchQuery::floats(task.layout, task.num_heads);
+  const SketchQuery query(task.heads(), task.queries + static_cast<size_t>(seq) * floats);
+  prepare_query(task, seq, query, SketchScratch(task, memory).values);
+}
+
+template <int kBits>
 void sketch_item(const SketchTask& task, int index, float* memory) {
   const Item& item = task.items[index];
-  const SketchScratch scratch(task, memory);
+  SketchScratch scratch(task, memory);
   const auto heads = static_cast<size_t>(task.heads());
   const auto partial = static_cast<size_t>(task.grid.first_partial[item.seq] + item.first_block / kSketchItemBlocks);
   float* maximum = task.partial_max + partial * heads;
   float* total = task.partial_sum + partial * heads;
   for (size_t h = 0; h < heads; ++h) maximum[h] = -3e38F, total[h] = 0.0F;
-  prepare_query(task, item.seq, scratch);
+  if (task.queries == nullptr) {
+    prepare_query(task, item.seq, scratch.query, scratch.values);
+  } else {
+    const size_t floats = SketchQuery::floats(task.layout, task.num_heads);
+    scratch.query = SketchQuery(task.heads(), task.queries + static_cast<size_t>(item.seq) * floats);
+  }
+  // Padding has no products.
+  std::memset(scratch.products, 0, kSketchBlock * SketchScratch::product_stride(task.heads()) * sizeof(int32_t));
   if (task.completes()) clear_values(task, partial);
   for (int i = 0; i < item.num_blocks; ++i) {
     const int first = (item.first_block + i) * kSketchBlock;
@@ -97,7 +119,7 @@ void sketch_item(const SketchTask& task, int index, float* memory) {
     const size_t number = task.grid.first_block[item.seq] + static_cast<size_t>(item.first_block + i);
     float* weights = task.weights + number * kSketchBlock * heads;
     const size_t token = static_cast<size_t>(task.starts[item.seq]) + first;
-    score_block<kBits, kShared, kWhole>(task, token, count, scratch, weights);
+    score_block<kBits>(task, token, count, scratch, weights);
     complete_scores(task, count, weights);
     weigh_tokens(weights, count, task.heads(), maximum, total, scratch.rescale);
     if (task.completes()) add_block(task, token, count, weights, partial, scratch);
@@ -105,27 +127,11 @@ void sketch_item(const SketchTask& task, int index, float* memory) {
   }
 }
 
-template <int kBits, int kShared>
-inline void sketch_item_of(const SketchTask& task, int item, float* memory) {
-  switch (CodeRuns(task.layout).known()) {
-    case 1: return sketch_item<kBits, kShared, 1>(task, item, memory);
-    case 2: return sketch_item<kBits, kShared, 2>(task, item, memory);
-    default: return sketch_item<kBits, kShared, -1>(task, item, memory);
-  }
-}
-
-template <int kBits>
-inline void sketch_item_of(const SketchTask& task, int item, float* memory) {
-  // A tile is a whole number of runs only where four heads in a row always share a key.
-  if (task.num_heads / task.layout.num_kv_heads % 4 == 0) return sketch_item_of<kBits, 4>(task, item, memory);
-  return sketch_item_of<kBits, 1>(task, item, memory);
-}
-
 inline void sketch_scores(const SketchTask& task, int item, float* memory) {
   switch (task.layout.bits) {
-    case 2: return sketch_item_of<2>(task, item, memory);
-    case 4: return sketch_item_of<4>(task, item, memory);
-    default: return sketch_item_of<8>(task, item, memory);
+    case 2: return sketch_item<2>(task, item, memory);
+    case 4: return sketch_item<4>(task, item, memory);
+    default: return sketch_item<8>(task, item, memory);
   }
 }
 
@@ -176,8 +182,9 @@ inline void sketch_normalise(const SketchTask& task, int seq, int first_block, i
     }
     const int left = task.lengths[seq] - first;
     const int count = left < kSketchBlock ? left : kSketchBlock;
-    for (int t = 0; t < count; ++t) {
-      float* weights = task.weights + (number * kSketchBlock + t) * heads;
+    float* weights = task.weights + number * kSketchBlock * heads;
+    F sums[4] = {set1(0.0F), set1(0.0F), set1(0.0F), set1(0.0F)};
+    for (int t = 0; t < count; ++t, weights += heads) {
       F all = set1(0.0F);
       for (int h = 0; h < heads; h += kWidth) {
         const F weight = load(weights + h) * load(factor + h);
@@ -185,7 +192,12 @@ inline void sketch_normalise(const SketchTask& task, int seq, int first_block, i
         all = all + weight;
       }
       if (num_sets == 1) {
-        out[first + t] = sum_of(all) * once;
+        sums[t % 4] = all;
+        if (t % 4 == 3 || t + 1 == count) {
+          float four[4];
+          sum4(sums, four);
+          for (int i = t / 4 * 4; i <= t; ++i) out[first + i] = four[i % 4] * once;
+        }
         continue;
       }
       for (int set = 0; set < num_sets; ++set) {

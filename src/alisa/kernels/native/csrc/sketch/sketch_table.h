@@ -1,4 +1,4 @@
-// The kernels of a sketch as a table, after a vec_*.h and a sketch_dot*.h.
+// The kernels of a sketch as a table, after a vec_*.h.
 #pragma once
 
 #include "isa.h"
@@ -14,8 +14,8 @@ inline size_t sketch_floats(const SketchLayout& layout, int num_heads) {
 }
 
 constexpr SketchKernels sketch_kernels() {
-  return {sketch_floats, sketch_scores, sketch_finish, sketch_merge, sketch_normalise, sketch_shares, sketch_rest,
-          sketch_append};
+  return {sketch_floats,  SketchQuery::floats, sketch_prepare, sketch_scores, sketch_finish,
+          sketch_merge,   sketch_normalise,    sketch_shares,  sketch_rest,   sketch_append};
 }
 
 }  // namespace alisa::ALISA_ISA

@@ -25,71 +25,85 @@ struct ValueBlock {
   int heads;
 };
 
+// The layout as plain numbers, worked out once: each has a division in it.
+struct ValueShape {
+  explicit ValueShape(const SketchTask& task)
+      : group(task.group()),
+        code_bytes(task.value_layout.code_bytes()),
+        plane_stride(task.value_layout.plane_stride()),
+        head_stride(task.value_layout.head_stride()) {}
+  int group;
+  int code_bytes;
+  int plane_stride;
+  int head_stride;
+};
+
 // Sums [planes, plane_stride] of kTogether heads that share their values have grown by the block.
 template <int kBits, int kTogether, bool kWhole>
-inline void add_vector(const ValueBlock& block, size_t offset, int count, int head, float* sums, const SketchLayout& layout) {
+inline void add_vector(const ValueBlock& block, size_t offset, int bytes, int head, float* sums, const ValueShape shape) {
   constexpr int kPlanes = 8 / kBits;
-  const int stride = layout.plane_stride();
+  const int stride = shape.plane_stride;
+  const int head_stride = shape.head_stride;
+  const int count = block.count;
+  const auto heads = static_cast<size_t>(block.heads);
+  const float* factors = block.factors + head;
   F totals[kTogether][kPlanes];
   for (int i = 0; i < kTogether; ++i) {
-    for (int plane = 0; plane < kPlanes; ++plane) totals[i][plane] = load(sums + i * layout.head_stride() + plane * stride);
+    for (int plane = 0; plane < kPlanes; ++plane) totals[i][plane] = load(sums + i * head_stride + plane * stride);
   }
-  for (int t = 0; t < block.count; ++t) {
+  for (int t = 0; t < count; ++t, factors += heads) {
     const uint8_t* at = block.codes[t] + offset;
     F codes[kPlanes];
-    unpack_codes<kBits>(kWhole ? load_codes(at) : load_codes(at, count), codes);
-    const float* factors = block.factors + static_cast<size_t>(t) * block.heads + head;
+    unpack_codes<kBits>(kWhole ? load_codes(at) : load_codes(at, bytes), codes);
     for (int i = 0; i < kTogether; ++i) {
       const F factor = set1(factors[i]);
       for (int plane = 0; plane < kPlanes; ++plane) totals[i][plane] = fma(factor, codes[plane], totals[i][plane]);
     }
   }
   for (int i = 0; i < kTogether; ++i) {
-    for (int plane = 0; plane < kPlanes; ++plane) store(sums + i * layout.head_stride() + plane * stride, totals[i][plane]);
+    for (int plane = 0; plane < kPlanes; ++plane) store(sums + i * head_stride + plane * stride, totals[i][plane]);
   }
 }
 
 // The same for all of a head's vectors.
 template <int kBits, int kTogether>
-inline void add_head(const ValueBlock& block, int kv_head, int head, float* sums, const SketchLayout& layout) {
-  const int code_bytes = layout.code_bytes();
-  for (int i = 0; i < code_bytes; i += kWidth) {
-    const size_t offset = static_cast<size_t>(kv_head) * code_bytes + i;
-    if (i + kWidth <= code_bytes) {
-      add_vector<kBits, kTogether, true>(block, offset, kWidth, head, sums + i, layout);
+inline void add_head(const ValueBlock& block, int kv_head, int head, float* sums, const ValueShape shape) {
+  for (int i = 0; i < shape.code_bytes; i += kWidth) {
+    const size_t offset = static_cast<size_t>(kv_head) * shape.code_bytes + i;
+    if (i + kWidth <= shape.code_bytes) {
+      add_vector<kBits, kTogether, true>(block, offset, kWidth, head, sums + i, shape);
     } else {
-      add_vector<kBits, kTogether, false>(block, offset, code_bytes - i, head, sums + i, layout);
+      add_vector<kBits, kTogether, false>(block, offset, shape.code_bytes - i, head, sums + i, shape);
     }
   }
 }
 
 // The same for `count` heads, at most kMost.
 template <int kBits, int kMost>
-inline void add_some(const ValueBlock& block, int kv_head, int head, int count, float* sums, const SketchLayout& layout) {
-  if (count == kMost) return add_head<kBits, kMost>(block, kv_head, head, sums, layout);
-  if constexpr (kMost > 1) add_some<kBits, kMost - 1>(block, kv_head, head, count, sums, layout);
+inline void add_some(const ValueBlock& block, int kv_head, int head, int count, float* sums, const ValueShape shape) {
+  if (count == kMost) return add_head<kBits, kMost>(block, kv_head, head, sums, shape);
+  if constexpr (kMost > 1) add_some<kBits, kMost - 1>(block, kv_head, head, count, sums, shape);
 }
 
 // Sums [H, head_stride] of the heads [first, last), all those of some K/V heads, have grown by the block.
 template <int kBits>
-inline void add_heads(const SketchTask& task, const ValueBlock& block, int first, int last, float* sums) {
+inline void add_heads(const ValueShape shape, const ValueBlock& block, int first, int last, float* sums) {
   // As many as have their sums in registers.
   constexpr int kMost = kSums * kBits / 8 < 4 ? kSums * kBits / 8 : 4;
-  const SketchLayout& layout = task.value_layout;
-  const int group = task.num_heads / layout.num_kv_heads;
   for (int h = first, count; h < last; h += count) {
-    const int kv_head = h / group;
-    const int left = (kv_head + 1) * group - h;
+    const int kv_head = h / shape.group;
+    const int left = (kv_head + 1) * shape.group - h;
     count = left < kMost ? left : kMost;
-    add_some<kBits, kMost>(block, kv_head, h, count, sums + static_cast<size_t>(h) * layout.head_stride(), layout);
+    add_some<kBits, kMost>(block, kv_head, h, count, sums + static_cast<size_t>(h) * shape.head_stride, shape);
   }
 }
 
 inline void add_heads(const SketchTask& task, const ValueBlock& block, int first, int last, float* sums) {
+  const ValueShape shape(task);
   switch (task.value_layout.bits) {
-    case 2: return add_heads<2>(task, block, first, last, sums);
-    case 4: return add_heads<4>(task, block, first, last, sums);
-    default: return add_heads<8>(task, block, first, last, sums);
+    case 2: return add_heads<2>(shape, block, first, last, sums);
+    case 4: return add_heads<4>(shape, block, first, last, sums);
+    default: return add_heads<8>(shape, block, first, last, sums);
   }
 }
 
@@ -117,21 +131,22 @@ inline void add_block(const SketchTask& task, size_t token, int count, const flo
   const size_t token_ranges = 2 * static_cast<size_t>(layout.num_kv_heads);
   widen_ranges(task, task.value_ranges + token * token_ranges, count, scratch);
   float* shift = task.partial_shift + partial * heads;
+  float* steps = scratch.steps;
+  const float* minima = scratch.minima;
   for (int h = 0; h < heads; h += kWidth) {
     F sum = load(shift + h) * load(scratch.rescale + h);
     for (int t = 0; t < count; ++t) {
       const size_t at = static_cast<size_t>(t) * heads + h;
       const F weight = load(weights + at);
-      sum = fma(weight, load(scratch.minima + at), sum);
-      store(scratch.steps + at, weight * load(scratch.steps + at));
+      sum = fma(weight, load(minima + at), sum);
+      store(steps + at, weight * load(steps + at));
     }
     store(shift + h, sum);
   }
   float* sums = values_of(task, partial);
+  const int head_stride = layout.head_stride();
   for (int h = 0; h < task.num_heads; ++h) {
-    if (scratch.rescale[h] != 1.0F) {
-      scale_head(sums + static_cast<size_t>(h) * layout.head_stride(), layout.head_stride(), scratch.rescale[h]);
-    }
+    if (scratch.rescale[h] != 1.0F) scale_head(sums + static_cast<size_t>(h) * head_stride, head_stride, scratch.rescale[h]);
   }
   ValueBlock block;
   block.factors = scratch.steps;
