@@ -180,7 +180,7 @@ struct SketchTask {
   float* block_max;       // [blocks, heads]
   float* partial_max;     // [partials, heads]
   float* partial_sum;     // [partials, heads]
-  float* partial_values;  // [partials, H, value_layout.head_stride()]: weights times steps times codes
+  float* partial_values;  // [partials, H, value_layout.head_stride()]: weights times steps times codes, of unread tokens
   float* partial_shift;   // [partials, heads]: weights times minima, what is added to every dimension
 
   ALISA_INLINE constexpr int heads() const { return round_up(num_heads, kPad); }

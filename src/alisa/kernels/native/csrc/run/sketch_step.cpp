@@ -73,8 +73,8 @@ void SketchStep::add_reading(int seq) {
       }
     }
   }
-  for (int kv_head = 0; kv_head < task_.sketch.layout.num_kv_heads; ++kv_head) {
-    units_.push_back({Work::kComplete, seq, kv_head, true});
+  for (int item = first_sketch_item_[seq]; item < first_sketch_item_[seq + 1]; ++item) {
+    units_.push_back({Work::kComplete, seq, item, true});
   }
 }
 
@@ -98,7 +98,7 @@ void SketchStepper::open(const SketchStep& step) {
     open_[seq].scores = items;
     open_[seq].weights = items;
     open_[seq].choice = 1;
-    open_[seq].reads = reads + step.task_.sketch.layout.num_kv_heads;
+    open_[seq].reads = reads + items;
   }
   appends_ = static_cast<int>(num_seqs);
 }
@@ -122,6 +122,8 @@ void SketchStepper::do_unit(const SketchStep& step, const SketchStep::Unit& unit
   using Work = SketchStep::Work;
   const Isa& isa = step.isa_;
   Open& open = open_[static_cast<size_t>(unit.seq)];
+  const SelectTask<float>& chosen = step.task_.chosen;
+  const int first_row = unit.seq * tasks.sketch.num_sets;
   switch (unit.work) {
     case Work::kAppend:
       isa.encode(tasks.rows, unit.index, unit.index + 1, mine);
@@ -136,7 +138,6 @@ void SketchStepper::do_unit(const SketchStep& step, const SketchStep::Unit& unit
     case Work::kNormalise: {
       wait_for(open.scores);
       const Item& item = step.sketch_items_[static_cast<size_t>(unit.index)];
-      if (item.first_block == 0) isa.sketch.merge(tasks.sketch, unit.seq, mine);
       isa.sketch.normalise(tasks.sketch, unit.seq, item.first_block, item.num_blocks, mine);
       return done(open.weights);
     }
@@ -150,16 +151,15 @@ void SketchStepper::do_unit(const SketchStep& step, const SketchStep::Unit& unit
       break;
     case Work::kComplete: {
       wait_for(open.choice);
-      const SelectTask<float>& chosen = step.task_.chosen;
-      const int first = unit.seq * tasks.sketch.num_sets;
       const auto stride = static_cast<size_t>(chosen.num_slots);
-      isa.sketch.rest(tasks.sketch, unit.seq, chosen.positions + static_cast<size_t>(first) * stride, stride,
-                      chosen.counts[first], unit.index, mine);
+      const int32_t* positions = chosen.positions + static_cast<size_t>(first_row) * stride;
+      isa.sketch.complete(tasks.sketch, unit.index, positions, stride, chosen.counts[first_row], mine);
       break;
     }
   }
   if (open.reads.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
   isa.finish(tasks.attend, unit.seq, mine);
+  isa.sketch.rest(tasks.sketch, unit.seq, chosen.counts[first_row], mine);
   isa.rest_blend({tasks.attend.num_heads, tasks.attend.layout.head_dim, tasks.attend.out, step.task_.out, tasks.attend.q_dtype,
                   step.task_.shares, tasks.sketch.rest},
                  unit.seq, mine);

@@ -64,7 +64,7 @@ class SketchStep {
   struct Unit {
     Work work;
     int seq;
-    int index;     // of a new token, an item or a K/V head
+    int index;     // of a new token or an item
     bool selects;  // it reads tokens that must have been chosen
   };
 

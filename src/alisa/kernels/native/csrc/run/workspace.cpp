@@ -123,15 +123,18 @@ void Workspace::encode(const Isa& isa, const EncodeTask& task, int64_t num_token
              [&](int64_t first, int64_t last, float* mine) { isa.encode(task, first, last, mine); });
 }
 
-template <class Finish>
-void Workspace::run_sketch(const Isa& isa, SketchTask& task, size_t room, const Threads& threads, const Finish& finish) {
+// Work goes with the products, of which there is one for every query head.
+Threads Workspace::sketch_team(const SketchTask& task, const Threads& threads) {
   size_t num_tokens = 0;
   for (int seq = 0; seq < task.num_seqs; ++seq) num_tokens += static_cast<size_t>(task.lengths[seq]);
-  const auto heads = static_cast<size_t>(task.heads());
-  Threads team = threads;
-  // Work goes with the products, of which there is one for every query head.
   const int code_bytes = task.layout.code_bytes() + (task.completes() ? task.value_layout.code_bytes() : 0);
-  if (num_tokens * heads * static_cast<size_t>(code_bytes) < kSerialBytes) team.count = 1;
+  Threads team = threads;
+  if (num_tokens * static_cast<size_t>(task.heads()) * static_cast<size_t>(code_bytes) < kSerialBytes) team.count = 1;
+  return team;
+}
+
+template <class Finish>
+void Workspace::run_sketch(const Isa& isa, SketchTask& task, size_t room, const Threads& threads, const Finish& finish) {
   plan_.lay_out(task.lengths, task.num_seqs, kSketchBlock, kSketchItemBlocks);
   cut(
       task.num_seqs, kSketchItemBlocks, nullptr, [](int) { return 0; },
@@ -139,7 +142,8 @@ void Workspace::run_sketch(const Isa& isa, SketchTask& task, size_t room, const 
   place(task, plan_, room, memory_);
   task.items = items_.data();
   run_items(
-      team, isa.sketch.floats(task.layout, task.num_heads), [&](int item, float* mine) { isa.sketch.scores(task, item, mine); },
+      sketch_team(task, threads), isa.sketch.floats(task.layout, task.num_heads),
+      [&](int item, float* mine) { isa.sketch.scores(task, item, mine); },
       finish);
 }
 
@@ -175,10 +179,17 @@ void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float>
     }
     isa.sketch.shares(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, count,
                       shares + static_cast<size_t>(seq) * (task.num_heads / task.parts), mine);
-    for (int kv_head = 0; task.completes() && kv_head < task.layout.num_kv_heads; ++kv_head) {
-      isa.sketch.rest(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, count, kv_head, mine);
-    }
   });
+  if (!task.completes()) return;
+  const auto count_of = [&](int seq) { return counts[seq * task.num_sets]; };
+  run_items(
+      sketch_team(task, threads), isa.sketch.floats(task.layout, task.num_heads),
+      [&](int item, float* mine) {
+        const int seq = items_[static_cast<size_t>(item)].seq;
+        const int32_t* positions = chosen.positions + static_cast<size_t>(seq) * task.num_sets * stride;
+        isa.sketch.complete(task, item, positions, stride, count_of(seq), mine);
+      },
+      [&](int seq, float* mine) { isa.sketch.rest(task, seq, count_of(seq), mine); });
 }
 
 void Workspace::sketch_append(const Isa& isa, const SketchAppendTask& task, int64_t num_tokens, const Threads& threads) {

@@ -51,6 +51,8 @@ class Workspace {
   void prefill_mass(const PrefillIsa& isa, const MassTask& task, const Threads& threads);
 
  private:
+  // The threads that are worth waking.
+  static Threads sketch_team(const SketchTask& task, const Threads& threads);
   // Weighs all tokens and calls finish(seq, scratch) for every sequence; `room` further floats of the plan become the
   // output of `task`, where it has none.
   template <class Finish>

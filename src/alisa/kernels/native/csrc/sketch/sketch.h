@@ -22,27 +22,29 @@ inline void score_block(const SketchTask& task, size_t token, int count, const S
   const size_t token_bytes = static_cast<size_t>(layout.num_kv_heads) * layout.code_bytes();
   const size_t token_ranges = 2 * static_cast<size_t>(layout.num_kv_heads);
   const uint8_t* tokens[kSketchBlock];
-  for (int t = 0; t < count; ++t) {
-    tokens[t] = task.codes + (token + t) * token_bytes;
-    // The hardware follows the codes, but begins anew in every page, and loses the ranges from block to block.
-    const uint8_t* ahead = tokens[t] + kSketchAheadBytes;
-    for (size_t i = 0; i < token_bytes; i += 64) __builtin_prefetch(ahead + i, 0, 3);
-    const uint16_t* ranges = task.ranges + (token + t + kSketchBlock) * token_ranges;
-    for (size_t i = 0; i < token_ranges; i += 32) __builtin_prefetch(ranges + i, 0, 3);
-  }
+  const uint8_t* codes = task.codes + token * token_bytes;
+  const uint16_t* ranges = task.ranges + token * token_ranges;
+  // The hardware follows the codes, but begins anew in every page, and loses the ranges from block to block.
+  prefetch_span(codes + kSketchAheadBytes, kSketchBlock * token_bytes);
+  prefetch_span(ranges + kSketchBlock * token_ranges, kSketchBlock * token_ranges * sizeof(uint16_t));
+  for (int t = 0; t < count; ++t) tokens[t] = codes + static_cast<size_t>(t) * token_bytes;
   for (int t = count; t < round_up(count, kTokensTogether); ++t) tokens[t] = tokens[count - 1];
   block_products<kBits>(tokens, count, layout, task.group(), scratch.query.words, scratch.products, stride);
-  widen_ranges(task, task.ranges + token * token_ranges, count, scratch);
+  widen_ranges(layout.num_kv_heads, ranges, count, scratch);
   const float* steps = scratch.steps;  // copies that no store can have changed, for the compiler
   const float* minima = scratch.minima;
   const int32_t* products = scratch.products;
   for (int h = 0; h < heads; h += kWidth) {
     const F unit = load(scratch.query.scale + h);
     const F sum = load(scratch.query.sum + h);
+    const Lanes lanes = lanes_at(scratch.query.lanes + h);
+    const int first = kv_head_of(task, h);
     for (int t = 0; t < count; ++t) {
-      const size_t at = static_cast<size_t>(t) * heads + h;
+      const int from = t * layout.num_kv_heads + first;
+      const F step = permute(load(steps + from), lanes);
+      const F minimum = permute(load(minima + from), lanes);
       const F of_token = whole_numbers(products + static_cast<size_t>(t) * stride + h);
-      store(weights + at, fma(of_token * unit, load(steps + at), load(minima + at) * sum));
+      store(weights + static_cast<size_t>(t) * heads + h, fma(of_token * unit, step, minimum * sum));
     }
   }
 }
@@ -67,8 +69,8 @@ inline void complete_scores(const SketchTask& task, int count, float* weights) {
   }
 }
 
-// Scores become weights relative to the running maximum of each head; `rescale` is what earlier ones are worth now.
-inline void weigh_tokens(float* weights, int count, int heads, float* maximum, float* total, float* rescale) {
+// Scores become weights relative to the running maximum of each head.
+inline void weigh_tokens(float* weights, int count, int heads, float* maximum, float* total) {
   for (int h = 0; h < heads; h += kWidth) {
     const F before = load(maximum + h);
     F best = before;
@@ -83,7 +85,6 @@ inline void weigh_tokens(float* weights, int count, int heads, float* maximum, f
     }
     store(maximum + h, best);
     store(total + h, sum);
-    store(rescale + h, scale);
   }
 }
 
@@ -111,7 +112,6 @@ void sketch_item(const SketchTask& task, int index, float* memory) {
   }
   // Padding has no products.
   std::memset(scratch.products, 0, kSketchBlock * SketchScratch::product_stride(task.heads()) * sizeof(int32_t));
-  if (task.completes()) clear_values(task, partial);
   for (int i = 0; i < item.num_blocks; ++i) {
     const int first = (item.first_block + i) * kSketchBlock;
     const int left = task.lengths[item.seq] - first;
@@ -121,8 +121,7 @@ void sketch_item(const SketchTask& task, int index, float* memory) {
     const size_t token = static_cast<size_t>(task.starts[item.seq]) + first;
     score_block<kBits>(task, token, count, scratch, weights);
     complete_scores(task, count, weights);
-    weigh_tokens(weights, count, task.heads(), maximum, total, scratch.rescale);
-    if (task.completes()) add_block(task, token, count, weights, partial, scratch);
+    weigh_tokens(weights, count, task.heads(), maximum, total);
     std::memcpy(task.block_max + number * heads, maximum, heads * sizeof(float));
   }
 }
@@ -152,13 +151,6 @@ inline void sequence_totals(const SketchTask& task, int seq, float* maximum, flo
     store(inverse + h, set1(1.0F) / total);
   }
   for (int h = task.num_heads; h < heads; ++h) inverse[h] = 0.0F;
-}
-
-// What the tokens of a sequence would add by the sketch of their values, from its partial results.
-inline void sketch_merge(const SketchTask& task, int seq, float* memory) {
-  const int heads = task.heads();
-  sequence_totals(task, seq, memory, memory + heads);
-  merge_values(task, seq, memory, memory + heads, memory + 2 * heads);
 }
 
 // Weights of `num_blocks` blocks of a sequence become those of the whole of it, and are summed over the heads of each index
@@ -211,7 +203,6 @@ inline void sketch_normalise(const SketchTask& task, int seq, int first_block, i
 
 // Partial results of a sequence merged: its tokens' weights, summed over the heads of each index set.
 inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
-  if (task.completes()) sketch_merge(task, seq, memory);
   const int length = task.lengths[seq];
   sketch_normalise(task, seq, 0, (length + kSketchBlock - 1) / kSketchBlock, memory);
   float* out = task.out + static_cast<size_t>(seq) * task.num_sets * task.width;

@@ -31,32 +31,30 @@ struct SketchQuery {
 // What one thread needs while it scores an item or finishes a sequence.
 struct SketchScratch {
   SketchQuery query;
-  float* steps;       // [kSketchBlock, heads]: ranges of the block at hand, one for each query head
-  float* minima;      // [kSketchBlock, heads]
-  float* pairs;       // [2, kSketchBlock * G, padded]: the same for each K/V head
-  float* rescale;     // [heads]: what the sums of earlier blocks are worth at the maximum of this one
-  float* values;      // [D] padded: one head of the query
+  float* steps;       // [kSketchBlock * G] padded: ranges of the block at hand
+  float* minima;      // the same
+  float* factors;     // [kSketchBlock, heads]: what the codes of values are multiplied by
+  float* values;      // [D] padded: one head of the query, or of the values
   int32_t* products;  // [kSketchBlock, product_stride]: of the block at hand
 
   // From one token's products to the next one's.
   static size_t product_stride(int heads) { return static_cast<size_t>(heads) + kSlack; }
-  static size_t pair_floats(const SketchLayout& layout) {
+  static size_t value_floats(const SketchLayout& layout) { return static_cast<size_t>(round_up(layout.head_dim, kPad)); }
+  static size_t range_floats(const SketchLayout& layout) {
     return static_cast<size_t>(round_up(kSketchBlock * layout.num_kv_heads, kPad) + 2 * kPad);
   }
   static size_t floats(const SketchLayout& layout, int num_heads) {
     const int heads = round_up(num_heads, kPad);
-    return SketchQuery::floats(layout, num_heads) + (1 + 2 * kSketchBlock) * static_cast<size_t>(heads) +
-           2 * pair_floats(layout) + static_cast<size_t>(round_up(layout.head_dim, kPad)) +
-           kSketchBlock * product_stride(heads);
+    return SketchQuery::floats(layout, num_heads) + 2 * range_floats(layout) + kSketchBlock * static_cast<size_t>(heads) +
+           value_floats(layout) + kSketchBlock * product_stride(heads);
   }
   SketchScratch(const SketchTask& task, float* memory)
       : query(task.heads(), memory),
         steps(memory + SketchQuery::floats(task.layout, task.num_heads)),
-        minima(steps + kSketchBlock * static_cast<size_t>(task.heads())),
-        pairs(minima + kSketchBlock * static_cast<size_t>(task.heads())),
-        rescale(pairs + 2 * pair_floats(task.layout)),
-        values(rescale + task.heads()),
-        products(reinterpret_cast<int32_t*>(values + round_up(task.layout.head_dim, kPad))) {}
+        minima(steps + range_floats(task.layout)),
+        factors(minima + range_floats(task.layout)),
+        values(factors + kSketchBlock * static_cast<size_t>(task.heads())),
+        products(reinterpret_cast<int32_t*>(values + value_floats(task.layout))) {}
 };
 
 // A part of a head of `head_dim` values becomes whole numbers up to kQueryReach; returns what one of them is worth.
@@ -80,6 +78,10 @@ inline int kv_head_of(const SketchTask& task, int head) {
   return kv_head < task.layout.num_kv_heads ? kv_head : task.layout.num_kv_heads - 1;
 }
 
+inline void set_lanes(const SketchTask& task, int32_t* lanes) {
+  for (int h = 0; h < task.heads(); ++h) lanes[h] = kv_head_of(task, h) - kv_head_of(task, h / kWidth * kWidth);
+}
+
 // `values` is room for one head.
 inline void prepare_query(const SketchTask& task, int seq, const SketchQuery& query, float* values) {
   const SketchLayout& layout = task.layout;
@@ -87,8 +89,8 @@ inline void prepare_query(const SketchTask& task, int seq, const SketchQuery& qu
   const size_t bytes = value_bytes(task.q_dtype);
   const auto whole = static_cast<size_t>(dim) * task.parts;
   const auto* source = static_cast<const uint8_t*>(task.q) + static_cast<size_t>(seq) * task.num_heads * dim * bytes;
+  set_lanes(task, query.lanes);
   for (int h = 0; h < task.heads(); ++h) {
-    query.lanes[h] = kv_head_of(task, h) - kv_head_of(task, h / kWidth * kWidth);
     query.scale[h] = query.sum[h] = 0.0F;
     if (h >= task.num_heads) continue;
     const size_t first = task.head_of(h) * whole + task.offset_of(h);
@@ -99,40 +101,31 @@ inline void prepare_query(const SketchTask& task, int seq, const SketchQuery& qu
   }
 }
 
-// Steps and minima of `count` tokens, whose ranges [count, G, 2] begin at `source`, for every query head.
-inline void widen_ranges(const SketchTask& task, const uint16_t* source, int count, const SketchScratch& scratch) {
-  const int num_kv_heads = task.layout.num_kv_heads;
+// Asks for what will be read later, line by line. Inlined by force: a function that only prefetches has no effect in the eyes
+// of GCC, which then drops the call.
+ALISA_INLINE void prefetch_span(const void* from, size_t bytes) {
+  const auto* at = static_cast<const uint8_t*>(from);
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 3);
+}
+
+// Steps and minima of the keys or values of `count` tokens, whose ranges [count, G, 2] begin at `source`.
+inline void widen_ranges(int num_kv_heads, const void* source, int count, const SketchScratch& scratch) {
+  const auto* from = static_cast<const uint16_t*>(source);
   const int total = count * num_kv_heads;
-  // Where every query head has a key of its own, and no head is padded, they are in place already.
-  const bool in_place = num_kv_heads == task.heads();
-  float* steps = in_place ? scratch.steps : scratch.pairs;
-  float* minima = in_place ? scratch.minima : scratch.pairs + SketchScratch::pair_floats(task.layout);
+  float* steps = scratch.steps;
+  float* minima = scratch.minima;
   F step, minimum;
   int i = 0;
   for (; i + kWidth <= total; i += kWidth) {
-    load_f16_pairs(source + 2 * i, step, minimum);
+    load_f16_pairs(from + 2 * i, step, minimum);
     store(steps + i, step);
     store(minima + i, minimum);
   }
-  if (in_place) return;
   uint16_t padded[2 * kWidth] = {};
-  std::memcpy(padded, source + 2 * i, static_cast<size_t>(total - i) * 2 * sizeof(uint16_t));
+  std::memcpy(padded, from + 2 * i, static_cast<size_t>(total - i) * 2 * sizeof(uint16_t));
   load_f16_pairs(padded, step, minimum);
   store(steps + i, step);
   store(minima + i, minimum);
-  float* to_steps = scratch.steps;  // copies that no store can have changed, for the compiler
-  float* to_minima = scratch.minima;
-  const int heads = task.heads();
-  for (int h = 0; h < heads; h += kWidth) {
-    const int first = kv_head_of(task, h);
-    const Lanes lanes = lanes_at(scratch.query.lanes + h);
-    for (int t = 0; t < count; ++t) {
-      const size_t at = static_cast<size_t>(t) * heads + h;
-      const int from = t * num_kv_heads + first;
-      store(to_steps + at, permute(load(steps + from), lanes));
-      store(to_minima + at, permute(load(minima + from), lanes));
-    }
-  }
 }
 
 }  // namespace alisa::ALISA_ISA
