@@ -12,11 +12,10 @@ from alisa.kernels.native.kernels import CpuKernels
 from alisa.kernels.native.sketch_step import CpuSketchStep
 from alisa.kernels.sketch_step import SketchedRows, StepSlots
 from alisa.spec import RowFormat
-from tests.kernels.cases import SKETCH_ISAS
+from tests.kernels.cases import ROW_DTYPES, SKETCH_ISAS, kernels
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMATS = ["float32", "bfloat16", "float16", "int8", "int4", "k8v4"]
 
 
 def new_sketch(num_tokens, num_heads, head_dim, bits, parts):
@@ -53,14 +52,14 @@ class Step:
         def random(num, heads):
             return torch.randn(num, heads, head_dim, generator=generator).to(dtype)
 
-        kernels = CpuKernels("portable", num_threads=1)
+        writer = CpuKernels("portable", num_threads=1)
         for seq, length in enumerate(lengths):
             if length > 1:
                 k, v = random(length - 1, kv_heads), random(length - 1, kv_heads)
                 ids = starts[seq] + torch.arange(length - 1)
-                kernels.append(self.layer.rows, self.format, of_token[seq, : length - 1].to(torch.int64), k, v)
-                kernels.sketch_append(self.layer.keys, ids, k)
-                kernels.sketch_append(self.layer.values, ids, v)
+                writer.append(self.layer.rows, self.format, of_token[seq, : length - 1].to(torch.int64), k, v)
+                writer.sketch_append(self.layer.keys, ids, k)
+                writer.sketch_append(self.layer.values, ids, v)
         self.q = random(num_seqs, self.num_heads)
         self.k, self.v = torch.stack([random(num_seqs, kv_heads), random(num_seqs, kv_heads)], 1).unbind(1)
         num_sets = kv_heads if per_head else 1
@@ -86,16 +85,16 @@ class Step:
 
     def by_single_calls(self, isa):
         """Output, positions, shares and the layer's tensors."""
-        kernels, layer, ranking = CpuKernels(isa, num_threads=1), clone(self.layer), self.ranking
-        kernels.append(layer.rows, self.format, self.new_slots, self.k, self.v)
-        kernels.sketch_append(layer.keys, self.ids, self.k)
-        kernels.sketch_append(layer.values, self.ids, self.v)
-        chosen, rest = kernels.sketch_complete(self.q, layer.keys, layer.values, ranking)
+        single, layer, ranking = CpuKernels(isa, num_threads=1), clone(self.layer), self.ranking
+        single.append(layer.rows, self.format, self.new_slots, self.k, self.v)
+        single.sketch_append(layer.keys, self.ids, self.k)
+        single.sketch_append(layer.values, self.ids, self.v)
+        chosen, rest = single.sketch_complete(self.q, layer.keys, layer.values, ranking)
         positions = chosen.positions.view(len(self.q), -1)
         slots = self.of_token.gather(1, positions.to(torch.int64)).view(len(self.q), ranking.num_sets, -1)
         counts = ranking.counts[:: ranking.num_sets].contiguous()
-        attended = kernels(self.q, layer.rows, make_codec(self.format), slots, counts, ranking.softcap)
-        out = kernels.rest_blend(attended.out, chosen.shares, rest)
+        attended = single(self.q, layer.rows, make_codec(self.format), slots, counts, ranking.softcap)
+        out = single.rest_blend(attended.out, chosen.shares, rest)
         return (out, chosen.positions, chosen.shares, *tensors(layer))
 
     def in_one_call(self, isa, threads, *, share_threads=False):
@@ -136,7 +135,7 @@ def steps(draw):
         parts=parts,
         per_head=draw(st.booleans()),
         dtype=draw(st.sampled_from(DTYPES)),
-        row_dtype=draw(st.sampled_from(FORMATS)),
+        row_dtype=draw(st.sampled_from(ROW_DTYPES)),
         share=draw(st.sampled_from([0.0, 0.2, 0.5, 1.0])),
         softcap=draw(st.sampled_from([None, None, 5.0])),
         seed=draw(st.integers(0, 10**6)),
@@ -147,6 +146,7 @@ def steps(draw):
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(step=steps())
 def test_one_call_gives_what_the_single_calls_give(isa, step):
+    kernels(isa)  # or a skip
     assert_equal(step.in_one_call(isa, 1), step.by_single_calls(isa))
 
 
@@ -176,10 +176,10 @@ def test_threads_change_no_bit(threads, share_threads):
         assert_equal(step.in_one_call(None, threads, share_threads=share_threads), expected)
 
 
-def test_instruction_sets_choose_the_same_rows_and_write_the_same_codes():
-    found = [long_step().in_one_call(isa, 1) for isa in SKETCH_ISAS]
+def test_instruction_sets_write_the_same_rows_and_codes():
+    found = [long_step().in_one_call(isa, 1)[3:] for isa in SKETCH_ISAS if isa in library.isa_names()]
     for other in found[1:]:
-        assert_equal((torch.empty(0), *other[1:2], torch.empty(0), *other[3:]), (torch.empty(0), *found[0][1:2], torch.empty(0), *found[0][3:]))
+        assert all(torch.equal(one, first) for one, first in zip(other, found[0], strict=True))
 
 
 def test_the_comparison_notices_another_token():

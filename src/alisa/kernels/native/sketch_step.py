@@ -96,7 +96,9 @@ class CpuRunningStep:
         if self._step is None:
             self._step = self._begin(q, k, v)
         elif (q.shape, k.shape, q.dtype) != self._asked or v.shape != k.shape or not k.dtype == v.dtype == q.dtype:
-            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not as in other layers")
+            raise ValueError(
+                f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not as in other layers"
+            )
         self._run(
             self._threads,
             self._step,
@@ -142,7 +144,9 @@ class CpuRunningStep:
                 ranking.softcap,
                 (values, rest),
             ),
-            attend=decode_task(row_layout(steps.row_format), query, rows, slots, counts, attended, ranking.softcap, None),
+            attend=decode_task(
+                row_layout(steps.row_format), query, rows, slots, counts, attended, ranking.softcap, None
+            ),
             older_ends=ranking.older_ends.data_ptr(),
             older_counts=ranking.older_counts.data_ptr(),
             row_counts=ranking.counts.data_ptr(),
