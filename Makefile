@@ -8,7 +8,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 
 # pip, because it is the one installer that prefers a locally provided CPU build of torch (see constraints.txt).
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-CODE = src tests examples
+CODE = src tests examples benchmarks training
 # A GPU machine may have no environment of ours: its own torch will do.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 SET_UP_FROM = pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/alisa/kernels/native/csrc/**/*)

@@ -6,8 +6,8 @@
 Each checkout runs with its own interpreter (`CHECKOUT/.venv/bin/python` unless another is given), in a new process for
 every run, and the order changes from round to round. Only what every version has is used: `LLM(model, policy=...)` and
 `generate`. A run is timed twice, with one output token and with all of them: the first is reading the prompts, the
-difference is decoding. Weights are random except in the embedded model and in one that is given. A ratio above 1: the second checkout is faster.
-The last line of the output for each case is one JSON record.
+difference is decoding. Weights are random except in the embedded model and in one that is given. A ratio above 1: the
+second checkout is faster. The last line of the output for each case is one JSON record.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ decoder = stored.decoder(torch.bfloat16, CPU, linears=linears)
 loaded = perf_counter()
 print(json.dumps({
     "header_s": opened - began, "tokenizer_s": told - opened, "weights_s": loaded - told, "all_s": loaded - began,
-    "weight_bytes": decoder.weight_bytes, "rss_before": before, "rss_peak": status("VmHWM"), "rss_after": status("VmRSS"),
+    "weight_bytes": decoder.weight_bytes, "rss_before": before, "rss_peak": status("VmHWM"),
+    "rss_after": status("VmRSS"),
 }))
 """
 )

@@ -33,7 +33,10 @@ from alisa.engine.loaded import load_model
 
 job = json.load(sys.stdin)
 length = job["prompt_len"] + 64
-config = EngineConfig(model=job["model"], max_num_seqs=2, max_model_len=length, weight_dtype="float", max_step_tokens=job["max_step_tokens"])
+config = EngineConfig(
+    model=job["model"], max_num_seqs=2, max_model_len=length, weight_dtype="float",
+    max_step_tokens=job["max_step_tokens"],
+)
 engine, _ = build_engine(load_model(config), config)
 def tokens(count, seed):
     return [10 + (7919 * number + seed) % 40000 for number in range(count)]

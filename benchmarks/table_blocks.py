@@ -585,8 +585,8 @@ def prefix(results: Results) -> str:
     rows.append(["the same, its answers read in the pauses", "", first("answers read, cache")])
     heads = ["", "without", "with the prefix cache"]
     return (
-        f"Mean time to the first token, `{record['model']}`, {record['policy']}; {record['system']} tokens that all prompts "
-        f"begin with, {record['own']} of each one's own, {record['output_len']} tokens of output "
+        f"Mean time to the first token, `{record['model']}`, {record['policy']}; {record['system']} tokens that all "
+        f"prompts begin with, {record['own']} of each one's own, {record['output_len']} tokens of output "
         f"(`benchmarks/prefix_cache.py`):\n\n{table(heads, rows)}\n\n{_made([record])}"
     )
 

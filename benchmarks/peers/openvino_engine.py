@@ -3,10 +3,11 @@
 Started by `alisa bench run` (src/alisa/lab/bench/remote/measured.py). Set up for its best here: inference precision
 bfloat16, as many threads as cores, all prompts of the batch in one pass, a cache allocated at once, no prefix caching.
 Precision of the KV rows stays the plugin's choice (8 bits, which the result states) unless the option `kv_precision`
-asks for another. Variants (`variant`) are the weights of the export (fp16, which become bfloat16 in memory, int8, or int4
-in groups of 64 inputs) and `evict`, its own sparse cache: 32 first tokens, 64 recent ones, and 64 between them that received most attention.
-The model is exported once; a GGUF file is decoded to a checkpoint in bfloat16 for that, by transformers. Under a memory
-budget the cache has as many blocks as it pays for. A conversation finds what was said before by the prefix cache.
+asks for another. Variants (`variant`) are the weights of the export (fp16, which become bfloat16 in memory, int8, or
+int4 in groups of 64 inputs) and `evict`, its own sparse cache: 32 first tokens, 64 recent ones, and 64 between them
+that received most attention. The model is exported once; a GGUF file is decoded to a checkpoint in bfloat16 for that,
+by transformers. Under a memory budget the cache has as many blocks as it pays for. A conversation finds what was said
+before by the prefix cache.
 """
 
 from __future__ import annotations

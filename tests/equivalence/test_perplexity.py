@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from alisa import LLM
 from alisa.config import PolicyName
+from alisa.lab.eval import layerwise
 from alisa.lab.eval.layerwise import score_layerwise
 from alisa.lab.eval.perplexity import perplexity_of
 from alisa.lab.eval.subject import BASELINE, Subject, Variant
@@ -75,8 +76,8 @@ def test_layer_by_layer_gives_what_decoding_gives(kind, policy, tiny_model):
     variant = Variant(policy, 0.6, kv_dtype)
     chosen, codec = variant.selection_policy(), subject.codec(variant)
     decoded = subject.scorer.score(chosen, codec, items)
-    layerwise = score_layerwise(subject.scorer, chosen, codec, items)
-    for one, other in zip(decoded, layerwise, strict=True):
+    by_layer = score_layerwise(subject.scorer, chosen, codec, items)
+    for one, other in zip(decoded, by_layer, strict=True):
         # Rounding may turn the choice between two tokens that are all but equal, and one such turn moves all that
         # follows a little: most tokens agree to float accuracy, the mean closely.
         gap = (one.log_likelihoods - other.log_likelihoods).abs()
@@ -86,6 +87,21 @@ def test_layer_by_layer_gives_what_decoding_gives(kind, policy, tiny_model):
     denser = score_layerwise(subject.scorer, Variant(policy, 0.1, kv_dtype).selection_policy(), codec, items)
     far = float((denser[0].log_likelihoods - decoded[0].log_likelihoods).abs().median())
     assert far < 1e-4 if policy == "dense" else far > 1e-3
+
+
+@pytest.mark.parametrize("policy", ["sketch", "sketch-head", "streaming"])
+def test_several_tokens_in_a_step_give_the_bits_of_one_after_the_other(policy, tiny_model, monkeypatch):
+    subject = Subject.of(LLM(tiny_model("llama-gqa-tied"), dtype="float32"))
+    items = random_items(subject.spec.vocab_size, 3, 24, 60)
+    variant = Variant(policy, 0.6, "float32")
+    found = []
+    for at_once in (1, 21, 1000):
+        monkeypatch.setattr(layerwise, "STEP_TOKENS", at_once)
+        found.append(score_layerwise(subject.scorer, variant.selection_policy(), subject.codec(variant), items))
+    for outputs in found[1:]:
+        for one, other in zip(found[0], outputs, strict=True):
+            assert torch.equal(one.log_likelihoods, other.log_likelihoods)
+            assert one.tokens_read == other.tokens_read
 
 
 @pytest.mark.parametrize(("family", "policy"), [("llama-gqa-tied", "sketch"), ("gemma3", "sketch-mean-head")])

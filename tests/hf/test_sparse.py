@@ -50,6 +50,19 @@ def test_rows_may_be_kept_in_few_bits_as_in_the_engine(kv_dtype, tiny_model):
         assert said(model) == said_by_engine(tiny_model("llama-gqa-tied"), **options)
 
 
+@pytest.mark.parametrize("coverage", [0.5, 0.9])
+def test_a_coverage_reads_as_in_the_engine(coverage, tiny_model):
+    model, options = ready(build("llama-gqa-tied")), {"policy": "sketch", "sparsity": 0.5, "coverage": coverage}
+    with alisa.hf.attach(model, **options):
+        assert said(model) == said_by_engine(tiny_model("llama-gqa-tied"), **options)
+
+
+def test_a_coverage_without_a_sketch_is_refused():
+    options = {"policy": "swa", "coverage": 0.9}
+    with pytest.raises(InputError, match="coverage"), alisa.hf.attach(build("gpt2"), **options):
+        pass
+
+
 @pytest.mark.parametrize(
     ("given", "stands_for"),
     [

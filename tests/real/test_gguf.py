@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -15,6 +16,7 @@ from gguf.quants import dequantize
 
 from alisa import LLM, SamplingParams
 from alisa.model.coded import CodedRows
+from alisa.model.families import find_family
 from alisa.model.gguf.file import GgufFile
 from alisa.model.linear_int4 import coded_panels
 from alisa.model.stored import open_model
@@ -98,6 +100,13 @@ def test_ids_and_text_of_varied_lines_are_those_of_transformers(
         if ids != expected or ours.decode(ids) != theirs.decode(expected, skip_special_tokens=True):
             differing.append(line)
     assert not differing, f"{len(differing)} lines differ, such as {differing[0]!r}"
+
+
+def test_a_file_that_transformers_has_saved_again_means_the_same(reference: Reference, tmp_path: Path) -> None:
+    reference.model.config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "_model_name_or_path" in config, "what transformers adds to the config of a GGUF file"
+    assert find_family(config["model_type"]).to_spec(config) == open_model(reference.path).spec
 
 
 def test_every_line_comes_back(model_path: Path) -> None:

@@ -202,6 +202,11 @@ def test_every_tensor_has_a_place_in_the_checkpoint(name):
     assert model_shapes(spec).keys() <= family.model_parts.keys()
 
 
+def test_what_transformers_saves_of_a_gguf_file_means_the_same():
+    said = {"quantization_config": {"quant_method": "gguf", "dequantize": False}, "_model_name_or_path": "A name"}
+    assert spec_of(LLAMA | said) == spec_of(LLAMA)
+
+
 # With the fields that published configs have: none may be refused for what has no influence.
 PUBLISHED = {
     "SmolLM2-135M-Instruct": {

@@ -11,6 +11,7 @@ from alisa.attention.session import KVSession
 from alisa.attention.timing import StepTimer
 from alisa.cache.manager import CacheManager
 from alisa.cache.prefix.cache import PrefixCache
+from alisa.errors import InputError
 from alisa.kernels.choose import AttentionBackend
 from alisa.policy.base import SelectionPolicy
 from alisa.spec import AttentionShape
@@ -48,7 +49,15 @@ def build_session(
         sinks: `Decoder.sinks`.
         exact: the policy only drafts.
         prefix: None: nobody keeps K and V of prompts.
+
+    Raises:
+        InputError: the policy has a coverage, and the device is no CPU.
     """
+    if policy.budget.coverage is not None and device.type != "cpu":
+        raise InputError(
+            "--coverage runs on a CPU only: how many tokens each layer reads would have to be asked of the GPU; leave "
+            "it out, and choose a higher --sparsity."
+        )
     state = policy.start(
         shape.full_layers(),
         max_num_seqs=max_num_seqs,

@@ -29,7 +29,6 @@ from alisa.engine.runner import ModelRunner
 from alisa.engine.speculation import make_speculator
 from alisa.engine.speculator import NoDrafts, Speculator
 from alisa.engine.threads import make_governor
-from alisa.errors import InputError
 from alisa.policy.registry import make_policy
 from alisa.scheduler.fair import ServedTokens
 from alisa.scheduler.order import FirstCome, HighestResponseRatio
@@ -113,11 +112,6 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
         CapacityError: the caps hold not even one token.
     """
     device = model.decoder.device
-    if config.coverage is not None and device.type != "cpu":
-        raise InputError(
-            "--coverage runs on a CPU only: how many tokens each layer reads would have to be asked of the GPU; leave "
-            "it out, and choose a higher --sparsity."
-        )
     policy = make_policy(config.policy, config.sparsity, config.coverage, layer_budgets(model, config))
     shape = model.spec.attention
     if config.policy != "dense" and shape.full_layers().num_layers == 0:

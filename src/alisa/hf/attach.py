@@ -66,6 +66,7 @@ def attach(
     quality: QualityName | None = None,
     policy: str | None = None,
     sparsity: float | None = None,
+    coverage: float | None = None,
     kv_dtype: KvDtypeName | None = None,
     kv_device_memory: str | int | None = None,
     kv_host_memory: str | int | None = None,
@@ -81,10 +82,11 @@ def attach(
 
     Args:
         model: any decoder whose attention goes through transformers' attention interface.
-        quality: a name for the next three; this and the others as in `alisa.config.EngineConfig`.
+        quality: a name for policy, sparsity and kv_dtype; this and the others as in `alisa.config.EngineConfig`.
         policy: which earlier tokens a decode step reads; None: as the quality says, sketch without one.
         sparsity: share of the earlier tokens that a decode step does not read; None: as the quality says, 0.8 without
             one.
+        coverage: part of the attention weight that is enough: a sketch policy then reads less where less has it.
         kv_dtype: what rows are kept in; None: as the quality says, the model's dtype without one.
         kv_device_memory: hard cap for the rows of all caches, and what the policy keeps of them.
         kv_host_memory: hard cap of rows in main memory below a GPU.
@@ -104,6 +106,7 @@ def attach(
         "quality": quality,
         "policy": policy,
         "sparsity": sparsity,
+        "coverage": coverage,
         "kv_dtype": kv_dtype,
         "kv_device_memory": kv_device_memory,
         "kv_host_memory": kv_host_memory,
@@ -193,7 +196,7 @@ def _sequences(model: PreTrainedModel, config: EngineConfig) -> tuple[Sequences,
     shape, device = observed.shape(max_len), model.device
     dtype = str(model.dtype).removeprefix("torch.") if config.kv_dtype == "auto" else config.kv_dtype
     codec = make_codec(RowFormat(dtype, shape.num_kv_heads, shape.head_dim))
-    policy, backend = make_policy(config.policy, config.sparsity), choose_backend(device)
+    policy, backend = make_policy(config.policy, config.sparsity, config.coverage), choose_backend(device)
     source = RowSource(shape, max_len, device, backend, None)
     cache_config = plan_kv_cache(
         source, policy, codec, config, None, device_cap(config, device), *lower_caps(config, device), runs_all=True

@@ -112,14 +112,17 @@ class _MeasuringAttend:
         num_rows = self._length - self._prompt_len
         outs, shares = torch.empty_like(dense[:, self._prompt_len :]), torch.zeros(num_rows)
         reads = torch.zeros(len(q), num_rows, self._length, dtype=torch.bool)
-        for row in range(num_rows):
-            outs[:, row] = session.decode(self._prompt_len + row, q, k, v, hidden)
+        for start, end in session.steps():
+            rows = slice(start - self._prompt_len, end - self._prompt_len)
+            outs[:, rows] = session.decode(start, end, q, k, v, hidden)
             weight = session.weight_read
-            shares[row] = 1.0 if weight is None else weight.mean()
+            shares[rows] = 1.0 if weight is None else weight.view(len(q), end - start, -1).mean(dim=(0, 2))
             selection = session.selection
-            for sequence, (count, positions) in enumerate(zip(selection.num_tokens, selection.positions, strict=True)):
+            chosen = selection.positions.expand(len(selection.num_tokens), -1, -1)
+            for token, (count, positions) in enumerate(zip(selection.num_tokens, chosen, strict=True)):
                 older = positions[0, : count - 1 - (count - 1) // 2].to("cpu", torch.int64)
-                reads[sequence, row, older] = True
+                sequence, row = divmod(token, end - start)
+                reads[sequence, rows.start + row, older] = True
         wanted = dense[:, self._prompt_len :].float()
         errors = (outs.float() - wanted).square().sum(dim=(2, 3)) / wanted.square().sum(dim=(2, 3))
         return float(errors.mean()), float(1 - shares.mean()), reads

@@ -3,8 +3,8 @@
 Decoding feeds one token through all layers and then the next. When the tokens are given, the order may be turned: all
 tokens pass layer 0, then layer 1, and so on. Every linear layer is then one large product that reads the weights once,
 instead of once per token, which is what makes scoring with a large model slow. What is read by attention stays as it
-is: every layer passes through a session of its own (`LayerSession`), the prompt densely, as prefill does, and then row
-by row as decode steps do.
+is: every layer passes through a session of its own (`LayerSession`), the prompt densely, as prefill does, and then as
+decode steps do: row by row, or several rows in a step as where drafts are verified, which gives the same bits.
 
 It holds for policies whose layers do not look at each other, which is true of all in `alisa.policy`; a policy that
 chooses from another layer's attention would have to be decoded. Rounding differs from that of decoding, because the
@@ -13,7 +13,7 @@ products have other shapes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,6 +34,8 @@ from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
 
 LOGITS_BYTES = 1 << 28
 """Most memory for logits that are held at once."""
+STEP_TOKENS = 64
+"""Tokens, of all sequences, that a decode step makes where the policy allows more than one of each."""
 
 
 @torch.inference_mode()
@@ -116,10 +118,10 @@ class LayerwiseAttend:
             self.tokens_read = [count + read for count in self.tokens_read]
         else:
             session = self._session(layer)
-            for position in range(self._prompt_len, self._length):
-                out[:, position] = session.decode(position, q, k, v, hidden)
-                for seq, count in enumerate(session.selection.num_tokens):
-                    self.tokens_read[seq] += count
+            for start, end in session.steps():
+                out[:, start:end] = session.decode(start, end, q, k, v, hidden)
+                for token, count in enumerate(session.selection.num_tokens):
+                    self.tokens_read[token // (end - start)] += count
         return out
 
     def _session(self, layer: int) -> LayerSession:
@@ -171,7 +173,9 @@ class LayerSession:
                 "The layers of this model have sinks, and measuring layer by layer knows nothing of them; take --mode "
                 "decode."
             )
-        self._prompt_len = prompt_len
+        self._prompt_len, self._length = prompt_len, length
+        # Of policies that could verify drafts, a step reads several tokens as so many steps would, and costs one.
+        self._at_once = max(1, STEP_TOKENS // num_seqs) if policy.can_truncate else 1
         self._sequences = tuple(Opened(seq, str(seq), length, prompt_len) for seq in range(num_seqs))
         store = KVStore(
             num_layers=1,
@@ -222,10 +226,18 @@ class LayerSession:
         self._session.end()
         return out.view(len(indices), self._prompt_len, *q.shape[2:])
 
-    def decode(self, position: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-        """The token at this position of every sequence, as a decode step makes it; the output `[B, H, D]`."""
-        chunks = tuple(ScheduledChunk(sequence.req_idx, position, 1) for sequence in self._sequences)
-        self._session.begin(StepPlan(position, Phase.DEVICE, prefill=False, chunks=chunks))
-        out = self._session.attend(0, *(values[:, position : position + 1] for values in (q, k, v, hidden)))
+    def steps(self) -> Iterator[tuple[int, int]]:
+        """First token, and the one after the last, of every decode step of a layer."""
+        for start in range(self._prompt_len, self._length, self._at_once):
+            yield start, min(start + self._at_once, self._length)
+
+    def decode(self, start: int, end: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        """These tokens of every sequence, as a decode step makes them; the output `[B, end - start, H, D]`.
+
+        Only policies that can take tokens back have more than one of a sequence in a step.
+        """
+        chunks = tuple(ScheduledChunk(sequence.req_idx, start, end - start) for sequence in self._sequences)
+        self._session.begin(StepPlan(start, Phase.DEVICE, prefill=False, chunks=chunks))
+        out = self._session.attend(0, *(values[:, start:end].flatten(0, 1)[:, None] for values in (q, k, v, hidden)))
         self._session.end()
-        return out[:, 0]
+        return out[:, 0].unflatten(0, (len(chunks), end - start))

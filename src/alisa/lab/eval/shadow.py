@@ -98,12 +98,14 @@ class ShadowAttend:
         num_rows = self._length - self._prompt_len
         read = torch.zeros(len(q), self._num_sets, num_rows, self._length, dtype=torch.bool, device=q.device)
         session.prefill(q, k, v, hidden)
-        for row in range(num_rows):
-            session.decode(self._prompt_len + row, q, k, v, hidden)
+        for start, end in session.steps():
+            session.decode(start, end, q, k, v, hidden)
             selection = session.selection
-            positions = selection.positions.to(torch.int64)
-            real = torch.arange(positions.shape[-1], device=positions.device) < selection.counts[:, None, None]
-            found = torch.zeros(len(q), self._num_sets, self._length, dtype=torch.int32, device=positions.device)
+            counts = selection.counts[:, None, None]
+            positions = selection.positions.to(torch.int64).expand(len(counts), -1, -1)
+            real = torch.arange(positions.shape[-1], device=counts.device) < counts
+            found = torch.zeros(*positions.shape[:2], self._length, dtype=torch.int32, device=counts.device)
             found.scatter_add_(2, positions, real.expand_as(positions).to(torch.int32))
-            read[:, :, row] = found > 0
+            rows = slice(start - self._prompt_len, end - self._prompt_len)
+            read[:, :, rows] = (found > 0).unflatten(0, (len(q), end - start)).transpose(1, 2)
         return read

@@ -9,7 +9,8 @@ from __future__ import annotations
 # fmt: off
 _FIELDS = frozenset(
     {
-        "_attn_implementation_autoset", "_commit_hash", "_flash_attn_2_enabled", "_name_or_path",
+        "_attn_implementation_autoset", "_commit_hash", "_flash_attn_2_enabled", "_model_name_or_path",
+        "_name_or_path",
         "activation_dropout", "architectures", "attention_dropout", "attention_probs_dropout_prob",
         "attention_softmax_in_fp32", "attn_implementation", "attn_pdrop", "auto_map", "bad_words_ids",
         "base_model", "begin_suppress_tokens", "bos_token", "bos_token_id", "cache_implementation",

@@ -53,7 +53,9 @@ class ConfigReader:
         quantisation = quantisation or self._config.get("quantization_config")
         if isinstance(quantisation, Mapping):
             method = quantisation.get("quant_method", "unknown")
-            if method not in quantised:
+            # "gguf" is what transformers leaves in the config of a file that it has loaded; it saves such weights as
+            # floats, or not at all.
+            if method not in (*quantised, "gguf"):
                 self.refuse(f"its weights are quantised ({method}), only float weights can be read")
         packed = self.value("quantization")
         if isinstance(packed, Mapping):
