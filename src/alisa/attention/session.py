@@ -117,8 +117,7 @@ class KVSession:
         self._on_append = timer.timed(StepSection.SELECTION, state.on_append)
         # What a state leaves at its default, which does nothing, need not be called in every layer of every step.
         self._keeps_tokens = type(state).on_append is not PolicyState.on_append
-        self._sketch_step = backend.sketch_step
-        self._in_one_call = False
+        self._sketch_step, self._in_one_call = backend.sketch_step, False
         self._drafting = self._reading = self._reader = StepReader(policy, state, timer)
         if exact:
             assert policy.can_truncate, "drafts are taken back"
@@ -251,10 +250,9 @@ class KVSession:
             return self._prefill.attend(layer, q, k, v, hidden)
         window, among_full = self._layers[layer]
         if self._in_one_call and window is None:
-            out = self._attend_sketched(among_full, q, k, v)
             self.selection = self._sketched.selection(among_full)
             self._read.append(self.selection.num_tokens)
-            return out
+            return self._sketched.attend(among_full, q, k, v)
         query, key, value = q[:, 0], k[:, 0], v[:, 0]
         self._append(layer, key, value, hidden[:, 0])
         if window is not None:
@@ -303,8 +301,7 @@ class KVSession:
         self._append = self._timer.timed(StepSection.ATTENTION, store.append)
         self._prefetch = self._timer.timed(StepSection.TRANSFER, store.prefetch)
         full = [layer for layer, (window, _) in enumerate(self._layers) if window is None]
-        self._sketched = SketchedReader(self._sketch_step, self.state, store, full, self.shape.num_heads)
-        self._attend_sketched = self._timer.timed(StepSection.ATTENTION, self._sketched.attend)
+        self._sketched = SketchedReader(self._sketch_step, self.state, store, full, self.shape.num_heads, self._timer)
 
     def _prefill_step(self, chunks: tuple[ScheduledChunk, ...]) -> PrefillStep:
         observed_from: list[int | None] = []

@@ -7,9 +7,11 @@ reads is known before it runs. Everywhere else `KVSession` makes the single call
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 
 from torch import Tensor
 
+from alisa.attention.timing import StepSection, StepTimer
 from alisa.cache.base import RowStore
 from alisa.kernels.base import Selection
 from alisa.kernels.sketch_step import BoundSketchSteps, RunningSketchStep, SketchedRows, SketchStepKernel
@@ -25,6 +27,7 @@ class SketchedReader:
         store: of the rows.
         layers: numbers in the model of those layers.
         num_heads: H.
+        timer: told where the time goes.
     """
 
     def __init__(
@@ -34,12 +37,14 @@ class SketchedReader:
         store: RowStore,
         layers: Sequence[int],
         num_heads: int,
+        timer: StepTimer,
     ) -> None:
         self._kernel = kernel
         self._state = state
         self._store = store
         self._layers = layers
         self._num_heads = num_heads
+        self._timer = timer
         self._bound: BoundSketchSteps | None = None
         self._running: list[RunningSketchStep] = []
         self._selections: list[Selection] = []
@@ -65,7 +70,11 @@ class SketchedReader:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One of the policy's layers: `[B, 1, H, D]` as q; see `KVSession.attend`."""
         running = self._running[self._step_of_layer[layer]]
+        start = perf_counter()
         out = running(layer, q, k, v)
+        seconds = perf_counter() - start
+        self._timer.add(StepSection.SELECTION, seconds * running.choosing)
+        self._timer.add(StepSection.ATTENTION, seconds * (1 - running.choosing))
         self._state.on_chosen(layer, running.shares)
         return out
 

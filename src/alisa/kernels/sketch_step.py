@@ -48,6 +48,11 @@ class RunningSketchStep(Protocol):
         """Float32[B, H], the part of each head's weight that lies on them; each layer writes over the former one's."""
         ...
 
+    @property
+    def choosing(self) -> float:
+        """The part of the last layer's time that went into choosing and into what stands for the rest."""
+        ...
+
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output `[B, 1, H, D]` of new tokens with q `[B, 1, H, D]`, k and v `[B, 1, G, D]`, which are kept.
 

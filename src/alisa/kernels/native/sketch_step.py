@@ -85,6 +85,7 @@ class CpuRunningStep:
         self._slots = slots._replace(new=slots.new.contiguous())
         self._ranking = ranking._replace(starts=ranking.starts.contiguous(), lengths=ranking.lengths.contiguous())
         self._ids = ids.contiguous()
+        self.choosing = 0.0
         self._step: _native.SketchStep | None = None
         self._asked = (torch.Size(), torch.Size(), torch.float32)
         self._out = torch.empty(0)
@@ -99,7 +100,7 @@ class CpuRunningStep:
             raise ValueError(
                 f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not as in other layers"
             )
-        self._run(
+        self.choosing = self._run(
             self._threads,
             self._step,
             self._steps.addresses[layer],

@@ -63,7 +63,7 @@ void bind_sketch_step(nb::module_& m) {
           [](alisa::SketchStepper& self, const alisa::Threads& threads, const alisa::SketchStep& step,
              const alisa::SketchLayer& layer, uintptr_t q, uintptr_t k, uintptr_t v, size_t k_stride, size_t v_stride) {
             const nb::gil_scoped_release unlocked;
-            self.run(step, layer, {at<const void>(q), at<const void>(k), at<const void>(v), k_stride, v_stride}, threads);
+            return self.run(step, layer, {at<const void>(q), at<const void>(k), at<const void>(v), k_stride, v_stride}, threads);
           },
           "threads"_a, "step"_a, "layer"_a, "q"_a, "k"_a, "v"_a, "k_stride"_a, "v_stride"_a);
 }

@@ -2,6 +2,7 @@
 #include "sketch_step.h"
 
 #include <algorithm>
+#include <chrono>
 
 namespace alisa {
 namespace {
@@ -101,6 +102,7 @@ void SketchStepper::open(const SketchStep& step) {
     open_[seq].reads = reads + items;
   }
   appends_ = static_cast<int>(num_seqs);
+  choosing_ns_ = reading_ns_ = 0;
 }
 
 void SketchStepper::choose(const SketchStep& step, int seq, const SketchTask& sketch, SelectMemory& selecting, float* mine) {
@@ -165,7 +167,7 @@ void SketchStepper::do_unit(const SketchStep& step, const SketchStep::Unit& unit
                  unit.seq, mine);
 }
 
-void SketchStepper::run(const SketchStep& step, const SketchLayer& layer, const NewTokens& tokens, const Threads& threads) {
+double SketchStepper::run(const SketchStep& step, const SketchLayer& layer, const NewTokens& tokens, const Threads& threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const Isa& isa = step.isa_;
   const SketchStepTask& task = step.task_;
@@ -203,10 +205,17 @@ void SketchStepper::run(const SketchStep& step, const SketchLayer& layer, const 
   selecting_.resize(std::max(selecting_.size(), static_cast<size_t>(team.count)));
   share_out(team, static_cast<int64_t>(step.units_.size()), 1, [&](int thread) {
     const auto number = static_cast<size_t>(thread);
-    return [&, number](int64_t unit, int64_t) {
-      do_unit(step, step.units_[static_cast<size_t>(unit)], tasks, selecting_[number], memory + floats * number);
+    return [&, number, before = std::chrono::steady_clock::now()](int64_t index, int64_t) mutable {
+      const SketchStep::Unit& unit = step.units_[static_cast<size_t>(index)];
+      do_unit(step, unit, tasks, selecting_[number], memory + floats * number);
+      const auto now = std::chrono::steady_clock::now();
+      const bool reads = unit.work == SketchStep::Work::kAttend;
+      (reads ? reading_ns_ : choosing_ns_) += std::chrono::nanoseconds(now - before).count();
+      before = now;
     };
   });
+  const auto choosing = static_cast<double>(choosing_ns_), reading = static_cast<double>(reading_ns_);
+  return choosing / std::max(choosing + reading, 1.0);
 }
 
 }  // namespace alisa

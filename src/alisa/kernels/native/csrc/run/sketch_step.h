@@ -86,7 +86,8 @@ class SketchStep {
 // Memory and counters of such steps. One call at a time; a second caller waits.
 class SketchStepper {
  public:
-  void run(const SketchStep& step, const SketchLayer& layer, const NewTokens& tokens, const Threads& threads);
+  // Returns which part of the time went into choosing, and into the tokens that were not chosen.
+  double run(const SketchStep& step, const SketchLayer& layer, const NewTokens& tokens, const Threads& threads);
 
  private:
   // Units of a sequence that are still to be done.
@@ -113,6 +114,8 @@ class SketchStepper {
   std::unique_ptr<Open[]> open_;
   size_t open_capacity_ = 0;
   std::atomic<int> appends_;
+  std::atomic<int64_t> choosing_ns_;
+  std::atomic<int64_t> reading_ns_;
 };
 
 }  // namespace alisa
