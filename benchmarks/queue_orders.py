@@ -4,9 +4,11 @@
 
 Prompts and the lengths of their outputs come from a JSON list of {"instruction", "input", "output"}; `heavy` spreads
 the lengths further (times a log-normal number, sigma 1). What a step takes is a model, not a measurement: `--step`
-seconds and `--each` for every sequence, `--token` for every prompt token. Capacity is the rate at which a full batch of
-average requests is served; arrivals are Poisson. Normalised latency is a request's time by its output tokens. `oracle`
-is hrrn with the true lengths, `sjf` the shortest true length first.
+seconds and `--each` for every sequence, `--token` for every prompt token. Capacity is the rate at which a full batch
+of average requests is served. Arrivals are Poisson, or come in bursts: the times between them are gamma with shape
+1/4, so that they vary twice as much (`--burstiness 0.25` of `vllm bench serve`). Normalised latency is a request's
+time by its output tokens. `oracle` is hrrn with the true lengths, `sjf` the shortest true length first. Every order
+meets the same arrivals.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, quantiles
 
@@ -36,6 +39,8 @@ from alisa.scheduler.simulate import IntegerCache
 
 ORDERS = ("fcfs", "hrrn", "oracle", "sjf")
 TRAFFIC = ("alpaca", "heavy")
+ARRIVALS = {"poisson": 1.0, "bursts": 0.25}
+"""Shape of the gamma distribution of the times between two requests; 1 is the exponential one of Poisson."""
 MOST_TOKENS = 4096
 
 
@@ -92,6 +97,7 @@ def simulate(
     name: str,
     work: Sequence[tuple[list[int], int]],
     rate: float,
+    shape: float,
     model: StepModel,
     max_num_seqs: int,
     rng: random.Random,
@@ -102,6 +108,7 @@ def simulate(
         name: of the order.
         work: prompt and output tokens of every request.
         rate: arrivals in a second.
+        shape: of their gamma distribution.
         model: prices steps.
         max_num_seqs: requests that run together.
         rng: draws the arrivals.
@@ -120,7 +127,7 @@ def simulate(
     coming = []
     at = 0.0
     for index, (prompt, length) in enumerate(work):
-        at += rng.expovariate(rate)
+        at += rng.gammavariate(shape, 1 / (rate * shape))
         most = length if name in ("oracle", "sjf") else MOST_TOKENS
         params = SamplingParams(max_tokens=most, ignore_eos=name == "oracle")
         coming.append((Request(str(index), prompt, params, most, arrival_s=at), length))
@@ -175,7 +182,8 @@ def main() -> None:
     """Every order at every load, with several seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--load", type=float, nargs="+", default=[0.5, 0.7, 0.9, 1.0, 1.1])
+    parser.add_argument("--load", type=float, nargs="+", default=[0.5, 0.7, 0.9, 1.0, 1.1, 1.3, 1.6])
+    parser.add_argument("--arrivals", nargs="+", choices=ARRIVALS, default=list(ARRIVALS))
     parser.add_argument("--traffic", nargs="+", choices=TRAFFIC, default=TRAFFIC)
     parser.add_argument("--order", nargs="+", choices=ORDERS, default=ORDERS)
     parser.add_argument("--seeds", type=int, default=3)
@@ -189,39 +197,39 @@ def main() -> None:
     rows = json.loads(args.prompts.read_text())
     prompts = [tokenizer.encode("\n".join(filter(None, (row["instruction"], row.get("input"))))) for row in rows]
     outputs = [len(tokenizer.encode(row["output"])) for row in rows]
-    results = []
-    for traffic in args.traffic:
-        for load in args.load:
-            for order in args.order:
-                found = []
-                for seed in range(args.seeds):
-                    rng = random.Random(seed)
-                    work = [
-                        (
-                            prompt,
-                            min(
-                                max(round(n * (rng.lognormvariate(0, 1) if traffic == "heavy" else 1)), 1), MOST_TOKENS
-                            ),
-                        )
-                        for prompt, n in zip(prompts, outputs, strict=True)
-                    ]
-                    rng.shuffle(work)
-                    model = StepModel(args.step, args.each, args.token)
-                    batch = args.max_num_seqs
-                    decode_s = mean(n for _, n in work) * (args.step / batch + args.each)
-                    capacity = 1 / (decode_s + mean(len(prompt) for prompt, _ in work) * args.token)
-                    found.append(figures(simulate(order, work, load * capacity, model, batch, rng)))
-                result = {name: round(mean(each[name] for each in found), 4) for name in found[0]}
-                results.append({"traffic": traffic, "load": load, "order": order, **result})
-                print(f"{traffic:7} load {load:.1f} {order:7} {result}", flush=True)
-    record = {
-        "benchmark": "queue_orders",
-        **{name: value for name, value in vars(args).items() if name not in ("record", "prompts")},
-        "prompts": args.prompts.name,
-        "stamp": asdict(current_stamp()),
-        "results": results,
-    }
-    tell(record, args.record)
+    for traffic, arrivals in product(args.traffic, args.arrivals):
+        results = []
+        for load, order in product(args.load, args.order):
+            found = []
+            for seed in range(args.seeds):
+                rng = random.Random(seed)
+                work = [
+                    (
+                        prompt,
+                        min(max(round(n * (rng.lognormvariate(0, 1) if traffic == "heavy" else 1)), 1), MOST_TOKENS),
+                    )
+                    for prompt, n in zip(prompts, outputs, strict=True)
+                ]
+                rng.shuffle(work)
+                model = StepModel(args.step, args.each, args.token)
+                batch = args.max_num_seqs
+                decode_s = mean(n for _, n in work) * (args.step / batch + args.each)
+                capacity = 1 / (decode_s + mean(len(prompt) for prompt, _ in work) * args.token)
+                found.append(figures(simulate(order, work, load * capacity, ARRIVALS[arrivals], model, batch, rng)))
+            result = {name: round(mean(each[name] for each in found), 4) for name in found[0]}
+            results.append({"load": load, "order": order, **result})
+            print(f"{traffic:7} {arrivals:7} load {load:.1f} {order:7} {result}", flush=True)
+        record = {
+            "benchmark": "queue_orders",
+            **{name: value for name, value in vars(args).items() if name != "record"},
+            "prompts": args.prompts.name,
+            "traffic": traffic,
+            "arrivals": arrivals,
+            "num_requests": len(rows),
+            "stamp": asdict(current_stamp()),
+            "results": results,
+        }
+        tell(record, args.record)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ MODELS = ("smollm2", "gemma3")
 """Ends of the names of the files with their records."""
 
 TEXTS = {"wikitext2": "WikiText-2", "ptb": "PTB", "heldout": "held-out prose", "python3.11": "Python's sources"}
-TEXTS |= {"test.txt": TEXTS["wikitext2"]}  # the file in its directory
+TEXTS |= {"test.txt": TEXTS["wikitext2"], "bram-stoker-dracula.txt": "Dracula"}  # files
 _MOST = 0.95
 """Sparsity up to which every text was measured."""
 _POLICIES = ("sketch", "swa", "h2o", "streaming")
@@ -186,6 +186,7 @@ def sparse_prefill(results: Results) -> str:
         rows[key] = rows.get(key, {}) | record  # a survey has no divergence, and one does not replace it
     body = [
         [
+            record["model"].split("-")[0],
             f"{TEXTS.get(record['text'], record['text'])}, {record['windows']} x {record['context']}",
             f"`{record['rule']}` {record['parameter']:g}",
             f"{100 * record['left_out']:.1f} %",
@@ -198,9 +199,55 @@ def sparse_prefill(results: Results) -> str:
         ]
         for _, record in sorted(rows.items(), key=lambda row: (*row[0][:3], -row[1]["products"]))
     ]
-    head = ["text", "rule", "weight left out", "divergence", "of one token"]
+    head = ["model", "text", "rule", "weight left out", "divergence", "of one token"]
     head += ["perplexity lost, %", "a query reads", "products left", "at best"]
     return table(head, body) if body else ""
+
+
+def sparse_prompts_time(results: Results) -> str:
+    """What `--sparse-prompts` saves of the time of reading a prompt."""
+    found = {
+        (record["model"], record["context"], record["alpha"]): record
+        for record in lines(results / "sparse_prompts.jsonl")
+        if record["kind"] == "sparse-prompts-time"
+    }
+    body = [
+        [
+            record["model"].split("-")[0],
+            str(record["context"]),
+            f"{record['alpha']:g}",
+            f"{record['dense_cpu_s']:.1f} s",
+            f"{record['sparse_cpu_s']:.1f} s",
+            f"{record['dense_cpu_s'] / record['sparse_cpu_s']:.2f}x",
+        ]
+        for _, record in sorted(found.items())
+    ]
+    return table(["model", "tokens", "alpha", "dense", "sparse", "as fast"], body) if body else ""
+
+
+def sparse_prompts_loss(results: Results) -> str:
+    """What `--sparse-prompts` loses of perplexity and of recall."""
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    for record in lines(results / "sparse_prompts.jsonl"):
+        what = [record["model"].split("-")[0]]
+        if record["kind"] == "sparse-prompts-loss":
+            text = TEXTS.get(record["text"], record["text"])
+            what += [f"{text}, {record['windows']} x {record['context']}", f"{record['alpha']:g}"]
+            lost = _of_windows(record["lost"], record["lost_error"], 100)
+            figures = [f"{100 * record['read']:.0f} %", f"perplexity {record['perplexity']:.2f}", f"{lost} %"]
+        elif record["kind"] == "sparse-prompts-recall":
+            what += [f"{record['task']}, {record['texts']} texts", f"{record['alpha']:g}"]
+            level = f"{100 * record['dense']:.0f} % recalled"
+            figures = [
+                f"{100 * record['read']:.0f} %",
+                level,
+                f"{100 * (record['dense'] - record['sparse']):.0f} points",
+            ]
+        else:
+            continue
+        rows[tuple(what)] = figures
+    head = ["model", "text", "alpha", "products left", "dense", "lost"]
+    return table(head, [[*what, *figures] for what, figures in sorted(rows.items())]) if rows else ""
 
 
 def by_task(kind: str, results: Results) -> str:

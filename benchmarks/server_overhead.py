@@ -2,10 +2,11 @@
 
     python benchmarks/server_overhead.py --model FILE --record benchmarks/results/server_overhead.jsonl
 
-One process, one engine and its thread, in turns: the engine makes its steps with nobody who reads (alone), and clients
-in a process of their own read the texts of the same prompts as server-sent events (served), an event for each token.
-The clients count bytes and parse nothing; what they cost is part of what is measured, as it is on any machine that has
-both.
+One process, one engine and its thread, in turns: clients in a process of their own read the texts of some prompts as
+server-sent events (served), an event for each token, and the engine makes the same steps with nobody who reads (alone).
+Each prompt joins in the step in which it joined when it was served: calls come one after the other, and what that costs
+an engine is not what a server costs. The clients count bytes and parse nothing; what they cost is part of what is
+measured, as it is on any machine that has both.
 
 Two figures that other programs change less than a speed: the processor time that a token takes in this process, in
 both cases, and the part of it that is the event loop's. And how late the loop is: it asks to be woken in 20 ms, and
@@ -18,9 +19,11 @@ import argparse
 import asyncio
 import json
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter, process_time, thread_time
@@ -30,14 +33,17 @@ from recording import tell
 
 from alisa.config import EngineConfig, SamplingParams
 from alisa.engine.engine import Engine
+from alisa.engine.output import EngineOutput
 from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.stamp import current_stamp
 from alisa.server.config import ServerConfig
-from alisa.server.run import ApiServer, build_service, serve
+from alisa.server.run import ApiServer, build_service, frozen_heap, serve
 from alisa.server.service import Service
 
 LAG_S = 0.02
 MODEL_NAME = "served"
+EMBEDDED = "embedded"
+"""The model inside the package, whose steps are so short that there is little else than the server."""
 
 
 def prompts(num_clients: int, length: int) -> list[list[int]]:
@@ -45,19 +51,45 @@ def prompts(num_clients: int, length: int) -> list[list[int]]:
     return [[5 + (7919 * place + 31 * client) % 1500 for place in range(length)] for client in range(num_clients)]
 
 
-def alone(engine: Engine, args: argparse.Namespace) -> float:
-    """Called by the engine's thread: the seconds that it takes for all texts."""
+class JoinWatch:
+    """An engine's `step` that counts how many requests take part for the first time in each step."""
+
+    def __init__(self, step: Callable[[], EngineOutput]) -> None:
+        self._step = step
+        self._seen: set[str] = set()
+        self._joins: list[int] = []
+
+    def __call__(self) -> EngineOutput:
+        """Make the step."""
+        output = self._step()
+        if output.record is not None:
+            new = set(output.request_ids) - self._seen
+            self._seen |= new
+            self._joins.append(len(new))
+        return output
+
+    def take(self) -> list[int]:
+        """Of each step since the last time."""
+        joins, self._joins = self._joins, []
+        return joins
+
+
+def alone(engine: Engine, joins: Sequence[int], args: argparse.Namespace) -> float:
+    """Called by the engine's thread: the seconds that it takes for all texts, which join in these steps."""
     params = SamplingParams(max_tokens=args.output_len, ignore_eos=True)
+    coming = iter(prompts(args.clients, args.prompt_len))
     started = perf_counter()
-    for prompt in prompts(args.clients, args.prompt_len):
-        engine.add_request(prompt, params)
-    while engine.has_requests:
+    for count in joins:
+        for prompt in islice(coming, count):
+            engine.add_request(prompt, params)
         engine.step()
+    if engine.has_requests:
+        raise SystemExit("the engine alone needs more steps than the server did; measure again.")
     return perf_counter() - started
 
 
-async def read_all(address: str, args: argparse.Namespace) -> float:
-    """In the clients' process: the seconds until all have read their texts."""
+async def read_all(address: str, args: argparse.Namespace) -> str:
+    """In the clients' process: the seconds until all have read their texts, and those of the processor."""
     host, port = address.removeprefix("http://").split(":")
 
     async def read(prompt: list[int]) -> None:
@@ -77,9 +109,9 @@ async def read_all(address: str, args: argparse.Namespace) -> float:
             raise SystemExit(f"a client has seen {seen} tokens of {args.output_len}")
         writer.close()
 
-    started = perf_counter()
+    started, cpu_s = perf_counter(), process_time()
     await asyncio.gather(*map(read, prompts(args.clients, args.prompt_len)))
-    return perf_counter() - started
+    return f"{perf_counter() - started} {process_time() - cpu_s}"
 
 
 def be_clients(args: argparse.Namespace) -> None:
@@ -114,18 +146,26 @@ class Clients:
         command = [sys.executable, __file__, "--be-clients", *words]
         return cls(await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe), address)
 
-    async def read(self) -> float:
-        """The seconds until all have read their texts."""
+    async def read(self) -> tuple[float, float]:
+        """The seconds until all have read their texts, and those of the processor that it took them."""
         self._stdin.write(f"{self._address}\n".encode())
         answer = await self._stdout.readline()
         if not answer:
             raise SystemExit("the clients have ended; what they said stands above.")
-        return float(answer)
+        seconds, cpu_s = map(float, answer.split())
+        return seconds, cpu_s
 
     async def close(self) -> None:
         """The process has ended."""
         self._stdin.close()
         await self._process.wait()
+
+
+def watch_joins(engine: Engine) -> JoinWatch:
+    """Called by the engine's thread: its steps are watched from now on."""
+    watch = JoinWatch(engine.step)
+    engine.step = watch
+    return watch
 
 
 async def measure(service: Service, args: argparse.Namespace) -> tuple[list[dict[str, float]], list[float]]:
@@ -134,27 +174,36 @@ async def measure(service: Service, args: argparse.Namespace) -> tuple[list[dict
     server = ApiServer(service, address.put_nowait)
     serving = asyncio.create_task(serve(server))
     clients = await Clients.start(await address.get(), args)
-    num_tokens, rounds, lags = args.clients * args.output_len, [], []
+    engine, num_tokens = service.engine, args.clients * args.output_len
+    watch = await engine.between_steps(watch_joins)
+    rounds: list[dict[str, float]] = []
+    lags: list[float] = []
     for number in range(args.rounds + 1):
-        marks = [process_time()]
-        alone_s = await service.engine.between_steps(partial(alone, args=args))
-        marks.append(process_time())
         if number == 1:  # the first round is not counted
-            rounds, lags = [], []
+            rounds.clear()
+            lags.clear()
+        marks = [process_time()]
         watcher, loop_s = asyncio.create_task(watch_lag(lags)), thread_time()
-        served_s = await clients.read()
+        served_s, clients_s = await clients.read()
         loop_s = thread_time() - loop_s
         marks.append(process_time())
         watcher.cancel()
         with suppress(asyncio.CancelledError):
             await watcher
+        joins = watch.take()
+        marks.append(process_time())
+        alone_s = await engine.between_steps(partial(alone, joins=joins, args=args))
+        marks.append(process_time())
+        watch.take()
         rounds.append(
             {
                 "alone_tokens_per_s": num_tokens / alone_s,
                 "served_tokens_per_s": num_tokens / served_s,
-                "alone_cpu_us": 1e6 * (marks[1] - marks[0]) / num_tokens,
-                "served_cpu_us": 1e6 * (marks[2] - marks[1]) / num_tokens,
+                "alone_cpu_us": 1e6 * (marks[3] - marks[2]) / num_tokens,
+                "served_cpu_us": 1e6 * (marks[1] - marks[0]) / num_tokens,
                 "loop_cpu_us": 1e6 * loop_s / num_tokens,
+                "clients_cpu_us": 1e6 * clients_s / num_tokens,
+                "steps": len(joins),
             }
         )
         print(f"  round {number}: " + ", ".join(f"{name} {value:.1f}" for name, value in rounds[-1].items()))
@@ -167,7 +216,7 @@ async def measure(service: Service, args: argparse.Namespace) -> tuple[list[dict
 def main() -> None:
     """Measure, show, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(SMOLLM2.path), help="a GGUF file or a directory")
+    parser.add_argument("--model", default=str(SMOLLM2.path), help="a GGUF file, a directory, or embedded")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=128)
@@ -181,11 +230,16 @@ def main() -> None:
     length = args.prompt_len + args.output_len
     # What is known of a prompt would make the second round another one than the first.
     config = EngineConfig(
-        model=args.model, max_num_seqs=args.clients, max_model_len=length, max_step_tokens=256, prefix_cache=False
+        model=None if args.model == EMBEDDED else args.model,
+        max_num_seqs=args.clients,
+        max_model_len=length,
+        max_step_tokens=256,
+        prefix_cache=False,
     )
     meter = OthersMeter()
     service = build_service(config, ServerConfig(port=0, served_model_name=MODEL_NAME))
-    rounds, lags = asyncio.run(measure(service, args))
+    with frozen_heap():  # as `alisa serve` does
+        rounds, lags = asyncio.run(measure(service, args))
     hundredths = [1e3 * lag for lag in quantiles(lags, n=100)]
     record = {
         "benchmark": "server_overhead",

@@ -24,6 +24,7 @@ from pathlib import Path
 import fleet_tables
 import hint_tables
 import huggingface_tables
+import queue_tables
 import real_tables
 import server_tables
 from table_blocks import (
@@ -58,6 +59,7 @@ DOCUMENTS = (
     "docs/planner.md",
     "docs/prefix-cache.md",
     "docs/scaling.md",
+    "docs/scheduling.md",
     "docs/server.md",
     "docs/speculation.md",
 )
@@ -118,6 +120,7 @@ BLOCKS: dict[str, Block] = {
     "speculation": speculation,
     "pace": pace,
     "server-overhead": server_tables.overhead,
+    "queue-orders": queue_tables.orders,
     "prefix": prefix,
     "accuracy": accuracy,
     "accuracy-real": real_tables.perplexity,
@@ -128,6 +131,8 @@ BLOCKS: dict[str, Block] = {
     "accuracy-coverage": real_tables.coverage,
     "accuracy-layers": real_tables.layer_budgets,
     "accuracy-sparse-prefill": real_tables.sparse_prefill,
+    "accuracy-sparse-prompts-time": real_tables.sparse_prompts_time,
+    "accuracy-sparse-prompts-loss": real_tables.sparse_prompts_loss,
     "accuracy-quality": real_tables.quality,
     "recall-real": partial(real_tables.by_task, "recall"),
     "qa-real": partial(real_tables.by_task, "qa"),

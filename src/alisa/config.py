@@ -23,7 +23,7 @@ from typing_extensions import Doc
 
 from alisa.errors import InputError
 from alisa.field_types import settle
-from alisa.policy.registry import POLICIES, can_truncate_names, policies_help
+from alisa.policy.registry import POLICIES, can_truncate_names, observes_prompts, policies_help
 from alisa.quality import QUALITIES, QualityName, qualities_help
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -148,7 +148,8 @@ class SamplingParams:
     """Give the log probability of each output token, and of this many of the likeliest in its place (0: none), as the
     model says it, before penalties, temperature and filters."""
     prompt_logprobs: int | None = None
-    """The same for the tokens of the prompt from the second on; prompts are read densely under every policy."""
+    """The same for the tokens of the prompt from the second on; prompts are read densely under every
+    policy, unless sparse_prompts says otherwise."""
     seed: int = 0
     """The request draws the same random numbers for the same seed, whatever else is in the batch; 0 up to but not
     2**64. In a list of prompts with one set of these parameters, prompt i (from 0) has seed + i, so that equal prompts
@@ -302,6 +303,11 @@ class EngineConfig:
     budgets: Path | None = None
     """A file of `alisa tune`: layers share the tokens that the sparsity allows as it says, some read more and some
     less; for the policy and the sparsities that it was made for. None: all layers read as many."""
+    sparse_prompts: float | None = None
+    """Prompts are read sparsely from their 2049th token on: 64 tokens together read, of the blocks of 64 before theirs,
+    those whose weight, by the mean of their keys, is at least this part of the largest; the first block and two before
+    their own in any case. 0 (all) up to but not 1; 0.03 is what docs/accuracy.md measures. Saves time on a CPU and in
+    long prompts only. None: prompts are read densely."""
     dtype: DtypeName = "auto"
     """What the model computes in; auto: what the checkpoint and the device suit."""
     weight_dtype: WeightDtypeName = "auto"
@@ -392,6 +398,19 @@ class EngineConfig:
                     self.budgets is not None and self.policy in POLICIES and not POLICIES[self.policy].by_layer,
                     f"{self.policy} reads the same in all layers, so that it cannot have budgets of each: choose "
                     f"{', '.join(name for name, entry in POLICIES.items() if entry.by_layer)}",
+                ),
+                (
+                    self.sparse_prompts is not None and not 0 <= self.sparse_prompts < 1,
+                    f"sparse_prompts is {self.sparse_prompts}, allowed is 0 (all is read) up to but not 1",
+                ),
+                (
+                    self.sparse_prompts is not None and self.exact,
+                    "exact gives the tokens of dense attention, and sparse_prompts others: leave one out",
+                ),
+                (
+                    self.sparse_prompts is not None and self.policy in POLICIES and observes_prompts(self.policy),
+                    f"{self.policy} looks at the whole attention of a prompt, which sparse_prompts does not compute: "
+                    f"choose {', '.join(name for name in POLICIES if not observes_prompts(name))}",
                 ),
                 (self.max_num_seqs < 1, f"max_num_seqs is {self.max_num_seqs}, at least 1 is needed"),
                 (

@@ -65,6 +65,18 @@ def test_the_next_turn_reads_only_what_is_new(policy, dtype):
         assert (session.cache.store.used_rows, session.state.nbytes) == (0, 0)
 
 
+def test_a_step_of_nobody_leaves_what_is_being_read_alone():
+    llm = LLM(policy="dense", **SIZES)
+    engine = engine_of(llm)
+    ask(engine, ids(llm, 60, 0), 300)
+    assert engine.read_answer()
+    before = engine.status().answer
+    assert before is not None
+    assert engine.step().plan is None
+    assert engine.status().answer == before
+    read_all(engine)
+
+
 def test_the_status_says_what_is_being_read():
     llm = LLM(policy="dense", **SIZES)
     engine = engine_of(llm)

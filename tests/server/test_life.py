@@ -10,6 +10,7 @@ import httpx2
 import openai
 import pytest
 
+from alisa import SamplingParams
 from alisa.server.config import ServerConfig
 from tests.server.conftest import ENGINE, running
 
@@ -199,11 +200,30 @@ def test_a_request_that_fails_is_an_error_of_its_own(monkeypatch):
         client.close()
 
 
-def test_a_client_that_takes_nothing_is_dropped(monkeypatch):
-    # Events larger than all buffers between the two.
-    import alisa.server.reply as module
+@pytest.fixture
+def large_events(monkeypatch):
+    """Events are larger than all buffers between the two."""
+    import alisa.server.frames as module
 
-    monkeypatch.setattr(module, "to_json", lambda value, plain=module.to_json: plain(value) + b" " * (8 << 20))
+    def to_json(value, plain=module.to_json):
+        return plain(value) + (b" " * (8 << 20) if isinstance(value, dict) else b"")
+
+    monkeypatch.setattr(module, "to_json", to_json)
+
+
+def test_a_client_that_takes_its_time_loses_nothing(address, llm, large_events):
+    connection = send(
+        address, {**LONG, "max_tokens": 5, "stream": True, "temperature": 0}, headers=["Connection: close"]
+    )
+    wait_for(lambda: not requests_of(address), "the last token")
+    lines = [line for line in everything(connection).decode().splitlines() if line.startswith("data: {")]
+    texts = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines]
+    [expected] = llm.generate([LONG["prompt"]], SamplingParams(max_tokens=5, ignore_eos=True))
+    assert len(texts) == 6  # a token each, and how it ended
+    assert "".join(texts) == expected.text
+
+
+def test_a_client_that_takes_nothing_is_dropped(large_events):
     with running(config=ServerConfig(port=0, send_timeout_s=0.5)) as server:
         connection = send(server.address, {**LONG, "stream": True})
         wait_for(lambda: requests_of(server.address), "the request")

@@ -55,6 +55,7 @@ def test_it_says_what_it_serves_and_sigterm_brings_it_to_its_end():
     assert process.returncode == 0
     assert out == ""
     assert "Traceback" not in err
+    assert "leaked" not in err
 
 
 def test_a_port_that_is_taken_is_one_sentence():

@@ -184,9 +184,26 @@ def test_rules_for_prompts_have_errors_of_several_windows_and_no_divergence_wher
     means = common | {"rule": "means64", "parameter": 0.98, "products": 0.9}
     write(tmp_path / "sparse_prefill.jsonl", [flash | run | {"kl": 0.9}, flash | run, exact, means, flash])
     assert tables.BLOCKS["accuracy-sparse-prefill"](tmp_path).splitlines()[2:] == [
-        "| WikiText-2, 1 x 4096 | `means64` 0.98 | 1.0 % |  |  |  | 50 % | 90 % | 1.11x |",
-        "| WikiText-2, 1 x 4096 | `flash` 0.1 | 1.0 % | 4.00 | 500 | 1.00 | 50 % | 80 % | 1.25x |",
-        "| WikiText-2, 2 x 4096 | `exact` 0.95 | 1.0 % | 1.00 ± 0.10 |  | -0.20 ± 0.10 | 50 % | 70 % |  |",
+        "| m | WikiText-2, 1 x 4096 | `means64` 0.98 | 1.0 % |  |  |  | 50 % | 90 % | 1.11x |",
+        "| m | WikiText-2, 1 x 4096 | `flash` 0.1 | 1.0 % | 4.00 | 500 | 1.00 | 50 % | 80 % | 1.25x |",
+        "| m | WikiText-2, 2 x 4096 | `exact` 0.95 | 1.0 % | 1.00 ± 0.10 |  | -0.20 ± 0.10 | 50 % | 70 % |  |",
+    ]
+
+
+def test_what_sparse_prompts_save_and_lose(tmp_path):
+    common = {"model": "m-1", "context": 4096, "alpha": 0.03}
+    time = common | {"kind": "sparse-prompts-time", "dense_cpu_s": 12.0, "sparse_cpu_s": 10.0}
+    loss = common | {"kind": "sparse-prompts-loss", "text": "test.txt", "windows": 1, "read": 0.7, "perplexity": 16.4}
+    loss |= {"lost": 0.001, "lost_error": None}
+    recall = common | {"kind": "sparse-prompts-recall", "task": "needle 4096 asked", "texts": 5, "read": 0.6}
+    recall |= {"dense": 1.0, "sparse": 0.8}
+    write(tmp_path / "sparse_prompts.jsonl", [time | {"dense_cpu_s": 1.0}, loss, recall, time])
+    assert tables.BLOCKS["accuracy-sparse-prompts-time"](tmp_path).splitlines()[2:] == [
+        "| m | 4096 | 0.03 | 12.0 s | 10.0 s | 1.20x |"
+    ]
+    assert tables.BLOCKS["accuracy-sparse-prompts-loss"](tmp_path).splitlines()[2:] == [
+        "| m | WikiText-2, 1 x 4096 | 0.03 | 70 % | perplexity 16.40 | 0.10 % |",
+        "| m | needle 4096 asked, 5 texts | 0.03 | 60 % | 100 % recalled | 20 points |",
     ]
 
 
@@ -194,7 +211,26 @@ def test_what_the_server_costs(tmp_path):
     figures = {"alone_tokens_per_s": 300.0, "served_tokens_per_s": 294.0, "overhead": 0.021, "served_cpu_us": 6000.0}
     figures |= {"loop_cpu_us": 40.0, "lag_p50_ms": 0.2, "lag_p99_ms": 9.0, "clients": 16, "prompt_len": 64}
     record = {"model": "m", "output_len": 128, "rounds": [{}, {}], **figures}
-    write(tmp_path / "server_overhead.jsonl", [record | {"overhead": 0.5}, record])
+    new = record | {"clients_cpu_us": 20.0}
+    write(tmp_path / "server_overhead.jsonl", [new | {"overhead": 0.5}, new, record | {"overhead": 0.6}])
     text = BLOCKS["server-overhead"](tmp_path)
     assert text.startswith("16 clients, prompts of 64 tokens, 128 tokens of output, 2 rounds")
-    assert text.endswith("| `m` | 300 tokens/s | 294 tokens/s | 2.1 % | 6000 us | 40.0 us | 0.2 ms | 9.0 ms |")
+    assert text.endswith(
+        "| `m` | 300 tokens/s | 294 tokens/s | 2.1 % | 6000 us | 40.0 us | 20.0 us | 0.2 ms | 9.0 ms |"
+    )
+
+
+def test_what_an_order_lets_in_at_equal_latency(tmp_path):
+    def result(order, load, normalised):
+        tail = {"fcfs": 150.0, "hrrn": 200.4}[order]
+        return {"latency_p99_s": tail, "load": load, "order": order, "normalised_s": normalised}
+
+    record = {"order": ["fcfs", "hrrn"], "load": [0.5, 1.0, 1.5], "traffic": "heavy", "arrivals": "bursts"}
+    record |= {"num_requests": 99, "prompts": "a.json", "max_num_seqs": 16, "seeds": 3}
+    fcfs = [result("fcfs", load, seconds) for load, seconds in ((0.5, 0.1), (1.0, 0.3), (1.5, 0.5))]
+    hrrn = [result("hrrn", load, seconds) for load, seconds in ((0.5, 0.1), (1.0, 0.2), (1.5, 0.3))]
+    write(tmp_path / "queue_orders.jsonl", [record | {"results": []}, record | {"results": fcfs + hrrn}])
+    text = BLOCKS["queue-orders"](tmp_path)
+    assert "| heavy, bursts | `hrrn` | 0.10 | 0.20 | 0.30 |" in text
+    # fcfs has 0.2 s at a load of 0.75 and 0.4 s at 1.25.
+    assert text.endswith("| heavy, bursts | 1.33x | above 1.20x | 150 s | 200 s |")

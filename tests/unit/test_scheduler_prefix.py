@@ -1,6 +1,12 @@
 """What the scheduler does with beginnings of prompts that are known; all prompts here begin alike."""
 
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
 from alisa.scheduler.placement.base import Limits
+from alisa.scheduler.prefix import BLOCK_TOKENS
 from tests.scheduler_cases import Driver, KnownBlocks
 
 
@@ -35,6 +41,38 @@ def test_a_prompt_waits_for_one_that_is_read_and_begins_alike():
         {"b": (16, 4), "c": (16, 4)},
         {"a": (20, 1), "short": (9, 1), "b": (20, 1), "c": (20, 1)},
     ]
+
+
+BURSTS = st.lists(
+    st.tuples(st.integers(1, 200), st.integers(1, 3), st.integers(0, 1), st.integers(0, 3)), min_size=1, max_size=12
+)
+"""Of each request the tokens of its prompt and of its output, its priority, and the steps since the one before it."""
+
+
+@given(
+    burst=BURSTS, chunk=st.sampled_from([16, 48, 1024]), shared=st.sampled_from([None, 16, 64]), most=st.integers(1, 8)
+)
+def test_what_a_burst_of_prompts_has_in_common_is_read_once(burst, chunk, shared, most):
+    driver = Driver(Limits(10_000), prefill_chunk=chunk, shared_chunk=shared, max_num_seqs=most, prefix=KnownBlocks())
+    requests, read = {}, Counter()
+
+    def step():
+        chunks = driver.step()
+        for name, (start, count) in () if chunks is None or driver.plan.restored else chunks.items():
+            # The last token of a prompt has to be read, and with it the block that it is in.
+            end = min(start + count, requests[name].max_restored)
+            read.update(range(start // BLOCK_TOKENS, end // BLOCK_TOKENS))
+        return chunks is not None
+
+    for number, (prompt_len, new, priority, pause) in enumerate(burst):
+        for _ in range(pause):
+            step()
+        name = str(number)
+        requests[name] = driver.add(name, prompt_len, new, priority)
+    while step():
+        pass
+    assert sorted(driver.finished) == sorted(requests)
+    assert set(read.values()) <= {1}
 
 
 def test_nobody_waits_for_what_a_full_cache_does_not_keep():

@@ -12,7 +12,6 @@ from torch import Tensor
 from alisa.cache.base import RowStore
 from alisa.kernels.base import KeyBlock, PrefillKernel
 from alisa.scheduler.plan import ScheduledChunk
-from alisa.scheduler.prefix import BLOCK_TOKENS
 from alisa.spec import AttentionShape
 
 SECTION_TOKENS = 1024
@@ -23,14 +22,13 @@ one section after the other: what prefill holds of the past does not grow with t
 """
 
 
-def chunk_tokens(wanted: int, row_dtype: str, dtype: torch.dtype, *, whole_blocks: bool = False) -> int:
+def chunk_tokens(wanted: int, row_dtype: str, dtype: torch.dtype, *, unit: int = 1) -> int:
     """Prompt tokens that a step may read, of a model that computes in `dtype` and keeps its rows in `row_dtype`.
 
-    With `whole_blocks` it ends where blocks of a prefix cache end. Keys of a section's earlier tokens come out of their
-    rows. Where rows are rounded, that would be other keys than a section read in one step sees, so there a step reads
-    whole sections.
+    A multiple of `unit`, which divides a section. Keys of a section's earlier tokens come out of their rows. Where rows
+    are rounded, that would be other keys than a section read in one step sees, so there a step reads whole sections.
     """
-    multiple = SECTION_TOKENS if not is_exact(row_dtype, dtype) else BLOCK_TOKENS if whole_blocks else 1
+    multiple = unit if is_exact(row_dtype, dtype) else SECTION_TOKENS
     return -(-wanted // multiple) * multiple
 
 

@@ -52,7 +52,7 @@ class Serve:
             raise InputError("An option says how --ray is to work, and there is no --ray; give it, or leave that out.")
         try:
             # Here and not above: the command line is read without torch, and without the extra.
-            from alisa.server.run import ApiServer, build_service, serve
+            from alisa.server.run import ApiServer, build_service, frozen_heap, serve
         except ModuleNotFoundError as error:
             raise InputError(
                 f"alisa serve needs {error.name}, which is not installed; pip install 'alisa[server]'."
@@ -64,7 +64,9 @@ class Serve:
         def started(address: str) -> None:
             say(f"alisa: {service.model.name} is served on {address} (page: {address}/, API: {address}/v1)")
 
+        server = ApiServer(service, started)
         try:
-            return asyncio.run(serve(ApiServer(service, started)))
+            with frozen_heap():
+                return asyncio.run(serve(server))
         except KeyboardInterrupt:  # uvicorn raises the signal again that it has followed
             return 0

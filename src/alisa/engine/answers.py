@@ -15,7 +15,7 @@ from alisa.config import SamplingParams
 from alisa.engine.prefix import PrefixRules
 from alisa.engine.runner import ModelRunner
 from alisa.engine.status import AnswerView
-from alisa.scheduler.prefix import BLOCK_TOKENS, BlockName
+from alisa.scheduler.prefix import BlockName
 from alisa.scheduler.request import Request
 from alisa.scheduler.scheduler import Scheduler
 
@@ -71,7 +71,7 @@ class AnswerReader:
         end = min(len(request.token_ids), request.num_rows) // self._rules.hit_tokens * self._rules.hit_tokens
         token_ids = tuple(request.token_ids[:end])
         names = self._rules.names(token_ids, end, cache_salt)
-        num_read = min(request.prompt_len // BLOCK_TOKENS, len(names))
+        num_read = min(self._rules.num_kept(request.prompt_len), len(names))
         if num_read < len(names) <= self._prefix.capacity:
             self._answers.append(_Answer(token_ids, names, num_read))
 

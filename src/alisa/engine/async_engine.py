@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from queue import SimpleQueue
 from typing import TypeVar, cast
 
 from alisa.config import SamplingParams
 from alisa.engine.budgets import AS_CONFIGURED, ReadingParams
 from alisa.engine.engine import Engine
+from alisa.engine.inbox import Event, Inbox, Reader
 from alisa.engine.output import EngineOutput
 from alisa.errors import AlisaError, InputError
-from alisa.outputs import RequestOutput, TextDelta
+from alisa.outputs import TextDelta
 
-Event = TextDelta | RequestOutput
 T = TypeVar("T")
 
 
@@ -126,24 +126,42 @@ class AsyncEngine:
             InputError: there is no such request, or it is being read already.
             EngineDiedError: the engine has ended with an error.
         """
-        streams = {name: self._unread(name) for name in request_ids}
-        events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
-        for stream in streams.values():
-            stream.lead_into(events)
-        running = set(streams)
-        try:
+        async with aclosing(self.batches(*request_ids)) as batches:
+            async for events in batches:
+                for event in events:
+                    yield event
+
+    async def batches(self, *request_ids: str) -> AsyncGenerator[Sequence[Event]]:
+        """As `events`, each time with all that has come since the last time.
+
+        Raises:
+            InputError: there is no such request, or it is being read already.
+            EngineDiedError: the engine has ended with an error.
+        """
+        inbox, running = Inbox(), set(request_ids)
+        with self.reading(request_ids, inbox):
             while running:
-                event = await events.get()
-                if isinstance(event, BaseException):
-                    raise event
-                if not isinstance(event, TextDelta):
-                    running.discard(event.request_id)
-                yield event
+                events = await inbox.take()
+                running.difference_update(event.request_id for event in events if not isinstance(event, TextDelta))
+                yield events
+
+    @contextmanager
+    def reading(self, request_ids: Sequence[str], reader: Reader) -> Iterator[None]:
+        """In the block events of these requests go to the reader, first what has come before.
+
+        Its end aborts those that have not ended. It is called by the event loop that has added them.
+
+        Raises:
+            InputError: there is no such request, or it is being read already.
+        """
+        streams = {name: self._unread(name) for name in request_ids}
+        try:
+            for stream in streams.values():
+                stream.lead_to(reader)
+            yield
         finally:
             for name, stream in streams.items():
-                self._forget(name, stream)
-            for name in running:
-                self.leave(name)
+                self._drop(name, stream)
 
     async def stream(
         self, prompt: str | Sequence[int], params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
@@ -160,8 +178,8 @@ class AsyncEngine:
 
     def leave(self, request_id: str) -> None:
         """Nobody reads this request any more; if it has not ended, it does after the step that is being made."""
-        with suppress(EngineDiedError, EngineClosedError):
-            self._post(lambda: (self._streams.pop(request_id, None), self._abort(request_id)))
+        if (stream := self._streams.get(request_id)) is not None:
+            self._drop(request_id, stream)
 
     async def between_steps(self, work: Callable[[Engine], T]) -> T:
         """What `work` returns, called by the engine's thread, where nothing changes meanwhile."""
@@ -232,6 +250,13 @@ class AsyncEngine:
         if self._forget(request_id, stream):
             self._abort(request_id)
 
+    def _drop(self, request_id: str, stream: _Stream) -> None:
+        """Nobody reads this stream any more, which is of the event loop that calls; its request ends."""
+        self._forget(request_id, stream)
+        if not stream.has_ended:
+            with suppress(EngineDiedError, EngineClosedError):
+                self._post(lambda: self._abort(request_id))
+
     def _forget(self, request_id: str, stream: _Stream) -> bool:
         """Events of the request go nowhere any more; False: they did not go to this stream."""
         is_its = self._streams.get(request_id) is stream
@@ -248,8 +273,8 @@ class AsyncEngine:
             self._died = error
             for stream in list(self._streams.values()):
                 with suppress(RuntimeError):  # an event loop that is closed has no reader
-                    last = [(stream, EngineDiedError(f"The engine has stopped: {error}"))]
-                    stream.loop.call_soon_threadsafe(_put_all, last)
+                    told = EngineDiedError(f"The engine has stopped: {error}")
+                    stream.loop.call_soon_threadsafe(stream.fail, told)
         else:
             for request_id in list(self._streams):
                 self._abort(request_id)
@@ -290,26 +315,37 @@ class AsyncEngine:
 
 
 class _Stream:
-    """The events of one request on their way to its event loop."""
+    """The events of one request on their way to its event loop, which alone calls this."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.is_read = False
-        self._events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        self.has_ended = False
+        self.reader: Reader = Inbox()
+        """Where events go; at first they are kept."""
+        self._kept: Inbox | None = self.reader
 
-    def put(self, event: Event | BaseException) -> None:
-        """Called by the event loop."""
-        self._events.put_nowait(event)
+    @property
+    def is_read(self) -> bool:
+        """Whether there is somebody whom events go to."""
+        return self._kept is None
 
-    def lead_into(self, events: asyncio.Queue[Event | BaseException]) -> None:
+    def lead_to(self, reader: Reader) -> None:
         """Somebody reads: from now on all events go there, those first that have come before."""
-        self.is_read = True
-        while not self._events.empty():
-            events.put_nowait(self._events.get_nowait())
-        self._events = events
+        kept, self._kept, self.reader = self._kept, None, reader
+        assert kept is not None, "somebody reads already"
+        kept.empty_into(reader)
+
+    def fail(self, error: Exception) -> None:
+        """Its reader is told that nothing more comes."""
+        self.has_ended = True
+        self.reader.fail(error)
 
 
-def _put_all(events: Sequence[tuple[_Stream, Event | BaseException]]) -> None:
-    """Called by the event loop of these streams."""
+def _put_all(events: Sequence[tuple[_Stream, Event]]) -> None:
+    """Called by the event loop of these streams: each reader gets all that is for him at once."""
+    found: dict[Reader, list[Event]] = {}
     for stream, event in events:
-        stream.put(event)
+        stream.has_ended = not isinstance(event, TextDelta)
+        found.setdefault(stream.reader, []).append(event)
+    for reader, its_events in found.items():
+        reader.put(its_events)

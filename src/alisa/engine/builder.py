@@ -9,10 +9,13 @@ import logging
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+
 from alisa.attention.build import build_session
 from alisa.attention.caps import device_cap, disk_directory, lower_caps
 from alisa.attention.kv_cache import KVCacheConfig, build_kv_cache, plan_kv_cache
 from alisa.attention.prefill import chunk_tokens
+from alisa.attention.sparse_prompts import QUERY_BLOCK_TOKENS, with_sparse_prompts
 from alisa.attention.timing import StepTimer
 from alisa.cache.offload.residency import Eviction
 from alisa.config import EngineConfig
@@ -29,11 +32,14 @@ from alisa.engine.runner import ModelRunner
 from alisa.engine.speculation import make_speculator
 from alisa.engine.speculator import NoDrafts, Speculator
 from alisa.engine.threads import make_governor
+from alisa.errors import InputError
+from alisa.kernels.native import prefill as cpu_prefill
 from alisa.policy.registry import make_policy
 from alisa.scheduler.fair import ServedTokens
 from alisa.scheduler.order import FirstCome, HighestResponseRatio
 from alisa.scheduler.placement.base import PlacementPolicy
 from alisa.scheduler.placement.file import load_schedule
+from alisa.scheduler.prefix import BLOCK_TOKENS
 from alisa.scheduler.scheduler import Scheduler
 
 _LOG = logging.getLogger("alisa")
@@ -112,6 +118,8 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
         CapacityError: the caps hold not even one token.
     """
     device = model.decoder.device
+    if config.sparse_prompts is not None:
+        check_sparse_prompts(device, model.decoder.dtype)
     policy = make_policy(config.policy, config.sparsity, config.coverage, layer_budgets(model, config))
     shape = model.spec.attention
     if config.policy != "dense" and shape.full_layers().num_layers == 0:
@@ -147,7 +155,7 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
     session = build_session(
         cache,
         policy,
-        model.backend,
+        with_sparse_prompts(model.backend, config.sparse_prompts),
         shape,
         device,
         max_num_seqs=config.max_num_seqs,
@@ -160,7 +168,9 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
         prefix=prefix,
     )
     costs = MeasuredCosts(cache_config.token_bytes)
-    chunk_size = partial(chunk_tokens, row_dtype=kv_dtype, dtype=model.decoder.dtype, whole_blocks=prefix is not None)
+    blocks = BLOCK_TOKENS if prefix is not None else 1
+    unit = blocks if config.sparse_prompts is None else QUERY_BLOCK_TOKENS
+    chunk_size = partial(chunk_tokens, row_dtype=kv_dtype, dtype=model.decoder.dtype, unit=unit)
     speculator = options.speculator or make_speculator(model, config, policy, cache, cache_config.token_bytes)
     scheduler = Scheduler(
         cache_config.limits,
@@ -181,6 +191,21 @@ def build_parts(model: LoadedModel, config: EngineConfig, options: CacheOptions 
     if prefix is not None and rules is not None:
         answers = AnswerReader(scheduler, runner, prefix, rules, chunk_size(ANSWER_CHUNK))
     return EngineParts(scheduler, runner, costs, cache_config, kv_dtype, rules, prefix_bytes, answers, speculator)
+
+
+def check_sparse_prompts(device: torch.device, dtype: torch.dtype) -> None:
+    """Prompts can be read sparsely by a model on this device; where it would not save time, a warning says so.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if device.type != "cpu":
+        raise InputError("--sparse-prompts runs on a CPU only: a GPU reads prompts densely; leave it out.")
+    if dtype != torch.bfloat16 or not cpu_prefill.available():
+        _LOG.warning(
+            "--sparse-prompts saves time where the native prefill kernels run (bfloat16, a CPU with AVX512-BF16 and "
+            "without AMX): here prompts are read more slowly with it."
+        )
 
 
 def _setup(model: LoadedModel, config: EngineConfig, parts: EngineParts) -> EngineSetup:

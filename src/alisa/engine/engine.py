@@ -177,6 +177,8 @@ class Engine:
     def step(self) -> EngineOutput:
         """Do the next piece of work; an empty output when there is none."""
         self._check_usable()
+        if not self.has_requests:  # an answer may be half read, which is the work of `read_answer`
+            return EngineOutput()
         self._governor.before_step()
         self._runner.timer.reset()
         self._speculator.propose(self.scheduler.running)

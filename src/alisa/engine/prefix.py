@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alisa import __version__
 from alisa.attention.prefill import SECTION_TOKENS, is_exact
+from alisa.attention.sparse_prompts import QUERY_BLOCK_TOKENS
 from alisa.cache.prefix.blocks import BlockLayout
 from alisa.cache.prefix.cache import PrefixCache
 from alisa.cache.prefix.files import BlockFiles, check_size
@@ -47,11 +48,19 @@ class PrefixRules:
     rotates_by_length: bool
     """K depends on how long a sequence may become."""
     salt: bytes
+    kept_tokens: int = BLOCK_TOKENS
+    """What is kept of a prompt ends at a multiple of this."""
+
+    def num_kept(self, prompt_len: int) -> int:
+        """Blocks of a prompt that are kept."""
+        return prompt_len // self.kept_tokens * self.kept_tokens // BLOCK_TOKENS
 
     def names(self, prompt_ids: Sequence[int], num_rows: int, cache_salt: str) -> tuple[BlockName, ...]:
-        """Names of the whole blocks of a prompt, of a request that may come to need so many rows."""
+        """Names of the blocks of a prompt that are kept, of a request that may come to need so many rows."""
         asked = [cache_salt, num_rows if self.rotates_by_length else 0]
-        return block_names(prompt_ids, self.salt + json.dumps(asked).encode())
+        return block_names(
+            prompt_ids[: self.num_kept(len(prompt_ids)) * BLOCK_TOKENS], self.salt + json.dumps(asked).encode()
+        )
 
     def most(self, prompt_len: int) -> int:
         """Tokens of a prompt that may come from the cache; its last one chooses a token, and is computed."""
@@ -118,12 +127,15 @@ def build_prefix(
             f"{format_bytes(layout.nbytes)}; raise --prefix-cache-memory or the cap."
         )
     exact = is_exact(kv_dtype, model.decoder.dtype)
+    # Where prompts are read sparsely, a last block of queries that is not whole reads other keys than a whole one.
+    kept_tokens = BLOCK_TOKENS if config.sparse_prompts is None else QUERY_BLOCK_TOKENS
     rules = PrefixRules(
         policy=config.policy,
         sparsity=config.sparsity,
-        hit_tokens=BLOCK_TOKENS if exact else SECTION_TOKENS,
+        hit_tokens=kept_tokens if exact else SECTION_TOKENS,
         rotates_by_length=spec.rotates_by_length,
-        salt=b"" if config.prefix_cache_disk is None else _fingerprint(model, kv_dtype, layout),
+        salt=b"" if config.prefix_cache_disk is None else _fingerprint(model, config, kv_dtype, layout),
+        kept_tokens=kept_tokens,
     )
     files = None
     if config.prefix_cache_disk is not None:
@@ -133,13 +145,22 @@ def build_prefix(
     return PrefixCache(num_blocks, layout, files, rules.hit_tokens), rules
 
 
-def _fingerprint(model: LoadedModel, kv_dtype: str, layout: BlockLayout) -> bytes:
+def _fingerprint(model: LoadedModel, config: EngineConfig, kv_dtype: str, layout: BlockLayout) -> bytes:
     """What blocks in files depend on besides tokens.
 
     The model is known by the bits of K and V that it gives for a few tokens: they say at once which weights it has, in
     what precision, and how this machine adds up.
     """
-    versions = [__version__, torch.__version__, model.backend.name, kv_dtype, str(model.dtype), layout.hidden_size]
+    versions: list[object] = [
+        __version__,
+        torch.__version__,
+        model.backend.name,
+        kv_dtype,
+        str(model.dtype),
+        layout.hidden_size,
+    ]
+    if config.sparse_prompts is not None:
+        versions.append(config.sparse_prompts)
     found = blake2b(json.dumps(versions).encode(), digest_size=32)
     vocab, device = model.spec.vocab_size, model.decoder.device
 

@@ -177,6 +177,34 @@ class Workspace:
         after: int,
         out: int,
         log_sum_exp: int,
+        chosen: int,
+        chosen_stride: int,
+    ) -> None: ...
+    def prefill_means(
+        self,
+        *,
+        threads: Threads,
+        k: tuple[int, int, int],
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        means: int,
+    ) -> None: ...
+    def prefill_choose(
+        self,
+        *,
+        threads: Threads,
+        q: tuple[int, int, int],
+        means: tuple[int, int, int],
+        num_queries: int,
+        first_block: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        softcap: float,
+        alpha: float,
+        chosen: int,
+        chosen_stride: int,
     ) -> None: ...
     def prefill_mass(
         self,

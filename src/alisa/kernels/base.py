@@ -92,6 +92,10 @@ class Selection(NamedTuple):
     looked up, loaded and read from memory once.
     """
 
+    def by_query(self) -> Tensor:
+        """Int32[B, J, K]: `positions` of each query."""
+        return self.positions if self.entries is None else self.positions[self.entries.long()]
+
 
 class Attended(NamedTuple):
     """What a decode-attention kernel returns."""
@@ -220,6 +224,41 @@ class PrefillKernel(Protocol):
 
         Returns:
             The output `[T, H, D]`, and the weights of the last rows, computed as they are asked for.
+        """
+        ...
+
+
+class SparsePrefillKernel(Protocol):
+    """Attention of one piece of a prompt to chosen blocks of earlier keys.
+
+    Blocks are of 64 tokens from the first of the sequence on, and the queries of a block share a choice. So into which
+    pieces a section is cut changes no bit, as long as they end where blocks do.
+    """
+
+    def __call__(
+        self,
+        q: Tensor,
+        own: KeyBlock,
+        past: Callable[[], Iterable[KeyBlock]],
+        alpha: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attend causally with q `[T, H, D]` to `own`, of which it is the last T tokens, and to what is chosen before.
+
+        Blocks before a query's own are chosen by the means of their keys: see `reference.sparse_prefill`. A last block
+        that is not whole reads all.
+
+        Args:
+            q: `[T, H, D]`; the first is the first of a block.
+            own: as in `PrefillKernel`.
+            past: reads the blocks before `own`, each whole blocks of 64 keys; asked twice, first for the keys' means.
+            alpha: part of the largest weight that a block's has to be, 0 (all are read) up to but not 1.
+            softcap: as in `PrefillKernel`; so are the sinks.
+            sinks: None: the model has none.
+
+        Returns:
+            The output `[T, H, D]`.
         """
         ...
 

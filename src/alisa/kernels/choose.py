@@ -8,16 +8,25 @@ from typing import NamedTuple
 
 import torch
 
-from alisa.kernels.base import AppendKernel, DecodeKernel, MoveRows, PrefillKernel, SelectionKernels
+from alisa.kernels.base import (
+    AppendKernel,
+    DecodeKernel,
+    MoveRows,
+    PrefillKernel,
+    SelectionKernels,
+    SparsePrefillKernel,
+)
 from alisa.kernels.native import kernels as cpu
 from alisa.kernels.native import library
 from alisa.kernels.native import prefill as cpu_prefill
 from alisa.kernels.native.prefill_engine import NativePrefill
 from alisa.kernels.native.sketch_step import CpuSketchStep
+from alisa.kernels.native.sparse_prefill import NativeSparsePrefill
 from alisa.kernels.reference.decode import decode_attention
 from alisa.kernels.reference.prefill import prefill_attention
 from alisa.kernels.reference.rows import move_rows
 from alisa.kernels.reference.selection import ReferenceSelection
+from alisa.kernels.reference.sparse_prefill import sparse_prefill_attention
 from alisa.kernels.sketch_step import SketchStepKernel
 
 _LOG = logging.getLogger("alisa")
@@ -27,6 +36,7 @@ class AttentionBackend(NamedTuple):
     """What runs on the hot path, and what to call it in a report."""
 
     prefill: PrefillKernel
+    sparse_prefill: SparsePrefillKernel
     attend: DecodeKernel
     selection: SelectionKernels
     append: AppendKernel | None
@@ -39,7 +49,7 @@ class AttentionBackend(NamedTuple):
 
 
 REFERENCE_BACKEND = AttentionBackend(
-    prefill_attention, decode_attention, ReferenceSelection(), None, move_rows, None, "torch"
+    prefill_attention, sparse_prefill_attention, decode_attention, ReferenceSelection(), None, move_rows, None, "torch"
 )
 
 
@@ -56,8 +66,14 @@ def choose_backend(device: torch.device) -> AttentionBackend:
         _warn_once(library.unavailable_reason())
         return REFERENCE_BACKEND
     native = cpu.CpuKernels()
-    prefill = NativePrefill(cpu_prefill.CpuPrefill()) if cpu_prefill.available() else prefill_attention
-    return AttentionBackend(prefill, native, native, native.append, library.move_rows, CpuSketchStep(), native.isa)
+    prefill: PrefillKernel = prefill_attention
+    sparse_prefill: SparsePrefillKernel = sparse_prefill_attention
+    if cpu_prefill.available():
+        kernel = cpu_prefill.CpuPrefill()
+        prefill, sparse_prefill = NativePrefill(kernel), NativeSparsePrefill(kernel)
+    return AttentionBackend(
+        prefill, sparse_prefill, native, native, native.append, library.move_rows, CpuSketchStep(), native.isa
+    )
 
 
 def _triton_kernels() -> AttentionBackend:
@@ -70,7 +86,9 @@ def _triton_kernels() -> AttentionBackend:
     kernels = TritonKernels()
     # Rows on disk go through the memory of the host, whatever the device.
     move = library.move_rows if library.available() else move_rows
-    return AttentionBackend(prefill_attention, kernels, kernels, kernels.append, move, None, "triton")
+    return AttentionBackend(
+        prefill_attention, sparse_prefill_attention, kernels, kernels, kernels.append, move, None, "triton"
+    )
 
 
 @cache

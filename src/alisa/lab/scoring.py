@@ -8,7 +8,7 @@ cap.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from alisa.attention.build import build_session
 from alisa.attention.caps import device_cap
 from alisa.attention.prefill import chunk_tokens
+from alisa.attention.sparse_prompts import QUERY_BLOCK_TOKENS, with_sparse_prompts
 from alisa.attention.timing import StepTimer
 from alisa.budget import state_tokens
 from alisa.cache.capacity import resident_table_bytes
@@ -100,6 +101,11 @@ class Scorer:
             max_batch=llm.config.max_num_seqs,
             prefill_chunk=llm.config.prefill_chunk,
         )
+
+    def with_sparse_prompts(self, alpha: float | None) -> Scorer:
+        """One that reads prompts as `EngineConfig.sparse_prompts` says."""
+        chunk = -(-self.prefill_chunk // QUERY_BLOCK_TOKENS) * QUERY_BLOCK_TOKENS
+        return replace(self, kernels=with_sparse_prompts(self.kernels, alpha), prefill_chunk=chunk)
 
     def batches(self, items: Sequence[ScoredItem], codec: Codec, policy: SelectionPolicy) -> Iterator[tuple[int, ...]]:
         """Indices of the items in groups that fit the cap, all of it; long items go with long ones.

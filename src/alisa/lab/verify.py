@@ -44,16 +44,23 @@ def verify_outputs(llm: LLM, outputs: Sequence[RequestOutput], num_samples: int 
     items = [ScoredItem(output.prompt_ids, output.token_ids) for output in outputs]
     fitting = [item for item in items if scorer.fits(item, llm.codec, llm.policy)] or items
     stride = max(1, len(fitting) // num_samples)
-    return verify(scorer, llm.policy, dense, llm.codec, fitting[::stride][:num_samples])
+    reading = scorer.with_sparse_prompts(llm.config.sparse_prompts)
+    return verify(scorer, llm.policy, dense, llm.codec, fitting[::stride][:num_samples], reading)
 
 
 def verify(
-    scorer: Scorer, policy: SelectionPolicy, dense: SelectionPolicy, codec: Codec, items: Sequence[ScoredItem]
+    scorer: Scorer,
+    policy: SelectionPolicy,
+    dense: SelectionPolicy,
+    codec: Codec,
+    items: Sequence[ScoredItem],
+    reading: Scorer | None = None,
 ) -> VerifyReport:
     """Run the items under the policy, then densely, and compare every next-token distribution.
 
     One pass follows the other, so that rows are held once and within the cap. The distributions of the first pass are
-    kept for the second: an output whose distributions would take more than `KEPT_BYTES` is compared up to there.
+    kept for the second: an output whose distributions would take more than `KEPT_BYTES` is compared up to there. The
+    policy reads prompts as `reading` does; None: densely.
 
     Raises:
         CapacityError: an item does not fit the cap alone; nothing has been run.
@@ -66,7 +73,7 @@ def verify(
         for part in groups(batch, sizes, most_tokens, len(batch)):
             sample = [items[index] for index in part]
             waiting: list[Tensor] = []
-            for step in scorer.steps(policy, codec, sample, measure_lost_mass=True):
+            for step in (reading or scorer).steps(policy, codec, sample, measure_lost_mass=True):
                 waiting.append(step.logits.log_softmax(dim=-1))
                 if step.lost_mass is not None:
                     lost_mass += step.lost_mass * len(step.items)

@@ -177,6 +177,11 @@ def can_truncate_names() -> str:
     return ", ".join(name for name, entry in POLICIES.items() if entry.can_truncate)
 
 
+def observes_prompts(name: str) -> bool:
+    """Whether the policy looks at what some rows of a prompt attend to."""
+    return POLICIES[name].observation_window is not _no_window
+
+
 def policies_help() -> str:
     """One sentence for each policy."""
     return " ".join(f"{name}: {entry.help}." for name, entry in POLICIES.items())

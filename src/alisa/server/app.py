@@ -21,12 +21,13 @@ from alisa.server.chat import chat, plain_messages
 from alisa.server.completions import complete
 from alisa.server.config import ServerConfig
 from alisa.server.errors import ApiError, bad_request
+from alisa.server.frames import to_json
 from alisa.server.gate import Gate
 from alisa.server.logprobs import token_text
 from alisa.server.page import page_reply
 from alisa.server.params import check_model
 from alisa.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from alisa.server.reply import error_reply, to_json
+from alisa.server.reply import error_reply
 from alisa.server.service import Service
 
 Call = TypeVar("Call", bound=BaseModel)

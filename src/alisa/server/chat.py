@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import time
 from typing import Any
@@ -12,9 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from alisa.config import SamplingParams
+from alisa.engine.inbox import Event
 from alisa.outputs import RequestOutput, TextDelta
 from alisa.server.completions import truncated
 from alisa.server.errors import bad_request
+from alisa.server.frames import TextFrames, to_frame
 from alisa.server.logprobs import chat_logprobs, prompt_logprobs
 from alisa.server.params import chat_params, check_model, reading_params
 from alisa.server.protocol import ChatRequest, Message
@@ -56,7 +58,7 @@ async def chat(request: Request, call: ChatRequest, service: Service) -> Respons
         reading=reading_params(call, model.budgets),
     )
     if call.stream:
-        return EventStream(answer.events(texts), texts, send_timeout_s=service.config.send_timeout_s)
+        return EventStream(_AnswerFrames(answer), texts, send_timeout_s=service.config.send_timeout_s)
     async with texts:
         return JSONResponse(await while_connected(request, answer.whole(texts)))
 
@@ -122,51 +124,10 @@ class _Answer:
         outputs = await texts.outputs()
         usage = Usage.of([self.prompt], outputs)
         choices = [self._choice(number, output) for number, output in enumerate(outputs)]
-        return self._body("chat.completion", choices) | {"usage": usage.body} | self._prompt_fields(outputs[0])
+        return self.body("chat.completion", choices) | {"usage": usage.body} | self._prompt_fields(outputs[0])
 
-    async def events(self, texts: Texts) -> AsyncGenerator[dict[str, Any]]:
-        """The reply as it grows."""
-        usage = Usage.of([self.prompt])
-        readers = [ToolReader() for _ in range(self.params.n)]
-        begun: set[int] = set()
-
-        def chunk(number: int, delta: dict[str, Any], **fields: object) -> dict[str, Any]:
-            # The role comes with the first words: who counts events as tokens would count one too many.
-            role = {} if number in begun else {"role": "assistant"}
-            begun.add(number)
-            choice = {"index": number, "delta": role | delta, "logprobs": None, "finish_reason": None, **fields}
-            told = {"usage": usage.body if self.call.tells_usage_always else None} if self.call.tells_usage else {}
-            return self._body("chat.completion.chunk", [choice]) | told
-
-        async for number, event in texts.events():
-            reader = readers[number]
-            if isinstance(event, TextDelta):
-                usage.completion_tokens += len(event.token_ids)
-                before = reader.num_calls
-                words, calls = reader.feed(event.text) if self.reads_tools else (event.text, [])
-                delta: dict[str, Any] = {"content": words}
-                if calls:
-                    delta["tool_calls"] = _call_deltas(calls, before)
-                fields: dict[str, Any] = {}
-                if self.call.logprobs:
-                    fields["logprobs"] = chat_logprobs(self.service.model.tokenizer, event.logprobs)
-                if self.call.return_token_ids:
-                    fields["token_ids"] = list(event.token_ids)
-                yield chunk(number, delta, **fields)
-            else:
-                reason = finish_reason(event)
-                usage.cached_tokens += 0 if number else event.report.cached_tokens
-                before = reader.num_calls
-                words, calls = reader.feed("", final=True)
-                delta = {"content": words} if words else {}
-                if calls:
-                    delta["tool_calls"] = _call_deltas(calls, before)
-                reason = "tool_calls" if reader.num_calls and reason == "stop" else reason
-                yield chunk(number, delta, finish_reason=reason, stop_reason=event.stop_reason)
-        if self.call.tells_usage:
-            yield self._body("chat.completion.chunk", []) | {"usage": usage.body}
-
-    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """What every object of the reply has, and these choices."""
         return {
             "id": self.name,
             "object": kind,
@@ -204,6 +165,76 @@ class _Answer:
         if self.call.return_token_ids:
             found["prompt_token_ids"] = self.prompt
         return found
+
+
+class _AnswerFrames:
+    """The frames of an answer that is streamed, one for each event of its texts."""
+
+    def __init__(self, answer: _Answer) -> None:
+        self.usage = Usage.of([answer.prompt])
+        self._answer = answer
+        self._call = call = answer.call
+        self._readers = [ToolReader() for _ in range(answer.params.n)]
+        self._begun: set[int] = set()
+        # After the first event of a text, those of a plain call differ in what they say alone.
+        self._is_plain = not (call.logprobs or call.return_token_ids or call.tells_usage_always)
+        self._plain: dict[int, TextFrames] = {}
+
+    def frame(self, number: int, event: Event) -> bytes:
+        """What a client is told of this event of text `number`.
+
+        Raises:
+            ApiError: the text has ended in an error.
+        """
+        if not isinstance(event, TextDelta):
+            return to_frame(self._ended(number, event))
+        self.usage.completion_tokens += len(event.token_ids)
+        reader = self._readers[number]
+        before = reader.num_calls
+        words, calls = reader.feed(event.text) if self._answer.reads_tools else (event.text, [])
+        if not calls and number in self._plain:
+            return self._plain[number].write(words)
+        delta: dict[str, Any] = {"content": words}
+        if calls:
+            delta["tool_calls"] = _call_deltas(calls, before)
+        fields: dict[str, Any] = {}
+        if self._call.logprobs:
+            fields["logprobs"] = chat_logprobs(self._answer.service.model.tokenizer, event.logprobs)
+        if self._call.return_token_ids:
+            fields["token_ids"] = list(event.token_ids)
+        frame = to_frame(self._chunk(number, delta, **fields))
+        if self._is_plain and number not in self._plain:
+            self._plain[number] = TextFrames(lambda text: self._chunk(number, {"content": text}))
+        return frame
+
+    def closing(self) -> bytes:
+        """The usage, where it is asked for."""
+        return (
+            to_frame(self._answer.body("chat.completion.chunk", []) | {"usage": self.usage.body})
+            if self._call.tells_usage
+            else b""
+        )
+
+    def _ended(self, number: int, event: RequestOutput) -> dict[str, Any]:
+        reason = finish_reason(event)
+        self.usage.cached_tokens += 0 if number else event.report.cached_tokens
+        reader = self._readers[number]
+        before = reader.num_calls
+        words, calls = reader.feed("", final=True)
+        delta: dict[str, Any] = {"content": words} if words else {}
+        if calls:
+            delta["tool_calls"] = _call_deltas(calls, before)
+        reason = "tool_calls" if reader.num_calls and reason == "stop" else reason
+        return self._chunk(number, delta, finish_reason=reason, stop_reason=event.stop_reason)
+
+    def _chunk(self, number: int, delta: dict[str, Any], **fields: object) -> dict[str, Any]:
+        # The role comes with the first words: who counts events as tokens would count one too many.
+        role = {} if number in self._begun else {"role": "assistant"}
+        self._begun.add(number)
+        choice = {"index": number, "delta": role | delta, "logprobs": None, "finish_reason": None, **fields}
+        call = self._call
+        told = {"usage": self.usage.body if call.tells_usage_always else None} if call.tells_usage else {}
+        return self._answer.body("chat.completion.chunk", [choice]) | told
 
 
 def _call_body(tool_call: ToolCall) -> dict[str, Any]:

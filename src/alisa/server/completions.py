@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import time
 from typing import Any
@@ -12,8 +12,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from alisa.config import SamplingParams
+from alisa.engine.inbox import Event
 from alisa.outputs import RequestOutput, TextDelta, TokenLogprob
 from alisa.server.errors import bad_request
+from alisa.server.frames import TextFrames, to_frame
 from alisa.server.logprobs import completion_logprobs, prompt_logprobs
 from alisa.server.params import check_model, completion_params, reading_params
 from alisa.server.protocol import CompletionRequest, GenerationRequest
@@ -48,7 +50,7 @@ async def complete(request: Request, call: CompletionRequest, service: Service) 
         reading=reading,
     )
     if call.stream:
-        return EventStream(completion.events(texts), texts, send_timeout_s=service.config.send_timeout_s)
+        return EventStream(_CompletionFrames(completion), texts, send_timeout_s=service.config.send_timeout_s)
     async with texts:
         return JSONResponse(await while_connected(request, completion.whole(texts)))
 
@@ -95,42 +97,9 @@ class _Completion:
 
     async def whole(self, texts: Texts) -> dict[str, Any]:
         """The reply when all texts are at their end."""
-        outputs = [self._cut(output) for output in await texts.outputs()]
+        outputs = [self.cut(output) for output in await texts.outputs()]
         usage = Usage.of(self.prompts, outputs)
-        return self._body([self._choice(number, output) for number, output in enumerate(outputs)], usage.body)
-
-    async def events(self, texts: Texts) -> AsyncGenerator[dict[str, Any]]:
-        """The reply as it grows."""
-        usage = Usage.of(self.prompts)
-
-        def chunk(choice: dict[str, Any]) -> dict[str, Any]:
-            return self._body(
-                [choice], usage.body if self.call.tells_usage_always else None, told=self.call.tells_usage
-            )
-
-        lengths = [0] * (len(self.prompts) * self.params.n)
-        begun: set[int] = set()
-        async for number, event in texts.events():
-            if isinstance(event, TextDelta):
-                tokens = () if self.call.max_tokens == 0 else event.token_ids
-                usage.completion_tokens += len(tokens)
-                head = self._echoed(number) if self.call.echo and number not in begun else ""
-                text = head + ("" if self.call.max_tokens == 0 else event.text)
-                logprobs = self._logprobs(event.logprobs, lengths[number] + len(head))
-                choice: dict[str, Any] = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": None}
-                if self.call.return_token_ids:
-                    choice["token_ids"] = list(tokens)
-                    choice["prompt_token_ids"] = None if number in begun else self._prompt(number)
-                begun.add(number)
-                lengths[number] += len(text)
-                yield chunk(choice)
-            else:
-                output = self._cut(event)
-                usage.cached_tokens += 0 if number % self.params.n else event.report.cached_tokens
-                ended = {"finish_reason": finish_reason(output), "stop_reason": output.stop_reason}
-                yield chunk({"index": number, "text": "", "logprobs": None, **ended})
-        if self.call.tells_usage:
-            yield self._body([], usage.body)
+        return self.body([self._choice(number, output) for number, output in enumerate(outputs)], usage.body)
 
     def nothing(self) -> dict[str, Any]:
         """The reply to a call that asks for no token."""
@@ -138,11 +107,12 @@ class _Completion:
             {"index": number, "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None}
             for number in range(len(self.prompts) * self.params.n)
         ]
-        return self._body(choices, Usage.of(self.prompts).body)
+        return self.body(choices, Usage.of(self.prompts).body)
 
-    def _body(
+    def body(
         self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None, *, told: bool = False
     ) -> dict[str, Any]:
+        """What every object of the reply has, and these choices."""
         body: dict[str, Any] = {
             "id": self.name,
             "object": "text_completion",
@@ -154,7 +124,7 @@ class _Completion:
 
     def _choice(self, number: int, output: RequestOutput) -> dict[str, Any]:
         tokenizer = self.service.model.tokenizer
-        head = self._echoed(number) if self.call.echo else ""
+        head = self.echoed(number) if self.call.echo else ""
         logprobs = None
         if self.call.logprobs is not None:
             before = output.prompt_logprobs or () if self.call.echo else ()
@@ -174,22 +144,24 @@ class _Completion:
             choice |= {"token_ids": list(output.token_ids), "prompt_token_ids": list(output.prompt_ids)}
         return choice
 
-    def _logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
+    def logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
+        """Those of tokens whose text begins at this character; None: nobody asked."""
         if self.call.logprobs is None or self.call.max_tokens == 0:
             return None
         return completion_logprobs(self.service.model.tokenizer, tokens, offset=offset)
 
-    def _cut(self, output: RequestOutput) -> RequestOutput:
+    def cut(self, output: RequestOutput) -> RequestOutput:
         """Without the token that the engine had to make for a call that wants none."""
         if self.call.max_tokens != 0:
             return output
         logprobs = None if output.logprobs is None else ()
         return replace(output, text="", token_ids=(), logprobs=logprobs, finish_reason="length", stop_reason=None)
 
-    def _prompt(self, number: int) -> list[int]:
+    def prompt(self, number: int) -> list[int]:
+        """Of the text with this number."""
         return self.prompts[number // self.params.n]
 
-    def _echoed(self, number: int) -> str:
+    def echoed(self, number: int) -> str:
         """The prompt as the client sent it, or as its tokens are written."""
         given, place = self.call.prompt, number // self.params.n
         if isinstance(given, str):
@@ -198,4 +170,68 @@ class _Completion:
         if isinstance(one, str):
             return one
         token_bytes = self.service.model.tokenizer.token_bytes
-        return b"".join(token_bytes[token_id] for token_id in self._prompt(number)).decode(errors="replace")
+        return b"".join(token_bytes[token_id] for token_id in self.prompt(number)).decode(errors="replace")
+
+
+class _CompletionFrames:
+    """The frames of a call that is streamed, one for each event of its texts."""
+
+    def __init__(self, completion: _Completion) -> None:
+        self.usage = Usage.of(completion.prompts)
+        self._completion = completion
+        self._call = call = completion.call
+        self._lengths = [0] * (len(completion.prompts) * completion.params.n)
+        self._begun: set[int] = set()
+        # After the first event of a text, those of a plain call differ in what they say alone.
+        self._is_plain = not (
+            call.logprobs is not None or call.return_token_ids or call.tells_usage_always or call.max_tokens == 0
+        )
+        self._plain: dict[int, TextFrames] = {}
+
+    def frame(self, number: int, event: Event) -> bytes:
+        """What a client is told of this event of text `number`.
+
+        Raises:
+            ApiError: the text has ended in an error.
+        """
+        if not isinstance(event, TextDelta):
+            return to_frame(self._ended(number, event))
+        if number in self._plain:
+            self.usage.completion_tokens += len(event.token_ids)
+            return self._plain[number].write(event.text)
+        frame = to_frame(self._grown(number, event))
+        if self._is_plain:
+            self._plain[number] = TextFrames(lambda text: self._chunk(self._choice(number, text)))
+        return frame
+
+    def closing(self) -> bytes:
+        """The usage, where it is asked for."""
+        return to_frame(self._completion.body([], self.usage.body)) if self._call.tells_usage else b""
+
+    def _grown(self, number: int, event: TextDelta) -> dict[str, Any]:
+        call, completion = self._call, self._completion
+        tokens = () if call.max_tokens == 0 else event.token_ids
+        self.usage.completion_tokens += len(tokens)
+        head = completion.echoed(number) if call.echo and number not in self._begun else ""
+        text = head + ("" if call.max_tokens == 0 else event.text)
+        choice = self._choice(number, text)
+        choice["logprobs"] = completion.logprobs(event.logprobs, self._lengths[number] + len(head))
+        if call.return_token_ids:
+            choice["token_ids"] = list(tokens)
+            choice["prompt_token_ids"] = None if number in self._begun else completion.prompt(number)
+        self._begun.add(number)
+        self._lengths[number] += len(text)
+        return self._chunk(choice)
+
+    def _ended(self, number: int, event: RequestOutput) -> dict[str, Any]:
+        output = self._completion.cut(event)
+        self.usage.cached_tokens += 0 if number % self._completion.params.n else event.report.cached_tokens
+        ended = {"finish_reason": finish_reason(output), "stop_reason": output.stop_reason}
+        return self._chunk(self._choice(number, "") | ended)
+
+    def _choice(self, number: int, text: str) -> dict[str, Any]:
+        return {"index": number, "text": text, "logprobs": None, "finish_reason": None}
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        usage = self.usage.body if self._call.tells_usage_always else None
+        return self._completion.body([choice], usage, told=self._call.tells_usage)

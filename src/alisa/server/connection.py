@@ -1,10 +1,23 @@
-"""One connection: as uvicorn speaks HTTP with httptools, and in addition no head of a call may be slow or endless."""
+"""One connection: as uvicorn speaks HTTP with httptools, and in addition no head of a call may be slow or endless.
+
+An application may borrow its `express`: a way to send pieces of a reply from any callback of the event loop, where ASGI
+would want a task to be woken for each.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+EXPRESS = "alisa.express"
+"""Name of the extension in the scope of a call, whose `write` is an `Express`."""
+
+Express = Callable[[bytes | bytearray], bool]
+"""Sends a piece of the reply, not empty, after its head and before its end; False: not now, the client is slow or has
+left. ASGI's own `send` waits for a slow one."""
 
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT_S = 30.0
@@ -48,6 +61,16 @@ class GuardedConnection(HttpToolsProtocol):
         """The head is here."""
         self._head_is_here()
         super().on_headers_complete()
+        # The call itself begins when the loop comes to it.
+        self.scope["extensions"] = {EXPRESS: {"write": partial(self._write, self.cycle)}}
+
+    def _write(self, cycle: RequestResponseCycle, data: bytes | bytearray) -> bool:
+        """See `Express`."""
+        has_begun = cycle.chunked_encoding and not cycle.response_complete
+        if not has_begun or self.flow.write_paused or cycle.disconnected or self.transport.is_closing():
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     def _count(self, *parts: bytes) -> None:
         self._head_bytes += sum(map(len, parts))

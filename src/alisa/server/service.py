@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from alisa.config import EngineConfig, SamplingParams, per_request, sample_params
-from alisa.engine.async_engine import AsyncEngine, Event
+from alisa.engine.async_engine import AsyncEngine
 from alisa.engine.budgets import AS_CONFIGURED, ReadingParams, RequestBudgets
+from alisa.engine.inbox import Event, Reader
 from alisa.engine.status import EngineStatus
 from alisa.errors import InputError
 from alisa.model.tokenizer import Tokenizer
-from alisa.outputs import RequestOutput, TextDelta
+from alisa.outputs import RequestOutput
 from alisa.server.config import ServerConfig
 from alisa.server.errors import ApiError, bad_request
 from alisa.server.telemetry import Telemetry
@@ -176,12 +177,17 @@ class Service:
 
 
 class Texts:
-    """Some running texts. Leaving the `async with` block ends those that have not come to their end."""
+    """Some running texts. Leaving the `async with` block ends those that have not come to their end.
+
+    Args:
+        service: what they are of.
+        names: of their requests, in order.
+    """
 
     def __init__(self, service: Service, names: Sequence[str]) -> None:
         self._service = service
         self._names = names
-        self._open = set(names)
+        self._numbers = {name: number for number, name in enumerate(names)}
 
     async def __aenter__(self) -> Self:
         return self
@@ -190,9 +196,20 @@ class Texts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Without awaiting anything: whoever leaves may have been cancelled.
-        for name in self._open:
+        for name in self._names:
             self._service.engine.leave(name)
         self._service.left(len(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def number(self, event: Event) -> int:
+        """Which text it is of."""
+        return self._numbers[event.request_id]
+
+    def reading(self, reader: Reader) -> AbstractContextManager[None]:
+        """In the block their events go to the reader; see `AsyncEngine.reading`."""
+        return self._service.engine.reading(self._names, reader)
 
     async def outputs(self) -> list[RequestOutput]:
         """All texts at their end.
@@ -202,21 +219,9 @@ class Texts:
             EngineDiedError: the engine has ended with an error.
         """
         outputs: dict[int, RequestOutput] = {}
-        async for number, event in self.events():
-            if isinstance(event, RequestOutput):
-                finish_reason(event)
-                outputs[number] = event
-        return [outputs[number] for number in range(len(self._names))]
-
-    async def events(self) -> AsyncGenerator[tuple[int, Event]]:
-        """Events of all texts as they come, with the number of the text.
-
-        Raises:
-            EngineDiedError: the engine has ended with an error.
-        """
-        numbers = {name: number for number, name in enumerate(self._names)}
         async with aclosing(self._service.engine.events(*self._names)) as events:
             async for event in events:
-                if not isinstance(event, TextDelta):
-                    self._open.discard(event.request_id)
-                yield numbers[event.request_id], event
+                if isinstance(event, RequestOutput):
+                    finish_reason(event)
+                    outputs[self.number(event)] = event
+        return [outputs[number] for number in range(len(self._names))]

@@ -330,7 +330,7 @@ void check_prefill(const PrefillIsa& isa, int num, int dim, int kv_heads, int gr
   Workspace workspace;
   const Threads threads{nullptr, 3};
   PrefillTask task = {strided(q, heads * d), strided(past_k, token), strided(past_v, token), num, num, heads, kv_heads, dim,
-                      num,   kNothingHidden, 0.0F, nullptr, between.get(), nullptr, log_sum_exp.get()};
+                      num,   kNothingHidden, 0.0F, nullptr, between.get(), nullptr, log_sum_exp.get(), nullptr, 0};
   workspace.prefill(isa, task, threads);
   task.k = strided(k, token), task.v = strided(v, token), task.ahead = 0;
   task.before = between.get(), task.after = nullptr, task.out = out.get();
@@ -367,6 +367,45 @@ void check_prefill(const PrefillIsa& isa, int num, int dim, int kv_heads, int gr
       }
     }
     expect(std::fabs(missing) < 1e-3, "mass", "prefill", place);
+  }
+}
+
+// Queries that all look for the third of six blocks of keys: their two blocks read it, and what else they read in any case.
+void check_choice(const PrefillIsa& isa, int dim, int kv_heads, int group, std::mt19937& random) {
+  const int heads = kv_heads * group, num_keys = 6 * kKeyBlock, num = 2 * kQueryBlock;
+  const RowLayout place = {Dtype::kBFloat16, kv_heads, dim};
+  std::normal_distribution<float> normal;
+  const size_t d = static_cast<size_t>(dim), token = kv_heads * d;
+  Exact<uint16_t> q(num * token * group), k(num_keys * token), means(6 * token), out(q.size), all(q.size);
+  for (size_t i = 0; i < q.size; ++i) q[i] = bfloat16_bits(2 + normal(random));
+  for (size_t i = 0; i < k.size; ++i) k[i] = bfloat16_bits((i / token / kKeyBlock == 2 ? 2 : -2) + normal(random));
+  const Heads queries{q.get(), heads * d, d}, keys{k.get(), token, d};
+  Workspace workspace;
+  const Threads threads{nullptr, 3};
+  workspace.prefill_means(isa, {keys, 6, kv_heads, dim, means.get()}, threads);
+  for (int i = 0; i < 6; ++i) {
+    const double mean = bfloat16_value(means[i * token]);
+    expect(std::fabs(mean - (i == 2 ? 2 : -2)) < 0.8, "mean", "prefill", place);
+  }
+  Exact<uint8_t> chosen(static_cast<size_t>(2) * kv_heads * 6);
+  std::memset(chosen.get(), 1, chosen.size);
+  workspace.prefill_choose(isa, {queries, {means.get(), token, d}, num, 4, heads, kv_heads, dim, 0.0F, 0.5F, chosen.get(), 6}, threads);
+  for (int i = 0; i < kv_heads; ++i) {
+    for (int block = 0; block < 2; ++block) {
+      const uint8_t* mine = chosen.get() + static_cast<size_t>(block * kv_heads + i) * 6;
+      expect(mine[0] == 1 && mine[2] == 1 && mine[3] == 1 && mine[4] == 1, "what is read", "prefill", place);
+      expect(mine[1] == 0, "what is not read", "prefill", place);
+    }
+  }
+  Exact<float> log_sum_exp(static_cast<size_t>(num) * heads);
+  PrefillTask task = {queries, keys, keys, num, num_keys, heads, kv_heads, dim, num_keys - num, kNothingHidden, 0.0F,
+                      nullptr, nullptr, out.get(), log_sum_exp.get(), chosen.get(), 6};
+  workspace.prefill(isa, task, threads);
+  task.chosen = nullptr, task.out = all.get();
+  workspace.prefill(isa, task, threads);
+  for (size_t i = 0; i < out.size; ++i) {
+    // A key of the block that is not read has about e^(-8 * sqrt(dim)) of the weight of one that all look for.
+    expect(std::fabs(bfloat16_value(out[i]) - bfloat16_value(all[i])) < 0.1, "chosen", "prefill", place);
   }
 }
 
@@ -565,6 +604,9 @@ int main() {
       for (const int dim : {1, 33, 64, 80}) {
         for (const int group : {1, 3}) check_prefill(*isa, num, dim, 2, group, random);
       }
+    }
+    for (const int dim : {33, 64}) {
+      for (const int group : {1, 3}) check_choice(*isa, dim, 2, group, random);
     }
     std::printf("prefill: checked\n");
   }

@@ -10,6 +10,7 @@ from torch import Tensor
 from alisa.kernels.base import KeyBlock
 from alisa.kernels.checks import check_prefill
 from alisa.kernels.native import library
+from alisa.kernels.reference.sparse_prefill import BLOCK
 
 
 def available() -> bool:
@@ -41,6 +42,7 @@ class CpuPrefill:
         past: Iterable[KeyBlock],
         window: int | None = None,
         softcap: float | None = None,
+        chosen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of T tokens to all of `past`, block by block, and to the tokens up to their own in `own`.
 
@@ -52,6 +54,8 @@ class CpuPrefill:
             past: k and v BFloat16[S, G, D] of earlier tokens, S at least 1.
             window: tokens that each query sees, itself included; None: all.
             softcap: scores s become softcap * tanh(s / softcap); None: they stay as they are.
+            chosen: UInt8[ceil(T / 64), G, B], contiguous: which blocks of 64 keys, from the first of the sequence on,
+                each 64 queries read; None: all. Sections and the queries begin where a block does.
 
         Returns:
             BFloat16[T, H, D] and the log-sum-exp Float32[T, H] of the scaled scores.
@@ -66,12 +70,61 @@ class CpuPrefill:
             if hidden is not None and hidden >= len(block.k):
                 continue
             merged = torch.empty(q.shape) if before is None else before
-            self._attend(q, block, len(block.k), hidden, softcap, before, merged, out, log_sum_exp)
+            self._attend(q, block, len(block.k), hidden, softcap, before, merged, out, log_sum_exp, chosen)
             before = merged
         ahead = len(own.k) - len(q)
         hidden = None if window is None else ahead + 1 - window
-        self._attend(q, own, ahead, hidden, softcap, before, None, out, log_sum_exp)
+        self._attend(q, own, ahead, hidden, softcap, before, None, out, log_sum_exp, chosen)
         return out, log_sum_exp
+
+    def means(self, k: Tensor) -> Tensor:
+        """Means BFloat16[N // 64, G, D] of the whole blocks of keys BFloat16[N, G, D]."""
+        k = _runs(k)
+        num_blocks, num_kv_heads, head_dim = len(k) // BLOCK, *k.shape[1:]
+        means = torch.empty(num_blocks, num_kv_heads, head_dim, dtype=k.dtype)
+        self._workspace.prefill_means(
+            threads=self._team.threads(),
+            k=_place(k),
+            num_blocks=num_blocks,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            means=means.data_ptr(),
+        )
+        return means
+
+    def choose(
+        self, q: Tensor, means: Tensor, first_block: int, alpha: float, chosen: Tensor, softcap: float | None = None
+    ) -> None:
+        """Which blocks of keys the queries of each block read, as `reference.sparse_prefill.choose_blocks` says.
+
+        Args:
+            q: BFloat16[B * 64, H, D].
+            means: BFloat16[M, G, D] of the blocks from the first of the sequence on.
+            first_block: number of the first block of queries.
+            alpha: see `choose_blocks`.
+            chosen: UInt8[B, G, first_block + B or more], contiguous; what comes after a block's own is left as it is.
+            softcap: as in `attend`.
+        """
+        check_prefill(q, means, means)
+        q = _runs(q)
+        assert len(q) % BLOCK == 0, "blocks of queries are whole"
+        assert len(means) >= first_block + len(q) // BLOCK - 1, "all blocks before have means"
+        assert len(q) // BLOCK == len(chosen), "each block has a choice"
+        assert chosen.shape[2] >= first_block + len(chosen), "of all blocks up to its own"
+        self._workspace.prefill_choose(
+            threads=self._team.threads(),
+            q=_place(q),
+            means=_place(means),
+            num_queries=len(q),
+            first_block=first_block,
+            num_heads=q.shape[1],
+            num_kv_heads=means.shape[1],
+            head_dim=q.shape[2],
+            softcap=softcap or 0.0,
+            alpha=alpha,
+            chosen=chosen.data_ptr(),
+            chosen_stride=chosen.shape[2],
+        )
 
     def mass(
         self, q: Tensor, k: Tensor, log_sum_exp: Tensor, ahead: int, num_sets: int, softcap: float | None = None
@@ -119,6 +172,7 @@ class CpuPrefill:
         after: Tensor | None,
         out: Tensor,
         log_sum_exp: Tensor,
+        chosen: Tensor | None,
     ) -> None:
         """One block: merged with `before` into `after`, or into `out` at the end.
 
@@ -144,6 +198,8 @@ class CpuPrefill:
             after=0 if after is None else after.data_ptr(),
             out=out.data_ptr(),
             log_sum_exp=log_sum_exp.data_ptr(),
+            chosen=0 if chosen is None else chosen.data_ptr() + block.start // BLOCK,
+            chosen_stride=0 if chosen is None else chosen.shape[2],
         )
 
 

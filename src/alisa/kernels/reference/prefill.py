@@ -47,13 +47,13 @@ def prefill_attention(
 
     The matrix library sums in another order for another number of rows or keys. So what is shown to a policy goes as
     the whole section, with zeros for what was there before and what is still to come: rows do not mix. On a CPU the
-    attention goes in tiles, see `_in_tiles`.
+    attention goes in tiles, see `attend_in_tiles`.
     """
     num_seen, later = len(own.k), section_len - len(own.k)
     earlier = num_seen - len(q)
     whole = KeyBlock(own.start, pad(own.k, (0, 0, 0, 0, 0, later)), pad(own.v, (0, 0, 0, 0, 0, later)))
     if q.device.type == "cpu":
-        out, log_sum_exp = _in_tiles(q, own, past(), window, softcap)
+        out, log_sum_exp = attend_in_tiles(q, own, past(), window, softcap)
     else:
         queries = pad(q, (0, 0, 0, 0, earlier, later))
         mine, last = slice(earlier, num_seen), slice(num_seen - num_observed, num_seen)
@@ -83,7 +83,7 @@ class _Tile(NamedTuple):
     """and among its own."""
 
 
-def _in_tiles(
+def attend_in_tiles(
     q: Tensor, own: KeyBlock, past: Iterable[KeyBlock], window: int | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """What `attend_after` gives the last tokens of a section, in tiles that begin and end at fixed places of it.
@@ -102,13 +102,13 @@ def _in_tiles(
             tiles.append(_Tile(block, queries, PartialAttention(queries), mine, slice(first - start, stop - start)))
     for block in past:
         for tile in tiles:
-            _attend_block(tile.merged, tile.q, tile.own, block, window, softcap)
+            attend_block(tile.merged, tile.q, tile.own, block, window, softcap)
     out, log_sum_exp = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     for tile in tiles:
         if start := tile.own.start - own.start:
             before = KeyBlock(own.start, _aligned(own.k[:start]), _aligned(own.v[:start]))
-            _attend_block(tile.merged, tile.q, tile.own, before, window, softcap)
-        _attend_block(tile.merged, tile.q, tile.own, tile.own, window, softcap)
+            attend_block(tile.merged, tile.q, tile.own, before, window, softcap)
+        attend_block(tile.merged, tile.q, tile.own, tile.own, window, softcap)
         out[tile.mine] = tile.merged.out[tile.rows].to(q.dtype)
         log_sum_exp[tile.mine] = tile.merged.log_sum_exp[tile.rows]
     return out, log_sum_exp
@@ -151,11 +151,11 @@ def attend_after(
     """
     merged = PartialAttention(q)
     for block in chain(past, (own,)):
-        _attend_block(merged, q, own, block, window, softcap)
+        attend_block(merged, q, own, block, window, softcap)
     return merged.out.to(q.dtype), merged.log_sum_exp
 
 
-def _attend_block(
+def attend_block(
     merged: PartialAttention, q: Tensor, own: KeyBlock, block: KeyBlock, window: int | None, softcap: float | None
 ) -> None:
     """Add what tokens that begin where `own` does see of one block: of `own` itself, or of one before it."""

@@ -118,8 +118,7 @@ class _MeasuringAttend:
             weight = session.weight_read
             shares[rows] = 1.0 if weight is None else weight.view(len(q), end - start, -1).mean(dim=(0, 2))
             selection = session.selection
-            chosen = selection.positions.expand(len(selection.num_tokens), -1, -1)
-            for token, (count, positions) in enumerate(zip(selection.num_tokens, chosen, strict=True)):
+            for token, (count, positions) in enumerate(zip(selection.num_tokens, selection.by_query(), strict=True)):
                 older = positions[0, : count - 1 - (count - 1) // 2].to("cpu", torch.int64)
                 sequence, row = divmod(token, end - start)
                 reads[sequence, rows.start + row, older] = True

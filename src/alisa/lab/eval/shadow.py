@@ -102,7 +102,7 @@ class ShadowAttend:
             session.decode(start, end, q, k, v, hidden)
             selection = session.selection
             counts = selection.counts[:, None, None]
-            positions = selection.positions.to(torch.int64).expand(len(counts), -1, -1)
+            positions = selection.by_query().to(torch.int64)
             real = torch.arange(positions.shape[-1], device=counts.device) < counts
             found = torch.zeros(*positions.shape[:2], self._length, dtype=torch.int32, device=counts.device)
             found.scatter_add_(2, positions, real.expand_as(positions).to(torch.int32))

@@ -1,4 +1,5 @@
-// Dense attention of a prompt's tokens, by products of bfloat16 pairs: what a call is asked to do and who can do it.
+// Attention of a prompt's tokens, dense or to chosen blocks of keys, by products of bfloat16 pairs: what a call is asked to do
+// and who can do it.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +11,9 @@ namespace alisa {
 
 // Keys that are scored at once.
 constexpr int kKeyBlock = 64;
+
+// Queries that share a choice of blocks of keys.
+constexpr int kQueryBlock = 64;
 
 constexpr int kNothingHidden = -(1 << 30);
 
@@ -41,6 +45,8 @@ struct PrefillTask {
   float* after;         // [T, H, D]: for the next block; null: `out` is written
   uint16_t* out;        // [T, H, D] bfloat16
   float* log_sum_exp;   // [T, H]
+  const uint8_t* chosen;  // whether `kQueryBlock` queries read a block of keys: [T / kQueryBlock, G, chosen_stride]; null: all do
+  int chosen_stride;
 
   ALISA_INLINE int group() const { return num_heads / num_kv_heads; }
   ALISA_INLINE int pairs() const { return (head_dim + 1) / 2; }
@@ -68,6 +74,37 @@ struct MassTask {
   ALISA_INLINE int num_blocks() const { return (num_keys + kKeyBlock - 1) / kKeyBlock; }
 };
 
+// Means of the keys of each of B whole blocks.
+struct MeansTask {
+  Heads k;  // [B * kKeyBlock, G, D]
+  int num_blocks;    // B
+  int num_kv_heads;  // G
+  int head_dim;      // D
+  uint16_t* means;   // [B, G, D] bfloat16
+};
+
+// Which blocks of keys each block of queries reads (FlashPrefill, arXiv 2603.06199). For each head, the weights of the means
+// of all blocks before its own, relative to a row's largest, are added up over its rows; blocks with `alpha` of the largest
+// sum are read. What one head of a KV head reads, all do; the first block, two before its own and its own, too.
+struct ChoiceTask {
+  Heads q;      // [T, H, D]
+  Heads means;  // [M, G, D], of the blocks from the first of the sequence on
+  int num_queries;   // T, whole blocks
+  int first_block;   // of the queries; M is at least `first_block + T / kQueryBlock - 1`
+  int num_heads;     // H
+  int num_kv_heads;  // G
+  int head_dim;      // D
+  float softcap;     // as in PrefillTask
+  float alpha;
+  uint8_t* chosen;  // [T / kQueryBlock, G, chosen_stride]; what comes after a block's own is not written
+  int chosen_stride;
+
+  ALISA_INLINE int group() const { return num_heads / num_kv_heads; }
+  ALISA_INLINE int pairs() const { return (head_dim + 1) / 2; }
+  // The most means that a block of queries is compared with.
+  ALISA_INLINE int num_means() const { return first_block + num_queries / kQueryBlock - 1; }
+};
+
 struct PrefillIsa {
   // Queries in one piece of work: consecutive (token, head) rows that share a KV head.
   int tile;
@@ -83,6 +120,11 @@ struct PrefillIsa {
   int mass_tile;
   size_t (*mass_scratch_words)(const MassTask& task);
   void (*mass)(const MassTask& task, int tile, int block, uint32_t* scratch);
+
+  void (*means)(const MeansTask& task, int block);
+  size_t (*choice_scratch_words)(const ChoiceTask& task);
+  // One block of queries, the heads of one KV head.
+  void (*choose)(const ChoiceTask& task, int block, int kv_head, uint32_t* scratch);
 };
 
 // Null where this build or this CPU lacks it.

@@ -31,9 +31,11 @@ struct Scratch {
   float* maxima;      // [kTile], in powers of two
   int* visible;       // [kTile]: the row sees the keys before this one,
   int* hidden;        // [kTile]: and not those before this one
+  size_t* choice;     // [kTile]: where the row's choice of blocks begins in task.chosen
 
   Scratch(const PrefillTask& task, uint32_t* memory) {
-    sums = reinterpret_cast<float*>(memory);
+    choice = reinterpret_cast<size_t*>(memory);
+    sums = reinterpret_cast<float*>(choice + kTile);
     totals = sums + kTile * task.width();
     weights = reinterpret_cast<uint32_t*>(totals + kTile * kLanes);
     maxima = reinterpret_cast<float*>(weights + kRows * kKeyPairs);
@@ -42,7 +44,8 @@ struct Scratch {
     q = reinterpret_cast<uint32_t*>(hidden + kTile);
   }
   static size_t words(const PrefillTask& task) {
-    return static_cast<size_t>(kTile) * (task.width() + kLanes + 3 + task.pairs()) + kRows * kKeyPairs;
+    return static_cast<size_t>(kTile) * (task.width() + kLanes + 3 + task.pairs()) + kRows * kKeyPairs +
+           kTile * sizeof(size_t) / sizeof(uint32_t);
   }
 };
 
@@ -71,10 +74,11 @@ inline void raise_maximum(float* sums, float* totals, float& maximum, float rais
   maximum = raised;
 }
 
-// Weights of one strip on the first 16 * kUsed keys of a block, as bfloat16 in scratch.weights.
+// Weights of one strip on the first 16 * kUsed keys of a block, as bfloat16 in scratch.weights. The rows of the bits of
+// `skipping` do not read the block: to them all of its keys are hidden.
 template <int kUsed>
-inline void weigh(const Scratch& scratch, int strip, const uint32_t* keys, int first_key, bool hides, int pairs, int width,
-                  F scale, float cap) {
+inline void weigh(const Scratch& scratch, int strip, const uint32_t* keys, int first_key, bool hides, unsigned skipping,
+                  int pairs, int width, F scale, float cap) {
   F scores[kRows][kUsed];
   const int first = strip * kRows;
   products<kUsed>(scratch.q + first * pairs, keys, pairs, scores);
@@ -83,10 +87,11 @@ inline void weigh(const Scratch& scratch, int strip, const uint32_t* keys, int f
     if (cap > 0.0F) {
       for (int i = 0; i < kUsed; ++i) x[i] = cap_scores(x[i], cap);
     }
-    if (hides) {
+    if (hides || skipping != 0) {
+      const unsigned read = (skipping >> row & 1U) != 0 ? 0U : ~0U;
       for (int i = 0; i < kUsed; ++i) {
         const int lane = first_key + i * kLanes;
-        const auto seen = static_cast<__mmask16>(first_lanes(scratch.visible[first + row] - lane) &
+        const auto seen = static_cast<__mmask16>(read & first_lanes(scratch.visible[first + row] - lane) &
                                                  ~first_lanes(scratch.hidden[first + row] - lane));
         x[i] = _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), seen, x[i]);
       }
@@ -153,6 +158,8 @@ inline int open_rows(const PrefillTask& task, int kv_head, int tile, const Scrat
     float* sums = scratch.sums + i * width;
     float* totals = scratch.totals + i * kLanes;
     query[pairs - 1] = 0;
+    const size_t token_block = static_cast<size_t>(std::min(row, rows - 1) / group / kQueryBlock);
+    scratch.choice[i] = (token_block * task.num_kv_heads + kv_head) * task.chosen_stride;
     for (int j = 0; j < width; j += kLanes) _mm512_storeu_ps(sums + j, _mm512_setzero_ps());
     _mm512_storeu_ps(totals, _mm512_setzero_ps());
     scratch.maxima[i] = kLowest;
@@ -204,6 +211,18 @@ inline void close_rows(const PrefillTask& task, int kv_head, int tile, const Scr
   }
 }
 
+// The rows of a strip, as bits, that do not read this block.
+inline unsigned rows_skipping(const PrefillTask& task, const Scratch& scratch, int strip, int block) {
+  if (task.chosen == nullptr) return 0;
+  constexpr unsigned kAll = (1U << kRows) - 1U;
+  const size_t* choice = scratch.choice + strip * kRows;
+  const uint8_t* chosen = task.chosen + block;
+  if (choice[0] == choice[kRows - 1]) return chosen[choice[0]] != 0 ? 0 : kAll;
+  unsigned skipping = 0;
+  for (int row = 0; row < kRows; ++row) skipping |= (chosen[choice[row]] != 0 ? 0U : 1U) << row;
+  return skipping;
+}
+
 inline void attend(const PrefillTask& task, int kv_head, int tile, const uint32_t* packed, uint32_t* memory) {
   const Scratch scratch(task, memory);
   const int pairs = task.pairs();
@@ -223,10 +242,12 @@ inline void attend(const PrefillTask& task, int kv_head, int tile, const uint32_
       const int most_hidden = scratch.hidden[strip * kRows + kRows - 1] - first;
       if (most_seen <= 0 || scratch.hidden[strip * kRows] - first >= kKeyBlock) continue;
       const bool hides = least_seen < kKeyBlock || most_hidden > 0;
+      const unsigned skipping = rows_skipping(task, scratch, strip, first / kKeyBlock);
+      if (skipping == (1U << kRows) - 1U) continue;
       if (most_seen > kKeyBlock / 2) {
-        weigh<kVectors>(scratch, strip, keys, first, hides, pairs, width, scale, cap);
+        weigh<kVectors>(scratch, strip, keys, first, hides, skipping, pairs, width, scale, cap);
       } else {
-        weigh<kVectors / 2>(scratch, strip, keys, first, hides, pairs, width, scale, cap);
+        weigh<kVectors / 2>(scratch, strip, keys, first, hides, skipping, pairs, width, scale, cap);
       }
       const int key_pairs = most_seen > kKeyBlock / 2 ? kKeyPairs : kKeyPairs / 2;
       add_all_values(scratch.weights, keys + key_words(task), key_pairs, width, scratch.sums + strip * kRows * width);

@@ -1,19 +1,16 @@
 // The Python module `alisa.kernels._native`: addresses and sizes in, results written where they point. It knows nothing of
 // torch, so one build serves every version of it; alisa/kernels/native/*.py check dtypes, shapes and strides.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "workspace.h"
 #include "bind_model.h"
+#include "bind_prefill.h"
 #include "bind_sketch_step.h"
 #include "isa.h"
 #include "prefill.h"
@@ -38,17 +35,6 @@ T* at(uintptr_t address) {
 const alisa::Isa& isa_named(const std::string& name) {
   const alisa::Isa* isa = alisa::find_isa(name.c_str());
   if (isa == nullptr) throw std::invalid_argument("this CPU or build has no " + name + " kernels");
-  return *isa;
-}
-
-// Address, and the strides from one token and from one head to the next, in values.
-alisa::Heads heads_at(const std::tuple<uintptr_t, size_t, size_t>& place) {
-  return {at<const uint16_t>(std::get<0>(place)), std::get<1>(place), std::get<2>(place)};
-}
-
-const alisa::PrefillIsa& prefill_isa() {
-  const alisa::PrefillIsa* isa = alisa::find_prefill();
-  if (isa == nullptr) throw std::invalid_argument("this CPU or build has no prefill kernels");
   return *isa;
 }
 
@@ -139,8 +125,8 @@ NB_MODULE(_native, m) {
           "num_heads"_a, "num_sets"_a, "num_slots"_a, "out"_a, "mass"_a, "log_sum_exp"_a, "softcap"_a, "Queries, what they attend to, and results.");
   nb::class_<alisa::Pieces>(m, "Pieces").def(nb::init<>());
 
-  nb::class_<alisa::Workspace>(m, "Workspace")
-      .def(nb::init<>())
+  nb::class_<alisa::Workspace> workspace(m, "Workspace");
+  workspace.def(nb::init<>())
       .def(
           "decode",
           [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const alisa::DecodeTask& task) {
@@ -262,40 +248,8 @@ NB_MODULE(_native, m) {
                              at<const float>(shares), at<const float>(rest)},
                             num_seqs, threads);
           },
-          "isa"_a, "threads"_a, "head_dim"_a, "num_heads"_a, "read"_a, "out"_a, "dtype"_a, "shares"_a, "rest"_a, "num_seqs"_a)
-      .def(
-          "prefill",
-          [](alisa::Workspace& self, const Threads& threads, std::tuple<uintptr_t, size_t, size_t> q,
-             std::tuple<uintptr_t, size_t, size_t> k, std::tuple<uintptr_t, size_t, size_t> v, int num_queries, int num_keys,
-             int num_heads, int num_kv_heads, int head_dim, int ahead, std::optional<int> hidden, float softcap,
-             uintptr_t before, uintptr_t after, uintptr_t out,
-             uintptr_t log_sum_exp) {
-            const alisa::PrefillIsa& kernels = prefill_isa();
-            const alisa::PrefillTask task = {heads_at(q),          heads_at(k),      heads_at(v),         num_queries,
-                                             num_keys,             num_heads,        num_kv_heads,        head_dim,
-                                             ahead,                hidden.value_or(alisa::kNothingHidden), softcap,
-                                             at<const float>(before), at<float>(after), at<uint16_t>(out),
-                                             at<float>(log_sum_exp)};
-            const nb::gil_scoped_release unlocked;
-            self.prefill(kernels, task, threads);
-          },
-          "threads"_a, "q"_a, "k"_a, "v"_a, "num_queries"_a, "num_keys"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-          "ahead"_a, "hidden"_a.none(), "softcap"_a, "before"_a, "after"_a, "out"_a, "log_sum_exp"_a)
-      .def(
-          "prefill_mass",
-          [](alisa::Workspace& self, const Threads& threads, std::tuple<uintptr_t, size_t, size_t> q,
-             std::tuple<uintptr_t, size_t, size_t> k, int num_queries, int num_keys, int num_heads, int num_kv_heads,
-             int head_dim, int num_sets, int ahead, float softcap, uintptr_t log_sum_exp, uintptr_t mass) {
-            const alisa::PrefillIsa& kernels = prefill_isa();
-            const alisa::MassTask task = {heads_at(q),  heads_at(k), num_queries, num_keys,
-                                          num_heads,    num_kv_heads, head_dim,   num_sets,
-                                          ahead,        softcap, at<const float>(log_sum_exp), at<float>(mass)};
-            const nb::gil_scoped_release unlocked;
-            self.prefill_mass(kernels, task, threads);
-          },
-          "threads"_a, "q"_a, "k"_a, "num_queries"_a, "num_keys"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-          "num_sets"_a, "ahead"_a, "softcap"_a, "log_sum_exp"_a, "mass"_a);
-
+          "isa"_a, "threads"_a, "head_dim"_a, "num_heads"_a, "read"_a, "out"_a, "dtype"_a, "shares"_a, "rest"_a, "num_seqs"_a);
+  bind_prefill(workspace);
   bind_model(m);
   bind_sketch_step(m);
 

@@ -258,6 +258,18 @@ void Workspace::prefill_mass(const PrefillIsa& isa, const MassTask& task, const 
             [&](int item, uint32_t* mine) { isa.mass(task, item / num_blocks, item % num_blocks, mine); });
 }
 
+void Workspace::prefill_means(const PrefillIsa& isa, const MeansTask& task, const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  run_count(threads, task.num_blocks, 0, [&](int item, uint32_t*) { isa.means(task, item); });
+}
+
+void Workspace::prefill_choose(const PrefillIsa& isa, const ChoiceTask& task, const Threads& threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const int heads = task.num_kv_heads;
+  run_count(threads, task.num_queries / kQueryBlock * heads, isa.choice_scratch_words(task),
+            [&](int item, uint32_t* mine) { isa.choose(task, item / heads, item % heads, mine); });
+}
+
 void activate(const Isa& isa, const ActivationTask& task, const Threads& threads) {
   const int64_t values = task.num_tokens * task.width;
   Threads team = threads;

@@ -49,6 +49,9 @@ class Workspace {
   // Attention of a prompt's tokens, and the weights of its last ones.
   void prefill(const PrefillIsa& isa, const PrefillTask& task, const Threads& threads);
   void prefill_mass(const PrefillIsa& isa, const MassTask& task, const Threads& threads);
+  // Which blocks of keys blocks of queries read, and the means that say so.
+  void prefill_means(const PrefillIsa& isa, const MeansTask& task, const Threads& threads);
+  void prefill_choose(const PrefillIsa& isa, const ChoiceTask& task, const Threads& threads);
 
  private:
   // The threads that are worth waking.
