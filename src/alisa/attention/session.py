@@ -18,7 +18,9 @@ from torch import Tensor
 
 from alisa.attention.prefill import PrefillStep, token_places
 from alisa.attention.reader import StepReader, in_chunks
+from alisa.attention.sketched import SketchedReader
 from alisa.attention.timing import StepSection, StepTimer
+from alisa.attention.window import window_selection
 from alisa.budget import Budget
 from alisa.cache.base import RowStore
 from alisa.cache.manager import CacheManager
@@ -115,6 +117,7 @@ class KVSession:
         self._on_append = timer.timed(StepSection.SELECTION, state.on_append)
         # What a state leaves at its default, which does nothing, need not be called in every layer of every step.
         self._keeps_tokens = type(state).on_append is not PolicyState.on_append
+        self._sketch_step, self._in_one_call = backend.sketch_step, False
         self._drafting = self._reading = self._reader = StepReader(policy, state, timer)
         if exact:
             assert policy.can_truncate, "drafts are taken back"
@@ -245,9 +248,13 @@ class KVSession:
         """
         if self._prefill is not None:
             return self._prefill.attend(layer, q, k, v, hidden)
+        window, among_full = self._layers[layer]
+        if self._in_one_call and window is None:
+            self.selection = self._sketched.selection(among_full)
+            self._read.append(self.selection.num_tokens)
+            return self._sketched.attend(among_full, q, k, v)
         query, key, value = q[:, 0], k[:, 0], v[:, 0]
         self._append(layer, key, value, hidden[:, 0])
-        window, among_full = self._layers[layer]
         if window is not None:
             self.selection = self._in_window[window]
             self._read.append(self.selection.num_tokens)
@@ -293,6 +300,8 @@ class KVSession:
         self._codec = store.codec
         self._append = self._timer.timed(StepSection.ATTENTION, store.append)
         self._prefetch = self._timer.timed(StepSection.TRANSFER, store.prefetch)
+        full = [layer for layer, (window, _) in enumerate(self._layers) if window is None]
+        self._sketched = SketchedReader(self._sketch_step, self.state, store, full, self.shape.num_heads, self._timer)
 
     def _prefill_step(self, chunks: tuple[ScheduledChunk, ...]) -> PrefillStep:
         observed_from: list[int | None] = []
@@ -343,6 +352,8 @@ class KVSession:
         is_chosen = ahead is not None and (ahead.req_indices, ahead.lengths) == (req_indices, lengths)
         reads_on = self._reader is self._reading  # a draft reads other tokens than were chosen
         self._chosen = ahead.selections if ahead is not None and is_chosen and reads_on else None
+        chooses = self._chosen is None and self._reader is self._drafting and self._sinks is None
+        self._in_one_call = chooses and self._sketched.begin(self._batch.req_index, self._positions)
 
     def _attend(self, layer: int, query: Tensor, selection: Selection) -> Attended:
         """Attention over the selected rows, in one call or piece by piece: the same, to the last bit."""
@@ -387,14 +398,3 @@ class KVSession:
         if self._budgets:
             budgets = tuple(self._budgets.get(req_idx, self.policy.budget) for req_idx in req_indices)
         return StepBatch(req_indices, lengths, index, counts, budgets)
-
-
-def window_selection(batch: StepBatch, window: int) -> Selection:
-    """What a sliding window of this many tokens leaves each sequence: its last ones, the new one among them."""
-    num_tokens = tuple(min(length, window) for length in batch.lengths)
-    counts = batch.length_counts.clamp(max=window)
-    columns = torch.arange(max(num_tokens), dtype=torch.int32, device=counts.device)
-    positions = columns + (batch.length_counts - counts)[:, None]
-    if min(num_tokens) < len(columns):
-        positions = positions.masked_fill(columns >= counts[:, None], 0)
-    return Selection(positions[:, None], counts, num_tokens)

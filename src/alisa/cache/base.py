@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from alisa.errors import CapacityError
 from alisa.kernels.base import Codec, Selection
+from alisa.kernels.sketch_step import StepSlots
 from alisa.outputs import Medium, Traffic
 from alisa.scheduler.plan import ScheduledChunk, StepPlan
 
@@ -31,6 +32,14 @@ class KVChunk(NamedTuple):
     """Int32[S, J, K] into `rows`, where the chunk is."""
     span: Span | None
     """The columns that this chunk brings, see `AttentionPieces.add`; None: all of them."""
+
+
+class DeviceRows(NamedTuple):
+    """Where all rows of a step are."""
+
+    layers: Sequence[Tensor]
+    """Of each layer UInt8[R, row_bytes], always the same ones."""
+    slots: StepSlots
 
 
 class RowStore(Protocol):
@@ -114,6 +123,10 @@ class RowStore(Protocol):
 
     def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
         """The rows that the tokens of the running decode step selected, ready to be read; usually one chunk."""
+        ...
+
+    def device_rows(self) -> DeviceRows | None:
+        """The pool and the running step's slots, for a kernel that looks rows up itself; None: not all are there."""
         ...
 
     def prefetch(self, layer: int, req_indices: tuple[int, ...], selection: Selection) -> None:

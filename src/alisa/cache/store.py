@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alisa.cache.base import KVChunk, check_continues, check_opening
+from alisa.cache.base import DeviceRows, KVChunk, check_continues, check_opening
 from alisa.cache.free_slots import FreeSlots
 from alisa.cache.pool import allocate_pool
 from alisa.cache.row_ids import grown_size
 from alisa.config import format_bytes
 from alisa.errors import CapacityError
 from alisa.kernels.base import AppendKernel, Codec, Selection
+from alisa.kernels.sketch_step import StepSlots
 from alisa.outputs import Medium, Traffic
 from alisa.scheduler.plan import ScheduledChunk, StepPlan
 
@@ -85,6 +86,7 @@ class KVStore:
         self.memory = allocate_pool(1, pool_rows + spare_rows, row_bytes, device)[0]
         """UInt8[L * R + spare rows, row_bytes]: the pool, then the spare rows."""
         self._pool = self.memory[:pool_rows].view(num_layers, num_rows, row_bytes)
+        self._layers = self._pool.unbind()
         self._table = torch.zeros(max_num_seqs, 0, dtype=torch.int32, device=device)
         self.append_kernel = append
         self._free_slots = FreeSlots(num_rows)
@@ -163,6 +165,10 @@ class KVStore:
             slots = table.gather(1, positions.view(len(positions), -1).to(torch.int64))
             self._last = (selection, slots.view_as(positions))
         return iter((KVChunk(self._pool[layer], self._last[1], None),))
+
+    def device_rows(self) -> DeviceRows:
+        """See `RowStore.device_rows`."""
+        return DeviceRows(self._layers, StepSlots(self._new_slots, self._step_table, self._chunk_of_token))
 
     def sequences(self) -> Iterator[tuple[int, NDArray[np.int32]]]:
         """(req_idx, slots Int32[length] of its rows) of every open sequence."""

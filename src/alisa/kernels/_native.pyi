@@ -57,15 +57,15 @@ class DecodeTask:
         softcap: float,
     ) -> None: ...
 
-class Plan:
+class Pieces:
     def __init__(self) -> None: ...
 
 class Workspace:
     def decode(self, *, isa: str, threads: Threads, task: DecodeTask) -> None: ...
     def decode_piece(
-        self, *, isa: str, threads: Threads, task: DecodeTask, plan: Plan, begins: int, ends: int
+        self, *, isa: str, threads: Threads, task: DecodeTask, pieces: Pieces, begins: int, ends: int
     ) -> None: ...
-    def decode_end(self, *, isa: str, threads: Threads, task: DecodeTask, plan: Plan) -> None: ...
+    def decode_end(self, *, isa: str, threads: Threads, task: DecodeTask, pieces: Pieces) -> None: ...
     def encode(
         self,
         *,
@@ -367,3 +367,41 @@ def move_rows(
 def model_isa_names() -> list[str]: ...
 def has_prefill() -> bool: ...
 def isa_names() -> list[str]: ...
+
+class SketchLayer:
+    def __init__(self, rows: int, key_codes: int, key_ranges: int, value_codes: int, value_ranges: int) -> None: ...
+
+class SketchStep:
+    def __init__(
+        self,
+        *,
+        isa: str,
+        sketch: SketchTask,
+        attend: DecodeTask,
+        older_ends: int,
+        older_counts: int,
+        row_counts: int,
+        positions: int,
+        slots: int,
+        new_slots: int,
+        new_ids: int,
+        table: int,
+        table_stride: int,
+        table_rows: int,
+        shares: int,
+        out: int,
+    ) -> None: ...
+
+class SketchStepper:
+    def __init__(self) -> None: ...
+    def run(
+        self,
+        threads: Threads,
+        step: SketchStep,
+        layer: SketchLayer,
+        q: int,
+        k: int,
+        v: int,
+        k_stride: int,
+        v_stride: int,
+    ) -> float: ...

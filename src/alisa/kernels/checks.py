@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alisa.kernels.base import Panels, Ranking, Sketch
+from alisa.kernels.sketch_step import StepSlots
 from alisa.spec import LANES, SPAN, STEP_INPUTS, RowFormat
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -186,6 +187,17 @@ def check_ranking(query: Tensor, keys: Sketch, ranking: Ranking) -> None:
         raise TypeError(f"budgets are int32, not {[older_ends.dtype, older_counts.dtype, counts.dtype]}")
     if coverages is not None and (coverages.dtype != torch.float64 or coverages.shape != query.shape[:1]):
         raise ValueError(f"{len(query)} sequences need as many coverages, float64")
+
+
+def check_step_slots(slots: StepSlots, num_tokens: int) -> None:
+    """A step of this many new tokens can look up slots; raises otherwise."""
+    new, table, table_rows = slots
+    if table.dtype != torch.int32 or table.dim() != 2 or table.stride(1) != 1:
+        raise TypeError(f"a table of slots is Int32[S, W], not {table.dtype} {tuple(table.shape)}")
+    if (len(table) if table_rows is None else len(table_rows)) != num_tokens or len(new) != num_tokens:
+        raise ValueError(f"{num_tokens} new tokens have no slots in {len(table)} rows of the table")
+    if table_rows is not None and (table_rows.dtype != torch.int64 or not table_rows.is_contiguous()):
+        raise TypeError(f"rows of the table are Int64[B] in one run, not {table_rows.dtype}")
 
 
 def check_mean_add(sums: Tensor, req_index: Tensor, values: Tensor) -> None:

@@ -20,12 +20,14 @@ from alisa.kernels.native import kernels as cpu
 from alisa.kernels.native import library
 from alisa.kernels.native import prefill as cpu_prefill
 from alisa.kernels.native.prefill_engine import NativePrefill
+from alisa.kernels.native.sketch_step import CpuSketchStep
 from alisa.kernels.native.sparse_prefill import NativeSparsePrefill
 from alisa.kernels.reference.decode import decode_attention
 from alisa.kernels.reference.prefill import prefill_attention
 from alisa.kernels.reference.rows import move_rows
 from alisa.kernels.reference.selection import ReferenceSelection
 from alisa.kernels.reference.sparse_prefill import sparse_prefill_attention
+from alisa.kernels.sketch_step import SketchStepKernel
 
 _LOG = logging.getLogger("alisa")
 
@@ -39,13 +41,15 @@ class AttentionBackend(NamedTuple):
     selection: SelectionKernels
     append: AppendKernel | None
     move_rows: MoveRows
+    sketch_step: SketchStepKernel | None
+    """None: a layer that reads by a sketch is a call for each of its parts."""
     name: str
     """`avx512_vnni`, `avx512`, `avx2` or `portable` for the native ones, `triton` on a GPU, `torch` for their
     references."""
 
 
 REFERENCE_BACKEND = AttentionBackend(
-    prefill_attention, sparse_prefill_attention, decode_attention, ReferenceSelection(), None, move_rows, "torch"
+    prefill_attention, sparse_prefill_attention, decode_attention, ReferenceSelection(), None, move_rows, None, "torch"
 )
 
 
@@ -67,7 +71,9 @@ def choose_backend(device: torch.device) -> AttentionBackend:
     if cpu_prefill.available():
         kernel = cpu_prefill.CpuPrefill()
         prefill, sparse_prefill = NativePrefill(kernel), NativeSparsePrefill(kernel)
-    return AttentionBackend(prefill, sparse_prefill, native, native, native.append, library.move_rows, native.isa)
+    return AttentionBackend(
+        prefill, sparse_prefill, native, native, native.append, library.move_rows, CpuSketchStep(), native.isa
+    )
 
 
 def _triton_kernels() -> AttentionBackend:
@@ -81,7 +87,7 @@ def _triton_kernels() -> AttentionBackend:
     # Rows on disk go through the memory of the host, whatever the device.
     move = library.move_rows if library.available() else move_rows
     return AttentionBackend(
-        prefill_attention, sparse_prefill_attention, kernels, kernels, kernels.append, move, "triton"
+        prefill_attention, sparse_prefill_attention, kernels, kernels, kernels.append, move, None, "triton"
     )
 
 

@@ -19,15 +19,34 @@ Both classes have defaults, so that a policy says only what is special about it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from alisa.budget import Budget
-from alisa.kernels.base import Attended, Selection, SelectionKernels, StepBatch
+from alisa.kernels.base import Attended, Ranking, Selection, SelectionKernels, Sketch, StepBatch
+from alisa.policy.ranked import RankedStep
 from alisa.spec import AttentionShape
+
+
+class SketchedStep(NamedTuple):
+    """What a policy keeps of all tokens, and how a decode step chooses by it."""
+
+    keys: Sequence[Sketch]
+    """Of each layer."""
+    values: Sequence[Sketch]
+    """Of each layer."""
+    ids: Tensor
+    """Int64[B], rows of the sketches: where the new tokens go."""
+    steps: Sequence[RankedStep]
+    """One for each budget."""
+    rankings: Sequence[Ranking]
+    """Theirs."""
+    step_of_layer: Sequence[int]
+    """Which of them each layer has."""
 
 
 class PolicyState:
@@ -88,6 +107,16 @@ class PolicyState:
         None: `combine` does not reckon with other tokens.
         """
         return None
+
+    def sketched(self, req_index: Tensor, positions: Tensor) -> SketchedStep | None:
+        """The running step, as a kernel needs it that does `on_append`, `select` and `combine` in one call.
+
+        New tokens are at (req_index, positions), as in `on_append`. None: there is no such kernel for this policy.
+        """
+        return None
+
+    def on_chosen(self, layer: int, shares: Tensor) -> None:
+        """That kernel has run: shares Float32[B, H] are what `weight_read` tells."""
 
     def combine(self, layer: int, attended: Attended) -> Tensor:
         """The layer's output `[B, H, D]`: that of the attention, or what it is with the tokens not read in mind."""

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from alisa.kernels.base import Attended, Chosen, Ranking, Selection, SelectionKernels, Sketch, StepBatch
 from alisa.kernels.reference.sketch import attention_weights, token_ids, weight_read
-from alisa.policy.base import PolicyState, SelectionPolicy
+from alisa.policy.base import PolicyState, SelectionPolicy, SketchedStep
 from alisa.policy.ranked import RankedStep
 from alisa.policy.state_bytes import VALUE_BITS, KeyBits, key_bits, num_parts
 from alisa.policy.token_state import TokenState
@@ -232,6 +232,16 @@ class SketchedRows(SketchedKeys):
     def _keep(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
         self._kernels.sketch_append(self._key_sketches[layer], ids, keys)
         self._kernels.sketch_append(self._value_sketches[layer], ids, values)
+
+    def sketched(self, req_index: Tensor, positions: Tensor) -> SketchedStep:
+        """All of it."""
+        ids = self._token_ids(req_index, positions)
+        keys, values = self._key_sketches, self._value_sketches
+        return SketchedStep(keys, values, ids, self._steps, self._rankings, self._budget_of_layer)
+
+    def on_chosen(self, layer: int, shares: Tensor) -> None:
+        """What `weight_read` tells."""
+        self._shares = shares
 
     def combine(self, layer: int, attended: Attended) -> Tensor:
         """The sketch says what the tokens that the layer's last selection left out would have added."""

@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "check_step.h"
 #include "products.h"
 #include "stack.h"
 #include "workspace.h"
@@ -121,7 +122,7 @@ void check_decode(const Isa& isa, const RowLayout& layout, int group, bool per_h
   if (!per_head) {
     // The same a block at a time, in each sequence its own way.
     const std::vector<float> whole_out(out.get(), out.get() + out.size), whole_mass(mass.get(), mass.get() + mass.size);
-    Plan plan;
+    Pieces pieces;
     Exact<int32_t> begins(num_seqs), ends(num_seqs);
     for (int piece = 0; piece < 3; ++piece) {
       for (int seq = 0; seq < num_seqs; ++seq) {
@@ -129,10 +130,10 @@ void check_decode(const Isa& isa, const RowLayout& layout, int group, bool per_h
         ends[seq] = std::min(counts[seq], (piece + seq) * kBlock);
         if (piece == 2) ends[seq] = counts[seq];
       }
-      workspace.decode_piece(isa, task, plan, begins.get(), ends.get(), threads);
+      workspace.decode_piece(isa, task, pieces, begins.get(), ends.get(), threads);
     }
     for (size_t i = 0; i < out.size; ++i) out[i] = 0;
-    workspace.decode_end(isa, task, plan, threads);
+    workspace.decode_end(isa, task, pieces, threads);
     expect(std::equal(whole_out.begin(), whole_out.end(), out.get()), "output in pieces", isa.name, layout);
     expect(std::equal(whole_mass.begin(), whole_mass.end(), mass.get()), "mass in pieces", isa.name, layout);
   }
@@ -564,8 +565,12 @@ int main() {
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt8, Dtype::kInt4,
                               Dtype::kK8V4}) {
       for (const int dim : {1, 7, 16, 33, 64, 80}) {
-        for (const int group : {1, 2, 5}) {
-          for (const bool per_head : {false, true}) check_decode(*isa, {dtype, 3, dim}, group, per_head, random);
+        for (const int group : {1, 2, 3, 5}) {
+          for (const bool per_head : {false, true}) {
+            const RowLayout layout = {dtype, 3, dim};
+            check_decode(*isa, layout, group, per_head, random);
+            expect(check::step_agrees(*isa, {layout, group, per_head}, random), "one call", isa->name, layout);
+          }
         }
       }
     }

@@ -309,6 +309,9 @@ class TieredStore:
         """See `RowStore.chunks`; one set for all heads."""
         return self._reader.chunks(layer, selection)
 
+    def device_rows(self) -> None:
+        """Some rows may lie below."""
+
     def prefetch(self, layer: int, req_indices: tuple[int, ...], selection: Selection) -> None:
         """See `RowStore.prefetch`."""
         lengths = np.array([self._open[req_idx].length for req_idx in req_indices])

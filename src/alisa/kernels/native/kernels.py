@@ -76,7 +76,7 @@ class CpuKernels(CpuSelection):
         q, slots, counts = q.contiguous(), slots.contiguous(), counts.contiguous()
         mass = torch.empty(len(q), *slots.shape[1:])
         attended = Attended(torch.empty_like(q), mass, torch.empty(q.shape[:2]))
-        task = _decode_task(self._layout(codec.format), q, rows, slots, counts, attended, softcap, entries)
+        task = decode_task(self._layout(codec.format), q, rows, slots, counts, attended, softcap, entries)
         self._workspace.decode(isa=self.isa, threads=self._threads, task=task)
         return attended
 
@@ -120,11 +120,7 @@ class CpuKernels(CpuSelection):
 
     def _layout(self, row_format: RowFormat) -> RowLayout:
         if self._last is None or self._last[0] is not row_format:
-            layout = library.native().RowLayout(
-                _ROW_DTYPES[row_format.dtype], row_format.num_kv_heads, row_format.head_dim
-            )
-            assert layout.row_bytes == row_format.row_bytes, "RowFormat and RowLayout count bytes differently"
-            self._last = row_format, layout
+            self._last = row_format, row_layout(row_format)
         return self._last[1]
 
 
@@ -156,7 +152,7 @@ class CpuPieces:
         num_seqs, num_heads, _ = q.shape
         mass, log_sum_exp = torch.empty(num_seqs, 1, num_slots), torch.empty(num_seqs, num_heads)
         self._attended = Attended(torch.empty_like(self._q), mass, log_sum_exp)
-        self._plan = library.native().Plan()
+        self._pieces = library.native().Pieces()
 
     def add(self, rows: Tensor, slots: Tensor, begins: Tensor, ends: Tensor) -> None:
         """See `AttentionPieces`."""
@@ -168,7 +164,7 @@ class CpuPieces:
             isa=self._isa,
             threads=self._team.threads(),
             task=self._task(rows, slots),
-            plan=self._plan,
+            pieces=self._pieces,
             begins=begins.data_ptr(),
             ends=ends.data_ptr(),
         )
@@ -181,17 +177,24 @@ class CpuPieces:
             isa=self._isa,
             threads=self._team.threads(),
             task=self._task(rows, slots),
-            plan=self._plan,
+            pieces=self._pieces,
         )
         return self._attended
 
     def _task(self, rows: Tensor, slots: Tensor) -> DecodeTask:
-        return _decode_task(
+        return decode_task(
             self._layout, self._q, rows, slots, self._counts, self._attended, self._softcap, self._entries
         )
 
 
-def _decode_task(
+def row_layout(row_format: RowFormat) -> RowLayout:
+    """The format as native code has it."""
+    layout = library.native().RowLayout(_ROW_DTYPES[row_format.dtype], row_format.num_kv_heads, row_format.head_dim)
+    assert layout.row_bytes == row_format.row_bytes, "RowFormat and RowLayout count bytes differently"
+    return layout
+
+
+def decode_task(
     layout: RowLayout,
     q: Tensor,
     rows: Tensor,
@@ -217,7 +220,7 @@ def _decode_task(
         num_sets=slots.shape[1],
         num_slots=slots.shape[2],
         out=attended.out.data_ptr(),
-        mass=attended.mass.data_ptr(),
+        mass=attended.mass.data_ptr(),  # 0 where it is empty: nobody asks
         log_sum_exp=attended.log_sum_exp.data_ptr(),
         softcap=softcap or 0.0,
     )

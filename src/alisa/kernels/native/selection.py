@@ -148,7 +148,7 @@ class CpuSelection:
         self._workspace.sketch_scores(
             isa=self.isa,
             threads=self._threads,
-            task=_sketch_task(query, keys, starts, lengths, width, num_sets, softcap),
+            task=sketch_task(query, keys, starts, lengths, width, num_sets, softcap),
             out=scores.data_ptr(),
         )
         return scores
@@ -229,7 +229,7 @@ class CpuSelection:
     def _select(
         self, query: Tensor, keys: Sketch, ranking: Ranking, completion: tuple[Sketch, Tensor] | None = None
     ) -> Chosen:
-        """For arguments that have been checked; `completion` as in `_sketch_task`."""
+        """For arguments that have been checked; `completion` as in `sketch_task`."""
         starts, lengths, older_ends, older_counts, counts, num_slots, width, num_sets, softcap, coverages = ranking
         starts, lengths = starts.contiguous(), lengths.contiguous()
         positions = torch.empty(counts.shape[0], num_slots, dtype=torch.int32)
@@ -237,7 +237,7 @@ class CpuSelection:
         self._workspace.sketch_select(
             isa=self.isa,
             threads=self._threads,
-            task=_sketch_task(query, keys, starts, lengths, width, num_sets, softcap, completion),
+            task=sketch_task(query, keys, starts, lengths, width, num_sets, softcap, completion),
             older_ends=older_ends.data_ptr(),
             older_counts=older_counts.data_ptr(),
             counts=counts.data_ptr(),
@@ -250,7 +250,7 @@ class CpuSelection:
         return Chosen(positions, shares, chosen_counts)
 
 
-def _sketch_task(
+def sketch_task(
     query: Tensor,
     keys: Sketch,
     starts: Tensor,

@@ -57,8 +57,10 @@ inline void score_heads(const uint8_t* const* rows, size_t offset, const float* 
   static_assert(kRows == 4 || kRows == 8, "sum8 writes fours");
   for (int h = 0; h < kHeads; h += 8 / kRows) {
     F eight[8];
-    for (int i = 0; i < 8; ++i) eight[i] = sums[h + i / kRows][i % kRows];
-    sum8(eight, out + h * kBlock, kRows == 8 ? out + h * kBlock + 4 : out + (h + 1) * kBlock);
+    for (int i = 0; i < 8; ++i) eight[i] = sums[h + i / kRows < kHeads ? h + i / kRows : h][i % kRows];
+    float twice[4];  // of an odd number of heads, the last one
+    float* second = kRows == 8 ? out + h * kBlock + 4 : h + 1 < kHeads ? out + (h + 1) * kBlock : twice;
+    sum8(eight, out + h * kBlock, second);
   }
 }
 
@@ -108,12 +110,13 @@ inline void value_heads(const uint8_t* const* rows, size_t offset, const float* 
   }
 }
 
-// Calls body.run<n>(first) over `count` heads in tiles of kMost (4, 2 or 1) and smaller.
+// Calls body.run<n>(first) over `count` heads in tiles of kMost (4, 2 or 1) and smaller ones.
 template <int kMost, class Body>
 inline void for_head_tiles(int count, const Body& body) {
   int first = 0;
   if constexpr (kMost >= 4) {
     for (; first + 4 <= count; first += 4) body.template run<4>(first);
+    if (first + 3 == count) return body.template run<3>(first);
   }
   if constexpr (kMost >= 2) {
     for (; first + 2 <= count; first += 2) body.template run<2>(first);
@@ -133,7 +136,7 @@ struct ScoreTile {
   float* out;
   template <int kHeads>
   void run(int first) const {
-    constexpr int kRows = kSums / kHeads < kPanel ? kSums / kHeads : kPanel;
+    constexpr int kRows = kSums / kHeads < kPanel ? 4 : kPanel;
     for (int r = 0; r < kPanel; r += kRows) {
       score_heads<Row, kHeads, kRows>(rows + r, offset, query + first * shape.head, shape, out + first * kBlock + r);
     }

@@ -62,6 +62,7 @@ inline void finish(const DecodeTask& task, int seq, float* memory) {
   const int num_heads = task.num_heads;
   const FinishScratch scratch(num_heads, memory);
   for (int h = 0; h < num_heads; ++h) merge_head(task, seq, h, scratch);
+  if (task.mass == nullptr) return;
 
   const int heads_per_set = num_heads / task.num_sets;
   float* mass = task.mass + static_cast<size_t>(seq) * task.num_sets * task.num_slots;

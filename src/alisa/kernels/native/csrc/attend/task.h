@@ -107,7 +107,7 @@ struct DecodeTask {
   int num_sets;           // J
   int num_slots;          // K
   void* out;              // [B, H, D] in q_dtype
-  float* mass;            // [B, J, K]
+  float* mass;            // [B, J, K]; null: nobody asks
   float* log_sum_exp;     // [B, H]
   float softcap;          // scores s become softcap * tanh(s / softcap); 0: they stay as they are
 
@@ -175,11 +175,12 @@ struct SketchTask {
   // The plan and its buffers, see workspace.cpp. Heads are padded to `heads()`.
   const Item* items;
   Grid grid;
+  float* queries = nullptr;  // [B, floats of a query]; null: each item prepares its own
   float* weights;         // [blocks, kSketchBlock, heads]: exp(score - block_max)
   float* block_max;       // [blocks, heads]
   float* partial_max;     // [partials, heads]
   float* partial_sum;     // [partials, heads]
-  float* partial_values;  // [partials, H, value_layout.head_stride()]: weights times steps times codes
+  float* partial_values;  // [partials, H, value_layout.head_stride()]: weights times steps times codes, of unread tokens
   float* partial_shift;   // [partials, heads]: weights times minima, what is added to every dimension
 
   ALISA_INLINE constexpr int heads() const { return round_up(num_heads, kPad); }

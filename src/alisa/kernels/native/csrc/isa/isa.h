@@ -13,15 +13,22 @@ namespace alisa {
 struct SketchKernels {
   // Floats of scratch that the others need.
   size_t (*floats)(const SketchLayout& layout, int num_heads);
+  // Floats of a prepared query, a whole number of cache lines; and one sequence's, into the task's `queries`.
+  size_t (*query_floats)(const SketchLayout& layout, int num_heads);
+  void (*prepare)(const SketchTask& task, int seq, float* scratch);
   // One partial result.
   void (*scores)(const SketchTask& task, int item, float* scratch);
-  // Merges the partial results of one sequence and writes its scores.
+  // Merges the partial results of one sequence and writes its scores: the next, for all blocks.
   void (*finish)(const SketchTask& task, int seq, float* scratch);
+  // The scores of some blocks of one sequence, all of whose partial results are there.
+  void (*normalise)(const SketchTask& task, int seq, int first_block, int num_blocks, float* scratch);
   // The share of weight of what was then chosen.
   void (*shares)(const SketchTask& task, int seq, const int32_t* positions, size_t stride, int count, float* shares,
                  float* scratch);
-  // What is added by the tokens that were not chosen, into the task's `rest`.
-  void (*rest)(const SketchTask& task, int seq, const int32_t* positions, size_t stride, int count, float* scratch);
+  // What the tokens of one item add that were not chosen; `count` of each index set were. Then all items of one sequence, into
+  // the task's `rest`.
+  void (*complete)(const SketchTask& task, int item, const int32_t* positions, size_t stride, int count, float* scratch);
+  void (*rest)(const SketchTask& task, int seq, int count, float* scratch);
   // Keys or values [first, last) into their sketch.
   void (*append)(const SketchAppendTask& task, int64_t first, int64_t last, float* scratch);
 };

@@ -8,10 +8,8 @@
 #include "isa.h"
 #include "mean_value.h"
 #include "rest.h"
-#include "sketch_dot.h"
-#include "turn.h"
-// The dot products come first.
 #include "sketch_table.h"
+#include "turn.h"
 
 namespace alisa::ALISA_ISA {
 

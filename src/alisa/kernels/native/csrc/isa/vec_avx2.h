@@ -19,9 +19,9 @@ inline F vmax(F a, F b) { return _mm256_max_ps(a, b); }
 inline F vmin(F a, F b) { return _mm256_min_ps(a, b); }
 
 // Lane i is lane `lanes[i]` of x.
-inline F permute(F x, const int32_t* lanes) {
-  return _mm256_permutevar8x32_ps(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
-}
+using Lanes = __m256i;
+inline Lanes lanes_at(const int32_t* lanes) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)); }
+inline F permute(F x, Lanes lanes) { return _mm256_permutevar8x32_ps(x, lanes); }
 
 inline float max_of(F x) {
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -52,6 +52,11 @@ inline void sum8(const F (&x)[8], float* first, float* second) {
   };
   four(x, first);
   four(x + 4, second);
+}
+
+// `sum_of` four vectors, to the bit.
+inline void sum4(const F (&x)[4], float* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] = sum_of(x[i]);
 }
 
 inline F load_bf16(const void* p) {
@@ -123,34 +128,36 @@ inline F code_values(Codes x) {
   return _mm256_cvtepi32_ps(kMask == 255 >> kShift ? x : _mm256_and_si256(x, _mm256_set1_epi32(kMask)));
 }
 
+// See vec_avx512.h.
 using Word = int16_t;
 using Words = __m256i;
 using Sums = __m256i;
-constexpr int kWords = 16;
+constexpr int kTokens = 2;
 
-inline Words load_bytes(const void* p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
-using Run = int;
-inline Run run_of(int count) { return count; }
-inline Words load_run(const void* p, Run run) {
-  if (run == kWords) return load_bytes(p);
-  uint8_t padded[kWords] = {};
-  __builtin_memcpy(padded, p, static_cast<size_t>(run));
-  return load_bytes(padded);
+inline __m128i load_piece(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline Words load_pieces(const uint8_t* const* tokens, size_t offset) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(load_piece(tokens[0] + offset)), load_piece(tokens[1] + offset), 1);
 }
+inline Words load_pieces(const uint8_t* const* tokens, size_t offset, int count) {
+  uint8_t padded[kTokens][16] = {};
+  for (int i = 0; i < kTokens; ++i) __builtin_memcpy(padded[i], tokens[i] + offset, static_cast<size_t>(count));
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(padded));
+}
+inline Words repeat(const Word* p) { return _mm256_broadcastsi128_si256(load_piece(p)); }
 template <int kShift, int kMask>
 inline Words bits_of(Words x) {
   if constexpr (kShift > 0) x = _mm256_srli_epi16(x, kShift);
-  return kMask == 255 >> kShift ? x : _mm256_and_si256(x, _mm256_set1_epi16(kMask));
+  return kMask == 65535 >> kShift ? x : _mm256_and_si256(x, _mm256_set1_epi16(kMask));
 }
 inline Sums no_sums() { return _mm256_setzero_si256(); }
-inline Sums add_products(Sums sums, Words a, const Word* b) {
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(a, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b))));
+inline Sums add_products(Sums sums, Words a, Words b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
+inline void store_sums(const Sums* x, int32_t* out, size_t stride) {
+  const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(x[0], x[1]), _mm256_hadd_epi32(x[2], x[3]));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(all));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + stride), _mm256_extracti128_si256(all, 1));
 }
-inline F totals(const Sums (&x)[kWidth]) {
-  const __m256i low = _mm256_hadd_epi32(_mm256_hadd_epi32(x[0], x[1]), _mm256_hadd_epi32(x[2], x[3]));
-  const __m256i high = _mm256_hadd_epi32(_mm256_hadd_epi32(x[4], x[5]), _mm256_hadd_epi32(x[6], x[7]));
-  return _mm256_cvtepi32_ps(
-      _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)));
+inline F whole_numbers(const int32_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
 }  // namespace alisa::ALISA_ISA

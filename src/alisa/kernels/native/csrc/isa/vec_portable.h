@@ -47,7 +47,9 @@ inline F fma(F a, F b, F c) { return a * b + c; }
 inline F vmax(F a, F b) { return a > b ? a : b; }
 inline F vmin(F a, F b) { return a < b ? a : b; }
 // Lane i is lane `lanes[i]` of x.
-inline F permute(F x, const int32_t* lanes) {
+using Lanes = I;
+inline Lanes lanes_at(const int32_t* lanes) { return read<I>(lanes); }
+inline F permute(F x, Lanes lanes) {
   F out;
   for (int i = 0; i < kWidth; ++i) out[i] = x[lanes[i]];
   return out;
@@ -79,6 +81,11 @@ inline void sum8(const F (&x)[8], float* first, float* second) {
     first[i] = sum_of(x[i]);
     second[i] = sum_of(x[i + 4]);
   }
+}
+
+// `sum_of` four vectors, to the bit.
+inline void sum4(const F (&x)[4], float* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] = sum_of(x[i]);
 }
 
 inline F load_bf16(const void* p) { return bits<F>(__builtin_convertvector(read<U16>(p), U) << 16); }
@@ -148,30 +155,35 @@ inline F code_values(Codes x) {
   return __builtin_convertvector((x >> kShift) & kMask, F);
 }
 
-using Word = int32_t;
-using Words = I;
+// See vec_avx512.h.
+using Word = int16_t;
+using Words = uint16_t __attribute__((vector_size(16)));
 using Sums = I;
-constexpr int kWords = 4;
+constexpr int kTokens = 1;
 
-inline Words load_bytes(const void* p) { return __builtin_convertvector(read<U8>(p), I); }
-using Run = int;
-inline Run run_of(int count) { return count; }
-inline Words load_run(const void* p, Run run) {
-  if (run == kWords) return load_bytes(p);
-  uint8_t padded[kWords] = {};
-  std::memcpy(padded, p, static_cast<size_t>(run));
-  return load_bytes(padded);
+inline Words load_pieces(const uint8_t* const* tokens, size_t offset) { return read<Words>(tokens[0] + offset); }
+inline Words load_pieces(const uint8_t* const* tokens, size_t offset, int count) {
+  uint8_t padded[16] = {};
+  std::memcpy(padded, tokens[0] + offset, static_cast<size_t>(count));
+  return read<Words>(padded);
 }
+inline Words repeat(const Word* p) { return read<Words>(p); }
 template <int kShift, int kMask>
 inline Words bits_of(Words x) {
-  return (x >> kShift) & kMask;
+  return (x >> kShift) & static_cast<uint16_t>(kMask);
 }
 inline Sums no_sums() { return I{}; }
-inline Sums add_products(Sums sums, Words a, const Word* b) { return sums + a * read<I>(b); }
-inline F totals(const Sums (&x)[kWidth]) {
-  I all;
-  for (int i = 0; i < kWidth; ++i) all[i] = (x[i][0] + x[i][1]) + (x[i][2] + x[i][3]);
-  return __builtin_convertvector(all, F);
+inline Sums add_products(Sums sums, Words a, Words b) {
+  using Half = int16_t __attribute__((vector_size(8)));
+  Half of_a[2], of_b[2];
+  std::memcpy(of_a, &a, sizeof(a));
+  std::memcpy(of_b, &b, sizeof(b));
+  for (int i = 0; i < 2; ++i) sums += __builtin_convertvector(of_a[i], I) * __builtin_convertvector(of_b[i], I);
+  return sums;
 }
+inline void store_sums(const Sums* x, int32_t* out, size_t) {
+  for (int i = 0; i < 4; ++i) out[i] = (x[i][0] + x[i][1]) + (x[i][2] + x[i][3]);
+}
+inline F whole_numbers(const int32_t* p) { return __builtin_convertvector(read<I>(p), F); }
 
 }  // namespace alisa::ALISA_ISA

@@ -11,6 +11,7 @@
 #include "workspace.h"
 #include "bind_model.h"
 #include "bind_prefill.h"
+#include "bind_sketch_step.h"
 #include "isa.h"
 #include "prefill.h"
 #include "row_io.h"
@@ -122,7 +123,7 @@ NB_MODULE(_native, m) {
           },
           "layout"_a, "q"_a, "q_dtype"_a, "rows"_a, "row_stride"_a, "slots"_a, "entries"_a, "counts"_a, "num_seqs"_a,
           "num_heads"_a, "num_sets"_a, "num_slots"_a, "out"_a, "mass"_a, "log_sum_exp"_a, "softcap"_a, "Queries, what they attend to, and results.");
-  nb::class_<alisa::Plan>(m, "Plan").def(nb::init<>());
+  nb::class_<alisa::Pieces>(m, "Pieces").def(nb::init<>());
 
   nb::class_<alisa::Workspace> workspace(m, "Workspace");
   workspace.def(nb::init<>())
@@ -137,21 +138,21 @@ NB_MODULE(_native, m) {
       .def(
           "decode_piece",
           [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const alisa::DecodeTask& task,
-             alisa::Plan& plan, uintptr_t begins, uintptr_t ends) {
+             alisa::Pieces& pieces, uintptr_t begins, uintptr_t ends) {
             const alisa::Isa& kernels = isa_named(isa);
             const nb::gil_scoped_release unlocked;
-            self.decode_piece(kernels, task, plan, at<const int32_t>(begins), at<const int32_t>(ends), threads);
+            self.decode_piece(kernels, task, pieces, at<const int32_t>(begins), at<const int32_t>(ends), threads);
           },
-          "isa"_a, "threads"_a, "task"_a, "plan"_a, "begins"_a, "ends"_a)
+          "isa"_a, "threads"_a, "task"_a, "pieces"_a, "begins"_a, "ends"_a)
       .def(
           "decode_end",
           [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const alisa::DecodeTask& task,
-             alisa::Plan& plan) {
+             alisa::Pieces& pieces) {
             const alisa::Isa& kernels = isa_named(isa);
             const nb::gil_scoped_release unlocked;
-            self.decode_end(kernels, task, plan, threads);
+            self.decode_end(kernels, task, pieces, threads);
           },
-          "isa"_a, "threads"_a, "task"_a, "plan"_a)
+          "isa"_a, "threads"_a, "task"_a, "pieces"_a)
       .def(
           "encode",
           [](alisa::Workspace& self, const std::string& isa, const Threads& threads, const RowLayout& layout, uintptr_t k,
@@ -250,6 +251,7 @@ NB_MODULE(_native, m) {
           "isa"_a, "threads"_a, "head_dim"_a, "num_heads"_a, "read"_a, "out"_a, "dtype"_a, "shares"_a, "rest"_a, "num_seqs"_a);
   bind_prefill(workspace);
   bind_model(m);
+  bind_sketch_step(m);
 
   m.def(
       "activate",

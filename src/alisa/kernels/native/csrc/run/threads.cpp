@@ -24,6 +24,15 @@ inline void pause() {
 
 }  // namespace
 
+void Patience::wait() {
+  if (turns_ < kSpins) {
+    ++turns_;
+    pause();
+  } else {
+    std::this_thread::yield();
+  }
+}
+
 void Barrier::wait() {
   const uint32_t round = round_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
@@ -31,13 +40,7 @@ void Barrier::wait() {
     round_.store(round + 1, std::memory_order_release);
     return;
   }
-  for (int i = 0; round_.load(std::memory_order_acquire) == round; ++i) {
-    if (i < kSpins) {
-      pause();
-    } else {
-      std::this_thread::yield();
-    }
-  }
+  for (Patience patience; round_.load(std::memory_order_acquire) == round;) patience.wait();
 }
 
 void run_on(const Threads& threads, void (*fn)(void*), void* data) {

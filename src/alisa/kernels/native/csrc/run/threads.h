@@ -46,8 +46,17 @@ void share_out(const Threads& threads, int64_t count, int64_t step, const Start&
   });
 }
 
-// Where the threads of a team wait for each other. Whoever waits spins for some microseconds and then gives its processor
-// away, again and again: with other programs about, the one that is waited for may need it.
+// How to wait for another thread: a turn spins, and after some microseconds of turns gives the processor away, again and again:
+// with other programs about, the one that is waited for may need it.
+class Patience {
+ public:
+  void wait();
+
+ private:
+  int turns_ = 0;
+};
+
+// Where the threads of a team wait for each other.
 class Barrier {
  public:
   explicit Barrier(int count) : count_(count) {}

@@ -6,10 +6,6 @@
 namespace alisa {
 namespace {
 
-// Rows below this total are read or written by one thread: waking another takes a few microseconds, in which one core
-// reads some 40 KB.
-constexpr size_t kSerialBytes = 1 << 16;
-
 // Activations below this many are made by the calling thread alone: it needs about a microsecond for 3,000.
 constexpr int64_t kSerialActivations = 1 << 15;
 // The same for single products of turned heads.
@@ -17,53 +13,11 @@ constexpr int64_t kSerialProducts = 1 << 18;
 // Pieces of work for each thread, so that one that is held up leaves more to the others.
 constexpr int64_t kItemsPerThread = 8;
 
-constexpr size_t kLineFloats = 64 / sizeof(float);
-
 // Packed keys and values of as many KV heads as this are held at once: they stay in a shared cache from being packed to
 // being read, and a long prompt takes no more memory than one head of it asks for.
 constexpr size_t kPackedBytes = size_t{4} << 20;
 
-// Blocks of `size` that `length` makes.
-int blocks_of(int length, int size) { return (length + size - 1) / size; }
-
-size_t whole_lines(size_t floats) { return (floats + kLineFloats - 1) / kLineFloats * kLineFloats; }
-
-// The buffers of decode attention, one after the other.
-void place(DecodeTask& task, Plan& plan, size_t num_blocks) {
-  const auto heads = static_cast<size_t>(task.num_heads);
-  const size_t weights = num_blocks * heads * kBlock;
-  const size_t partials = static_cast<size_t>(plan.num_partials()) * heads;
-  const size_t outs = partials * static_cast<size_t>(task.layout.values().head_stride());
-  task.grid = plan.grid();
-  task.weights = plan.memory.room(weights + outs + num_blocks * heads + 3 * partials);
-  task.partial_out = task.weights + weights;
-  task.block_max = task.partial_out + outs;
-  task.partial_max = task.block_max + num_blocks * heads;
-  task.partial_sum = task.partial_max + partials;
-  task.partial_shift = task.partial_sum + partials;
-}
-
 }  // namespace
-
-size_t Plan::lay_out(const int32_t* lengths, int num_seqs, int block, int item_blocks) {
-  first_block.assign(1, 0);
-  first_partial.assign(1, 0);
-  for (int seq = 0; seq < num_seqs; ++seq) {
-    const int blocks = blocks_of(lengths[seq], block);
-    first_block.push_back(first_block.back() + static_cast<size_t>(blocks));
-    first_partial.push_back(first_partial.back() + blocks_of(blocks, item_blocks));
-  }
-  return first_block.back();
-}
-
-float* Buffer::room(size_t count) {
-  if (memory_.size() < count + kLineFloats) {
-    memory_.clear();
-    memory_.resize(count + kLineFloats);
-  }
-  const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-  return memory_.data() + (64 - address % 64) % 64 / sizeof(float);
-}
 
 template <class First, class Last>
 void Workspace::cut(int num_seqs, int item_blocks, const int32_t* entries, const First& first, const Last& last) {
@@ -131,7 +85,8 @@ void Workspace::decode(const Isa& isa, DecodeTask task, const Threads& threads) 
   for (int seq = 0; seq < task.num_seqs; ++seq) num_rows += static_cast<size_t>(task.counts[seq]);
   Threads team = threads;
   if (num_rows * task.layout.row_bytes() < kSerialBytes) team.count = 1;
-  place(task, plan_, plan_.lay_out(task.counts, task.num_seqs, kBlock, kItemBlocks));
+  plan_.lay_out(task.counts, task.num_seqs, kBlock, kItemBlocks);
+  place(task, plan_, memory_);
   cut(
       task.num_seqs, kItemBlocks, task.entries, [](int) { return 0; },
       [&](int seq) { return blocks_of(task.counts[seq], kBlock); });
@@ -141,11 +96,11 @@ void Workspace::decode(const Isa& isa, DecodeTask task, const Threads& threads) 
       [&](int seq, float* mine) { isa.finish(task, seq, mine); });
 }
 
-void Workspace::decode_piece(const Isa& isa, DecodeTask task, Plan& plan, const int32_t* begins, const int32_t* ends,
+void Workspace::decode_piece(const Isa& isa, DecodeTask task, Pieces& pieces, const int32_t* begins, const int32_t* ends,
                              const Threads& threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (plan.first_block.empty()) plan.lay_out(task.counts, task.num_seqs, kBlock, kItemBlocks);
-  place(task, plan, plan.first_block.back());
+  if (pieces.plan.first_block.empty()) pieces.plan.lay_out(task.counts, task.num_seqs, kBlock, kItemBlocks);
+  place(task, pieces.plan, pieces.memory);
   cut(
       task.num_seqs, kItemBlocks, task.entries, [&](int seq) { return begins[seq] / kBlock; },
       [&](int seq) { return begins[seq] < ends[seq] ? blocks_of(ends[seq], kBlock) : 0; });
@@ -155,9 +110,9 @@ void Workspace::decode_piece(const Isa& isa, DecodeTask task, Plan& plan, const 
       [](int, float*) {});
 }
 
-void Workspace::decode_end(const Isa& isa, DecodeTask task, Plan& plan, const Threads& threads) {
+void Workspace::decode_end(const Isa& isa, DecodeTask task, Pieces& pieces, const Threads& threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  place(task, plan, plan.first_block.back());
+  place(task, pieces.plan, pieces.memory);
   run_count(threads, task.num_seqs, isa.scratch_floats(task.layout, task.num_heads),
             [&](int seq, uint32_t* mine) { isa.finish(task, seq, reinterpret_cast<float*>(mine)); });
 }
@@ -168,38 +123,27 @@ void Workspace::encode(const Isa& isa, const EncodeTask& task, int64_t num_token
              [&](int64_t first, int64_t last, float* mine) { isa.encode(task, first, last, mine); });
 }
 
-template <class Finish>
-void Workspace::run_sketch(const Isa& isa, SketchTask& task, size_t room, const Threads& threads, const Finish& finish) {
+// Work goes with the products, of which there is one for every query head.
+Threads Workspace::sketch_team(const SketchTask& task, const Threads& threads) {
   size_t num_tokens = 0;
   for (int seq = 0; seq < task.num_seqs; ++seq) num_tokens += static_cast<size_t>(task.lengths[seq]);
-  const auto heads = static_cast<size_t>(task.heads());
-  Threads team = threads;
-  // Work goes with the products, of which there is one for every query head.
   const int code_bytes = task.layout.code_bytes() + (task.completes() ? task.value_layout.code_bytes() : 0);
-  if (num_tokens * heads * static_cast<size_t>(code_bytes) < kSerialBytes) team.count = 1;
-  const size_t num_blocks = plan_.lay_out(task.lengths, task.num_seqs, kSketchBlock, kSketchItemBlocks);
+  Threads team = threads;
+  if (num_tokens * static_cast<size_t>(task.heads()) * static_cast<size_t>(code_bytes) < kSerialBytes) team.count = 1;
+  return team;
+}
+
+template <class Finish>
+void Workspace::run_sketch(const Isa& isa, SketchTask& task, size_t room, const Threads& threads, const Finish& finish) {
+  plan_.lay_out(task.lengths, task.num_seqs, kSketchBlock, kSketchItemBlocks);
   cut(
       task.num_seqs, kSketchItemBlocks, nullptr, [](int) { return 0; },
       [&](int seq) { return blocks_of(task.lengths[seq], kSketchBlock); });
-
-  const size_t weights = num_blocks * kSketchBlock * heads;
-  const size_t partials = static_cast<size_t>(plan_.num_partials()) * heads;
+  place(task, plan_, room, memory_);
   task.items = items_.data();
-  task.grid = plan_.grid();
-  // Heads of `partial_values` are as long as their padding, those of the others are padded together.
-  const size_t shifts = task.completes() ? partials : 0;
-  const size_t values = task.completes() ? static_cast<size_t>(plan_.num_partials()) * task.num_heads *
-                                               static_cast<size_t>(task.value_layout.head_stride())
-                                         : 0;
-  task.weights = plan_.memory.room(weights + num_blocks * heads + 2 * partials + shifts + values + room);
-  task.block_max = task.weights + weights;
-  task.partial_max = task.block_max + num_blocks * heads;
-  task.partial_sum = task.partial_max + partials;
-  task.partial_shift = task.partial_sum + partials;
-  task.partial_values = task.partial_shift + shifts;
-  if (room > 0) task.out = task.partial_values + values;
   run_items(
-      team, isa.sketch.floats(task.layout, task.num_heads), [&](int item, float* mine) { isa.sketch.scores(task, item, mine); },
+      sketch_team(task, threads), isa.sketch.floats(task.layout, task.num_heads),
+      [&](int item, float* mine) { isa.sketch.scores(task, item, mine); },
       finish);
 }
 
@@ -228,16 +172,24 @@ void Workspace::sketch_select(const Isa& isa, SketchTask task, SelectTask<float>
       for (int set = 0; set < task.num_sets; ++set) older = std::max(older, count_to_cover(rows, first + set, target));
     }
     const int count = rows.counts[first] - rows.older_counts[first] + older;
+    SelectMemory selecting;
     for (int set = 0; set < task.num_sets; ++set) {
-      select_row(rows, first + set, older);
+      select_row(rows, first + set, older, selecting);
       counts[first + set] = count;
     }
     isa.sketch.shares(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, count,
                       shares + static_cast<size_t>(seq) * (task.num_heads / task.parts), mine);
-    if (task.completes()) {
-      isa.sketch.rest(task, seq, chosen.positions + static_cast<size_t>(first) * stride, stride, count, mine);
-    }
   });
+  if (!task.completes()) return;
+  const auto count_of = [&](int seq) { return counts[seq * task.num_sets]; };
+  run_items(
+      sketch_team(task, threads), isa.sketch.floats(task.layout, task.num_heads),
+      [&](int item, float* mine) {
+        const int seq = items_[static_cast<size_t>(item)].seq;
+        const int32_t* positions = chosen.positions + static_cast<size_t>(seq) * task.num_sets * stride;
+        isa.sketch.complete(task, item, positions, stride, count_of(seq), mine);
+      },
+      [&](int seq, float* mine) { isa.sketch.rest(task, seq, count_of(seq), mine); });
 }
 
 void Workspace::sketch_append(const Isa& isa, const SketchAppendTask& task, int64_t num_tokens, const Threads& threads) {
@@ -284,7 +236,7 @@ void Workspace::prefill(const PrefillIsa& isa, const PrefillTask& task, const Th
   const size_t head_words = block_words * static_cast<size_t>(num_blocks);
   const size_t heads = kPackedBytes / sizeof(uint32_t) / head_words;
   const int step = std::max(1, std::min(static_cast<int>(heads), task.num_kv_heads));
-  auto* packed = reinterpret_cast<uint32_t*>(plan_.memory.room(head_words * static_cast<size_t>(step)));
+  auto* packed = reinterpret_cast<uint32_t*>(memory_.room(head_words * static_cast<size_t>(step)));
   for (int first = 0; first < task.num_kv_heads; first += step) {
     const int count = std::min(step, task.num_kv_heads - first);
     run_count(threads, count * num_blocks, 0, [&](int item, uint32_t*) {

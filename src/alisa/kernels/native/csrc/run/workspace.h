@@ -7,33 +7,17 @@
 #include <vector>
 
 #include "isa.h"
+#include "plan.h"
 #include "prefill.h"
 #include "select.h"
 #include "threads.h"
 
 namespace alisa {
 
-// Memory that grows and is used again: its content is rewritten by every call.
-class Buffer {
- public:
-  // Room for `count` floats from the beginning of a cache line: a vector that straddles two is loaded twice.
-  float* room(size_t count);
-
- private:
-  std::vector<float> memory_;
-};
-
-// Where the partial results of a call lie, and their memory. One that outlives a call carries a selection that is read in
-// several pieces.
-struct Plan {
-  std::vector<size_t> first_block;
-  std::vector<int> first_partial;
+// A selection that is read in several pieces: its plan and partial results outlive a call.
+struct Pieces {
+  Plan plan;
   Buffer memory;
-
-  // Lays out sequences of these lengths; returns how many blocks there are.
-  size_t lay_out(const int32_t* lengths, int num_seqs, int block, int item_blocks);
-  int num_partials() const { return first_partial.back(); }
-  Grid grid() const { return {first_block.data(), first_partial.data()}; }
 };
 
 // Owns what calls need beyond their arguments: megabytes freshly allocated for every layer would cost more in page faults
@@ -43,11 +27,11 @@ class Workspace {
   // Decode attention; fills the plan of `task` (its last block of fields).
   void decode(const Isa& isa, DecodeTask task, const Threads& threads);
   // The same, a piece at a time: columns begins[b] to ends[b] - 1 of each sequence, from one multiple of kBlock to another
-  // or to the last column. Pieces of a sequence come in order, and `plan`, which begins empty, belongs to one selection.
+  // or to the last column. Pieces of a sequence come in order, and `pieces`, which begin empty, belong to one selection.
   // When all have come, `decode_end` writes what `decode` would have written, to the last bit.
-  void decode_piece(const Isa& isa, DecodeTask task, Plan& plan, const int32_t* begins, const int32_t* ends,
+  void decode_piece(const Isa& isa, DecodeTask task, Pieces& pieces, const int32_t* begins, const int32_t* ends,
                     const Threads& threads);
-  void decode_end(const Isa& isa, DecodeTask task, Plan& plan, const Threads& threads);
+  void decode_end(const Isa& isa, DecodeTask task, Pieces& pieces, const Threads& threads);
   void encode(const Isa& isa, const EncodeTask& task, int64_t num_tokens, const Threads& threads);
   // Weights of all tokens by a sketch of their keys; fills the plan of `task`.
   void sketch_scores(const Isa& isa, SketchTask task, const Threads& threads);
@@ -70,6 +54,8 @@ class Workspace {
   void prefill_choose(const PrefillIsa& isa, const ChoiceTask& task, const Threads& threads);
 
  private:
+  // The threads that are worth waking.
+  static Threads sketch_team(const SketchTask& task, const Threads& threads);
   // Weighs all tokens and calls finish(seq, scratch) for every sequence; `room` further floats of the plan become the
   // output of `task`, where it has none.
   template <class Finish>
@@ -96,6 +82,7 @@ class Workspace {
   std::unique_ptr<std::atomic<int>[]> open_items_;
   size_t open_items_capacity_ = 0;
   Plan plan_;
+  Buffer memory_;
   Buffer scratch_;
 };
 

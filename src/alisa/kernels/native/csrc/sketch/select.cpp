@@ -46,6 +46,8 @@ class Selector {
  public:
   using Key = typename Bits<Score>::Key;
 
+  Selector(std::vector<Key>& keys, std::vector<Key>& candidates) : keys_(keys), candidates_(candidates) {}
+
   // The positions of the `count` largest of `scores[0, end)`, ascending; 0 < count < end.
   void select(const Score* scores, int end, int count, int32_t* positions) {
     keys_.resize(static_cast<size_t>(end));
@@ -89,8 +91,8 @@ class Selector {
     return leading > base_ ? static_cast<int>(leading - base_) : 0;
   }
 
-  std::vector<Key> keys_;
-  std::vector<Key> candidates_;
+  std::vector<Key>& keys_;
+  std::vector<Key>& candidates_;
   Key base_ = 0;
   int bins_[kNumBins];
 };
@@ -121,15 +123,17 @@ void select_positions(const SelectTask<Score>& task, const Threads& threads) {
   Threads team = threads;
   team.count = std::min(team.count, task.num_seqs);
   share_out(team, task.num_seqs, 1, [&](int) {
-    return [&, selector = Selector<Score>()](int64_t seq, int64_t) mutable {
+    using Keys = std::vector<typename Bits<Score>::Key>;
+    return [&, keys = Keys(), candidates = Keys()](int64_t seq, int64_t) mutable {
       const auto row = static_cast<int>(seq);
+      Selector<Score> selector(keys, candidates);
       select_row(task, row, task.older_counts[row], selector);
     };
   });
 }
 
-void select_row(const SelectTask<float>& task, int row, int older) {
-  Selector<float> selector;
+void select_row(const SelectTask<float>& task, int row, int older, SelectMemory& memory) {
+  Selector<float> selector(memory.keys, memory.candidates);
   select_row(task, row, older, selector);
 }
 
@@ -141,7 +145,8 @@ int count_to_cover(const SelectTask<float>& task, int row, int64_t target) {
   for (int i = end; i < end + task.counts[row] - most; ++i) target -= units(scores[i]);
   std::vector<int32_t> positions(static_cast<size_t>(most));
   if (most < end && most > 0) {
-    Selector<float>().select(scores, end, most, positions.data());
+    SelectMemory memory;
+    Selector<float>(memory.keys, memory.candidates).select(scores, end, most, positions.data());
   } else {
     for (int i = 0; i < most; ++i) positions[i] = i;
   }

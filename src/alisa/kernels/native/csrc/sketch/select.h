@@ -5,10 +5,17 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "threads.h"
 
 namespace alisa {
+
+// What is used again from one row to the next.
+struct SelectMemory {
+  std::vector<uint32_t> keys;
+  std::vector<uint32_t> candidates;
+};
 
 template <class Score>
 struct SelectTask {
@@ -27,7 +34,7 @@ struct SelectTask {
 template <class Score>
 void select_positions(const SelectTask<Score>& task, const Threads& threads);
 // The same for one row of positions, `older` of which are older than the window.
-void select_row(const SelectTask<float>& task, int row, int older);
+void select_row(const SelectTask<float>& task, int row, int older, SelectMemory& memory);
 // The fewest older tokens, at most older_counts[row], that have at least `target` of the scores together with the window.
 // Scores are counted in units of 2^-32, so that their sum does not depend on an order.
 int count_to_cover(const SelectTask<float>& task, int row, int64_t target);

@@ -1,7 +1,7 @@
 // Approximate attention weights of every token from a low-bit copy of its keys: what ranks tokens for the current query.
 //
 // The query is rounded to whole numbers for each head (an error far below that of the sketch), so that its products with
-// the codes are sums of small integers: sketch_dot.h, or its like for VNNI, which comes before. One vector holds the scores
+// the codes are sums of small integers: sketch_dot.h. One vector holds the scores
 // of one token for as many heads as it has lanes: nothing has to be turned round between the dot products, the ranges and
 // the softmax, whose maximum and sum run over tokens, lane by lane. As in attend.h, weights relative to a running maximum are kept for every block, and whoever
 // completes a sequence scales them and adds up its heads. They stay where they are, for the shares of what is then chosen.
@@ -14,27 +14,37 @@
 namespace alisa::ALISA_ISA {
 
 // Scores of one block into weights [tokens, heads].
-template <int kBits, int kShared, int kWhole>
+template <int kBits>
 inline void score_block(const SketchTask& task, size_t token, int count, const SketchScratch& scratch, float* weights) {
   const SketchLayout& layout = task.layout;
   const int heads = task.heads();
-  const CodeRuns runs(layout);
+  const size_t stride = SketchScratch::product_stride(heads);
   const size_t token_bytes = static_cast<size_t>(layout.num_kv_heads) * layout.code_bytes();
   const size_t token_ranges = 2 * static_cast<size_t>(layout.num_kv_heads);
-  widen_ranges(task, task.ranges + token * token_ranges, count, scratch);
-  for (int t = 0; t < count; ++t) {
-    const uint8_t* codes = task.codes + (token + t) * token_bytes;
-    // The hardware follows the codes, but begins anew in every page, and loses the ranges from block to block.
-    const uint8_t* ahead = codes + kSketchAheadBytes;
-    for (size_t i = 0; i < token_bytes; i += 64) __builtin_prefetch(ahead + i, 0, 3);
-    const uint16_t* ranges = task.ranges + (token + t + kSketchBlock) * token_ranges;
-    for (size_t i = 0; i < token_ranges; i += 32) __builtin_prefetch(ranges + i, 0, 3);
-    for (int h = 0; h < heads; h += kWidth) {
-      const F products =
-          tile_products<kBits, kShared, kWhole>(codes, scratch.offsets + h, scratch.query + h * runs.words, runs);
-      const size_t at = static_cast<size_t>(t) * heads + h;
-      const F shift = load(scratch.minima + at) * load(scratch.query_sum + h);
-      store(weights + at, fma(products * load(scratch.query_scale + h), load(scratch.steps + at), shift));
+  const uint8_t* tokens[kSketchBlock];
+  const uint8_t* codes = task.codes + token * token_bytes;
+  const uint16_t* ranges = task.ranges + token * token_ranges;
+  // The hardware follows the codes, but begins anew in every page, and loses the ranges from block to block.
+  prefetch_span(codes + kSketchAheadBytes, kSketchBlock * token_bytes);
+  prefetch_span(ranges + kSketchBlock * token_ranges, kSketchBlock * token_ranges * sizeof(uint16_t));
+  for (int t = 0; t < count; ++t) tokens[t] = codes + static_cast<size_t>(t) * token_bytes;
+  for (int t = count; t < round_up(count, kTokensTogether); ++t) tokens[t] = tokens[count - 1];
+  block_products<kBits>(tokens, count, layout, task.group(), scratch.query.words, scratch.products, stride);
+  widen_ranges(layout.num_kv_heads, ranges, count, scratch);
+  const float* steps = scratch.steps;  // copies that no store can have changed, for the compiler
+  const float* minima = scratch.minima;
+  const int32_t* products = scratch.products;
+  for (int h = 0; h < heads; h += kWidth) {
+    const F unit = load(scratch.query.scale + h);
+    const F sum = load(scratch.query.sum + h);
+    const Lanes lanes = lanes_at(scratch.query.lanes + h);
+    const int first = kv_head_of(task, h);
+    for (int t = 0; t < count; ++t) {
+      const int from = t * layout.num_kv_heads + first;
+      const F step = permute(load(steps + from), lanes);
+      const F minimum = permute(load(minima + from), lanes);
+      const F of_token = whole_numbers(products + static_cast<size_t>(t) * stride + h);
+      store(weights + static_cast<size_t>(t) * heads + h, fma(of_token * unit, step, minimum * sum));
     }
   }
 }
@@ -59,8 +69,8 @@ inline void complete_scores(const SketchTask& task, int count, float* weights) {
   }
 }
 
-// Scores become weights relative to the running maximum of each head; `rescale` is what earlier ones are worth now.
-inline void weigh_tokens(float* weights, int count, int heads, float* maximum, float* total, float* rescale) {
+// Scores become weights relative to the running maximum of each head.
+inline void weigh_tokens(float* weights, int count, int heads, float* maximum, float* total) {
   for (int h = 0; h < heads; h += kWidth) {
     const F before = load(maximum + h);
     F best = before;
@@ -75,21 +85,33 @@ inline void weigh_tokens(float* weights, int count, int heads, float* maximum, f
     }
     store(maximum + h, best);
     store(total + h, sum);
-    store(rescale + h, scale);
   }
 }
 
-template <int kBits, int kShared, int kWhole>
+// The query of a sequence, for all of its items.
+inline void sketch_prepare(const SketchTask& task, int seq, float* memory) {
+  const size_t floats = SketchQuery::floats(task.layout, task.num_heads);
+  const SketchQuery query(task.heads(), task.queries + static_cast<size_t>(seq) * floats);
+  prepare_query(task, seq, query, SketchScratch(task, memory).values);
+}
+
+template <int kBits>
 void sketch_item(const SketchTask& task, int index, float* memory) {
   const Item& item = task.items[index];
-  const SketchScratch scratch(task, memory);
+  SketchScratch scratch(task, memory);
   const auto heads = static_cast<size_t>(task.heads());
   const auto partial = static_cast<size_t>(task.grid.first_partial[item.seq] + item.first_block / kSketchItemBlocks);
   float* maximum = task.partial_max + partial * heads;
   float* total = task.partial_sum + partial * heads;
   for (size_t h = 0; h < heads; ++h) maximum[h] = -3e38F, total[h] = 0.0F;
-  prepare_query(task, item.seq, scratch);
-  if (task.completes()) clear_values(task, partial);
+  if (task.queries == nullptr) {
+    prepare_query(task, item.seq, scratch.query, scratch.values);
+  } else {
+    const size_t floats = SketchQuery::floats(task.layout, task.num_heads);
+    scratch.query = SketchQuery(task.heads(), task.queries + static_cast<size_t>(item.seq) * floats);
+  }
+  // Padding has no products.
+  std::memset(scratch.products, 0, kSketchBlock * SketchScratch::product_stride(task.heads()) * sizeof(int32_t));
   for (int i = 0; i < item.num_blocks; ++i) {
     const int first = (item.first_block + i) * kSketchBlock;
     const int left = task.lengths[item.seq] - first;
@@ -97,44 +119,24 @@ void sketch_item(const SketchTask& task, int index, float* memory) {
     const size_t number = task.grid.first_block[item.seq] + static_cast<size_t>(item.first_block + i);
     float* weights = task.weights + number * kSketchBlock * heads;
     const size_t token = static_cast<size_t>(task.starts[item.seq]) + first;
-    score_block<kBits, kShared, kWhole>(task, token, count, scratch, weights);
+    score_block<kBits>(task, token, count, scratch, weights);
     complete_scores(task, count, weights);
-    weigh_tokens(weights, count, task.heads(), maximum, total, scratch.rescale);
-    if (task.completes()) add_block(task, token, count, weights, partial, scratch);
+    weigh_tokens(weights, count, task.heads(), maximum, total);
     std::memcpy(task.block_max + number * heads, maximum, heads * sizeof(float));
   }
 }
 
-template <int kBits, int kShared>
-inline void sketch_item_of(const SketchTask& task, int item, float* memory) {
-  switch (CodeRuns(task.layout).known()) {
-    case 1: return sketch_item<kBits, kShared, 1>(task, item, memory);
-    case 2: return sketch_item<kBits, kShared, 2>(task, item, memory);
-    default: return sketch_item<kBits, kShared, -1>(task, item, memory);
-  }
-}
-
-template <int kBits>
-inline void sketch_item_of(const SketchTask& task, int item, float* memory) {
-  // A tile is a whole number of runs only where four heads in a row always share a key.
-  if (task.num_heads / task.layout.num_kv_heads % 4 == 0) return sketch_item_of<kBits, 4>(task, item, memory);
-  return sketch_item_of<kBits, 1>(task, item, memory);
-}
-
 inline void sketch_scores(const SketchTask& task, int item, float* memory) {
   switch (task.layout.bits) {
-    case 2: return sketch_item_of<2>(task, item, memory);
-    case 4: return sketch_item_of<4>(task, item, memory);
-    default: return sketch_item_of<8>(task, item, memory);
+    case 2: return sketch_item<2>(task, item, memory);
+    case 4: return sketch_item<4>(task, item, memory);
+    default: return sketch_item<8>(task, item, memory);
   }
 }
 
-// Partial results of a sequence merged: its tokens' weights, summed over the heads of each index set.
-inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
+// The maximum [heads] of a sequence, and 1 / sum [heads] of its weights, from its partial results.
+inline void sequence_totals(const SketchTask& task, int seq, float* maximum, float* inverse) {
   const int heads = task.heads();
-  float* maximum = memory;           // [heads]
-  float* inverse = maximum + heads;  // [heads]: 1 / sum
-  float* factor = inverse + heads;   // [heads]
   const int first_partial = task.grid.first_partial[seq];
   const int last_partial = task.grid.first_partial[seq + 1];
   for (int h = 0; h < heads; h += kWidth) {
@@ -149,22 +151,32 @@ inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
     store(inverse + h, set1(1.0F) / total);
   }
   for (int h = task.num_heads; h < heads; ++h) inverse[h] = 0.0F;
-  if (task.completes()) merge_values(task, seq, maximum, inverse, factor);
+}
 
-  const int length = task.lengths[seq];
+// Weights of `num_blocks` blocks of a sequence become those of the whole of it, and are summed over the heads of each index
+// set.
+inline void sketch_normalise(const SketchTask& task, int seq, int first_block, int num_blocks, float* memory) {
+  const int heads = task.heads();
+  float* maximum = memory;           // [heads]
+  float* inverse = maximum + heads;  // [heads]: 1 / sum
+  float* factor = inverse + heads;   // [heads]
+  sequence_totals(task, seq, maximum, inverse);
   const int num_sets = task.num_sets;
   const int heads_per_set = task.num_heads / num_sets;
   const float once = 1.0F / static_cast<float>(task.parts);  // every part of a head has its weight
   float* out = task.out + static_cast<size_t>(seq) * num_sets * task.width;
-  size_t number = task.grid.first_block[seq];
-  for (int first = 0; first < length; first += kSketchBlock, ++number) {
+  for (int block = first_block; block < first_block + num_blocks; ++block) {
+    const size_t number = task.grid.first_block[seq] + static_cast<size_t>(block);
+    const int first = block * kSketchBlock;
     for (int h = 0; h < heads; h += kWidth) {
       const F scale = exp_nonpositive(load(task.block_max + number * heads + h) - load(maximum + h));
       store(factor + h, scale * load(inverse + h));
     }
-    const int count = length - first < kSketchBlock ? length - first : kSketchBlock;
-    for (int t = 0; t < count; ++t) {
-      float* weights = task.weights + (number * kSketchBlock + t) * heads;
+    const int left = task.lengths[seq] - first;
+    const int count = left < kSketchBlock ? left : kSketchBlock;
+    float* weights = task.weights + number * kSketchBlock * heads;
+    F sums[4] = {set1(0.0F), set1(0.0F), set1(0.0F), set1(0.0F)};
+    for (int t = 0; t < count; ++t, weights += heads) {
       F all = set1(0.0F);
       for (int h = 0; h < heads; h += kWidth) {
         const F weight = load(weights + h) * load(factor + h);
@@ -172,7 +184,12 @@ inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
         all = all + weight;
       }
       if (num_sets == 1) {
-        out[first + t] = sum_of(all) * once;
+        sums[t % 4] = all;
+        if (t % 4 == 3 || t + 1 == count) {
+          float four[4];
+          sum4(sums, four);
+          for (int i = t / 4 * 4; i <= t; ++i) out[first + i] = four[i % 4] * once;
+        }
         continue;
       }
       for (int set = 0; set < num_sets; ++set) {
@@ -182,7 +199,14 @@ inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
       }
     }
   }
-  for (int set = 0; set < num_sets; ++set) {
+}
+
+// Partial results of a sequence merged: its tokens' weights, summed over the heads of each index set.
+inline void sketch_finish(const SketchTask& task, int seq, float* memory) {
+  const int length = task.lengths[seq];
+  sketch_normalise(task, seq, 0, (length + kSketchBlock - 1) / kSketchBlock, memory);
+  float* out = task.out + static_cast<size_t>(seq) * task.num_sets * task.width;
+  for (int set = 0; set < task.num_sets; ++set) {
     for (int t = length; t < task.width; ++t) out[static_cast<size_t>(set) * task.width + t] = 0.0F;
   }
 }

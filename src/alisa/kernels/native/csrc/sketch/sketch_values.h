@@ -1,8 +1,7 @@
 // What tokens that are not read add to the output: their approximate weights times the values that a low-bit copy keeps.
 //
-// Which tokens will not be read is known when all scores are. So every item adds up all of its tokens while their weights
-// are in the cache, relative to the running maximum, whoever completes a sequence merges these sums, and what was then
-// chosen, a few tokens, is taken away again: each code is read once, and those of the chosen tokens twice. A value is
+// Which tokens these are is known when all have been weighed and the best of them chosen. Every item then adds up those of its
+// tokens that were not, whatever became of its scores meanwhile, and whoever completes a sequence adds up the items. A value is
 // minimum + step * code: the codes are multiplied by weight * step, and the minima are one number for each head.
 #pragma once
 
@@ -20,76 +19,88 @@ inline void unpack_codes(Codes bytes, F* planes) {
 // Tokens whose codes are added up, and for each of them and each head what a code is multiplied by.
 struct ValueBlock {
   const uint8_t* codes[kSketchBlock];
-  const float* factors;  // [count, heads]
+  const float* factors[kSketchBlock];  // [heads]
   int count;
-  int heads;
+};
+
+// The layout as plain numbers, worked out once: each has a division in it.
+struct ValueShape {
+  explicit ValueShape(const SketchTask& task)
+      : group(task.group()),
+        code_bytes(task.value_layout.code_bytes()),
+        plane_stride(task.value_layout.plane_stride()),
+        head_stride(task.value_layout.head_stride()) {}
+  int group;
+  int code_bytes;
+  int plane_stride;
+  int head_stride;
 };
 
 // Sums [planes, plane_stride] of kTogether heads that share their values have grown by the block.
 template <int kBits, int kTogether, bool kWhole>
-inline void add_vector(const ValueBlock& block, size_t offset, int count, int head, float* sums, const SketchLayout& layout) {
+inline void add_vector(const ValueBlock& block, size_t offset, int bytes, int head, float* sums, const ValueShape shape) {
   constexpr int kPlanes = 8 / kBits;
-  const int stride = layout.plane_stride();
+  const int stride = shape.plane_stride;
+  const int head_stride = shape.head_stride;
+  const int count = block.count;
   F totals[kTogether][kPlanes];
   for (int i = 0; i < kTogether; ++i) {
-    for (int plane = 0; plane < kPlanes; ++plane) totals[i][plane] = load(sums + i * layout.head_stride() + plane * stride);
+    for (int plane = 0; plane < kPlanes; ++plane) totals[i][plane] = load(sums + i * head_stride + plane * stride);
   }
-  for (int t = 0; t < block.count; ++t) {
+  for (int t = 0; t < count; ++t) {
     const uint8_t* at = block.codes[t] + offset;
+    const float* factors = block.factors[t] + head;
     F codes[kPlanes];
-    unpack_codes<kBits>(kWhole ? load_codes(at) : load_codes(at, count), codes);
-    const float* factors = block.factors + static_cast<size_t>(t) * block.heads + head;
+    unpack_codes<kBits>(kWhole ? load_codes(at) : load_codes(at, bytes), codes);
     for (int i = 0; i < kTogether; ++i) {
       const F factor = set1(factors[i]);
       for (int plane = 0; plane < kPlanes; ++plane) totals[i][plane] = fma(factor, codes[plane], totals[i][plane]);
     }
   }
   for (int i = 0; i < kTogether; ++i) {
-    for (int plane = 0; plane < kPlanes; ++plane) store(sums + i * layout.head_stride() + plane * stride, totals[i][plane]);
+    for (int plane = 0; plane < kPlanes; ++plane) store(sums + i * head_stride + plane * stride, totals[i][plane]);
   }
 }
 
 // The same for all of a head's vectors.
 template <int kBits, int kTogether>
-inline void add_head(const ValueBlock& block, int kv_head, int head, float* sums, const SketchLayout& layout) {
-  const int code_bytes = layout.code_bytes();
-  for (int i = 0; i < code_bytes; i += kWidth) {
-    const size_t offset = static_cast<size_t>(kv_head) * code_bytes + i;
-    if (i + kWidth <= code_bytes) {
-      add_vector<kBits, kTogether, true>(block, offset, kWidth, head, sums + i, layout);
+inline void add_head(const ValueBlock& block, int kv_head, int head, float* sums, const ValueShape shape) {
+  for (int i = 0; i < shape.code_bytes; i += kWidth) {
+    const size_t offset = static_cast<size_t>(kv_head) * shape.code_bytes + i;
+    if (i + kWidth <= shape.code_bytes) {
+      add_vector<kBits, kTogether, true>(block, offset, kWidth, head, sums + i, shape);
     } else {
-      add_vector<kBits, kTogether, false>(block, offset, code_bytes - i, head, sums + i, layout);
+      add_vector<kBits, kTogether, false>(block, offset, shape.code_bytes - i, head, sums + i, shape);
     }
   }
 }
 
 // The same for `count` heads, at most kMost.
 template <int kBits, int kMost>
-inline void add_some(const ValueBlock& block, int kv_head, int head, int count, float* sums, const SketchLayout& layout) {
-  if (count == kMost) return add_head<kBits, kMost>(block, kv_head, head, sums, layout);
-  if constexpr (kMost > 1) add_some<kBits, kMost - 1>(block, kv_head, head, count, sums, layout);
+inline void add_some(const ValueBlock& block, int kv_head, int head, int count, float* sums, const ValueShape shape) {
+  if (count == kMost) return add_head<kBits, kMost>(block, kv_head, head, sums, shape);
+  if constexpr (kMost > 1) add_some<kBits, kMost - 1>(block, kv_head, head, count, sums, shape);
 }
 
 // Sums [H, head_stride] of the heads [first, last), all those of some K/V heads, have grown by the block.
 template <int kBits>
-inline void add_heads(const SketchTask& task, const ValueBlock& block, int first, int last, float* sums) {
+inline void add_heads(const ValueShape shape, const ValueBlock& block, int first, int last, float* sums) {
   // As many as have their sums in registers.
   constexpr int kMost = kSums * kBits / 8 < 4 ? kSums * kBits / 8 : 4;
-  const SketchLayout& layout = task.value_layout;
-  const int group = task.num_heads / layout.num_kv_heads;
   for (int h = first, count; h < last; h += count) {
-    const int kv_head = h / group;
-    const int left = (kv_head + 1) * group - h;
+    const int kv_head = h / shape.group;
+    const int left = (kv_head + 1) * shape.group - h;
     count = left < kMost ? left : kMost;
-    add_some<kBits, kMost>(block, kv_head, h, count, sums + static_cast<size_t>(h) * layout.head_stride(), layout);
+    add_some<kBits, kMost>(block, kv_head, h, count, sums + static_cast<size_t>(h) * shape.head_stride, shape);
   }
 }
 
 inline void add_heads(const SketchTask& task, const ValueBlock& block, int first, int last, float* sums) {
+  const ValueShape shape(task);
   switch (task.value_layout.bits) {
-    case 2: return add_heads<2>(task, block, first, last, sums);
-    case 4: return add_heads<4>(task, block, first, last, sums);
-    default: return add_heads<8>(task, block, first, last, sums);
+    case 2: return add_heads<2>(shape, block, first, last, sums);
+    case 4: return add_heads<4>(shape, block, first, last, sums);
+    default: return add_heads<8>(shape, block, first, last, sums);
   }
 }
 
@@ -104,143 +115,115 @@ inline void clear_values(const SketchTask& task, size_t partial) {
   std::memset(task.partial_shift + partial * task.heads(), 0, static_cast<size_t>(task.heads()) * sizeof(float));
 }
 
-inline void scale_head(float* sums, int count, float scale) {
-  for (int i = 0; i < count; i += kWidth) store(sums + i, load(sums + i) * set1(scale));
-}
+// The tokens of a block that one index set does not read, in the order of their positions.
+struct Unread {
+  const int32_t* chosen;  // ascending positions of those that it reads, from the block on
+  const int32_t* end;
 
-// `count` tokens from `token` on at these weights [count, heads].
-inline void add_block(const SketchTask& task, size_t token, int count, const float* weights, size_t partial,
-                      const SketchScratch& scratch) {
-  const SketchLayout& layout = task.value_layout;
-  const int heads = task.heads();
-  const size_t token_bytes = static_cast<size_t>(layout.num_kv_heads) * layout.code_bytes();
-  const size_t token_ranges = 2 * static_cast<size_t>(layout.num_kv_heads);
-  widen_ranges(task, task.value_ranges + token * token_ranges, count, scratch);
-  float* shift = task.partial_shift + partial * heads;
-  for (int h = 0; h < heads; h += kWidth) {
-    F sum = load(shift + h) * load(scratch.rescale + h);
+  Unread(const int32_t* positions, int count, int first) : chosen(positions), end(positions + count) {
+    for (int32_t step = count; step > 0; step /= 2) {
+      while (chosen + step <= end && chosen[step - 1] < first) chosen += step;
+    }
+  }
+  // Their numbers in the block of `count` tokens from `first` on, to `tokens`; returns how many there are.
+  int next(int first, int count, int* tokens) {
+    int found = 0;
     for (int t = 0; t < count; ++t) {
-      const size_t at = static_cast<size_t>(t) * heads + h;
-      const F weight = load(weights + at);
-      sum = fma(weight, load(scratch.minima + at), sum);
-      store(scratch.steps + at, weight * load(scratch.steps + at));
+      const bool reads = chosen < end && *chosen == first + t;
+      tokens[found] = t;
+      found += !reads;
+      chosen += reads;
     }
-    store(shift + h, sum);
+    return found;
   }
-  float* sums = values_of(task, partial);
-  for (int h = 0; h < task.num_heads; ++h) {
-    if (scratch.rescale[h] != 1.0F) {
-      scale_head(sums + static_cast<size_t>(h) * layout.head_stride(), layout.head_stride(), scratch.rescale[h]);
-    }
-  }
-  ValueBlock block;
-  block.factors = scratch.steps;
-  block.count = count;
-  block.heads = heads;
-  for (int t = 0; t < count; ++t) {
-    block.codes[t] = task.value_codes + (token + t) * token_bytes;
-    const uint8_t* ahead = block.codes[t] + kSketchAheadBytes;
-    for (size_t i = 0; i < token_bytes; i += 64) __builtin_prefetch(ahead + i, 0, 3);
-  }
-  add_heads(task, block, 0, task.num_heads, sums);
-}
+};
 
-// The partial results of a sequence merged into its first one, as weights of the whole sequence. `maximum` and `inverse`
-// [heads] are those of the sequence, `factor` has their size.
-inline void merge_values(const SketchTask& task, int seq, const float* maximum, const float* inverse, float* factor) {
-  const int heads = task.heads();
-  const int head_stride = task.value_layout.head_stride();
-  const auto first = static_cast<size_t>(task.grid.first_partial[seq]);
-  const auto last = static_cast<size_t>(task.grid.first_partial[seq + 1]);
-  float* shift = task.partial_shift + first * heads;
-  float* sums = values_of(task, first);
-  for (size_t partial = first; partial < last; ++partial) {
-    for (int h = 0; h < heads; h += kWidth) {
-      const F scale = exp_nonpositive(load(task.partial_max + partial * heads + h) - load(maximum + h)) * load(inverse + h);
-      const F added = load(task.partial_shift + partial * heads + h) * scale;
-      store(factor + h, scale);
-      store(shift + h, partial == first ? added : load(shift + h) + added);
-    }
-    const float* others = values_of(task, partial);
-    for (int h = 0; h < task.num_heads; ++h, others += head_stride) {
-      float* to = sums + static_cast<size_t>(h) * head_stride;
-      if (partial == first) {
-        scale_head(to, head_stride, factor[h]);
-        continue;
-      }
-      for (int i = 0; i < head_stride; i += kWidth) store(to + i, fma(set1(factor[h]), load(others + i), load(to + i)));
-    }
-  }
-}
-
-// Tokens at `count` positions taken away from the sums of the heads [first, last), all those of some K/V heads.
-inline void take_away(const SketchTask& task, int seq, const int32_t* positions, int count, int first, int last,
-                      const SketchScratch& scratch) {
+// The unread tokens of one item, each index set's own; `count` tokens of each set are read, at `positions` [num_sets, stride].
+// The sequence's scores are normalised.
+inline void sketch_complete(const SketchTask& task, int index, const int32_t* positions, size_t stride, int chosen, float* memory) {
+  const Item& item = task.items[index];
+  const int length = task.lengths[item.seq];
+  if (chosen >= length) return;
+  const auto partial = static_cast<size_t>(task.grid.first_partial[item.seq] + item.first_block / kSketchItemBlocks);
+  clear_values(task, partial);
+  const SketchScratch scratch(task, memory);
+  set_lanes(task, scratch.query.lanes);
   const SketchLayout& layout = task.value_layout;
   const int heads = task.heads();
-  const int group = task.num_heads / layout.num_kv_heads;
-  const int first_kv = first / group;
-  const int num_kv = last / group - first_kv;
-  const size_t token_bytes = static_cast<size_t>(layout.num_kv_heads) * layout.code_bytes();
-  const float* weights = task.weights + task.grid.first_block[seq] * kSketchBlock * heads;
-  const auto partial = static_cast<size_t>(task.grid.first_partial[seq]);
+  const int num_kv_heads = layout.num_kv_heads;
+  const int heads_per_set = task.num_heads / task.num_sets;
+  const size_t token_bytes = static_cast<size_t>(num_kv_heads) * layout.code_bytes();
+  const size_t range_bytes = static_cast<size_t>(num_kv_heads) * 2 * sizeof(uint16_t);
+  float* factors = scratch.factors;  // copies that no store can have changed, for the compiler
+  const float* steps = scratch.steps;
+  const float* minima = scratch.minima;
   float* shift = task.partial_shift + partial * heads;
-  float* steps = scratch.pairs;
-  float* minima = scratch.pairs + SketchScratch::pair_floats(task.layout);
-  auto* gathered = reinterpret_cast<uint16_t*>(scratch.minima);
-  ValueBlock block;
-  block.factors = scratch.steps;
-  block.heads = heads;
-  for (int begin = 0; begin < count; begin += kSketchBlock) {
-    block.count = count - begin < kSketchBlock ? count - begin : kSketchBlock;
-    for (int t = 0; t < block.count; ++t) {
-      const size_t token = static_cast<size_t>(task.starts[seq]) + positions[begin + t];
-      block.codes[t] = task.value_codes + token * token_bytes;
-      const uint16_t* ranges = task.value_ranges + 2 * (token * layout.num_kv_heads + first_kv);
-      std::memcpy(gathered + 2 * t * num_kv, ranges, 2 * sizeof(uint16_t) * num_kv);
-    }
-    for (int i = 0; i < block.count * num_kv; i += kWidth) {
-      F step, minimum;
-      load_f16_pairs(gathered + 2 * i, step, minimum);
-      store(steps + i, step);
-      store(minima + i, minimum);
-    }
-    for (int t = 0; t < block.count; ++t) {
-      const float* of_token = weights + static_cast<size_t>(positions[begin + t]) * heads;
-      float* factors = scratch.steps + static_cast<size_t>(t) * heads;
-      for (int h = first; h < last; ++h) {
-        const int at = t * num_kv + h / group - first_kv;
-        factors[h] = -of_token[h] * steps[at];
-        shift[h] -= of_token[h] * minima[at];
+  for (int set = 0; set < task.num_sets; ++set, positions += stride) {
+    Unread unread(positions, chosen, item.first_block * kSketchBlock);
+    const int first_head = set * heads_per_set;
+    const int last_head = first_head + heads_per_set;
+    for (int i = 0; i < item.num_blocks; ++i) {
+      const int first = (item.first_block + i) * kSketchBlock;
+      const int count = length - first < kSketchBlock ? length - first : kSketchBlock;
+      int tokens[kSketchBlock];
+      ValueBlock block;
+      block.count = unread.next(first, count, tokens);
+      if (block.count == 0) continue;
+      const size_t token = static_cast<size_t>(task.starts[item.seq]) + first;
+      const uint8_t* codes = task.value_codes + token * token_bytes;
+      const auto* ranges = reinterpret_cast<const uint8_t*>(task.value_ranges) + token * range_bytes;
+      prefetch_span(codes + kSketchAheadBytes, kSketchBlock * token_bytes);
+      prefetch_span(ranges + kSketchBlock * range_bytes, kSketchBlock * range_bytes);
+      widen_ranges(num_kv_heads, ranges, count, scratch);
+      const size_t number = task.grid.first_block[item.seq] + static_cast<size_t>(item.first_block + i);
+      const float* weights = task.weights + number * kSketchBlock * heads;
+      for (int n = 0; n < block.count; ++n) {
+        block.codes[n] = codes + static_cast<size_t>(tokens[n]) * token_bytes;
+        block.factors[n] = factors + static_cast<size_t>(n) * heads;
       }
+      for (int h = first_head / kWidth * kWidth; h < last_head; h += kWidth) {
+        const int kv_head = kv_head_of(task, h);
+        const Lanes lanes = lanes_at(scratch.query.lanes + h);
+        F sum = set1(0.0F);
+        for (int n = 0; n < block.count; ++n) {
+          const F weight = load(weights + static_cast<size_t>(tokens[n]) * heads + h);
+          const int from = tokens[n] * num_kv_heads + kv_head;
+          sum = fma(weight, permute(load(minima + from), lanes), sum);
+          store(factors + static_cast<size_t>(n) * heads + h, weight * permute(load(steps + from), lanes));
+        }
+        float added[kWidth];
+        store(added, sum);
+        for (int at = h < first_head ? first_head : h; at < last_head && at < h + kWidth; ++at) shift[at] += added[at - h];
+      }
+      add_heads(task, block, first_head, last_head, values_of(task, partial));
     }
-    add_heads(task, block, first, last, values_of(task, partial));
   }
 }
 
-// What the tokens that are not read add to each head, [H, D]; `count` tokens of each index set are. Comes after
-// `sketch_finish`.
-inline void sketch_rest(const SketchTask& task, int seq, const int32_t* positions, size_t stride, int count, float* memory) {
+// What the tokens that are not read add to each head, [H, D], from all items; `chosen` tokens of each index set are.
+inline void sketch_rest(const SketchTask& task, int seq, int chosen, float* memory) {
   const SketchLayout& layout = task.value_layout;
   const int dim = layout.head_dim;
-  const int heads_per_set = task.num_heads / task.num_sets;
+  const int head_stride = layout.head_stride();
+  const int plane_stride = layout.plane_stride();
+  const int code_bytes = layout.code_bytes();
   float* rest = task.rest + static_cast<size_t>(seq) * task.num_heads * dim;
-  if (count >= task.lengths[seq]) {
+  if (chosen >= task.lengths[seq]) {
     std::memset(rest, 0, static_cast<size_t>(task.num_heads) * dim * sizeof(float));
     return;
   }
-  const SketchScratch scratch(task, memory);
-  for (int set = 0; set < task.num_sets; ++set, positions += stride) {
-    take_away(task, seq, positions, count, set * heads_per_set, (set + 1) * heads_per_set, scratch);
-  }
-  const auto partial = static_cast<size_t>(task.grid.first_partial[seq]);
-  const float* sums = values_of(task, partial);
-  const float* shift = task.partial_shift + partial * task.heads();
-  for (int h = 0; h < task.num_heads; ++h, sums += layout.head_stride()) {
+  const auto first = static_cast<size_t>(task.grid.first_partial[seq]);
+  const auto last = static_cast<size_t>(task.grid.first_partial[seq + 1]);
+  for (int h = 0; h < task.num_heads; ++h) {
+    for (int i = 0; i < head_stride; i += kWidth) store(memory + i, set1(0.0F));
+    for (size_t partial = first; partial < last; ++partial) {
+      const float* sums = values_of(task, partial) + static_cast<size_t>(h) * head_stride;
+      const F shift = set1(task.partial_shift[partial * task.heads() + h]);
+      for (int i = 0; i < head_stride; i += kWidth) store(memory + i, load(memory + i) + (load(sums + i) + shift));
+    }
     float* of_part = rest + static_cast<size_t>(task.head_of(h)) * dim * task.parts + task.offset_of(h);
     for (int plane = 0, d = 0; plane < layout.planes(); ++plane) {
-      const float* of_plane = sums + plane * layout.plane_stride();
-      for (int i = 0; i < layout.code_bytes() && d < dim; ++i, ++d) of_part[d] = of_plane[i] + shift[h];
+      for (int i = 0; i < code_bytes && d < dim; ++i, ++d) of_part[d] = memory[plane * plane_stride + i];
     }
   }
 }

@@ -1,9 +1,7 @@
 // The sketch's kernels for AVX-512 with VNNI. CMakeLists.txt gives this file its own compiler flags.
 #define ALISA_ISA vnni
 #include "vec_avx512.h"
-// The vectors and the dot products come first.
-#include "sketch_dot_vnni.h"
-
+// The vectors come first.
 #include "sketch_table.h"
 
 namespace alisa {
