@@ -228,6 +228,7 @@ class ProductWorkspace:
         dtype: int,
         x_stride: int,
         num_tokens: int,
+        out_dtype: int,
         out: int,
     ) -> None: ...
 
