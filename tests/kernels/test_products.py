@@ -30,12 +30,12 @@ def case(num_tokens, num_in, num_out, dtype, name="int8", seed=0):
     return x.to(dtype), panels, torch.randn(num_out, generator=generator)
 
 
-def multiply(isa, x, panels, bias, num_threads=None):
-    return cpu_product.CpuProducts(isa, num_threads=num_threads)(x, cpu_product.make_matrix(panels, bias))
+def multiply(isa, x, panels, bias, num_threads=None, dtype=None):
+    return cpu_product.CpuProducts(isa, num_threads=num_threads)(x, cpu_product.make_matrix(panels, bias), dtype)
 
 
 def reference(x, panels, bias):
-    return FORMATS[panels.format][1](x, panels, bias)
+    return FORMATS[panels.format][1](x, panels, bias).to(x.dtype)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -83,6 +83,9 @@ def test_kernels_and_reference_agree_to_the_bit(isa, name, shape, dtype, biased,
     got = multiply(isa, x, panels, offset)
     assert got.dtype == dtype
     assert torch.equal(got, reference(x, panels, offset))
+    unrounded = multiply(isa, x, panels, offset, dtype=torch.float32)
+    assert unrounded.dtype == torch.float32
+    assert torch.equal(unrounded.to(dtype), got)
 
 
 @pytest.mark.parametrize("name", FORMATS)

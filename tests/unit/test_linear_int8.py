@@ -113,3 +113,22 @@ def test_large_models_take_about_half_of_16_bits():
     spec = SHAPES["opt-6.7b"]
     half = weight_bytes(spec, "bfloat16", packs_tied=True)
     assert 0.5 < weight_bytes(spec, "bfloat16", packs_tied=True, weight_dtype="int8") / half < 0.53
+
+
+@pytest.mark.parametrize("weight_dtype", ["float", "int8", "int4"])
+def test_scores_of_tokens_are_not_rounded_to_16_bits(weight_dtype):
+    if not library.available():
+        pytest.skip(library.unavailable_reason())
+    if weight_dtype == "float" and not has_fast_panels(torch.bfloat16, CPU):
+        pytest.skip("a matrix unit takes bfloat16 here, and gives bfloat16")
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(n, 64, generator=generator).to(torch.bfloat16) for n in (300, 5))
+    linears = choose_linear(weight_dtype, torch.bfloat16, CPU)
+    scores = linears.head(weight)(x)
+    assert scores.dtype == torch.float32
+    exact = x.double() @ weight.double().T
+    rounded = exact.to(torch.bfloat16).double()
+    if weight_dtype == "float":
+        assert (scores - exact).abs().max() < (rounded - exact).abs().max() / 100
+    assert len(scores.unique()) > 2 * len(scores.to(torch.bfloat16).unique())
+    assert linears.layer(weight, None)(x).dtype == torch.bfloat16

@@ -256,6 +256,7 @@ class ProductWorkspace:
         dtype: int,
         x_stride: int,
         num_tokens: int,
+        out_dtype: int,
         out: int,
     ) -> None: ...
 

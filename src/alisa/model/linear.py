@@ -34,7 +34,7 @@ nothing ever does). `tests/equivalence/test_company.py` finds out if another ver
 
 
 class Linear(Protocol):
-    """A matrix product with a fixed weight: `[..., in] -> [..., out]`, same dtype in and out."""
+    """A matrix product with a fixed weight: `[..., in] -> [..., out]`, same dtype in and out but for scores of tokens."""
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +66,7 @@ class LinearMaker(Protocol):
         ...
 
     def head(self, weight: Tensor) -> Linear:
-        """The projection to the vocabulary."""
+        """The projection to the vocabulary, whose outputs are in float32 where that costs nothing."""
         ...
 
     def exact(self, weight: Tensor) -> Linear:

@@ -131,7 +131,7 @@ def unpacked(panels: Panels) -> Tensor:
 
 
 def multiply_int4(x: Tensor, panels: Panels, bias: Tensor | None) -> Tensor:
-    """Product of x `[M, in]` with a weight in 4 bits, plus the bias Float32[out]: `[M, out]` as x, in plain torch."""
+    """Product of x `[M, in]` with a weight in 4 bits, plus the bias Float32[out]: Float32[M, out], in plain torch."""
     assert panels.ranges is not None, "4 bits have ranges"
     x_codes, steps = quantise_inputs(x)
     x_spans = x_codes.view(len(x), -1, SPAN)
@@ -142,4 +142,4 @@ def multiply_int4(x: Tensor, panels: Panels, bias: Tensor | None) -> Tensor:
         codes = x_spans[:, span]
         part = scales[:, span] * (codes @ levels[:, span].T) + minima[:, span] * codes.sum(dim=1, keepdim=True)
         total += steps[:, span * SPAN // GROUP, None] * part
-    return (total if bias is None else total + bias).to(x.dtype)
+    return total if bias is None else total + bias

@@ -58,7 +58,7 @@ def quantise_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multiply_int8(x: Tensor, panels: Panels, bias: Tensor | None) -> Tensor:
-    """Product of x `[M, in]` with a weight in 8 bits, plus the bias Float32[out]: `[M, out]` as x, in plain torch.
+    """Product of x `[M, in]` with a weight in 8 bits, plus the bias Float32[out]: Float32[M, out], in plain torch.
 
     The sum of a group is a whole number below 2^24: float32 holds it exactly, in whatever order it is added up.
     """
@@ -70,7 +70,7 @@ def multiply_int8(x: Tensor, panels: Panels, bias: Tensor | None) -> Tensor:
         weight = rows_of(panels, quads).to(torch.float32) - _ZERO
         total += steps[:, group, None] * (x_codes[:, group, : weight.shape[1]] @ weight.T)
     total *= panels.scales
-    return (total if bias is None else total + bias).to(x.dtype)
+    return total if bias is None else total + bias
 
 
 def rows_of(panels: Panels, values: Tensor) -> Tensor:

@@ -19,14 +19,18 @@ class PanelLinear:
         panels: the weight.
         bias: `[out]`, or None.
         products: do the arithmetic; None, for integer weights: plain torch does.
+        dtype: of the outputs, which are added up in float32; None: that of the inputs.
     """
 
-    __slots__ = ("_bias", "_panels", "_products", "matrix", "nbytes")
+    __slots__ = ("_bias", "_dtype", "_panels", "_products", "matrix", "nbytes")
 
-    def __init__(self, panels: Panels, bias: Tensor | None, products: CpuProducts | None) -> None:
+    def __init__(
+        self, panels: Panels, bias: Tensor | None, products: CpuProducts | None, dtype: torch.dtype | None = None
+    ) -> None:
         self._panels = panels
         self._bias = None if bias is None else bias.to(torch.float32).contiguous()
         self._products = products
+        self._dtype = dtype
         self.matrix = None if products is None else make_matrix(panels, self._bias)
         """What native code calls the weight; None without it."""
         self.nbytes = panels.nbytes + (0 if self._bias is None else self._bias.nbytes)
@@ -40,10 +44,10 @@ class PanelLinear:
         """Product of `x [..., in]` with the weight, plus the bias: `[..., out]`."""
         tokens = x.reshape(-1, x.shape[-1])
         if self._products is not None and self.matrix is not None:
-            out = self._products(tokens, self.matrix)
+            out = self._products(tokens, self.matrix, self._dtype)
         else:
             multiply = multiply_int8 if self._panels.format == "int8" else multiply_int4
-            out = multiply(tokens, self._panels, self._bias)
+            out = multiply(tokens, self._panels, self._bias).to(self._dtype or x.dtype)
         return out.view(*x.shape[:-1], out.shape[1])
 
 

@@ -499,7 +499,7 @@ void check_product(const ModelIsa& isa, WeightFormat format, int num_tokens, int
   for (size_t i = 0; i < x.size; ++i) x[i] = static_cast<float>(i % num_in % kGroup ? code(random) : 127);
   ProductWorkspace workspace;
   workspace.multiply(isa, weight.matrix, Dtype::kFloat32, x.get(), static_cast<size_t>(num_in) * sizeof(float), num_tokens,
-                     out.get(), kTwo);
+                     Dtype::kFloat32, out.get(), kTwo);
   for (int m = 0; m < num_tokens; ++m) {
     for (int n = 0; n < num_out; ++n) {
       double exact = n;

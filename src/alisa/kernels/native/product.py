@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from alisa.kernels.base import Panels
@@ -52,13 +53,19 @@ class CpuProducts:
         self._team = library.Team(num_threads)
         self._workspace = library.native().ProductWorkspace()
 
-    def __call__(self, x: Tensor, matrix: Matrix) -> Tensor:
-        """Product of `x [M, in]` in a float dtype with a weight, plus its bias: `[M, out]` in the dtype of x."""
+    def __call__(self, x: Tensor, matrix: Matrix, dtype: torch.dtype | None = None) -> Tensor:
+        """Product of `x [M, in]` in a float dtype with a weight, plus its bias: `[M, out]`.
+
+        Args:
+            x: tokens.
+            matrix: the weight.
+            dtype: of the result, which is added up in float32; None: that of x.
+        """
         x = x if x.stride(1) == 1 else x.contiguous()
         num_tokens, num_in = x.shape
         if num_in != matrix.num_in:
             raise ValueError(f"x {tuple(x.shape)} does not fit a weight of {matrix.num_in} inputs")
-        out = x.new_empty(num_tokens, matrix.num_out)
+        out = x.new_empty(num_tokens, matrix.num_out, dtype=dtype)
         self._workspace.multiply(
             isa=self.isa,
             threads=self._team.threads(),
@@ -67,6 +74,7 @@ class CpuProducts:
             dtype=library.VALUE_CODES[x.dtype],
             x_stride=x.stride(0) * x.element_size(),
             num_tokens=num_tokens,
+            out_dtype=library.VALUE_CODES[out.dtype],
             out=out.data_ptr(),
         )
         return out

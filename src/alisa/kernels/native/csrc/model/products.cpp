@@ -50,7 +50,7 @@ Inputs InputBuffer::room(WeightFormat format, int num_in, int64_t num_tokens) {
 }
 
 void ProductWorkspace::multiply(const ModelIsa& isa, const Matrix& matrix, Dtype dtype, const void* x, size_t x_stride,
-                                int64_t num_tokens, void* out, const Threads& threads) {
+                                int64_t num_tokens, Dtype out_dtype, void* out, const Threads& threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const size_t work = static_cast<size_t>(matrix.panels()) * matrix.panel_bytes() * static_cast<size_t>(num_tokens);
   Threads team = threads;
@@ -59,7 +59,7 @@ void ProductWorkspace::multiply(const ModelIsa& isa, const Matrix& matrix, Dtype
   const auto row_floats = static_cast<size_t>(round_up(matrix.num_in, kGroup));
   const size_t thread_floats = kSumFloats + row_floats;
   float* memory = sums_.room(thread_floats * static_cast<size_t>(team.count));
-  const int bytes = dtype == Dtype::kFloat32 ? 4 : 2;
+  const size_t bytes = out_dtype == Dtype::kFloat32 ? 4 : 2;
   std::atomic<int64_t> next{0};
   parallel_team(team, [&](int rank, int size, Barrier& barrier) {
     float* sums = memory + thread_floats * static_cast<size_t>(rank);
@@ -79,7 +79,7 @@ void ProductWorkspace::multiply(const ModelIsa& isa, const Matrix& matrix, Dtype
         const auto column = static_cast<size_t>(matrix.first_row(panel) + tile.first_lane);
         for (int64_t token = tile.first; token < tile.last; ++token, from += kLanes) {
           const size_t place = static_cast<size_t>(token) * static_cast<size_t>(matrix.num_out) + column;
-          isa.narrow(dtype, from, count, static_cast<uint8_t*>(out) + place * static_cast<size_t>(bytes));
+          isa.narrow(out_dtype, from, count, static_cast<uint8_t*>(out) + place * bytes);
         }
       }
     });

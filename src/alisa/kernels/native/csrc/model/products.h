@@ -77,9 +77,9 @@ inline Range range_of(int64_t count, int rank, int size) { return {count * rank 
 // One product. One call at a time; a second caller waits.
 class ProductWorkspace {
  public:
-  // x `[M, num_in]` with `x_stride` bytes from one token to the next, out `[M, num_out]`, both in `dtype`.
+  // x `[M, num_in]` in `dtype` with `x_stride` bytes from one token to the next, out `[M, num_out]` in `out_dtype`.
   void multiply(const ModelIsa& isa, const Matrix& matrix, Dtype dtype, const void* x, size_t x_stride, int64_t num_tokens,
-                void* out, const Threads& threads);
+                Dtype out_dtype, void* out, const Threads& threads);
 
  private:
   std::mutex mutex_;

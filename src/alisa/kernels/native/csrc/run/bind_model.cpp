@@ -67,13 +67,13 @@ void bind_model(nb::module_& m) {
       .def(
           "multiply",
           [](alisa::ProductWorkspace& self, const std::string& isa, const Threads& threads, const Matrix& matrix, uintptr_t x,
-             int dtype, size_t x_stride, int64_t num_tokens, uintptr_t out) {
+             int dtype, size_t x_stride, int64_t num_tokens, int out_dtype, uintptr_t out) {
             const alisa::ModelIsa& kernels = isa_named(isa);
             const nb::gil_scoped_release unlocked;
-            self.multiply(kernels, matrix, static_cast<Dtype>(dtype), at<const void>(x), x_stride, num_tokens, at<void>(out),
-                          threads);
+            self.multiply(kernels, matrix, static_cast<Dtype>(dtype), at<const void>(x), x_stride, num_tokens,
+                          static_cast<Dtype>(out_dtype), at<void>(out), threads);
           },
-          "isa"_a, "threads"_a, "matrix"_a, "x"_a, "dtype"_a, "x_stride"_a, "num_tokens"_a, "out"_a);
+          "isa"_a, "threads"_a, "matrix"_a, "x"_a, "dtype"_a, "x_stride"_a, "num_tokens"_a, "out_dtype"_a, "out"_a);
 
   nb::class_<alisa::LayerWeights>(m, "LayerWeights")
       .def(
