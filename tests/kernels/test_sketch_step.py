@@ -10,7 +10,7 @@ from alisa.kernels.base import Ranking, Sketch
 from alisa.kernels.native import library
 from alisa.kernels.native.kernels import CpuKernels
 from alisa.kernels.native.sketch_step import CpuSketchStep
-from alisa.kernels.sketch_step import SketchedRows, StepSlots
+from alisa.kernels.sketch_step import LayerRows, StepSlots
 from alisa.spec import RowFormat
 from tests.kernels.cases import ROW_DTYPES, SKETCH_ISAS, kernels
 
@@ -33,7 +33,7 @@ class Step:
         num_rows = num_seqs * capacity
         self.format = RowFormat(row_dtype, kv_heads, head_dim)
         self.num_heads = kv_heads * group
-        self.layer = SketchedRows(
+        self.layer = LayerRows(
             torch.zeros(num_rows, self.format.row_bytes, dtype=torch.uint8),
             new_sketch(num_rows, kv_heads, head_dim, 4, parts),
             new_sketch(num_rows, kv_heads, head_dim, 2, parts),
@@ -109,7 +109,7 @@ class Step:
 
 def clone(layer):
     rows, keys, values = layer
-    return SketchedRows(
+    return LayerRows(
         rows.clone(), *(each._replace(codes=each.codes.clone(), ranges=each.ranges.clone()) for each in (keys, values))
     )
 

@@ -226,8 +226,42 @@ def test_a_client_that_takes_its_time_loses_nothing(address, llm, large_events):
 def test_a_client_that_takes_nothing_is_dropped(large_events):
     with running(config=ServerConfig(port=0, send_timeout_s=0.5)) as server:
         connection = send(server.address, {**LONG, "stream": True})
-        wait_for(lambda: requests_of(server.address), "the request")
-        wait_for(lambda: not requests_of(server.address), "the end of the request")
+        wait_for(lambda: 'finished_reason="abort"' in httpx2.get(f"{server.address}/metrics").text, "the text's end")
+        # A client that takes nothing cannot tell.
+        wait_for(lambda: not server.server_state.connections, "the end of the connection")
+        connection.close()
+
+
+def test_replies_that_nobody_takes_do_not_keep_a_connection(monkeypatch):
+    import alisa.server.connection as module
+
+    monkeypatch.setattr(module, "TAKE_TIMEOUT_S", 0.5)
+    with running() as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)), timeout=60)
+        # A thousand pages are more than all buffers between the two.
+        connection.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode() * 1000)
+        wait_for(lambda: server.server_state.total_requests, "the first reply")
+        wait_for(lambda: not server.server_state.connections, "the end of the connection")
+        assert server.server_state.total_requests < 1000
+        connection.close()
+
+
+def test_a_client_that_takes_its_replies_slowly_keeps_its_connection(monkeypatch):
+    import alisa.server.connection as module
+
+    monkeypatch.setattr(module, "TAKE_TIMEOUT_S", 0.5)
+    with running() as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)), timeout=60)
+        close = "Connection: close\r\n"
+        call = f"GET / HTTP/1.1\r\nHost: {host}\r\n"
+        connection.sendall(f"{call}\r\n".encode() * 999 + f"{call}{close}\r\n".encode())
+        data = b""
+        while chunk := connection.recv(4 << 20):
+            data += chunk
+            time.sleep(0.1)
+        assert data.count(b"HTTP/1.1 200") == 1000
         connection.close()
 
 

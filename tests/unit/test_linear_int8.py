@@ -130,5 +130,5 @@ def test_scores_of_tokens_are_not_rounded_to_16_bits(weight_dtype):
     rounded = exact.to(torch.bfloat16).double()
     if weight_dtype == "float":
         assert (scores - exact).abs().max() < (rounded - exact).abs().max() / 100
-    assert len(scores.unique()) > 2 * len(scores.to(torch.bfloat16).unique())
+    assert len(scores.unique()) > 1.5 * len(scores.to(torch.bfloat16).unique())
     assert linears.layer(weight, None)(x).dtype == torch.bfloat16

@@ -14,7 +14,7 @@ from torch import Tensor
 from alisa.attention.timing import StepSection, StepTimer
 from alisa.cache.base import RowStore
 from alisa.kernels.base import Selection
-from alisa.kernels.sketch_step import BoundSketchSteps, RunningSketchStep, SketchedRows, SketchStepKernel
+from alisa.kernels.sketch_step import BoundSketchSteps, RunningSketchStep, LayerRows, SketchStepKernel
 from alisa.policy.base import PolicyState
 
 
@@ -59,7 +59,7 @@ class SketchedReader:
             return False
         if self._bound is None:
             of_layers = zip(self._layers, sketched.keys, sketched.values, strict=True)
-            bound = [SketchedRows(rows.layers[layer], keys, values) for layer, keys, values in of_layers]
+            bound = [LayerRows(rows.layers[layer], keys, values) for layer, keys, values in of_layers]
             self._bound = self._kernel.bind(bound, self._store.codec.format, self._num_heads)
         self._running = [self._bound.begin(rows.slots, ranking, sketched.ids) for ranking in sketched.rankings]
         chosen = zip(sketched.steps, self._running, strict=True)

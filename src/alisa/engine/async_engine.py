@@ -17,7 +17,7 @@ from typing import TypeVar, cast
 from alisa.config import SamplingParams
 from alisa.engine.budgets import AS_CONFIGURED, ReadingParams
 from alisa.engine.engine import Engine
-from alisa.engine.inbox import Event, Inbox, Reader
+from alisa.engine.inbox import Event, Inbox, Listener
 from alisa.engine.output import EngineOutput
 from alisa.errors import AlisaError, InputError
 from alisa.outputs import TextDelta
@@ -146,7 +146,7 @@ class AsyncEngine:
                 yield events
 
     @contextmanager
-    def reading(self, request_ids: Sequence[str], reader: Reader) -> Iterator[None]:
+    def reading(self, request_ids: Sequence[str], reader: Listener) -> Iterator[None]:
         """In the block events of these requests go to the reader, first what has come before.
 
         Its end aborts those that have not ended. It is called by the event loop that has added them.
@@ -320,7 +320,7 @@ class _Stream:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.has_ended = False
-        self.reader: Reader = Inbox()
+        self.reader: Listener = Inbox()
         """Where events go; at first they are kept."""
         self._kept: Inbox | None = self.reader
 
@@ -329,7 +329,7 @@ class _Stream:
         """Whether there is somebody whom events go to."""
         return self._kept is None
 
-    def lead_to(self, reader: Reader) -> None:
+    def lead_to(self, reader: Listener) -> None:
         """Somebody reads: from now on all events go there, those first that have come before."""
         kept, self._kept, self.reader = self._kept, None, reader
         assert kept is not None, "somebody reads already"
@@ -343,7 +343,7 @@ class _Stream:
 
 def _put_all(events: Sequence[tuple[_Stream, Event]]) -> None:
     """Called by the event loop of these streams: each reader gets all that is for him at once."""
-    found: dict[Reader, list[Event]] = {}
+    found: dict[Listener, list[Event]] = {}
     for stream, event in events:
         stream.has_ended = not isinstance(event, TextDelta)
         found.setdefault(stream.reader, []).append(event)

@@ -14,7 +14,7 @@ from alisa.outputs import RequestOutput, TextDelta
 Event = TextDelta | RequestOutput
 
 
-class Reader(Protocol):
+class Listener(Protocol):
     """Is called by its event loop as soon as there is something, and raises nothing."""
 
     def put(self, events: Sequence[Event]) -> None:
@@ -33,16 +33,16 @@ class Inbox:
         self._arrived = asyncio.Event()
 
     def put(self, events: Sequence[Event]) -> None:
-        """See `Reader`."""
+        """See `Listener`."""
         self._events += events
         self._arrived.set()
 
     def fail(self, error: Exception) -> None:
-        """See `Reader`."""
+        """See `Listener`."""
         self._error = error
         self._arrived.set()
 
-    def empty_into(self, other: Reader) -> None:
+    def empty_into(self, other: Listener) -> None:
         """What is here is there, and here no more."""
         events, self._events = self._events, list[Event]()
         if events:

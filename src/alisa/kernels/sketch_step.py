@@ -15,7 +15,7 @@ from alisa.kernels.base import Ranking, Sketch
 from alisa.spec import RowFormat
 
 
-class SketchedRows(NamedTuple):
+class LayerRows(NamedTuple):
     """One layer's rows on the device, and what a policy keeps of their keys and values."""
 
     rows: Tensor
@@ -82,6 +82,6 @@ class BoundSketchSteps(Protocol):
 class SketchStepKernel(Protocol):
     """Knows layers by their addresses."""
 
-    def bind(self, layers: Sequence[SketchedRows], row_format: RowFormat, num_heads: int) -> BoundSketchSteps:
+    def bind(self, layers: Sequence[LayerRows], row_format: RowFormat, num_heads: int) -> BoundSketchSteps:
         """Steps of these layers, which stay where they are; H query heads."""
         ...

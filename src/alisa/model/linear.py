@@ -34,7 +34,7 @@ nothing ever does). `tests/equivalence/test_company.py` finds out if another ver
 
 
 class Linear(Protocol):
-    """A matrix product with a fixed weight: `[..., in] -> [..., out]`, same dtype in and out but for scores of tokens."""
+    """A matrix product with a fixed weight: `[..., in] -> [..., out]`, same dtype in and out but for tokens' scores."""
 
     @property
     def nbytes(self) -> int:

@@ -97,18 +97,20 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all of it, or as much as somebody takes."""
-        express = scope.get("extensions", {}).get(EXPRESS, {}).get("write", _no_express)
+        lent = scope.get("extensions", {}).get(EXPRESS, {})
         async with self._texts:
             with self._texts.reading(self):
-                works = self._send_all(send, express), _until_gone(receive), self._watch()
+                works = self._send_all(send, lent.get("write", _no_express)), _until_gone(receive), self._watch()
                 tasks = [asyncio.ensure_future(work) for work in works]
                 try:
                     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    if tasks[2].done():
+                        lent.get("drop", _keep)()
                 finally:
                     await _cancelled(*tasks)
 
     def put(self, events: Sequence[Event]) -> None:
-        """See `Reader`: the client has them, or they wait for it."""
+        """See `Listener`: the client has them, or they wait for it."""
         if self._error is not None:
             return
         data = bytearray()
@@ -126,7 +128,7 @@ class EventStream(Response):
             self._news.set()
 
     def fail(self, error: Exception) -> None:
-        """See `Reader`: the client is told."""
+        """See `Listener`: the client is told."""
         self._error = error
         self._news.set()
 
@@ -173,6 +175,10 @@ def _error_frame(error: Exception) -> bytes:
 def _no_express(_: bytes | bytearray) -> bool:
     """Of a server that lends none."""
     return False
+
+
+def _keep() -> None:
+    """Of a server that lends no `drop`: it finds out by itself."""
 
 
 def _log(error: Exception, told: ApiError) -> None:

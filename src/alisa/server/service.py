@@ -14,7 +14,7 @@ from typing import Any, Self
 from alisa.config import EngineConfig, SamplingParams, per_request, sample_params
 from alisa.engine.async_engine import AsyncEngine
 from alisa.engine.budgets import AS_CONFIGURED, ReadingParams, RequestBudgets
-from alisa.engine.inbox import Event, Reader
+from alisa.engine.inbox import Event, Listener
 from alisa.engine.status import EngineStatus
 from alisa.errors import InputError
 from alisa.model.tokenizer import Tokenizer
@@ -207,7 +207,7 @@ class Texts:
         """Which text it is of."""
         return self._numbers[event.request_id]
 
-    def reading(self, reader: Reader) -> AbstractContextManager[None]:
+    def reading(self, reader: Listener) -> AbstractContextManager[None]:
         """In the block their events go to the reader; see `AsyncEngine.reading`."""
         return self._service.engine.reading(self._names, reader)
 

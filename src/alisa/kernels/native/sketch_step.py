@@ -20,7 +20,7 @@ from alisa.kernels.checks import (
 from alisa.kernels.native import library
 from alisa.kernels.native.kernels import decode_task, row_layout
 from alisa.kernels.native.selection import sketch_task
-from alisa.kernels.sketch_step import SketchedRows, StepSlots
+from alisa.kernels.sketch_step import LayerRows, StepSlots
 from alisa.spec import RowFormat
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class CpuSketchStep:
         self._team = library.Team(num_threads, share=share_threads)
         self._stepper = library.native().SketchStepper()
 
-    def bind(self, layers: Sequence[SketchedRows], row_format: RowFormat, num_heads: int) -> CpuSketchSteps:
+    def bind(self, layers: Sequence[LayerRows], row_format: RowFormat, num_heads: int) -> CpuSketchSteps:
         """See `SketchStepKernel`."""
         return CpuSketchSteps(self.isa, self._team, self._stepper, layers, row_format, num_heads)
 
@@ -54,7 +54,7 @@ class CpuSketchSteps:
         isa: str,
         team: library.Team,
         stepper: _native.SketchStepper,
-        layers: Sequence[SketchedRows],
+        layers: Sequence[LayerRows],
         row_format: RowFormat,
         num_heads: int,
     ) -> None:
@@ -168,7 +168,7 @@ def _dense(values: Tensor) -> Tensor:
     return values if values.stride()[2:] == (values.shape[3], 1) else values.contiguous()
 
 
-def _addresses(layer: SketchedRows) -> _native.SketchLayer:
+def _addresses(layer: LayerRows) -> _native.SketchLayer:
     keys, values = layer.keys, layer.values
     return library.native().SketchLayer(
         layer.rows.data_ptr(),
