@@ -1,4 +1,4 @@
-"""The block of docs/server.md on what the server itself costs."""
+"""The blocks on servers: what ours itself costs (docs/server.md), and how it answers beside others (docs/scheduling.md)."""
 
 from __future__ import annotations
 
@@ -40,4 +40,29 @@ def overhead(results: Results) -> str:
     return (
         f"{first['clients']} clients, prompts of {first['prompt_len']} tokens, {first['output_len']} tokens of output, "
         f"{len(first['rounds'])} rounds (`benchmarks/server_overhead.py`):\n\n{table(heads, rows)}"
+    )
+
+
+def serving(results: Results) -> str:
+    """The newest record of each server and load."""
+    newest = {(r["server"], r["rate"]): r for r in lines(results / "serving.jsonl")}
+    if not newest:
+        return ""
+    heads = ["server", "calls a second", "tokens/s", "seconds a token", "p99", "first token", "p99"]
+    rows = [
+        [
+            server,
+            "all at once" if rate is None else number(rate),
+            number(record["tokens_per_s"]),
+            f"{record['normalised_s']:.3f}",
+            f"{record['normalised_p99_s']:.3f}",
+            f"{number(record['first_token_s'])} s",
+            f"{number(record['first_token_p99_s'])} s",
+        ]
+        for (server, rate), record in newest.items()
+    ]
+    first = next(iter(newest.values()))
+    return (
+        f"{first['calls']} calls of Alpaca's instructions, Poisson arrivals, {first['seeds']} seed(s), answers of at most "
+        f"{first['max_tokens']} tokens (`benchmarks/serving.py`):\n\n{table(heads, rows)}"
     )

@@ -120,6 +120,7 @@ BLOCKS: dict[str, Block] = {
     "speculation": speculation,
     "pace": pace,
     "server-overhead": server_tables.overhead,
+    "serving": server_tables.serving,
     "queue-orders": queue_tables.orders,
     "prefix": prefix,
     "accuracy": accuracy,
