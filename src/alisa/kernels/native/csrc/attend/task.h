@@ -143,8 +143,10 @@ struct SketchLayout {
 // The largest number in a rounded query: two digits of eight bits, each with a sign (127 * 256 + 127).
 constexpr float kQueryReach = 32639.0F;
 
-// Tokens of a sketch that are weighed together, 32 of them: their scores stay in L1 until their weights are known.
+// Tokens of a sketch that are scored together, and those of an item, which are weighed together: their scores stay near until
+// their weights are known.
 constexpr int kSketchBlock = 32;
+constexpr int kSketchItemTokens = kSketchItemBlocks * kSketchBlock;
 
 // Approximate attention weights of all tokens of some sequences, and with a sketch of the values what the tokens that are
 // not read add to the output.
@@ -176,14 +178,15 @@ struct SketchTask {
   const Item* items;
   Grid grid;
   float* queries = nullptr;  // [B, floats of a query]; null: each item prepares its own
-  float* weights;         // [blocks, kSketchBlock, heads]: exp(score - block_max)
-  float* block_max;       // [blocks, heads]
+  float* weights;         // [blocks, H, kSketchBlock]: exp(score - partial_max), 0 after the last token
   float* partial_max;     // [partials, heads]
   float* partial_sum;     // [partials, heads]
+  float* partial_factor;  // [partials, heads]: what makes weights those of the whole sequence
   float* partial_values;  // [partials, H, value_layout.head_stride()]: weights times steps times codes, of unread tokens
   float* partial_shift;   // [partials, heads]: weights times minima, what is added to every dimension
 
   ALISA_INLINE constexpr int heads() const { return round_up(num_heads, kPad); }
+  ALISA_INLINE constexpr size_t block_floats() const { return static_cast<size_t>(num_heads) * kSketchBlock; }
   ALISA_INLINE constexpr bool completes() const { return value_codes != nullptr; }
   ALISA_INLINE constexpr int group() const { return num_heads / layout.num_kv_heads; }
   // The head of `q` that part `h` is of, and where in it the part begins.

@@ -18,11 +18,6 @@ inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline F vmax(F a, F b) { return _mm256_max_ps(a, b); }
 inline F vmin(F a, F b) { return _mm256_min_ps(a, b); }
 
-// Lane i is lane `lanes[i]` of x.
-using Lanes = __m256i;
-inline Lanes lanes_at(const int32_t* lanes) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)); }
-inline F permute(F x, Lanes lanes) { return _mm256_permutevar8x32_ps(x, lanes); }
-
 inline float max_of(F x) {
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
@@ -52,11 +47,6 @@ inline void sum8(const F (&x)[8], float* first, float* second) {
   };
   four(x, first);
   four(x + 4, second);
-}
-
-// `sum_of` four vectors, to the bit.
-inline void sum4(const F (&x)[4], float* sums) {
-  for (int i = 0; i < 4; ++i) sums[i] = sum_of(x[i]);
 }
 
 inline F load_bf16(const void* p) {
@@ -135,12 +125,12 @@ using Sums = __m256i;
 constexpr int kTokens = 2;
 
 inline __m128i load_piece(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-inline Words load_pieces(const uint8_t* const* tokens, size_t offset) {
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(load_piece(tokens[0] + offset)), load_piece(tokens[1] + offset), 1);
+inline Words load_pieces(const uint8_t* token, size_t stride) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(load_piece(token)), load_piece(token + stride), 1);
 }
-inline Words load_pieces(const uint8_t* const* tokens, size_t offset, int count) {
+inline Words load_pieces(const uint8_t* token, size_t stride, int count) {
   uint8_t padded[kTokens][16] = {};
-  for (int i = 0; i < kTokens; ++i) __builtin_memcpy(padded[i], tokens[i] + offset, static_cast<size_t>(count));
+  for (int i = 0; i < kTokens; ++i) __builtin_memcpy(padded[i], token + static_cast<size_t>(i) * stride, static_cast<size_t>(count));
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(padded));
 }
 inline Words repeat(const Word* p) { return _mm256_broadcastsi128_si256(load_piece(p)); }
@@ -151,13 +141,8 @@ inline Words bits_of(Words x) {
 }
 inline Sums no_sums() { return _mm256_setzero_si256(); }
 inline Sums add_products(Sums sums, Words a, Words b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
-inline void store_sums(const Sums* x, int32_t* out, size_t stride) {
-  const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(x[0], x[1]), _mm256_hadd_epi32(x[2], x[3]));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(all));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + stride), _mm256_extracti128_si256(all, 1));
-}
-inline F whole_numbers(const int32_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+inline F token_sums(const Sums (&x)[4]) {
+  return _mm256_cvtepi32_ps(_mm256_hadd_epi32(_mm256_hadd_epi32(x[0], x[1]), _mm256_hadd_epi32(x[2], x[3])));
 }
 
 }  // namespace alisa::ALISA_ISA

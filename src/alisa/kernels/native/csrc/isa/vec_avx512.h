@@ -17,10 +17,6 @@ inline void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F vmax(F a, F b) { return _mm512_max_ps(a, b); }
 inline F vmin(F a, F b) { return _mm512_min_ps(a, b); }
-// Lane i is lane `lanes[i]` of x.
-using Lanes = __m512i;
-inline Lanes lanes_at(const int32_t* lanes) { return _mm512_loadu_si512(lanes); }
-inline F permute(F x, Lanes lanes) { return _mm512_permutexvar_ps(lanes, x); }
 inline float max_of(F x) { return _mm512_reduce_max_ps(x); }
 inline float min_of(F x) { return _mm512_reduce_min_ps(x); }
 inline float sum_of(F x) { return _mm512_reduce_add_ps(x); }
@@ -46,17 +42,6 @@ inline void sum8(const F (&x)[8], float* first, float* second) {
   const F all = _mm512_add_ps(halves, _mm512_shuffle_f32x4(halves, halves, 0xB1));
   _mm_storeu_ps(first, _mm512_castps512_ps128(all));
   _mm_storeu_ps(second, _mm512_extractf32x4_ps(all, 2));
-}
-
-// `sum_of` four vectors, to the bit.
-inline void sum4(const F (&x)[4], float* sums) {
-  const auto halves = [](F a, F b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE)); };
-  const F low = halves(x[0], x[1]);
-  const F high = halves(x[2], x[3]);
-  const F fours = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
-  const F twos = _mm512_add_ps(fours, _mm512_permute_ps(fours, 0x4E));
-  const F ones = _mm512_add_ps(twos, _mm512_permute_ps(twos, 0xB1));
-  _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, ones)));
 }
 
 inline F load_bf16(const void* p) {
@@ -125,25 +110,25 @@ inline F code_values(Codes x) {
   return _mm512_cvtepi32_ps(kMask == 255 >> kShift ? x : _mm512_and_si512(x, _mm512_set1_epi32(kMask)));
 }
 
-// Small whole numbers, for dot products of codes with a rounded query: exact, so that no order shows. 16 bytes of each of
-// kTokens tokens, as eight words.
+// Small whole numbers, for dot products of codes with a rounded query: exact, so that no order shows.
 using Word = int16_t;
 using Words = __m512i;
 using Sums = __m512i;
-constexpr int kTokens = 4;
+constexpr int kTokens = 4;  // in a vector with 16 bytes of each, as eight words
 
 inline Words join(__m128i a, __m128i b, __m128i c, __m128i d) {
   const __m512i low = _mm512_inserti32x4(_mm512_castsi128_si512(a), b, 1);
   return _mm512_inserti32x4(_mm512_inserti32x4(low, c, 2), d, 3);
 }
-inline Words load_pieces(const uint8_t* const* tokens, size_t offset) {
-  const auto at = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tokens[i] + offset)); };
+// Of every fourth token, `stride` bytes apart.
+inline Words load_pieces(const uint8_t* token, size_t stride) {
+  const auto at = [&](size_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(token + i * stride)); };
   return join(at(0), at(1), at(2), at(3));
 }
 // Of `count` bytes; what lies after them is not touched and reads as 0.
-inline Words load_pieces(const uint8_t* const* tokens, size_t offset, int count) {
+inline Words load_pieces(const uint8_t* token, size_t stride, int count) {
   const auto mask = static_cast<__mmask16>((1U << count) - 1);
-  const auto at = [&](int i) { return _mm_maskz_loadu_epi8(mask, tokens[i] + offset); };
+  const auto at = [&](size_t i) { return _mm_maskz_loadu_epi8(mask, token + i * stride); };
   return join(at(0), at(1), at(2), at(3));
 }
 // Eight words for every token.
@@ -163,18 +148,12 @@ inline Sums add_products(Sums sums, Words a, Words b) {
   return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b));
 #endif
 }
-// Four sums of every token, each of them the four numbers of the token in x[i], to `out`, a token `stride` numbers on.
-inline void store_sums(const Sums* x, int32_t* out, size_t stride) {
+// The sums of kWidth tokens, each of them the four numbers of a token: those of token 4 * i + v are in x[v].
+inline F token_sums(const Sums (&x)[4]) {
   const auto two = [](Sums a, Sums b) { return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); };
   const Sums low = two(x[0], x[1]);
   const Sums high = two(x[2], x[3]);
-  const Sums all = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
-  const auto put = [&](size_t token, __m128i four) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out + token * stride), four); };
-  put(0, _mm512_castsi512_si128(all));
-  put(1, _mm512_extracti32x4_epi32(all, 1));
-  put(2, _mm512_extracti32x4_epi32(all, 2));
-  put(3, _mm512_extracti32x4_epi32(all, 3));
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high)));
 }
-inline F whole_numbers(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
 
 }  // namespace alisa::ALISA_ISA

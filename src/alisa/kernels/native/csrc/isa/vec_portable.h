@@ -1,9 +1,12 @@
 // Vectors of 4 floats in the compiler's own vector types (GCC and Clang): SSE2 on x86, NEON on aarch64. The same names as
-// in vec_avx512.h, and one intrinsic (NEON has a fused multiply-add that the language cannot ask for).
+// in vec_avx512.h, and two intrinsics: the language cannot ask for NEON's fused multiply-add, nor for products of words on SSE2,
+// which has none of 32 bits.
 #pragma once
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #include <cstdint>
@@ -46,14 +49,6 @@ inline F fma(F a, F b, F c) { return a * b + c; }
 #endif
 inline F vmax(F a, F b) { return a > b ? a : b; }
 inline F vmin(F a, F b) { return a < b ? a : b; }
-// Lane i is lane `lanes[i]` of x.
-using Lanes = I;
-inline Lanes lanes_at(const int32_t* lanes) { return read<I>(lanes); }
-inline F permute(F x, Lanes lanes) {
-  F out;
-  for (int i = 0; i < kWidth; ++i) out[i] = x[lanes[i]];
-  return out;
-}
 inline float max_of(F x) {
   float best = x[0];
   for (int i = 1; i < kWidth; ++i) best = x[i] > best ? x[i] : best;
@@ -81,11 +76,6 @@ inline void sum8(const F (&x)[8], float* first, float* second) {
     first[i] = sum_of(x[i]);
     second[i] = sum_of(x[i + 4]);
   }
-}
-
-// `sum_of` four vectors, to the bit.
-inline void sum4(const F (&x)[4], float* sums) {
-  for (int i = 0; i < 4; ++i) sums[i] = sum_of(x[i]);
 }
 
 inline F load_bf16(const void* p) { return bits<F>(__builtin_convertvector(read<U16>(p), U) << 16); }
@@ -161,10 +151,10 @@ using Words = uint16_t __attribute__((vector_size(16)));
 using Sums = I;
 constexpr int kTokens = 1;
 
-inline Words load_pieces(const uint8_t* const* tokens, size_t offset) { return read<Words>(tokens[0] + offset); }
-inline Words load_pieces(const uint8_t* const* tokens, size_t offset, int count) {
+inline Words load_pieces(const uint8_t* token, size_t) { return read<Words>(token); }
+inline Words load_pieces(const uint8_t* token, size_t, int count) {
   uint8_t padded[16] = {};
-  std::memcpy(padded, tokens[0] + offset, static_cast<size_t>(count));
+  std::memcpy(padded, token, static_cast<size_t>(count));
   return read<Words>(padded);
 }
 inline Words repeat(const Word* p) { return read<Words>(p); }
@@ -174,16 +164,21 @@ inline Words bits_of(Words x) {
 }
 inline Sums no_sums() { return I{}; }
 inline Sums add_products(Sums sums, Words a, Words b) {
+#if defined(__SSE2__)
+  return sums + bits<I>(_mm_madd_epi16(bits<__m128i>(a), bits<__m128i>(b)));
+#else
   using Half = int16_t __attribute__((vector_size(8)));
   Half of_a[2], of_b[2];
   std::memcpy(of_a, &a, sizeof(a));
   std::memcpy(of_b, &b, sizeof(b));
   for (int i = 0; i < 2; ++i) sums += __builtin_convertvector(of_a[i], I) * __builtin_convertvector(of_b[i], I);
   return sums;
+#endif
 }
-inline void store_sums(const Sums* x, int32_t* out, size_t) {
+inline F token_sums(const Sums (&x)[4]) {
+  Sums out;
   for (int i = 0; i < 4; ++i) out[i] = (x[i][0] + x[i][1]) + (x[i][2] + x[i][3]);
+  return __builtin_convertvector(out, F);
 }
-inline F whole_numbers(const int32_t* p) { return __builtin_convertvector(read<I>(p), F); }
 
 }  // namespace alisa::ALISA_ISA

@@ -41,7 +41,7 @@ void place(DecodeTask& task, const Plan& plan, Buffer& memory) {
 void place(SketchTask& task, const Plan& plan, size_t room, Buffer& memory) {
   const auto heads = static_cast<size_t>(task.heads());
   const size_t num_blocks = plan.first_block.back();
-  const size_t weights = num_blocks * kSketchBlock * heads;
+  const size_t weights = num_blocks * task.block_floats();
   const size_t partials = static_cast<size_t>(plan.num_partials()) * heads;
   // Heads of `partial_values` are as long as their padding, those of the others are padded together.
   const size_t shifts = task.completes() ? partials : 0;
@@ -49,11 +49,11 @@ void place(SketchTask& task, const Plan& plan, size_t room, Buffer& memory) {
                                                static_cast<size_t>(task.value_layout.head_stride())
                                          : 0;
   task.grid = plan.grid();
-  task.weights = memory.room(weights + num_blocks * heads + 2 * partials + shifts + values + room);
-  task.block_max = task.weights + weights;
-  task.partial_max = task.block_max + num_blocks * heads;
+  task.weights = memory.room(weights + 3 * partials + shifts + values + room);
+  task.partial_max = task.weights + weights;
   task.partial_sum = task.partial_max + partials;
-  task.partial_shift = task.partial_sum + partials;
+  task.partial_factor = task.partial_sum + partials;
+  task.partial_shift = task.partial_factor + partials;
   task.partial_values = task.partial_shift + shifts;
   if (room > 0) task.out = task.partial_values + values;
 }

@@ -1,8 +1,8 @@
 // See select.h.
 //
 // The k-th largest score is found by a histogram over the leading bits of the scores (their bit patterns, made
-// monotonic), counted from the top: one pass counts, one collects the few scores that share the decisive bin, one
-// writes the positions in order. Nothing is sorted.
+// monotonic), counted from the top: one pass counts, one collects what is not below the decisive bin, and short ones over
+// these find the threshold and drop what is below it. Nothing is sorted.
 #include "select.h"
 
 #include <algorithm>
@@ -46,7 +46,8 @@ class Selector {
  public:
   using Key = typename Bits<Score>::Key;
 
-  Selector(std::vector<Key>& keys, std::vector<Key>& candidates) : keys_(keys), candidates_(candidates) {}
+  Selector(std::vector<Key>& keys, std::vector<Key>& candidates, std::vector<int32_t>& found)
+      : keys_(keys), candidates_(candidates), found_(found) {}
 
   // The positions of the `count` largest of `scores[0, end)`, ascending; 0 < count < end.
   void select(const Score* scores, int end, int count, int32_t* positions) {
@@ -64,9 +65,17 @@ class Selector {
     int above = 0;
     int decisive = kNumBins - 1;
     for (; above + bins_[decisive] < count; --decisive) above += bins_[decisive];
-    candidates_.clear();
+    const Key least = decisive > 0 ? (base_ + static_cast<Key>(decisive)) << kShift : 0;
+    found_.resize(static_cast<size_t>(end));
+    int num_found = 0;
     for (int i = 0; i < end; ++i) {
-      if (bin(keys_[i]) == decisive) candidates_.push_back(keys_[i]);
+      found_[num_found] = i;
+      num_found += keys_[i] >= least;
+    }
+    candidates_.clear();
+    for (int n = 0; n < num_found; ++n) {
+      const Key key = keys_[found_[n]];
+      if (bin(key) == decisive) candidates_.push_back(key);
     }
     const int rank = count - above;  // in the decisive bin, from 1
     std::nth_element(candidates_.begin(), candidates_.begin() + (rank - 1), candidates_.end(), std::greater<Key>());
@@ -75,11 +84,12 @@ class Selector {
     for (const Key key : candidates_) ties -= key > threshold;
 
     int written = 0;
-    for (int i = 0; i < end && written < count; ++i) {
-      const bool tie = keys_[i] == threshold && ties > 0;
+    for (int n = 0; written < count; ++n) {
+      const Key key = keys_[found_[n]];
+      const bool tie = key == threshold && ties > 0;
       ties -= tie;
-      positions[written] = i;
-      written += keys_[i] > threshold || tie;
+      positions[written] = found_[n];
+      written += key > threshold || tie;
     }
   }
 
@@ -93,6 +103,7 @@ class Selector {
 
   std::vector<Key>& keys_;
   std::vector<Key>& candidates_;
+  std::vector<int32_t>& found_;
   Key base_ = 0;
   int bins_[kNumBins];
 };
@@ -124,16 +135,16 @@ void select_positions(const SelectTask<Score>& task, const Threads& threads) {
   team.count = std::min(team.count, task.num_seqs);
   share_out(team, task.num_seqs, 1, [&](int) {
     using Keys = std::vector<typename Bits<Score>::Key>;
-    return [&, keys = Keys(), candidates = Keys()](int64_t seq, int64_t) mutable {
+    return [&, keys = Keys(), candidates = Keys(), found = std::vector<int32_t>()](int64_t seq, int64_t) mutable {
       const auto row = static_cast<int>(seq);
-      Selector<Score> selector(keys, candidates);
+      Selector<Score> selector(keys, candidates, found);
       select_row(task, row, task.older_counts[row], selector);
     };
   });
 }
 
 void select_row(const SelectTask<float>& task, int row, int older, SelectMemory& memory) {
-  Selector<float> selector(memory.keys, memory.candidates);
+  Selector<float> selector(memory.keys, memory.candidates, memory.found);
   select_row(task, row, older, selector);
 }
 
@@ -146,7 +157,7 @@ int count_to_cover(const SelectTask<float>& task, int row, int64_t target) {
   std::vector<int32_t> positions(static_cast<size_t>(most));
   if (most < end && most > 0) {
     SelectMemory memory;
-    Selector<float>(memory.keys, memory.candidates).select(scores, end, most, positions.data());
+    Selector<float>(memory.keys, memory.candidates, memory.found).select(scores, end, most, positions.data());
   } else {
     for (int i = 0; i < most; ++i) positions[i] = i;
   }

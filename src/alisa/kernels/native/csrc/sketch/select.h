@@ -15,6 +15,7 @@ namespace alisa {
 struct SelectMemory {
   std::vector<uint32_t> keys;
   std::vector<uint32_t> candidates;
+  std::vector<int32_t> found;
 };
 
 template <class Score>

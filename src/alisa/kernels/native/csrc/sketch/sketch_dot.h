@@ -2,8 +2,8 @@
 // instruction set has the same.
 //
 // A vector holds 16 bytes of the codes of several tokens, as words: shifts take them apart, and what is left over of two codes
-// in a word is masked. The query heads that read a key share this work, and a product of theirs is four numbers for each token
-// instead of a whole vector of them, so that few steps add them up.
+// in a word is masked. The query heads that read a key share this work. A product is four numbers for each token, so that few
+// steps add up those of four vectors, to one number for each lane.
 #pragma once
 
 #include "task.h"
@@ -13,13 +13,10 @@ namespace alisa::ALISA_ISA {
 // Bytes of a token that a vector takes, and words.
 constexpr int kPieceBytes = 16;
 constexpr int kPieceWords = 8;
-// Vectors of tokens, and query heads, that are worked on together.
-constexpr int kTokenVectors = 2;
-constexpr int kTokensTogether = kTokenVectors * kTokens;
-constexpr int kHeadsTogether = 4;
-
-// Numbers after those of a token, which four heads at once may write: the next ones' come later.
-constexpr int kSlack = kPad;
+// Vectors of codes that make one of products, and query heads whose sums fit into registers.
+constexpr int kTokenVectors = kWidth / kTokens;
+constexpr int kHeadsTogether = kSums / kTokenVectors;
+static_assert(kTokenVectors == 4, "token_sums adds up four");
 
 inline int pieces_of(const SketchLayout& layout) { return (layout.code_bytes() + kPieceBytes - 1) / kPieceBytes; }
 
@@ -53,60 +50,50 @@ inline int32_t put_query(const float* values, const SketchLayout& layout, int he
 // Products of the codes number kCode, ... of every word of a piece.
 template <int kBits, int kHeads, int kCode = 0>
 ALISA_INLINE void add_piece(const Words (&bytes)[kTokenVectors], const Word* query, size_t words,
-                            Sums (&sums)[kTokenVectors][kHeadsTogether]) {
+                            Sums (&sums)[kHeads][kTokenVectors]) {
   Words codes[kTokenVectors];
   for (int v = 0; v < kTokenVectors; ++v) codes[v] = bits_of<kCode * kBits, (1 << kBits) - 1>(bytes[v]);
   for (int h = 0; h < kHeads; ++h) {
     const Words factors = repeat(query + h * words + kCode * kPieceWords);
-    for (int v = 0; v < kTokenVectors; ++v) sums[v][h] = add_products(sums[v][h], codes[v], factors);
+    for (int v = 0; v < kTokenVectors; ++v) sums[h][v] = add_products(sums[h][v], codes[v], factors);
   }
   if constexpr ((kCode + 1) * kBits < 16) add_piece<kBits, kHeads, kCode + 1>(bytes, query, words, sums);
 }
 
-// Products of kTokensTogether tokens, whose codes of one K/V head begin at `offset`, with kHeads query heads.
-template <int kBits, int kHeads>
-inline void add_tokens(const uint8_t* const* tokens, size_t offset, int code_bytes, const Word* query, size_t words,
-                       int32_t* out, size_t stride) {
-  constexpr int kWords = 16 / kBits * kPieceWords;
-  Sums sums[kTokenVectors][kHeadsTogether];
-  for (auto& of_vector : sums) {
-    for (Sums& sum : of_vector) sum = no_sums();
-  }
+// Adds the products of the first pieces of kWidth tokens, `stride` bytes apart, as many as the compiler knows that there are.
+template <int kBits, int kHeads, int kPieces>
+ALISA_INLINE void add_pieces(const uint8_t* codes, size_t stride, const Word* query, size_t words,
+                             Sums (&sums)[kHeads][kTokenVectors]) {
   Words bytes[kTokenVectors];
-  int left = code_bytes;
-  for (; left >= kPieceBytes; left -= kPieceBytes, offset += kPieceBytes, query += kWords) {
-    for (int v = 0; v < kTokenVectors; ++v) bytes[v] = load_pieces(tokens + v * kTokens, offset);
-    add_piece<kBits, kHeads>(bytes, query, words, sums);
-  }
-  if (left > 0) {
-    for (int v = 0; v < kTokenVectors; ++v) bytes[v] = load_pieces(tokens + v * kTokens, offset, left);
-    add_piece<kBits, kHeads>(bytes, query, words, sums);
-  }
-  for (int v = 0; v < kTokenVectors; ++v) store_sums(sums[v], out + v * kTokens * stride, stride);
+  for (int v = 0; v < kTokenVectors; ++v) bytes[v] = load_pieces(codes + v * stride, kTokenVectors * stride);
+  add_piece<kBits, kHeads>(bytes, query, words, sums);
+  constexpr int kWords = 16 / kBits * kPieceWords;
+  if constexpr (kPieces > 1) add_pieces<kBits, kHeads, kPieces - 1>(codes + kPieceBytes, stride, query + kWords, words, sums);
 }
 
-// Products [count, stride] of tokens with all query heads; of `tokens`, those that fill up the last vectors are there too.
-template <int kBits>
-inline void block_products(const uint8_t* const* tokens, int count, const SketchLayout& layout, int group, const Word* query,
-                           int32_t* out, size_t stride) {
-  const size_t words = head_words(layout);
-  const int code_bytes = layout.code_bytes();
-  for (int t = 0; t < count; t += kTokensTogether) {
-    const Word* of_head = query;
-    int32_t* place = out + static_cast<size_t>(t) * stride;
-    for (int g = 0; g < layout.num_kv_heads; ++g) {
-      const size_t offset = static_cast<size_t>(g) * code_bytes;
-      for (int h = 0, heads; h < group; h += heads, of_head += heads * words, place += heads) {
-        heads = group - h < kHeadsTogether ? group - h : kHeadsTogether;
-        switch (heads) {
-          case 1: add_tokens<kBits, 1>(tokens + t, offset, code_bytes, of_head, words, place, stride); break;
-          case 2: add_tokens<kBits, 2>(tokens + t, offset, code_bytes, of_head, words, place, stride); break;
-          case 3: add_tokens<kBits, 3>(tokens + t, offset, code_bytes, of_head, words, place, stride); break;
-          default: add_tokens<kBits, 4>(tokens + t, offset, code_bytes, of_head, words, place, stride); break;
-        }
-      }
+// Products of kWidth tokens, `stride` bytes apart, with kHeads query heads; the codes of one K/V head begin at `codes`. They are
+// kPieces whole pieces, or any number of bytes where that is 0: a loop costs a fifth more, in moves between registers.
+template <int kBits, int kHeads, int kPieces>
+ALISA_INLINE void token_products(const uint8_t* codes, size_t stride, int code_bytes, const Word* query, size_t words,
+                                 F (&products)[kHeads]) {
+  Sums sums[kHeads][kTokenVectors];
+  for (auto& of_head : sums) {
+    for (Sums& sum : of_head) sum = no_sums();
+  }
+  if constexpr (kPieces > 0) {
+    add_pieces<kBits, kHeads, kPieces>(codes, stride, query, words, sums);
+  } else {
+    int left = code_bytes;
+    for (; left >= kPieceBytes; left -= kPieceBytes, codes += kPieceBytes, query += 16 / kBits * kPieceWords) {
+      add_pieces<kBits, kHeads, 1>(codes, stride, query, words, sums);
+    }
+    if (left > 0) {
+      Words bytes[kTokenVectors];
+      for (int v = 0; v < kTokenVectors; ++v) bytes[v] = load_pieces(codes + v * stride, kTokenVectors * stride, left);
+      add_piece<kBits, kHeads>(bytes, query, words, sums);
     }
   }
+  for (int h = 0; h < kHeads; ++h) products[h] = token_sums(sums[h]);
 }
 
 }  // namespace alisa::ALISA_ISA

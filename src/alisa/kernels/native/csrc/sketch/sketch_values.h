@@ -16,91 +16,72 @@ inline void unpack_codes(Codes bytes, F* planes) {
   if constexpr ((kPlane + 1) * kBits < 8) unpack_codes<kBits, kPlane + 1>(bytes, planes);
 }
 
-// Tokens whose codes are added up, and for each of them and each head what a code is multiplied by.
-struct ValueBlock {
-  const uint8_t* codes[kSketchBlock];
-  const float* factors[kSketchBlock];  // [heads]
+// The codes of one K/V head of an item, and what those of a token are multiplied by for the query heads that share them.
+struct ItemValues {
+  const uint8_t* codes;
+  size_t token_bytes;     // from one token to the next
+  const int32_t* tokens;  // those that are not read
   int count;
-};
-
-// The layout as plain numbers, worked out once: each has a division in it.
-struct ValueShape {
-  explicit ValueShape(const SketchTask& task)
-      : group(task.group()),
-        code_bytes(task.value_layout.code_bytes()),
-        plane_stride(task.value_layout.plane_stride()),
-        head_stride(task.value_layout.head_stride()) {}
-  int group;
-  int code_bytes;
+  const float* factors;  // [heads, kSketchItemTokens]
   int plane_stride;
   int head_stride;
 };
 
-// Sums [planes, plane_stride] of kTogether heads that share their values have grown by the block.
+// A vector of dimensions from `first` on of kTogether heads, into sums [kTogether, head_stride]; of its bytes `bytes` exist.
 template <int kBits, int kTogether, bool kWhole>
-inline void add_vector(const ValueBlock& block, size_t offset, int bytes, int head, float* sums, const ValueShape shape) {
+inline void add_vector(const ItemValues& item, int first, int bytes, float* sums) {
   constexpr int kPlanes = 8 / kBits;
-  const int stride = shape.plane_stride;
-  const int head_stride = shape.head_stride;
-  const int count = block.count;
+  const ItemValues values = item;  // a copy that no store can have changed, for the compiler
   F totals[kTogether][kPlanes];
-  for (int i = 0; i < kTogether; ++i) {
-    for (int plane = 0; plane < kPlanes; ++plane) totals[i][plane] = load(sums + i * head_stride + plane * stride);
+  for (auto& of_head : totals) {
+    for (F& total : of_head) total = set1(0.0F);
   }
-  for (int t = 0; t < count; ++t) {
-    const uint8_t* at = block.codes[t] + offset;
-    const float* factors = block.factors[t] + head;
+  for (int n = 0; n < values.count; ++n) {
+    const uint8_t* at = values.codes + static_cast<size_t>(values.tokens[n]) * values.token_bytes + first;
+    __builtin_prefetch(at + kSketchAheadBytes);
+    const float* factors = values.factors + values.tokens[n];
     F codes[kPlanes];
     unpack_codes<kBits>(kWhole ? load_codes(at) : load_codes(at, bytes), codes);
     for (int i = 0; i < kTogether; ++i) {
-      const F factor = set1(factors[i]);
+      const F factor = set1(factors[i * kSketchItemTokens]);
       for (int plane = 0; plane < kPlanes; ++plane) totals[i][plane] = fma(factor, codes[plane], totals[i][plane]);
     }
   }
   for (int i = 0; i < kTogether; ++i) {
-    for (int plane = 0; plane < kPlanes; ++plane) store(sums + i * head_stride + plane * stride, totals[i][plane]);
-  }
-}
-
-// The same for all of a head's vectors.
-template <int kBits, int kTogether>
-inline void add_head(const ValueBlock& block, int kv_head, int head, float* sums, const ValueShape shape) {
-  for (int i = 0; i < shape.code_bytes; i += kWidth) {
-    const size_t offset = static_cast<size_t>(kv_head) * shape.code_bytes + i;
-    if (i + kWidth <= shape.code_bytes) {
-      add_vector<kBits, kTogether, true>(block, offset, kWidth, head, sums + i, shape);
-    } else {
-      add_vector<kBits, kTogether, false>(block, offset, shape.code_bytes - i, head, sums + i, shape);
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      store(sums + i * values.head_stride + plane * values.plane_stride + first, totals[i][plane]);
     }
   }
 }
 
-// The same for `count` heads, at most kMost.
+// All dimensions of `count` heads, at most kMost.
 template <int kBits, int kMost>
-inline void add_some(const ValueBlock& block, int kv_head, int head, int count, float* sums, const ValueShape shape) {
-  if (count == kMost) return add_head<kBits, kMost>(block, kv_head, head, sums, shape);
-  if constexpr (kMost > 1) add_some<kBits, kMost - 1>(block, kv_head, head, count, sums, shape);
+inline void add_some(const ItemValues& item, int code_bytes, int count, float* sums) {
+  if (count < kMost) {
+    if constexpr (kMost > 1) add_some<kBits, kMost - 1>(item, code_bytes, count, sums);
+    return;
+  }
+  int i = 0;
+  for (; i + kWidth <= code_bytes; i += kWidth) add_vector<kBits, kMost, true>(item, i, kWidth, sums);
+  if (i < code_bytes) add_vector<kBits, kMost, false>(item, i, code_bytes - i, sums);
 }
 
-// Sums [H, head_stride] of the heads [first, last), all those of some K/V heads, have grown by the block.
+// The same for all heads of a group.
 template <int kBits>
-inline void add_heads(const ValueShape shape, const ValueBlock& block, int first, int last, float* sums) {
+inline void add_group(ItemValues item, int code_bytes, int group, float* sums) {
   // As many as have their sums in registers.
   constexpr int kMost = kSums * kBits / 8 < 4 ? kSums * kBits / 8 : 4;
-  for (int h = first, count; h < last; h += count) {
-    const int kv_head = h / shape.group;
-    const int left = (kv_head + 1) * shape.group - h;
-    count = left < kMost ? left : kMost;
-    add_some<kBits, kMost>(block, kv_head, h, count, sums + static_cast<size_t>(h) * shape.head_stride, shape);
+  for (int h = 0; h < group; h += kMost, item.factors += kMost * kSketchItemTokens) {
+    const int count = group - h < kMost ? group - h : kMost;
+    add_some<kBits, kMost>(item, code_bytes, count, sums + static_cast<size_t>(h) * item.head_stride);
   }
 }
 
-inline void add_heads(const SketchTask& task, const ValueBlock& block, int first, int last, float* sums) {
-  const ValueShape shape(task);
-  switch (task.value_layout.bits) {
-    case 2: return add_heads<2>(shape, block, first, last, sums);
-    case 4: return add_heads<4>(shape, block, first, last, sums);
-    default: return add_heads<8>(shape, block, first, last, sums);
+inline void add_group(int bits, const ItemValues& item, int code_bytes, int group, float* sums) {
+  switch (bits) {
+    case 2: return add_group<2>(item, code_bytes, group, sums);
+    case 4: return add_group<4>(item, code_bytes, group, sums);
+    default: return add_group<8>(item, code_bytes, group, sums);
   }
 }
 
@@ -109,94 +90,88 @@ inline float* values_of(const SketchTask& task, size_t partial) {
   return task.partial_values + partial * task.num_heads * task.value_layout.head_stride();
 }
 
-inline void clear_values(const SketchTask& task, size_t partial) {
-  std::memset(values_of(task, partial), 0,
-              static_cast<size_t>(task.num_heads) * task.value_layout.head_stride() * sizeof(float));
-  std::memset(task.partial_shift + partial * task.heads(), 0, static_cast<size_t>(task.heads()) * sizeof(float));
+// Weights [blocks, H, kSketchBlock] of one head, at their `scale`, times the steps of `count` tokens become `factors`; returns
+// the weights times the minima.
+inline float weigh_values(const float* weights, size_t block_floats, int count, float scale, const SketchScratch& scratch,
+                          float* factors) {
+  constexpr int kVectors = kPad / kWidth;
+  F shifts[kVectors];
+  for (F& shift : shifts) shift = set1(0.0F);
+  for (int block = 0; block < count; block += kSketchBlock, weights += block_floats) {
+    for (int t = 0; t < kSketchBlock; t += kWidth) {
+      const F weight = load(weights + t) * set1(scale);
+      store(factors + block + t, weight * load(scratch.steps + block + t));
+      F& shift = shifts[t / kWidth % kVectors];
+      shift = fma(weight, load(scratch.minima + block + t), shift);
+    }
+  }
+  return sum_lanes(shifts);
 }
 
-// The tokens of a block that one index set does not read, in the order of their positions.
-struct Unread {
-  const int32_t* chosen;  // ascending positions of those that it reads, from the block on
-  const int32_t* end;
-
-  Unread(const int32_t* positions, int count, int first) : chosen(positions), end(positions + count) {
-    for (int32_t step = count; step > 0; step /= 2) {
-      while (chosen + step <= end && chosen[step - 1] < first) chosen += step;
-    }
+// Numbers of the first `count` tokens that are marked; returns how many there are.
+inline int list_marked(const float* marks, int count, int32_t* tokens) {
+  int found = 0;
+  for (int t = 0; t < count; ++t) {
+    tokens[found] = t;
+    found += marks[t] > 0.0F;
   }
-  // Their numbers in the block of `count` tokens from `first` on, to `tokens`; returns how many there are.
-  int next(int first, int count, int* tokens) {
-    int found = 0;
-    for (int t = 0; t < count; ++t) {
-      const bool reads = chosen < end && *chosen == first + t;
-      tokens[found] = t;
-      found += !reads;
-      chosen += reads;
-    }
-    return found;
-  }
-};
+  return found;
+}
 
-// The unread tokens of one item, each index set's own; `count` tokens of each set are read, at `positions` [num_sets, stride].
-// The sequence's scores are normalised.
-inline void sketch_complete(const SketchTask& task, int index, const int32_t* positions, size_t stride, int chosen, float* memory) {
+// Steps and minima of `count` tokens of one K/V head, whose ranges begin at `ranges`, and zeros up to `padded`.
+inline void spread_ranges(const uint16_t* ranges, int num_kv_heads, int count, int padded, const SketchScratch& scratch) {
+  turn_ranges(ranges, num_kv_heads, count, padded, scratch.pairs);
+  for (int i = 0; i < padded; i += kWidth) {
+    F step, minimum;
+    load_f16_pairs(scratch.pairs + i, step, minimum);
+    store(scratch.steps + i, step);
+    store(scratch.minima + i, minimum * load(scratch.unread + i));
+  }
+}
+
+// The unread tokens of one item, each index set's own; `chosen` tokens of each set are read, at `positions` [num_sets, stride].
+// The sequence is normalised.
+inline void sketch_complete(const SketchTask& task, int index, const int32_t* positions, size_t stride, int chosen,
+                            float* memory) {
   const Item& item = task.items[index];
-  const int length = task.lengths[item.seq];
-  if (chosen >= length) return;
-  const auto partial = static_cast<size_t>(task.grid.first_partial[item.seq] + item.first_block / kSketchItemBlocks);
-  clear_values(task, partial);
+  if (chosen >= task.lengths[item.seq]) return;
   const SketchScratch scratch(task, memory);
-  set_lanes(task, scratch.query.lanes);
   const SketchLayout& layout = task.value_layout;
-  const int heads = task.heads();
   const int num_kv_heads = layout.num_kv_heads;
-  const int heads_per_set = task.num_heads / task.num_sets;
-  const size_t token_bytes = static_cast<size_t>(num_kv_heads) * layout.code_bytes();
-  const size_t range_bytes = static_cast<size_t>(num_kv_heads) * 2 * sizeof(uint16_t);
-  float* factors = scratch.factors;  // copies that no store can have changed, for the compiler
-  const float* steps = scratch.steps;
-  const float* minima = scratch.minima;
-  float* shift = task.partial_shift + partial * heads;
-  for (int set = 0; set < task.num_sets; ++set, positions += stride) {
-    Unread unread(positions, chosen, item.first_block * kSketchBlock);
-    const int first_head = set * heads_per_set;
-    const int last_head = first_head + heads_per_set;
-    for (int i = 0; i < item.num_blocks; ++i) {
-      const int first = (item.first_block + i) * kSketchBlock;
-      const int count = length - first < kSketchBlock ? length - first : kSketchBlock;
-      int tokens[kSketchBlock];
-      ValueBlock block;
-      block.count = unread.next(first, count, tokens);
-      if (block.count == 0) continue;
-      const size_t token = static_cast<size_t>(task.starts[item.seq]) + first;
-      const uint8_t* codes = task.value_codes + token * token_bytes;
-      const auto* ranges = reinterpret_cast<const uint8_t*>(task.value_ranges) + token * range_bytes;
-      prefetch_span(codes + kSketchAheadBytes, kSketchBlock * token_bytes);
-      prefetch_span(ranges + kSketchBlock * range_bytes, kSketchBlock * range_bytes);
-      widen_ranges(num_kv_heads, ranges, count, scratch);
-      const size_t number = task.grid.first_block[item.seq] + static_cast<size_t>(item.first_block + i);
-      const float* weights = task.weights + number * kSketchBlock * heads;
-      for (int n = 0; n < block.count; ++n) {
-        block.codes[n] = codes + static_cast<size_t>(tokens[n]) * token_bytes;
-        block.factors[n] = factors + static_cast<size_t>(n) * heads;
-      }
-      for (int h = first_head / kWidth * kWidth; h < last_head; h += kWidth) {
-        const int kv_head = kv_head_of(task, h);
-        const Lanes lanes = lanes_at(scratch.query.lanes + h);
-        F sum = set1(0.0F);
-        for (int n = 0; n < block.count; ++n) {
-          const F weight = load(weights + static_cast<size_t>(tokens[n]) * heads + h);
-          const int from = tokens[n] * num_kv_heads + kv_head;
-          sum = fma(weight, permute(load(minima + from), lanes), sum);
-          store(factors + static_cast<size_t>(n) * heads + h, weight * permute(load(steps + from), lanes));
-        }
-        float added[kWidth];
-        store(added, sum);
-        for (int at = h < first_head ? first_head : h; at < last_head && at < h + kWidth; ++at) shift[at] += added[at - h];
-      }
-      add_heads(task, block, first_head, last_head, values_of(task, partial));
+  const int heads_per_set = num_kv_heads / task.num_sets;
+  const int group = task.group();
+  const int code_bytes = layout.code_bytes();
+  const int first = item.first_block * kSketchBlock;
+  const int padded = item.num_blocks * kSketchBlock;
+  const int left = task.lengths[item.seq] - first;
+  const int count = left < padded ? left : padded;
+  const size_t token = static_cast<size_t>(task.starts[item.seq]) + first;
+  const uint8_t* codes = task.value_codes + token * num_kv_heads * code_bytes;
+  const uint16_t* ranges = task.value_ranges + token * num_kv_heads * 2;
+  const size_t range_values = static_cast<size_t>(count) * num_kv_heads * 2;
+  prefetch_span(ranges + range_values, range_values * sizeof(*ranges));
+  const size_t partial = partial_of(task, item.seq, item.first_block);
+  const size_t number = task.grid.first_block[item.seq] + static_cast<size_t>(item.first_block);
+  const float* weights = task.weights + number * task.block_floats();
+  const float* scale = task.partial_factor + partial * task.heads();
+  float* shift = task.partial_shift + partial * task.heads();
+  float* sums = values_of(task, partial);
+  int num_unread = 0;
+  for (int g = 0; g < num_kv_heads; ++g) {
+    if (g % heads_per_set == 0) {
+      mark_tokens(positions, chosen, first, 1.0F, 0.0F, scratch.unread);
+      num_unread = list_marked(scratch.unread, count, scratch.tokens);
+      positions += stride;
     }
+    spread_ranges(ranges + 2 * g, num_kv_heads, count, padded, scratch);
+    for (int i = 0, h = g * group; i < group; ++i, ++h) {
+      const float* of_head = weights + static_cast<size_t>(h) * kSketchBlock;
+      float* factors = scratch.factors + i * kSketchItemTokens;
+      shift[h] = weigh_values(of_head, task.block_floats(), padded, scale[h], scratch, factors);
+    }
+    const ItemValues values = {codes + static_cast<size_t>(g) * code_bytes, static_cast<size_t>(num_kv_heads) * code_bytes,
+                               scratch.tokens, num_unread, scratch.factors, layout.plane_stride(), layout.head_stride()};
+    add_group(layout.bits, values, code_bytes, group, sums + static_cast<size_t>(g) * group * values.head_stride);
   }
 }
 
