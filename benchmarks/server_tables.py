@@ -1,4 +1,4 @@
-"""The blocks on servers: what ours itself costs (docs/server.md), and how it answers beside others (docs/scheduling.md)."""
+"""Blocks on servers: what ours itself costs (docs/server.md), and how it answers beside others (docs/scheduling.md)."""
 
 from __future__ import annotations
 
@@ -63,6 +63,6 @@ def serving(results: Results) -> str:
     ]
     first = next(iter(newest.values()))
     return (
-        f"{first['calls']} calls of Alpaca's instructions, Poisson arrivals, {first['seeds']} seed(s), answers of at most "
-        f"{first['max_tokens']} tokens (`benchmarks/serving.py`):\n\n{table(heads, rows)}"
+        f"{first['calls']} calls of Alpaca's instructions, Poisson arrivals, {first['seeds']} seed(s), answers of at "
+        f"most {first['max_tokens']} tokens (`benchmarks/serving.py`):\n\n{table(heads, rows)}"
     )

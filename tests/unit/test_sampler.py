@@ -47,6 +47,39 @@ def test_filters_keep_exactly_their_tokens(rules, allowed):
     assert set(draws(SamplingParams(temperature=1.0, seed=5, **rules))) == allowed
 
 
+RULES = [
+    {},
+    {"top_p": 0.95},
+    {"top_p": 0.999999},
+    {"min_p": 0.02},
+    {"min_p": 1e-6, "top_p": 0.9999},
+    {"top_k": 40},
+    {"top_k": 1500},
+    {"top_k": 1500, "top_p": 0.99},
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+@pytest.mark.parametrize("num_tokens", [1000, 1024, 1025, 5000])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
+def test_draws_are_those_of_the_sorted_vocabulary(rules, num_tokens, spread):
+    # Most draws from a flat distribution fall beyond the tokens that are looked at first.
+    logits = spread * torch.randn(num_tokens, generator=torch.Generator().manual_seed(num_tokens))
+    params = SamplingParams(temperature=0.8, seed=7, **rules)
+    expected = [sorted_draw(logits, params, uniform(7, counter)) for counter in range(40)]
+    assert [draw(logits, params, num_output=counter) for counter in range(40)] == expected
+    assert spread > 1 or len(set(expected)) > 5
+
+
+def sorted_draw(logits, params, number):
+    """Inverse of the cumulative distribution over all tokens, in the order of their likelihood."""
+    order = logits.sort(descending=True).indices[: params.top_k or None]
+    probs = (logits[order].double() / params.temperature).softmax(0)
+    kept = (probs.cumsum(0) - probs < params.top_p) & (probs >= params.min_p * probs[0])
+    probs = probs[kept] / probs[kept].sum()
+    return int(order[int((probs.cumsum(0) <= number).sum())])
+
+
 def test_repetition_penalty_lowers_seen_tokens_of_both_signs():
     logits = torch.tensor([[2.0, -1.0, 1.5]])
     sample(logits, [SampledRow(SamplingParams(repetition_penalty=2.0), [0, 1, 0])])
