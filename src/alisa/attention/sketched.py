@@ -14,7 +14,7 @@ from torch import Tensor
 from alisa.attention.timing import StepSection, StepTimer
 from alisa.cache.base import RowStore
 from alisa.kernels.base import Selection
-from alisa.kernels.sketch_step import BoundSketchSteps, RunningSketchStep, LayerRows, SketchStepKernel
+from alisa.kernels.sketch_step import BoundSketchSteps, LayerRows, RunningSketchStep, SketchStepKernel
 from alisa.policy.base import PolicyState
 
 

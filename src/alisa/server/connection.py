@@ -1,7 +1,7 @@
 """One connection: as uvicorn speaks HTTP with httptools, and in addition no head of a call may be slow or endless.
 
-Nor does one stay whose client takes nothing of what it has asked for: a plain close would wait for it for ever, with all
-that is not sent yet in memory, and an ending server with it.
+Nor does one stay whose client takes nothing of what it has asked for: a plain close would wait for it for ever, with
+all that is not sent yet in memory, and an ending server with it.
 
 An application may borrow its `express`: a way to send pieces of a reply from any callback of the event loop, where ASGI
 would want a task to be woken for each; and its `drop`, which ends it whatever is not sent yet.
