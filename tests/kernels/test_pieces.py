@@ -152,7 +152,9 @@ def alone(problem, seq):
 def test_company_and_threads_change_no_bit(row_dtype, plain, head_dim):
     if not plain and not library.available():
         pytest.skip(library.unavailable_reason())
-    problem = make_problem(row_dtype, num_seqs=5, num_rows=3000, counts=[3000, 700, 300, 129, 1], group=2, head_dim=head_dim)
+    problem = make_problem(
+        row_dtype, num_seqs=5, num_rows=3000, counts=[3000, 700, 300, 129, 1], group=2, head_dim=head_dim
+    )
     team = [ReferenceDecode()] if plain else [cpu.CpuKernels(num_threads=count) for count in (1, 2, 7)]
     expected = team[0](*problem.args())
     for kernel in team:

@@ -1,7 +1,7 @@
 """New tokens become rows where they will stay: the bytes of `alisa.cache.codec`.
 
-A program takes one KV head of up to 16 tokens, or one part of it where parts have ranges of their own: a decode step has few
-tokens and many heads, a prompt many of both.
+A program takes one KV head of up to 16 tokens, or one part of it where parts have ranges of their own: a decode step
+has few tokens and many heads, a prompt many of both.
 """
 
 from __future__ import annotations

@@ -80,8 +80,7 @@ def within_ranges(
     HEAD_LEN: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Values [tokens, WIDTH] of codes whose head has several ranges; with one for all of it, which is left to the sums
-    that they go into, the codes."""
+    """Values [tokens, WIDTH] of codes whose head is in several parts; the codes where one range is left to the sums."""
     if PARTS > 1:
         # pyrefly: ignore[bad-index]
         mask = live[:, None] & (columns < HEAD_LEN)[None, :]

@@ -21,7 +21,7 @@ namespace alisa::ALISA_ISA {
 struct AttendScratch {
   float* query;      // [H, keys().head_stride()], scaled by D^-0.5, padded with 0
   float* query_sum;  // [H, P]
-  float* scaled;     // [G, P, H / G, kBlock] for coded rows: products of codes, then weight * scale
+  float* scaled;     // [G, P, H / G, kBlock] for coded rows: products of codes in several parts, then weight * scale
   uint32_t* pairs;   // [2, G, P, kBlock] for coded rows, see gather_pairs
 
   static size_t sums(const RowLayout& layout, int num_heads) {
@@ -40,7 +40,7 @@ struct AttendScratch {
 };
 
 // One part of a query, scaled and padded; returns its sum.
-inline float prepare_part(const HalfLayout& layout, const uint8_t* source, Dtype dtype, float scale, float* query) {
+ALISA_INLINE float prepare_part(const HalfLayout& layout, const uint8_t* source, Dtype dtype, float scale, float* query) {
   const int dim = layout.part_dim();
   widen(dtype, source, dim, query);
   if (layout.planes() > 1) {
@@ -60,7 +60,7 @@ inline float prepare_part(const HalfLayout& layout, const uint8_t* source, Dtype
   return sum_of(total);
 }
 
-inline void prepare_query(const DecodeTask& task, int seq, const AttendScratch& scratch) {
+ALISA_INLINE void prepare_query(const DecodeTask& task, int seq, const AttendScratch& scratch) {
   const HalfLayout layout = task.layout.keys();
   const int num_parts = task.num_heads * layout.parts;
   const size_t part_bytes = static_cast<size_t>(layout.part_dim()) * value_bytes(task.q_dtype);
@@ -72,7 +72,8 @@ inline void prepare_query(const DecodeTask& task, int seq, const AttendScratch& 
   }
 }
 
-template <class Keys, class Values>
+// `kParted`: heads are in several parts; where they are not, there are no loops over them in the way of the compiler.
+template <class Keys, class Values, bool kParted>
 class BlockAttention {
  public:
   BlockAttention(const DecodeTask& task, const AttendScratch& scratch, float* acc)
@@ -91,8 +92,8 @@ class BlockAttention {
       for (int i = 0; i < rows.num_kv_heads; ++i) {
         ahead_.advance(i);
         const int g = rows.first_kv_head + i;
-        for (int p = 0; p < keys_.parts; ++p) {
-          const auto part = static_cast<size_t>(g * keys_.parts + p);
+        for (int p = 0; p < parts(); ++p) {
+          const auto part = static_cast<size_t>(g * parts() + p);
           float* out = products + part * keys_.group * kBlock + at;
           const float* query = scratch_.query + static_cast<size_t>(g) * keys_.group * keys_.head + p * keys_.part;
           for_head_tiles<ScoreTile<Keys>::kMost>(keys_.group,
@@ -110,8 +111,8 @@ class BlockAttention {
       for (int i = 0; i < rows.num_kv_heads; ++i) {
         ahead_.advance(i);
         const int g = rows.first_kv_head + i;
-        for (int p = 0; p < values_.parts; ++p) {
-          const auto part = static_cast<size_t>(g * values_.parts + p);
+        for (int p = 0; p < parts(); ++p) {
+          const auto part = static_cast<size_t>(g * parts() + p);
           const size_t offset = layout_.values_at() + part * values_.part_bytes;
           const float* of_group = weights + part * values_.group * kBlock + at;
           float* acc = acc_ + static_cast<size_t>(g) * values_.group * values_.head + p * values_.part;
@@ -123,6 +124,8 @@ class BlockAttention {
   }
 
  private:
+  int parts() const { return kParted ? layout_.parts : 1; }
+
   const RowLayout& layout_;
   const AttendScratch& scratch_;
   float* acc_;  // [H, head of V]
@@ -162,18 +165,21 @@ struct HeadParts {
   const AttendScratch& scratch;
   int parts;
   int group;
+  int kv_head;
   int head;
 
-  int part(int p) const { return head / group * parts + p; }
-  // Products of codes, then weights of codes.
-  float* scaled(int p) const { return scratch.scaled + static_cast<size_t>(part(p) * group + head % group) * kBlock; }
+  int part(int p) const { return kv_head * parts + p; }
+  // Products of codes where there are several parts, then weights of codes.
+  float* scaled(int p) const {
+    return scratch.scaled + static_cast<size_t>((part(p) - kv_head) * group + head) * kBlock;
+  }
   const uint32_t* pairs(int p) const { return scratch.pairs + static_cast<size_t>(part(p)) * kBlock; }
   float query_sum(int p) const { return scratch.query_sum[head * parts + p]; }
 };
 
-// Products of the parts of one head with codes become the scores of the head.
+// Products of the parts of one head with codes become the scores of the head; those of an only part are in their place.
 inline void score_head(const HeadParts& of, float* scores) {
-  apply_keys<false>(of.pairs(0), of.query_sum(0), of.scaled(0), scores);
+  apply_keys<false>(of.pairs(0), of.query_sum(0), of.parts > 1 ? of.scaled(0) : scores, scores);
   for (int p = 1; p < of.parts; ++p) apply_keys<true>(of.pairs(p), of.query_sum(p), of.scaled(p), scores);
 }
 
@@ -184,7 +190,7 @@ inline void weigh_parts(const HeadParts& of, size_t value_pairs, const float* we
   }
 }
 
-template <class Keys, class Values>
+template <class Keys, class Values, bool kParted = false>
 void attend_item(const DecodeTask& task, int index, float* memory) {
   const RowLayout& layout = task.layout;
   const Item& item = task.items[index];
@@ -206,7 +212,7 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
     for (int i = 0; i < num_heads * layout.parts; ++i) shift[i] = 0.0F;
   }
 
-  BlockAttention<Keys, Values> attention(task, scratch, acc);
+  BlockAttention<Keys, Values, kParted> attention(task, scratch, acc);
   const int group = num_heads / layout.num_kv_heads;
   const size_t value_pairs = static_cast<size_t>(layout.num_pairs()) * kBlock;
   const int last_block = item.first_block + item.num_blocks - 1;
@@ -218,11 +224,11 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
       const bool last_set = set + 1 == task.num_sets;
       const int next_block = last_set && block < last_block ? block + 1 : block;
       const BlockRows next = block_rows(task, item.seq, last_set ? 0 : set + 1, next_block);
-      attention.score(rows, next, Keys::kCoded ? scratch.scaled : weights);
+      attention.score(rows, next, kParted ? scratch.scaled : weights);
       if constexpr (Keys::kCoded) gather_pairs(layout, rows, scratch.pairs);
       for (int h = rows.first_kv_head * group; h < (rows.first_kv_head + rows.num_kv_heads) * group; ++h) {
         float* of_head = weights + static_cast<size_t>(h) * kBlock;
-        const HeadParts parts = {scratch, layout.parts, group, h};
+        const HeadParts parts = {scratch, kParted ? layout.parts : 1, group, h / group, h};
         if constexpr (Keys::kCoded) score_head(parts, of_head);
         if (task.softcap > 0.0F) cap_scores(of_head, task.softcap);
         const float rescale = weigh(of_head, rows.count, maximum[h], total[h]);
@@ -240,13 +246,16 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
 }
 
 inline void attend(const DecodeTask& task, int item, float* scratch) {
+  const bool parted = task.layout.parts > 1;
   switch (task.layout.dtype) {
     case Dtype::kFloat32: return attend_item<Float32Row, Float32Row>(task, item, scratch);
     case Dtype::kBFloat16: return attend_item<BFloat16Row, BFloat16Row>(task, item, scratch);
     case Dtype::kFloat16: return attend_item<Float16Row, Float16Row>(task, item, scratch);
     case Dtype::kInt8: return attend_item<Int8Row, Int8Row>(task, item, scratch);
-    case Dtype::kInt4: return attend_item<Int4Row, Int4Row>(task, item, scratch);
-    case Dtype::kK8V4: return attend_item<Int8Row, Int4Row>(task, item, scratch);
+    case Dtype::kInt4:
+      return parted ? attend_item<Int4Row, Int4Row, true>(task, item, scratch) : attend_item<Int4Row, Int4Row>(task, item, scratch);
+    case Dtype::kK8V4:
+      return parted ? attend_item<Int8Row, Int4Row, true>(task, item, scratch) : attend_item<Int8Row, Int4Row>(task, item, scratch);
   }
 }
 

@@ -17,7 +17,6 @@ struct Shape {
         plane(layout.plane_stride()),
         head(layout.head_stride()),
         part(layout.part_stride()),
-        parts(layout.parts),
         whole(layout.plane_len() / kWidth),
         rest(layout.plane_len() % kWidth),
         part_bytes(layout.part_bytes()) {}
@@ -25,7 +24,6 @@ struct Shape {
   int plane;  // floats from one plane to the next
   int head;   // floats from one head to the next
   int part;   // floats from one part of a head to the next
-  int parts;  // of a head
   int whole;  // whole vectors in a plane
   int rest;   // values after them
   size_t part_bytes;

@@ -55,15 +55,16 @@ struct HalfLayout {
   ALISA_INLINE constexpr int plane_stride() const { return round_up(plane_len(), kPad); }
   ALISA_INLINE constexpr int part_stride() const { return planes() * plane_stride(); }
   ALISA_INLINE constexpr int head_stride() const { return parts * part_stride(); }
-  ALISA_INLINE constexpr size_t part_bytes() const {
+  // Asked for in inner loops: no division by the parts, of which several have whole bytes each.
+  ALISA_INLINE constexpr size_t head_bytes() const {
     switch (dtype) {
-      case Dtype::kFloat32: return static_cast<size_t>(part_dim()) * 4;
+      case Dtype::kFloat32: return static_cast<size_t>(head_dim) * 4;
       case Dtype::kBFloat16:
-      case Dtype::kFloat16: return static_cast<size_t>(part_dim()) * 2;
-      default: return static_cast<size_t>(plane_len());
+      case Dtype::kFloat16: return static_cast<size_t>(head_dim) * 2;
+      default: return static_cast<size_t>((head_dim + planes() - 1) / planes());
     }
   }
-  ALISA_INLINE constexpr size_t head_bytes() const { return part_bytes() * static_cast<size_t>(parts); }
+  ALISA_INLINE constexpr size_t part_bytes() const { return head_bytes() / static_cast<size_t>(parts); }
   ALISA_INLINE constexpr size_t bytes() const { return head_bytes() * static_cast<size_t>(num_kv_heads); }
 };
 
