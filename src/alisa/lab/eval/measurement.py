@@ -25,7 +25,7 @@ from alisa.lab.eval.subject import BASELINE, Subject, Variant
 from alisa.policy.registry import POLICIES
 from alisa.policy.state_bytes import num_parts
 from alisa.records.schema import EvalRecord, EvalStamp
-from alisa.spec import CODE_BITS, RowFormat
+from alisa.spec import CODE_BITS
 
 
 class UnitResults(NamedTuple):
@@ -154,7 +154,7 @@ def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
     # Rows of 4 bits were in the basis of the model once.
     basis = {"row_basis": 1} if 4 in CODE_BITS.get(subject.kv_dtype(variant), ()) else {}
     # And had one range for each head.
-    row_parts = RowFormat(subject.kv_dtype(variant), subject.spec.num_kv_heads, subject.spec.head_dim).num_parts
+    row_parts = subject.codec(variant).format.num_parts
     of_rows = {} if row_parts == 1 else {"row_parts": row_parts}
     return fingerprint(
         {
