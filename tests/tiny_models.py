@@ -69,6 +69,7 @@ _LONGROPE: dict[str, Any] = {
 }
 
 TINY_MODELS: dict[str, TinyModel] = {
+    "llama-long-heads": TinyModel("Llama", _GATED | {"num_key_value_heads": 2, "head_dim": 128}),
     "llama": TinyModel("Llama", _GATED),
     "llama-gqa-tied": TinyModel("Llama", _GATED | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "llama-biases-head-dim": TinyModel(

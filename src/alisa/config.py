@@ -318,8 +318,9 @@ class EngineConfig:
     kv_dtype: OwnKvDtype = _AS_THE_QUALITY_SAYS
     """What K and V are kept in; None: as the quality says, auto without one. auto: the dtype that the model computes
     in, so that dense attention is exact. int8, k8v4 (K in 8 bits, V in 4) and int4 keep a scale for each token and
-    head: 53, 41 and 28 % of the memory of 16 bits in heads of 64 values; docs/accuracy.md says what they cost. What has
-    4 bits is turned into a basis that suits it, found at the start in one pass over 1024 random tokens."""
+    head, the latter two for each 64 values of a longer head: 53, 41 and 28 % of the memory of 16 bits in heads of 64
+    values; docs/accuracy.md says what they cost. What has 4 bits is turned into a basis that suits it, found at the
+    start in one pass over 1024 random tokens."""
     device: DeviceName = "auto"
     """Where the model runs; auto: the GPU if there is one."""
     kv_device_memory: str | int | None = None

@@ -34,8 +34,8 @@ QUALITIES: Mapping[QualityName, Quality] = MappingProxyType(
     {
         "exact": Quality(policy="dense", sparsity=0.0, kv_dtype="auto", help="nothing is lost"),
         "high": Quality(policy="sketch", sparsity=0.9, kv_dtype="int8", help="no loss that shows"),
-        "balanced": Quality(policy="sketch", sparsity=0.9, kv_dtype="k8v4", help="0.6 and 2.1 %"),
-        "small": Quality(policy="sketch", sparsity=0.95, kv_dtype="int4", help="2.2 and 5.5 %"),
+        "balanced": Quality(policy="sketch", sparsity=0.9, kv_dtype="k8v4", help="0.6 and 0.6 %"),
+        "small": Quality(policy="sketch", sparsity=0.95, kv_dtype="int4", help="2.2 and 3.3 %"),
     }
 )
 

@@ -226,6 +226,25 @@ def test_quantised_rows_hardly_change_the_distributions(kv_dtype, most_kl):
     assert 0 < mean < most_kl
 
 
+@pytest.mark.parametrize("policy", [Dense(), make_policy("sketch", 0.5)], ids=["dense", "sketch"])
+@pytest.mark.parametrize("kv_dtype", ["int4", "k8v4"])
+def test_heads_in_several_parts_are_read_as_the_torch_twin_reads_them(kv_dtype, policy, tiny_model):
+    """Up to codes that fall to the other side of a half; against what 4 bits lose that is next to nothing."""
+    decoder = load_decoder(tiny_model("llama-long-heads"), torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(2)
+    prompts = torch.randint(3, decoder.spec.vocab_size, (2, 60), generator=generator).tolist()
+    items = [ScoredItem(tuple(prompt), tuple(prompt[:NEW_TOKENS])) for prompt in prompts]
+
+    def logits(kv_dtype, backend):
+        codec = make_codec(RowFormat(kv_dtype, decoder.spec.num_kv_heads, decoder.spec.head_dim))
+        steps = teacher_forced(decoder, policy, codec, backend, items, prefill_chunk=16)
+        return torch.cat([step.logits for step in steps])
+
+    native = choose_backend(decoder.device)
+    exact, found, expected = logits("float32", native), logits(kv_dtype, native), logits(kv_dtype, REFERENCE_BACKEND)
+    assert (found - expected).square().mean() < 0.02 * (expected - exact).square().mean()
+
+
 @pytest.mark.parametrize(("kv_dtype", "prefill_chunk"), [("bfloat16", 1024), ("bfloat16", 16), ("int8", 16)])
 def test_the_prefill_kernel_is_as_near_to_float32_as_torch_is(kv_dtype, prefill_chunk):
     if not cpu_prefill.available():

@@ -72,7 +72,7 @@ def problems(draw, row_dtypes=tuple(ROW_DTYPES), scales=(1.0,), most=4):
         num_rows=num_rows,
         kv_heads=draw(st.integers(1, most)),
         group=draw(st.integers(1, 7)),
-        head_dim=draw(st.sampled_from([1, 2, 7, 16, 31, 64, 80, 128])),
+        head_dim=draw(st.sampled_from([1, 2, 7, 16, 31, 64, 80, 128, 192, 256])),
         per_head=draw(st.booleans()),
         q_dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         scale=draw(st.sampled_from(scales)),

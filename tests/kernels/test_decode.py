@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from alisa.kernels.native import kernels as cpu
 from alisa.kernels.native import library
 from alisa.kernels.reference.decode import decode_attention
+from tests.combinations import each
 from tests.kernels.cases import ISAS, ROW_DTYPES, Problem, assert_agrees, kernels, make_problem, problems
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
@@ -38,7 +39,18 @@ def test_extreme_values_stay_finite(isa, problem):
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("softcap", [None, 0.5])
 def test_it_does_what_the_torch_twin_does(isa, row_dtype, per_head, softcap):
-    problem = make_problem(row_dtype, num_seqs=3, num_rows=500, kv_heads=4, group=3, per_head=per_head, softcap=softcap)
+    assert_is_the_twins(isa, row_dtype, kv_heads=4, group=3, per_head=per_head, softcap=softcap)
+
+
+@pytest.mark.parametrize("row_dtype", ["int4", "k8v4"])
+@pytest.mark.parametrize("isa", ISAS)
+@each(2, head_dim=[128, 256], group=[1, 4], per_head=[False, True], softcap=[None, 0.5])
+def test_it_does_so_with_heads_in_several_parts(isa, row_dtype, head_dim, group, per_head, softcap):
+    assert_is_the_twins(isa, row_dtype, head_dim=head_dim, group=group, per_head=per_head, softcap=softcap)
+
+
+def assert_is_the_twins(isa, row_dtype, **options):
+    problem = make_problem(row_dtype, num_seqs=3, num_rows=500, counts=[500, 67, 1], **options)
     problem.slots.clamp_(max=499)  # the reference gathers padding too
     fast, slow = kernels(isa)(*problem.args()), decode_attention(*problem.args())
     for ours, theirs in zip(fast, slow, strict=True):

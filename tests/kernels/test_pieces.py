@@ -54,7 +54,7 @@ def long_problems(draw, longest=900):
         num_rows=longest,
         kv_heads=draw(st.integers(1, 2)),
         group=draw(st.integers(1, 3)),
-        head_dim=draw(st.sampled_from([7, 16, 64])),
+        head_dim=draw(st.sampled_from([7, 16, 64, 128])),
         q_dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         counts=counts,
         seed=draw(st.integers(0, 10**6)),
@@ -147,11 +147,14 @@ def alone(problem, seq):
 
 
 @pytest.mark.parametrize("row_dtype", ROW_DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("plain", [False, True])
-def test_company_and_threads_change_no_bit(row_dtype, plain):
+def test_company_and_threads_change_no_bit(row_dtype, plain, head_dim):
     if not plain and not library.available():
         pytest.skip(library.unavailable_reason())
-    problem = make_problem(row_dtype, num_seqs=5, num_rows=3000, counts=[3000, 700, 300, 129, 1], group=2)
+    problem = make_problem(
+        row_dtype, num_seqs=5, num_rows=3000, counts=[3000, 700, 300, 129, 1], group=2, head_dim=head_dim
+    )
     team = [ReferenceDecode()] if plain else [cpu.CpuKernels(num_threads=count) for count in (1, 2, 7)]
     expected = team[0](*problem.args())
     for kernel in team:

@@ -28,7 +28,7 @@ def make_values(num_tokens, kv_heads, head_dim, dtype, scale, offset, seed):
     row_dtype=st.sampled_from(ROW_DTYPES),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     kv_heads=st.integers(1, 3),
-    head_dim=st.sampled_from([1, 2, 5, 16, 31, 64, 80, 128]),
+    head_dim=st.sampled_from([1, 2, 5, 16, 31, 64, 80, 128, 192, 256]),
     scale=SCALES,
     offset=st.sampled_from([0.0, -3.0, 100.0]),
     seed=st.integers(0, 10**6),
@@ -58,7 +58,7 @@ def test_append_takes_tokens_that_are_parts_of_a_wider_tensor():
 @settings(max_examples=80)
 @given(
     row_dtype=st.sampled_from(["int8", "int4", "k8v4"]),
-    head_dim=st.sampled_from([1, 2, 5, 64, 128]),
+    head_dim=st.sampled_from([1, 2, 5, 64, 128, 256]),
     scale=SCALES,
     offset=st.sampled_from([0.0, -3.0, 100.0]),
     seed=st.integers(0, 10**6),
@@ -71,12 +71,25 @@ def test_a_value_moves_by_at_most_half_a_step(row_dtype, head_dim, scale, offset
     rows = codec.encode(k, v)
     assert rows.shape == (6, codec.format.row_bytes)
     for values, decoded, bits in zip((k, v), codec.decode(rows), CODE_BITS[row_dtype], strict=True):
+        values, decoded = (each.reshape(6, *codec.format.part_shape) for each in (values, decoded))
         reach = values.amax(-1) - values.amin(-1)
         # The minimum moves down by at most one float16 step and the scale up by one; 6e-8 is the smallest float16.
         unit = values.abs().amax(-1) * 2**-10 + 6e-8
         step = (reach + unit) / (2**bits - 1) * (1 + 2**-10) + 6e-8
         bound = step / 2 + values.abs().amax(-1) * 2**-22
         assert ((values - decoded).abs().amax(-1) <= bound).all()
+
+
+@pytest.mark.parametrize("row_dtype", ["int4", "k8v4"])
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_a_part_of_large_values_coarsens_no_other(row_dtype, head_dim):
+    codec = codecs.make_codec(RowFormat(row_dtype, 2, head_dim))
+    k, v = make_values(6, 2, head_dim, torch.float32, 1.0, 0.0, seed=1)
+    expected = codec.decode(codec.encode(k, v))
+    large = torch.arange(head_dim) // 64 == 1
+    found = codec.decode(codec.encode(*(torch.where(large, 1000 * values, values) for values in (k, v))))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one[..., ~large], other[..., ~large])
 
 
 def test_a_constant_head_survives():

@@ -131,7 +131,7 @@ def steps(draw):
         draw(st.lists(st.integers(1, 40) | st.sampled_from([64, 257, 700]), min_size=1, max_size=4)),
         group=draw(st.sampled_from([1, 2, 3, 4, 7, 17])),
         kv_heads=draw(st.integers(1, 4)),
-        head_dim=draw(st.sampled_from([2, 16, 64, 80])) * parts,
+        head_dim=draw(st.sampled_from([2, 16, 64, 80, 128])) * parts,
         parts=parts,
         per_head=draw(st.booleans()),
         dtype=draw(st.sampled_from(DTYPES)),

@@ -42,9 +42,17 @@ def test_extreme_values_stay_finite(device, problem):
 @on_each_device
 @each(2, row_dtype=ROW_DTYPES, per_head=[False, True], group=[1, 3], softcap=[None, 0.5])
 def test_it_does_what_the_torch_twin_does(device, row_dtype, per_head, group, softcap):
-    problem = make_problem(
-        row_dtype, num_seqs=2, num_rows=300, group=group, per_head=per_head, head_dim=48, softcap=softcap
-    )
+    assert_is_the_twins(device, row_dtype, group=group, per_head=per_head, head_dim=48, softcap=softcap)
+
+
+@on_each_device
+@each(2, row_dtype=["int4", "k8v4"], head_dim=[128, 192, 256], group=[1, 4], softcap=[None, 0.5])
+def test_it_does_so_with_heads_in_several_parts(device, row_dtype, head_dim, group, softcap):
+    assert_is_the_twins(device, row_dtype, group=group, per_head=group == 1, head_dim=head_dim, softcap=softcap)
+
+
+def assert_is_the_twins(device, row_dtype, **options):
+    problem = make_problem(row_dtype, num_seqs=2, num_rows=300, **options)
     fast = attend(problem, device)
     problem.slots.clamp_(max=299)  # the reference gathers padding too
     for ours, theirs in zip(fast, decode_attention(*problem.args()), strict=True):

@@ -83,6 +83,17 @@ def test_a_resumed_run_pairs_with_the_baseline_of_the_first(subject, tmp_path):
     assert [record.versus_dense for record in records] == [0.0, -0.5, -0.25]
 
 
+def test_rows_whose_heads_are_in_parts_now_are_measured_anew(subject, tmp_path, monkeypatch):
+    chosen = variants(["dense"], [0.0], ["auto", "int8", "int4"])
+    with RecordFile(tmp_path / "cells.jsonl") as file:
+        list(measure_cells(subject, Counting(), chosen, file))
+    monkeypatch.setattr("alisa.spec.PART_LEN", subject.spec.head_dim // 2)
+    again = Counting()
+    with RecordFile(tmp_path / "cells.jsonl") as file:
+        list(measure_cells(subject, again, chosen, file))
+    assert [variant.kv_dtype for variant in again.ran] == ["int4"]
+
+
 def test_a_policy_that_means_something_else_now_is_measured_anew(subject, tmp_path, monkeypatch):
     path = tmp_path / "cells.jsonl"
     with RecordFile(path) as file:

@@ -1,7 +1,7 @@
 """Row codecs: K and V of one token as one contiguous run of bytes.
 
 Movers and tiers see bytes only; kernels read the same bytes by `RowFormat`. A float codec is a plain copy with a cast;
-an integer codec keeps 8 or 4 bits of each value and a scale and minimum for each head of K and of V.
+an integer codec keeps 8 or 4 bits of each value and a scale and minimum for each part of a head of K and of V.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FLOAT16_MAX = 65504.0
 
 @dataclass(frozen=True, slots=True)
 class IntCodec:
-    """Rows of 8-bit or 4-bit codes: value = minimum + scale * code, for each token and head of K and of V.
+    """Rows of 8-bit or 4-bit codes: value = minimum + scale * code, for each token and part of a head of K and of V.
 
     The minimum is rounded down to float16 and the scale that reaches the maximum is rounded up, so nothing is clipped
     and a value moves by at most half a step. Minima saturate at -65504.
@@ -61,10 +61,10 @@ class IntCodec:
 
     def decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows `UInt8[N, row_bytes]` as k, v `Float32[N, G, D]`."""
-        num_heads, pairs_at = self.format.num_kv_heads, self.format.pairs_at
-        k_bytes, v_bytes = (num_heads * head_bytes for head_bytes in self.format.head_bytes)
+        (num_parts, _), pairs_at = self.format.part_shape, self.format.pairs_at
+        k_bytes, v_bytes = (self.format.num_kv_heads * head_bytes for head_bytes in self.format.head_bytes)
         k_bits, v_bits = self._bits
-        pairs = rows[:, pairs_at:].contiguous().view(torch.float16).view(len(rows), 2, num_heads, 2).float()
+        pairs = rows[:, pairs_at:].contiguous().view(torch.float16).view(len(rows), 2, num_parts, 2).float()
         return (
             self._values(rows[:, :k_bytes], pairs[:, 0], k_bits),
             self._values(rows[:, k_bytes : k_bytes + v_bytes], pairs[:, 1], v_bits),
@@ -75,7 +75,8 @@ class IntCodec:
         return CODE_BITS[self.format.dtype]
 
     def _codes(self, values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        """Codes UInt8[N, G * bytes of a head] and pairs UInt8[N, G * 4] of K or V Float32[N, G, D]."""
+        """Codes UInt8[N, G * bytes of a head] and pairs UInt8[N, G * P * 4] of K or V Float32[N, G, D]."""
+        values = values.reshape(len(values), *self.format.part_shape)
         num_steps = 2**bits - 1
         minimum = _float16_below(values.amin(-1).clamp(-FLOAT16_MAX, FLOAT16_MAX) + 0.0)  # + 0: no negative zero
         reach = (values.amax(-1) - minimum.float()) / num_steps
@@ -88,11 +89,13 @@ class IntCodec:
         return codes.flatten(1), torch.stack((scale, minimum), dim=-1).flatten(1).view(torch.uint8)
 
     def _values(self, codes: Tensor, pairs: Tensor, bits: int) -> Tensor:
-        """K or V Float32[N, G, D] of codes UInt8[N, G * bytes of a head] and pairs Float32[N, G, 2]."""
-        codes = codes.unflatten(1, (self.format.num_kv_heads, -1))
+        """K or V Float32[N, G, D] of codes UInt8[N, G * bytes of a head] and pairs Float32[N, G * P, 2]."""
+        num_parts, part_len = self.format.part_shape
+        codes = codes.unflatten(1, (num_parts, -1))
         if bits == 4:
-            codes = torch.cat((codes & 15, codes >> 4), dim=-1)[..., : self.format.head_dim]
-        return pairs[..., 1:] + pairs[..., :1] * codes.float()
+            codes = torch.cat((codes & 15, codes >> 4), dim=-1)[..., :part_len]
+        values = pairs[..., 1:] + pairs[..., :1] * codes.float()
+        return values.view(len(values), self.format.num_kv_heads, self.format.head_dim)
 
 
 def make_codec(row_format: RowFormat) -> Codec:

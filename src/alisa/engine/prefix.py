@@ -23,6 +23,7 @@ from alisa.errors import CapacityError
 from alisa.kernels.base import KeyBlock
 from alisa.policy.registry import POLICIES
 from alisa.scheduler.prefix import BLOCK_TOKENS, BlockName, block_names
+from alisa.spec import RowFormat
 
 _LOG = logging.getLogger("alisa")
 
@@ -156,6 +157,7 @@ def _fingerprint(model: LoadedModel, config: EngineConfig, kv_dtype: str, layout
         torch.__version__,
         model.backend.name,
         kv_dtype,
+        RowFormat(kv_dtype, model.spec.num_kv_heads, model.spec.head_dim).num_parts,
         str(model.dtype),
         layout.hidden_size,
     ]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from alisa.budget import Budget
-from alisa.spec import AttentionShape
+from alisa.spec import PART_LEN, AttentionShape
 
 MAX_BUCKETS = 64
 """Buckets of rows that a window of the local sum of `swa` is kept in."""
@@ -24,8 +24,6 @@ LONG_HEAD = 128
 """Longer heads are cut into parts of at most `PART_LEN` values with a range each (`num_parts`). One range for all of
 them is too coarse: with heads of 256 (Gemma 3 270M) and 4 bits `sketch` lost 6.9 % of perplexity at 0.95
 (docs/accuracy.md)."""
-
-PART_LEN = 64
 
 
 def key_bits(bits: KeyBits, head_dim: int) -> int:

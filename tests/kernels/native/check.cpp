@@ -66,9 +66,11 @@ double value_at(const RowLayout& layout, const uint8_t* row, int half, int g, in
     return value;
   }
   if (layout.dtype == Dtype::kFloat16) return half_value(head + 2 * dim);
-  const uint8_t* pair = row + layout.pairs_at() + 4 * (half * layout.num_kv_heads + g);
-  const int plane = of_half.plane_len();
-  int code = of_half.dtype == Dtype::kInt8 ? head[dim] : dim < plane ? head[dim] & 15 : head[dim - plane] >> 4;
+  const int part = dim / of_half.part_dim(), of_part = dim % of_half.part_dim(), plane = of_half.plane_len();
+  const uint8_t* pair = row + layout.pairs_at() + 4 * (half * layout.num_pairs() + g * layout.parts + part);
+  const uint8_t* codes = head + part * of_half.part_bytes();
+  const bool high = of_half.dtype == Dtype::kInt4 && of_part >= plane;
+  const int code = of_half.dtype == Dtype::kInt8 ? codes[of_part] : high ? codes[of_part - plane] >> 4 : codes[of_part] & 15;
   return half_value(pair + 2) + half_value(pair) * code;
 }
 
@@ -564,10 +566,11 @@ int main() {
     }
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt8, Dtype::kInt4,
                               Dtype::kK8V4}) {
-      for (const int dim : {1, 7, 16, 33, 64, 80}) {
+      for (const int dim : {1, 7, 16, 33, 64, 80, 192}) {
         for (const int group : {1, 2, 3, 5}) {
           for (const bool per_head : {false, true}) {
-            const RowLayout layout = {dtype, 3, dim};
+            const bool of_4_bits = dtype == Dtype::kInt4 || dtype == Dtype::kK8V4;
+            const RowLayout layout = {dtype, 3, dim, of_4_bits && dim > 64 && dim % 64 == 0 ? dim / 64 : 1};
             check_decode(*isa, layout, group, per_head, random);
             expect(check::step_agrees(*isa, {layout, group, per_head}, random), "one call", isa->name, layout);
           }

@@ -189,7 +189,8 @@ class CpuPieces:
 
 def row_layout(row_format: RowFormat) -> RowLayout:
     """The format as native code has it."""
-    layout = library.native().RowLayout(_ROW_DTYPES[row_format.dtype], row_format.num_kv_heads, row_format.head_dim)
+    shape = row_format.num_kv_heads, row_format.head_dim, row_format.num_parts
+    layout = library.native().RowLayout(_ROW_DTYPES[row_format.dtype], *shape)
     assert layout.row_bytes == row_format.row_bytes, "RowFormat and RowLayout count bytes differently"
     return layout
 

@@ -1,6 +1,7 @@
 """New tokens become rows where they will stay: the bytes of `alisa.cache.codec`.
 
-A program takes one KV head of up to 16 tokens: a decode step has few tokens and many heads, a prompt many of both.
+A program takes one KV head of up to 16 tokens, or one part of it where parts have ranges of their own: a decode step
+has few tokens and many heads, a prompt many of both.
 """
 
 from __future__ import annotations
@@ -123,8 +124,12 @@ def encode_rows(
 def launch_append(rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """K and V `[N, G, D]`, each head in one run, stand as rows at `slots` Int64[N]."""
     view = RowView.of(rows, row_format)
-    tokens = min(16, tile_rows(row_format.head_dim))
-    launch(encode_rows, (num_pieces(len(slots), tokens), row_format.num_kv_heads))(
+    num_parts, part_dim = row_format.part_shape
+    if view.parts > 1:
+        k, v = (values.reshape(len(values), num_parts, part_dim) for values in (k, v))
+    k_len, v_len = view.k_len // view.parts, view.v_len // view.parts
+    tokens = min(16, tile_rows(part_dim))
+    launch(encode_rows, (num_pieces(len(slots), tokens), num_parts))(
         k,
         v,
         view.values,
@@ -137,14 +142,14 @@ def launch_append(rows: Tensor, row_format: RowFormat, slots: Tensor, k: Tensor,
         v.stride(1),
         view.values.stride(0),
         view.pairs.stride(0),
-        HEAD_DIM=row_format.head_dim,
-        K_LEN=view.k_len,
-        V_LEN=view.v_len,
+        HEAD_DIM=part_dim,
+        K_LEN=k_len,
+        V_LEN=v_len,
         K_PLANES=view.k_planes,
         V_PLANES=view.v_planes,
         PAIRS_AT=view.pairs_at,
         CODED=view.coded,
-        K_WIDTH=power_of_two(view.k_len),
-        V_WIDTH=power_of_two(view.v_len),
+        K_WIDTH=power_of_two(k_len),
+        V_WIDTH=power_of_two(v_len),
         TOKENS=tokens,
     )

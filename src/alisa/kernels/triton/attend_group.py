@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from alisa.kernels.triton.rows import LOWEST, cap_scores, high_plane, load_tile, low_plane
+from alisa.kernels.triton.rows import LOWEST, cap_scores, first_values, high_plane, load_tile, low_plane, within_ranges
 
 
 @triton.jit(do_not_specialize=["num_slots", "in_pieces"])
@@ -44,7 +44,8 @@ def attend_group(
     K_PLANES: tl.constexpr,
     V_PLANES: tl.constexpr,
     PAIRS_AT: tl.constexpr,
-    CODED: tl.constexpr,
+    ONE_RANGE: tl.constexpr,
+    PARTS: tl.constexpr,
     K_WIDTH: tl.constexpr,
     V_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -67,12 +68,17 @@ def attend_group(
     real = members < GROUP
     heads = seq * NUM_HEADS + kv_head * GROUP + members
     k_columns, v_columns = tl.arange(0, K_WIDTH), tl.arange(0, V_WIDTH)
-    q_ptrs = q_ptr + heads[:, None] * HEAD_DIM + k_columns[None, :]
+    k_first = first_values(k_columns, K_LEN, HEAD_DIM, PARTS)
+    v_first = first_values(v_columns, V_LEN, HEAD_DIM, PARTS)
+    # The second code of a byte is that of the value so much further.
+    K_NEXT: tl.constexpr = K_LEN // PARTS
+    V_NEXT: tl.constexpr = V_LEN // PARTS
+    q_ptrs = q_ptr + heads[:, None] * HEAD_DIM + k_first[None, :]
     q_low = tl.load(q_ptrs, mask=real[:, None] & (k_columns < K_LEN)[None, :], other=0.0).to(tl.float32) * scale
     q_sum = tl.sum(q_low, axis=1)
     if K_PLANES == 2:
-        mask = real[:, None] & (K_LEN + k_columns < HEAD_DIM)[None, :]
-        q_high = tl.load(q_ptrs + K_LEN, mask=mask, other=0.0).to(tl.float32) * scale
+        mask = real[:, None] & (K_NEXT + k_first < HEAD_DIM)[None, :]
+        q_high = tl.load(q_ptrs + K_NEXT, mask=mask, other=0.0).to(tl.float32) * scale
         q_sum += tl.sum(q_high, axis=1)
 
     if PER_HEAD:
@@ -89,7 +95,7 @@ def attend_group(
     low = tl.zeros([PADDED, V_WIDTH], tl.float32)
     if V_PLANES == 2:
         high = tl.zeros([PADDED, V_WIDTH], tl.float32)
-    if CODED:
+    if ONE_RANGE:
         base = tl.zeros([PADDED], tl.float32)
     for first in range(start, end, BLOCK):
         ids = first + lanes
@@ -98,15 +104,18 @@ def attend_group(
         places = slots * value_stride
         k = load_tile(values_ptr, places + k_place, k_columns, live, K_LEN)
         v = load_tile(values_ptr, places + v_place, v_columns, live, V_LEN)
+        k_pairs = pairs_ptr + slots * pair_stride + 2 * PARTS * kv_head
+        v_pairs = k_pairs + 2 * PARTS * num_kv_heads
 
-        scores = tl.dot(q_low, tl.trans(low_plane(k, K_PLANES)), input_precision="tf32x3")
+        keys = within_ranges(low_plane(k, K_PLANES), k_pairs, k_columns, live, K_LEN, PARTS)
+        scores = tl.dot(q_low, tl.trans(keys), input_precision="tf32x3")
         if K_PLANES == 2:
+            keys = within_ranges(high_plane(k), k_pairs, k_columns, live, K_LEN, PARTS)
             # pyrefly: ignore[unbound-name]
-            scores += tl.dot(q_high, tl.trans(high_plane(k)), input_precision="tf32x3")
-        if CODED:
-            k_pair = pairs_ptr + slots * pair_stride + 2 * kv_head
-            step = tl.load(k_pair, mask=live, other=0.0).to(tl.float32)
-            minimum = tl.load(k_pair + 1, mask=live, other=0.0).to(tl.float32)
+            scores += tl.dot(q_high, tl.trans(keys), input_precision="tf32x3")
+        if ONE_RANGE:
+            step = tl.load(k_pairs, mask=live, other=0.0).to(tl.float32)
+            minimum = tl.load(k_pairs + 1, mask=live, other=0.0).to(tl.float32)
             scores = scores * step[None, :] + q_sum[:, None] * minimum[None, :]
         if CAPPED:
             scores = cap_scores(scores, softcap)
@@ -118,27 +127,31 @@ def attend_group(
         weights = tl.exp2(scores - new_top[:, None])
         top = new_top
         total = total * fade + tl.sum(weights, axis=1)
-        if CODED:
-            v_pair = pairs_ptr + slots * pair_stride + 2 * (num_kv_heads + kv_head)
-            step = tl.load(v_pair, mask=live, other=0.0).to(tl.float32)
-            minimum = tl.load(v_pair + 1, mask=live, other=0.0).to(tl.float32)
+        if ONE_RANGE:
+            step = tl.load(v_pairs, mask=live, other=0.0).to(tl.float32)
+            minimum = tl.load(v_pairs + 1, mask=live, other=0.0).to(tl.float32)
             # pyrefly: ignore[unbound-name]
             base = base * fade + tl.sum(weights * minimum[None, :], axis=1)
             weights *= step[None, :]
-        low = low * fade[:, None] + tl.dot(weights, low_plane(v, V_PLANES), input_precision="tf32x3")
+        values = within_ranges(low_plane(v, V_PLANES), v_pairs, v_columns, live, V_LEN, PARTS)
+        low = low * fade[:, None] + tl.dot(weights, values, input_precision="tf32x3")
         if V_PLANES == 2:
+            values = within_ranges(high_plane(v), v_pairs, v_columns, live, V_LEN, PARTS)
             # pyrefly: ignore[unbound-name]
-            high = high * fade[:, None] + tl.dot(weights, high_plane(v), input_precision="tf32x3")
+            high = high * fade[:, None] + tl.dot(weights, values, input_precision="tf32x3")
 
-    parts = heads * num_splits + split
-    tl.store(tops_ptr + parts, top, mask=real)
-    tl.store(totals_ptr + parts, total, mask=real)
-    out_ptrs = outs_ptr + parts[:, None] * HEAD_DIM + v_columns[None, :]
-    if CODED:
+    splits = heads * num_splits + split
+    tl.store(tops_ptr + splits, top, mask=real)
+    tl.store(totals_ptr + splits, total, mask=real)
+    out_ptrs = outs_ptr + splits[:, None] * HEAD_DIM + v_first[None, :]
+    if ONE_RANGE:
         # pyrefly: ignore[unbound-name]
         low += base[:, None]
+        if V_PLANES == 2:
+            # pyrefly: ignore[unbound-name]
+            high += base[:, None]
     tl.store(out_ptrs, low, mask=real[:, None] & (v_columns < V_LEN)[None, :])
     if V_PLANES == 2:
-        mask = real[:, None] & (V_LEN + v_columns < HEAD_DIM)[None, :]
+        mask = real[:, None] & (V_NEXT + v_first < HEAD_DIM)[None, :]
         # pyrefly: ignore[unbound-name]
-        tl.store(out_ptrs + V_LEN, high + base[:, None], mask=mask)
+        tl.store(out_ptrs + V_NEXT, high, mask=mask)

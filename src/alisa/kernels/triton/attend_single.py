@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from alisa.kernels.triton.rows import LOWEST, cap_scores, high_plane, load_tile, low_plane
+from alisa.kernels.triton.rows import LOWEST, cap_scores, first_values, high_plane, load_tile, low_plane, within_ranges
 
 
 @triton.jit(do_not_specialize=["num_slots", "in_pieces"])
@@ -46,7 +46,8 @@ def attend_single(
     K_PLANES: tl.constexpr,
     V_PLANES: tl.constexpr,
     PAIRS_AT: tl.constexpr,
-    CODED: tl.constexpr,
+    ONE_RANGE: tl.constexpr,
+    PARTS: tl.constexpr,
     K_WIDTH: tl.constexpr,
     V_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -63,11 +64,16 @@ def attend_single(
     end = tl.minimum(start + split_len, stop)
 
     k_columns, v_columns = tl.arange(0, K_WIDTH), tl.arange(0, V_WIDTH)
+    k_first = first_values(k_columns, K_LEN, HEAD_DIM, PARTS)
+    v_first = first_values(v_columns, V_LEN, HEAD_DIM, PARTS)
+    # The second code of a byte is that of the value so much further.
+    K_NEXT: tl.constexpr = K_LEN // PARTS
+    V_NEXT: tl.constexpr = V_LEN // PARTS
     q_ptr += (seq * NUM_HEADS + head) * HEAD_DIM
-    q_low = tl.load(q_ptr + k_columns, mask=k_columns < K_LEN, other=0.0).to(tl.float32) * scale
+    q_low = tl.load(q_ptr + k_first, mask=k_columns < K_LEN, other=0.0).to(tl.float32) * scale
     q_sum = tl.sum(q_low)
     if K_PLANES == 2:
-        q_high = tl.load(q_ptr + K_LEN + k_columns, mask=K_LEN + k_columns < HEAD_DIM, other=0.0)
+        q_high = tl.load(q_ptr + K_NEXT + k_first, mask=K_NEXT + k_first < HEAD_DIM, other=0.0)
         q_high = q_high.to(tl.float32) * scale
         q_sum += tl.sum(q_high)
 
@@ -86,7 +92,7 @@ def attend_single(
     low = tl.zeros([BLOCK, V_WIDTH], tl.float32)
     if V_PLANES == 2:
         high = tl.zeros([BLOCK, V_WIDTH], tl.float32)
-    if CODED:
+    if ONE_RANGE:
         base = tl.zeros([BLOCK], tl.float32)
     for first in range(start, end, BLOCK):
         ids = first + lanes
@@ -95,15 +101,18 @@ def attend_single(
         places = slots * value_stride
         k = load_tile(values_ptr, places + k_place, k_columns, live, K_LEN)
         v = load_tile(values_ptr, places + v_place, v_columns, live, V_LEN)
+        k_pairs = pairs_ptr + slots * pair_stride + 2 * PARTS * head
+        v_pairs = k_pairs + 2 * PARTS * NUM_HEADS
 
-        scores = tl.sum(low_plane(k, K_PLANES) * q_low[None, :], axis=1)
+        keys = within_ranges(low_plane(k, K_PLANES), k_pairs, k_columns, live, K_LEN, PARTS)
+        scores = tl.sum(keys * q_low[None, :], axis=1)
         if K_PLANES == 2:
+            keys = within_ranges(high_plane(k), k_pairs, k_columns, live, K_LEN, PARTS)
             # pyrefly: ignore[unbound-name]
-            scores += tl.sum(high_plane(k) * q_high[None, :], axis=1)
-        if CODED:
-            k_pair = pairs_ptr + slots * pair_stride + 2 * head
-            step = tl.load(k_pair, mask=live, other=0.0).to(tl.float32)
-            minimum = tl.load(k_pair + 1, mask=live, other=0.0).to(tl.float32)
+            scores += tl.sum(keys * q_high[None, :], axis=1)
+        if ONE_RANGE:
+            step = tl.load(k_pairs, mask=live, other=0.0).to(tl.float32)
+            minimum = tl.load(k_pairs + 1, mask=live, other=0.0).to(tl.float32)
             scores = scores * step + minimum * q_sum
         if CAPPED:
             scores = cap_scores(scores, softcap)
@@ -115,17 +124,18 @@ def attend_single(
         weights = tl.exp2(scores - new_top)
         top = new_top
         total = total * fade + weights
-        if CODED:
-            v_pair = pairs_ptr + slots * pair_stride + 2 * (NUM_HEADS + head)
-            step = tl.load(v_pair, mask=live, other=0.0).to(tl.float32)
-            minimum = tl.load(v_pair + 1, mask=live, other=0.0).to(tl.float32)
+        if ONE_RANGE:
+            step = tl.load(v_pairs, mask=live, other=0.0).to(tl.float32)
+            minimum = tl.load(v_pairs + 1, mask=live, other=0.0).to(tl.float32)
             # pyrefly: ignore[unbound-name]
             base = base * fade + weights * minimum
             weights *= step
-        low = low * fade[:, None] + weights[:, None] * low_plane(v, V_PLANES)
+        values = within_ranges(low_plane(v, V_PLANES), v_pairs, v_columns, live, V_LEN, PARTS)
+        low = low * fade[:, None] + weights[:, None] * values
         if V_PLANES == 2:
+            values = within_ranges(high_plane(v), v_pairs, v_columns, live, V_LEN, PARTS)
             # pyrefly: ignore[unbound-name]
-            high = high * fade[:, None] + weights[:, None] * high_plane(v)
+            high = high * fade[:, None] + weights[:, None] * values
 
     best = tl.max(top, axis=0)
     fade = tl.exp2(top - best)
@@ -133,13 +143,16 @@ def attend_single(
     tl.store(tops_ptr + part, best)
     tl.store(totals_ptr + part, tl.sum(total * fade))
     out = tl.sum(low * fade[:, None], axis=0)
-    if CODED:
+    if ONE_RANGE:
         # pyrefly: ignore[unbound-name]
         shift = tl.sum(base * fade)
         out += shift
     outs_ptr += part * HEAD_DIM
-    tl.store(outs_ptr + v_columns, out, mask=v_columns < V_LEN)
+    tl.store(outs_ptr + v_first, out, mask=v_columns < V_LEN)
     if V_PLANES == 2:
         # pyrefly: ignore[unbound-name]
-        out = tl.sum(high * fade[:, None], axis=0) + shift
-        tl.store(outs_ptr + V_LEN + v_columns, out, mask=V_LEN + v_columns < HEAD_DIM)
+        out = tl.sum(high * fade[:, None], axis=0)
+        if ONE_RANGE:
+            # pyrefly: ignore[unbound-name]
+            out += shift
+        tl.store(outs_ptr + V_NEXT + v_first, out, mask=V_NEXT + v_first < HEAD_DIM)

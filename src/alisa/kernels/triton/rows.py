@@ -36,8 +36,10 @@ class RowView:
     """Codes of K in a byte: 2 where they have 4 bits, else 1."""
     v_planes: int
     pairs_at: int
-    """Element of `pairs` where the (scale, minimum) pairs of a row begin, G of K, then G of V."""
+    """Element of `pairs` where the (scale, minimum) pairs of a row begin, G * P of K, then G * P of V."""
     coded: bool
+    parts: int
+    """P, as in `RowFormat`."""
 
     @classmethod
     def of(cls, rows: Tensor, row_format: RowFormat) -> RowView:
@@ -46,9 +48,10 @@ class RowView:
         if bits is not None:
             (k_len, v_len), (k_bits, v_bits) = row_format.head_bytes, bits
             pairs = rows.view(torch.float16)
-            return cls(rows, pairs, k_len, v_len, 8 // k_bits, 8 // v_bits, row_format.pairs_at // 2, True)
+            planes, pairs_at = (8 // k_bits, 8 // v_bits), row_format.pairs_at // 2
+            return cls(rows, pairs, k_len, v_len, *planes, pairs_at, True, row_format.num_parts)
         values = rows.view(_VALUE_DTYPES[row_format.dtype])
-        return cls(values, values, row_format.head_dim, row_format.head_dim, 1, 1, 0, False)
+        return cls(values, values, row_format.head_dim, row_format.head_dim, 1, 1, 0, False, 1)
 
 
 @triton.jit
@@ -57,6 +60,35 @@ def load_tile(values_ptr: tl.tensor, places: tl.tensor, columns: tl.tensor, live
     # pyrefly: ignore[bad-index]
     mask = live[:, None] & (columns < HEAD_LEN)[None, :]
     return tl.load(values_ptr + places[:, None] + columns[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def first_values(columns: tl.tensor, HEAD_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr):
+    """Where in a head the value, or the first code, of each column stands; beyond the head for columns that are."""
+    if PARTS > 1:
+        return columns // (HEAD_LEN // PARTS) * (HEAD_DIM // PARTS) + columns % (HEAD_LEN // PARTS)
+    else:
+        return columns
+
+
+@triton.jit
+def within_ranges(
+    codes: tl.tensor,
+    pair_ptrs: tl.tensor,
+    columns: tl.tensor,
+    live: tl.tensor,
+    HEAD_LEN: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Values [tokens, WIDTH] of codes whose head is in several parts; the codes where one range is left to the sums."""
+    if PARTS > 1:
+        # pyrefly: ignore[bad-index]
+        mask = live[:, None] & (columns < HEAD_LEN)[None, :]
+        ptrs = pair_ptrs[:, None] + 2 * (columns // (HEAD_LEN // PARTS))[None, :]
+        step = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        return tl.load(ptrs + 1, mask=mask, other=0.0).to(tl.float32) + step * codes
+    else:
+        return codes
 
 
 @triton.jit

@@ -153,6 +153,9 @@ def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
     layers = {"layers": variant.layers} if variant.layers else {}
     # Rows of 4 bits were in the basis of the model once.
     basis = {"row_basis": 1} if 4 in CODE_BITS.get(subject.kv_dtype(variant), ()) else {}
+    # And had one range for each head.
+    row_parts = subject.codec(variant).format.num_parts
+    of_rows = {} if row_parts == 1 else {"row_parts": row_parts}
     return fingerprint(
         {
             "kind": evaluation.kind,
@@ -170,6 +173,7 @@ def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
             **coverage,
             **layers,
             **basis,
+            **of_rows,
         }
     )
 

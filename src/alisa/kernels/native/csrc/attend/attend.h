@@ -20,51 +20,60 @@ namespace alisa::ALISA_ISA {
 // What one thread needs while it attends.
 struct AttendScratch {
   float* query;      // [H, keys().head_stride()], scaled by D^-0.5, padded with 0
-  float* query_sum;  // [H]
-  float* scaled;     // [H, kBlock] for coded rows: weight * scale
-  uint32_t* pairs;   // [2, G, kBlock] for coded rows, see gather_pairs
+  float* query_sum;  // [H, P]
+  float* scaled;     // [G, P, H / G, kBlock] for coded rows: products of codes in several parts, then weight * scale
+  uint32_t* pairs;   // [2, G, P, kBlock] for coded rows, see gather_pairs
 
-  static size_t heads(int num_heads) { return static_cast<size_t>(round_up(num_heads, kPad)); }
+  static size_t sums(const RowLayout& layout, int num_heads) {
+    return static_cast<size_t>(round_up(num_heads * layout.parts, kPad));
+  }
   static size_t floats(const RowLayout& layout, int num_heads) {
-    const int block_heads = layout.coded() ? num_heads + 2 * layout.num_kv_heads : 0;
-    return static_cast<size_t>(num_heads) * layout.keys().head_stride() + heads(num_heads) +
-           kBlock * static_cast<size_t>(block_heads);
+    const int block_parts = layout.coded() ? num_heads * layout.parts + 2 * layout.num_pairs() : 0;
+    return static_cast<size_t>(num_heads) * layout.keys().head_stride() + sums(layout, num_heads) +
+           kBlock * static_cast<size_t>(block_parts);
   }
   AttendScratch(const RowLayout& layout, int num_heads, float* memory)
       : query(memory),
         query_sum(query + static_cast<size_t>(num_heads) * layout.keys().head_stride()),
-        scaled(query_sum + heads(num_heads)),
-        pairs(reinterpret_cast<uint32_t*>(scaled + static_cast<size_t>(num_heads) * kBlock)) {}
+        scaled(query_sum + sums(layout, num_heads)),
+        pairs(reinterpret_cast<uint32_t*>(scaled + static_cast<size_t>(num_heads * layout.parts) * kBlock)) {}
 };
 
-inline void prepare_query(const DecodeTask& task, int seq, const AttendScratch& scratch) {
+// One part of a query, scaled and padded; returns its sum.
+ALISA_INLINE float prepare_part(const HalfLayout& layout, const uint8_t* source, Dtype dtype, float scale, float* query) {
+  const int dim = layout.part_dim();
+  widen(dtype, source, dim, query);
+  if (layout.planes() > 1) {
+    // Planes lie one after the other, each padded.
+    const int plane = layout.plane_len();
+    float* high = query + layout.plane_stride();
+    __builtin_memmove(high, query + plane, static_cast<size_t>(dim - plane) * sizeof(float));
+    for (int i = dim - plane; i < layout.plane_stride(); ++i) high[i] = 0.0F;
+  }
+  for (int i = layout.plane_len(); i < layout.plane_stride(); ++i) query[i] = 0.0F;
+  F total = set1(0.0F);
+  for (int i = 0; i < layout.part_stride(); i += kWidth) {
+    const F scaled = load(query + i) * set1(scale);
+    store(query + i, scaled);
+    total = total + scaled;
+  }
+  return sum_of(total);
+}
+
+ALISA_INLINE void prepare_query(const DecodeTask& task, int seq, const AttendScratch& scratch) {
   const HalfLayout layout = task.layout.keys();
-  const int dim = layout.head_dim;
-  const size_t head_bytes = static_cast<size_t>(dim) * value_bytes(task.q_dtype);
-  const float scale = 1.0F / __builtin_sqrtf(static_cast<float>(dim));
-  const auto* source = static_cast<const uint8_t*>(task.q) + static_cast<size_t>(seq) * task.num_heads * head_bytes;
-  for (int h = 0; h < task.num_heads; ++h) {
-    float* query = scratch.query + static_cast<size_t>(h) * layout.head_stride();
-    widen(task.q_dtype, source + h * head_bytes, dim, query);
-    if (layout.planes() > 1) {
-      // Planes lie one after the other, each padded.
-      const int plane = layout.plane_len();
-      float* high = query + layout.plane_stride();
-      __builtin_memmove(high, query + plane, static_cast<size_t>(dim - plane) * sizeof(float));
-      for (int i = dim - plane; i < layout.plane_stride(); ++i) high[i] = 0.0F;
-    }
-    for (int i = layout.plane_len(); i < layout.plane_stride(); ++i) query[i] = 0.0F;
-    F total = set1(0.0F);
-    for (int i = 0; i < layout.head_stride(); i += kWidth) {
-      const F scaled = load(query + i) * set1(scale);
-      store(query + i, scaled);
-      total = total + scaled;
-    }
-    scratch.query_sum[h] = sum_of(total);
+  const int num_parts = task.num_heads * layout.parts;
+  const size_t part_bytes = static_cast<size_t>(layout.part_dim()) * value_bytes(task.q_dtype);
+  const float scale = 1.0F / __builtin_sqrtf(static_cast<float>(layout.head_dim));
+  const auto* source = static_cast<const uint8_t*>(task.q) + static_cast<size_t>(seq) * num_parts * part_bytes;
+  for (int i = 0; i < num_parts; ++i) {
+    float* query = scratch.query + static_cast<size_t>(i) * layout.part_stride();
+    scratch.query_sum[i] = prepare_part(layout, source + i * part_bytes, task.q_dtype, scale, query);
   }
 }
 
-template <class Keys, class Values>
+// `kParted`: heads are in several parts; where they are not, there are no loops over them in the way of the compiler.
+template <class Keys, class Values, bool kParted>
 class BlockAttention {
  public:
   BlockAttention(const DecodeTask& task, const AttendScratch& scratch, float* acc)
@@ -75,23 +84,26 @@ class BlockAttention {
         values_(task.layout.values(), task.num_heads),
         ahead_(task.layout, task.num_sets == 1 ? task.layout.num_kv_heads : 1) {}
 
-  // Products of all rows with the query into weights [H, kBlock].
-  void score(const BlockRows& rows, const BlockRows& next, float* weights) {
+  // Products of all rows with the query into `products` [G, P, H / G, kBlock].
+  void score(const BlockRows& rows, const BlockRows& next, float* products) {
     for (int at = 0; at < rows.count; at += kPanel) {
       ahead_.begin(rows, next, at);
       if constexpr (Keys::kCoded) prefetch_pairs(layout_, rows, at, kPanel);
       for (int i = 0; i < rows.num_kv_heads; ++i) {
         ahead_.advance(i);
         const int g = rows.first_kv_head + i;
-        const size_t offset = static_cast<size_t>(g) * keys_.head_bytes;
-        float* out = weights + static_cast<size_t>(g) * keys_.group * kBlock + at;
-        const float* query = scratch_.query + static_cast<size_t>(g) * keys_.group * keys_.head;
-        for_head_tiles<ScoreTile<Keys>::kMost>(keys_.group, ScoreTile<Keys>{rows.row + at, offset, query, keys_, out});
+        for (int p = 0; p < parts(); ++p) {
+          const auto part = static_cast<size_t>(g * parts() + p);
+          float* out = products + part * keys_.group * kBlock + at;
+          const float* query = scratch_.query + static_cast<size_t>(g) * keys_.group * keys_.head + p * keys_.part;
+          for_head_tiles<ScoreTile<Keys>::kMost>(keys_.group,
+                                                 ScoreTile<Keys>{rows.row + at, part * keys_.part_bytes, query, keys_, out});
+        }
       }
     }
   }
 
-  // Adds the values of all rows to the accumulators.
+  // Adds the values of all rows to the accumulators; weights are [G, P, H / G, kBlock].
   void accumulate(const BlockRows& rows, const BlockRows& next, const float* weights) {
     const int chunks = round_up(rows.count, kPanel);
     for (int at = 0; at < rows.count; at += kPanel) {
@@ -99,15 +111,21 @@ class BlockAttention {
       for (int i = 0; i < rows.num_kv_heads; ++i) {
         ahead_.advance(i);
         const int g = rows.first_kv_head + i;
-        const size_t offset = layout_.values_at() + static_cast<size_t>(g) * values_.head_bytes;
-        const float* of_group = weights + static_cast<size_t>(g) * values_.group * kBlock + at;
-        float* acc = acc_ + static_cast<size_t>(g) * values_.group * values_.head;
-        for_head_tiles<ValueTile<Values>::kMost>(values_.group, ValueTile<Values>{rows.row + at, offset, of_group, values_, acc});
+        for (int p = 0; p < parts(); ++p) {
+          const auto part = static_cast<size_t>(g * parts() + p);
+          const size_t offset = layout_.values_at() + part * values_.part_bytes;
+          const float* of_group = weights + part * values_.group * kBlock + at;
+          float* acc = acc_ + static_cast<size_t>(g) * values_.group * values_.head + p * values_.part;
+          for_head_tiles<ValueTile<Values>::kMost>(values_.group,
+                                                   ValueTile<Values>{rows.row + at, offset, of_group, values_, acc});
+        }
       }
     }
   }
 
  private:
+  int parts() const { return kParted ? layout_.parts : 1; }
+
   const RowLayout& layout_;
   const AttendScratch& scratch_;
   float* acc_;  // [H, head of V]
@@ -142,7 +160,37 @@ inline float weigh(float* weights, int count, float& maximum, float& total) {
   return rescale;
 }
 
-template <class Keys, class Values>
+// The parts of one query head in what `AttendScratch` has for coded rows.
+struct HeadParts {
+  const AttendScratch& scratch;
+  int parts;
+  int group;
+  int kv_head;
+  int head;
+
+  int part(int p) const { return kv_head * parts + p; }
+  // Products of codes where there are several parts, then weights of codes.
+  float* scaled(int p) const {
+    return scratch.scaled + static_cast<size_t>((part(p) - kv_head) * group + head) * kBlock;
+  }
+  const uint32_t* pairs(int p) const { return scratch.pairs + static_cast<size_t>(part(p)) * kBlock; }
+  float query_sum(int p) const { return scratch.query_sum[head * parts + p]; }
+};
+
+// Products of the parts of one head with codes become the scores of the head; those of an only part are in their place.
+inline void score_head(const HeadParts& of, float* scores) {
+  apply_keys<false>(of.pairs(0), of.query_sum(0), of.parts > 1 ? of.scaled(0) : scores, scores);
+  for (int p = 1; p < of.parts; ++p) apply_keys<true>(of.pairs(p), of.query_sum(p), of.scaled(p), scores);
+}
+
+// Weights of one head become those of the codes of its parts, and what the minima add goes to `shift` [P].
+inline void weigh_parts(const HeadParts& of, size_t value_pairs, const float* weights, float rescale, float* shift) {
+  for (int p = 0; p < of.parts; ++p) {
+    shift[p] = shift[p] * rescale + apply_values(of.pairs(p) + value_pairs, weights, of.scaled(p));
+  }
+}
+
+template <class Keys, class Values, bool kParted = false>
 void attend_item(const DecodeTask& task, int index, float* memory) {
   const RowLayout& layout = task.layout;
   const Item& item = task.items[index];
@@ -153,20 +201,20 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
   float* acc = task.partial_out + partial * num_heads * stride;
   float* maximum = task.partial_max + partial * num_heads;
   float* total = task.partial_sum + partial * num_heads;
-  float* shift = task.partial_shift + partial * num_heads;
+  float* shift = task.partial_shift + partial * num_heads * layout.parts;
   prepare_query(task, item.seq, scratch);
   if (item.first_block % kItemBlocks == 0) {
     for (size_t i = 0; i < static_cast<size_t>(num_heads) * stride; ++i) acc[i] = 0.0F;
     for (int h = 0; h < num_heads; ++h) {
       maximum[h] = -__builtin_inff();
       total[h] = 0.0F;
-      shift[h] = 0.0F;
     }
+    for (int i = 0; i < num_heads * layout.parts; ++i) shift[i] = 0.0F;
   }
 
-  BlockAttention<Keys, Values> attention(task, scratch, acc);
+  BlockAttention<Keys, Values, kParted> attention(task, scratch, acc);
   const int group = num_heads / layout.num_kv_heads;
-  const uint32_t* value_pairs = scratch.pairs + static_cast<size_t>(layout.num_kv_heads) * kBlock;
+  const size_t value_pairs = static_cast<size_t>(layout.num_pairs()) * kBlock;
   const int last_block = item.first_block + item.num_blocks - 1;
   BlockRows rows = block_rows(task, item.seq, 0, item.first_block);
   for (int block = item.first_block; block <= last_block; ++block) {
@@ -176,12 +224,12 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
       const bool last_set = set + 1 == task.num_sets;
       const int next_block = last_set && block < last_block ? block + 1 : block;
       const BlockRows next = block_rows(task, item.seq, last_set ? 0 : set + 1, next_block);
-      attention.score(rows, next, weights);
+      attention.score(rows, next, kParted ? scratch.scaled : weights);
       if constexpr (Keys::kCoded) gather_pairs(layout, rows, scratch.pairs);
       for (int h = rows.first_kv_head * group; h < (rows.first_kv_head + rows.num_kv_heads) * group; ++h) {
         float* of_head = weights + static_cast<size_t>(h) * kBlock;
-        const size_t pairs = static_cast<size_t>(h / group) * kBlock;
-        if constexpr (Keys::kCoded) apply_keys(scratch.pairs + pairs, scratch.query_sum[h], of_head);
+        const HeadParts parts = {scratch, kParted ? layout.parts : 1, group, h / group, h};
+        if constexpr (Keys::kCoded) score_head(parts, of_head);
         if (task.softcap > 0.0F) cap_scores(of_head, task.softcap);
         const float rescale = weigh(of_head, rows.count, maximum[h], total[h]);
         task.block_max[number * num_heads + h] = maximum[h];
@@ -189,10 +237,7 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
           float* of_acc = acc + static_cast<size_t>(h) * stride;
           for (int i = 0; i < stride; i += kWidth) store(of_acc + i, load(of_acc + i) * set1(rescale));
         }
-        if constexpr (Keys::kCoded) {
-          float* scaled = scratch.scaled + static_cast<size_t>(h) * kBlock;
-          shift[h] = shift[h] * rescale + apply_values(value_pairs + pairs, of_head, scaled);
-        }
+        if constexpr (Keys::kCoded) weigh_parts(parts, value_pairs, of_head, rescale, shift + h * layout.parts);
       }
       attention.accumulate(rows, next, Keys::kCoded ? scratch.scaled : weights);
       rows = next;
@@ -201,13 +246,16 @@ void attend_item(const DecodeTask& task, int index, float* memory) {
 }
 
 inline void attend(const DecodeTask& task, int item, float* scratch) {
+  const bool parted = task.layout.parts > 1;
   switch (task.layout.dtype) {
     case Dtype::kFloat32: return attend_item<Float32Row, Float32Row>(task, item, scratch);
     case Dtype::kBFloat16: return attend_item<BFloat16Row, BFloat16Row>(task, item, scratch);
     case Dtype::kFloat16: return attend_item<Float16Row, Float16Row>(task, item, scratch);
     case Dtype::kInt8: return attend_item<Int8Row, Int8Row>(task, item, scratch);
-    case Dtype::kInt4: return attend_item<Int4Row, Int4Row>(task, item, scratch);
-    case Dtype::kK8V4: return attend_item<Int8Row, Int4Row>(task, item, scratch);
+    case Dtype::kInt4:
+      return parted ? attend_item<Int4Row, Int4Row, true>(task, item, scratch) : attend_item<Int4Row, Int4Row>(task, item, scratch);
+    case Dtype::kK8V4:
+      return parted ? attend_item<Int8Row, Int4Row, true>(task, item, scratch) : attend_item<Int8Row, Int4Row>(task, item, scratch);
   }
 }
 

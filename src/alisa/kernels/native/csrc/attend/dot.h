@@ -1,4 +1,5 @@
-// The two products of attention on a few rows and one K/V head: q k for all of its query heads, and the weighted sum of v.
+// The two products of attention on a few rows and one part of a K/V head: q k for all of its query heads, and the weighted sum
+// of v. A head has one part, or several where codes have ranges of their own: see task.h.
 //
 // Rows are read side by side (kPanel of them), and what is widened once serves several query heads while it is in registers.
 #pragma once
@@ -15,18 +16,20 @@ struct Shape {
       : group(num_heads / layout.num_kv_heads),
         plane(layout.plane_stride()),
         head(layout.head_stride()),
+        part(layout.part_stride()),
         whole(layout.plane_len() / kWidth),
         rest(layout.plane_len() % kWidth),
-        head_bytes(layout.head_bytes()) {}
+        part_bytes(layout.part_bytes()) {}
   int group;  // query heads for each K/V head
   int plane;  // floats from one plane to the next
   int head;   // floats from one head to the next
+  int part;   // floats from one part of a head to the next
   int whole;  // whole vectors in a plane
   int rest;   // values after them
-  size_t head_bytes;
+  size_t part_bytes;
 };
 
-// Dot products of kHeads queries with one head of kRows rows, to `out[h * kBlock + r]`.
+// Dot products of kHeads queries with one part of a head of kRows rows, to `out[h * kBlock + r]`.
 template <class Row, int kHeads, int kRows>
 inline void score_heads(const uint8_t* const* rows, size_t offset, const float* query, const Shape<Row>& shape, float* out) {
   const uint8_t* head[kRows];  // a copy that no store can have changed, for the compiler
@@ -124,7 +127,7 @@ inline void for_head_tiles(int count, const Body& body) {
   for (; first < count; ++first) body.template run<1>(first);
 }
 
-// Products of kPanel rows with all query heads of one K/V head.
+// Products of kPanel rows with all query heads of one part of a K/V head.
 template <class Row>
 struct ScoreTile {
   // The more heads share the widening of the keys, the fewer rows at a time share the accumulators.
@@ -143,7 +146,7 @@ struct ScoreTile {
   }
 };
 
-// Weighted sums of kPanel rows for all query heads of one K/V head.
+// Weighted sums of kPanel rows for all query heads of one part of a K/V head.
 template <class Row>
 struct ValueTile {
   static constexpr int kMost = kSums / 4;

@@ -1,6 +1,6 @@
 // New tokens as rows, written where they will stay.
 //
-// Integer rows are asymmetric: for every head of K and of V the minimum, rounded down to float16, and the scale that
+// Integer rows are asymmetric: for every part of a head of K and of V the minimum, rounded down to float16, and the scale that
 // reaches the maximum, rounded up, so that nothing is clipped and a value moves by at most half a step. Minima saturate at
 // the range of float16 (-65504). `IntCodec` in alisa.cache.codec is the same arithmetic in torch, bit for bit.
 #pragma once
@@ -29,7 +29,7 @@ inline float clamp(float x, float low, float high) { return x < low ? low : x > 
 
 struct Range {
   float minimum;
-  float inverse;  // 1 / scale, 0 for a constant head
+  float inverse;  // 1 / scale, 0 for a constant part
 };
 
 // Chooses scale and minimum of `stride` values and writes the pair.
@@ -55,10 +55,10 @@ inline F codes(const float* values, const Range& range, float num_steps) {
   return round_even(vmin(vmax(steps, set1(0.0F)), set1(num_steps)));
 }
 
-// One head of K or V; `values` has head_stride floats of room.
-inline void write_codes(const HalfLayout& layout, const uint8_t* source, Dtype dtype, float* values, uint8_t* head,
+// One part of a head of K or V; `values` has part_stride floats of room.
+inline void write_codes(const HalfLayout& layout, const uint8_t* source, Dtype dtype, float* values, uint8_t* part,
                         uint8_t* pair) {
-  const int dim = layout.head_dim;
+  const int dim = layout.part_dim();
   const int plane = layout.plane_len();
   const int stride = layout.plane_stride();
   widen(dtype, source, dim, values);
@@ -70,8 +70,8 @@ inline void write_codes(const HalfLayout& layout, const uint8_t* source, Dtype d
   }
   for (int i = plane; i < stride; ++i) values[i] = values[0];
   const float num_steps = layout.dtype == Dtype::kInt8 ? 255.0F : 15.0F;
-  const Range range = write_range(values, layout.head_stride(), num_steps, pair);
-  // The code of an odd head's missing last value.
+  const Range range = write_range(values, layout.part_stride(), num_steps, pair);
+  // The code of an odd part's missing last value.
   if (layout.planes() > 1 && dim - plane < plane) high[plane - 1] = range.minimum;
   uint8_t vector[kWidth];
   for (int i = 0; i < plane; i += kWidth) {
@@ -82,13 +82,14 @@ inline void write_codes(const HalfLayout& layout, const uint8_t* source, Dtype d
       store_u8(vector, low_codes);
     }
     const int left = plane - i < kWidth ? plane - i : kWidth;
-    std::memcpy(head + i, vector, static_cast<size_t>(left));
+    std::memcpy(part + i, vector, static_cast<size_t>(left));
   }
 }
 
 inline void encode(const EncodeTask& task, int64_t first, int64_t last, float* scratch) {
   const RowLayout& layout = task.layout;
-  const size_t head_values_bytes = static_cast<size_t>(layout.head_dim) * value_bytes(task.dtype);
+  const int part_dim = layout.keys().part_dim();
+  const size_t part_values_bytes = static_cast<size_t>(part_dim) * value_bytes(task.dtype);
   for (int64_t token = first; token < last; ++token) {
     uint8_t* row = task.rows + static_cast<size_t>(task.slots[token]) * task.row_stride;
     if (layout.coded()) row[layout.pairs_at() - 1] = 0;  // the byte that fills up, where there is one
@@ -101,15 +102,15 @@ inline void encode(const EncodeTask& task, int64_t first, int64_t last, float* s
         std::memcpy(codes_at, source, half_layout.bytes());
         continue;
       }
-      for (int g = 0; g < layout.num_kv_heads; ++g) {
-        uint8_t* head = codes_at + g * half_layout.head_bytes();
-        const uint8_t* values = source + g * head_values_bytes;
+      for (int i = 0; i < layout.num_pairs(); ++i) {
+        uint8_t* part = codes_at + i * half_layout.part_bytes();
+        const uint8_t* values = source + i * part_values_bytes;
         if (layout.coded()) {
-          uint8_t* pair = row + layout.pairs_at() + 4 * (static_cast<size_t>(half) * layout.num_kv_heads + g);
-          write_codes(half_layout, values, task.dtype, scratch, head, pair);
+          uint8_t* pair = row + layout.pairs_at() + 4 * (static_cast<size_t>(half) * layout.num_pairs() + i);
+          write_codes(half_layout, values, task.dtype, scratch, part, pair);
         } else {
-          widen(task.dtype, values, layout.head_dim, scratch);
-          narrow(layout.dtype, scratch, layout.head_dim, head);
+          widen(task.dtype, values, part_dim, scratch);
+          narrow(layout.dtype, scratch, part_dim, part);
         }
       }
     }

@@ -24,6 +24,7 @@ struct FinishScratch {
 inline void merge_head(const DecodeTask& task, int seq, int h, const FinishScratch& scratch) {
   const HalfLayout layout = task.layout.values();
   const int stride = layout.head_stride();
+  const int part = layout.part_stride();
   const int first = task.grid.first_partial[seq];
   const int last = task.grid.first_partial[seq + 1];
   const auto at = [&](const float* values, int index) { return values[static_cast<size_t>(index) * task.num_heads + h]; };
@@ -37,15 +38,17 @@ inline void merge_head(const DecodeTask& task, int seq, int h, const FinishScrat
   for (int index = first; index < last; ++index) {
     const float weight = exp_nonpositive(at(task.partial_max, index) - maximum);
     const float* partial = task.partial_out + (static_cast<size_t>(index) * task.num_heads + h) * stride;
-    const F shift = set1(at(task.partial_shift, index));
+    const float* shift = task.partial_shift + (static_cast<size_t>(index) * task.num_heads + h) * layout.parts;
     total += weight * at(task.partial_sum, index);
-    for (int i = 0; i < stride; i += kWidth) {
-      store(scratch.head + i, fma(set1(weight), load(partial + i) + shift, load(scratch.head + i)));
+    for (int p = 0; p < layout.parts; ++p) {
+      for (int i = p * part; i < (p + 1) * part; i += kWidth) {
+        store(scratch.head + i, fma(set1(weight), load(partial + i) + set1(shift[p]), load(scratch.head + i)));
+      }
     }
   }
   const float inverse = 1.0F / total;
   for (int i = 0; i < stride; i += kWidth) store(scratch.head + i, load(scratch.head + i) * set1(inverse));
-  if (layout.planes() > 1) {
+  if (layout.planes() > 1 && layout.parts == 1) {  // the planes of several parts are not padded
     const int plane = layout.plane_len();
     __builtin_memmove(scratch.head + plane, scratch.head + layout.plane_stride(),
                       static_cast<size_t>(layout.head_dim - plane) * sizeof(float));

@@ -33,32 +33,38 @@ ALISA_INLINE constexpr int round_up(int value, int unit) { return (value + unit 
 
 // Bytes of the row of one token:
 //
-//   float  [ K: G heads x D values ][ V: G x D ]
-//   coded  [ K: G heads x codes    ][ V: G x codes ][ (scale, minimum) float16 pairs: G of K, then G of V ]
+//   float  [ K: G heads x D values    ][ V: G x D         ]
+//   coded  [ K: G heads x P x codes   ][ V: G x P x codes ][ (scale, minimum) float16 pairs: G x P of K, then G x P of V ]
 //
-// int8: D bytes of codes for each head. int4: ceil(D / 2) bytes, byte i holds code i (low) and code i + ceil(D / 2) (high),
-// so that a vector of bytes gives two runs of consecutive values without a shuffle. k8v4: K as int8, V as int4, and a byte
-// that fills up if there is an odd number of them. value = minimum + scale * code.
+// A head is in P equal parts with a range each; several parts are whole vectors (64 values), so that only a head in one part
+// is ever padded. int8: N bytes of codes for each part of N values. int4: ceil(N / 2) bytes, byte i holds code i (low) and code
+// i + ceil(N / 2) (high), so that a vector of bytes gives two runs of consecutive values without a shuffle. k8v4: K as int8, V
+// as int4, and a byte that fills up if there is an odd number of them. value = minimum + scale * code.
 
 // K or V of a row.
 struct HalfLayout {
   Dtype dtype;
   int num_kv_heads;  // G
   int head_dim;      // D
+  int parts;         // P
 
   ALISA_INLINE constexpr int planes() const { return dtype == Dtype::kInt4 ? 2 : 1; }
-  // Values in one plane of a head, and the same in padded float buffers.
-  ALISA_INLINE constexpr int plane_len() const { return (head_dim + planes() - 1) / planes(); }
+  ALISA_INLINE constexpr int part_dim() const { return head_dim / parts; }
+  // Values in one plane of a part, and the same in padded float buffers, where the parts of a head lie one after the other.
+  ALISA_INLINE constexpr int plane_len() const { return (part_dim() + planes() - 1) / planes(); }
   ALISA_INLINE constexpr int plane_stride() const { return round_up(plane_len(), kPad); }
-  ALISA_INLINE constexpr int head_stride() const { return planes() * plane_stride(); }
+  ALISA_INLINE constexpr int part_stride() const { return planes() * plane_stride(); }
+  ALISA_INLINE constexpr int head_stride() const { return parts * part_stride(); }
+  // Asked for in inner loops: no division by the parts, of which several have whole bytes each.
   ALISA_INLINE constexpr size_t head_bytes() const {
     switch (dtype) {
       case Dtype::kFloat32: return static_cast<size_t>(head_dim) * 4;
       case Dtype::kBFloat16:
       case Dtype::kFloat16: return static_cast<size_t>(head_dim) * 2;
-      default: return static_cast<size_t>(plane_len());
+      default: return static_cast<size_t>((head_dim + planes() - 1) / planes());
     }
   }
+  ALISA_INLINE constexpr size_t part_bytes() const { return head_bytes() / static_cast<size_t>(parts); }
   ALISA_INLINE constexpr size_t bytes() const { return head_bytes() * static_cast<size_t>(num_kv_heads); }
 };
 
@@ -66,16 +72,21 @@ struct RowLayout {
   Dtype dtype;
   int num_kv_heads;  // G
   int head_dim;      // D
+  int parts = 1;     // P, of coded rows
 
   ALISA_INLINE constexpr bool coded() const { return dtype == Dtype::kInt8 || dtype == Dtype::kInt4 || dtype == Dtype::kK8V4; }
-  ALISA_INLINE constexpr HalfLayout keys() const { return {dtype == Dtype::kK8V4 ? Dtype::kInt8 : dtype, num_kv_heads, head_dim}; }
-  ALISA_INLINE constexpr HalfLayout values() const {
-    return {dtype == Dtype::kK8V4 ? Dtype::kInt4 : dtype, num_kv_heads, head_dim};
+  ALISA_INLINE constexpr HalfLayout keys() const {
+    return {dtype == Dtype::kK8V4 ? Dtype::kInt8 : dtype, num_kv_heads, head_dim, parts};
   }
+  ALISA_INLINE constexpr HalfLayout values() const {
+    return {dtype == Dtype::kK8V4 ? Dtype::kInt4 : dtype, num_kv_heads, head_dim, parts};
+  }
+  // Parts of all heads of K, or of V: each has a pair.
+  ALISA_INLINE constexpr int num_pairs() const { return num_kv_heads * parts; }
   // Where V begins, and where the pairs of a coded row do.
   ALISA_INLINE constexpr size_t values_at() const { return keys().bytes(); }
   ALISA_INLINE constexpr size_t pairs_at() const { return (values_at() + values().bytes() + 1) / 2 * 2; }
-  ALISA_INLINE constexpr size_t row_bytes() const { return pairs_at() + (coded() ? static_cast<size_t>(num_kv_heads) * 8 : 0); }
+  ALISA_INLINE constexpr size_t row_bytes() const { return pairs_at() + (coded() ? static_cast<size_t>(num_pairs()) * 8 : 0); }
 };
 
 // A run of blocks of one sequence, worked on by one thread. It lies within one partial result and begins it, or goes on
@@ -121,7 +132,7 @@ struct DecodeTask {
   float* partial_out;    // [partials, H, values().head_stride()]
   float* partial_max;    // [partials, H]
   float* partial_sum;    // [partials, H]
-  float* partial_shift;  // [partials, H]: what the minima of coded rows add to every dimension of the output
+  float* partial_shift;  // [partials, H, P]: what the minima of coded rows add to every dimension of a part of the output
 };
 
 // A low-bit copy of keys or values, `[T, G, ...]`: the codes of a head with a (step, minimum) float16 pair in a tensor of their own.

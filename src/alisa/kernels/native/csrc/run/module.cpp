@@ -61,10 +61,10 @@ NB_MODULE(_native, m) {
           "omp_get_num_threads and omp_get_thread_num.");
   nb::class_<RowLayout>(m, "RowLayout")
       .def(
-          "__init__", [](RowLayout* self, int dtype, int num_kv_heads, int head_dim) {
-            new (self) RowLayout{static_cast<Dtype>(dtype), num_kv_heads, head_dim};
+          "__init__", [](RowLayout* self, int dtype, int num_kv_heads, int head_dim, int parts) {
+            new (self) RowLayout{static_cast<Dtype>(dtype), num_kv_heads, head_dim, parts};
           },
-          "dtype"_a, "num_kv_heads"_a, "head_dim"_a)
+          "dtype"_a, "num_kv_heads"_a, "head_dim"_a, "parts"_a)
       .def_prop_ro("row_bytes", [](const RowLayout& self) { return self.row_bytes(); });
 
   nb::class_<alisa::SketchTask>(m, "SketchTask")

@@ -29,8 +29,9 @@ void place(DecodeTask& task, const Plan& plan, Buffer& memory) {
   const size_t weights = num_blocks * heads * kBlock;
   const size_t partials = static_cast<size_t>(plan.num_partials()) * heads;
   const size_t outs = partials * static_cast<size_t>(task.layout.values().head_stride());
+  const size_t shifts = partials * static_cast<size_t>(task.layout.parts);
   task.grid = plan.grid();
-  task.weights = memory.room(weights + outs + num_blocks * heads + 3 * partials);
+  task.weights = memory.room(weights + outs + num_blocks * heads + 2 * partials + shifts);
   task.partial_out = task.weights + weights;
   task.block_max = task.partial_out + outs;
   task.partial_max = task.block_max + num_blocks * heads;
