@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from provenance import provenance
 from table_blocks import Results, lines, number, table
 
 
@@ -56,13 +57,14 @@ def serving(results: Results) -> str:
             number(record["tokens_per_s"]),
             f"{record['normalised_s']:.3f}",
             f"{record['normalised_p99_s']:.3f}",
-            f"{number(record['first_token_s'])} s",
-            f"{number(record['first_token_p99_s'])} s",
+            f"{1000 * record['first_token_s']:.0f} ms",
+            f"{1000 * record['first_token_p99_s']:.0f} ms",
         ]
         for (server, rate), record in newest.items()
     ]
     first = next(iter(newest.values()))
     return (
-        f"{first['calls']} calls of Alpaca's instructions, Poisson arrivals, {first['seeds']} seed(s), answers of at "
-        f"most {first['max_tokens']} tokens (`benchmarks/serving.py`):\n\n{table(heads, rows)}"
+        f"{first['calls']} calls of Alpaca's instructions, Poisson arrivals, answers of at most {first['max_tokens']} "
+        f"tokens, seeds: {first['seeds']} (`benchmarks/serving.py`):\n\n{table(heads, rows)}\n\n"
+        f"{provenance((record['server'], record['stamp']) for record in newest.values())}"
     )
