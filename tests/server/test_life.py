@@ -232,15 +232,21 @@ def test_a_client_that_takes_nothing_is_dropped(large_events):
         connection.close()
 
 
+def ask_for_pages(address):
+    """A thousand of them, the last on this connection: more than all buffers between the two."""
+    host, port = address.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    call = f"GET / HTTP/1.1\r\nHost: {host}\r\n"
+    connection.sendall(f"{call}\r\n".encode() * 999 + f"{call}Connection: close\r\n\r\n".encode())
+    return connection
+
+
 def test_replies_that_nobody_takes_do_not_keep_a_connection(monkeypatch):
     import alisa.server.connection as module
 
     monkeypatch.setattr(module, "TAKE_TIMEOUT_S", 0.5)
     with running() as server:
-        host, port = server.address.removeprefix("http://").split(":")
-        connection = socket.create_connection((host, int(port)), timeout=60)
-        # A thousand pages are more than all buffers between the two.
-        connection.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode() * 1000)
+        connection = ask_for_pages(server.address)
         wait_for(lambda: server.server_state.total_requests, "the first reply")
         wait_for(lambda: not server.server_state.connections, "the end of the connection")
         assert server.server_state.total_requests < 1000
@@ -252,11 +258,7 @@ def test_a_client_that_takes_its_replies_slowly_keeps_its_connection(monkeypatch
 
     monkeypatch.setattr(module, "TAKE_TIMEOUT_S", 0.5)
     with running() as server:
-        host, port = server.address.removeprefix("http://").split(":")
-        connection = socket.create_connection((host, int(port)), timeout=60)
-        close = "Connection: close\r\n"
-        call = f"GET / HTTP/1.1\r\nHost: {host}\r\n"
-        connection.sendall(f"{call}\r\n".encode() * 999 + f"{call}{close}\r\n".encode())
+        connection = ask_for_pages(server.address)
         data = b""
         while chunk := connection.recv(4 << 20):
             data += chunk

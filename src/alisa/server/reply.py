@@ -100,11 +100,12 @@ class EventStream(Response):
         lent = scope.get("extensions", {}).get(EXPRESS, {})
         async with self._texts:
             with self._texts.reading(self):
-                works = self._send_all(send, lent.get("write", _no_express)), _until_gone(receive), self._watch()
-                tasks = [asyncio.ensure_future(work) for work in works]
+                watching = asyncio.ensure_future(self._watch())
+                works = self._send_all(send, lent.get("write", _no_express)), _until_gone(receive)
+                tasks = [watching, *map(asyncio.ensure_future, works)]
                 try:
                     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                    if tasks[2].done():
+                    if watching.done():
                         lent.get("drop", _keep)()
                 finally:
                     await _cancelled(*tasks)
