@@ -126,24 +126,13 @@ class AsyncEngine:
             InputError: there is no such request, or it is being read already.
             EngineDiedError: the engine has ended with an error.
         """
-        async with aclosing(self.batches(*request_ids)) as batches:
-            async for events in batches:
-                for event in events:
-                    yield event
-
-    async def batches(self, *request_ids: str) -> AsyncGenerator[Sequence[Event]]:
-        """As `events`, each time with all that has come since the last time.
-
-        Raises:
-            InputError: there is no such request, or it is being read already.
-            EngineDiedError: the engine has ended with an error.
-        """
         inbox, running = Inbox(), set(request_ids)
         with self.reading(request_ids, inbox):
             while running:
-                events = await inbox.take()
-                running.difference_update(event.request_id for event in events if not isinstance(event, TextDelta))
-                yield events
+                for event in await inbox.take():
+                    if not isinstance(event, TextDelta):
+                        running.discard(event.request_id)
+                    yield event
 
     @contextmanager
     def reading(self, request_ids: Sequence[str], reader: Listener) -> Iterator[None]:
