@@ -22,13 +22,14 @@ from tests.specs import small_spec
 CPU = torch.device("cpu")
 MAX_NUM_SEQS = 6
 NUM_BLOCKS = 10
+SPACE = NUM_BLOCKS * STATE_BLOCK_TOKENS
 
 
 class Tables(TokenState):
     """A table whose tokens begin with 0, after other dimensions, and one whose tokens begin with anything."""
 
     def __init__(self):
-        super().__init__(max_num_seqs=MAX_NUM_SEQS, num_tokens=NUM_BLOCKS * STATE_BLOCK_TOKENS + 5, device=CPU)
+        super().__init__(max_num_seqs=MAX_NUM_SEQS, num_tokens=SPACE + 5, device=CPU)
         self.sums = self._new_table((2, 3), (), torch.float64, zeroed=True)
         self.keys = self._new_table((), (2,), torch.int32)
         self.keys.fill_(-1)
@@ -55,12 +56,12 @@ class StateMachine(RuleBasedStateMachine):
 
     def room(self, without=None):
         taken = sum(state_tokens(n) for req_idx, n in self.reserved.items() if req_idx != without)
-        return NUM_BLOCKS * STATE_BLOCK_TOKENS - taken
+        return SPACE - taken
 
-    @rule(req_idx=st.integers(0, MAX_NUM_SEQS - 1))
-    def open(self, req_idx):
+    @rule(req_idx=st.integers(0, MAX_NUM_SEQS - 1), expected=st.integers(0, SPACE))
+    def open(self, req_idx, expected):
         if req_idx not in self.model:
-            self.state.open(req_idx)
+            self.state.open(req_idx, expected)
             self.model[req_idx], self.reserved[req_idx] = [], 0
 
     @precondition(lambda self: self.model)
@@ -125,32 +126,48 @@ TestStateMachine.settings = settings(max_examples=60, stateful_step_count=30, de
 
 def test_a_full_space_can_be_filled_in_any_order():
     """Sequences that grow in turns by single blocks, until nothing is free."""
-    extents = Extents(NUM_BLOCKS * STATE_BLOCK_TOKENS)
+    extents = Extents(SPACE)
     for req_idx in range(3):
-        extents.open(req_idx)
+        extents.open(req_idx, SPACE)
     for blocks in range(NUM_BLOCKS):
         extents.reserve(blocks % 3, (blocks // 3 + 1) * STATE_BLOCK_TOKENS)
     assert extents.used_tokens == extents.num_tokens
     extents.close(1)
-    extents.open(5)
+    extents.open(5, SPACE)
     extents.reserve(5, 3 * STATE_BLOCK_TOKENS)
     with pytest.raises(AssertionError, match="do not fit"):
         extents.reserve(0, 5 * STATE_BLOCK_TOKENS)
 
 
 def test_a_lonely_sequence_never_moves():
-    extents = Extents(NUM_BLOCKS * STATE_BLOCK_TOKENS)
-    extents.open(2)
+    extents = Extents(SPACE)
+    extents.open(2, 1)
     assert all(extents.reserve(2, n) == [] for n in range(1, extents.num_tokens + 1))
 
 
 def test_neighbours_leave_each_other_room():
-    """Two sequences that grow together fill half the space before one of them moves."""
+    """Two sequences of any length that grow together fill half the space before one of them moves."""
     extents = Extents(64 * STATE_BLOCK_TOKENS)
     for req_idx in range(2):
-        extents.open(req_idx)
+        extents.open(req_idx, extents.num_tokens)
     for blocks in range(1, 30):
         assert not any(extents.reserve(req_idx, blocks * STATE_BLOCK_TOKENS) for req_idx in range(2))
+
+
+def test_sequences_of_known_length_lie_close_together_and_never_move():
+    """A later one takes the first place that is left to it, and grows into room that was kept for it."""
+    extents, block = Extents(100 * STATE_BLOCK_TOKENS), STATE_BLOCK_TOKENS
+    for req_idx in range(3):
+        extents.open(req_idx, 5 * block)
+        assert extents.reserve(req_idx, 2 * block) == []
+    assert [extents.start(req_idx) for req_idx in range(3)] == [0, 5 * block, 10 * block]
+    extents.close(1)
+    extents.open(3, 6 * block)
+    extents.open(4, 5 * block)
+    for blocks in range(1, 6):
+        for req_idx in (0, 2, 3, 4):
+            assert extents.reserve(req_idx, max(2, blocks) * block) == []
+    assert [extents.start(req_idx) for req_idx in (3, 4)] == [15 * block, 5 * block]
 
 
 class Neighbours:
@@ -172,7 +189,7 @@ class Neighbours:
             del self.lengths[req_idx]
             req_idx = next(iter(self.lengths), req_idx)
         if req_idx not in self.lengths:
-            self.state.open(req_idx)
+            self.state.open(req_idx, self.num_tokens)
             self.lengths[req_idx] = 0
         most = state_tokens(self.lengths[req_idx]) + self.free(taken)
         self.lengths[req_idx] = self.random.randint(self.lengths[req_idx], most)
@@ -197,7 +214,7 @@ def test_a_sequence_that_moves_selects_what_it_would_have_selected(policy):
     neighbours, places = Neighbours(crowded, num_tokens), []
     neighbours.crowd(STATE_BLOCK_TOKENS)  # the first of all would never have to move
     for state in (crowded, alone):
-        state.open(1)
+        state.open(1, num_tokens)
     for length in range(1, 300):
         generator = torch.Generator().manual_seed(length)
         keys, values = torch.randn(2, 1, shape.num_kv_heads, shape.head_dim, generator=generator).unbind()
@@ -222,12 +239,12 @@ def test_a_sequence_that_moves_selects_what_it_would_have_selected(policy):
 def test_the_same_tokens_are_found_again_after_a_move():
     state = Tables()
     for req_idx in range(2):
-        state.open(req_idx)
+        state.open(req_idx, SPACE)
         state.reserve(req_idx, 1)
     tokens = torch.tensor([1]), torch.tensor([0])
     before = state._token_ids(*tokens).tolist()
     assert state._token_ids(*tokens).tolist() == before
-    state.reserve(0, (NUM_BLOCKS - 1) * STATE_BLOCK_TOKENS)
+    state.reserve(0, SPACE - STATE_BLOCK_TOKENS)
     assert state._token_ids(*tokens).tolist() == [state._extents.start(1)] != before
 
 
@@ -243,12 +260,12 @@ def test_a_sequence_that_has_left_a_step_is_not_looked_for():
         kernels=ReferenceSelection(),
     )
     for req_idx in range(3):
-        state.open(req_idx)
+        state.open(req_idx, 20)
         state.reserve(req_idx, 20)
     lengths = torch.full((3,), 20, dtype=torch.int32)
     state.begin(StepBatch((0, 1, 2), (20, 20, 20), torch.arange(3), lengths))
     before = [state._extents.start(req_idx) for req_idx in (1, 2)]
     state.close(0)
-    state.open(0)
+    state.open(0, 400)
     state.reserve(0, (blocks - 2) * STATE_BLOCK_TOKENS)
     assert [state._extents.start(req_idx) for req_idx in (1, 2)] != before

@@ -90,7 +90,7 @@ def test_the_policys_memory_is_counted_as_it_is_taken(policy, sparsity):
         kernels=ReferenceSelection(),
     )
     for req_idx in range(3):
-        state.open(req_idx)
+        state.open(req_idx, 700)
         state.reserve(req_idx, 700)
     assert policy_bytes(spec, policy, sparsity, 3, 700) == state.nbytes > 0
 

@@ -85,7 +85,7 @@ def start(policy, max_num_seqs, max_len, *, spec=None, num_tokens=None, kernels=
 
 def fill(state, req_idx, num_tokens):
     """A fresh sequence with room for so many tokens."""
-    state.open(req_idx)
+    state.open(req_idx, num_tokens)
     state.reserve(req_idx, num_tokens)
 
 
@@ -225,12 +225,12 @@ def test_a_step_that_is_over_is_not_laid_out_anew_for_the_next_owner_of_its_inde
     """A prompt takes the index of one that ended; room for it moves another, and the last step had both indices."""
     state = start(SparseWindow(Budget(0.5)), 3, 128, num_tokens=256)
     for req_idx in (0, 1):
-        state.open(req_idx)
+        state.open(req_idx, 64)
         state.reserve(req_idx, 64)
     state.begin(make_batch([40, 40]))
     state.close(1)
-    state.open(1)
-    state.open(2)
+    state.open(1, 128)
+    state.open(2, 64)
     state.reserve(2, 64)
     state.reserve(1, 128)
     state.begin(make_batch([41, 90]))
@@ -396,7 +396,7 @@ def test_a_softcap_bends_the_weights_that_rank_and_complete(native, bits):
             spec=replace(small_spec(), softcap=softcap),
             kernels=selection_kernels(native),
         )
-        state.open(0)
+        state.open(0, 50)
         state.reserve(0, 50)
         state.on_append(0, torch.zeros(50, dtype=torch.int64), torch.arange(50), keys, keys)
         state.begin(make_batch([50], [0]))

@@ -151,7 +151,7 @@ class KVSession:
             CapacityError: sequences of this length were not provided for; nothing has changed.
         """
         self.cache.open(sequence.req_idx, sequence.num_tokens)
-        self.state.open(sequence.req_idx)
+        self.state.open(sequence.req_idx, sequence.num_tokens)
         self._prompt_lens[sequence.req_idx] = sequence.prompt_len
         self._block_names[sequence.req_idx] = sequence.block_names
         self.max_lengths[sequence.req_idx] = sequence.num_tokens

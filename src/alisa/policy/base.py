@@ -57,8 +57,11 @@ class PolicyState:
         """Memory of the state of the open sequences, what the registry's `state_bytes` predicts."""
         return 0
 
-    def open(self, req_idx: int) -> None:
-        """A new sequence without tokens takes this request index; nothing of its former owner remains."""
+    def open(self, req_idx: int, expected_tokens: int) -> None:
+        """A new sequence without tokens takes this request index; nothing of its former owner remains.
+
+        It may come to `expected_tokens` tokens, for which no room is taken yet.
+        """
 
     def reserve(self, req_idx: int, num_tokens: int) -> None:
         """There is room for `num_tokens` tokens of this open sequence; what the state knows may have moved.

@@ -3,9 +3,12 @@
     0 ................................................... num_tokens
     [ sequence 3 ]      [ seq 0 ]   [ sequence 7     ]
 
-Every open sequence owns one contiguous extent of whole blocks. Free space lies between the extents, so that most of
-them grow where they are: a new extent takes the middle of the largest gap. One that cannot grow moves to the largest
-gap; where none is large enough, all extents are laid out anew with equal gaps. So whatever fits in sum, fits.
+Every open sequence owns one contiguous extent of whole blocks, and says how long it may become. A new extent takes the
+first place where it can grow so far, close behind the others: memory that has been used is used again, and what is next
+to it shares its pages (one huge page for each of a hundred tables, for every extent that lies alone, is more than all the
+state of a short text). Where nobody can be sure of so much room, an extent takes the middle of the largest gap; one that
+cannot grow moves, and where no gap is large enough, all extents are laid out anew with equal gaps. So whatever fits in
+sum, fits.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ class Extents:
         self.num_tokens = num_tokens // STATE_BLOCK_TOKENS * STATE_BLOCK_TOKENS
         """Size of the space."""
         self._extents: dict[int, _Extent] = {}
+        self._expected: dict[int, int] = {}
 
     @property
     def num_open(self) -> int:
@@ -50,13 +54,14 @@ class Extents:
         """Tokens that belong to a sequence."""
         return sum(extent.size for extent in self._extents.values())
 
-    def open(self, req_idx: int) -> None:
-        """The sequence has an empty extent."""
+    def open(self, req_idx: int, expected_tokens: int) -> None:
+        """The sequence has an empty extent; it may come to so many tokens."""
         self._extents[req_idx] = _Extent(0, 0)
+        self._expected[req_idx] = state_tokens(expected_tokens)
 
     def close(self, req_idx: int) -> None:
         """The sequence's extent is free."""
-        del self._extents[req_idx]
+        del self._extents[req_idx], self._expected[req_idx]
 
     def __contains__(self, req_idx: int) -> bool:
         return req_idx in self._extents
@@ -77,18 +82,29 @@ class Extents:
             return []
         total = self.used_tokens - former.size + size
         assert total <= self.num_tokens, f"{total} tokens of policy state do not fit {self.num_tokens}"
-        others = sorted(extent for key, extent in self._extents.items() if key != req_idx and extent.size)
-        gaps = self._gaps(others)
+        others = sorted((extent, key) for key, extent in self._extents.items() if key != req_idx and extent.size)
+        gaps = self._gaps([extent for extent, _ in others])
         if former.size and any(gap.start <= former.start and former.start + size <= gap.end for gap in gaps):
             self._extents[req_idx] = _Extent(former.start, size)
             return []
-        gap = max(gaps, key=lambda gap: gap.size)
-        if gap.size < size:
-            return self._lay_out(req_idx, size)
-        # Half of what is left of the gap is for whoever comes before it to grow into.
-        start = gap.start + _half(gap.size - size) if gap.start else 0
+        start = self._sure_place(others, max(size, self._expected[req_idx]))
+        if start is None:
+            gap = max(gaps, key=lambda gap: gap.size)
+            if gap.size < size:
+                return self._lay_out(req_idx, size)
+            # Half of what is left of the gap is for whoever comes before it to grow into.
+            start = gap.start + _half(gap.size - size) if gap.start else 0
         self._extents[req_idx] = _Extent(start, size)
         return [TokenMove(former.start, start, former.size)] if former.size and start != former.start else []
+
+    def _sure_place(self, others: list[tuple[_Extent, int]], size: int) -> int | None:
+        """The first place for `size` tokens that the others, in order, will not grow into; None: there is none."""
+        start = 0
+        for extent, key in others:
+            if extent.start - start >= size:
+                return start
+            start = max(start, extent.start + max(extent.size, self._expected[key]))
+        return start if self.num_tokens - start >= size else None
 
     def _gaps(self, extents: list[_Extent]) -> list[_Extent]:
         """What lies before, between and after these extents, in order; some may be empty."""

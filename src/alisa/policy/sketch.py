@@ -121,9 +121,9 @@ class KeyState(TokenState):
         self._rankings: list[Ranking] = []
         self._req_index = self._shares = torch.empty(0)
 
-    def open(self, req_idx: int) -> None:
+    def open(self, req_idx: int, expected_tokens: int) -> None:
         """Values are summed anew; a key is written before it is read."""
-        super().open(req_idx)
+        super().open(req_idx, expected_tokens)
         if self._value_sums is not None:
             self._value_sums[:, req_idx].zero_()
 

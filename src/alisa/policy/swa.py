@@ -101,9 +101,9 @@ class SparseWindowState(TokenState):
         self._step: RankedStep | None = None
         self._sum_starts = self._bucket_starts = torch.empty(0)  # where each row of the step lies, flattened
 
-    def open(self, req_idx: int) -> None:
+    def open(self, req_idx: int, expected_tokens: int) -> None:
         """No bucket counts yet."""
-        super().open(req_idx)
+        super().open(req_idx, expected_tokens)
         self._bucket_rows.pop(req_idx, None)
         self._first_bucket.pop(req_idx, None)
 

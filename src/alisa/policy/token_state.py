@@ -57,9 +57,9 @@ class TokenState(PolicyState):
         taken = sum(table.tensor.nbytes // self._num_tokens for table in self._tables) if tokens else 0
         return tokens * taken + self._extents.num_open * self._sequence_bytes
 
-    def open(self, req_idx: int) -> None:
+    def open(self, req_idx: int, expected_tokens: int) -> None:
         """The sequence has no room yet; `reserve` gives it some."""
-        self._extents.open(req_idx)
+        self._extents.open(req_idx, expected_tokens)
 
     def reserve(self, req_idx: int, num_tokens: int) -> None:
         """There is room; what is new of it is zero in the tables that want that."""

@@ -144,7 +144,7 @@ def measure_selection(policy: SelectionPolicy, spec: ModelSpec, kernels: Selecti
     for batch, length in ((1, 64), (1, 1000), (4, 500), (16, 128), (16, 1000)):
         req_indices, lengths = tuple(range(batch)), (length,) * batch
         for req_idx in req_indices:
-            state.open(req_idx)
+            state.open(req_idx, capacity)
             state.reserve(req_idx, capacity)
         req_index, counts = torch.tensor(req_indices), torch.tensor(lengths, dtype=torch.int32)
         step = StepBatch(req_indices, lengths, req_index, counts)
