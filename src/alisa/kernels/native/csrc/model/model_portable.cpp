@@ -38,12 +38,11 @@ inline WeightQuads weights_at(const uint8_t* p) {
   for (int i = 0; i < 4; ++i) w.byte[i] = bits<I>((quads >> (8 * i)) & 255U);
   return w;
 }
-inline void nibbles_at(const uint8_t* p, WeightQuads& low, WeightQuads& high) {
-  const WeightQuads both = weights_at(p);
-  for (int i = 0; i < 4; ++i) {
-    low.byte[i] = both.byte[i] & 15;
-    high.byte[i] = both.byte[i] >> 4;
-  }
+template <int kHigh>
+inline WeightQuads nibbles_at(const uint8_t* p) {
+  WeightQuads w = weights_at(p);
+  for (auto& bytes : w.byte) bytes = kHigh ? bytes >> 4 : bytes & 15;
+  return w;
 }
 inline InputQuads inputs_at(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
 inline Ints add_quads(Ints sum, const WeightQuads& w, const InputQuads& x) {

@@ -26,10 +26,10 @@ inline F times(F a, F b) { return _mm512_mul_ps(a, b); }
 inline void store_codes(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(raw(x))); }
 
 inline WeightQuads weights_at(const uint8_t* p) { return _mm512_loadu_si512(p); }
-inline void nibbles_at(const uint8_t* p, WeightQuads& low, WeightQuads& high) {
+template <int kHigh>
+inline WeightQuads nibbles_at(const uint8_t* p) {
   const __m512i bytes = _mm512_loadu_si512(p);
-  low = _mm512_and_si512(bytes, _mm512_set1_epi8(15));
-  high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+  return _mm512_and_si512(kHigh ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
 }
 inline InputQuads inputs_at(const int8_t* p) {
   int32_t quad;

@@ -178,27 +178,35 @@ struct Int4Weights {
       int octs = kSpan / 8;
       do {
         ahead.ask();
-        WeightQuads low[kVectors], high[kVectors];
-        each<kVectors>(ALISA_BODY(v) { nibbles_at(weights + v.value * kWidth * kStepBytes, low[v.value], high[v.value]); });
-        each<kTokens>(ALISA_BODY(t) {
-          const InputQuads first = inputs_at(x + t.value * kGroup);
-          const InputQuads second = inputs_at(x + t.value * kGroup + 4);
+        // One half of the oct after the other: with the weights of both there are no registers for all sums.
+        each<2>(ALISA_BODY(half) {
+          WeightQuads w[kVectors];
           each<kVectors>(ALISA_BODY(v) {
-            constexpr int kAt = decltype(t)::value * kVectors + decltype(v)::value;
-            total[kAt] = add_quads(add_quads(total[kAt], low[v.value], first), high[v.value], second);
+            w[v.value] = nibbles_at<decltype(half)::value>(weights + v.value * kWidth * kStepBytes);
+          });
+          each<kTokens>(ALISA_BODY(t) {
+            const InputQuads in = inputs_at(x + t.value * kGroup + 4 * half.value);
+            each<kVectors>(ALISA_BODY(v) {
+              constexpr int kAt = decltype(t)::value * kVectors + decltype(v)::value;
+              total[kAt] = add_quads(total[kAt], w[v.value], in);
+            });
           });
         });
         weights += kLineBytes;
         x += 8;
       } while (--octs > 0);
+      float codes[kTokens];
+      each<kTokens>(ALISA_BODY(t) { codes[t.value] = static_cast<float>(task.spans[t.value * 2 + span]); });
+      // Or GCC takes the sums of the next span from copies on the stack, which cost more than reading them again.
+      asm volatile("" ::: "memory");
       each<kVectors>(ALISA_BODY(v) {
         const F scale = load_f16(ranges + v.value * kWidth);
         const F minimum = load_f16(ranges + kLanes + v.value * kWidth);
         each<kTokens>(ALISA_BODY(t) {
           constexpr int kToken = decltype(t)::value;
           constexpr int kVector = decltype(v)::value;
-          const F codes = set1(static_cast<float>(task.spans[kToken * 2 + span]));
-          const F part = plus(times(scale, to_floats(total[kToken * kVectors + kVector])), times(minimum, codes));
+          const F whole = times(scale, to_floats(total[kToken * kVectors + kVector]));
+          const F part = plus(whole, times(minimum, set1(codes[kToken])));
           float* sum = task.sums + kToken * kLanes + kVector * kWidth;
           store(sum, plus(load(sum), times(set1(task.steps[kToken]), part)));
         });
