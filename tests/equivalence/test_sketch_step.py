@@ -1,11 +1,12 @@
-"""Whether a layer of a sketch's step is one native call or many changes no token, and where it can be one, it is."""
+"""Whether a sketch's step is one native call, one for each layer or many changes nothing, and where it can be one, it is."""
 
 import pytest
 import torch
 
 from alisa import LLM, SamplingParams
+from alisa.attention.session import KVSession
 from alisa.kernels.native import library
-from alisa.kernels.native.sketch_step import CpuRunningStep
+from alisa.kernels.native.sketch_step import CpuRunningStep, CpuSketchSteps
 from tests.combinations import each
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=library.unavailable_reason())
@@ -13,25 +14,47 @@ LENGTHS = (3, 41, 17, 60)
 NEW_TOKENS = 30
 
 
+class Calls:
+    """What has run in native calls."""
+
+    def __init__(self):
+        self.layers = []
+        """Numbers of the layers that were calls of their own."""
+        self.steps = []
+        """How many layers were one call together."""
+
+    def clear(self):
+        self.layers.clear()
+        self.steps.clear()
+
+
 @pytest.fixture
-def layers_run(monkeypatch):
-    """Layers that have run in one call."""
-    found = []
-    whole = CpuRunningStep.__call__
-    monkeypatch.setattr(
-        CpuRunningStep, "__call__", lambda self, layer, *rest: (found.append(layer), whole(self, layer, *rest))[1]
-    )
+def calls(monkeypatch):
+    found = Calls()
+    layer, step = CpuRunningStep.__call__, CpuSketchSteps.in_all_layers
+
+    def one_layer(self, number, *rest):
+        found.layers.append(number)
+        return layer(self, number, *rest)
+
+    def all_layers(self, running, *rest):
+        found.steps.append(len(running))
+        return step(self, running, *rest)
+
+    monkeypatch.setattr(CpuRunningStep, "__call__", one_layer)
+    monkeypatch.setattr(CpuSketchSteps, "in_all_layers", all_layers)
     return found
 
 
-def tokens_of(directory, **options):
+def answers_of(directory, **options):
+    """Tokens and their exact log probabilities."""
     sizes = {"max_num_seqs": len(LENGTHS), "max_model_len": max(LENGTHS) + NEW_TOKENS, "dtype": "float32"}
     with LLM(directory, sparsity=0.7, **sizes, **options) as llm:
         generator = torch.Generator().manual_seed(5)
         size = llm.spec.vocab_size
         prompts = [torch.randint(3, size, (length,), generator=generator).tolist() for length in LENGTHS]
-        outputs = llm.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))
-        return [output.token_ids for output in outputs], llm.spec
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=1))
+        return [(output.token_ids, output.logprobs) for output in outputs], llm.spec
 
 
 @each(
@@ -41,15 +64,26 @@ def tokens_of(directory, **options):
     kv_dtype=["float32", "bfloat16", "int8", "int4"],
     speculative=["off", "lookup"],
 )
-def test_one_call_changes_no_token(family, policy, kv_dtype, speculative, tiny_model, layers_run, monkeypatch):
+def test_one_call_changes_nothing(family, policy, kv_dtype, speculative, tiny_model, calls, monkeypatch):
     options = {"policy": policy, "kv_dtype": kv_dtype, "speculative": speculative}
-    found, spec = tokens_of(tiny_model(family), **options)
+    found, spec = answers_of(tiny_model(family), **options)
     full = [layer for layer in range(spec.num_layers) if spec.attention.window(layer) is None]
-    assert set(layers_run) == set(range(len(full)))
-    layers_run.clear()
+    if len(full) == spec.num_layers and kv_dtype != "int4":
+        assert set(calls.steps) == {spec.num_layers}
+        assert not calls.layers
+    else:  # windows are not the policy's, and a basis of the rows is turned into between the layers
+        assert set(calls.layers) == set(range(len(full)))
+        assert not calls.steps
+    calls.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(KVSession, "attend_all", None)
+        assert answers_of(tiny_model(family), **options)[0] == found
+    assert set(calls.layers) == set(range(len(full)))
+    calls.clear()
     monkeypatch.setattr("alisa.kernels.choose.CpuSketchStep", lambda: None)
-    assert tokens_of(tiny_model(family), **options)[0] == found
-    assert not layers_run
+    assert answers_of(tiny_model(family), **options)[0] == found
+    assert not calls.layers
+    assert not calls.steps
 
 
 @pytest.mark.parametrize(
@@ -61,7 +95,8 @@ def test_one_call_changes_no_token(family, policy, kv_dtype, speculative, tiny_m
     ],
     ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
 )
-def test_other_steps_are_many_calls(options, tiny_model, layers_run):
+def test_other_steps_are_many_calls(options, tiny_model, calls):
     """How much is read is not known before, all is read, or a mean stands in for the rest."""
-    tokens_of(tiny_model("llama-gqa-tied"), **options)
-    assert not layers_run
+    answers_of(tiny_model("llama-gqa-tied"), **options)
+    assert not calls.layers
+    assert not calls.steps

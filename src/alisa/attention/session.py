@@ -10,8 +10,9 @@ Whoever runs a model over cached rows (the engine, teacher-forced scoring, the e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from alisa.budget import Budget
 from alisa.cache.base import RowStore
 from alisa.cache.manager import CacheManager
 from alisa.cache.prefix.cache import PrefixCache
-from alisa.kernels.base import Attended, Selection, StepBatch
+from alisa.kernels.base import AttendAll, Attended, Selection, StepBatch
 from alisa.kernels.choose import AttentionBackend
 from alisa.kernels.reference.sinks import with_sinks
 from alisa.outputs import Traffic
@@ -34,6 +35,9 @@ from alisa.policy.dense import Dense
 from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
 from alisa.scheduler.prefix import BLOCK_TOKENS, BlockName
 from alisa.spec import AttentionShape
+
+if TYPE_CHECKING:
+    from alisa.kernels import _native
 
 
 class StepTraffic(NamedTuple):
@@ -277,12 +281,25 @@ class KVSession:
             out = with_sinks(out, reader.log_sum_exp(among_full, attended), self._sinks[layer])
         return out[:, None]
 
+    @property
+    def attend_all(self) -> AttendAll | None:
+        """All layers of the step in one call, in place of `attend`; None: this step has no such call."""
+        return self._attend_all if self._in_one_call and self._prefill is None and not self._windows else None
+
     def end(self) -> StepTraffic:
         """The step is over; the next one's selections are made and asked for, where history alone decides them."""
         reads_on = self._prefill is None and self._reader is self._reading
         if reads_on and self._looks_ahead and self.cache.has_tiers:
             self._look_ahead()
         return self._traffic()
+
+    @contextmanager
+    def _attend_all(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[_native.LayerAttention]:
+        with self._sketched.attend_all(q, k, v) as attention:
+            yield attention
+        selections = [self._sketched.selection(layer) for layer in range(self.shape.num_layers)]
+        self._read.extend(selection.num_tokens for selection in selections)
+        self.selection = selections[-1]
 
     def _traffic(self) -> StepTraffic:
         attended = tuple(sum(layers) for layers in zip(*self._read, strict=True)) or (0,) * self._num_chunks

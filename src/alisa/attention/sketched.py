@@ -1,13 +1,15 @@
 """Layers whose part of a decode step is one call: kept, chosen, attended to and completed by one kernel.
 
-Where it runs: the policy reads by a sketch of keys and values, every row is on the device, and how many tokens a layer
+Where a model's layers are native too, all layers are one call together. Where it runs: the policy reads by a sketch of keys and values, every row is on the device, and how many tokens a layer
 reads is known before it runs. Everywhere else `KVSession` makes the single calls, which give the same to the last bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,6 +18,9 @@ from alisa.cache.base import RowStore
 from alisa.kernels.base import Selection
 from alisa.kernels.sketch_step import BoundSketchSteps, LayerRows, RunningSketchStep, SketchStepKernel
 from alisa.policy.base import PolicyState
+
+if TYPE_CHECKING:
+    from alisa.kernels import _native
 
 
 class SketchedReader:
@@ -72,12 +77,24 @@ class SketchedReader:
         running = self._running[self._step_of_layer[layer]]
         start = perf_counter()
         out = running(layer, q, k, v)
-        seconds = perf_counter() - start
-        self._timer.add(StepSection.SELECTION, seconds * running.choosing)
-        self._timer.add(StepSection.ATTENTION, seconds * (1 - running.choosing))
+        self._took(perf_counter() - start, running.choosing)
         self._state.on_chosen(layer, running.shares)
         return out
+
+    @contextmanager
+    def attend_all(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[_native.LayerAttention]:
+        """All of the policy's layers; see `AttendAll`."""
+        assert self._bound is not None, "the step has begun"
+        running = [self._running[step] for step in self._step_of_layer]
+        attention = self._bound.in_all_layers(running, q, k, v)
+        yield attention
+        self._took(attention.seconds, attention.chose)
+        self._state.on_chosen(len(running) - 1, running[-1].shares)
 
     def selection(self, layer: int) -> Selection:
         """What the layer reads; its positions are those of whatever layer ran last."""
         return self._selections[self._step_of_layer[layer]]
+
+    def _took(self, seconds: float, chose: float) -> None:
+        self._timer.add(StepSection.SELECTION, seconds * chose)
+        self._timer.add(StepSection.ATTENTION, seconds * (1 - chose))

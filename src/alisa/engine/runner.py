@@ -90,7 +90,7 @@ class ModelRunner:
         if self._rotates_by_length:
             most = self.session.max_lengths
             lengths = self._ids([most[c.req_idx] for c in plan.chunks for _ in range(c.count)]).view_as(ids)
-        return self.decoder.forward(ids, positions, self.session.attend, lengths)
+        return self.decoder.forward(ids, positions, self.session.attend, lengths, self.session.attend_all)
 
     def _ids(self, values: Sequence[int]) -> Tensor:
         """Int64 tensor on the decoder's device."""

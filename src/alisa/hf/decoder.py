@@ -15,7 +15,7 @@ from alisa.errors import InputError, ModelError
 from alisa.hf.attach import use_our_attention
 from alisa.hf.handed import handed_forward
 from alisa.hf.observed import observe, refusal
-from alisa.kernels.base import Attend
+from alisa.kernels.base import Attend, AttendAll
 from alisa.kernels.choose import choose_backend
 from alisa.model.decoder import Decoder
 from alisa.model.hub import resolve_model
@@ -94,8 +94,15 @@ class TransformersDecoder(Decoder):
         return None if self._observed.sinks is None else tuple(self._observed.sinks)
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, lengths: Tensor | None = None) -> Tensor:
-        """Logits `[B, T, V]` of tokens and positions Int64[B, T]; the others as in `Decoder.forward`."""
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        lengths: Tensor | None = None,
+        attend_all: AttendAll | None = None,
+    ) -> Tensor:
+        """Logits `[B, T, V]` of tokens and positions Int64[B, T], layer by layer; the others as in `Decoder.forward`."""
         return handed_forward(self.model, tokens, positions, self._seam(attend))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -304,9 +304,12 @@ class StackStep:
         self, *, num_tokens: int, x: int, normed: int, q: int, kv: int, rotations: list[RotationTable]
     ) -> None: ...
 
+class LayerAttention: ...
+
 class Stack:
     def __init__(self, isa: str, shape: StackShape, layers: list[LayerWeights]) -> None: ...
     def run(self, threads: Threads, step: StackStep, after: int, attended: int, mlp_out: int) -> None: ...
+    def run_all(self, threads: Threads, step: StackStep, attention: LayerAttention) -> None: ...
     def project_kv(
         self,
         *,
@@ -406,3 +409,21 @@ class SketchStepper:
         k_stride: int,
         v_stride: int,
     ) -> float: ...
+
+class SketchAttention(LayerAttention):
+    def __init__(
+        self,
+        *,
+        stepper: SketchStepper,
+        steps: list[SketchStep],
+        places: list[SketchLayer],
+        q: int,
+        k: int,
+        v: int,
+        k_stride: int,
+        v_stride: int,
+    ) -> None: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def chose(self) -> float: ...

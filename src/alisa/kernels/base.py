@@ -9,8 +9,9 @@ A little over 400 lines, because it is all of that border, and half of it is wor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from alisa.budget import Budget
 from alisa.spec import RowFormat
+
+if TYPE_CHECKING:
+    from alisa.kernels import _native
 
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
 Bytes = NDArray[np.uint8]
@@ -33,6 +37,13 @@ hidden is what q, k and v were projected from: `project_kv` makes k and v from i
 
 q and k are already rotated. k and v may be views into the joint K and V product: their last dimension is contiguous,
 their token stride `2 * G * D`. The next layer may overwrite all four: whoever wants to keep them takes a copy.
+"""
+
+AttendAll = Callable[[Tensor, Tensor, Tensor], AbstractContextManager["_native.LayerAttention"]]
+"""The seam for a decode step whose layers are all native, attention included: no Python runs between them.
+
+q `[B, 1, H, D]`, k and v `[B, 1, G, D]`: where those of every layer will be, one layer after the other. Inside the context
+the layers run; when it ends, what they read is known.
 """
 
 

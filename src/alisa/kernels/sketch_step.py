@@ -7,12 +7,15 @@ Row by row it is `AppendKernel`, `SelectionKernels.sketch_append` (keys, values)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
 from alisa.kernels.base import Ranking, Sketch
 from alisa.spec import RowFormat
+
+if TYPE_CHECKING:
+    from alisa.kernels import _native
 
 
 class LayerRows(NamedTuple):
@@ -64,6 +67,14 @@ class RunningSketchStep(Protocol):
         """
         ...
 
+    def native(self, q: Tensor, k: Tensor, v: Tensor) -> _native.SketchStep:
+        """What runs the layers whose new tokens are like these in shape and dtype; it lives as long as this step.
+
+        Raises:
+            TypeError, ValueError: as a call.
+        """
+        ...
+
 
 class BoundSketchSteps(Protocol):
     """Makes steps of the same layers."""
@@ -75,6 +86,22 @@ class BoundSketchSteps(Protocol):
             slots: of its rows.
             ranking: what is chosen.
             ids: Int64[B], where in the sketches the new tokens go.
+        """
+        ...
+
+    def in_all_layers(
+        self, running: Sequence[RunningSketchStep], q: Tensor, k: Tensor, v: Tensor
+    ) -> _native.SketchAttention:
+        """Attention of all layers of a step, whose q, k and v will be here one layer after the other.
+
+        Args:
+            running: the step that each layer belongs to.
+            q: `[B, 1, H, D]`, contiguous.
+            k: `[B, 1, G, D]`, each token's values in one run.
+            v: the same.
+
+        Raises:
+            TypeError, ValueError: as a layer's call.
         """
         ...
 

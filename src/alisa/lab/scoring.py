@@ -170,7 +170,7 @@ class Scorer:
             device=self.decoder.device,
             kernels=self.kernels.selection,
         )
-        state.open(0)
+        state.open(0, longest)
         sequence_bytes = state.nbytes
         state.reserve(0, longest)
         token_bytes = (state.nbytes - sequence_bytes) // max(state_tokens(longest), 1)

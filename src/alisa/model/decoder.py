@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alisa.basis.calibration import find_row_basis
 from alisa.basis.row_basis import RowBasis
-from alisa.kernels.base import Attend
+from alisa.kernels.base import Attend, AttendAll
 from alisa.kernels.reference.softcap import softcapped
 from alisa.model.activation import make_activation
 from alisa.model.experts import Experts
@@ -132,7 +132,14 @@ class Decoder:
         tables = self._embed.nbytes + (0 if self._positions is None else self._positions.nbytes)
         return tables + sum(part.nbytes for part in parts if part is not None)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        lengths: Tensor | None = None,
+        attend_all: AttendAll | None = None,
+    ) -> Tensor:
         """Hidden states `[B, T, E]` after the final norm (and the output projection of OPT-350M), ready for `logits`.
 
         Args:
@@ -141,6 +148,8 @@ class Decoder:
             attend: the seam; called once per layer, in order.
             lengths: Int64[B, T], how long the sequence of each token may become; asked for by models that rotate by
                 length (`ModelSpec.rotates_by_length`) alone.
+            attend_all: the seam of all layers together, used in place of `attend` where the layers are native and rows
+                are in no basis of their own.
         """
         spec = self.spec
         x = F.embedding(tokens, self._embed)
@@ -151,9 +160,9 @@ class Decoder:
         rotations = [self._rotation(rope, positions, lengths) for rope in range(len(self._ropes))]
         if self._positions is not None:
             x = x + F.embedding(positions + spec.position_offset, self._positions)
-        attend = self._seam(attend)
+        attend, attend_all = self._seam(attend), attend_all if self._row_basis is None else None
         if self._stack is not None:
-            x = self._stack.forward(x, rotations, attend, self._experts)
+            x = self._stack.forward(x, rotations, attend, self._experts, attend_all)
         else:
             x = self._through_layers(x, rotations, attend)
         return x if self._project_out is None else self._project_out(x)

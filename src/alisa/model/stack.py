@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from alisa.kernels.base import Attend
+from alisa.kernels.base import Attend, AttendAll
 from alisa.kernels.native import library
 from alisa.kernels.native.activation import KINDS
 from alisa.kernels.native.product import model_isa_names
@@ -78,7 +78,12 @@ class LayerStack:
         self._native = native.Stack(isa or model_isa_names()[0], shape, weights)
 
     def forward(
-        self, x: Tensor, rotations: Sequence[Rotation], attend: Attend, experts: Callable[[int, Tensor], Tensor]
+        self,
+        x: Tensor,
+        rotations: Sequence[Rotation],
+        attend: Attend,
+        experts: Callable[[int, Tensor], Tensor],
+        attend_all: AttendAll | None = None,
     ) -> Tensor:
         """Hidden states `[B, T, C]` after the final norm.
 
@@ -87,6 +92,7 @@ class LayerStack:
             rotations: of the step.
             attend: the seam; called once per layer, in order.
             experts: the MLP of a layer that has many; number of the layer, and its input `[B, T, C]`.
+            attend_all: the seam of all layers together, taken where they have no experts.
         """
         batch, length, _ = x.shape
         q = x.new_empty(batch, length, self._num_heads, self._head_dim)
@@ -102,6 +108,10 @@ class LayerStack:
             rotations=[self._table(rotation) for rotation in rotations],
         )
         run, threads = self._native.run, self._team.threads()
+        if attend_all is not None and not self._has_experts:
+            with attend_all(q, k, v) as attention:
+                self._native.run_all(threads, step, attention)
+            return normed
         run(threads, step, -1, 0, 0)
         for layer in range(self._num_layers):
             attended = attend(layer, q, k, v, normed)

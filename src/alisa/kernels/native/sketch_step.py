@@ -20,7 +20,7 @@ from alisa.kernels.checks import (
 from alisa.kernels.native import library
 from alisa.kernels.native.kernels import decode_task, row_layout
 from alisa.kernels.native.selection import sketch_task
-from alisa.kernels.sketch_step import LayerRows, StepSlots
+from alisa.kernels.sketch_step import LayerRows, RunningSketchStep, StepSlots
 from alisa.spec import RowFormat
 
 if TYPE_CHECKING:
@@ -71,6 +71,21 @@ class CpuSketchSteps:
         assert ranking.coverages is None, "how many tokens a layer reads is known before it runs"
         return CpuRunningStep(self, self._team.threads(), slots, ranking, ids)
 
+    def in_all_layers(
+        self, running: Sequence[RunningSketchStep], q: Tensor, k: Tensor, v: Tensor
+    ) -> _native.SketchAttention:
+        """See `BoundSketchSteps`."""
+        return library.native().SketchAttention(
+            stepper=self.stepper,
+            steps=[step.native(q, k, v) for step in running],
+            places=self.addresses,
+            q=q.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            k_stride=k.stride(0) * k.element_size(),
+            v_stride=v.stride(0) * v.element_size(),
+        )
+
 
 class CpuRunningStep:
     """See `RunningSketchStep`; made by `CpuSketchSteps.begin`. What it writes is allocated once for all layers."""
@@ -94,15 +109,9 @@ class CpuRunningStep:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `RunningSketchStep`."""
         q, k, v = q.contiguous(), _dense(k), _dense(v)
-        if self._step is None:
-            self._step = self._begin(q, k, v)
-        elif (q.shape, k.shape, q.dtype) != self._asked or v.shape != k.shape or not k.dtype == v.dtype == q.dtype:
-            raise ValueError(
-                f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not as in other layers"
-            )
         self.choosing = self._run(
             self._threads,
-            self._step,
+            self.native(q, k, v),
             self._steps.addresses[layer],
             q.data_ptr(),
             k.data_ptr(),
@@ -111,6 +120,16 @@ class CpuRunningStep:
             v.stride(0) * v.element_size(),
         )
         return self._out
+
+    def native(self, q: Tensor, k: Tensor, v: Tensor) -> _native.SketchStep:
+        """See `RunningSketchStep`."""
+        if self._step is None:
+            self._step = self._begin(q, k, v)
+        elif (q.shape, k.shape, q.dtype) != self._asked or v.shape != k.shape or not k.dtype == v.dtype == q.dtype:
+            raise ValueError(
+                f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not as in other layers"
+            )
+        return self._step
 
     def _begin(self, q: Tensor, k: Tensor, v: Tensor) -> _native.SketchStep:
         """What all layers share: the first of them is checked, and the others are made as it is."""

@@ -77,7 +77,7 @@ def _policy_call(case: PolicyCase, kernels: SelectionKernels) -> Call:
     # Attention mass is steep: a few tokens have most of it.
     mass = torch.rand(num_rows, 1, num_earlier, generator=generator) ** 8
     for req_idx in range(case.num_seqs):
-        state.open(req_idx)
+        state.open(req_idx, case.num_tokens)
         state.reserve(req_idx, case.num_tokens)
         for layer in range(case.num_layers):
             state.observe_prompt(layer, req_idx, num_earlier - num_rows, 0, mass.roll(req_idx + layer, dims=2))

@@ -286,6 +286,13 @@ void Stack::run(const StackStep& step, int after, const void* attended, const vo
   });
 }
 
+void Stack::run_all(const StackStep& step, LayerAttention& attention, const Threads& threads) {
+  run(step, -1, nullptr, nullptr, threads);
+  for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer) {
+    run(step, layer, attention.attend(layer, threads), nullptr, threads);
+  }
+}
+
 void Stack::project_kv(int layer, const void* hidden, const RotationTable* rotation, int64_t num_tokens, void* kv,
                        const Threads& threads) {
   const std::lock_guard<std::mutex> lock(mutex_);

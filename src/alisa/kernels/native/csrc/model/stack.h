@@ -11,6 +11,7 @@
 #include <mutex>
 #include <vector>
 
+#include "layer_attention.h"
 #include "products.h"
 
 namespace alisa {
@@ -65,6 +66,8 @@ class Stack {
   // `attended` [N, H, D] in the model's dtype. Where the MLP is made elsewhere this ends with its input in `normed`, and
   // `after_mlp` [N, C] goes on.
   void run(const StackStep& step, int after, const void* attended, const void* mlp_out, const Threads& threads);
+  // All layers, where no MLP is made elsewhere.
+  void run_all(const StackStep& step, LayerAttention& attention, const Threads& threads);
   // K and V of tokens whose layer input [N, C] is known, into [N, 2, G, D].
   void project_kv(int layer, const void* hidden, const RotationTable* rotation, int64_t num_tokens, void* kv,
                   const Threads& threads);

@@ -119,6 +119,7 @@ void bind_model(nb::module_& m) {
           },
           "num_tokens"_a, "x"_a, "normed"_a, "q"_a, "kv"_a, "rotations"_a);
 
+  nb::class_<alisa::LayerAttention>(m, "LayerAttention");
   nb::class_<alisa::Stack>(m, "Stack")
       .def(
           "__init__",
@@ -133,6 +134,13 @@ void bind_model(nb::module_& m) {
             self.run(step, after, at<const void>(attended), at<const void>(mlp_out), threads);
           },
           "threads"_a, "step"_a, "after"_a, "attended"_a, "mlp_out"_a)
+      .def(
+          "run_all",
+          [](alisa::Stack& self, const Threads& threads, const alisa::StackStep& step, alisa::LayerAttention& attention) {
+            const nb::gil_scoped_release unlocked;
+            self.run_all(step, attention, threads);
+          },
+          "threads"_a, "step"_a, "attention"_a)
       .def(
           "project_kv",
           [](alisa::Stack& self, const Threads& threads, int layer, uintptr_t hidden, const alisa::RotationTable* rotation,

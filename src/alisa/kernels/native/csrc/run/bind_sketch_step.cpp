@@ -2,9 +2,12 @@
 #include "bind_sketch_step.h"
 
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "sketch_step.h"
 
@@ -63,7 +66,23 @@ void bind_sketch_step(nb::module_& m) {
           [](alisa::SketchStepper& self, const alisa::Threads& threads, const alisa::SketchStep& step,
              const alisa::SketchLayer& layer, uintptr_t q, uintptr_t k, uintptr_t v, size_t k_stride, size_t v_stride) {
             const nb::gil_scoped_release unlocked;
-            return self.run(step, layer, {at<const void>(q), at<const void>(k), at<const void>(v), k_stride, v_stride}, threads);
+            return self.run(step, layer, {at<const void>(q), at<const void>(k), at<const void>(v), k_stride, v_stride}, threads)
+                .chose();
           },
           "threads"_a, "step"_a, "layer"_a, "q"_a, "k"_a, "v"_a, "k_stride"_a, "v_stride"_a);
+  nb::class_<alisa::SketchAttention, alisa::LayerAttention>(m, "SketchAttention")
+      .def(
+          "__init__",
+          [](alisa::SketchAttention* self, alisa::SketchStepper& stepper, const std::vector<const alisa::SketchStep*>& steps,
+             const std::vector<const alisa::SketchLayer*>& places, uintptr_t q, uintptr_t k, uintptr_t v, size_t k_stride,
+             size_t v_stride) {
+            std::vector<alisa::SketchAttention::Layer> layers;
+            for (size_t i = 0; i < steps.size(); ++i) layers.push_back({steps[i], *places[i]});
+            new (self) alisa::SketchAttention(
+                stepper, std::move(layers),
+                {at<const void>(q), at<const void>(k), at<const void>(v), k_stride, v_stride});
+          },
+          "stepper"_a, "steps"_a, "places"_a, "q"_a, "k"_a, "v"_a, "k_stride"_a, "v_stride"_a)
+      .def_prop_ro("seconds", &alisa::SketchAttention::seconds)
+      .def_prop_ro("chose", &alisa::SketchAttention::chose);
 }

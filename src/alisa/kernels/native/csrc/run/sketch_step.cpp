@@ -167,7 +167,7 @@ void SketchStepper::do_unit(const SketchStep& step, const SketchStep::Unit& unit
                  unit.seq, mine);
 }
 
-double SketchStepper::run(const SketchStep& step, const SketchLayer& layer, const NewTokens& tokens, const Threads& threads) {
+Spent SketchStepper::run(const SketchStep& step, const SketchLayer& layer, const NewTokens& tokens, const Threads& threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const Isa& isa = step.isa_;
   const SketchStepTask& task = step.task_;
@@ -214,8 +214,17 @@ double SketchStepper::run(const SketchStep& step, const SketchLayer& layer, cons
       before = now;
     };
   });
-  const auto choosing = static_cast<double>(choosing_ns_), reading = static_cast<double>(reading_ns_);
-  return choosing / std::max(choosing + reading, 1.0);
+  return {choosing_ns_, reading_ns_};
+}
+
+const void* SketchAttention::attend(int layer, const Threads& threads) {
+  const auto start = std::chrono::steady_clock::now();
+  const Layer& own = layers_[static_cast<size_t>(layer)];
+  const Spent spent = stepper_.run(*own.step, own.places, tokens_, threads);
+  spent_.choosing += spent.choosing;
+  spent_.reading += spent.reading;
+  nanoseconds_ += std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
+  return own.step->out();
 }
 
 }  // namespace alisa

@@ -7,12 +7,16 @@
 // come before it: no thread waits for one that waits itself.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
+#include "layer_attention.h"
 #include "plan.h"
 #include "select.h"
 #include "threads.h"
@@ -56,6 +60,7 @@ class SketchStep {
  public:
   // Cuts the work into units; positions and slots of the recent tokens are written.
   SketchStep(const Isa& isa, const SketchStepTask& task);
+  const void* out() const { return task_.out; }
 
  private:
   friend class SketchStepper;
@@ -83,11 +88,18 @@ class SketchStep {
   bool is_small_;
 };
 
+// Which part of a time went into choosing, and into the tokens that were not chosen.
+struct Spent {
+  int64_t choosing;
+  int64_t reading;
+  double chose() const { return static_cast<double>(choosing) / std::max(static_cast<double>(choosing + reading), 1.0); }
+};
+
 // Memory and counters of such steps. One call at a time; a second caller waits.
 class SketchStepper {
  public:
-  // Returns which part of the time went into choosing, and into the tokens that were not chosen.
-  double run(const SketchStep& step, const SketchLayer& layer, const NewTokens& tokens, const Threads& threads);
+  // Returns how its time, in nanoseconds of all threads, was spent.
+  Spent run(const SketchStep& step, const SketchLayer& layer, const NewTokens& tokens, const Threads& threads);
 
  private:
   // Units of a sequence that are still to be done.
@@ -116,6 +128,28 @@ class SketchStepper {
   std::atomic<int> appends_;
   std::atomic<int64_t> choosing_ns_;
   std::atomic<int64_t> reading_ns_;
+};
+
+// All layers of a step.
+class SketchAttention : public LayerAttention {
+ public:
+  struct Layer {
+    const SketchStep* step;
+    SketchLayer places;
+  };
+  SketchAttention(SketchStepper& stepper, std::vector<Layer> layers, const NewTokens& tokens)
+      : stepper_(stepper), layers_(std::move(layers)), tokens_(tokens) {}
+  const void* attend(int layer, const Threads& threads) override;
+  // Seconds of all layers so far, and which part of them went into choosing.
+  double seconds() const { return static_cast<double>(nanoseconds_) * 1e-9; }
+  double chose() const { return spent_.chose(); }
+
+ private:
+  SketchStepper& stepper_;
+  const std::vector<Layer> layers_;
+  const NewTokens tokens_;
+  Spent spent_ = {0, 0};
+  int64_t nanoseconds_ = 0;
 };
 
 }  // namespace alisa
