@@ -41,7 +41,7 @@ from alisa.cache.row_ids import NOWHERE
 from alisa.config import EngineConfig, SamplingParams
 from alisa.engine.builder import build_engine
 from alisa.engine.loaded import LoadedModel, load_model
-from alisa.kernels.base import Attend, Ranking, Selection
+from alisa.kernels.base import Attend, AttendAll, Ranking, Selection
 from alisa.lab.bench.others import OthersMeter
 from alisa.lab.bench.session import RunSpec, batch_config, device_cap_within
 from alisa.lab.bench.stamp import current_stamp
@@ -73,8 +73,15 @@ class TappedDecoder(Decoder):
         tapped._stack = None
         return tapped
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, lengths: Tensor | None = None) -> Tensor:
-        """See `Decoder.forward`."""
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        lengths: Tensor | None = None,
+        attend_all: AttendAll | None = None,
+    ) -> Tensor:
+        """See `Decoder.forward`; layer by layer."""
         self._turns = [self._rotation(rope, positions, lengths) for rope in range(len(self._ropes))]
         return super().forward(tokens, positions, attend, lengths)
 

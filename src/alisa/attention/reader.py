@@ -23,6 +23,8 @@ class StepReader:
         """`PolicyState.begin`."""
         self.select = timer.timed(StepSection.SELECTION, state.select)
         """`PolicyState.select`."""
+        self.fixed_selection = state.fixed_selection
+        """`PolicyState.fixed_selection`."""
         self._state = state
         self._uses_mass = policy.uses_mass
         self._combines = type(state).combine is not PolicyState.combine

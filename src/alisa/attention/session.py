@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from alisa.attention.fixed import FixedReader
 from alisa.attention.prefill import PrefillStep, token_places
 from alisa.attention.reader import StepReader, in_chunks
 from alisa.attention.sketched import SketchedReader
@@ -122,6 +123,7 @@ class KVSession:
         # What a state leaves at its default, which does nothing, need not be called in every layer of every step.
         self._keeps_tokens = type(state).on_append is not PolicyState.on_append
         self._sketch_step, self._in_one_call = backend.sketch_step, False
+        self._fixed_step, self._is_fixed = backend.fixed_step, False
         self._drafting = self._reading = self._reader = StepReader(policy, state, timer)
         if exact:
             assert policy.can_truncate, "drafts are taken back"
@@ -284,7 +286,8 @@ class KVSession:
     @property
     def attend_all(self) -> AttendAll | None:
         """All layers of the step in one call, in place of `attend`; None: this step has no such call."""
-        return self._attend_all if self._in_one_call and self._prefill is None and not self._windows else None
+        here = self._prefill is None and not self._windows and (self._in_one_call or self._is_fixed)
+        return self._attend_all if here else None
 
     def end(self) -> StepTraffic:
         """The step is over; the next one's selections are made and asked for, where history alone decides them."""
@@ -295,9 +298,10 @@ class KVSession:
 
     @contextmanager
     def _attend_all(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[_native.LayerAttention]:
-        with self._sketched.attend_all(q, k, v) as attention:
+        reader = self._sketched if self._in_one_call else self._fixed
+        with reader.attend_all(q, k, v) as attention:
             yield attention
-        selections = [self._sketched.selection(layer) for layer in range(self.shape.num_layers)]
+        selections = [reader.selection(layer) for layer in range(self.shape.num_layers)]
         self._read.extend(selection.num_tokens for selection in selections)
         self.selection = selections[-1]
 
@@ -319,6 +323,7 @@ class KVSession:
         self._prefetch = self._timer.timed(StepSection.TRANSFER, store.prefetch)
         full = [layer for layer, (window, _) in enumerate(self._layers) if window is None]
         self._sketched = SketchedReader(self._sketch_step, self.state, store, full, self.shape.num_heads, self._timer)
+        self._fixed = FixedReader(self._fixed_step, store, self.shape.softcap, self._timer)
 
     def _prefill_step(self, chunks: tuple[ScheduledChunk, ...]) -> PrefillStep:
         observed_from: list[int | None] = []
@@ -371,6 +376,8 @@ class KVSession:
         self._chosen = ahead.selections if ahead is not None and is_chosen and reads_on else None
         chooses = self._chosen is None and self._reader is self._drafting and self._sinks is None
         self._in_one_call = chooses and self._sketched.begin(self._batch.req_index, self._positions)
+        plain = self._chosen is None and not self._keeps_tokens and self._sinks is None
+        self._is_fixed = plain and self._fixed.begin(self._reader.fixed_selection())
 
     def _attend(self, layer: int, query: Tensor, selection: Selection) -> Attended:
         """Attention over the selected rows, in one call or piece by piece: the same, to the last bit."""

@@ -1,7 +1,8 @@
 """Layers whose part of a decode step is one call: kept, chosen, attended to and completed by one kernel.
 
-Where a model's layers are native too, all layers are one call together. Where it runs: the policy reads by a sketch of keys and values, every row is on the device, and how many tokens a layer
-reads is known before it runs. Everywhere else `KVSession` makes the single calls, which give the same to the last bit.
+Where a model's layers are native too, all layers are one call together. Where it runs: the policy reads by a sketch of
+keys and values, every row is on the device, and how many tokens a layer reads is known before it runs. Everywhere else
+`KVSession` makes the single calls, which give the same to the last bit.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class TransformersDecoder(Decoder):
         lengths: Tensor | None = None,
         attend_all: AttendAll | None = None,
     ) -> Tensor:
-        """Logits `[B, T, V]` of tokens and positions Int64[B, T], layer by layer; the others as in `Decoder.forward`."""
+        """Logits `[B, T, V]` of tokens and positions Int64[B, T]; the others as in `Decoder.forward`, by `attend`."""
         return handed_forward(self.model, tokens, positions, self._seam(attend))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -410,6 +410,24 @@ class SketchStepper:
         v_stride: int,
     ) -> float: ...
 
+class FixedAttention(LayerAttention):
+    def __init__(
+        self,
+        *,
+        workspace: Workspace,
+        isa: str,
+        attend: DecodeTask,
+        k: int,
+        v: int,
+        k_stride: int,
+        v_stride: int,
+        slots: int,
+        num_tokens: int,
+        layers: list[int],
+    ) -> None: ...
+    @property
+    def seconds(self) -> float: ...
+
 class SketchAttention(LayerAttention):
     def __init__(
         self,

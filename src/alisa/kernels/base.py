@@ -42,8 +42,8 @@ their token stride `2 * G * D`. The next layer may overwrite all four: whoever w
 AttendAll = Callable[[Tensor, Tensor, Tensor], AbstractContextManager["_native.LayerAttention"]]
 """The seam for a decode step whose layers are all native, attention included: no Python runs between them.
 
-q `[B, 1, H, D]`, k and v `[B, 1, G, D]`: where those of every layer will be, one layer after the other. Inside the context
-the layers run; when it ends, what they read is known.
+q `[B, 1, H, D]`, k and v `[B, 1, G, D]`: where those of every layer will be, one layer after the other. Inside the
+context the layers run; when it ends, what they read is known.
 """
 
 

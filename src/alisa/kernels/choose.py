@@ -16,6 +16,7 @@ from alisa.kernels.base import (
     SelectionKernels,
     SparsePrefillKernel,
 )
+from alisa.kernels.fixed_step import FixedStepKernel
 from alisa.kernels.native import kernels as cpu
 from alisa.kernels.native import library
 from alisa.kernels.native import prefill as cpu_prefill
@@ -43,13 +44,23 @@ class AttentionBackend(NamedTuple):
     move_rows: MoveRows
     sketch_step: SketchStepKernel | None
     """None: a layer that reads by a sketch is a call for each of its parts."""
+    fixed_step: FixedStepKernel | None
+    """None: a step that reads the same in every layer is a call for each layer."""
     name: str
     """`avx512_vnni`, `avx512`, `avx2` or `portable` for the native ones, `triton` on a GPU, `torch` for their
     references."""
 
 
 REFERENCE_BACKEND = AttentionBackend(
-    prefill_attention, sparse_prefill_attention, decode_attention, ReferenceSelection(), None, move_rows, None, "torch"
+    prefill_attention,
+    sparse_prefill_attention,
+    decode_attention,
+    ReferenceSelection(),
+    None,
+    move_rows,
+    None,
+    None,
+    "torch",
 )
 
 
@@ -72,7 +83,7 @@ def choose_backend(device: torch.device) -> AttentionBackend:
         kernel = cpu_prefill.CpuPrefill()
         prefill, sparse_prefill = NativePrefill(kernel), NativeSparsePrefill(kernel)
     return AttentionBackend(
-        prefill, sparse_prefill, native, native, native.append, library.move_rows, CpuSketchStep(), native.isa
+        prefill, sparse_prefill, native, native, native.append, library.move_rows, CpuSketchStep(), native, native.isa
     )
 
 
@@ -87,7 +98,7 @@ def _triton_kernels() -> AttentionBackend:
     # Rows on disk go through the memory of the host, whatever the device.
     move = library.move_rows if library.available() else move_rows
     return AttentionBackend(
-        prefill_attention, sparse_prefill_attention, kernels, kernels, kernels.append, move, None, "triton"
+        prefill_attention, sparse_prefill_attention, kernels, kernels, kernels.append, move, None, None, "triton"
     )
 
 

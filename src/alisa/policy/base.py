@@ -101,6 +101,10 @@ class PolicyState:
         """
         raise NotImplementedError
 
+    def fixed_selection(self) -> Selection | None:
+        """What every layer of the step that has begun reads; None: not the same, or not known before the layer runs."""
+        return None
+
     def on_attended(self, layer: int, selection: Selection, mass: Tensor) -> None:
         """Take in what the attention over `selection` gave: mass Float32[B, J, K], 0 on padding."""
 

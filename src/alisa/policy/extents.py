@@ -5,10 +5,10 @@
 
 Every open sequence owns one contiguous extent of whole blocks, and says how long it may become. A new extent takes the
 first place where it can grow so far, close behind the others: memory that has been used is used again, and what is next
-to it shares its pages (one huge page for each of a hundred tables, for every extent that lies alone, is more than all the
-state of a short text). Where nobody can be sure of so much room, an extent takes the middle of the largest gap; one that
-cannot grow moves, and where no gap is large enough, all extents are laid out anew with equal gaps. So whatever fits in
-sum, fits.
+to it shares its pages (one huge page for each of a hundred tables, for every extent that lies alone, is more than all
+the state of a short text). Where nobody can be sure of so much room, an extent takes the middle of the largest gap; one
+that cannot grow moves, and where no gap is large enough, all extents are laid out anew with equal gaps. So whatever
+fits in sum, fits.
 """
 
 from __future__ import annotations

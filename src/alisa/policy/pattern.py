@@ -41,6 +41,10 @@ class FixedState(PolicyState):
         assert self._selection is not None, "select comes after begin"
         return self._selection
 
+    def fixed_selection(self) -> Selection | None:
+        """What was chosen."""
+        return self._selection
+
 
 @dataclass(frozen=True)
 class Pattern(SelectionPolicy):

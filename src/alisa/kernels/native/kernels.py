@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from alisa.kernels.checks import (
     check_decode,
     check_piece,
 )
+from alisa.kernels.fixed_step import FixedSlots
 from alisa.kernels.native import library
 from alisa.kernels.native.library import VALUE_CODES, dense_tokens
 from alisa.kernels.native.selection import CpuSelection
@@ -20,7 +22,7 @@ from alisa.kernels.reference.entries import own_span
 from alisa.spec import RowFormat
 
 if TYPE_CHECKING:
-    from alisa.kernels._native import DecodeTask, RowLayout, Workspace
+    from alisa.kernels._native import DecodeTask, FixedAttention, RowLayout, Workspace
 
 # The numbers of `Dtype` in csrc/attend/task.h.
 _ROW_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "k8v4": 5}
@@ -56,6 +58,7 @@ class CpuKernels(CpuSelection):
     def __init__(self, isa: str | None = None, *, num_threads: int | None = None, share_threads: bool = True) -> None:
         super().__init__(isa, num_threads=num_threads, share_threads=share_threads)
         self._last: tuple[RowFormat, RowLayout] | None = None
+        self._attended: Attended | None = None
 
     def __call__(
         self,
@@ -116,6 +119,36 @@ class CpuKernels(CpuSelection):
             row_stride=rows.stride(0),
             slots=slots.data_ptr(),
             num_tokens=slots.shape[0],
+        )
+
+    def in_all_layers(
+        self,
+        layers: Sequence[Tensor],
+        row_format: RowFormat,
+        slots: FixedSlots,
+        softcap: float | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> FixedAttention:
+        """See `FixedStepKernel`: of all layers alike, so that the first one's check is everybody's."""
+        query, rows, counts = q[:, 0], layers[0], slots.counts
+        check_append(rows, row_format, slots.new, k[:, 0], v[:, 0])
+        check_decode(query, rows, row_format, slots.read, counts, slots.entries)
+        attended = Attended(torch.empty_like(query), torch.empty(0), torch.empty(query.shape[:2]))
+        task = decode_task(self._layout(row_format), query, rows, slots.read, counts, attended, softcap, slots.entries)
+        self._attended = attended  # native code has its address until the step is over
+        return library.native().FixedAttention(
+            workspace=self._workspace,
+            isa=self.isa,
+            attend=task,
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            k_stride=k.stride(0) * k.element_size(),
+            v_stride=v.stride(0) * v.element_size(),
+            slots=slots.new.data_ptr(),
+            num_tokens=len(slots.new),
+            layers=[layer.data_ptr() for layer in layers],
         )
 
     def _layout(self, row_format: RowFormat) -> RowLayout:

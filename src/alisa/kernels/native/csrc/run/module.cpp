@@ -12,6 +12,7 @@
 #include "bind_model.h"
 #include "bind_prefill.h"
 #include "bind_sketch_step.h"
+#include "fixed_attention.h"
 #include "isa.h"
 #include "prefill.h"
 #include "row_io.h"
@@ -252,6 +253,22 @@ NB_MODULE(_native, m) {
   bind_prefill(workspace);
   bind_model(m);
   bind_sketch_step(m);
+  nb::class_<alisa::FixedAttention, alisa::LayerAttention>(m, "FixedAttention")
+      .def(
+          "__init__",
+          [](alisa::FixedAttention* self, alisa::Workspace& workspace, const std::string& isa, const alisa::DecodeTask& attend,
+             uintptr_t k, uintptr_t v, size_t k_stride, size_t v_stride, uintptr_t slots, int64_t num_tokens,
+             const std::vector<uintptr_t>& layers) {
+            const alisa::EncodeTask rows = {at<const void>(k),  at<const void>(v), attend.q_dtype,
+                                            k_stride,           v_stride,          nullptr,
+                                            attend.row_stride,  attend.layout,     at<const int64_t>(slots)};
+            std::vector<uint8_t*> places;
+            for (const uintptr_t layer : layers) places.push_back(at<uint8_t>(layer));
+            new (self) alisa::FixedAttention(workspace, isa_named(isa), rows, num_tokens, attend, std::move(places));
+          },
+          "workspace"_a, "isa"_a, "attend"_a, "k"_a, "v"_a, "k_stride"_a, "v_stride"_a, "slots"_a,
+          "num_tokens"_a, "layers"_a)
+      .def_prop_ro("seconds", &alisa::FixedAttention::seconds);
 
   m.def(
       "activate",
