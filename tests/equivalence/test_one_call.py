@@ -40,9 +40,9 @@ def calls(monkeypatch):
         found.layers.append(number)
         return layer(self, number, *rest)
 
-    def all_layers(self, running, *rest):
-        found.steps.append(len(running))
-        return step(self, running, *rest)
+    def all_layers(self, running, of_layer, *rest):
+        found.steps.append(len(of_layer))
+        return step(self, running, of_layer, *rest)
 
     fixed = CpuKernels.in_all_layers
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from alisa.config import SamplingParams
 from alisa.errors import CapacityError, InputError
 from alisa.outputs import Medium, Phase
 from alisa.policy.registry import reads_of
@@ -10,7 +11,7 @@ from alisa.scheduler.placement.base import Limits, Tier
 from alisa.scheduler.placement.static import StaticSplit
 from alisa.scheduler.placement.three_phase import Schedule, ThreePhase
 from alisa.scheduler.plan import Opened, ScheduledChunk
-from alisa.scheduler.request import RequestStatus
+from alisa.scheduler.request import Request, RequestStatus
 from alisa.scheduler.simulate import rollout
 from tests.scheduler_cases import Driver
 
@@ -364,3 +365,14 @@ def test_a_request_is_swapped_while_two_read_too_much():
         "decode 1:12-13 0:7-8",
     ]
     assert [plan.num_preempted for plan in plans] == [0, 1, *[0] * (len(plans) - 2)]
+
+
+@pytest.mark.parametrize("drafts", [[], [7, 8, 9]])
+def test_the_tokens_of_a_request_go_on_in_its_drafts(drafts):
+    request = Request("a", [1, 2, 3, 4], SamplingParams(), 10)
+    request.append(5)
+    request.draft_ids = drafts
+    whole = [*request.token_ids, *drafts]
+    for start in range(len(whole) + 1):
+        for end in range(start, len(whole) + 1):
+            assert request.tokens(start, end) == whole[start:end]

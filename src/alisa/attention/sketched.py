@@ -86,11 +86,11 @@ class SketchedReader:
     def attend_all(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[_native.LayerAttention]:
         """All of the policy's layers; see `AttendAll`."""
         assert self._bound is not None, "the step has begun"
-        running = [self._running[step] for step in self._step_of_layer]
-        attention = self._bound.in_all_layers(running, q, k, v)
+        attention = self._bound.in_all_layers(self._running, self._step_of_layer, q, k, v)
         yield attention
         self._took(attention.seconds, attention.chose)
-        self._state.on_chosen(len(running) - 1, running[-1].shares)
+        last = len(self._step_of_layer) - 1
+        self._state.on_chosen(last, self._running[self._step_of_layer[last]].shares)
 
     def selection(self, layer: int) -> Selection:
         """What the layer reads; its positions are those of whatever layer ran last."""

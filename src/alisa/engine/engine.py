@@ -268,7 +268,7 @@ class Engine:
 
     def _run(self, plan: StepPlan, requests: Sequence[Request]) -> StepResult:
         """The plan's tokens have been through the model."""
-        tokens = [[*r.token_ids, *r.draft_ids][c.start : c.end] for r, c in zip(requests, plan.chunks, strict=True)]
+        tokens = [r.tokens(c.start, c.end) for r, c in zip(requests, plan.chunks, strict=True)]
         # A prompt that is not read to its end, and a sequence that catches up with what it had said, choose no token.
         wanted = [max(c.end + 1 - len(r.token_ids), 0) for r, c in zip(requests, plan.chunks, strict=True)]
         opened = [self._open[request.request_id] for request in requests]

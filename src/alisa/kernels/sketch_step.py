@@ -90,12 +90,13 @@ class BoundSketchSteps(Protocol):
         ...
 
     def in_all_layers(
-        self, running: Sequence[RunningSketchStep], q: Tensor, k: Tensor, v: Tensor
+        self, running: Sequence[RunningSketchStep], of_layer: Sequence[int], q: Tensor, k: Tensor, v: Tensor
     ) -> _native.SketchAttention:
         """Attention of all layers of a step, whose q, k and v will be here one layer after the other.
 
         Args:
-            running: the step that each layer belongs to.
+            running: the steps that layers belong to.
+            of_layer: which of them each layer belongs to.
             q: `[B, 1, H, D]`, contiguous.
             k: `[B, 1, G, D]`, each token's values in one run.
             v: the same.

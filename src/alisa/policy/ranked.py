@@ -49,21 +49,21 @@ class RankedStep:
         splits = [own.split(length - 1) for own, length in zip(budgets, batch.lengths, strict=True)]
         coverages = [own.coverage or 0.0 for own in budgets]
         counts = tuple(recent + older + 1 for recent, older in splits)
-
-        def column(values: list[int]) -> Tensor:
-            """One value per sequence as Int32[B*J]."""
-            return torch.tensor(values, dtype=torch.int32, device=device).repeat_interleave(num_sets)
-
+        older_ends = [length - 1 - recent for length, (recent, _) in zip(batch.lengths, splits, strict=True)]
+        older_counts = [older for _, older in splits]
+        # In one go: in a small model a step's every call shows.
+        columns = torch.tensor((older_ends, older_counts, counts), dtype=torch.int32, device=device)
+        of_rows = columns if num_sets == 1 else columns.repeat_interleave(num_sets, dim=1)
         return cls(
             num_seqs=len(batch.req_indices),
             num_sets=num_sets,
             width=max(batch.lengths),
             num_slots=max(counts),
-            counts=torch.tensor(counts, dtype=torch.int32, device=device),
+            counts=columns[2],
             num_tokens=counts,
-            older_ends=column([length - 1 - recent for length, (recent, _) in zip(batch.lengths, splits, strict=True)]),
-            older_counts=column([older for _, older in splits]),
-            row_counts=column(list(counts)),
+            older_ends=of_rows[0],
+            older_counts=of_rows[1],
+            row_counts=of_rows[2],
             coverages=torch.tensor(coverages, dtype=torch.float64, device=device) if any(coverages) else None,
         )
 

@@ -108,6 +108,11 @@ class Request:
         """
         return self.num_cached == len(self.token_ids)
 
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Ids at positions [start, end) of prompt, output and drafts; what is read of a long text is not all of it."""
+        known = len(self.token_ids)
+        return self.token_ids[start:end] + self.draft_ids[max(start - known, 0) : max(end - known, 0)]
+
     def append(self, token_id: int) -> None:
         """Take in a sampled token."""
         self.token_ids.append(token_id)

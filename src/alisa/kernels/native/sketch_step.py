@@ -72,12 +72,13 @@ class CpuSketchSteps:
         return CpuRunningStep(self, self._team.threads(), slots, ranking, ids)
 
     def in_all_layers(
-        self, running: Sequence[RunningSketchStep], q: Tensor, k: Tensor, v: Tensor
+        self, running: Sequence[RunningSketchStep], of_layer: Sequence[int], q: Tensor, k: Tensor, v: Tensor
     ) -> _native.SketchAttention:
         """See `BoundSketchSteps`."""
+        steps = [step.native(q, k, v) for step in running]
         return library.native().SketchAttention(
             stepper=self.stepper,
-            steps=[step.native(q, k, v) for step in running],
+            steps=[steps[number] for number in of_layer],
             places=self.addresses,
             q=q.data_ptr(),
             k=k.data_ptr(),
