@@ -40,7 +40,7 @@ class ModeQuestion:
     bfloat16, AVX512-BF16 and no AMX."""
     sparse_share: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: as measured)")] = None
     """With --sparse-prompts: the part of the attention after the 2048th token that is left. By default what SmolLM2
-    showed at 0.03 (docs/accuracy.md): two thirds with each doubling of the prompt. Gemma 3 270M had 0.98."""
+    showed at 0.03 (docs/accuracy.md): two thirds with each doubling of the prompt. Gemma 3 270M had 0.99."""
 
     def engine_options(self) -> dict[str, Any]:
         """Those that are the engine's, by its names."""
