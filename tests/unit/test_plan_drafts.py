@@ -12,7 +12,7 @@ from alisa.engine.step_prices import BatchPrices, DraftedStep
 from alisa.outputs import Phase
 from alisa.planner.cost import CostModel
 from alisa.planner.draft_plan import plan_drafts
-from alisa.planner.drafted import DraftPricer
+from alisa.planner.draft_pricer import DraftPricer
 from alisa.planner.footprint import kv_token_bytes, weight_bytes
 from alisa.planner.hardware import SelectionPrices
 from alisa.planner.load import RunConfig, loads

@@ -81,10 +81,11 @@ def _verdict(drafts: dict[str, Any]) -> str:
     if least is None:
         return "they cannot pay, even if all were right: none are tried, and nothing is gained"
     if not drafts["drafts_per_step"]:
-        return f"they do not pay: none are tried, and nothing is gained; from {least:.0%} on they would"
+        return f"they do not pay: none are tried, and nothing is gained; they would if {least:.0%} were right"
     return (
-        f"{drafts['drafts_per_step']:.1f} a step, which gives {drafts['tokens_per_step']:.2f} tokens: decoding takes "
-        f"{drafts['plain_s']:.1f} s without them, {drafts['factor']:.2f} times as long; they pay from {least:.0%} on"
+        f"{drafts['drafts_per_step']:.1f} a step, which gives {drafts['tokens_per_step']:.2f} tokens: decoding "
+        f"takes {drafts['plain_s']:.1f} s without them, {drafts['factor']:.2f} times as long; they pay if {least:.0%} "
+        "are right"
     )
 
 

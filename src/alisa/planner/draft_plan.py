@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alisa.planner.drafted import DraftPricer
+from alisa.planner.draft_pricer import DraftPricer
 from alisa.planner.hardware import Hardware
 from alisa.planner.search import PlanCandidate
 from alisa.planner.speculation import DraftSource

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from alisa.planner.cost import CostModel
-from alisa.planner.drafted import DraftPricer
+from alisa.planner.draft_pricer import DraftPricer
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import RunConfig
 from alisa.planner.simulate import MemoryBudget, Timeline, UniformWorkload, room_for, simulate_uniform

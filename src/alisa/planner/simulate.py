@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from alisa.outputs import Medium
 from alisa.planner.cost import CostModel, StepCost
-from alisa.planner.drafted import DraftedStep, DraftPricer
+from alisa.planner.draft_pricer import DraftPricer, PricedStep
 from alisa.planner.footprint import activation_bytes, hidden_row_bytes, kv_token_bytes, policy_bytes, weight_bytes
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import RunConfig, StepWork, loads
@@ -81,7 +81,7 @@ class Timeline:
     loads: tuple[StepWork, ...]
     costs: tuple[StepCost, ...]
     weights: tuple[float, ...]
-    drafted: tuple[DraftedStep, ...] = ()
+    drafted: tuple[PricedStep, ...] = ()
     """What stands behind the decode steps of a run that guesses ahead, whose costs are those of a token."""
 
     def total(self, *, prefill: bool | None = None) -> StepCost:
@@ -185,7 +185,7 @@ def simulate_uniform(
     per_pass = max(1, PREFILL_CHUNK // workload.prompt_len)
     costs: list[StepCost] = []
     weights: list[float] = []
-    drafted: list[DraftedStep] = []
+    drafted: list[PricedStep] = []
     ends = [*(plan.chunks[0].end for plan in steps[1:]), workload.num_rows + 1]
     for load, of_pass, plan, end in zip(found, of_passes, steps, ends, strict=True):
         if drafts is None or plan.prefill:

@@ -21,7 +21,7 @@ _FINEST = 100
 
 
 @dataclass(frozen=True, slots=True)
-class DraftedStep:
+class PricedStep:
     """A decode step of a batch with so many drafts of each sequence, or with none."""
 
     work: StepWork
@@ -74,7 +74,7 @@ class DraftPricer:
 
     def step(
         self, load: StepWork, of_pass: StepWork, *, tiers: bool = True, acceptance: float | None = None
-    ) -> DraftedStep:
+    ) -> PricedStep:
         """The step with the most tokens a second; without drafts where none promise enough more.
 
         Args:
@@ -88,7 +88,7 @@ class DraftPricer:
         if self._method.exact:
             # What moves does so once, and is counted in the step that verifies.
             one_pass = self._passes.step(replace(of_pass, stored=0.0, hidden_stored=0), tiers=tiers)
-        without = DraftedStep(load, of_pass, plain, one_pass, plain)
+        without = PricedStep(load, of_pass, plain, one_pass, plain)
         tried = [
             self.with_drafts(without, count, tokens_of_step(acceptance, count), tiers=tiers)
             for count in range(1, self._drafts.most + 1)
@@ -96,18 +96,18 @@ class DraftPricer:
         best = max((without, *tried), key=lambda step: self.prices(step).rate(acceptance, step.num_drafts))
         return best if self.prices(best).pays(acceptance, best.num_drafts) else without
 
-    def with_drafts(self, step: DraftedStep, count: int, tokens: float, *, tiers: bool = True) -> DraftedStep:
+    def with_drafts(self, step: PricedStep, count: int, tokens: float, *, tiers: bool = True) -> PricedStep:
         """The same step with `count` drafts of each sequence, by which it gets `tokens`."""
         verifying = self._verifying.step(self._verified(step.work, count, tokens), tiers=tiers)
         return replace(step, verifying=verifying, num_drafts=count, tokens=tokens)
 
-    def prices(self, step: DraftedStep) -> StepPrices:
+    def prices(self, step: PricedStep) -> StepPrices:
         """As the engine would measure them; of the whole batch, for a sequence's share does not change what is best."""
         plain_s = self.seconds(step.plain)
         further_s = (self.seconds(step.verifying) - plain_s) / max(step.num_drafts, 1)
         return StepPrices(plain_s, further_token_s(further_s, plain_s), self.seconds(step.one_pass))
 
-    def pays_from(self, step: DraftedStep, *, tiers: bool = True) -> float | None:
+    def pays_from(self, step: PricedStep, *, tiers: bool = True) -> float | None:
         """The least acceptance, in hundredths, with which drafts pay in this step; None: not even if all are right."""
 
         def pays(hundredths: int) -> bool:
