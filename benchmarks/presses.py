@@ -16,31 +16,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from math import isnan
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
 
-from alisa import LLM, __version__
+from alisa import LLM
 from alisa.config import EngineConfig
 from alisa.hf.decoder import load_transformers
-from alisa.lab.eval.measurement import Evaluation, fingerprint, measure_cells
+from alisa.lab.eval.measurement import Evaluation, fingerprint, measure_cell, measure_cells
 from alisa.lab.eval.perplexity import Perplexity, perplexity_of
 from alisa.lab.eval.recall import recalls_of
 from alisa.lab.eval.record_file import RecordFile
-from alisa.lab.eval.statistics import Estimate
 from alisa.lab.eval.subject import BASELINE, Subject, variants
 from alisa.lab.eval.wording import choose_wording
 from alisa.lab.scoring import ScoredItem, ScoredOutput, Scorer
-from alisa.records.schema import EvalRecord, EvalStamp
+from alisa.records.schema import EvalStamp
 
 PRESSES = ("SnapKVPress", "ExpectedAttentionPress", "TOVAPress", "KnormPress", "StreamingLLMPress")
 NONE = "none"
@@ -117,55 +112,24 @@ def press_records(
         record = file.get(cell)
         if record is None:
             scorer = PressScorer.beside(subject.scorer, presses, press, ratio)
-            started = perf_counter()
-            found = asked.measure(replace(subject, scorer=scorer), BASELINE)
-            seconds = perf_counter() - started
-            units = [round(unit, 6) for unit in found.units]
-            baseline = baseline or units
-            value, versus = evaluation.value(units), evaluation.versus(units, baseline)
-            record = EvalRecord(
-                kind=evaluation.kind,
-                cell=cell,
-                model=subject.name,
-                task=evaluation.task,
+            found = measure_cell(replace(subject, scorer=scorer), asked, BASELINE, cell, baseline)
+            record = replace(
+                found,
                 policy=press,
                 sparsity=ratio,
-                kv_dtype=subject.kv_dtype(BASELINE),
-                metric=evaluation.metric,
-                value=round(value.value, 6),
-                standard_error=_error(value),
-                versus_dense=round(versus.value, 6),
-                versus_dense_error=_error(versus),
-                seconds=round(seconds, 3),
-                kv_token_bytes=subject.row_bytes(BASELINE),
-                policy_token_bytes=0.0,
                 details={**found.details, **scorer.seen},
-                units=tuple(units),
                 settings=settings,
-                stamp=_stamp(scorer),
+                stamp=_stamp(scorer, found.stamp),
             )
             file.append(record)
         baseline = baseline or record.units or ()
         print(f"{evaluation.task} {press} {ratio:g}: {record.value:g}, {record.versus_dense:g}", file=sys.stderr)
 
 
-def _error(estimate: Estimate) -> float | None:
-    """None of one unit."""
-    return None if isnan(estimate.standard_error) else round(estimate.standard_error, 6)
-
-
-def _stamp(scorer: PressScorer) -> EvalStamp:
+def _stamp(scorer: PressScorer, ours: EvalStamp) -> EvalStamp:
+    """Of a cell that kvpress's environment measured."""
     packages: Mapping[str, str] = scorer.seen["packages"]
-    return EvalStamp(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        alisa=__version__,
-        torch=packages["torch"],
-        python=platform.python_version(),
-        machine=platform.machine(),
-        threads=torch.get_num_threads(),
-        attention="sdpa",
-        dtype=str(scorer.decoder.dtype).removeprefix("torch."),
-    )
+    return replace(ours, torch=packages["torch"], attention="sdpa")
 
 
 TASKS = ("ppl", "needle", "needle asked", "paragraphs", "paragraphs asked")

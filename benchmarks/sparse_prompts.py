@@ -24,7 +24,7 @@ from recording import tell
 from torch import Tensor
 
 from alisa import LLM, SamplingParams
-from alisa.attention.sparse_prompts import DENSE_TOKENS
+from alisa.budget import DENSE_TOKENS
 from alisa.config import EngineConfig
 from alisa.engine.loaded import LoadedModel, load_model
 from alisa.kernels.base import KeyBlock, SparsePrefillKernel

@@ -17,6 +17,13 @@ Reads = Callable[[int], tuple[int, int]]
 STATE_BLOCK_TOKENS = 64
 """The state of a selection policy is handed out in multiples of this many tokens."""
 
+DENSE_TOKENS = 2048
+"""The first tokens of a prompt that is read sparsely (`EngineConfig.sparse_prompts`), which are read densely: there is
+little to save, and everything after them reads of them.
+
+Whole sections, so that a place and not a length decides: a prompt's rows are those of a longer one that begins so.
+"""
+
 
 def state_tokens(num_tokens: int) -> int:
     """Tokens of policy state that a sequence of `num_tokens` tokens takes: whole blocks."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alisa import LLM, SamplingParams
-from alisa.attention.sparse_prompts import DENSE_TOKENS
+from alisa.budget import DENSE_TOKENS
 from alisa.engine.builder import check_sparse_prompts
 from alisa.errors import InputError
 from alisa.kernels.native import prefill as cpu_prefill

@@ -6,18 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
+from alisa.budget import DENSE_TOKENS
 from alisa.kernels.base import KeyBlock, ObservedMass, PrefillKernel, SparsePrefillKernel
 from alisa.kernels.choose import AttentionBackend
 from alisa.kernels.reference.sparse_prefill import BLOCK
 
 QUERY_BLOCK_TOKENS = BLOCK
 """Tokens that share a choice; pieces of a prompt end where these blocks do."""
-
-DENSE_TOKENS = 2048
-"""The first tokens of a prompt are read densely: there is little to save, and everything after them reads of them.
-
-Whole sections, so that a place and not a length decides: a prompt's rows are those of a longer one that begins so.
-"""
 
 
 class SparsePrompts:

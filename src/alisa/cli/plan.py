@@ -12,6 +12,7 @@ from tyro.conf import arg
 from alisa.cli.files import refuse_same_file, to_json, write_whole
 from alisa.cli.options import DisplayOptions
 from alisa.cli.plan_fleet import FleetQuestion, fleet_table
+from alisa.cli.plan_modes import ModeQuestion
 from alisa.config import KvDtypeName, PolicyName, WeightDtypeName, WeightFormat, parse_bytes, with_options
 from alisa.errors import InputError
 from alisa.planner.fleet import fleet_record
@@ -37,6 +38,7 @@ class Plan:
       alisa plan --shape opt-13b --hardware v100-32gb --batch 64 --prompt-len 128 --output-len 512
       alisa plan --model DIR --kv-device-memory 512MiB --save schedule.json
       alisa plan --shape llama-7b --hardware h100-80gb --batch 64 --prompts 1e9 --hours 48
+      alisa plan --shape llama-7b --hardware h100-80gb --batch 64 --prompt-len 1024 --exact --sparsity 0.9
     """
 
     model: Annotated[str | None, arg(metavar="ID_OR_DIR", help_behavior_hint="")] = None
@@ -67,17 +69,25 @@ class Plan:
     """What the linear layers are kept in. float: the same as --dtype; auto: int4 for a GGUF file in Q4_0 or Q4_1 on a
     machine that has figures for it, else float."""
     kv_dtype: Annotated[KvDtypeName | None, arg(help_behavior_hint="(default: auto)")] = None
-    """What rows are kept in; auto: the same as --dtype, or int8 where that is faster and no quality is named."""
+    """What rows are kept in; auto: the same as --dtype, or int8 where that is faster and neither a quality nor --exact
+    asks for less loss."""
     kv_device_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: what is left)")] = None
     """Cap of the rows on the device."""
-    kv_below_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: what there is)")] = None
-    """Cap of the rows in the tier below: disk on a CPU, CPU memory on a GPU."""
+    kv_host_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: what there is)")] = None
+    """Cap of the rows in main memory below a GPU; on a CPU it means nothing."""
+    kv_disk_memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="(default: what there is)")] = None
+    """Cap of the rows on disk below a CPU; a plan puts nothing on a disk below a GPU."""
+    schedule: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: the best)")] = None
+    """Price this schedule, as `alisa generate --schedule` takes it."""
+    max_num_seqs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: as many as is best)")] = None
+    """Prompts that may run together."""
     serial: bool = False
     """Add loading, computing and storing up, as the paper does, instead of hiding what can be hidden."""
     plot: Annotated[Path | None, arg(metavar="FIG.svg|.png|.pdf", help_behavior_hint="")] = None
     """Draw memory and time over the steps."""
     save: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="")] = None
     """Write the schedule for `alisa generate --schedule FILE.json`."""
+    modes: ModeQuestion = field(default_factory=ModeQuestion)
     fleet: FleetQuestion = field(default_factory=FleetQuestion)
     display: DisplayOptions = field(default_factory=DisplayOptions)
 
@@ -88,7 +98,13 @@ class Plan:
         from alisa.planner.plan import make_plan
 
         refuse_same_file(
-            {"--hardware": Path(self.hardware), "--budgets": self.budgets, "--save": self.save, "--plot": self.plot}
+            {
+                "--hardware": Path(self.hardware),
+                "--budgets": self.budgets,
+                "--schedule": self.schedule,
+                "--save": self.save,
+                "--plot": self.plot,
+            }
         )
         record = make_plan(self.question())
         answers = self.fleet.answers(record)
@@ -105,7 +121,7 @@ class Plan:
         if self.save is not None:
             _save(record, self.save)
             if not self.display.quiet:
-                say(_use(record, self.save, self.budgets, self.weight_dtype))
+                say(self._use(record, self.save))
         if self.display.json:
             sys.stdout.write(to_json(record) + "\n")
         return 0
@@ -119,14 +135,18 @@ class Plan:
         """
         from alisa.planner.plan import PlanRequest
         from alisa.planner.simulate import UniformWorkload
+        from alisa.scheduler.placement.file import load_schedule
 
         wrong = [
             f"--{name.replace('_', '-')} is {value}, at least {least} is needed"
-            for name, value, least in (("batch", self.batch, 1), ("prompt_len", self.prompt_len, 1))
-            if value < least
+            for name, value, least in (
+                ("batch", self.batch, 1),
+                ("prompt_len", self.prompt_len, 1),
+                ("output_len", self.output_len, 2),
+                ("max_num_seqs", self.max_num_seqs, 1),
+            )
+            if value is not None and value < least
         ]
-        if self.output_len < 2:
-            wrong.append(f"--output-len is {self.output_len}, at least 2 is needed")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             wrong.append(f"--sparsity is {self.sparsity}, allowed is 0 up to but not 1")
         if wrong:
@@ -148,6 +168,8 @@ class Plan:
             methods=methods,
             room=self._room(spec, hardware, methods[0], workload),
             overlap=not self.serial,
+            placement=None if self.schedule is None else load_schedule(self.schedule),
+            max_num_seqs=self.max_num_seqs,
         )
 
     def _model(self) -> tuple[str, ModelSpec, WeightFormat]:
@@ -183,14 +205,25 @@ class Plan:
                 "gets them from another `alisa profile`."
             )
         asked = {"policy": self.policy, "sparsity": self.sparsity, "kv_dtype": self.kv_dtype, "budgets": self.budgets}
-        engine = with_options(None, {"quality": self.quality, **asked})
+        engine = with_options(None, {"quality": self.quality, **asked, **self.modes.engine_options()})
+        drafts, sparse = self.modes.drafts(), self.modes.sparse(hardware)
         layers = layer_sparsities(engine.budgets, spec, engine.policy, engine.sparsity)
         own = (dtype,) if engine.kv_dtype == "auto" else (engine.kv_dtype,)
-        kinds = (dtype, "int8") if engine.kv_dtype == "auto" and self.quality is None else own
+        may_round = engine.kv_dtype == "auto" and self.quality is None and not engine.exact
+        kinds = (dtype, "int8") if may_round else own
         if missing := [kind for kind in kinds if kind not in hardware.attention]:
             raise InputError(f"{hardware.name} has no figures for rows of {missing[0]}.")
         return tuple(
-            RunConfig(engine.policy, engine.sparsity, dtype, kind, weight_dtype=weights, layers=layers)
+            RunConfig(
+                engine.policy,
+                engine.sparsity,
+                dtype,
+                kind,
+                weight_dtype=weights,
+                layers=layers,
+                drafts=drafts,
+                sparse=sparse,
+            )
             for kind in kinds
         )
 
@@ -207,11 +240,25 @@ class Plan:
                 spec, method.dtype, packs_tied=hardware.packs_tied, weight_dtype=method.weight_dtype
             )
             room = MemoryBudget(int(free * _FREE_SHARE), room.below_bytes)
-        elif self.kv_device_memory is None and self.kv_below_memory is None:
+        elif self.kv_device_memory is None and self._below_cap(hardware) is None:
             return None  # what is left depends on how many run together
         device = room.device_bytes if self.kv_device_memory is None else parse_bytes(self.kv_device_memory)
-        below = room.below_bytes if self.kv_below_memory is None else parse_bytes(self.kv_below_memory, least=0)
-        return MemoryBudget(device, below)
+        cap = self._below_cap(hardware)
+        return MemoryBudget(device, room.below_bytes if cap is None else parse_bytes(cap, least=0))
+
+    def _below_cap(self, hardware: Hardware) -> str | None:
+        """The cap of the tier that this machine has below its device."""
+        return self.kv_host_memory if hardware.below == "host" else self.kv_disk_memory
+
+    def _use(self, record: dict[str, Any], path: Path) -> str:
+        """How to run what was planned: a schedule alone says nothing about policy, rows and batch."""
+        weights = "" if self.weight_dtype == "auto" else f" --weight-dtype {self.weight_dtype}"
+        shared = "" if self.budgets is None else f" --budgets {self.budgets}"
+        return (
+            f"use it with: alisa generate --policy {record['policy']} --sparsity {record['sparsity']:g}"
+            f"{shared}{self.modes.flags()}{weights} --kv-dtype {record['kv_dtype']} "
+            f"--max-num-seqs {record['together']} --schedule {path}"
+        )
 
 
 def find_hardware(name: str) -> Hardware:
@@ -237,16 +284,6 @@ def find_hardware(name: str) -> Hardware:
     import psutil
 
     return replace(hardware, device_bytes=psutil.virtual_memory().available)
-
-
-def _use(record: dict[str, Any], path: Path, budgets: Path | None, weight_dtype: WeightDtypeName) -> str:
-    """How to run what was planned: a schedule alone says nothing about policy, rows and batch."""
-    weights = "" if weight_dtype == "auto" else f" --weight-dtype {weight_dtype}"
-    shared = "" if budgets is None else f" --budgets {budgets}"
-    return (
-        f"use it with: alisa generate --policy {record['policy']} --sparsity {record['sparsity']:g}{shared}{weights} "
-        f"--kv-dtype {record['kv_dtype']} --max-num-seqs {record['together']} --schedule {path}"
-    )
 
 
 def _save(record: dict[str, Any], path: Path) -> None:

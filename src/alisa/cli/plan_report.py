@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from alisa.budget import DENSE_TOKENS
 from alisa.config import format_bytes
 
 _PARTS = ("linear", "attention", "selection", "transfer", "sampling", "other")
@@ -56,8 +57,50 @@ def _lines(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         total = parts["total_s"]
         shares = ", ".join(f"{part} {parts[f'{part}_s'] / total:.0%}" for part in _PARTS) if total else "-"
         yield name, f"{total:.1f} s: {shares}; hidden {parts['hidden_s']:.1f} s"
+    yield from _drafts(record)
+    yield from _sparse_prompts(record)
     for note in record["notes"]:
         yield "why", note
+
+
+def _drafts(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    drafts = record["drafts"]
+    if drafts is None:
+        return
+    is_exact = drafts["source"] == "policy"
+    maker = f"{record['policy']} makes them up" if is_exact else "from the text"
+    yield "drafts", f"{maker}, up to {drafts['most']} a step; {drafts['acceptance']:.0%} are taken to be right"
+    yield "", _verdict(drafts)
+    one_pass = f"a pass that makes one up {drafts['pass_share']:.0%}, " if is_exact else ""
+    yield "", f"of the time of a step without drafts, {one_pass}one more to verify {drafts['token_share']:.0%}"
+
+
+def _verdict(drafts: dict[str, Any]) -> str:
+    """Whether they pay."""
+    least = drafts["pays_from"]
+    if least is None:
+        return "they cannot pay, even if all were right: none are tried, and nothing is gained"
+    if not drafts["drafts_per_step"]:
+        return f"they do not pay: none are tried, and nothing is gained; they would if {least:.0%} were right"
+    return (
+        f"{drafts['drafts_per_step']:.1f} a step, which gives {drafts['tokens_per_step']:.2f} tokens: decoding "
+        f"takes {drafts['plain_s']:.1f} s without them, {drafts['factor']:.2f} times as long; they pay if {least:.0%} "
+        "are right"
+    )
+
+
+def _sparse_prompts(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    sparse = record["sparse_prompts"]
+    if sparse is None:
+        return
+    if record["prompt_len"] <= DENSE_TOKENS:
+        yield "prompts", f"read densely: sparse reading begins after {DENSE_TOKENS} tokens"
+        return
+    yield (
+        "prompts",
+        f"read sparsely: {sparse['late_share']:.0%} of the attention after {DENSE_TOKENS} tokens is taken "
+        f"to be left, {sparse['share']:.0%} of all; that saves {sparse['saved_s']:.1f} s",
+    )
 
 
 def _memory(record: dict[str, Any]) -> Table:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from alisa.planner.speculation import StepPrices
+from alisa.planner.speculation import StepPrices, further_token_s
 
-_FIRST_TOKEN, _LEAST_TOKEN = 0.3, 0.03
-"""A further token of a step, as a share of the first one: what is thought before any was measured (0.09 for a model of
-135M alone, 0.5 for 16 sequences of 4096 tokens), and what no measurement goes below, for one that noise makes free
-would be tried without end."""
+_FIRST_TOKEN = 0.3
+"""A further token of a step, as a share of the first one, before any was measured (0.09 for a model of 135M alone, 0.5
+for 16 sequences of 4096 tokens)."""
 
 _PLAIN_FIRST, _PLAIN_EVERY = 3, 16
 """Steps without drafts that come first, of which the first one warms up, and after how many with drafts one comes."""
@@ -115,8 +114,7 @@ class BatchPrices:
         each_s = self.plain_s / step.num_sequences
         if further:
             measured = (step.wall_s - step.drafting_s - self.plain_s) / further
-            bounded = max(_LEAST_TOKEN * each_s, min(measured, 2 * each_s))
-            self.token_s += 0.4 * (bounded - self.token_s)
+            self.token_s += 0.4 * (further_token_s(measured, each_s) - self.token_s)
         if step.num_passes and draft_share:
             measured = step.drafting_s / step.num_passes / (self.plain_s * draft_share)
             self.pass_ratio += (0.4 if self.num_passes else 1.0) * (measured - self.pass_ratio)

@@ -111,7 +111,7 @@ def attach(
         "kv_device_memory": kv_device_memory,
         "kv_host_memory": kv_host_memory,
         "kv_disk_memory": kv_disk_memory,
-        "kv_disk_path": None if kv_disk_path is None else Path(kv_disk_path),
+        "kv_disk_path": kv_disk_path,
         "max_num_seqs": max_num_seqs,
         "max_model_len": max_model_len,
     }

@@ -104,8 +104,7 @@ class Scorer:
 
     def with_sparse_prompts(self, alpha: float | None) -> Scorer:
         """One that reads prompts as `EngineConfig.sparse_prompts` says."""
-        chunk = -(-self.prefill_chunk // QUERY_BLOCK_TOKENS) * QUERY_BLOCK_TOKENS
-        return replace(self, kernels=with_sparse_prompts(self.kernels, alpha), prefill_chunk=chunk)
+        return replace(self, kernels=with_sparse_prompts(self.kernels, alpha))
 
     def batches(self, items: Sequence[ScoredItem], codec: Codec, policy: SelectionPolicy) -> Iterator[tuple[int, ...]]:
         """Indices of the items in groups that fit the cap, all of it; long items go with long ones.
@@ -232,7 +231,8 @@ def teacher_forced(
         sinks=decoder.sinks,
     )
     runner = ModelRunner(decoder, session, StepTimer())
-    chunk = chunk_tokens(prefill_chunk, codec.format.dtype, decoder.dtype)
+    # Whole blocks, because the kernels may read prompts sparsely; where they do not, pieces change no logit.
+    chunk = chunk_tokens(prefill_chunk, codec.format.dtype, decoder.dtype, unit=QUERY_BLOCK_TOKENS)
     for index, item in enumerate(items):
         num_rows = max(item.num_tokens - 1, len(item.prompt_ids))  # as in the engine: the last token is never fed
         session.open(Opened(index, str(index), num_rows, len(item.prompt_ids)))

@@ -210,6 +210,7 @@ def _load(*, prefill: bool, sequences: int, tokens: int, pairs: float = 0.0, rea
         num_tokens=tokens,
         num_finished=sequences,
         pairs=pairs,
+        read_pairs=pairs,
         read=read,
         candidates=read,
         wanted=0.0,

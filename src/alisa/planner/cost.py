@@ -36,7 +36,8 @@ class StepCost:
     @property
     def serial_s(self) -> float:
         """The sum: load, compute and store one after the other, as the paper counts."""
-        return sum(getattr(self, field.name) for field in fields(self)) - self.hidden_s
+        arithmetic_s = self.linear_s + self.attention_s + self.selection_s + self.sampling_s + self.other_s
+        return arithmetic_s + self.lookup_s + self.fetch_s + self.store_s + self.rebuild_s
 
     @property
     def overlapped_s(self) -> float:
@@ -68,7 +69,7 @@ class CostModel:
     def __init__(self, spec: ModelSpec, method: RunConfig, hardware: Hardware) -> None:
         self._spec = spec
         self.method = method
-        self._policy = POLICIES[method.policy]
+        self._policy = POLICIES[method.reading_policy]
         self._hardware = hardware
         self._gemm = hardware.gemm[method.products]
         self._attention = hardware.attention[method.kv_dtype]
@@ -173,11 +174,11 @@ class CostModel:
         spec, hardware = self._spec, self._hardware
         if load.prefill:
             mean = load.pairs / load.num_tokens
-            pairs = load.pairs if window is None else min(mean, window) * load.num_tokens
+            pairs = load.read_pairs if window is None else min(mean, window) * load.num_tokens
             return pairs * spec.q_size * hardware.prefill_value_s
         length = load.candidates // load.num_sequences + 1
         read = load.read if window is None else min(length, window) * load.num_sequences
-        return self._attention.seconds(read, self._row_bytes, spec.q_size)
+        return self._attention.seconds(read, self._row_bytes, load.queries * spec.q_size)
 
     def _selection_s(self, load: StepWork) -> float:
         chooser = self._chooser

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from alisa.budget import Reads
 from alisa.config import PolicyName, WeightFormat
 from alisa.outputs import Phase
+from alisa.planner.sparse_reading import SparseReading, causal_pairs
+from alisa.planner.speculation import DraftConfig
 from alisa.policy.registry import POLICIES, reads_of
 from alisa.scheduler.placement.base import Limits
 from alisa.scheduler.plan import ScheduledChunk, StepPlan
@@ -44,6 +46,20 @@ class RunConfig:
     """What the linear layers are held in; `float`: `dtype`."""
     layers: tuple[float, ...] = ()
     """As in `alisa.budget.Budget`: every layer is counted as the one that reads most."""
+    drafts: DraftConfig | None = None
+    """None: a step tries one token of each sequence."""
+    sparse: SparseReading | None = None
+    """None: prompts are read densely."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the policy only makes up drafts, and dense attention says which of them are right."""
+        return self.drafts is not None and self.drafts.source == "policy"
+
+    @property
+    def reading_policy(self) -> PolicyName:
+        """As `EngineConfig.reading_policy`: it says what a step reads whose tokens count."""
+        return "dense" if self.exact else self.policy
 
     @property
     def products(self) -> str:
@@ -52,13 +68,17 @@ class RunConfig:
 
     @property
     def reads(self) -> Reads:
-        """Tokens a step reads."""
-        return reads_of(self.policy, self.sparsity, layers=self.layers)
+        """Tokens a step reads whose tokens count."""
+        return reads_of(self.reading_policy, self.sparsity, layers=self.layers)
 
     @property
     def churn(self) -> float:
         """As the policy's entry says."""
-        return POLICIES[self.policy].churn
+        return POLICIES[self.reading_policy].churn
+
+    def pairs(self, length: int) -> float:
+        """(query, key) pairs that a prompt of `length` tokens multiplies, in a layer without a window."""
+        return causal_pairs(length) if self.sparse is None else self.sparse.pairs(length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +94,8 @@ class StepWork:
     """Sequences whose logits are computed."""
     pairs: float
     """Prefill: (query, key) pairs of causal attention."""
+    read_pairs: float
+    """Of these, those that are multiplied where a layer has no window."""
     read: int
     """Rows that decode attention reads, the new ones included."""
     candidates: int
@@ -97,6 +119,8 @@ class StepWork:
     deleted_tokens: int
     hidden_tokens: int
     """Tokens whose layer inputs are kept."""
+    queries: int = 1
+    """Decode: tokens of a sequence that share the rows that are read."""
 
 
 @dataclass(slots=True)
@@ -136,13 +160,14 @@ def loads(
             lower_bounds(sequences[move.req_idx].bounds, move, limits)
             stored += move.num_tokens if move.target is not None else 0
         pairs = num_read = candidates = finished = hidden_stored = 0
-        wanted = deleted = population = 0.0
+        read_pairs = wanted = deleted = population = 0.0
         for chunk in plan.chunks:
             sequence = sequences[chunk.req_idx]
             sequence.length = chunk.end
             hidden_stored += max(min(chunk.end, limits.rebuildable) - chunk.start, 0)
             if plan.prefill:
-                pairs += chunk.count * (chunk.start + chunk.end + 1) // 2
+                pairs += causal_pairs(chunk.end) - causal_pairs(chunk.start)
+                read_pairs += method.pairs(chunk.end) - method.pairs(chunk.start)
                 finished += _ends_prompt(chunk, prompt_lens)
                 continue
             finished += chunk.count
@@ -170,6 +195,7 @@ def loads(
             num_tokens=copies * plan.num_tokens,
             num_finished=copies * finished,
             pairs=copies * pairs,
+            read_pairs=copies * read_pairs,
             read=copies * num_read,
             candidates=copies * candidates,
             wanted=copies * wanted,

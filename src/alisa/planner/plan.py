@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from alisa.planner.baselines import Baselines
-from alisa.planner.cost import StepCost
+from alisa.planner.cost import CostModel, StepCost
+from alisa.planner.draft_plan import plan_drafts
 from alisa.planner.footprint import activation_bytes, hidden_row_bytes, kv_token_bytes, policy_bytes, weight_bytes
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import RunConfig
 from alisa.planner.search import PlanCandidate, SearchResult, search
 from alisa.planner.simulate import MemoryBudget, UniformWorkload
+from alisa.planner.sparse_reading import causal_pairs
+from alisa.scheduler.placement.base import PlacementPolicy
 from alisa.scheduler.placement.file import schedule_values
 from alisa.scheduler.simulate import PREFILL_CHUNK
 from alisa.spec import ModelSpec
@@ -32,6 +35,10 @@ class PlanRequest:
     room: MemoryBudget | None = None
     """Caps of the rows; None: all that the machine has."""
     overlap: bool = True
+    placement: PlacementPolicy | None = None
+    """A schedule to price; None: the best one is searched for."""
+    max_num_seqs: int | None = None
+    """Sequences that may run together; None: as many as is best."""
 
 
 def make_plan(question: PlanRequest) -> dict[str, Any]:
@@ -55,6 +62,8 @@ def make_plan(question: PlanRequest) -> dict[str, Any]:
             "sparsity": best.method.sparsity,
             "kv_dtype": best.method.kv_dtype,
             "weight_dtype": best.method.products,
+            "drafts": _drafts(question, best),
+            "sparse_prompts": _sparse_prompts(question, best),
             "together": best.workload.batch,
             "waves": best.waves,
             "schedule": schedule_values(best.placement),
@@ -102,6 +111,29 @@ def cost_values(cost: StepCost) -> dict[str, float]:
     }
 
 
+def _drafts(question: PlanRequest, best: PlanCandidate) -> dict[str, Any] | None:
+    """What a run that guesses ahead gains by it; None: it does not guess."""
+    found = plan_drafts(question.spec, question.hardware, best, overlap=question.overlap)
+    return None if found is None else asdict(found)
+
+
+def _sparse_prompts(question: PlanRequest, best: PlanCandidate) -> dict[str, float] | None:
+    """What is read of prompts, and the seconds that this saves; None: all of it."""
+    sparse, length = best.method.sparse, best.workload.prompt_len
+    if sparse is None:
+        return None
+    cost = CostModel(question.spec, best.method, question.hardware)
+    prompts = [load for load in best.timeline.loads if load.prefill]
+    densely = [replace(load, read_pairs=load.pairs) for load in prompts]
+    dense_s, sparse_s = (sum(cost.step(load).attention_s for load in loads) for loads in (densely, prompts))
+    return {
+        "alpha": sparse.alpha,
+        "late_share": sparse.share_left(length),
+        "share": sparse.pairs(length) / causal_pairs(length),
+        "saved_s": best.waves * (dense_s - sparse_s),
+    }
+
+
 def _search(question: PlanRequest, workload: UniformWorkload, methods: Sequence[RunConfig]) -> SearchResult | None:
     return search(
         question.spec,
@@ -110,6 +142,8 @@ def _search(question: PlanRequest, workload: UniformWorkload, methods: Sequence[
         methods,
         room=question.room,
         overlap=question.overlap,
+        placement=question.placement,
+        max_num_seqs=question.max_num_seqs,
     )
 
 

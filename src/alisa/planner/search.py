@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from alisa.planner.cost import CostModel
+from alisa.planner.draft_pricer import DraftPricer
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import RunConfig
 from alisa.planner.simulate import MemoryBudget, Timeline, UniformWorkload, room_for, simulate_uniform
@@ -89,6 +90,8 @@ def search(
     room: MemoryBudget | None = None,
     overlap: bool = True,
     grid: Grid | None = None,
+    placement: PlacementPolicy | None = None,
+    max_num_seqs: int | None = None,
 ) -> SearchResult | None:
     """The cheapest way to do the work; None when nothing fits.
 
@@ -100,18 +103,22 @@ def search(
         room: bytes for rows; None: all that the machine has.
         overlap: whether what can be hidden counts (False: the paper's sum).
         grid: schedules to try; None: a coarse grid, then refinement.
+        placement: the only schedule to price; None: whichever is best.
+        max_num_seqs: sequences that may run together; None: as many as is best.
     """
     pricer = _Pricer(spec, hardware, overlap, room)
     starts = [
         found
         for method in methods
-        for batch in _batches(workload.batch)
-        for placement in _SIMPLEST
-        if (found := pricer.price(workload, batch, method, placement)) is not None
+        for batch in _batches(workload.batch, max_num_seqs or workload.batch)
+        for simple in (_SIMPLEST if placement is None else (placement,))
+        if (found := pricer.price(workload, batch, method, simple)) is not None
     ]
     if not starts:
         return None
     best = min(starts, key=pricer.rank)
+    if placement is not None:
+        return SearchResult(best, pricer.num_priced, ("The schedule is the one that was given.",))
     if best.timeline.loads[-1].below_tokens + best.timeline.loads[-1].deleted_tokens == 0:
         return SearchResult(best, pricer.num_priced, ("Everything fits on the device: nothing has to move.",))
     tried = [best]
@@ -140,7 +147,7 @@ class _Pricer:
         self._hardware = hardware
         self._overlap = overlap
         self._room = room
-        self._costs: dict[RunConfig, CostModel] = {}
+        self._models: dict[RunConfig, tuple[CostModel, DraftPricer | None]] = {}
         self.num_priced = 0
 
     def seconds(self, candidate: PlanCandidate) -> float:
@@ -161,12 +168,21 @@ class _Pricer:
         if limits.device_tokens < batch or _oversubscribed(placement, limits, method, wave):
             return None
         stride = max(1, workload.output_len // _PRICED_STEPS)
-        cost = self._costs.setdefault(method, CostModel(self._spec, method, self._hardware))
-        timeline = simulate_uniform(cost, method, placement, limits, wave, stride=stride)
+        cost, drafts = self._models_of(method)
+        timeline = simulate_uniform(cost, method, placement, limits, wave, stride=stride, drafts=drafts)
         self.num_priced += 1
         if timeline is None:
             return None
         return PlanCandidate(wave, -(-workload.batch // batch), method, placement, limits, room, timeline)
+
+    def _models_of(self, method: RunConfig) -> tuple[CostModel, DraftPricer | None]:
+        """Of the same method each time the same, for they remember prices."""
+        if method not in self._models:
+            drafts = None
+            if method.drafts is not None:
+                drafts = DraftPricer(self._spec, method, self._hardware, method.drafts, overlap=self._overlap)
+            self._models[method] = CostModel(self._spec, method, self._hardware), drafts
+        return self._models[method]
 
 
 def _oversubscribed(placement: PlacementPolicy, limits: Limits, method: RunConfig, wave: UniformWorkload) -> bool:
@@ -177,10 +193,10 @@ def _oversubscribed(placement: PlacementPolicy, limits: Limits, method: RunConfi
     return is_oversubscribed(placement, limits, [view.num_read] * wave.batch)
 
 
-def _batches(most: int) -> list[int]:
-    """How many sequences may run together: as many as there are, and fewer for as many more waves."""
+def _batches(most: int, together: int) -> list[int]:
+    """How many sequences may run together: as many as there are, or may, and fewer for as many more waves."""
     waves = sorted({1, 2, 3, 4, 6, 8, 12, 16, 32, 64, most})
-    return sorted({-(-most // count) for count in waves if count <= most}, reverse=True)
+    return sorted({min(-(-most // count), together) for count in waves if count <= most}, reverse=True)
 
 
 def _coarse(best: PlanCandidate, workload: UniformWorkload) -> Grid:

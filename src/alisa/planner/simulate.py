@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from alisa.outputs import Medium
 from alisa.planner.cost import CostModel, StepCost
+from alisa.planner.draft_pricer import DraftPricer, PricedStep
 from alisa.planner.footprint import activation_bytes, hidden_row_bytes, kv_token_bytes, policy_bytes, weight_bytes
 from alisa.planner.hardware import Hardware
 from alisa.planner.load import RunConfig, StepWork, loads
@@ -80,6 +81,8 @@ class Timeline:
     loads: tuple[StepWork, ...]
     costs: tuple[StepCost, ...]
     weights: tuple[float, ...]
+    drafted: tuple[PricedStep, ...] = ()
+    """What stands behind the decode steps of a run that guesses ahead, whose costs are those of a token."""
 
     def total(self, *, prefill: bool | None = None) -> StepCost:
         """The sum of all steps, or of those that read prompts or do not."""
@@ -150,6 +153,7 @@ def simulate_uniform(
     workload: UniformWorkload,
     *,
     stride: int = 1,
+    drafts: DraftPricer | None = None,
 ) -> Timeline | None:
     """The steps of a batch of equal sequences that all run together, from one that has its share of everything.
 
@@ -160,6 +164,7 @@ def simulate_uniform(
         limits: of the whole batch.
         workload: the batch.
         stride: decode steps from one that is priced to the next, which stands for all in between.
+        drafts: prices the decode steps of a run that guesses ahead.
 
     Returns:
         None when they do not fit.
@@ -171,18 +176,28 @@ def simulate_uniform(
     if not plans or plans[-1] is None:
         return None
     steps = [plan for plan in plans if plan is not None]
-    found = tuple(loads(steps, share, method, prompt_lens=workload.prompt_len, copies=batch, stride=stride))
+
+    def work(way: RunConfig) -> tuple[StepWork, ...]:
+        return tuple(loads(steps, share, way, prompt_lens=workload.prompt_len, copies=batch, stride=stride))
+
+    found = work(method)
+    of_passes = found if drafts is None else work(drafts.drafting)
     per_pass = max(1, PREFILL_CHUNK // workload.prompt_len)
-    costs = []
-    weights = []
+    costs: list[StepCost] = []
+    weights: list[float] = []
+    drafted: list[PricedStep] = []
     ends = [*(plan.chunks[0].end for plan in steps[1:]), workload.num_rows + 1]
-    for load, plan, end in zip(found, steps, ends, strict=True):
-        costs.append(cost.step(load, tiers=placement.uses_tiers))
+    for load, of_pass, plan, end in zip(found, of_passes, steps, ends, strict=True):
+        if drafts is None or plan.prefill:
+            costs.append(cost.step(load, tiers=placement.uses_tiers))
+        else:
+            drafted.append(drafts.step(load, of_pass, tiers=placement.uses_tiers))
+            costs.append(drafted[-1].token)
         weights.append(1.0 if plan.prefill else float(end - plan.chunks[0].end))
         if plan.prefill and batch > per_pass:  # the passes are as small as the engine makes them
             passes = batch / per_pass
             costs[-1] = costs[-1] + StepCost(other_s=(passes - 1) * cost.pass_s)
-    return Timeline(found, tuple(costs), tuple(weights))
+    return Timeline(found, tuple(costs), tuple(weights), tuple(drafted))
 
 
 def _plans_of_one(

@@ -97,36 +97,7 @@ def measure_cells(
         cell = _cell(subject, evaluation, variant)
         record = file.get(cell)
         if record is None:
-            started = perf_counter()
-            measured = evaluation.measure(subject, variant)
-            seconds = perf_counter() - started
-            units = [round(unit, 6) for unit in measured.units]
-            baseline = baseline or units
-            value, versus = evaluation.value(units), evaluation.versus(units, baseline)
-            record = EvalRecord(
-                kind=evaluation.kind,
-                cell=cell,
-                model=subject.name,
-                task=evaluation.task,
-                policy=variant.policy,
-                sparsity=variant.sparsity,
-                coverage=variant.coverage,
-                layers=variant.layers or None,
-                kv_dtype=subject.kv_dtype(variant),
-                weight_dtype=subject.weight_dtype,
-                metric=evaluation.metric,
-                value=round(value.value, 6),
-                standard_error=_error(value),
-                versus_dense=round(versus.value, 6),
-                versus_dense_error=_error(versus),
-                seconds=round(seconds, 3),
-                kv_token_bytes=subject.row_bytes(variant),
-                policy_token_bytes=round(subject.state_bytes(variant, evaluation.length), 1),
-                details=measured.details,
-                units=tuple(units),
-                settings=dict(evaluation.settings),
-                stamp=_stamp(subject),
-            )
+            record = measure_cell(subject, evaluation, variant, cell, baseline)
             file.append(record)
         if not baseline:
             if record.units is None:
@@ -136,6 +107,52 @@ def measure_cells(
                 )
             baseline = record.units
         yield record
+
+
+def measure_cell(
+    subject: Subject, evaluation: Evaluation, variant: Variant, cell: str, baseline: Sequence[float]
+) -> EvalRecord:
+    """The record of a variant, measured now.
+
+    Args:
+        subject: the model.
+        evaluation: what is measured.
+        variant: of the model.
+        cell: the record's name.
+        baseline: what dense attention gave, by unit; empty: this is dense attention.
+
+    Raises:
+        AlisaError: what the evaluation raises.
+    """
+    started = perf_counter()
+    measured = evaluation.measure(subject, variant)
+    seconds = perf_counter() - started
+    units = [round(unit, 6) for unit in measured.units]
+    value, versus = evaluation.value(units), evaluation.versus(units, baseline or units)
+    return EvalRecord(
+        kind=evaluation.kind,
+        cell=cell,
+        model=subject.name,
+        task=evaluation.task,
+        policy=variant.policy,
+        sparsity=variant.sparsity,
+        coverage=variant.coverage,
+        layers=variant.layers or None,
+        kv_dtype=subject.kv_dtype(variant),
+        weight_dtype=subject.weight_dtype,
+        metric=evaluation.metric,
+        value=round(value.value, 6),
+        standard_error=_error(value),
+        versus_dense=round(versus.value, 6),
+        versus_dense_error=_error(versus),
+        seconds=round(seconds, 3),
+        kv_token_bytes=subject.row_bytes(variant),
+        policy_token_bytes=round(subject.state_bytes(variant, evaluation.length), 1),
+        details=measured.details,
+        units=tuple(units),
+        settings=dict(evaluation.settings),
+        stamp=_stamp(subject),
+    )
 
 
 def _cell(subject: Subject, evaluation: Evaluation, variant: Variant) -> str:
