@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "check_step.h"
+#include "fixed_attention.h"
 #include "products.h"
 #include "stack.h"
 #include "workspace.h"
@@ -512,6 +513,58 @@ void check_product(const ModelIsa& isa, WeightFormat format, int num_tokens, int
 }
 
 // Layers of every wiring run within their memory, and every number of tokens gives a token the same.
+struct Heads {
+  int query, kv, dim;
+};
+struct Values {
+  const uint16_t* at;
+  size_t count;
+};
+
+// All layers in one call against one call for each part: every token reads its own row and those before it.
+void check_whole_step(Stack& stack, const StackStep& step, const Heads& heads, const Values& begun) {
+  const Isa& isa = *find_isa("portable");
+  const auto tokens = static_cast<size_t>(step.num_tokens);
+  const RowLayout layout = {Dtype::kBFloat16, heads.kv, heads.dim, 1};
+  Exact<uint8_t> first(tokens * layout.row_bytes()), second(first.size);
+  Exact<int64_t> own(tokens);
+  Exact<int32_t> slots(tokens * tokens), counts(tokens);
+  for (size_t token = 0; token < tokens; ++token) {
+    own[token] = static_cast<int64_t>(token);
+    counts[token] = static_cast<int32_t>(token + 1);
+    for (size_t i = 0; i < tokens; ++i) slots[token * tokens + i] = static_cast<int32_t>(i);
+  }
+  Exact<uint16_t> out(tokens * static_cast<size_t>(heads.query * heads.dim));
+  Exact<float> log_sum_exp(tokens * static_cast<size_t>(heads.query));
+  const size_t half = static_cast<size_t>(heads.kv) * heads.dim * 2;
+  auto* keys = static_cast<uint8_t*>(step.kv);
+  const EncodeTask rows = {keys, keys + half, Dtype::kBFloat16, 2 * half, 2 * half, nullptr, layout.row_bytes(), layout, own.get()};
+  DecodeTask task = {};
+  task.q = step.q;
+  task.q_dtype = Dtype::kBFloat16;
+  task.row_stride = layout.row_bytes();
+  task.layout = layout;
+  task.slots = slots.get();
+  task.counts = counts.get();
+  task.num_seqs = static_cast<int>(tokens);
+  task.num_heads = heads.query;
+  task.num_sets = 1;
+  task.num_slots = static_cast<int>(tokens);
+  task.out = out.get();
+  task.log_sum_exp = log_sum_exp.get();
+  Workspace workspace;
+  FixedAttention attention(workspace, isa, rows, step.num_tokens, task, {first.get(), second.get()});
+  auto* x = static_cast<uint16_t*>(step.x);
+  const auto* normed = static_cast<const uint16_t*>(step.normed);
+  std::copy_n(begun.at, begun.count, x);
+  stack.run(step, -1, nullptr, nullptr, kTwo);
+  for (const int layer : {0, 1}) stack.run(step, layer, attention.attend(layer, kTwo), nullptr, kTwo);
+  const std::vector<uint16_t> expected(normed, normed + begun.count);
+  std::copy_n(begun.at, begun.count, x);
+  stack.run_all(step, attention, kTwo);
+  expect(std::equal(expected.begin(), expected.end(), normed), "all layers in one call", isa.name, layout);
+}
+
 void check_stack(const ModelIsa& isa, WeightFormat format, bool gated, bool parallel, bool after_sum, std::mt19937& random) {
   const int hidden = 70, heads = 6, kv_heads = 2, dim = 10, ffn = 100, most = 130;
   Weight q(format, hidden, heads * dim, random), kv(format, hidden, 2 * kv_heads * dim, random);
@@ -548,6 +601,7 @@ void check_stack(const ModelIsa& isa, WeightFormat format, bool gated, bool para
     expect(std::equal(normed.get(), normed.get() + normed.size, expected.data()), "stack", isa.name, {});
     Exact<uint16_t> again(keys.size);
     stack.project_kv(1, normed.get(), nullptr, tokens, again.get(), kTwo);
+    check_whole_step(stack, step, {heads, kv_heads, dim}, {begun.data(), x.size});
   }
 }
 
