@@ -100,6 +100,8 @@ def _source(
 ) -> int | None:
     """Who can share its rows up to `end` with the request, by the lengths that sequences have in this step."""
     number, req_idx = end // BLOCK_TOKENS - 1, request_index(request)
+    if shared.num_shared(req_idx) < request.num_cached:  # it has rows of its own
+        return None
     for other in running:
         source = request_index(other)
         begins_alike = other.block_names[number : number + 1] == request.block_names[number : number + 1]

@@ -24,8 +24,8 @@ class ScheduledChunk:
     start: int
     count: int
     source: int | None = None
-    """Another sequence that has the same rows up to the end of the chunk, by then: they can be shared. The two have
-    shared all before the chunk already. None: the chunk gets rows of its own."""
+    """Another sequence that has the same rows up to the end of the chunk, by then: they can be shared, and all before
+    the chunk are. None: the chunk gets rows of its own."""
 
     @property
     def end(self) -> int:

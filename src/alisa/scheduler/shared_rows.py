@@ -57,7 +57,7 @@ class SharedRows:
         return count
 
     def share(self, req_idx: int, source: int, count: int) -> None:
-        """The first `count` tokens of a sequence, all that it has, have the rows of these tokens of `source`."""
+        """The first `count` tokens of a sequence have the rows of these tokens of `source`; it has none of its own."""
         if not count:
             self._links.pop(req_idx, None)
             return
