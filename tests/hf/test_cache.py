@@ -105,6 +105,40 @@ def test_the_same_order_copies_nothing(model):
         assert cache_factory.kv_bytes() == (12 + 7) * 3 * 256
 
 
+@pytest.mark.parametrize("policy", ["dense", "sketch", "swa", "h2o"])
+@pytest.mark.parametrize("kv_disk_memory", [None, 0])
+def test_copies_hold_what_they_have_in_common_once(model, policy, kv_disk_memory):
+    row = 3 * 256
+    prompt, new = Prompts((40,)).padded["input_ids"], torch.tensor([[5], [6], [7]])
+    with (
+        alisa.hf.attach(model, policy=policy, kv_disk_memory=kv_disk_memory, max_num_seqs=8) as cache_factory,
+        torch.no_grad(),
+    ):
+        cache = cache_factory()
+        model(prompt, past_key_values=cache)
+        twins = copy.deepcopy(cache)
+        twins.batch_repeat_interleave(3)
+        assert cache_factory.kv_bytes() == 40 * row
+        together = model(new, past_key_values=twins).logits
+        assert cache_factory.kv_bytes() == (40 + 3) * row
+        alone = [copy.deepcopy(cache) for _ in new]
+        for token, own, found in zip(new, alone, together, strict=True):
+            logits = model(token[None], past_key_values=own).logits[0]
+            torch.testing.assert_close(logits, found, rtol=1e-3, atol=1e-3)
+        del own, alone, cache
+        gc.collect()
+        model(new, past_key_values=twins)
+        assert cache_factory.kv_bytes() == (40 + 3 + 3) * row, "who has gone had no rows that others need"
+
+
+def test_beams_hold_their_prompt_once(model):
+    with alisa.hf.attach(model, policy="dense", max_num_seqs=8) as cache_factory:
+        options = {"max_new_tokens": 8, "num_beams": 4, "return_dict_in_generate": True}
+        kept = model.generate(**Prompts((40,)).padded, **options)
+        assert kept.past_key_values.batch_size == 4
+        assert 40 * 3 * 256 < cache_factory.kv_bytes() <= (40 + 4 * 8) * 3 * 256
+
+
 def test_copies_of_a_model_have_the_caches_of_their_original(model):
     prompt = Prompts((12,)).padded
     with alisa.hf.attach(model, policy="dense"):
