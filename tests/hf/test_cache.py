@@ -132,11 +132,41 @@ def test_copies_hold_what_they_have_in_common_once(model, policy, kv_disk_memory
 
 
 def test_beams_hold_their_prompt_once(model):
-    with alisa.hf.attach(model, policy="dense", max_num_seqs=8) as cache_factory:
-        options = {"max_new_tokens": 8, "num_beams": 4, "return_dict_in_generate": True}
-        kept = model.generate(**Prompts((40,)).padded, **options)
+    prompt = Prompts((40,)).padded
+    options = {"max_new_tokens": 8, "num_beams": 4, "num_return_sequences": 4, "return_dict_in_generate": True}
+    expected = copy.deepcopy(model).generate(**prompt, **options).sequences
+    # Room for 85 rows: those of the prompt, and of what each beam says; 48 for each of them would be 192.
+    sizes = {"kv_device_memory": "72KiB", "kv_disk_memory": 0, "max_num_seqs": 8, "max_model_len": 64}
+    with alisa.hf.attach(model, policy="dense", **sizes) as cache_factory:
+        kept = model.generate(**prompt, **options)
+        assert kept.sequences.equal(expected)
         assert kept.past_key_values.batch_size == 4
         assert 40 * 3 * 256 < cache_factory.kv_bytes() <= (40 + 4 * 8) * 3 * 256
+
+
+@pytest.mark.parametrize("policy", ["dense", "sketch", "swa"])
+def test_equal_prompts_of_a_batch_are_read_once(model, policy):
+    first, other = Prompts((30, 12)).ids
+    ids = torch.tensor([first, [0] * 18 + other, first, [0] * 18 + other])
+    mask = (ids != 0).long()
+    options = {"max_new_tokens": 6}
+    with alisa.hf.attach(model, policy=policy) as cache_factory, torch.no_grad():
+        expected = [model.generate(torch.tensor([prompt]), **options)[0, -6:] for prompt in (first, other)]
+        gc.collect()
+        cache = cache_factory()
+        model(ids, attention_mask=mask, past_key_values=cache)
+        assert cache_factory.kv_bytes() == (30 + 12) * 3 * 256
+        found = model.generate(ids, attention_mask=mask, **options)[:, -6:]
+        assert found.equal(torch.stack(expected * 2))
+
+
+def test_what_is_read_at_other_positions_is_not_the_same(model):
+    prompt = Prompts((30,)).padded["input_ids"].repeat(2, 1)
+    positions = torch.stack((torch.arange(30), torch.arange(3, 33)))
+    with alisa.hf.attach(model, policy="dense") as cache_factory, torch.no_grad():
+        model(prompt, position_ids=positions, past_key_values=(cache := cache_factory()))
+        assert cache.batch.size == 2
+        assert cache_factory.kv_bytes() == 2 * 30 * 3 * 256
 
 
 def test_copies_of_a_model_have_the_caches_of_their_original(model):

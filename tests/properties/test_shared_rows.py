@@ -23,6 +23,13 @@ class SharedRowsMachine(RuleBasedStateMachine):
     def some(self, data):
         return data.draw(st.sampled_from(sorted(self.rows)))
 
+    def some_length(self, data, req_idx):
+        """Most often one at which something begins or ends."""
+        length = len(self.rows[req_idx])
+        edges = {0, length, *(min(self.shared.num_shared(other), length) for other in self.rows)}
+        return data.draw(st.sampled_from(sorted(edges)) | st.integers(0, length))
+
+    @precondition(lambda self: len(self.rows) < 3)
     @rule(count=st.integers(0, 4))
     def open(self, count):
         req_idx = next(self.names)
@@ -39,12 +46,12 @@ class SharedRowsMachine(RuleBasedStateMachine):
     def grow(self, data, count):
         self.append(self.some(data), count)
 
-    @precondition(lambda self: self.rows)
+    @precondition(lambda self: 0 < len(self.rows) < 6)
     @rule(data=st.data())
     def fork(self, data):
         """In two steps: the second one finds that all so far is shared."""
         source = self.some(data)
-        first, second = sorted(data.draw(st.tuples(*[st.integers(0, len(self.rows[source]))] * 2)))
+        first, second = sorted(self.some_length(data, source) for _ in range(2))
         req_idx = next(self.names)
         self.shared.share(req_idx, source, first)
         self.rows[req_idx] = self.rows[source][:first]
@@ -59,7 +66,7 @@ class SharedRowsMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cut(self, data):
         req_idx = self.some(data)
-        self.cut_at(req_idx, data.draw(st.integers(0, len(self.rows[req_idx]))))
+        self.cut_at(req_idx, self.some_length(data, req_idx))
 
     def cut_at(self, req_idx, length):
         """What nobody reads any more is gone; the rest has an heir who reads all of it."""
@@ -73,7 +80,7 @@ class SharedRowsMachine(RuleBasedStateMachine):
             assert self.rows[handover.heir][handover.start : handover.end] == passed
             self.owners |= dict.fromkeys(passed, handover.heir)
 
-    @precondition(lambda self: self.rows)
+    @precondition(lambda self: len(self.rows) > 2)
     @rule(data=st.data())
     def close(self, data):
         req_idx = self.some(data)

@@ -136,7 +136,8 @@ class StoreMachine(RuleBasedStateMachine):
     def fork(self, data):
         """Another sequence has the first rows of one, in as many steps; no row is taken."""
         source = data.draw(st.sampled_from(sorted(self.model)))
-        cuts = data.draw(st.lists(st.integers(0, self.length(source)), max_size=3, unique=True).map(sorted))
+        edge = st.just(self.length(source)) | st.integers(0, self.length(source))
+        cuts = data.draw(st.lists(edge, min_size=1, max_size=3, unique=True).map(sorted))
         req_idx = next(index for index in range(NUM_LANES) if index not in self.model)
         self.store.open(req_idx, MAX_LENGTH)
         for start, end in pairwise((0, *filter(None, cuts))):
@@ -144,9 +145,10 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.begin(plan_of([chunk]))
             for layer in range(NUM_LAYERS):
                 self.store.copy(layer, chunk)
-        length = max(cuts, default=0)
+        length = max(cuts)
         self.model[req_idx], self.owned[req_idx] = self.model[source][:, :length], self.owned[source][:length]
 
+    @precondition(lambda self: any(map(self.store.num_shared, self.model)))
     @rule()
     def unshare(self):
         """Every sequence has the same rows as before, and nobody else has them."""
