@@ -30,7 +30,7 @@ class SharedRowsMachine(RuleBasedStateMachine):
         return data.draw(st.sampled_from(sorted(edges)) | st.integers(0, length))
 
     @precondition(lambda self: len(self.rows) < 3)
-    @rule(count=st.integers(0, 4))
+    @rule(count=st.integers(1, 4))
     def open(self, count):
         req_idx = next(self.names)
         self.rows[req_idx] = []
@@ -46,11 +46,11 @@ class SharedRowsMachine(RuleBasedStateMachine):
     def grow(self, data, count):
         self.append(self.some(data), count)
 
-    @precondition(lambda self: 0 < len(self.rows) < 6)
+    @precondition(lambda self: any(self.rows.values()) and len(self.rows) < 6)
     @rule(data=st.data())
     def fork(self, data):
         """In two steps: the second one finds that all so far is shared."""
-        source = self.some(data)
+        source = data.draw(st.sampled_from([req_idx for req_idx, rows in self.rows.items() if rows]))
         first, second = sorted(self.some_length(data, source) for _ in range(2))
         req_idx = next(self.names)
         self.shared.share(req_idx, source, first)
