@@ -79,7 +79,8 @@ class StepRecord:
     tokens_dense: int
     """What dense attention would have read, counted the same way."""
     kv_rows: int
-    """Tokens that are cached after the step, wherever their rows lie, deleted ones not counted."""
+    """Tokens that are cached after the step, wherever their rows lie, deleted ones not counted; rows that sequences
+    share count once."""
     kv_bytes: int
     """Bytes of the device pool in use after the step, over all layers, the hot cache included."""
     host_bytes: int

@@ -105,6 +105,70 @@ def test_the_same_order_copies_nothing(model):
         assert cache_factory.kv_bytes() == (12 + 7) * 3 * 256
 
 
+@pytest.mark.parametrize("policy", ["dense", "sketch", "swa", "h2o"])
+@pytest.mark.parametrize("kv_disk_memory", [None, 0])
+def test_copies_hold_what_they_have_in_common_once(model, policy, kv_disk_memory):
+    row = 3 * 256
+    prompt, new = Prompts((40,)).padded["input_ids"], torch.tensor([[5], [6], [7]])
+    with (
+        alisa.hf.attach(model, policy=policy, kv_disk_memory=kv_disk_memory, max_num_seqs=8) as cache_factory,
+        torch.no_grad(),
+    ):
+        cache = cache_factory()
+        model(prompt, past_key_values=cache)
+        twins = copy.deepcopy(cache)
+        twins.batch_repeat_interleave(3)
+        assert cache_factory.kv_bytes() == 40 * row
+        together = model(new, past_key_values=twins).logits
+        assert cache_factory.kv_bytes() == (40 + 3) * row
+        alone = [copy.deepcopy(cache) for _ in new]
+        for token, own, found in zip(new, alone, together, strict=True):
+            logits = model(token[None], past_key_values=own).logits[0]
+            torch.testing.assert_close(logits, found, rtol=1e-3, atol=1e-3)
+        del own, alone, cache
+        gc.collect()
+        model(new, past_key_values=twins)
+        assert cache_factory.kv_bytes() == (40 + 3 + 3) * row, "who has gone had no rows that others need"
+
+
+def test_beams_hold_their_prompt_once(model):
+    prompt = Prompts((40,)).padded
+    options = {"max_new_tokens": 8, "num_beams": 4, "num_return_sequences": 4, "return_dict_in_generate": True}
+    expected = copy.deepcopy(model).generate(**prompt, **options).sequences
+    # Room for 85 rows: those of the prompt, and of what each beam says; 48 for each of them would be 192.
+    sizes = {"kv_device_memory": "72KiB", "kv_disk_memory": 0, "max_num_seqs": 8, "max_model_len": 64}
+    with alisa.hf.attach(model, policy="dense", **sizes) as cache_factory:
+        kept = model.generate(**prompt, **options)
+        assert kept.sequences.equal(expected)
+        assert kept.past_key_values.batch_size == 4
+        assert 40 * 3 * 256 < cache_factory.kv_bytes() <= (40 + 4 * 8) * 3 * 256
+
+
+@pytest.mark.parametrize("policy", ["dense", "sketch", "swa"])
+def test_equal_prompts_of_a_batch_are_read_once(model, policy):
+    first, other = Prompts((30, 12)).ids
+    ids = torch.tensor([first, [0] * 18 + other, first, [0] * 18 + other])
+    mask = (ids != 0).long()
+    options = {"max_new_tokens": 6}
+    with alisa.hf.attach(model, policy=policy) as cache_factory, torch.no_grad():
+        expected = [model.generate(torch.tensor([prompt]), **options)[0, -6:] for prompt in (first, other)]
+        gc.collect()
+        cache = cache_factory()
+        model(ids, attention_mask=mask, past_key_values=cache)
+        assert cache_factory.kv_bytes() == (30 + 12) * 3 * 256
+        found = model.generate(ids, attention_mask=mask, **options)[:, -6:]
+        assert found.equal(torch.stack(expected * 2))
+
+
+def test_what_is_read_at_other_positions_is_not_the_same(model):
+    prompt = Prompts((30,)).padded["input_ids"].repeat(2, 1)
+    positions = torch.stack((torch.arange(30), torch.arange(3, 33)))
+    with alisa.hf.attach(model, policy="dense") as cache_factory, torch.no_grad():
+        model(prompt, position_ids=positions, past_key_values=(cache := cache_factory()))
+        assert cache.batch.size == 2
+        assert cache_factory.kv_bytes() == 2 * 30 * 3 * 256
+
+
 def test_copies_of_a_model_have_the_caches_of_their_original(model):
     prompt = Prompts((12,)).padded
     with alisa.hf.attach(model, policy="dense"):

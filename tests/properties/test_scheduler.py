@@ -3,7 +3,9 @@
 The model knows what every request was asked and how far it is; each plan is checked against it and against the limits.
 """
 
+import itertools
 import random
+from itertools import islice
 
 import pytest
 from hypothesis import settings
@@ -16,8 +18,9 @@ from alisa.scheduler.placement.all_device import AllDevice
 from alisa.scheduler.placement.base import Limits, Tier
 from alisa.scheduler.placement.static import StaticSplit
 from alisa.scheduler.placement.three_phase import Schedule, ThreePhase
+from alisa.scheduler.prefix import BLOCK_TOKENS
 from alisa.scheduler.request import RequestStatus
-from tests.scheduler_cases import TOKEN, Driver
+from tests.scheduler_cases import TOKEN, Driver, KnownBlocks
 
 STATE_BLOCK = 64
 
@@ -30,9 +33,15 @@ def some_limits(draw, *, most_tiers):
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """`live` has every request that is not finished, `lengths` what the cache holds by request index."""
+    """`live` has every request that is not finished, `rows` the numbers of the rows that the cache holds for it, by
+    request index; two that share a row have its number."""
 
     most_tiers = 2
+    chunks = (4, 16, 64)
+    """Prompt tokens of a step; the first of them where prompts take turns with the others."""
+
+    def prefix(self, draw):
+        return None
 
     def placement(self, draw):
         return ThreePhase(None, draw.randint(1, 16))
@@ -40,8 +49,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(draw=st.randoms())
     def set_up(self, draw):
         self.limits = some_limits(draw, most_tiers=self.most_tiers)
-        self.max_num_seqs, self.prefill_chunk = draw.randint(1, 6), draw.choice((4, 16, 64))
-        self.shared_chunk, self.prompts_had_turn = draw.choice((None, None, 4)), False
+        self.max_num_seqs, self.prefill_chunk = draw.randint(1, 6), draw.choice(self.chunks)
+        self.shared_chunk, self.prompts_had_turn = draw.choice((None, None, self.chunks[0])), False
         keep, costs = draw.choice((0, 0.5, 1)), random.Random(draw.randint(0, 1000))
         self.driver = Driver(
             self.limits,
@@ -51,12 +60,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_seqs=self.max_num_seqs,
             prefill_chunk=self.prefill_chunk,
             shared_chunk=self.shared_chunk,
+            prefix=self.prefix(draw),
         )
         self.scheduler = self.driver.scheduler
-        self.live, self.owners, self.lengths = {}, {}, {}
+        self.live, self.owners, self.rows = {}, {}, {}
+        self.numbers = itertools.count()
         self.gone = []
         self.num_added = 0
         self.admitted = set()
+
+    @property
+    def lengths(self):
+        return {req_idx: len(rows) for req_idx, rows in self.rows.items()}
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -106,7 +121,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert 0 < request.admitted_s <= request.first_token_s <= request.finished_s
         self.gone.append(name)
         if request.req_idx is not None:
-            del self.owners[request.req_idx], self.lengths[request.req_idx]
+            del self.owners[request.req_idx], self.rows[request.req_idx]
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -136,14 +151,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_owners(self, plan):
         """No index has two owners, nobody comes back who is gone, and requests start in their order."""
         for req_idx in plan.closed:
-            del self.owners[req_idx], self.lengths[req_idx]
+            del self.owners[req_idx], self.rows[req_idx]
         for opened in plan.opened:
             assert 0 <= opened.req_idx < self.max_num_seqs
             assert opened.req_idx not in self.owners
             request = self.live[opened.request_id][0]
             assert opened.num_tokens == request.num_rows
             assert opened.request_id not in self.owners.values()
-            self.owners[opened.req_idx], self.lengths[opened.req_idx] = opened.request_id, 0
+            self.owners[opened.req_idx], self.rows[opened.req_idx] = opened.request_id, []
             self.admitted.add(opened.request_id)
         waiting = [
             (request.priority, arrival)
@@ -158,16 +173,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Chunks continue their sequences; prompts are cut at multiples of a chunk, and take turns with the others."""
         assert plan.chunks
         cut = self.shared_chunk or self.prefill_chunk
+        if self.driver.prefix is not None:
+            cut = BLOCK_TOKENS
         requests = [(self.live[self.owners[index]][0], length) for index, length in self.lengths.items()]
         answered = any(r.status is not RequestStatus.SWAPPED and length >= r.prompt_len for r, length in requests)
         assert len({chunk.req_idx for chunk in plan.chunks}) == len(plan.chunks)
         for chunk in plan.chunks:
             name = self.owners[chunk.req_idx]
             request = self.live[name][0]
-            assert chunk.start == self.lengths[chunk.req_idx]
+            rows = self.rows[chunk.req_idx]
+            assert chunk.start == len(rows)
             assert chunk.start in (0, before[name])
             assert chunk.end <= request.num_rows
-            self.lengths[chunk.req_idx] = chunk.end
+            if chunk.source is None:
+                rows += islice(self.numbers, chunk.count)
+            else:
+                assert plan.restored
+                assert chunk.source != chunk.req_idx
+                assert self.rows[chunk.source][: chunk.start] == rows
+                rows += self.rows[chunk.source][chunk.start : chunk.end]
+                assert len(rows) == chunk.end
             if plan.prefill:
                 assert chunk.start % cut == 0
                 assert chunk.end == request.prompt_len or chunk.end % cut == 0
@@ -184,8 +209,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_room(self):
         """Every limit is kept in the step."""
         bounds = self.driver.bounds
-        assert bounds.keys() == self.lengths.keys()
-        assert sum(self.lengths[req_idx] - ends[0] for req_idx, ends in bounds.items()) <= self.limits.device_tokens
+        assert bounds.keys() == self.rows.keys()
+        numbers = {number for req_idx, ends in bounds.items() for number in self.rows[req_idx][ends[0] :]}
+        if self.limits.tiers:  # every sequence has rows of its own
+            assert sum(self.lengths[i] - ends[0] for i, ends in bounds.items()) <= self.limits.device_tokens
+        assert len(numbers) <= self.limits.device_tokens
         for level, tier in enumerate(self.limits.tiers):
             assert sum(ends[level] - ends[level + 1] for ends in bounds.values()) <= tier.num_tokens
         assert all(ends[-1] <= self.limits.rebuildable for ends in bounds.values())
@@ -234,6 +262,24 @@ class AllDeviceMachine(SchedulerMachine):
         return AllDevice()
 
 
+class SharedMachine(AllDeviceMachine):
+    """All prompts begin alike, and what is known of them is shared where somebody has it."""
+
+    chunks = (16, 64)
+
+    def prefix(self, draw):
+        return KnownBlocks(draw.choice((BLOCK_TOKENS, BLOCK_TOKENS, 64)), draw.choice((2, 1000)))
+
+
+class SharedTiersMachine(SharedMachine):
+    """Where rows move, every sequence is counted with all its rows."""
+
+    most_tiers = 2
+
+    def placement(self, draw):
+        return ThreePhase(None, draw.randint(1, 16))
+
+
 class StaticMachine(SchedulerMachine):
     """Nobody is swapped: the split is what is wanted."""
 
@@ -257,6 +303,10 @@ TestThreePhase = SchedulerMachine.TestCase
 TestThreePhase.settings = SETTINGS
 TestAllDevice = AllDeviceMachine.TestCase
 TestAllDevice.settings = SETTINGS
+TestShared = SharedMachine.TestCase
+TestShared.settings = SETTINGS
+TestSharedTiers = SharedTiersMachine.TestCase
+TestSharedTiers.settings = SETTINGS
 TestStatic = StaticMachine.TestCase
 TestStatic.settings = SETTINGS
 TestSchedule = ScheduleMachine.TestCase

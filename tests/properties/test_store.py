@@ -1,4 +1,7 @@
-"""The KV store as a state machine, against a dictionary: append, release, reuse, cap."""
+"""The KV store as a state machine, against a dictionary: append, release, share, reuse, cap."""
+
+import itertools
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -29,20 +32,23 @@ def make_store():
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """`model` maps a request index to the rows of its tokens, UInt8[L, n, row_bytes]."""
+    """`model` maps a request index to the rows of its tokens, UInt8[L, n, row_bytes], `owned` to numbers of these rows:
+    two sequences that share a row have its number."""
 
     def __init__(self):
         super().__init__()
         self.store = make_store()
-        self.model = {}
+        self.model, self.owned = {}, {}
         self.num_written = 0
+        self.numbers = itertools.count()
 
     def length(self, req_idx):
         return self.model[req_idx].shape[1]
 
     @property
     def used(self):
-        return sum(self.length(req_idx) for req_idx in self.model)
+        """Rows, those that are shared once."""
+        return len({number for numbers in self.owned.values() for number in numbers})
 
     @rule(req_idx=st.integers(0, NUM_LANES - 1), num_tokens=st.integers(1, MAX_LENGTH + 2))
     def open(self, req_idx, num_tokens):
@@ -56,6 +62,7 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             self.store.open(req_idx, num_tokens)
             self.model[req_idx] = np.empty((NUM_LAYERS, 0, FORMAT.row_bytes), np.uint8)
+            self.owned[req_idx] = []
 
     @precondition(lambda self: any(self.length(req_idx) < MAX_LENGTH for req_idx in self.model))
     @rule(seed=st.integers(0, 2**32 - 1), most=st.sampled_from((1, MAX_LENGTH)))
@@ -85,6 +92,7 @@ class StoreMachine(RuleBasedStateMachine):
             written.append(CODEC.encode(k, v).numpy())
         for req_idx, rows in zip(req_indices, np.split(np.stack(written), np.cumsum(counts)[:-1], axis=1), strict=True):
             self.model[req_idx] = np.concatenate((self.model[req_idx], rows), axis=1)
+            self.owned[req_idx] = [*self.owned[req_idx], *islice(self.numbers, rows.shape[1])]
         chosen = [some_positions(draw, chunk.end) for chunk in chunks]
         selection = selection_of(chosen)
         for layer in range(NUM_LAYERS):
@@ -112,7 +120,7 @@ class StoreMachine(RuleBasedStateMachine):
     def release(self, data):
         req_idx = data.draw(st.sampled_from(sorted(self.model)))
         self.store.release(req_idx)
-        del self.model[req_idx]
+        del self.model[req_idx], self.owned[req_idx]
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -121,22 +129,33 @@ class StoreMachine(RuleBasedStateMachine):
         req_idx = data.draw(st.sampled_from(sorted(self.model)))
         length = data.draw(st.integers(0, self.length(req_idx)))
         self.store.truncate(req_idx, length)
-        self.model[req_idx] = self.model[req_idx][:, :length]
+        self.model[req_idx], self.owned[req_idx] = self.model[req_idx][:, :length], self.owned[req_idx][:length]
 
     @precondition(lambda self: self.model and len(self.model) < NUM_LANES)
     @rule(data=st.data())
     def fork(self, data):
-        """Another sequence gets the same rows."""
+        """Another sequence has the first rows of one, in as many steps; no row is taken."""
         source = data.draw(st.sampled_from(sorted(self.model)))
-        length = self.length(source)
-        if not length or self.used + length > NUM_ROWS:
-            return
+        edge = st.just(self.length(source)) | st.integers(0, self.length(source))
+        cuts = data.draw(st.lists(edge, min_size=1, max_size=3, unique=True).map(sorted))
         req_idx = next(index for index in range(NUM_LANES) if index not in self.model)
         self.store.open(req_idx, MAX_LENGTH)
-        self.store.begin(plan_of([ScheduledChunk(req_idx, 0, length)]))
-        for layer in range(NUM_LAYERS):
-            self.store.copy(layer, source, 0, length)
-        self.model[req_idx] = self.model[source]
+        for start, end in pairwise((0, *filter(None, cuts))):
+            chunk = ScheduledChunk(req_idx, start, end - start, source)
+            self.store.begin(plan_of([chunk]))
+            for layer in range(NUM_LAYERS):
+                self.store.copy(layer, chunk)
+        length = max(cuts)
+        self.model[req_idx], self.owned[req_idx] = self.model[source][:, :length], self.owned[source][:length]
+
+    @precondition(lambda self: any(map(self.store.num_shared, self.model)))
+    @rule()
+    def unshare(self):
+        """Every sequence has the same rows as before, and nobody else has them."""
+        if sum(map(self.length, self.model)) > NUM_ROWS:
+            return
+        self.store.unshare()
+        self.owned = {req_idx: list(islice(self.numbers, self.length(req_idx))) for req_idx in self.model}
 
     @invariant()
     def agrees(self):
@@ -150,6 +169,10 @@ class StoreMachine(RuleBasedStateMachine):
             for layer, rows in enumerate(layers):
                 assert np.array_equal(CODEC.encode(*self.store.read(layer, req_idx, 0, len(rows))).numpy(), rows)
                 assert np.array_equal(self.store.rows(layer)[table].numpy(), rows)
+        owned = [number for req_idx in self.model for number in self.owned[req_idx]]
+        tables = [self.store.slot_table(torch.tensor([i]), self.length(i))[0].tolist() for i in self.model]
+        pairs = set(zip(owned, itertools.chain(*tables), strict=True))
+        assert len(pairs) == self.used == len({slot for _, slot in pairs}), "a row has two places, or a place two rows"
 
 
 TestStore = StoreMachine.TestCase

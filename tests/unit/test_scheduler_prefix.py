@@ -43,6 +43,56 @@ def test_a_prompt_waits_for_one_that_is_read_and_begins_alike():
     ]
 
 
+def sources(driver):
+    """Whose rows each chunk of the last plan shares."""
+    names = {request.req_idx: name for name, request in driver.scheduler.requests.items()}
+    return {names[chunk.req_idx]: names.get(chunk.source) for chunk in driver.plan.chunks}
+
+
+def test_what_comes_from_the_cache_is_shared_with_one_who_has_it():
+    driver = Driver(Limits(1000), prefill_chunk=64, prefix=KnownBlocks())
+    driver.add("a", 40, 9)
+    driver.step()
+    for name in "bc":
+        driver.add(name, 50, 9)
+    driver.step()
+    assert sources(driver) == {"b": "a", "c": "a"}
+    driver.abort("a")
+    driver.add("d", 50, 9)
+    driver.step()
+    assert sources(driver) == {"d": "b"}, "who had the rows has gone, and others have them still"
+    for name in "bcd":
+        driver.abort(name)
+    driver.add("e", 50, 9)
+    driver.add("f", 50, 9)
+    driver.step()
+    assert sources(driver) == {"e": None, "f": "e"}, "nobody has it any more, and two want it"
+
+
+def test_one_with_rows_of_its_own_goes_on_with_them():
+    driver = Driver(Limits(1000), prefill_chunk=16, prefix=KnownBlocks())
+    driver.add("a", 60, 9, priority=1)
+    driver.step()
+    driver.add("b", 36, 9)
+    driver.step()
+    assert sources(driver) == {"b": "a"}
+    assert driver.step() == {"b": (16, 16)}
+    assert driver.step() == {"a": (16, 16)}
+    assert driver.plan.restored
+    assert sources(driver) == {"a": None}, "b has its first rows from a, so that a cannot have them from b"
+
+
+def test_rows_that_are_shared_take_room_once():
+    # Of each prompt's 70 tokens 64 are shared; the other 6 and the output, which takes 20 rows, are everyone's own.
+    needed = 64 + 4 * (6 + 20)
+    for num_tokens, fits in ((needed, True), (needed - 1, False)):
+        driver = Driver(Limits(num_tokens), prefill_chunk=64, prefix=KnownBlocks())
+        requests = [driver.add(name, 70, 21) for name in "abcd"]
+        driver.steps()
+        assert sorted(driver.finished) == [*"abcd"]
+        assert (not any(request.num_preempted for request in requests)) == fits
+
+
 BURSTS = st.lists(
     st.tuples(st.integers(1, 200), st.integers(1, 3), st.integers(0, 1), st.integers(0, 3)), min_size=1, max_size=12
 )
@@ -123,7 +173,7 @@ def test_hits_end_where_whole_sections_end():
 
 
 def test_one_that_lost_its_rows_takes_its_own_beginning_back():
-    driver = Driver(Limits(72), prefill_chunk=64, prefix=KnownBlocks())
+    driver = Driver(Limits(56), prefill_chunk=64, prefix=KnownBlocks())  # the 16 tokens that they share count once
     driver.add("a", 20, 30)
     request = driver.add("b", 19, 20)
     plans = []

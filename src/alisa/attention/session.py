@@ -172,13 +172,13 @@ class KVSession:
         assert not self.policy.observation_window(prompt_len), "what is observed cannot be taken up again"
         self._prompt_lens[req_idx] = prompt_len
 
-    def copy_rows(self, source: int, chunk: ScheduledChunk) -> None:
-        """A step that has begun, with this one chunk of a prompt, gets its rows from another sequence and is over."""
+    def copy_rows(self, chunk: ScheduledChunk) -> None:
+        """A step that has begun, with this one chunk of a prompt, has the rows of the chunk's source and is over."""
         for layer in range(self.shape.num_layers):
-            self._store.copy(layer, source, chunk.start, chunk.end)
+            self._store.copy(layer, chunk)
 
     def fork_state(self, source: int, req_idx: int) -> None:
-        """The policy knows of a sequence, all of whose rows have been copied, what it knows of their source."""
+        """The policy knows of a sequence, all of whose rows are those of `source`, what it knows of that one."""
         self.state.fork(source, req_idx)
 
     def truncate(self, req_idx: int, length: int) -> None:

@@ -98,6 +98,8 @@ class RowStore(Protocol):
     def begin(self, plan: StepPlan) -> None:
         """The plan's moves are under way and its chunks have room; rows then come through `append`, layer by layer.
 
+        A chunk with a source needs no room where the store shares rows; what is appended for it is there already.
+
         Raises:
             CapacityError: a chunk does not continue its sequence (nothing has changed), or there is no room.
         """
@@ -110,10 +112,10 @@ class RowStore(Protocol):
         """
         ...
 
-    def copy(self, layer: int, source: int, start: int, end: int) -> None:
-        """The step's new tokens get the rows of tokens [start, end) of the sequence `source`, byte by byte.
+    def copy(self, layer: int, chunk: ScheduledChunk) -> None:
+        """The step's only chunk has the rows of its source, byte by byte; instead of `append`.
 
-        Instead of `append`; the store keeps no hidden states.
+        The store keeps no hidden states.
         """
         ...
 
@@ -139,7 +141,7 @@ class RowStore(Protocol):
 
     @property
     def used_rows(self) -> int:
-        """Tokens whose rows exist somewhere."""
+        """Tokens whose rows exist somewhere; rows that sequences share count once."""
         ...
 
     @property

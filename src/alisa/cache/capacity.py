@@ -123,7 +123,8 @@ def resident_capacity(
 ) -> DeviceCapacity:
     """Share out a cap of `num_bytes` for a `KVStore`; arguments as in `device_capacity`.
 
-    The policy's state has room for as many tokens as there are rows, and for what sequences lose by whole blocks.
+    The policy's state has room for as many tokens as there are rows, and for what sequences lose by whole blocks; where
+    it keeps nothing of a token, for all that sequences may come to, which may share rows.
     """
     wanted = max_num_seqs * max_length
     token_bytes = num_layers * row_bytes + state.token_bytes + 8
@@ -132,7 +133,7 @@ def resident_capacity(
     # A sequence's last block is half empty on average; a fifth of a small cap is the most that is spent on it.
     spare = min(max_num_seqs * STATE_BLOCK_TOKENS, max(left, 0) // (5 * token_bytes))
     num_rows = min((left - (spare + STATE_BLOCK_TOKENS) * state.token_bytes) // token_bytes, wanted)
-    known = state_tokens(max(num_rows, 0) + spare)
+    known = state_tokens(max(num_rows, 0) + spare) if state.token_bytes else max_num_seqs * state_tokens(max_length)
     return DeviceCapacity(num_rows, known, table_bytes=resident_table_bytes(num_rows, max_num_seqs, max_length))
 
 

@@ -2,7 +2,8 @@
 
 A flat pool has one slot for a token in all layers and one table look-up a step; with tiers every layer keeps its own
 map. Most work fits, so the map is paid for when it is needed. Rows stay where they are: the tiers take the pool over,
-and give it back when the last sequence has gone.
+and give it back when the last sequence has gone. Only rows that sequences share are copied first: below the pool every
+sequence has its own, and a plan that may move rows has counted them so.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ class CacheManager:
         """See `RowStore.rebuildable`."""
         return self.store.rebuildable(req_idx)
 
+    def num_shared(self, req_idx: int) -> int:
+        """First tokens of the sequence whose rows belong to another one."""
+        return 0 if self.has_tiers else self._flat.num_shared(req_idx)
+
     def begin(self, plan: StepPlan) -> RowStore:
         """The store that has begun this step; see `RowStore.begin`."""
         if plan.moves and not self.has_tiers:
@@ -85,4 +90,5 @@ class CacheManager:
 
     def _add_tiers(self) -> None:
         assert self._make_tiers is not None, "nothing moves where there are no tiers"
+        self._flat.unshare()
         self.store = self._make_tiers(self._flat)

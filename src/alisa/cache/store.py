@@ -2,8 +2,9 @@
 
 Rows are bytes, one token of one layer each, in a pool `[L, R, row_bytes]`; a row is written once and never changes,
 so a copy anywhere is never stale. A sequence has a request index (a small integer that also indexes the policy's
-state); its tokens map to slots of the pool through a table, the same in every layer. The store knows nothing of heads,
-policies or batches of requests. `TieredStore` is its counterpart for rows that do not fit.
+state); its tokens map to slots of the pool through a table, the same in every layer. Sequences that begin with the same
+rows share them: several rows of the table name the same slots, and each slot belongs to one sequence. The store knows
+nothing of heads, policies or batches of requests. `TieredStore` is its counterpart for rows that do not fit.
 """
 
 from __future__ import annotations
@@ -27,18 +28,24 @@ from alisa.kernels.base import AppendKernel, Codec, Selection
 from alisa.kernels.sketch_step import StepSlots
 from alisa.outputs import Medium, Traffic
 from alisa.scheduler.plan import ScheduledChunk, StepPlan
+from alisa.scheduler.shared_rows import SharedRows
 
 CHUNK_TOKENS = 16
 """Slots that a sequence takes at once while there are plenty: its rows lie together, and the slot table on the device
 is written once in 16 steps."""
 
+_COPIED_TOKENS = 1024
+"""Rows are copied in pieces of so many tokens: what is in between takes no more memory."""
+
 
 @dataclass(slots=True)
 class _Sequence:
-    """Bookkeeping of one open sequence: its slots, and how many of them hold rows."""
+    """Bookkeeping of one open sequence."""
 
     slots: array[int]
+    """Its own, for the tokens after those that it shares; some may be a reserve."""
     length: int = 0
+    """Tokens that have rows, shared ones included."""
 
 
 class KVStore:
@@ -91,6 +98,9 @@ class KVStore:
         self.append_kernel = append
         self._free_slots = FreeSlots(num_rows)
         self._open: dict[int, _Sequence] = {}
+        self._shared = SharedRows()
+        self._own_tokens: Tensor | None = None
+        """Int64[n]: tokens of the step whose rows are written; None: all."""
         self._new_slots = torch.empty(0, dtype=torch.int64)
         self._step_table = torch.empty(0)
         self._chunk_of_token: Tensor | None = None
@@ -103,16 +113,15 @@ class KVStore:
 
     def release(self, req_idx: int) -> None:
         """See `RowStore.release`."""
+        self._hand_over(req_idx, 0)
         self._free_slots.give_back(reversed(self._open.pop(req_idx).slots))
 
     def begin(self, plan: StepPlan) -> None:
         """See `RowStore.begin`; a refused plan changes nothing."""
         assert not plan.moves, "there is nowhere to move rows to"
-        needed = 0
         for chunk in plan.chunks:
-            sequence = self._open[chunk.req_idx]
-            check_continues(chunk, sequence.length, self.max_length)
-            needed += max(chunk.end - len(sequence.slots), 0)
+            check_continues(chunk, self._open[chunk.req_idx].length, self.max_length)
+        needed = self._missing(plan.chunks)
         if needed > len(self._free_slots):
             self._trim()
             needed = self._missing(plan.chunks)
@@ -125,9 +134,14 @@ class KVStore:
         slots = array("i")
         for chunk in plan.chunks:
             sequence = self._open[chunk.req_idx]
-            self._grow(chunk.req_idx, sequence, chunk.end, spare=CHUNK_TOKENS - 1 if roomy else 0)
-            slots += sequence.slots[chunk.start : chunk.end]
+            if chunk.source is None:
+                self._grow(chunk.req_idx, sequence, chunk.end, spare=CHUNK_TOKENS - 1 if roomy else 0)
+                shared = self._shared.num_shared(chunk.req_idx)
+                slots += sequence.slots[chunk.start - shared : chunk.end - shared]
+            else:
+                self._share(chunk, chunk.source)
             sequence.length = chunk.end
+        self._own_tokens = self._tokens_of_their_own(plan.chunks)
         self._new_slots = torch.tensor(slots, dtype=torch.int64, device=self.device)
         req_index = torch.tensor([chunk.req_idx for chunk in plan.chunks], dtype=torch.int64, device=self.device)
         self._step_table = self.slot_table(req_index, max((chunk.end for chunk in plan.chunks), default=0))
@@ -139,19 +153,22 @@ class KVStore:
 
     def append(self, layer: int, k: Tensor, v: Tensor, hidden: Tensor | None) -> None:
         """See `RowStore.append`."""
+        if self._own_tokens is not None:
+            k, v = k[self._own_tokens], v[self._own_tokens]
+            if not len(k):
+                return
         if self.append_kernel is not None:
             self.append_kernel(self._pool[layer], self.codec.format, self._new_slots, k, v)
         else:
             self._pool[layer].index_copy_(0, self._new_slots, self.codec.encode(k, v))
 
-    def copy(self, layer: int, source: int, start: int, end: int) -> None:
-        """See `RowStore.copy`."""
-        rows = self._pool[layer].index_select(0, self._table[source, start:end])
-        self._pool[layer].index_copy_(0, self._new_slots, rows)
+    def copy(self, layer: int, chunk: ScheduledChunk) -> None:
+        """See `RowStore.copy`: they are the same rows."""
 
     def truncate(self, req_idx: int, length: int) -> None:
-        """See `RowStore.truncate`; the slots stay with the sequence."""
+        """See `RowStore.truncate`; slots that nobody else reads stay with the sequence."""
         assert length <= self._open[req_idx].length, "a sequence does not grow by being cut"
+        self._hand_over(req_idx, length)
         self._open[req_idx].length = length
 
     def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
@@ -170,14 +187,34 @@ class KVStore:
         """See `RowStore.device_rows`."""
         return DeviceRows(self._layers, StepSlots(self._new_slots, self._step_table, self._chunk_of_token))
 
+    def num_shared(self, req_idx: int) -> int:
+        """First tokens of an open sequence whose rows belong to another one."""
+        return self._shared.num_shared(req_idx)
+
+    def unshare(self) -> None:
+        """Every row that sequences share has been copied for each of them; there is room, or an AssertionError."""
+        self._trim()
+        for req_idx, sequence in self._open.items():
+            if not (count := self._shared.num_shared(req_idx)):
+                continue
+            taken = self._free_slots.take(count)
+            row, slots = self._table[req_idx, :count], torch.from_numpy(taken).to(self.device, torch.int64)
+            for source, target in zip(row.split(_COPIED_TOKENS), slots.split(_COPIED_TOKENS), strict=True):
+                for rows in self._layers:
+                    rows.index_copy_(0, target, rows.index_select(0, source))
+            row.copy_(slots)
+            sequence.slots = array("i", taken.tobytes()) + sequence.slots
+        self._shared = SharedRows()
+
     def sequences(self) -> Iterator[tuple[int, NDArray[np.int32]]]:
-        """(req_idx, slots Int32[length] of its rows) of every open sequence."""
+        """(req_idx, slots Int32[length] of its rows) of every open sequence, none of which shares rows."""
         for req_idx, sequence in self._open.items():
             yield req_idx, np.array(sequence.slots[: sequence.length], np.int32)
 
     def clear(self) -> None:
         """No sequence is open."""
         self._open.clear()
+        self._shared = SharedRows()
         self._free_slots = FreeSlots(self.num_rows)
 
     def prefetch(self, layer: int, req_indices: tuple[int, ...], selection: Selection) -> None:
@@ -209,8 +246,8 @@ class KVStore:
 
     @property
     def used_rows(self) -> int:
-        """Tokens that hold rows now."""
-        return sum(sequence.length for sequence in self._open.values())
+        """See `RowStore.used_rows`."""
+        return sum(sequence.length - self._shared.num_shared(i) for i, sequence in self._open.items())
 
     @property
     def deleted_tokens(self) -> int:
@@ -238,27 +275,39 @@ class KVStore:
         """See `RowStore.check`: every slot is free or owned once, and the tables agree."""
         self._free_slots.check(slot for sequence in self._open.values() for slot in sequence.slots)
         for req_idx, sequence in self._open.items():
-            assert sequence.length <= len(sequence.slots), f"req_idx {req_idx} has rows without slots"
-            assert self._table[req_idx, : len(sequence.slots)].tolist() == sequence.slots.tolist(), (
+            shared, end = self._shared.num_shared(req_idx), self._end(req_idx)
+            assert shared <= sequence.length <= end, f"req_idx {req_idx} has rows without slots"
+            assert self._table[req_idx, shared:end].tolist() == sequence.slots.tolist(), (
                 f"req_idx {req_idx}: table and slots differ"
             )
+            for other in self._open:
+                if other != req_idx:
+                    count = self._shared.common(req_idx, other)
+                    assert torch.equal(self._table[req_idx, :count], self._table[other, :count]), (
+                        f"req_idx {req_idx} and {other} do not have the same first {count} rows"
+                    )
 
     def close(self) -> None:
         """Nothing is open."""
 
     def _missing(self, chunks: Sequence[ScheduledChunk]) -> int:
         """Slots that these tokens need beyond those that their sequences have."""
-        return sum(max(chunk.end - len(self._open[chunk.req_idx].slots), 0) for chunk in chunks)
+        return sum(max(chunk.end - self._end(chunk.req_idx), 0) for chunk in chunks if chunk.source is None)
+
+    def _end(self, req_idx: int) -> int:
+        """Positions of the sequence that have a slot."""
+        return self._shared.num_shared(req_idx) + len(self._open[req_idx].slots)
 
     def _trim(self) -> None:
         """Take back the slots that sequences hold in reserve."""
-        for sequence in self._open.values():
-            self._free_slots.give_back(reversed(sequence.slots[sequence.length :]))
-            del sequence.slots[sequence.length :]
+        for req_idx, sequence in self._open.items():
+            own = sequence.length - self._shared.num_shared(req_idx)
+            self._free_slots.give_back(reversed(sequence.slots[own:]))
+            del sequence.slots[own:]
 
     def _grow(self, req_idx: int, sequence: _Sequence, length: int, spare: int) -> None:
         """Give a sequence slots for `length` tokens and up to `spare` more."""
-        have = len(sequence.slots)
+        have = self._end(req_idx)
         if length <= have:
             return
         end = min(length + spare, self.max_length)
@@ -266,6 +315,38 @@ class KVStore:
         taken = self._free_slots.take(end - have)
         sequence.slots.frombytes(taken.tobytes())
         self._table[req_idx, have:end] = torch.from_numpy(taken).to(self.device)
+
+    def _share(self, chunk: ScheduledChunk, source: int) -> None:
+        """The tokens of a chunk have the slots of its source."""
+        assert self._end(chunk.req_idx) == chunk.start == self._shared.num_shared(chunk.req_idx), (
+            "it has rows of its own"
+        )
+        assert chunk.end <= self._open[source].length, f"req_idx {source} has no rows at {chunk.end - 1}"
+        self._shared.share(chunk.req_idx, source, chunk.end)
+        self._widen(chunk.end)
+        self._table[chunk.req_idx, chunk.start : chunk.end] = self._table[source, chunk.start : chunk.end]
+
+    def _hand_over(self, req_idx: int, length: int) -> None:
+        """Slots from position `length` on that others read belong to one of them."""
+        sequence, shared = self._open[req_idx], self._shared.num_shared(req_idx)
+        handover = self._shared.cut(req_idx, length)
+        if handover is None and length >= shared:
+            return
+        start = end = 0
+        if handover is not None:
+            start, end = handover.start - shared, handover.end - shared
+            heir = self._open[handover.heir]
+            heir.slots = sequence.slots[start:end] + heir.slots
+        self._free_slots.give_back(reversed(sequence.slots[end:]))
+        del sequence.slots[start:]
+
+    def _tokens_of_their_own(self, chunks: Sequence[ScheduledChunk]) -> Tensor | None:
+        """See `_own_tokens`."""
+        if all(chunk.source is None for chunk in chunks):
+            return None
+        is_own = torch.tensor([chunk.source is None for chunk in chunks])
+        counts = torch.tensor([chunk.count for chunk in chunks])
+        return is_own.repeat_interleave(counts).nonzero().flatten().to(self.device)
 
     def _widen(self, length: int) -> None:
         """The table has columns for positions below `length`."""

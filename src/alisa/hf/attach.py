@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from alisa.attention.build import build_session
 from alisa.attention.caps import device_cap, disk_directory, lower_caps
@@ -255,8 +255,25 @@ class _ForwardHook:
         if cache is None:
             cache = self._factory()
         if isinstance(cache, AlisaCache):
-            cache.batch.note(args[0] if args else kwargs.get("input_ids"))
+            ids = args[0] if args else kwargs.get("input_ids")
+            twins = () if cache.batch.size else _twins(ids, [*args[1:], *kwargs.values()])
+            cache.batch.note(ids, twins)
         return args, kwargs | {"past_key_values": cache}
+
+
+def _twins(ids: Tensor | None, others: Sequence[object]) -> tuple[int, ...]:
+    """Of each sequence, the first one for which the model is given the same; none where that cannot be told."""
+    tensors = [other for other in others if isinstance(other, Tensor)]
+    plain = (Tensor, Cache, bool, int, str, type(None))
+    if ids is None or any(tensor.dim() > 2 for tensor in tensors) or not all(isinstance(o, plain) for o in others):
+        return ()
+    given = [ids, *(tensor for tensor in tensors if tensor.dim() == 2 and len(tensor) > 1)]
+    if any(len(each) != len(ids) for each in given):
+        return ()
+    return tuple(
+        next(first for first in range(index + 1) if all(each[first].equal(each[index]) for each in given))
+        for index in range(len(ids))
+    )
 
 
 class _Generate:

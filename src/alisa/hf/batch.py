@@ -39,7 +39,9 @@ class _Step(NamedTuple):
     is_empty: bool
     """No real token is among them."""
     real: Tensor | None
-    """Int64[N] into the B * T tokens: those that are no padding; None: all."""
+    """Int64[N] into the B * T tokens: those that are handed over, no padding and no twins; None: all."""
+    twins: Tensor | None = None
+    """Int64[B]: of each sequence the first one that is the same; None: they all differ."""
 
 
 class Batch:
@@ -64,6 +66,7 @@ class Batch:
         self._expected = 0
         self._ids: list[Tensor] | None = []
         self._next_ids: Tensor | None = None
+        self._next_twins: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -108,9 +111,13 @@ class Batch:
         """The prompt that is read now, in one forward pass or more, ends at this padded length."""
         self._expected = num_tokens
 
-    def note(self, ids: Tensor | None) -> None:
-        """The forward pass that comes is of these ids Int64[B, T]; None: not known."""
-        self._next_ids = ids
+    def note(self, ids: Tensor | None, twins: Sequence[int] = ()) -> None:
+        """The forward pass that comes is of these ids Int64[B, T]; None: not known.
+
+        `twins`: of each sequence the first one for which the model is given the same; none: they may all differ. What
+        begins a cache is then read once, and has its rows once.
+        """
+        self._next_ids, self._next_twins = ids, tuple(twins)
 
     # --- a forward pass ------------------------------------------------------------------------------------------
 
@@ -152,8 +159,9 @@ class Batch:
             )
         total = self._length + num_tokens
         pads = self._pads(mask, batch_size, total)
+        twins = self._next_twins if not self._rows and len(self._next_twins) == batch_size else range(batch_size)
         self._rows = self._rows or [_Row(0)] * batch_size
-        for index in range(batch_size):  # one by one: where there is no room for all, those that are open are known
+        for index in sorted({*twins}):  # one by one: where there is no room for all, those that are open are known
             self._rows[index] = self._opened(self._rows[index], pads[index], total)
         self._new = num_tokens
         is_decode = num_tokens == 1 and self._expected <= total and all(map(self._has_read_prompt, self._rows))
@@ -166,7 +174,13 @@ class Batch:
         ]
         if chunks:
             self._sequences.begin(self, chunks, prefill=not is_decode)
-        self._step = _Step(not is_decode, not chunks, self._real(num_tokens, total, new.k.device))
+        is_read = [twin == index for index, twin in enumerate(twins)]
+        self._step = _Step(
+            not is_decode,
+            not chunks,
+            self._real(num_tokens, total, is_read, new.k.device),
+            None if all(is_read) else torch.tensor(twins, device=new.k.device),
+        )
 
     def _end(self) -> None:
         self._length += self._new
@@ -179,6 +193,10 @@ class Batch:
             self._ids = None
         if not self._step.is_empty:
             self._sequences.end()
+        if self._step.twins is not None:
+            for index, twin in enumerate(self._step.twins.tolist()):
+                if twin != index:
+                    self._rows[index] = self._copy(self._rows[twin])
 
     def _attend(self, layer: int, request: AttentionRequest, query: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Query `[B, H, T, D]`, k and v `[B, G, T, D]`; returns `[B, T, H, D]`, zeros where there is padding."""
@@ -192,7 +210,8 @@ class Batch:
         if real is None:
             return self._sequences.attend(self, layer, *packed).view(q.shape)
         attended = self._sequences.attend(self, layer, *(tensor.index_select(1, real) for tensor in packed))
-        return torch.zeros_like(packed[0]).index_copy_(1, real, attended).view(q.shape)
+        out = torch.zeros_like(packed[0]).index_copy_(1, real, attended).view(q.shape)
+        return out if self._step.twins is None else out.index_select(0, self._step.twins)
 
     # --- padding and prompts -------------------------------------------------------------------------------------
 
@@ -245,11 +264,14 @@ class Batch:
                 )
             self._sequences.extend_prompt(row.req_idx, prompt_end - row.pads)
 
-    def _real(self, num_tokens: int, total: int, device: torch.device) -> Tensor | None:
-        """See `_Step`."""
-        if all(row.pads <= self._length for row in self._rows):
+    def _real(self, num_tokens: int, total: int, is_read: Sequence[bool], device: torch.device) -> Tensor | None:
+        """See `_Step`; of each sequence, whether it is handed over."""
+        if all(is_read) and all(row.pads <= self._length for row in self._rows):
             return None
-        firsts = [min(max(row.pads - self._length, 0), num_tokens) for row in self._rows]
+        firsts = [
+            min(max(row.pads - self._length, 0), num_tokens) if read else num_tokens
+            for row, read in zip(self._rows, is_read, strict=True)
+        ]
         return torch.tensor(
             [index * num_tokens + token for index, first in enumerate(firsts) for token in range(first, num_tokens)],
             device=device,
@@ -258,10 +280,10 @@ class Batch:
     # --- as a whole ----------------------------------------------------------------------------------------------
 
     def select(self, indices: Sequence[int]) -> None:
-        """Sequence i is what sequence `indices[i]` was; the same rows where it can be, a copy where two want them.
+        """Sequence i is what sequence `indices[i]` was; two that were the same one share its rows or have copies.
 
         Raises:
-            CapacityError: there is no room for the copies.
+            CapacityError: there is no room for them.
         """
         if list(indices) == list(range(self.size)):
             return
@@ -300,7 +322,7 @@ class Batch:
         self._rows, self._length = rows, length
 
     def copy(self) -> Batch:
-        """Another batch with the same tokens, whose rows are its own.
+        """Another batch with the same tokens, which goes on in its own way.
 
         Raises:
             CapacityError: there is no room for them.

@@ -56,7 +56,7 @@ class AlisaCache(Cache):
         return self.batch.max_len
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i is what sequence `beam_idx[i]` was; only what two want is copied."""
+        """Sequence i is what sequence `beam_idx[i]` was; two that were the same one share its rows or have copies."""
         self.batch.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -13,11 +13,11 @@ from alisa.basis.row_basis import RowBasis
 from alisa.config import format_bytes
 from alisa.errors import AlisaError, CapacityError, InputError
 from alisa.outputs import Medium
-from alisa.scheduler.placement.base import seq_view
+from alisa.scheduler.placement.base import SeqView, seq_view
 from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
 
 _COPIED_TOKENS = 1024
-"""A sequence is copied in pieces of so many tokens: what is in between takes no more memory."""
+"""Rows that have to be copied are in pieces of so many tokens: what is in between takes no more memory."""
 
 
 class Sequences:
@@ -87,6 +87,7 @@ class Sequences:
             raise InputError("this cache belongs to an alisa.hf.attach that is over; make one in a new context.")
         self._close_dropped()
         ends = {chunk.req_idx: chunk.end for chunk in chunks}
+        shared = {chunk.req_idx: chunk.end for chunk in chunks if chunk.source is not None}
         if (longest := max(ends.values())) > self.max_len:
             raise CapacityError(
                 f"A sequence has come to {longest} tokens, and alisa.hf.attach was made for {self.max_len}; raise its "
@@ -102,13 +103,14 @@ class Sequences:
                 cache.rebuildable(req_idx),
                 self._config.reads,
                 active=req_idx in ends,
+                num_shared=0 if limits.tiers else shared.get(req_idx, cache.num_shared(req_idx)),
             )
             for req_idx, length in self._lengths.items()
         ]
         has_room = limits.has_state_room(view.length for view in views)
         decision = self._config.placement.plan(views, limits) if has_room else None
         if decision is None:
-            raise CapacityError(self._refusal(sum(view.length for view in views), of_state=not has_room))
+            raise CapacityError(self._refusal(views, of_state=not has_room))
         self.session.begin(StepPlan(self._num_steps, decision.phase, prefill, tuple(chunks), decision.moves))
         self._num_steps += 1
         self._lengths |= ends
@@ -134,7 +136,10 @@ class Sequences:
             raise AlisaError(f"rows of the KV cache were lost: {'; '.join(sorted(set(failed.values())))}.")
 
     def fork(self, source: int) -> int:
-        """A copy of a sequence; returns its request index.
+        """Another sequence of the same tokens, which shares their rows until some have to move.
+
+        Returns:
+            Its request index.
 
         Raises:
             CapacityError: there is no room for it.
@@ -143,9 +148,9 @@ class Sequences:
         req_idx = self.open(max(length, self._prompt_lens[source]))
         try:
             for start in range(0, length, _COPIED_TOKENS):
-                chunk = ScheduledChunk(req_idx, start, min(_COPIED_TOKENS, length - start))
+                chunk = ScheduledChunk(req_idx, start, min(_COPIED_TOKENS, length - start), source)
                 self.begin(self, [chunk], prefill=True)
-                self.session.copy_rows(source, chunk)
+                self.session.copy_rows(chunk)
                 self.end()
         except AlisaError:
             self.drop([req_idx])
@@ -175,15 +180,17 @@ class Sequences:
             del self._lengths[req_idx], self._prompt_lens[req_idx]
             self._free.append(req_idx)
 
-    def _refusal(self, num_tokens: int, *, of_state: bool) -> str:
+    def _refusal(self, views: Sequence[SeqView], *, of_state: bool) -> str:
         """Why a step has no room: for rows, or for what the policy keeps of the tokens."""
         config = self._config
+        num_tokens = sum(view.length for view in views)
         if of_state:
             return (
                 f"{num_tokens} tokens are in alisa's caches, and {format_bytes(config.device_bytes)} leave room for "
                 f"what {type(self.session.policy).__name__} keeps of {config.state_tokens}; raise kv_device_memory of "
                 "alisa.hf.attach, or let caches go that are not used any more."
             )
+        num_tokens -= sum(view.num_shared for view in views)
         caps = [f"{format_bytes(config.device_bytes)} on the device"]
         caps += [f"{format_bytes(config.host_bytes)} in main memory"] if config.host_bytes else []
         caps += [f"{format_bytes(config.disk_bytes)} on disk"] if config.disk_bytes else []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from alisa.scheduler.plan import ScheduledChunk
 from alisa.scheduler.prefix import BLOCK_TOKENS, BlockName, PrefixView
 from alisa.scheduler.request import Request
+from alisa.scheduler.shared_rows import SharedRows
 
 
 def prompt_chunks(running: Sequence[Request], most: int) -> tuple[ScheduledChunk, ...]:
@@ -45,16 +47,18 @@ def one_by_one(chunks: Sequence[ScheduledChunk]) -> tuple[ScheduledChunk, ...]:
 
 
 def restored_chunks(
-    running: Sequence[Request], prefill_chunk: int, prefix: PrefixView | None
+    running: Sequence[Request], prefill_chunk: int, prefix: PrefixView | None, shared: SharedRows
 ) -> tuple[ScheduledChunk, ...]:
     """Pieces of unread prompts that the prefix cache (None: there is none) knows, as many tokens as a step reads.
 
     Those of the first requests in line, as many as can be read on together in the step after: the first one does not
-    wait for what would have to wait all the same.
+    wait for what would have to wait all the same. A piece has a source where a running request has the rows; `shared`
+    says who has rows of whom now.
     """
     if prefix is None:
         return ()
     chunks: list[ScheduledChunk] = []
+    lengths = {request_index(request): request.num_cached for request in running}
     left, then_read = prefill_chunk, 0
     for request in running:
         if not request.in_prefill:
@@ -63,7 +67,9 @@ def restored_chunks(
         found = prefix.fetch(request.block_names, request.num_cached // BLOCK_TOKENS, most)
         end = (request.num_cached + found * BLOCK_TOKENS) // prefix.hit_tokens * prefix.hit_tokens
         if end > request.num_cached:
-            chunks.append(_chunk(request, end - request.num_cached))
+            source = _source(request, end, running, lengths, shared)
+            chunks.append(replace(_chunk(request, end - request.num_cached), source=source))
+            lengths[request_index(request)] = end
             left -= chunks[-1].count
         then_read += request.prompt_len - max(end, request.num_cached)
         if then_read >= prefill_chunk:
@@ -71,10 +77,39 @@ def restored_chunks(
     return tuple(chunks)
 
 
+def known_rows(request: Request, running: Iterable[Request]) -> int:
+    """First tokens of a waiting request's prompt whose rows one of the running ones has, and it may share."""
+    most = 0
+    for other in running:
+        limit = min(len(request.block_names), request.max_restored // BLOCK_TOKENS)
+        limit = min(limit, len(other.block_names), other.num_cached // BLOCK_TOKENS)
+        # Equal names, equal beginnings.
+        blocks = bisect_left(range(limit), True, key=lambda n: request.block_names[n] != other.block_names[n])
+        most = max(most, blocks * BLOCK_TOKENS)
+    return most
+
+
 def request_index(request: Request) -> int:
     """The request index of one that runs or is swapped."""
     assert request.req_idx is not None, "requests that run or are swapped have a request index"
     return request.req_idx
+
+
+def _source(
+    request: Request, end: int, running: Sequence[Request], lengths: Mapping[int, int], shared: SharedRows
+) -> int | None:
+    """Who can share its rows up to `end` with the request, by the lengths that sequences have in this step."""
+    number, req_idx = end // BLOCK_TOKENS - 1, request_index(request)
+    if shared.num_shared(req_idx) < request.num_cached:  # it has rows of its own
+        return None
+    for other in running:
+        source = request_index(other)
+        begins_alike = other.block_names[number : number + 1] == request.block_names[number : number + 1]
+        if other is request or not begins_alike or lengths[source] < end:
+            continue
+        if shared.common(req_idx, source) == request.num_cached:
+            return source
+    return None
 
 
 def _next_block(request: Request) -> BlockName | None:

@@ -23,6 +23,9 @@ class ScheduledChunk:
     req_idx: int
     start: int
     count: int
+    source: int | None = None
+    """Another sequence that has the same rows up to the end of the chunk, by then: they can be shared, and all before
+    the chunk are. None: the chunk gets rows of its own."""
 
     @property
     def end(self) -> int:

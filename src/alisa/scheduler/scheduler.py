@@ -5,7 +5,8 @@ turns with them, `shared_chunk` tokens at a time, so that nobody who is being an
 request's arithmetic does not depend on its company. When no placement of all rows fits the
 limits, or when the requests read more than the device holds, the newest one makes room. It is swapped: its rows stay,
 most of them in lower tiers, and it takes part in no step for a while. Or it is preempted: its rows are dropped, and
-later it reads its prompt again and feeds its own output once more. Both give the same tokens.
+later it reads its prompt again and feeds its own output once more. Both give the same tokens. A beginning that
+comes from the prefix cache, and whose rows another request has, takes no room of its own where rows never move.
 
 The engine and the simulator call the same four methods, `add`, `abort`, `schedule` and `update`.
 """
@@ -14,12 +15,20 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Protocol
 
 from alisa.budget import Reads
 from alisa.errors import CapacityError, InputError
-from alisa.scheduler.chunks import decode_chunks, one_by_one, prompt_chunks, request_index, restored_chunks
+from alisa.scheduler.chunks import (
+    decode_chunks,
+    known_rows,
+    one_by_one,
+    prompt_chunks,
+    request_index,
+    restored_chunks,
+)
 from alisa.scheduler.fair import ServedTokens
 from alisa.scheduler.order import FirstCome, QueueOrder
 from alisa.scheduler.placement.base import (
@@ -35,6 +44,7 @@ from alisa.scheduler.plan import Opened, ScheduledChunk, StepPlan
 from alisa.scheduler.prefix import BLOCK_TOKENS, PrefixView
 from alisa.scheduler.refusal import refusal
 from alisa.scheduler.request import Request, RequestStatus
+from alisa.scheduler.shared_rows import SharedRows
 
 HEADROOM_TOKENS = 32
 """Tokens that every running request must be able to grow by before another one is admitted: fewer, and the newest is
@@ -108,6 +118,7 @@ class Scheduler:
         self._order = order or FirstCome()
         self._fair = fair
         self._prefix = prefix
+        self._shared = SharedRows()
         self._requests: dict[str, Request] = {}
         self._waiting: list[tuple[int, int, Request]] = []
         """(priority, turn, request), the next one first."""
@@ -285,6 +296,7 @@ class Scheduler:
             self._opened.remove(request)
         else:
             self._closed.append(request_index(request))
+        self._shared.cut(request_index(request), 0)
         self._free_req_indices.append(request_index(request))
         request.status, request.req_idx, request.num_cached = RequestStatus.WAITING, None, 0
         request.num_preempted += 1
@@ -302,6 +314,7 @@ class Scheduler:
         else:
             (self._running if request.status is RequestStatus.RUNNING else self._swapped).remove(request)
         if request.req_idx is not None:
+            self._shared.cut(request.req_idx, 0)
             self._free_req_indices.append(request.req_idx)
         request.status, request.finished_s = RequestStatus.FINISHED, perf_counter()
         # All the time of one that was never admitted was waiting, of one without a token waiting and prefill.
@@ -316,7 +329,7 @@ class Scheduler:
             if answered and self._prompts_had_turn:
                 return False, False, decode_chunks(answered, self._step_tokens)
             size = min(size, self._shared_chunk) if answered else size
-        if restored := restored_chunks(self._running, size, self._prefix):
+        if restored := restored_chunks(self._running, size, self._prefix, self._shared):
             return True, True, restored
         if chunks := prompt_chunks(self._running, size):
             return True, False, chunks
@@ -334,7 +347,10 @@ class Scheduler:
             chunk = of.get(request_index(request))
             length = request.num_cached if chunk is None else chunk.end
             num_new = 1 if chunk is None or request.in_prefill else chunk.count
-            views.append(self._view(request, length, cache, active=True, num_new=num_new))
+            view = self._view(request, length, cache, active=True, num_new=num_new)
+            if chunk is not None and chunk.source is not None and not self.limits.tiers:
+                view = replace(view, num_shared=length)
+            views.append(view)
         views += [self._view(r, r.num_cached, cache, active=False) for r in swapped]
         return self._decide(views)
 
@@ -344,7 +360,8 @@ class Scheduler:
             return True
         lengths = [min(r.num_cached + HEADROOM_TOKENS, r.num_rows) for r in self._running]
         views = [self._view(r, n, cache, active=True) for r, n in zip(self._running, lengths, strict=True)]
-        views.append(fresh_view(request.prompt_len, self.limits, self._reads))
+        num_shared = 0 if self.limits.tiers else known_rows(request, self._running)
+        views.append(fresh_view(request.prompt_len, self.limits, self._reads, num_shared))
         oversubscribed = is_oversubscribed(self.placement, self.limits, (view.num_read for view in views))
         return not oversubscribed and self._fits(views)
 
@@ -369,7 +386,15 @@ class Scheduler:
             bounds = (0,) * (len(self.limits.tiers) + 1)
             rebuildable = min(self.limits.rebuildable, request.num_rows)
         return seq_view(
-            req_idx, request.prompt_len, length, bounds, rebuildable, self._reads, active=active, num_new=num_new
+            req_idx,
+            request.prompt_len,
+            length,
+            bounds,
+            rebuildable,
+            self._reads,
+            active=active,
+            num_new=num_new,
+            num_shared=0 if self.limits.tiers else self._shared.num_shared(req_idx),
         )
 
     # --- the plan ------------------------------------------------------------------------------------------------
@@ -381,6 +406,9 @@ class Scheduler:
             Opened(request_index(r), r.request_id, r.num_rows, r.prompt_len, r.block_names, r.budget)
             for r in self._opened
         )
+        for chunk in chunks:
+            if chunk.source is not None:
+                self._shared.share(chunk.req_idx, chunk.source, chunk.end)
         self._num_steps += 1
         self._prompts_had_turn = prefill
         return StepPlan(

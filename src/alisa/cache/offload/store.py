@@ -8,6 +8,7 @@ forgotten.
 What moves is decided elsewhere (`StepPlan.moves`). This package carries it out and loads what a layer selects; its only
 own decision is which rows leave the hot cache. Calls go one way: `TieredStore` (this file) to `Appender`,
 `ChunkReader`, `Loader` and `InFlightStores`, and they to `Residency`, `SlotTable` and the tiers.
+Sequences share no rows here, because bounds and moves are a sequence's own.
 
 A little over 400 lines, because it is all of `RowStore` for tiers and the wiring of the parts; what they do is in them.
 """
@@ -39,7 +40,7 @@ from alisa.cache.store import KVStore
 from alisa.errors import CapacityError
 from alisa.kernels.base import AppendKernel, Codec, Selection, Slots
 from alisa.outputs import Medium, Traffic
-from alisa.scheduler.plan import Move, StepPlan
+from alisa.scheduler.plan import Move, ScheduledChunk, StepPlan
 
 
 @dataclass(slots=True)
@@ -300,10 +301,11 @@ class TieredStore:
         """See `RowStore.append`."""
         self._appender.append(layer, k, v, hidden)
 
-    def copy(self, layer: int, source: int, start: int, end: int) -> None:
+    def copy(self, layer: int, chunk: ScheduledChunk) -> None:
         """See `RowStore.copy`."""
         assert self._hidden is None, "what may be deleted is rebuilt from the layer input, and there is none"
-        self._appender.put(layer, self._reader.read(layer, source, start, end))
+        assert chunk.source is not None, "there is nothing to copy"
+        self._appender.put(layer, self._reader.read(layer, chunk.source, chunk.start, chunk.end))
 
     def chunks(self, layer: int, selection: Selection) -> Iterator[KVChunk]:
         """See `RowStore.chunks`; one set for all heads."""

@@ -32,5 +32,5 @@ class AllDevice:
 
     def plan(self, sequences: Sequence[SeqView], limits: Limits) -> PlacementDecision | None:
         """See `PlacementPolicy.plan`."""
-        fits = sum(view.length for view in sequences) <= limits.device_tokens
+        fits = sum(view.length - view.num_shared for view in sequences) <= limits.device_tokens
         return PlacementDecision(Phase.DEVICE, ()) if fits else None

@@ -76,6 +76,8 @@ class SeqView:
     """False: the sequence takes no part in this step; its rows may all be offloaded."""
     num_new: int = 1
     """Newest tokens that stay on the device in this step: rows that may be taken back have not moved."""
+    num_shared: int = 0
+    """First tokens whose rows another sequence has and counts; 0 where rows may move, which takes rows of its own."""
 
     @property
     def output_step(self) -> int:
@@ -98,6 +100,7 @@ def seq_view(
     *,
     active: bool,
     num_new: int = 1,
+    num_shared: int = 0,
 ) -> SeqView:
     """A sequence before a step after which it has `length` tokens, of which a policy reads what `reads` says."""
     recent, older = reads(max(length - 1, 0))
@@ -111,13 +114,14 @@ def seq_view(
         rebuildable=rebuildable,
         active=active,
         num_new=num_new,
+        num_shared=num_shared,
     )
 
 
-def fresh_view(num_tokens: int, limits: Limits, reads: Reads) -> SeqView:
-    """A sequence of `num_tokens` tokens that has no request index yet."""
+def fresh_view(num_tokens: int, limits: Limits, reads: Reads, num_shared: int = 0) -> SeqView:
+    """A sequence of `num_tokens` tokens that has no request index yet, and will share the first `num_shared`."""
     bounds = (0,) * (len(limits.tiers) + 1)
-    return seq_view(-1, num_tokens, num_tokens, bounds, limits.rebuildable, reads, active=True)
+    return seq_view(-1, num_tokens, num_tokens, bounds, limits.rebuildable, reads, active=True, num_shared=num_shared)
 
 
 class PlacementDecision(NamedTuple):
