@@ -83,13 +83,14 @@ def test_a_cancelled_reader_frees_its_request(model):
     async def run():
         async with engine_of(model) as engine:
             stream = engine.stream([5, 6, 7], SamplingParams(max_tokens=80, ignore_eos=True))
+            has_some = asyncio.Event()
 
             async def read():
                 async for _ in stream:
-                    pass
+                    has_some.set()
 
             task = asyncio.create_task(read())
-            await asyncio.sleep(0.05)
+            await has_some.wait()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

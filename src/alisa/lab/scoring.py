@@ -222,7 +222,7 @@ def teacher_forced(
     session = build_session(
         CacheManager(store),
         policy,
-        kernels._replace(attend=probe, sketch_step=None) if measure_lost_mass else kernels,
+        kernels._replace(attend=probe, sketch_step=None, fixed_step=None) if measure_lost_mass else kernels,
         decoder.spec.attention,
         decoder.device,
         max_num_seqs=len(items),
