@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from alisa.scheduler.placement.base import Limits
@@ -99,6 +99,7 @@ BURSTS = st.lists(
 """Of each request the tokens of its prompt and of its output, its priority, and the steps since the one before it."""
 
 
+@example([(17, 1, 0, 0), (130, 1, 0, 0), (142, 1, 0, 0), (17, 1, 0, 0)], 48, None, 3)  # one waits, another is read
 @given(
     burst=BURSTS, chunk=st.sampled_from([16, 48, 1024]), shared=st.sampled_from([None, 16, 64]), most=st.integers(1, 8)
 )

@@ -21,15 +21,14 @@ def prompt_chunks(running: Sequence[Request], most: int) -> tuple[ScheduledChunk
     num_tokens = 0
     computed: set[BlockName] = set()
     for request in running:
-        if not request.in_prefill or _next_block(request) in computed:
+        if not request.in_prefill or _block_at(request, request.num_cached) in computed:
             continue
         count = min(most, request.prompt_len - request.num_cached)
         if chunks and num_tokens + count > most:
             break
         chunks.append(_chunk(request, count))
         num_tokens += count
-        first = request.num_cached // BLOCK_TOKENS
-        computed.update(request.block_names[first : chunks[-1].end // BLOCK_TOKENS])
+        computed.update(_whole_blocks(request, request.num_cached, chunks[-1].end))
     return tuple(chunks)
 
 
@@ -60,6 +59,7 @@ def restored_chunks(
     chunks: list[ScheduledChunk] = []
     lengths = {request_index(request): request.num_cached for request in running}
     left, then_read = prefill_chunk, 0
+    computed: set[BlockName] = set()  # in the step after
     for request in running:
         if not request.in_prefill:
             continue
@@ -71,7 +71,11 @@ def restored_chunks(
             chunks.append(replace(_chunk(request, end - request.num_cached), source=source))
             lengths[request_index(request)] = end
             left -= chunks[-1].count
-        then_read += request.prompt_len - max(end, request.num_cached)
+        begin = max(end, request.num_cached)
+        if _block_at(request, begin) in computed:  # it waits in the step after, and others are read
+            continue
+        then_read += request.prompt_len - begin
+        computed.update(_whole_blocks(request, begin, begin + prefill_chunk))
         if then_read >= prefill_chunk:
             break
     return tuple(chunks)
@@ -112,10 +116,15 @@ def _source(
     return None
 
 
-def _next_block(request: Request) -> BlockName | None:
-    """The block of the prompt that is read next, where all of it may come from the prefix cache."""
-    is_whole = request.num_cached + BLOCK_TOKENS <= request.max_restored
-    return request.block_names[request.num_cached // BLOCK_TOKENS] if is_whole else None
+def _block_at(request: Request, position: int) -> BlockName | None:
+    """The block of the prompt that begins there, where all of it may come from the prefix cache."""
+    is_whole = position + BLOCK_TOKENS <= request.max_restored
+    return request.block_names[position // BLOCK_TOKENS] if is_whole else None
+
+
+def _whole_blocks(request: Request, start: int, end: int) -> tuple[BlockName, ...]:
+    """The blocks of the prompt between these positions that have names."""
+    return request.block_names[start // BLOCK_TOKENS : end // BLOCK_TOKENS]
 
 
 def _num_next(request: Request) -> int:
