@@ -29,6 +29,9 @@ class KnownBlocks:
         self.most = most
         self.blocks = set()
 
+    def known(self, names):
+        return self.fetch(names, 0, len(names))
+
     def fetch(self, names, first, count):
         missing = [place for place, name in enumerate(names[first : first + count]) if name not in self.blocks]
         return min(missing, default=min(count, len(names) - first))

@@ -12,23 +12,28 @@ from alisa.scheduler.request import Request
 from alisa.scheduler.shared_rows import SharedRows
 
 
-def prompt_chunks(running: Sequence[Request], most: int) -> tuple[ScheduledChunk, ...]:
+def prompt_chunks(running: Sequence[Request], most: int, prefix: PrefixView | None) -> tuple[ScheduledChunk, ...]:
     """Pieces of the prompts that are still unread, `most` tokens together.
 
-    A prompt whose next block is read in this step for another waits: after it, the prefix cache knows the block.
+    A prompt whose next block is read in this step for another waits: after it, the prefix cache knows the block. So
+    does one that goes on with what the cache (None: there is none) knows, unless it is the first in line: what it takes
+    from there are steps of their own.
     """
     chunks: list[ScheduledChunk] = []
     num_tokens = 0
     computed: set[BlockName] = set()
     for request in running:
-        if not request.in_prefill or _block_at(request, request.num_cached) in computed:
+        if not request.in_prefill or _next_block(request) in computed:
+            continue
+        if chunks and prefix is not None and _is_known(request, prefix):
             continue
         count = min(most, request.prompt_len - request.num_cached)
         if chunks and num_tokens + count > most:
             break
         chunks.append(_chunk(request, count))
         num_tokens += count
-        computed.update(_whole_blocks(request, request.num_cached, chunks[-1].end))
+        first = request.num_cached // BLOCK_TOKENS
+        computed.update(request.block_names[first : chunks[-1].end // BLOCK_TOKENS])
     return tuple(chunks)
 
 
@@ -59,7 +64,6 @@ def restored_chunks(
     chunks: list[ScheduledChunk] = []
     lengths = {request_index(request): request.num_cached for request in running}
     left, then_read = prefill_chunk, 0
-    computed: set[BlockName] = set()  # in the step after
     for request in running:
         if not request.in_prefill:
             continue
@@ -71,11 +75,7 @@ def restored_chunks(
             chunks.append(replace(_chunk(request, end - request.num_cached), source=source))
             lengths[request_index(request)] = end
             left -= chunks[-1].count
-        begin = max(end, request.num_cached)
-        if _block_at(request, begin) in computed:  # it waits in the step after, and others are read
-            continue
-        then_read += request.prompt_len - begin
-        computed.update(_whole_blocks(request, begin, begin + prefill_chunk))
+        then_read += request.prompt_len - max(end, request.num_cached)
         if then_read >= prefill_chunk:
             break
     return tuple(chunks)
@@ -116,15 +116,16 @@ def _source(
     return None
 
 
-def _block_at(request: Request, position: int) -> BlockName | None:
-    """The block of the prompt that begins there, where all of it may come from the prefix cache."""
-    is_whole = position + BLOCK_TOKENS <= request.max_restored
-    return request.block_names[position // BLOCK_TOKENS] if is_whole else None
+def _is_known(request: Request, prefix: PrefixView) -> bool:
+    """Whether the prefix cache knows how the prompt goes on, as far as it can tell without asking for it."""
+    end = min(prefix.known(request.block_names) * BLOCK_TOKENS, request.max_restored)
+    return end // prefix.hit_tokens * prefix.hit_tokens > request.num_cached
 
 
-def _whole_blocks(request: Request, start: int, end: int) -> tuple[BlockName, ...]:
-    """The blocks of the prompt between these positions that have names."""
-    return request.block_names[start // BLOCK_TOKENS : end // BLOCK_TOKENS]
+def _next_block(request: Request) -> BlockName | None:
+    """The block of the prompt that is read next, where all of it may come from the prefix cache."""
+    is_whole = request.num_cached + BLOCK_TOKENS <= request.max_restored
+    return request.block_names[request.num_cached // BLOCK_TOKENS] if is_whole else None
 
 
 def _num_next(request: Request) -> int:

@@ -331,7 +331,7 @@ class Scheduler:
             size = min(size, self._shared_chunk) if answered else size
         if restored := restored_chunks(self._running, size, self._prefix, self._shared):
             return True, True, restored
-        if chunks := prompt_chunks(self._running, size):
+        if chunks := prompt_chunks(self._running, size, self._prefix):
             return True, False, chunks
         return False, False, decode_chunks(self._running, self._step_tokens)
 
