@@ -32,22 +32,29 @@ inline F plus(F a, F b) { return a + b; }
 inline F times(F a, F b) { return a * b; }
 inline void store_codes(int8_t* p, Ints x) { store_bytes(p, x & 255); }
 
+constexpr int32_t kWeightZero = 128;
 inline WeightQuads weights_at(const uint8_t* p) {
   const U quads = read<U>(p);
   WeightQuads w;
   for (int i = 0; i < 4; ++i) w.byte[i] = bits<I>((quads >> (8 * i)) & 255U);
   return w;
 }
-template <int kHigh>
-inline WeightQuads nibbles_at(const uint8_t* p) {
-  WeightQuads w = weights_at(p);
-  for (auto& bytes : w.byte) bytes = kHigh ? bytes >> 4 : bytes & 15;
-  return w;
-}
 inline InputQuads inputs_at(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
 inline Ints add_quads(Ints sum, const WeightQuads& w, const InputQuads& x) {
   return sum + ((w.byte[0] * x.byte[0] + w.byte[1] * x.byte[1]) + (w.byte[2] * x.byte[2] + w.byte[3] * x.byte[3]));
 }
+
+using NibbleSums = Ints;
+using NibbleQuads = WeightQuads;
+inline NibbleSums no_nibbles() { return ints(0); }
+template <int kHigh>
+inline NibbleQuads nibbles_at(const uint8_t* p) {
+  NibbleQuads w = weights_at(p);
+  for (auto& bytes : w.byte) bytes = kHigh ? bytes >> 4 : bytes & 15;
+  return w;
+}
+inline NibbleSums add_nibbles(NibbleSums sums, const NibbleQuads& w, const InputQuads& x) { return add_quads(sums, w, x); }
+inline Ints whole(NibbleSums sums) { return sums; }
 
 }  // namespace alisa::ALISA_ISA
 

@@ -25,18 +25,25 @@ inline F plus(F a, F b) { return _mm512_add_ps(a, b); }
 inline F times(F a, F b) { return _mm512_mul_ps(a, b); }
 inline void store_codes(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(raw(x))); }
 
+constexpr int32_t kWeightZero = 128;
 inline WeightQuads weights_at(const uint8_t* p) { return _mm512_loadu_si512(p); }
-template <int kHigh>
-inline WeightQuads nibbles_at(const uint8_t* p) {
-  const __m512i bytes = _mm512_loadu_si512(p);
-  return _mm512_and_si512(kHigh ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
-}
 inline InputQuads inputs_at(const int8_t* p) {
   int32_t quad;
   __builtin_memcpy(&quad, p, sizeof(quad));
   return _mm512_set1_epi32(quad);
 }
 inline Ints add_quads(Ints sum, WeightQuads w, InputQuads x) { return ints(_mm512_dpbusd_epi32(raw(sum), w, x)); }
+
+using NibbleSums = Ints;
+using NibbleQuads = WeightQuads;
+inline NibbleSums no_nibbles() { return ints(0); }
+template <int kHigh>
+inline NibbleQuads nibbles_at(const uint8_t* p) {
+  const __m512i bytes = _mm512_loadu_si512(p);
+  return _mm512_and_si512(kHigh ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+}
+inline NibbleSums add_nibbles(NibbleSums sums, NibbleQuads w, InputQuads x) { return add_quads(sums, w, x); }
+inline Ints whole(NibbleSums sums) { return sums; }
 
 }  // namespace alisa::ALISA_ISA
 

@@ -133,11 +133,13 @@ struct Int8Weights {
   static constexpr int kBytes = 1;
   template <int kTokens, int kVectors>
   static ALISA_INLINE void tile(const TileTask& task, Ahead ahead) {
+    // What weights_at has left in the codes.
+    constexpr auto kZero = static_cast<uint32_t>(kWeightZero);
     Ints total[kTokens * kVectors];
     each<kTokens * kVectors>(ALISA_BODY(i) {
       const int32_t* spans = task.spans + i.value / kVectors * 2;
       // Unsigned: the codes of a NaN are no codes, and its step spoils the outputs anyway.
-      total[i.value] = ints(static_cast<int32_t>(0U - 128U * (static_cast<uint32_t>(spans[0]) + static_cast<uint32_t>(spans[1]))));
+      total[i.value] = ints(static_cast<int32_t>(0U - kZero * (static_cast<uint32_t>(spans[0]) + static_cast<uint32_t>(spans[1]))));
     });
     const uint8_t* weights = task.weights;
     const int8_t* x = static_cast<const int8_t*>(task.x);
@@ -173,14 +175,14 @@ struct Int4Weights {
     const int8_t* x = static_cast<const int8_t*>(task.x);
     const uint16_t* ranges = task.ranges;
     for (int span = 0; span * kSpan < task.count; ++span, ranges += 2 * kLanes) {
-      Ints total[kTokens * kVectors];
-      each<kTokens * kVectors>(ALISA_BODY(i) { total[i.value] = ints(0); });
+      NibbleSums total[kTokens * kVectors];
+      each<kTokens * kVectors>(ALISA_BODY(i) { total[i.value] = no_nibbles(); });
       int octs = kSpan / 8;
       do {
         ahead.ask();
         // One half of the oct after the other: with the weights of both there are no registers for all sums.
         each<2>(ALISA_BODY(half) {
-          WeightQuads w[kVectors];
+          NibbleQuads w[kVectors];
           each<kVectors>(ALISA_BODY(v) {
             w[v.value] = nibbles_at<decltype(half)::value>(weights + v.value * kWidth * kStepBytes);
           });
@@ -188,7 +190,7 @@ struct Int4Weights {
             const InputQuads in = inputs_at(x + t.value * kGroup + 4 * half.value);
             each<kVectors>(ALISA_BODY(v) {
               constexpr int kAt = decltype(t)::value * kVectors + decltype(v)::value;
-              total[kAt] = add_quads(total[kAt], w[v.value], in);
+              total[kAt] = add_nibbles(total[kAt], w[v.value], in);
             });
           });
         });
@@ -205,8 +207,8 @@ struct Int4Weights {
         each<kTokens>(ALISA_BODY(t) {
           constexpr int kToken = decltype(t)::value;
           constexpr int kVector = decltype(v)::value;
-          const F whole = times(scale, to_floats(total[kToken * kVectors + kVector]));
-          const F part = plus(whole, times(minimum, set1(codes[kToken])));
+          const F scaled = times(scale, to_floats(whole(total[kToken * kVectors + kVector])));
+          const F part = plus(scaled, times(minimum, set1(codes[kToken])));
           float* sum = task.sums + kToken * kLanes + kVector * kWidth;
           store(sum, plus(load(sum), times(set1(task.steps[kToken]), part)));
         });
