@@ -13,9 +13,11 @@ from alisa.kernels.native.prefill import CpuPrefill
 from alisa.kernels.native.prefill_engine import NativePrefill
 from alisa.kernels.reference.prefill import attend_after_plain, mass_after, prefill_attention
 
-pytestmark = pytest.mark.skipif(not cpu_prefill.available(), reason="this CPU or build has no prefill kernels")
+pytestmark = pytest.mark.skipif(not cpu_prefill.prefill_isa_names(), reason="this CPU or build has no prefill kernels")
 
 EPS = torch.finfo(torch.bfloat16).eps
+ISAS = cpu_prefill.prefill_isa_names()
+each_isa = pytest.mark.parametrize("isa", ISAS)
 
 
 class Problem(NamedTuple):
@@ -28,8 +30,8 @@ class Problem(NamedTuple):
     window: int | None = None
     softcap: float | None = None
 
-    def native(self, **options):
-        return CpuPrefill(**options).attend(self.q, self.own, self.past, self.window, self.softcap)
+    def native(self, isa=None):
+        return CpuPrefill(isa).attend(self.q, self.own, self.past, self.window, self.softcap)
 
 
 def make_problem(
@@ -64,6 +66,7 @@ def assert_agrees(problem, out, log_sum_exp):
     torch.testing.assert_close(log_sum_exp, plain_log_sum_exp, rtol=2e-6, atol=score_error + 2e-6)
 
 
+@each_isa
 @settings(max_examples=60, deadline=None)
 @given(
     num_new=st.integers(1, 150),
@@ -78,28 +81,31 @@ def assert_agrees(problem, out, log_sum_exp):
     softcap=st.sampled_from([None, None, 0.5, 50.0]),
 )
 def test_prefill_is_that_of_plain_torch(
-    num_new, past_sizes, kv_heads, group, head_dim, scale, seed, apart, window, softcap
+    isa, num_new, past_sizes, kv_heads, group, head_dim, scale, seed, apart, window, softcap
 ):
     options = {"scale": scale, "seed": seed, "apart": apart, "window": window, "softcap": softcap}
     problem = make_problem(num_new, past_sizes, kv_heads, group, head_dim, **options)
-    assert_agrees(problem, *problem.native())
+    assert_agrees(problem, *problem.native(isa))
 
 
-def test_a_long_prompt_is_that_of_plain_torch():
+@each_isa
+def test_a_long_prompt_is_that_of_plain_torch(isa):
     problem = make_problem(1100, [], 2, 4, 64)
-    assert_agrees(problem, *problem.native())
+    assert_agrees(problem, *problem.native(isa))
 
 
-def test_scores_that_grow_and_fall_stay_in_range():
+@each_isa
+def test_scores_that_grow_and_fall_stay_in_range(isa):
     problem = make_problem(200, [100], 1, 2, 16)
     # The running maximum rises by thousands within one row and weights from before it become nothing.
     rising = torch.linspace(-300, 300, 200)[:, None, None] * torch.ones(1, 1, 16)
     problem = problem._replace(own=problem.own._replace(k=rising.bfloat16()), q=torch.full_like(problem.q, 4.0))
-    out, log_sum_exp = problem.native()
+    out, log_sum_exp = problem.native(isa)
     assert torch.isfinite(out.float()).all()
     assert_agrees(problem, out, log_sum_exp)
 
 
+@each_isa
 @settings(max_examples=40, deadline=None)
 @given(
     num_new=st.integers(1, 90),
@@ -112,7 +118,9 @@ def test_scores_that_grow_and_fall_stay_in_range():
     softcap=st.sampled_from([None, 0.5]),
     data=st.data(),
 )
-def test_seeds_are_those_of_plain_torch(num_new, past_size, kv_heads, group, head_dim, per_head, seed, softcap, data):
+def test_seeds_are_those_of_plain_torch(
+    isa, num_new, past_size, kv_heads, group, head_dim, per_head, seed, softcap, data
+):
     problem = make_problem(num_new, [past_size] if past_size else [], kv_heads, group, head_dim, seed=seed, apart=2)
     num_seeds, num_sets = data.draw(st.integers(1, num_new)), kv_heads if per_head else 1
     first = past_size + num_new - num_seeds
@@ -123,7 +131,7 @@ def test_seeds_are_those_of_plain_torch(num_new, past_size, kv_heads, group, hea
             mass[row - first : row - first + len(part), :, start : start + part.shape[2]] += part
         return mass
 
-    _, seeds = NativePrefill(CpuPrefill())(
+    _, seeds = NativePrefill(CpuPrefill(isa))(
         problem.q, problem.own, len(problem.q), lambda: problem.past, num_seeds, num_sets, None, softcap
     )
     q = problem.q.float()
@@ -134,11 +142,12 @@ def test_seeds_are_those_of_plain_torch(num_new, past_size, kv_heads, group, hea
     torch.testing.assert_close(gather(seeds), expected, rtol=1e-4, atol=1e-5)
 
 
+@each_isa
 @pytest.mark.parametrize(("num_threads", "share_threads"), [(2, True), (3, False), (5, True)])
-def test_the_number_of_threads_changes_nothing(num_threads, share_threads):
+def test_the_number_of_threads_changes_nothing(isa, num_threads, share_threads):
     problem = make_problem(130, [70], 3, 2, 48)
-    many = CpuPrefill(num_threads=num_threads, share_threads=share_threads)
-    one = CpuPrefill(num_threads=1)
+    many = CpuPrefill(isa, num_threads=num_threads, share_threads=share_threads)
+    one = CpuPrefill(isa, num_threads=1)
     (out, log_sum_exp), (alone, alone_log_sum_exp) = (
         kernel.attend(problem.q, problem.own, problem.past) for kernel in (many, one)
     )
@@ -148,24 +157,26 @@ def test_the_number_of_threads_changes_nothing(num_threads, share_threads):
     assert torch.equal(*masses)
 
 
+@each_isa
 @pytest.mark.parametrize("window", [None, 50])
-def test_a_token_does_not_depend_on_those_after_it(window):
+def test_a_token_does_not_depend_on_those_after_it(isa, window):
     whole = make_problem(300, [], 2, 3, 64, window=window)
-    out, log_sum_exp = whole.native()
+    out, log_sum_exp = whole.native(isa)
     for count in (1, 5, 48, 64, 127, 299):
         own = KeyBlock(0, whole.own.k[:count], whole.own.v[:count])
-        less, less_log_sum_exp = Problem(whole.q[:count], own, [], window).native()
+        less, less_log_sum_exp = Problem(whole.q[:count], own, [], window).native(isa)
         assert torch.equal(less, out[:count])
         assert torch.equal(less_log_sum_exp, log_sum_exp[:count])
 
 
+@each_isa
 @pytest.mark.parametrize("lost", [70, 128, 300])
-def test_blocks_that_a_window_hides_need_not_be_there(lost):
+def test_blocks_that_a_window_hides_need_not_be_there(isa, lost):
     """To the last bit: what is hidden and not skipped counts as nothing."""
     problem = make_problem(40, [128, 172, 100], 1, 3, 32, window=401 - lost)
-    out, log_sum_exp = problem.native()
+    out, log_sum_exp = problem.native(isa)
     fewer = [block for block in problem.past if block.start + len(block.k) > lost]
-    less, less_log_sum_exp = problem._replace(past=fewer).native()
+    less, less_log_sum_exp = problem._replace(past=fewer).native(isa)
     assert torch.equal(out, less)
     assert torch.equal(log_sum_exp, less_log_sum_exp)
     assert torch.isfinite(out.float()).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import huggingface_hub
@@ -95,7 +96,7 @@ def test_rotation_keeps_distances_and_far_positions_apart():
 
 
 @pytest.mark.parametrize(
-    ("asked", "stored", "device", "native", "expected"),
+    ("asked", "stored", "device", "fast", "expected"),
     [
         ("auto", "float32", CPU, True, torch.float32),
         ("auto", "float32", CUDA, True, torch.float32),
@@ -110,8 +111,8 @@ def test_rotation_keeps_distances_and_far_positions_apart():
         ("bfloat16", "float32", CPU, False, torch.bfloat16),
     ],
 )
-def test_dtype(monkeypatch, asked, stored, device, native, expected):
-    monkeypatch.setattr(precision, "has_native_bfloat16", lambda: native)
+def test_dtype(monkeypatch, asked, stored, device, fast, expected):
+    monkeypatch.setattr(precision, "has_fast_bfloat16", lambda: fast)
     assert resolve_dtype(asked, stored, device) == expected
 
 
@@ -122,6 +123,13 @@ def test_native_bfloat16_is_what_the_cpu_lists():
     if "AVX" not in torch.backends.cpu.get_cpu_capability():
         pytest.skip("torch is told not to use what the CPU lists (ATEN_CPU_CAPABILITY)")
     assert precision.has_native_bfloat16() == ("avx512_bf16" in flags or "amx_bf16" in flags)
+
+
+def test_bfloat16_is_fast_where_kernels_or_instructions_are(monkeypatch):
+    for native, kernels in itertools.product((False, True), ((), ("avx2",))):
+        monkeypatch.setattr(precision, "has_native_bfloat16", lambda native=native: native)
+        monkeypatch.setattr(precision, "prefill_isa_names", lambda kernels=kernels: kernels)
+        assert precision.has_fast_bfloat16() == (native or kernels != ())
 
 
 def test_device(monkeypatch):

@@ -37,7 +37,7 @@ class ModeQuestion:
     sparsity allows."""
     sparse_prompts: Annotated[float | None, arg(metavar="ALPHA", help_behavior_hint="")] = None
     """Prompts are read sparsely from their 2049th token on; on a CPU. That saves time where there are native kernels:
-    bfloat16, AVX512-BF16 and no AMX."""
+    bfloat16, AVX2 and no AMX."""
     sparse_share: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: as measured)")] = None
     """With --sparse-prompts: the part of the attention after the 2048th token that is left. By default what SmolLM2
     showed at 0.03 (docs/accuracy.md): two thirds with each doubling of the prompt. Gemma 3 270M had 0.99."""

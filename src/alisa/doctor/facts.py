@@ -25,7 +25,7 @@ from alisa.kernels.native import product as cpu_product
 from alisa.machine import Cpu, Place, free_memory, huge_pages, huge_pages_asked, memory_limit, num_cpus, spinning
 from alisa.model.choose_linear import choose_linear
 from alisa.model.linear import PlainLinear
-from alisa.model.precision import has_native_bfloat16, resolve_device, resolve_dtype
+from alisa.model.precision import has_fast_bfloat16, resolve_device, resolve_dtype
 
 EXTRAS: Mapping[str, str] = {
     "fastapi": "server",
@@ -86,7 +86,7 @@ class Facts:
     threads_fixed: bool
     """Whether the environment fixes the threads, so that they do not follow the load."""
     native: Native
-    native_bfloat16: bool
+    fast_bfloat16: bool
     """Whether this CPU multiplies bfloat16."""
     dtype_16bit: str
     """What `--dtype auto` makes of a 16-bit checkpoint."""
@@ -134,7 +134,7 @@ def gather(temporary: Path, disk_tier: Path) -> Facts:
         spinning=spinning(),
         threads_fixed=is_fixed(),
         native=_native(),
-        native_bfloat16=has_native_bfloat16(),
+        fast_bfloat16=has_fast_bfloat16(),
         dtype_16bit=str(resolve_dtype("auto", "float16", device)).removeprefix("torch."),
         packed=_packed((torch.float32, torch.bfloat16)),
         gpu=_gpu(device),

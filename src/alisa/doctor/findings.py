@@ -113,11 +113,11 @@ def _dtype(facts: Facts) -> Finding:
     text = f"auto keeps float32 checkpoints, and runs 16-bit ones in {facts.dtype_16bit}"
     if facts.gpu is None and facts.native.isas:
         text += "; weights of GGUF files in Q4_0 or Q4_1 stay in 4 bits"
-    if facts.gpu is None and not facts.native_bfloat16:
+    if facts.gpu is None and not facts.fast_bfloat16:
         return Finding(
             Status.NOTE,
             "dtype",
-            f"{text}, twice the memory: this CPU does not multiply bfloat16",
+            f"{text}, twice the memory: neither this CPU nor a native kernel multiplies bfloat16",
             "--dtype bfloat16 halves the memory and is slower",
         )
     return Finding(Status.OK, "dtype", text)

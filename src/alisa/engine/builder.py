@@ -203,7 +203,7 @@ def check_sparse_prompts(device: torch.device, dtype: torch.dtype) -> None:
         raise InputError("--sparse-prompts runs on a CPU only: a GPU reads prompts densely; leave it out.")
     if dtype != torch.bfloat16 or not cpu_prefill.available():
         _LOG.warning(
-            "--sparse-prompts saves time where the native prefill kernels run (bfloat16, a CPU with AVX512-BF16 and "
+            "--sparse-prompts saves time where the native prefill kernels run (bfloat16, a CPU with AVX2 and "
             "without AMX): here prompts are read more slowly with it."
         )
 

@@ -161,6 +161,7 @@ class Workspace:
     def prefill(
         self,
         *,
+        isa: str,
         threads: Threads,
         q: tuple[int, int, int],
         k: tuple[int, int, int],
@@ -183,6 +184,7 @@ class Workspace:
     def prefill_means(
         self,
         *,
+        isa: str,
         threads: Threads,
         k: tuple[int, int, int],
         num_blocks: int,
@@ -193,6 +195,7 @@ class Workspace:
     def prefill_choose(
         self,
         *,
+        isa: str,
         threads: Threads,
         q: tuple[int, int, int],
         means: tuple[int, int, int],
@@ -209,6 +212,7 @@ class Workspace:
     def prefill_mass(
         self,
         *,
+        isa: str,
         threads: Threads,
         q: tuple[int, int, int],
         k: tuple[int, int, int],
@@ -369,7 +373,7 @@ def move_rows(
     *, write: bool, file: int, offsets: int, memory: int, stride: int, rows: int, count: int, row_bytes: int
 ) -> int: ...
 def model_isa_names() -> list[str]: ...
-def has_prefill() -> bool: ...
+def prefill_isa_names() -> list[str]: ...
 def isa_names() -> list[str]: ...
 
 class SketchLayer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from alisa.errors import InputError
+from alisa.kernels.native.prefill import prefill_isa_names
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,9 +30,9 @@ def resolve_dtype(asked: str, checkpoint_dtype: str | None, device: torch.device
     """The dtype a model computes in.
 
     `auto` never rounds a float32 checkpoint: whoever wants that asks for it. A 16-bit checkpoint keeps its dtype on a
-    GPU. On a CPU it becomes bfloat16 where the CPU multiplies that natively (float16 has no fast path in oneDNN on
-    most CPUs, and its weights fit bfloat16's range), and float32 elsewhere: with AVX-512 alone, packed bfloat16 weights
-    reach 34 GFLOP/s at batch 16 against 93 for float32, so a step is 2.7 times slower for half the memory.
+    GPU. On a CPU it becomes bfloat16 where that is fast (float16 has no fast path in oneDNN on most CPUs, and its
+    weights fit bfloat16's range), and float32 elsewhere: torch alone multiplies bfloat16 2.7 times slower than float32
+    at batch 16 where the CPU has no instructions for it.
 
     Args:
         asked: `auto`, `float32`, `bfloat16` or `float16`.
@@ -48,8 +49,17 @@ def resolve_dtype(asked: str, checkpoint_dtype: str | None, device: torch.device
     if checkpoint_dtype in ("float32", "float64"):
         return torch.float32
     if device.type == "cpu":
-        return torch.bfloat16 if has_native_bfloat16() else torch.float32
+        return torch.bfloat16 if has_fast_bfloat16() else torch.float32
     return _DTYPES.get(checkpoint_dtype or "bfloat16", torch.bfloat16)
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether bfloat16 is at least about as fast as float32 on this CPU.
+
+    It is where the CPU multiplies it (AMX tiles or AVX512_BF16 on x86, the bf16 extension on ARM), and where our
+    kernels for AVX2 widen it as they go: products read half the bytes, prompts do not wait for torch.
+    """
+    return has_native_bfloat16() or bool(prefill_isa_names())
 
 
 def has_native_bfloat16() -> bool:

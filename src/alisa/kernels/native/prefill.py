@@ -1,4 +1,4 @@
-"""Attention while a prompt is read, native: products of bfloat16 pairs, as functions of tensors."""
+"""Attention while a prompt is read, native, of bfloat16 queries, keys and values: functions of tensors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from alisa.kernels.native import library
 from alisa.kernels.reference.sparse_prefill import BLOCK
 
 
+def prefill_isa_names() -> tuple[str, ...]:
+    """Instruction sets whose kernels this build and this CPU have, fastest first."""
+    return tuple(library.native().prefill_isa_names()) if library.available() else ()
+
+
 def available() -> bool:
     """Whether this build and this CPU have the kernels, and torch has nothing faster (its AMX tiles)."""
     # Private to torch; the public query of capabilities came after the oldest version that we run with.
-    return library.available() and library.native().has_prefill() and not torch.cpu._is_amx_tile_supported()
+    return bool(prefill_isa_names()) and not torch.cpu._is_amx_tile_supported()
 
 
 class CpuPrefill:
@@ -25,13 +30,19 @@ class CpuPrefill:
     What a token gets does not depend on the other tokens, nor on the number of threads.
 
     Args:
+        isa: one of `prefill_isa_names()`; by default the fastest. AVX2 multiplies in float32; AVX512-BF16 rounds
+            weights to bfloat16 before they meet the values.
         num_threads: threads to use; by default as many as torch uses at the time of the call.
         share_threads: run on torch's OpenMP threads where they can be found.
     """
 
-    def __init__(self, *, num_threads: int | None = None, share_threads: bool = True) -> None:
-        if not (library.available() and library.native().has_prefill()):
-            raise RuntimeError("this CPU or build has no prefill kernels: they need AVX512-BF16")
+    def __init__(self, isa: str | None = None, *, num_threads: int | None = None, share_threads: bool = True) -> None:
+        names = prefill_isa_names()
+        if not names or (isa is not None and isa not in names):
+            raise RuntimeError(
+                f"this CPU or build has no {isa or ''} prefill kernels; there are {', '.join(names) or 'none'}"
+            )
+        self.isa = isa or names[0]
         self._team = library.Team(num_threads, share=share_threads)
         self._workspace = library.native().Workspace()
 
@@ -83,6 +94,7 @@ class CpuPrefill:
         num_blocks, num_kv_heads, head_dim = len(k) // BLOCK, *k.shape[1:]
         means = torch.empty(num_blocks, num_kv_heads, head_dim, dtype=k.dtype)
         self._workspace.prefill_means(
+            isa=self.isa,
             threads=self._team.threads(),
             k=_place(k),
             num_blocks=num_blocks,
@@ -112,6 +124,7 @@ class CpuPrefill:
         assert len(q) // BLOCK == len(chosen), "each block has a choice"
         assert chosen.shape[2] >= first_block + len(chosen), "of all blocks up to its own"
         self._workspace.prefill_choose(
+            isa=self.isa,
             threads=self._team.threads(),
             q=_place(q),
             means=_place(means),
@@ -145,6 +158,7 @@ class CpuPrefill:
             raise ValueError(f"log-sum-exp is Float32{list(q.shape[:2])}, not {log_sum_exp.dtype} {log_sum_exp.shape}")
         mass = torch.empty(len(q), num_sets, len(k))
         self._workspace.prefill_mass(
+            isa=self.isa,
             threads=self._team.threads(),
             q=_place(q),
             k=_place(k),
@@ -182,6 +196,7 @@ class CpuPrefill:
         check_prefill(q, k, v)
         k, v = _runs(k), _runs(v)
         self._workspace.prefill(
+            isa=self.isa,
             threads=self._team.threads(),
             q=_place(q),
             k=_place(k),

@@ -52,10 +52,13 @@ const Isa* best_isa() {
   return &kPortable;
 }
 
-const PrefillIsa* find_prefill() {
+const PrefillIsa* find_prefill([[maybe_unused]] const char* name) {
 #ifdef ALISA_X86
   __builtin_cpu_init();
-  if (has_avx512() && __builtin_cpu_supports("avx512bf16")) return &kPrefillAvx512Bf16;
+  if (std::strcmp(name, kPrefillAvx512Bf16.name) == 0) {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") ? &kPrefillAvx512Bf16 : nullptr;
+  }
+  if (std::strcmp(name, kPrefillAvx2.name) == 0) return has_avx2() ? &kPrefillAvx2 : nullptr;
 #endif
   return nullptr;
 }

@@ -1,4 +1,4 @@
-// Attention of a prompt's tokens, dense or to chosen blocks of keys, by products of bfloat16 pairs: what a call is asked to do
+// Attention of a prompt's tokens, dense or to chosen blocks of keys, in bfloat16: what a call is asked to do
 // and who can do it.
 #pragma once
 
@@ -49,7 +49,6 @@ struct PrefillTask {
   int chosen_stride;
 
   ALISA_INLINE int group() const { return num_heads / num_kv_heads; }
-  ALISA_INLINE int pairs() const { return (head_dim + 1) / 2; }
   ALISA_INLINE int width() const { return round_up(head_dim, kPad); }
   ALISA_INLINE int num_blocks() const { return (num_keys + kKeyBlock - 1) / kKeyBlock; }
 };
@@ -70,7 +69,6 @@ struct MassTask {
   float* mass;               // [W, J, S]
 
   ALISA_INLINE int group() const { return num_heads / num_kv_heads; }
-  ALISA_INLINE int pairs() const { return (head_dim + 1) / 2; }
   ALISA_INLINE int num_blocks() const { return (num_keys + kKeyBlock - 1) / kKeyBlock; }
 };
 
@@ -100,18 +98,18 @@ struct ChoiceTask {
   int chosen_stride;
 
   ALISA_INLINE int group() const { return num_heads / num_kv_heads; }
-  ALISA_INLINE int pairs() const { return (head_dim + 1) / 2; }
   // The most means that a block of queries is compared with.
   ALISA_INLINE int num_means() const { return first_block + num_queries / kQueryBlock - 1; }
 };
 
 struct PrefillIsa {
+  const char* name;
   // Queries in one piece of work: consecutive (token, head) rows that share a KV head.
   int tile;
   // 32-bit words of one packed block of keys and values, and of what a thread needs.
   size_t (*block_words)(const PrefillTask& task);
   size_t (*scratch_words)(const PrefillTask& task);
-  // Pairs in the order in which `attend` reads them: keys and values of one KV head, one block.
+  // Words in the order in which `attend` reads them: keys and values of one KV head, one block.
   void (*pack)(const PrefillTask& task, int kv_head, int block, uint32_t* packed);
   // One tile of queries against the packed blocks of its KV head.
   void (*attend)(const PrefillTask& task, int kv_head, int tile, const uint32_t* packed, uint32_t* scratch);
@@ -128,9 +126,10 @@ struct PrefillIsa {
 };
 
 // Null where this build or this CPU lacks it.
-const PrefillIsa* find_prefill();
+const PrefillIsa* find_prefill(const char* name);
 
 #ifdef ALISA_X86
+extern const PrefillIsa kPrefillAvx2;
 extern const PrefillIsa kPrefillAvx512Bf16;
 #endif
 

@@ -1,19 +1,12 @@
 // The prefill kernels for AVX512-BF16. CMakeLists.txt gives this file its own compiler flags.
-#include "prefill_attend.h"
-#include "prefill_choice.h"
-#include "prefill_mass.h"
+#define ALISA_PREFILL prefill_avx512_bf16
+#include "prefill_vec_avx512_bf16.h"
 
-namespace alisa::avx512_bf16 {
-
-constexpr PrefillIsa prefill_table() {
-  return {kTile, block_words, Scratch::words, pack,  attend, kMassTokens, MassScratch::words,
-          mass,  means,       ChoiceScratch::words, choose};
-}
-
-}  // namespace alisa::avx512_bf16
+// The vectors come first.
+#include "prefill_table.h"
 
 namespace alisa {
 
-const PrefillIsa kPrefillAvx512Bf16 = avx512_bf16::prefill_table();
+const PrefillIsa kPrefillAvx512Bf16 = prefill_avx512_bf16::prefill_table("avx512_bf16");
 
 }  // namespace alisa

@@ -3,9 +3,9 @@
 
 #include <cstring>
 
-#include "prefill_pack.h"
+#include "prefill_strip.h"
 
-namespace alisa::avx512_bf16 {
+namespace alisa::ALISA_PREFILL {
 
 // Tokens whose weights are summed together: enough to be worth packing the keys that they share.
 constexpr int kMassTokens = 32;
@@ -13,15 +13,16 @@ constexpr int kMassTokens = 32;
 struct MassScratch {
   float* mass;     // [kMassTokens, kKeyBlock]
   uint32_t* keys;  // one packed block
-  uint32_t* q;     // [kRows, pairs]
+  uint32_t* q;     // [kRows, words of a head]
 
   MassScratch(const MassTask& task, uint32_t* memory) {
     mass = reinterpret_cast<float*>(memory);
     keys = memory + kMassTokens * kKeyBlock;
-    q = keys + task.pairs() * kKeyBlock;
+    q = keys + head_words(task.head_dim) * kKeyBlock;
   }
   static size_t words(const MassTask& task) {
-    return static_cast<size_t>(kMassTokens + task.pairs()) * kKeyBlock + static_cast<size_t>(kRows) * task.pairs();
+    const auto words = static_cast<size_t>(head_words(task.head_dim));
+    return (kMassTokens + words) * kKeyBlock + kRows * words;
   }
 };
 
@@ -29,34 +30,30 @@ struct MassScratch {
 inline void add_mass(const MassTask& task, int kv_head, int first_token, int num_tokens, int first_key,
                      const MassScratch& scratch) {
   const int group = task.group();
-  const int pairs = task.pairs();
+  const int words = head_words(task.head_dim);
   const float root = __builtin_sqrtf(static_cast<float>(task.head_dim));
-  const F scale = _mm512_set1_ps(kLog2E / root);
+  const F scale = set1(kLog2E / root);
   const float cap = task.softcap * root;
   const int rows = num_tokens * group;
   for (int strip = 0; strip < rows; strip += kRows) {
     const int count = rows - strip < kRows ? rows - strip : kRows;
     for (int i = 0; i < count; ++i) {
-      uint32_t* query = scratch.q + i * pairs;
       const int row = strip + i;
-      query[pairs - 1] = 0;
-      std::memcpy(query, task.q.at(first_token + row / group, kv_head * group + row % group),
-                  static_cast<size_t>(task.head_dim) * sizeof(uint16_t));
+      copy_query(task.q.at(first_token + row / group, kv_head * group + row % group), task.head_dim, scratch.q + i * words);
     }
     F scores[kRows][kVectors];
-    products<kVectors>(scratch.q, scratch.keys, pairs, scores);
+    products<kVectors>(scratch.q, scratch.keys, words, scores);
     for (int i = 0; i < count; ++i) {
       const int token = (strip + i) / group;
       const int head = kv_head * group + (strip + i) % group;
       const size_t at = static_cast<size_t>(first_token + token) * task.num_heads + head;
-      const F negative = _mm512_set1_ps(-task.log_sum_exp[at] * kLog2E);
+      const F negative = set1(-task.log_sum_exp[at] * kLog2E);
       const int seen = task.ahead + first_token + token + 1 - first_key;
       float* mass = scratch.mass + token * kKeyBlock;
       for (int j = 0; j < kVectors; ++j) {
         const F score = cap > 0.0F ? cap_scores(scores[i][j], cap) : scores[i][j];
-        const F weight = exp2_of(_mm512_fmadd_ps(score, scale, negative));
-        const F sum = _mm512_loadu_ps(mass + j * kLanes);
-        _mm512_storeu_ps(mass + j * kLanes, _mm512_mask_add_ps(sum, first_lanes(seen - j * kLanes), sum, weight));
+        const F weight = exp2_of(fma(score, scale, negative));
+        store(mass + j * kLanes, add_first(load(mass + j * kLanes), weight, seen - j * kLanes));
       }
     }
   }
@@ -69,7 +66,7 @@ inline void mass(const MassTask& task, int tile, int block, uint32_t* memory) {
   const int first_key = block * kKeyBlock;
   const int num_keys = task.num_keys - first_key < kKeyBlock ? task.num_keys - first_key : kKeyBlock;
   // Rows of the last strip that no token fills: defined, though nobody looks at what becomes of them.
-  std::memset(scratch.q, 0, static_cast<size_t>(kRows) * task.pairs() * sizeof(uint32_t));
+  std::memset(scratch.q, 0, static_cast<size_t>(kRows) * head_words(task.head_dim) * sizeof(uint32_t));
   for (int kv_head = 0; kv_head < task.num_kv_heads; ++kv_head) {
     const bool opens = kv_head == 0 || task.num_sets > 1;
     const bool closes = kv_head == task.num_kv_heads - 1 || task.num_sets > 1;
@@ -85,4 +82,4 @@ inline void mass(const MassTask& task, int tile, int block, uint32_t* memory) {
   }
 }
 
-}  // namespace alisa::avx512_bf16
+}  // namespace alisa::ALISA_PREFILL

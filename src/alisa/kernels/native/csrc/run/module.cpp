@@ -47,6 +47,14 @@ std::vector<std::string> isa_names() {
   return names;
 }
 
+std::vector<std::string> prefill_isa_names() {
+  std::vector<std::string> names;
+  for (const char* name : {"avx512_bf16", "avx2"}) {
+    if (alisa::find_prefill(name) != nullptr) names.emplace_back(name);
+  }
+  return names;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -334,7 +342,6 @@ NB_MODULE(_native, m) {
         return write ? alisa::write_rows(task) : alisa::read_rows(task);
       },
       "write"_a, "file"_a, "offsets"_a, "memory"_a, "stride"_a, "rows"_a, "count"_a, "row_bytes"_a);
-  m.def(
-      "has_prefill", [] { return alisa::find_prefill() != nullptr; }, "Whether this CPU can run `prefill` and `prefill_mass`.");
+  m.def("prefill_isa_names", prefill_isa_names, "Instruction sets with prefill kernels that this CPU can run, fastest first.");
   m.def("isa_names", isa_names, "Instruction sets that this CPU can run, fastest first.");
 }
