@@ -123,7 +123,7 @@ def main() -> None:
                 runs.setdefault((variant, num_busy), []).append(found["tokens_per_s"])
                 record = {
                     "benchmark": "busy",
-                    "model": args.model or "embedded",
+                    "model": Path(args.model).name if args.model else "embedded",
                     "policy": args.policy,
                     "batch": args.batch,
                     "prompt_len": args.prompt_len,

@@ -13,10 +13,9 @@ from alisa.kernels.native.prefill import CpuPrefill
 from alisa.kernels.native.prefill_engine import NativePrefill
 from alisa.kernels.reference.prefill import attend_after_plain, mass_after, prefill_attention
 
-pytestmark = pytest.mark.skipif(not cpu_prefill.prefill_isa_names(), reason="this CPU or build has no prefill kernels")
-
 EPS = torch.finfo(torch.bfloat16).eps
 ISAS = cpu_prefill.prefill_isa_names()
+pytestmark = pytest.mark.skipif(not ISAS, reason="this CPU or build has no prefill kernels")
 each_isa = pytest.mark.parametrize("isa", ISAS)
 
 

@@ -6,14 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alisa.kernels.base import KeyBlock
-from alisa.kernels.native import prefill as cpu_prefill
 from alisa.kernels.native.prefill import CpuPrefill
 from alisa.kernels.native.sparse_prefill import NativeSparsePrefill
 from alisa.kernels.reference.prefill import attend_after_plain
 from alisa.kernels.reference.sparse_prefill import BLOCK, block_means, choose_blocks, sparse_prefill_attention
-from tests.kernels.test_prefill import EPS, make_problem
+from tests.kernels.test_prefill import EPS, ISAS, each_isa, make_problem
 
-native = pytest.mark.skipif(not cpu_prefill.available(), reason="this CPU or build has no prefill kernels")
+native = pytest.mark.skipif(not ISAS, reason="this CPU or build has no prefill kernels")
 
 
 def problem_of(num_new, past_sizes, kv_heads, group, head_dim, seed, softcap=None, apart=1):
@@ -32,10 +31,7 @@ def problem_of(num_new, past_sizes, kv_heads, group, head_dim, seed, softcap=Non
 
 
 def kernels():
-    found = {"torch": sparse_prefill_attention}
-    if cpu_prefill.available():
-        found["native"] = NativeSparsePrefill(CpuPrefill())
-    return found
+    return {"torch": sparse_prefill_attention, **{isa: NativeSparsePrefill(CpuPrefill(isa)) for isa in ISAS}}
 
 
 def sparse(kernel, problem, alpha):
@@ -103,11 +99,12 @@ def test_the_reference_attends_to_what_it_chooses(
 
 
 @native
+@each_isa
 @settings(max_examples=60, deadline=None)
 @given(**SHAPES)
-def test_native_is_plain_torch(num_new, past_blocks, kv_heads, group, head_dim, alpha, seed, softcap):
+def test_native_is_plain_torch(isa, num_new, past_blocks, kv_heads, group, head_dim, alpha, seed, softcap):
     problem = problem_of(num_new, [n * BLOCK for n in past_blocks], kv_heads, group, head_dim, seed, softcap)
-    whole, first, kernel = num_new // BLOCK * BLOCK, sum(past_blocks), CpuPrefill()
+    whole, first, kernel = num_new // BLOCK * BLOCK, sum(past_blocks), CpuPrefill(isa)
     means = kernel.means(all_keys(problem))
     # Sums of 64 values in another order, rounded to bfloat16 once.
     torch.testing.assert_close(means, block_means(all_keys(problem), torch.bfloat16), rtol=2 * EPS, atol=1e-6)
@@ -143,7 +140,7 @@ def test_a_choice_is_that_of_a_loop(alpha, seed, softcap):
             assert set(chosen[block, kv_head].nonzero()[:, 0].tolist()) == read
 
 
-@pytest.mark.parametrize("name", ["torch", pytest.param("native", marks=native)])
+@pytest.mark.parametrize("name", ["torch", *ISAS])
 @settings(max_examples=20, deadline=None)
 @given(
     num_new=st.integers(65, 500),
@@ -164,12 +161,14 @@ def test_pieces_that_end_where_blocks_do_change_no_bit(name, num_new, group, sof
 
 
 @native
+@each_isa
 @pytest.mark.parametrize("num_new", [64, 200, 384])
-def test_native_at_zero_is_dense_to_the_last_bit(num_new):
+def test_native_at_zero_is_dense_to_the_last_bit(isa, num_new):
     problem = problem_of(num_new, [128, 192], 2, 3, 64, 1)
-    dense, _ = problem.native()
-    assert torch.equal(sparse(NativeSparsePrefill(CpuPrefill()), problem, 0.0), dense)
-    assert not torch.equal(sparse(NativeSparsePrefill(CpuPrefill()), problem, 0.5), dense)
+    dense, _ = problem.native(isa)
+    kernel = NativeSparsePrefill(CpuPrefill(isa))
+    assert torch.equal(sparse(kernel, problem, 0.0), dense)
+    assert not torch.equal(sparse(kernel, problem, 0.5), dense)
 
 
 @native

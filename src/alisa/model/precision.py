@@ -31,8 +31,8 @@ def resolve_dtype(asked: str, checkpoint_dtype: str | None, device: torch.device
 
     `auto` never rounds a float32 checkpoint: whoever wants that asks for it. A 16-bit checkpoint keeps its dtype on a
     GPU. On a CPU it becomes bfloat16 where that is fast (float16 has no fast path in oneDNN on most CPUs, and its
-    weights fit bfloat16's range), and float32 elsewhere: torch alone multiplies bfloat16 2.7 times slower than float32
-    at batch 16 where the CPU has no instructions for it.
+    weights fit bfloat16's range), and float32 elsewhere: where the CPU has no instructions for it, torch multiplies
+    bfloat16 more slowly than float32.
 
     Args:
         asked: `auto`, `float32`, `bfloat16` or `float16`.

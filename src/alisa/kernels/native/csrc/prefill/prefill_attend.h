@@ -11,7 +11,7 @@
 
 #include "prefill_strip.h"
 
-namespace alisa::ALISA_PREFILL {
+namespace alisa::ALISA_ISA {
 
 constexpr int kStrips = 8;
 constexpr int kTile = kRows * kStrips;  // its queries, sums and one packed block fit L1
@@ -27,7 +27,7 @@ struct Scratch {
   uint32_t* q;        // [kTile, words of a head]
   uint32_t* weights;  // [kRows, kKeyWords]
   float* sums;        // [kTile, width]
-  float* totals;      // [kTile, kLanes]: partial sums of the weights
+  float* totals;      // [kTile, kWidth]: partial sums of the weights
   float* maxima;      // [kTile], in powers of two
   int* visible;       // [kTile]: the row sees the keys before this one,
   int* hidden;        // [kTile]: and not those before this one
@@ -37,14 +37,14 @@ struct Scratch {
     choice = reinterpret_cast<size_t*>(memory);
     sums = reinterpret_cast<float*>(choice + kTile);
     totals = sums + kTile * task.width();
-    weights = reinterpret_cast<uint32_t*>(totals + kTile * kLanes);
+    weights = reinterpret_cast<uint32_t*>(totals + kTile * kWidth);
     maxima = reinterpret_cast<float*>(weights + kRows * kKeyWords);
     visible = reinterpret_cast<int*>(maxima + kTile);
     hidden = visible + kTile;
     q = reinterpret_cast<uint32_t*>(hidden + kTile);
   }
   static size_t words(const PrefillTask& task) {
-    return static_cast<size_t>(kTile) * (task.width() + kLanes + 3 + head_words(task.head_dim)) + kRows * kKeyWords +
+    return static_cast<size_t>(kTile) * (task.width() + kWidth + 3 + head_words(task.head_dim)) + kRows * kKeyWords +
            kTile * sizeof(size_t) / sizeof(uint32_t);
   }
 };
@@ -69,8 +69,8 @@ ALISA_INLINE F largest(const F (&x)[kUsed]) {
 // The row's weights are relative to a larger maximum from here on.
 inline void raise_maximum(float* sums, float* totals, float& maximum, float raised, int width) {
   const F scale = exp2_of(set1(maximum - raised));
-  for (int i = 0; i < width; i += kLanes) store(sums + i, times(load(sums + i), scale));
-  store(totals, times(load(totals), scale));
+  for (int i = 0; i < width; i += kWidth) store(sums + i, load(sums + i) * scale);
+  store(totals, load(totals) * scale);
   maximum = raised;
 }
 
@@ -90,19 +90,19 @@ inline void weigh(const Scratch& scratch, int strip, const uint32_t* keys, int f
     if (hides || skipping != 0) {
       const int end = (skipping >> row & 1U) != 0 ? 0 : scratch.visible[first + row] - first_key;
       const int begin = scratch.hidden[first + row] - first_key;
-      for (int i = 0; i < kUsed; ++i) x[i] = seen_only(x[i], begin - i * kLanes, end - i * kLanes);
+      for (int i = 0; i < kUsed; ++i) x[i] = seen_only(x[i], begin - i * kWidth, end - i * kWidth);
     }
     float& maximum = scratch.maxima[first + row];
     const F limit = set1(maximum + kSlack);
-    const F most = times(largest(x), scale);
-    float* totals = scratch.totals + (first + row) * kLanes;
+    const F most = largest(x) * scale;
+    float* totals = scratch.totals + (first + row) * kWidth;
     if (any_above(most, limit)) {
       raise_maximum(scratch.sums + (first + row) * width, totals, maximum, max_of(most), width);
     }
     const F negative = set1(-maximum);
     for (int i = 0; i < kUsed; ++i) x[i] = exp2_of(fma(x[i], scale, negative));
     F total = load(totals);
-    for (int i = 0; i < kUsed; ++i) total = plus(total, x[i]);
+    for (int i = 0; i < kUsed; ++i) total = total + x[i];
     store(totals, total);
     store_weights(x, scratch.weights + row * kKeyWords);
   }
@@ -113,28 +113,28 @@ template <int kUsed>
 ALISA_INLINE void add_values(const uint32_t* weights, const uint32_t* values, int key_words, int width, float* sums) {
   F sum[kRows][kUsed];
   for (int row = 0; row < kRows; ++row) {
-    for (int i = 0; i < kUsed; ++i) sum[row][i] = load(sums + row * width + i * kLanes);
+    for (int i = 0; i < kUsed; ++i) sum[row][i] = load(sums + row * width + i * kWidth);
   }
   for (int word = 0; word < key_words; ++word) {
-    Words operand[kUsed];
-    for (int i = 0; i < kUsed; ++i) operand[i] = load_words(values + word * width + i * kLanes);
+    Operand operand[kUsed];
+    for (int i = 0; i < kUsed; ++i) operand[i] = load_operand(values + word * width + i * kWidth);
     for (int row = 0; row < kRows; ++row) {
-      const Words weight = repeat(weights[row * kKeyWords + word]);
+      const Operand weight = repeat(weights[row * kKeyWords + word]);
       for (int i = 0; i < kUsed; ++i) sum[row][i] = add_products(sum[row][i], weight, operand[i]);
     }
   }
   for (int row = 0; row < kRows; ++row) {
-    for (int i = 0; i < kUsed; ++i) store(sums + row * width + i * kLanes, sum[row][i]);
+    for (int i = 0; i < kUsed; ++i) store(sums + row * width + i * kWidth, sum[row][i]);
   }
 }
 
 inline void add_all_values(const uint32_t* weights, const uint32_t* values, int key_words, int width, float* sums) {
   int i = 0;
-  for (; i + kTogether * kLanes <= width; i += kTogether * kLanes) {
+  for (; i + kTogether * kWidth <= width; i += kTogether * kWidth) {
     add_values<kTogether>(weights, values + i, key_words, width, sums + i);
   }
   static_assert(kTogether <= 4, "a case for every number of vectors that are left");
-  switch ((width - i) / kLanes) {
+  switch ((width - i) / kWidth) {
     case 3: add_values<kTogether < 4 ? 1 : 3>(weights, values + i, key_words, width, sums + i); break;
     case 2: add_values<kTogether < 3 ? 1 : 2>(weights, values + i, key_words, width, sums + i); break;
     case 1: add_values<1>(weights, values + i, key_words, width, sums + i); break;
@@ -153,11 +153,11 @@ inline int open_rows(const PrefillTask& task, int kv_head, int tile, const Scrat
     const int row = tile * kTile + i;
     uint32_t* query = scratch.q + i * words;
     float* sums = scratch.sums + i * width;
-    float* totals = scratch.totals + i * kLanes;
+    float* totals = scratch.totals + i * kWidth;
     const size_t token_block = static_cast<size_t>(std::min(row, rows - 1) / group / kQueryBlock);
     scratch.choice[i] = (token_block * task.num_kv_heads + kv_head) * task.chosen_stride;
-    for (int j = 0; j < width; j += kLanes) store(sums + j, zeros());
-    store(totals, zeros());
+    for (int j = 0; j < width; j += kWidth) store(sums + j, set1(0.0F));
+    store(totals, set1(0.0F));
     scratch.maxima[i] = kLowest;
     if (row >= rows) {
       // Nobody reads what becomes of these.
@@ -189,13 +189,13 @@ inline void close_rows(const PrefillTask& task, int kv_head, int tile, const Scr
   for (int i = 0; i < kTile && tile * kTile + i < rows; ++i) {
     const int row = tile * kTile + i;
     const size_t at = static_cast<size_t>(row / group) * task.num_heads + kv_head * group + row % group;
-    const float total = sum_of(load(scratch.totals + i * kLanes));
+    const float total = sum_of(load(scratch.totals + i * kWidth));
     // A row that a window hides all keys from so far counts as one of a weight that is nothing next to any other.
     const bool sees = total > 0.0F;
     const F inverse = set1(sees ? 1.0F / total : 0.0F);
     task.log_sum_exp[at] = sees ? scratch.maxima[i] * kLn2 + __builtin_logf(total) : kLowest;
-    for (int j = 0; j < width; j += kLanes) {
-      const F mean = times(load(scratch.sums + i * width + j), inverse);
+    for (int j = 0; j < width; j += kWidth) {
+      const F mean = load(scratch.sums + i * width + j) * inverse;
       const size_t place = at * task.head_dim + j;
       if (task.after != nullptr) {
         store_first(task.after + place, mean, task.head_dim - j);
@@ -251,4 +251,4 @@ inline void attend(const PrefillTask& task, int kv_head, int tile, const uint32_
   close_rows(task, kv_head, tile, scratch);
 }
 
-}  // namespace alisa::ALISA_PREFILL
+}  // namespace alisa::ALISA_ISA

@@ -1,5 +1,5 @@
 // The prefill kernels for AVX2. CMakeLists.txt gives this file its own compiler flags.
-#define ALISA_PREFILL prefill_avx2
+#define ALISA_ISA prefill_avx2
 #include "prefill_vec_avx2.h"
 
 // The vectors come first.

@@ -1,5 +1,5 @@
 // The prefill kernels for AVX512-BF16. CMakeLists.txt gives this file its own compiler flags.
-#define ALISA_PREFILL prefill_avx512_bf16
+#define ALISA_ISA prefill_avx512_bf16
 #include "prefill_vec_avx512_bf16.h"
 
 // The vectors come first.

@@ -6,7 +6,7 @@
 
 #include "prefill_strip.h"
 
-namespace alisa::ALISA_PREFILL {
+namespace alisa::ALISA_ISA {
 
 // Blocks before a query's own that it reads in any case.
 constexpr int kLocalBlocks = 2;
@@ -15,13 +15,13 @@ inline void means(const MeansTask& task, int block) {
   const F part = set1(1.0F / kKeyBlock);
   for (int kv_head = 0; kv_head < task.num_kv_heads; ++kv_head) {
     uint16_t* mean = task.means + (static_cast<size_t>(block) * task.num_kv_heads + kv_head) * task.head_dim;
-    for (int i = 0; i < task.head_dim; i += kLanes) {
+    for (int i = 0; i < task.head_dim; i += kWidth) {
       const int left = task.head_dim - i;
-      F sum = zeros();
+      F sum = set1(0.0F);
       for (int key = 0; key < kKeyBlock; ++key) {
-        sum = plus(sum, load_first(task.k.at(block * kKeyBlock + key, kv_head) + i, left));
+        sum = sum + load_first(task.k.at(block * kKeyBlock + key, kv_head) + i, left);
       }
-      store_first(mean + i, times(sum, part), left);
+      store_first(mean + i, sum * part, left);
     }
   }
 }
@@ -59,7 +59,7 @@ inline void score_means(const ChoiceTask& task, int head, int token, int num_tok
     for (int row = 0; row < num_tokens; ++row) {
       for (int i = 0; i < kVectors; ++i) {
         const F score = cap > 0.0F ? cap_scores(scores[row][i], cap) : scores[row][i];
-        store(scratch.scores + row * scratch.stride + first + i * kLanes, seen_only(score, 0, count - first - i * kLanes));
+        store(scratch.scores + row * scratch.stride + first + i * kWidth, seen_only(score, 0, count - first - i * kWidth));
       }
     }
   }
@@ -68,11 +68,11 @@ inline void score_means(const ChoiceTask& task, int head, int token, int num_tok
 // Weights of a row on the means, relative to its largest, are added to the totals.
 inline void add_weights(const float* scores, int count, F scale, float* totals) {
   F most = set1(-__builtin_inff());
-  for (int i = 0; i < count; i += kLanes) most = vmax(most, load(scores + i));
+  for (int i = 0; i < count; i += kWidth) most = vmax(most, load(scores + i));
   const F largest = set1(max_of(most));
-  for (int i = 0; i < count; i += kLanes) {
-    const F weight = exp2_of(times(minus(load(scores + i), largest), scale));
-    store(totals + i, plus(load(totals + i), weight));
+  for (int i = 0; i < count; i += kWidth) {
+    const F weight = exp2_of((load(scores + i) - largest) * scale);
+    store(totals + i, load(totals + i) + weight);
   }
 }
 
@@ -103,4 +103,4 @@ inline void choose(const ChoiceTask& task, int block, int kv_head, uint32_t* mem
   }
 }
 
-}  // namespace alisa::ALISA_PREFILL
+}  // namespace alisa::ALISA_ISA

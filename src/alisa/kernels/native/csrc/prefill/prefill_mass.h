@@ -5,7 +5,7 @@
 
 #include "prefill_strip.h"
 
-namespace alisa::ALISA_PREFILL {
+namespace alisa::ALISA_ISA {
 
 // Tokens whose weights are summed together: enough to be worth packing the keys that they share.
 constexpr int kMassTokens = 32;
@@ -53,7 +53,7 @@ inline void add_mass(const MassTask& task, int kv_head, int first_token, int num
       for (int j = 0; j < kVectors; ++j) {
         const F score = cap > 0.0F ? cap_scores(scores[i][j], cap) : scores[i][j];
         const F weight = exp2_of(fma(score, scale, negative));
-        store(mass + j * kLanes, add_first(load(mass + j * kLanes), weight, seen - j * kLanes));
+        store(mass + j * kWidth, add_first(load(mass + j * kWidth), weight, seen - j * kWidth));
       }
     }
   }
@@ -82,4 +82,4 @@ inline void mass(const MassTask& task, int tile, int block, uint32_t* memory) {
   }
 }
 
-}  // namespace alisa::ALISA_PREFILL
+}  // namespace alisa::ALISA_ISA

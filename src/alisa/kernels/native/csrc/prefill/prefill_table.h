@@ -5,11 +5,11 @@
 #include "prefill_choice.h"
 #include "prefill_mass.h"
 
-namespace alisa::ALISA_PREFILL {
+namespace alisa::ALISA_ISA {
 
 constexpr PrefillIsa prefill_table(const char* name) {
   return {name,        kTile, block_words, Scratch::words, pack,  attend, kMassTokens, MassScratch::words,
           mass,        means, ChoiceScratch::words, choose};
 }
 
-}  // namespace alisa::ALISA_PREFILL
+}  // namespace alisa::ALISA_ISA

@@ -1,39 +1,23 @@
-// Vectors of prefill kernels: AVX-512 with its products of bfloat16 pairs. A word is a pair. The same names as in
-// prefill_vec_avx2.h.
+// What prefill kernels need beside vec_avx512.h: AVX-512 with its products of bfloat16 pairs. A word is a pair. The same names
+// as in prefill_vec_avx2.h.
 #pragma once
-
-#include <immintrin.h>
 
 #include <cstring>
 
 #include "prefill.h"
+#include "vec_avx512.h"
 
-namespace alisa::ALISA_PREFILL {
+namespace alisa::ALISA_ISA {
 
-constexpr int kLanes = 16;
 constexpr int kWordValues = 2;
 constexpr int kTogether = 4;  // vectors of sums of six rows: 6 x 4, 4 operands and a broadcast fill the 32 registers
 
-constexpr float kLog2E = 1.44269504088896341F;
-
-using F = __m512;
-using Words = __m512i;
+using Operand = __m512i;
 
 ALISA_INLINE __mmask16 first_lanes(int count) {
-  return static_cast<__mmask16>(count >= kLanes ? 0xFFFF : count <= 0 ? 0 : (1U << count) - 1U);
+  return static_cast<__mmask16>(count >= kWidth ? 0xFFFF : count <= 0 ? 0 : (1U << count) - 1U);
 }
 
-ALISA_INLINE F zeros() { return _mm512_setzero_ps(); }
-ALISA_INLINE F set1(float x) { return _mm512_set1_ps(x); }
-ALISA_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
-ALISA_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
-ALISA_INLINE F plus(F a, F b) { return _mm512_add_ps(a, b); }
-ALISA_INLINE F minus(F a, F b) { return _mm512_sub_ps(a, b); }
-ALISA_INLINE F times(F a, F b) { return _mm512_mul_ps(a, b); }
-ALISA_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-ALISA_INLINE F vmax(F a, F b) { return _mm512_max_ps(a, b); }
-ALISA_INLINE float max_of(F x) { return _mm512_reduce_max_ps(x); }
-ALISA_INLINE float sum_of(F x) { return _mm512_reduce_add_ps(x); }
 ALISA_INLINE bool any_above(F x, F limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ) != 0; }
 
 // x in lanes [first, end), minus infinity elsewhere.
@@ -53,27 +37,16 @@ ALISA_INLINE F load_first(const uint16_t* p, int count) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
 }
 
-ALISA_INLINE Words load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
-ALISA_INLINE Words repeat(uint32_t word) { return _mm512_set1_epi32(static_cast<int>(word)); }
-ALISA_INLINE F add_products(F sums, Words a, Words b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
+ALISA_INLINE Operand load_operand(const uint32_t* words) { return _mm512_loadu_si512(words); }
+ALISA_INLINE Operand repeat(uint32_t word) { return _mm512_set1_epi32(static_cast<int>(word)); }
+ALISA_INLINE F add_products(F sums, Operand a, Operand b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
 
-// 2^x to 1e-7, 0 for -inf: a polynomial in the fraction of x (minimax in relative error over [0, 1]), scaled by its floor.
-ALISA_INLINE F exp2_of(F x) {
-  const F fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  F p = _mm512_set1_ps(0.0018775767F);
-  p = _mm512_fmadd_ps(p, fraction, _mm512_set1_ps(0.00898934F));
-  p = _mm512_fmadd_ps(p, fraction, _mm512_set1_ps(0.055826318F));
-  p = _mm512_fmadd_ps(p, fraction, _mm512_set1_ps(0.24015361F));
-  p = _mm512_fmadd_ps(p, fraction, _mm512_set1_ps(0.6931531F));
-  p = _mm512_fmadd_ps(p, fraction, _mm512_set1_ps(0.99999994F));
-  return _mm512_scalef_ps(p, x);
-}
-
-// cap * tanh(x / cap), for cap > 0.
-ALISA_INLINE F cap_scores(F x, float cap) {
-  const F one = _mm512_set1_ps(1.0F);
-  const F faded = exp2_of(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2.0F * kLog2E / cap)));
-  const F size = _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_div_ps(_mm512_sub_ps(one, faded), _mm512_add_ps(one, faded)));
+ALISA_INLINE F above_floor(F x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+// p * 2^floor(x).
+ALISA_INLINE F times_pow2_floor(F p, F x) { return _mm512_scalef_ps(p, x); }
+ALISA_INLINE F magnitude(F x) { return _mm512_abs_ps(x); }
+// A magnitude with the sign of x.
+ALISA_INLINE F with_sign_of(F x, F size) {
   const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
   return _mm512_mask_sub_ps(size, negative, _mm512_setzero_ps(), size);
 }
@@ -84,22 +57,22 @@ ALISA_INLINE void copy_query(const uint16_t* values, int head_dim, uint32_t* wor
   std::memcpy(words, values, static_cast<size_t>(head_dim) * sizeof(uint16_t));
 }
 
-// Weights on kUsed * kLanes keys, rounded to what meets the values.
+// Weights on kUsed * kWidth keys, rounded to what meets the values.
 template <int kUsed>
 ALISA_INLINE void store_weights(const F (&x)[kUsed], uint32_t* words) {
   for (int i = 0; i < kUsed; i += 2) {
-    _mm512_storeu_si512(words + i * (kLanes / 2), (__m512i)_mm512_cvtne2ps_pbh(x[i + 1], x[i]));
+    _mm512_storeu_si512(words + i * (kWidth / 2), (__m512i)_mm512_cvtne2ps_pbh(x[i + 1], x[i]));
   }
 }
 
 // Rows of 16 words become columns.
-inline void transpose(__m512i (&x)[kLanes]) {
-  __m512i y[kLanes];
-  for (int i = 0; i < kLanes; i += 2) {
+inline void transpose(__m512i (&x)[kWidth]) {
+  __m512i y[kWidth];
+  for (int i = 0; i < kWidth; i += 2) {
     y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
     y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
   }
-  for (int i = 0; i < kLanes; i += 4) {
+  for (int i = 0; i < kWidth; i += 4) {
     x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
     x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
     x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
@@ -115,23 +88,23 @@ inline void transpose(__m512i (&x)[kLanes]) {
     y[i + 8] = _mm512_shuffle_i32x4(high, high2, 0x88);
     y[i + 12] = _mm512_shuffle_i32x4(high, high2, 0xDD);
   }
-  for (int i = 0; i < kLanes; ++i) x[i] = y[i];
+  for (int i = 0; i < kWidth; ++i) x[i] = y[i];
 }
 
 // Keys as [pair of values][key], 0 after the last key and the last value.
 inline void pack_keys(const Heads& k, int kv_head, int first, int count, int head_dim, uint32_t* packed) {
   const int pairs = (head_dim + 1) / 2;
-  for (int key = 0; key < kKeyBlock; key += kLanes) {
-    for (int pair = 0; pair < pairs; pair += kLanes) {
+  for (int key = 0; key < kKeyBlock; key += kWidth) {
+    for (int pair = 0; pair < pairs; pair += kWidth) {
       const int left = head_dim - 2 * pair;
-      const auto mask = static_cast<__mmask32>(left >= 2 * kLanes ? 0xFFFFFFFFU : (1U << left) - 1U);
-      __m512i words[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
+      const auto mask = static_cast<__mmask32>(left >= 2 * kWidth ? 0xFFFFFFFFU : (1U << left) - 1U);
+      __m512i words[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
         words[i] = key + i < count ? _mm512_maskz_loadu_epi16(mask, k.at(first + key + i, kv_head) + 2 * pair)
                                    : _mm512_setzero_si512();
       }
       transpose(words);
-      const int columns = pairs - pair < kLanes ? pairs - pair : kLanes;
+      const int columns = pairs - pair < kWidth ? pairs - pair : kWidth;
       for (int i = 0; i < columns; ++i) _mm512_storeu_si512(packed + (pair + i) * kKeyBlock + key, words[i]);
     }
   }
@@ -141,7 +114,7 @@ inline void pack_keys(const Heads& k, int kv_head, int first, int count, int hea
 inline void pack_values(const Heads& v, int kv_head, int first, int count, int head_dim, uint32_t* packed) {
   const int width = round_up(head_dim, kPad);
   for (int key = 0; key < kKeyBlock; key += 2) {
-    for (int i = 0; i < width; i += kLanes) {
+    for (int i = 0; i < width; i += kWidth) {
       const __mmask16 mask = first_lanes(head_dim - i);
       const __mmask16 even = key < count ? mask : 0;
       const __mmask16 odd = key + 1 < count ? mask : 0;
@@ -153,4 +126,4 @@ inline void pack_values(const Heads& v, int kv_head, int first, int count, int h
   }
 }
 
-}  // namespace alisa::ALISA_PREFILL
+}  // namespace alisa::ALISA_ISA
