@@ -92,8 +92,8 @@ def main(model: str | None = None) -> None:
     console.print(Panel(Text(f"...{PROMPTS[0][-80:]} >>> {text} ..."), title="a continuation, sparse"))
     console.print(
         "A model this small spends its time on weights and bookkeeping, not on the KV cache: choosing what to read "
-        "costs more than it saves. It pays where K and V are many: in batches of larger models with long texts "
-        "(benchmarks/).\n"
+        "saves little here, or costs more than it saves. It pays where K and V are many: in batches of larger models "
+        "with long texts (benchmarks/).\n"
         'Next: alisa generate "The ship had been at sea for" --verify'
     )
 
